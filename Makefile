@@ -1,0 +1,51 @@
+# Every command makes its own environment first, so each works in a fresh clone.
+#   make test        all tests but the slow ones          ARGS="-k name" passes on to pytest
+#   make check       what CI runs: tests, style, types, the wheel
+#   make quickstart  train and sample a real small model  ARGS="..." passes on to it
+PYTHON ?= python3
+VENV ?= .venv
+# The exact versions that CI runs. `make CONSTRAINTS=/dev/null test` takes the newest that fit.
+CONSTRAINTS ?= constraints.txt
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PACKAGES := qst_tune recipes configs
+
+.PHONY: test check lint format wheel quickstart clean
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+check: test lint wheel
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pydoclint --quiet --config pyproject.toml $(PACKAGES)
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# setuptools copies into build/ and never deletes there: without the rm, a module that was removed
+# would still be in the next wheel.
+wheel: $(STAMP)
+	rm -rf build
+	$(BIN)/python -m build --wheel --no-isolation
+	rm -rf build
+
+quickstart: $(STAMP)
+	$(BIN)/python -m qst_tune.quickstart $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# setuptools comes first, so that ours is built with the pinned one instead of a newest one in a
+# build environment of its own, which -c does not reach.
+$(STAMP): pyproject.toml setup.py $(CONSTRAINTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) setuptools
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) --no-build-isolation -e '.[dev,quickstart]'
+	touch $@

@@ -1,0 +1,142 @@
+"""Hints of ``tune run`` and ``tune cp`` for misspelt recipes and configs of ours.
+
+torchtune 0.6.1 takes any unknown recipe for a user's module and any unknown config for a user's
+file, so a typing error ends in a traceback of ``runpy`` or OmegaConf. Here the names are checked
+first: a hint is one line of the command's own error message, with exit status 2.
+
+Only our names are touched: torchtune's recipes, and users' own files and modules, pass unchecked.
+``plugin.py`` calls :func:`add_to` when torchtune's command line is imported.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import os
+import sys
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from torchtune._recipe_registry import get_all_recipes
+
+from qst_tune.plugin import report
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Collection, Iterable
+    from types import ModuleType
+
+    # The arguments of a command and the names of our recipes, to a hint or None.
+    Check: TypeAlias = Callable[[argparse.Namespace, Collection[str]], str | None]
+
+__all__ = ["add_to"]
+
+# difflib's ratio of two names. 0.8 takes one or two wrong letters ("qst_finetun", "qts_finetune")
+# and leaves "lora_finetune" (0.72) and "dpo_finetune" (0.75) to torchtune.
+_NEAR = 0.8
+
+
+def add_to(command_module: ModuleType, ours: Collection[str]) -> None:
+    """Check the names given to the command in ``command_module`` before it runs.
+
+    Changes the command's class in place; a second call changes nothing.
+
+    Args:
+        command_module (ModuleType): ``torchtune._cli.run`` or ``torchtune._cli.cp``.
+        ours (Collection[str]): the names of our recipes.
+    """
+    class_name, method_name, check = _CHECKS[command_module.__name__]
+    command = getattr(command_module, class_name)
+    method = getattr(command, method_name)
+    if not hasattr(method, "_checks_names"):
+        setattr(command, method_name, _with_check(method, check, ours))
+
+
+def _with_check(method: Callable[..., None], check: Check, ours: Collection[str]) -> Any:
+    """Wrap a command's method; should ``check`` itself fail, the command runs as without it."""
+
+    @functools.wraps(method)
+    def checked(self: Any, args: argparse.Namespace) -> None:
+        hint = None
+        try:
+            hint = check(args, ours)
+        except Exception as error:
+            report(error)
+        if hint is not None:
+            self._parser.error(hint)
+        method(self, args)
+
+    checked._checks_names = True  # type: ignore[attr-defined]  # marks the method as wrapped
+    return checked
+
+
+def _check_run(args: argparse.Namespace, ours: Collection[str]) -> str | None:
+    """Return a hint if ``tune run`` names a recipe of ours wrongly, or a config for one of ours."""
+    recipes = {recipe.name: recipe for recipe in get_all_recipes()}
+    if args.recipe in recipes:
+        return (
+            _check_config(recipes[args.recipe], args.recipe_args) if args.recipe in ours else None
+        )
+    near = _nearest(args.recipe, recipes)
+    if near not in ours or _is_users_own(args.recipe):
+        return None
+    return f"no recipe {args.recipe!r}; did you mean {near!r}? `tune ls` lists all recipes"
+
+
+def _check_config(recipe: Any, recipe_args: list[str]) -> str | None:
+    """Return a hint if the value of ``--config`` is neither a registered config nor a file."""
+    if "--config" not in recipe_args:
+        return None  # torchtune says that it is required
+    values = recipe_args[recipe_args.index("--config") + 1 :]
+    if not values:
+        return f"--config needs a value: a config of {recipe.name!r} from `tune ls`, or a YAML file"
+    registered = [config.name for other in get_all_recipes() for config in other.configs]
+    if values[0] in registered or Path(values[0]).is_file():
+        return None
+    near = _nearest(values[0], [config.name for config in recipe.configs])
+    question = f"; did you mean {near!r}?" if near else "."
+    return (
+        f"no config {values[0]!r}{question} --config takes a name from `tune ls` or a YAML file, "
+        f"and {os.getcwd()!r} has no such file"
+    )
+
+
+def _check_cp(args: argparse.Namespace, ours: Collection[str]) -> str | None:
+    """Return a hint if ``tune cp`` names a recipe or config of ours wrongly."""
+    # Name of each recipe and config -> the recipe it belongs to.
+    owners = {recipe.name: recipe.name for recipe in get_all_recipes()}
+    owners |= {
+        config.name: recipe.name for recipe in get_all_recipes() for config in recipe.configs
+    }
+    near = None if args.file in owners else _nearest(args.file, owners)
+    if near is None or owners[near] not in ours:
+        return None
+    return f"no recipe or config {args.file!r}; did you mean {near!r}? `tune ls` lists all of them"
+
+
+def _nearest(name: str, candidates: Iterable[str]) -> str | None:
+    """Return the candidate that ``name`` most likely stands for, or None."""
+    names = list(candidates)
+    # "qst_finetune_single_device" stands for ours, although "lora_finetune_single_device" is more
+    # alike: torchtune has a recipe for each kind of device, we have one for all.
+    prefixes = [candidate for candidate in names if name.startswith(f"{candidate}_")]
+    close = difflib.get_close_matches(name, names, n=1, cutoff=_NEAR)
+    return next(iter([*prefixes, *close]), None)
+
+
+def _is_users_own(recipe: str) -> bool:
+    """Whether torchtune would find ``recipe`` as a user's file or module.
+
+    torchtune turns "a/b.py" into the module "a.b" and looks in the working folder last. Only the
+    first part is looked up here, which imports nothing.
+    """
+    first = os.path.splitext(recipe)[0].replace("/", ".").split(".")[0]
+    path = [*sys.path, os.getcwd()]
+    return Path(recipe).exists() or (bool(first) and PathFinder.find_spec(first, path) is not None)
+
+
+_CHECKS: dict[str, tuple[str, str, Check]] = {
+    "torchtune._cli.run": ("Run", "_run_cmd", _check_run),
+    "torchtune._cli.cp": ("Copy", "_cp_cmd", _check_cp),
+}

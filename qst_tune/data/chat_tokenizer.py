@@ -1,0 +1,327 @@
+"""A torchtune model tokenizer for any Hugging Face folder, with the model's own chat template."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Encoding, Tokenizer
+from torchtune.data import Message, truncate
+from torchtune.modules.transforms import Transform
+from torchtune.modules.transforms.tokenizers import ModelTokenizer
+
+from qst_tune.data.chat_template import ChatTemplate
+
+Span = tuple[int, int]
+
+_NAMED_TOKENS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+
+
+class HFChatTokenizer(ModelTokenizer, Transform):  # type: ignore[misc]  # torchtune is untyped
+    """Tokenizes whole conversations with the chat template a model was trained with.
+
+    The conversation is rendered once and tokenized once, so its tokens are those of transformers'
+    ``apply_chat_template`` for every content; encoding header and content apart, as torchtune's
+    tokenizers do, gives others when the content starts with white space. Character offsets then
+    tell which tokens belong to which message.
+
+    No loss (mask True) falls on messages with ``masked=True``, on the header of an assistant
+    message (it is given at inference), and on what the template writes after its end token. The
+    end token itself is trained on, otherwise the model never learns to stop. A token that spans
+    header and content belongs to the header.
+
+    Args:
+        tokenizer (Tokenizer): the fast tokenizer.
+        chat_template (ChatTemplate): the model's template and named special tokens.
+        max_seq_len (int | None): longer conversations are cut; None for no limit.
+        extra_stop_tokens (Sequence[int]): token ids that end generation beside ``eos_id``.
+
+    Attributes:
+        special_tokens (dict[str, int]): every special token and its id.
+        bos_id (int | None): begin-of-sequence token, None if the model has none.
+        eos_id (int): end-of-sequence token.
+        pad_id (int): padding token; ``eos_id`` if the model has none.
+        stop_tokens (list[int]): tokens that end generation, ``eos_id`` first.
+
+    Raises:
+        ValueError: if the model names no ``eos_token``, or names a token its vocabulary lacks.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        chat_template: ChatTemplate,
+        *,
+        max_seq_len: int | None = None,
+        extra_stop_tokens: Sequence[int] = (),
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._chat_template = chat_template
+        self.max_seq_len = max_seq_len
+        added = tokenizer.get_added_tokens_decoder()
+        self.special_tokens = {t.content: i for i, t in added.items() if t.special}
+        self._special_ids = frozenset(self.special_tokens.values())
+        eos_id = self._named_token_id("eos_token")
+        if eos_id is None:
+            raise ValueError(
+                "the tokenizer names no eos_token; add one to tokenizer_config.json, training "
+                "needs a token to stop with"
+            )
+        self.eos_id = eos_id
+        self.bos_id = self._named_token_id("bos_token")
+        pad_id = self._named_token_id("pad_token")
+        self.pad_id = eos_id if pad_id is None else pad_id
+        self.stop_tokens = list(dict.fromkeys((self.eos_id, *extra_stop_tokens)))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, special ones included."""
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> list[int]:
+        """Encode plain text, without the chat template.
+
+        Args:
+            text (str): the text.
+            add_bos (bool): prepend ``bos_id`` if the model has one.
+            add_eos (bool): append ``eos_id``.
+
+        Returns:
+            list[int]: token ids.
+        """
+        ids = list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        if add_bos and self.bos_id is not None:
+            ids = [self.bos_id, *ids]
+        return [*ids, self.eos_id] if add_eos else ids
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Decode token ids; does not stop at ``eos_id``, which may also end a prompt's turns.
+
+        Args:
+            token_ids (Sequence[int]): token ids.
+            skip_special_tokens (bool): leave special tokens out of the text.
+
+        Returns:
+            str: the text.
+        """
+        ids = list(token_ids)
+        return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+
+    def tokenize_messages(
+        self, messages: Sequence[Message], *, add_end_tokens: bool = True
+    ) -> tuple[list[int], list[bool]]:
+        """Tokenize a conversation.
+
+        Args:
+            messages (Sequence[Message]): the conversation, text only.
+            add_end_tokens (bool): True for training. False for generation: the text ends with the
+                header of an assistant message, followed by the content of a last assistant
+                message, if there is one, for the model to continue.
+
+        Returns:
+            tuple[list[int], list[bool]]: token ids, and for each True where no loss is taken.
+                Both are cut to ``max_seq_len``; then, in training, the last token is ``eos_id``
+                without loss, as in torchtune's tokenizers.
+
+        Raises:
+            ValueError: if there is no message, a message has an image, the template refuses the
+                conversation, or it renders the start of the conversation differently on its own.
+        """
+        if not messages:
+            raise ValueError("the conversation has no message; at least one is needed")
+        if add_end_tokens:
+            text = self._chat_template.render(messages)
+        else:
+            text = self._render_for_generation(messages)
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        spans = self._loss_spans(messages, text) if add_end_tokens else []
+        tokens = list(encoding.ids)
+        return self._truncate(tokens, self._mask(encoding, text, spans), add_end_tokens)
+
+    def __call__(self, sample: dict[str, Any], inference: bool = False) -> Mapping[str, Any]:
+        """Replace the sample's ``messages`` by ``tokens`` and ``mask``, in place.
+
+        Args:
+            sample (dict[str, Any]): has a list of torchtune messages under ``messages``.
+            inference (bool): end with the template's generation prompt.
+
+        Returns:
+            Mapping[str, Any]: the sample.
+        """
+        messages = sample.pop("messages")
+        sample["tokens"], sample["mask"] = self.tokenize_messages(
+            messages, add_end_tokens=not inference
+        )
+        return sample
+
+    def _named_token_id(self, name: str) -> int | None:
+        token = self._chat_template.special_tokens.get(name)
+        if token is None:
+            return None
+        token_id = self._tokenizer.token_to_id(token)
+        if token_id is None:
+            raise ValueError(f"{name} {token!r} is not in the tokenizer's vocabulary; correct it")
+        return int(token_id)
+
+    def _render_for_generation(self, messages: Sequence[Message]) -> str:
+        # torchtune's generate recipe ends its prompt with an empty assistant message.
+        start = ""
+        if messages[-1].role == "assistant":
+            messages, start = messages[:-1], messages[-1].text_content
+        return self._chat_template.render(messages, add_generation_prompt=True) + start
+
+    def _loss_spans(self, messages: Sequence[Message], text: str) -> list[Span]:
+        """Return the character ranges of ``text`` that messages to be learnt take up."""
+        return [
+            (self._start(messages, i, text), self._end(messages, i, text))
+            for i, message in enumerate(messages)
+            if not message.masked
+        ]
+
+    def _start(self, messages: Sequence[Message], index: int, text: str) -> int:
+        if index == 0:
+            return 0
+        before = messages[:index]
+        if messages[index].role == "assistant":
+            prompt = self._chat_template.render(before, add_generation_prompt=True)
+            # Some templates prompt with more than the header, such as an opening <think> tag.
+            if text.startswith(prompt):
+                return len(prompt)
+        return self._length_of_prefix(before, messages, text)
+
+    def _end(self, messages: Sequence[Message], index: int, text: str) -> int:
+        if index == len(messages) - 1:
+            return len(text)
+        return self._length_of_prefix(messages[: index + 1], messages, text)
+
+    def _length_of_prefix(
+        self, prefix: Sequence[Message], messages: Sequence[Message], text: str
+    ) -> int:
+        rendered = self._chat_template.render(prefix)
+        if not text.startswith(rendered):
+            raise ValueError(
+                f"the chat template renders the first {len(prefix)} of {len(messages)} messages "
+                "differently on their own than inside the conversation, so it cannot be told "
+                "which tokens to learn; use single-turn data or another template"
+            )
+        return len(rendered)
+
+    def _mask(self, encoding: Encoding, text: str, spans: Sequence[Span]) -> list[bool]:
+        """Return True for every token without loss, by the place of its first character."""
+        mask = [True] * len(encoding.ids)
+        for start, end in spans:
+            inside = [i for i, (first, _) in enumerate(encoding.offsets) if start <= first < end]
+            for i in self._without_separator(inside, encoding, text):
+                mask[i] = False
+        return mask
+
+    def _without_separator(self, inside: list[int], encoding: Encoding, text: str) -> list[int]:
+        """Drop the white space that follows a message's end token: generation stops before it."""
+        for count, i in reversed(list(enumerate(inside, start=1))):
+            if encoding.ids[i] in self._special_ids:
+                return inside[:count]
+            first, last = encoding.offsets[i]
+            if text[first:last].strip():
+                break
+        return inside
+
+    def _truncate(
+        self, tokens: list[int], mask: list[bool], add_end_tokens: bool
+    ) -> tuple[list[int], list[bool]]:
+        if self.max_seq_len is None or len(tokens) <= self.max_seq_len:
+            return tokens, mask
+        eos_id, eos_mask = (self.eos_id, True) if add_end_tokens else (None, None)
+        return (
+            truncate(tokens, self.max_seq_len, eos_id),
+            truncate(mask, self.max_seq_len, eos_mask),
+        )
+
+
+def hf_chat_tokenizer(path: str, max_seq_len: int | None = None) -> HFChatTokenizer:
+    """Build a tokenizer from a local Hugging Face folder; never touches the network.
+
+    In a torchtune config::
+
+        tokenizer:
+          _component_: qst_tune.data.hf_chat_tokenizer
+          path: ${checkpoint_dir}
+          max_seq_len: 2048
+
+    Args:
+        path (str): folder with ``tokenizer.json``, ``tokenizer_config.json`` and, if the template
+            is not in the latter, ``chat_template.jinja``.
+        max_seq_len (int | None): longer conversations are cut; None for no limit.
+
+    Returns:
+        HFChatTokenizer: the tokenizer.
+
+    Raises:
+        ValueError: if the folder, its ``tokenizer.json`` or a chat template is absent.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(f"tokenizer folder {folder} does not exist; download the model first")
+    if not (folder / "tokenizer.json").is_file():
+        raise ValueError(
+            f"{folder} has no tokenizer.json; save the tokenizer in the fast format, or use a "
+            "torchtune tokenizer"
+        )
+    config = _read_json(folder / "tokenizer_config.json")
+    special_tokens = _named_special_tokens(
+        {**_read_json(folder / "special_tokens_map.json"), **config}
+    )
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    # The file may carry the settings of whoever saved it; they would cut or pad every text.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return HFChatTokenizer(
+        tokenizer,
+        ChatTemplate(_read_template(folder, config), special_tokens),
+        max_seq_len=max_seq_len,
+        extra_stop_tokens=_generation_stop_tokens(folder),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def _named_special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    tokens = {name: config.get(name) for name in _NAMED_TOKENS}
+    # A token is a string, or a dict with its stripping rules beside its content.
+    return {
+        name: token["content"] if isinstance(token, dict) else str(token)
+        for name, token in tokens.items()
+        if token is not None
+    }
+
+
+def _read_template(folder: Path, config: Mapping[str, Any]) -> str:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        # Several templates by name; the others are for tool use and retrieval.
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if not template:
+        raise ValueError(
+            f"{folder} has no chat template; add one (chat_template.jinja), or use a torchtune "
+            "tokenizer"
+        )
+    return str(template)
+
+
+def _generation_stop_tokens(folder: Path) -> list[int]:
+    eos = _read_json(folder / "generation_config.json").get("eos_token_id")
+    if eos is None:
+        return []
+    return list(eos) if isinstance(eos, list) else [eos]

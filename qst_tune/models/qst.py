@@ -1,0 +1,171 @@
+"""The generic QST builder: a side network for any torchtune decoder."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torchtune import training
+from torchtune.modules import TransformerDecoder
+
+from qst_tune.modules.downsample import DownsampleKind, build_downsample
+from qst_tune.modules.nf4_linear import quantize_linears
+from qst_tune.modules.output_mix import OutputMixKind, build_output_mix
+from qst_tune.modules.qst_decoder import QSTDecoder
+from qst_tune.modules.side_block import build_side_blocks, resize_norm, side_shape
+from qst_tune.modules.side_network import Gate, SideNetwork, ZeroLinear
+
+Variant = Literal["default", "paper", "authors"]
+
+# What each variant fixes; every one of these is an argument of qst_decoder and can be overridden.
+VARIANTS: dict[str, dict[str, Any]] = {
+    # Starts at the backbone like the paper's, and learns from the first step (docs/method.md).
+    "default": {
+        "output_mix": "residual",
+        "gate_per_channel": False,
+        "initial_gamma": 0.0,
+        "share_first_downsample": False,
+        "downsample_norm": True,
+    },
+    # The equations of arXiv 2401.07159.
+    "paper": {
+        "output_mix": "alpha",
+        "gate_per_channel": False,
+        "initial_gamma": 0.0,
+        "share_first_downsample": False,
+        "downsample_norm": False,
+    },
+    # The authors' code (github.com/YouAreSpecialToMe/QST at 27cef0a), tensor by tensor.
+    "authors": {
+        "output_mix": "sigmoid",
+        "gate_per_channel": True,
+        "initial_gamma": 0.5,
+        "share_first_downsample": True,
+        "downsample_norm": True,
+    },
+}
+
+
+def qst_decoder(
+    backbone: TransformerDecoder,
+    *,
+    reduction_factor: int = 16,
+    downsample: DownsampleKind = "adapter",
+    rank: int = 16,
+    variant: Variant = "default",
+    quantize_base: bool = True,
+    output_mix: OutputMixKind | None = None,
+    gate_per_channel: bool | None = None,
+    initial_gamma: float | None = None,
+    share_first_downsample: bool | None = None,
+    downsample_norm: bool | None = None,
+) -> QSTDecoder:
+    """Build a QST model from a torchtune decoder, which may be on the meta device or have weights.
+
+    Args:
+        backbone (TransformerDecoder): taken over and frozen; the linears of its layers become NF4.
+            Embeddings, norms and LM head stay as they are.
+        reduction_factor (int): r; the side network has width ``embed_dim // r``. Higher trains
+            fewer parameters in less memory.
+        downsample (DownsampleKind): "linear", "lora", "adapter", "maxpool" or "avgpool".
+        rank (int): bottleneck of the "lora" and "adapter" downsamplers.
+        variant (Variant): preset of the arguments below: "default", "paper" or "authors".
+        quantize_base (bool): False keeps the backbone as it is (ladder side tuning, LST).
+        output_mix (OutputMixKind | None): "residual", "alpha" or "sigmoid"; None: the variant's.
+        gate_per_channel (bool | None): one gamma per channel instead of one per layer; None: the
+            variant's.
+        initial_gamma (float | None): start of every gate's gamma; None: the variant's.
+        share_first_downsample (bool | None): read the embedding with layer 1's downsampler, as the
+            authors' code does; None: the variant's.
+        downsample_norm (bool | None): LayerNorm behind an "adapter"; None: the variant's.
+
+    Returns:
+        QSTDecoder: fp32 side network with random weights, frozen backbone. With the "residual" and
+        "alpha" mixes its logits equal the quantised backbone's bit for bit.
+
+    Raises:
+        ValueError: if a name is unknown, r does not fit the backbone, or a weight cannot be NF4.
+    """  # noqa: DOC502  # raised where the values are used
+    if variant not in VARIANTS:
+        raise ValueError(f"variant={variant!r} is unknown; choose one of {', '.join(VARIANTS)}")
+    chosen = {
+        "output_mix": output_mix,
+        "gate_per_channel": gate_per_channel,
+        "initial_gamma": initial_gamma,
+        "share_first_downsample": share_first_downsample,
+        "downsample_norm": downsample_norm,
+    }
+    settings = {
+        name: VARIANTS[variant][name] if value is None else value for name, value in chosen.items()
+    }
+    device = backbone.tok_embeddings.weight.device
+    with training.set_default_dtype(torch.float32), device:
+        side = _side_network(
+            backbone,
+            reduction_factor=reduction_factor,
+            downsample=downsample,
+            rank=rank,
+            **settings,
+        )
+    if quantize_base:
+        quantize_linears(backbone.layers)
+    return QSTDecoder(backbone, side)
+
+
+def _side_network(
+    backbone: TransformerDecoder,
+    *,
+    reduction_factor: int,
+    downsample: DownsampleKind,
+    rank: int,
+    output_mix: OutputMixKind,
+    gate_per_channel: bool,
+    initial_gamma: float,
+    share_first_downsample: bool,
+    downsample_norm: bool,
+) -> SideNetwork:
+    num_layers, embed_dim = len(backbone.layers), backbone.tok_embeddings.embedding_dim
+    shape = side_shape(backbone.layers[0], reduction_factor)
+    num_downsamplers = num_layers if share_first_downsample else num_layers + 1
+    upsample_type = ZeroLinear if output_mix == "residual" else nn.Linear
+    return SideNetwork(
+        downsample=nn.ModuleList(
+            build_downsample(downsample, embed_dim, shape.embed_dim, rank=rank, norm=downsample_norm)
+            for _ in range(num_downsamplers)
+        ),
+        gates=nn.ModuleList(
+            Gate(shape.embed_dim if gate_per_channel else 1, initial_gamma)
+            for _ in range(num_layers)
+        ),
+        blocks=build_side_blocks(backbone.layers, shape),
+        norm=resize_norm(backbone.norm, shape.embed_dim),
+        upsample=upsample_type(shape.embed_dim, embed_dim),
+        output_mix=build_output_mix(output_mix, embed_dim if output_mix == "sigmoid" else 1),
+    )
+
+
+def qst_builder(backbone_builder: Callable[..., TransformerDecoder]) -> Callable[..., QSTDecoder]:
+    """Turn a builder of a torchtune decoder into a builder of a QST model over it.
+
+    Args:
+        backbone_builder (Callable[..., TransformerDecoder]): a component or model builder.
+
+    Returns:
+        Callable[..., QSTDecoder]: takes the arguments of ``backbone_builder`` and those of
+        :func:`qst_decoder`, all flat, as torchtune's configs want them. Its signature is explicit,
+        so that ``tune validate`` finds a misspelt argument.
+    """
+    backbone_parameters = inspect.signature(backbone_builder).parameters
+    side_parameters = list(inspect.signature(qst_decoder).parameters.values())[1:]
+
+    def build(*args: Any, **kwargs: Any) -> QSTDecoder:
+        for_backbone = {name: kwargs.pop(name) for name in list(kwargs) if name in backbone_parameters}
+        return qst_decoder(backbone_builder(*args, **for_backbone), **kwargs)
+
+    build.__name__ = build.__qualname__ = f"qst_{backbone_builder.__name__}"
+    build.__doc__ = f"Build QST over torchtune's ``{backbone_builder.__name__}``; see qst_decoder."
+    build.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # read by inspect
+        [*backbone_parameters.values(), *side_parameters], return_annotation=QSTDecoder
+    )
+    return build

@@ -1,0 +1,163 @@
+"""The QST model: a frozen decoder that only runs forward, and a side network that trains."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torchtune.modules import TransformerDecoder
+from torchtune.modules.attention_utils import _MaskType
+
+from qst_tune.modules.side_network import SideNetwork
+
+
+class QSTDecoder(TransformerDecoder):
+    """Quantized Side Tuning over any torchtune decoder.
+
+    The backbone's ``tok_embeddings``, ``layers``, ``norm`` and ``output`` keep torchtune's names and
+    are frozen; ``side`` is added. So a stock checkpoint loads with exactly the ``side.`` keys
+    missing, and torchtune's generation and chunked output see the model they know.
+
+    The backbone runs under ``no_grad``, one layer at a time and interleaved with the side network:
+    nothing of it is kept for backward except what a downsampler needs for its own gradient, and the
+    hidden states never lie in memory together.
+
+    Source: QST (https://arxiv.org/abs/2401.07159); equations in
+    :class:`~qst_tune.modules.side_network.SideNetwork`.
+
+    Args:
+        backbone (TransformerDecoder): its modules are taken over (not copied) and frozen.
+        side (SideNetwork): as many blocks as the backbone has layers.
+
+    Raises:
+        ValueError: if the numbers of layers and side blocks differ.
+    """
+
+    def __init__(self, backbone: TransformerDecoder, side: SideNetwork) -> None:
+        if len(side.blocks) != len(backbone.layers):
+            raise ValueError(
+                f"a backbone of {len(backbone.layers)} layers needs as many side blocks, "
+                f"got {len(side.blocks)}"
+            )
+        super().__init__(
+            tok_embeddings=backbone.tok_embeddings,
+            layers=backbone.layers,
+            max_seq_len=backbone.max_seq_len,
+            num_heads=backbone.num_heads,
+            head_dim=backbone.head_dim,
+            norm=backbone.norm,
+            output=backbone.output,
+        )
+        self.requires_grad_(False)
+        self.side = side
+        self.skip_output_layer = False
+
+    def train(self, mode: bool = True) -> "QSTDecoder":
+        """Switch the side network between training and evaluation; the backbone always evaluates.
+
+        Args:
+            mode (bool): True for training. Default: True.
+
+        Returns:
+            QSTDecoder: itself.
+        """
+        super().train(False)
+        self.training = mode
+        self.side.train(mode)
+        return self
+
+    def setup_caches(
+        self,
+        batch_size: int,
+        dtype: torch.dtype,
+        *,
+        encoder_max_seq_len: int | None = None,
+        decoder_max_seq_len: int | None = None,
+    ) -> None:
+        """Set up key-value caches of the backbone and of the side network.
+
+        Args:
+            batch_size (int): number of sequences.
+            dtype (torch.dtype): dtype of the caches.
+            encoder_max_seq_len (int | None): ignored by decoder-only models.
+            decoder_max_seq_len (int | None): length of the caches; default ``max_seq_len``.
+        """
+        super().setup_caches(batch_size, dtype, decoder_max_seq_len=decoder_max_seq_len)
+        for block in self.side.blocks:
+            block.setup_caches(
+                batch_size,
+                dtype,
+                encoder_max_seq_len=encoder_max_seq_len,
+                decoder_max_seq_len=self.decoder_max_cache_seq_len,
+            )
+
+    def reset_caches(self) -> None:
+        """Empty the key-value caches of both networks.
+
+        Raises:
+            RuntimeError: if no caches are set up.
+        """  # noqa: DOC502  # raised by the call to super
+        super().reset_caches()
+        for block in self.side.blocks:
+            block.reset_cache()
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        *,
+        mask: _MaskType | None = None,
+        encoder_input: torch.Tensor | None = None,
+        encoder_mask: torch.Tensor | None = None,
+        input_pos: torch.Tensor | None = None,
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """Compute logits; arguments and result as torchtune's ``TransformerDecoder.forward``.
+
+        Args:
+            tokens (torch.Tensor): ``[B, T]`` token ids.
+            mask (_MaskType | None): ``[B, T, T]`` booleans, True where a row may attend; default
+                causal. Used by both networks.
+            encoder_input (torch.Tensor | None): not supported, must be None.
+            encoder_mask (torch.Tensor | None): not supported, must be None.
+            input_pos (torch.Tensor | None): ``[B, T]`` positions, for packed or padded sequences.
+
+        Returns:
+            torch.Tensor | list[torch.Tensor]: fp32 logits ``[B, T, V]``; chunks of logits after
+            ``set_num_output_chunks``; the head's input ``[B, T, D]`` if ``skip_output_layer``.
+        """
+        self._validate_inputs(
+            tokens.shape[1],
+            mask=mask,
+            encoder_input=encoder_input,
+            encoder_mask=encoder_mask,
+            input_pos=input_pos,
+        )
+        y_BTD = self._last_hidden_state(tokens, mask=mask, input_pos=input_pos)
+        if self.skip_output_layer:
+            return y_BTD
+        if self.num_output_chunks > 0:
+            chunks: list[torch.Tensor] = self.chunked_output(y_BTD)
+            return chunks
+        logits: torch.Tensor = self.output(y_BTD).float()
+        return logits
+
+    def _last_hidden_state(
+        self, tokens: torch.Tensor, *, mask: _MaskType | None, input_pos: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The input of the LM head, ``[B, T, D]``."""
+        side_runs = not self.side.disabled
+        h_BTD = _frozen(self.tok_embeddings, tokens)
+        g_BTS = self.side.start(h_BTD) if side_runs else None
+        for index, layer in enumerate(self.layers):
+            h_BTD = _frozen(layer, h_BTD, mask=mask, input_pos=input_pos)
+            if side_runs:
+                g_BTS = self.side.step(index, h_BTD, g_BTS, mask=mask, input_pos=input_pos)
+        f_BTD = _frozen(self.norm, h_BTD)
+        return self.side.finish(f_BTD, g_BTS) if side_runs else f_BTD
+
+
+@torch.no_grad()
+def _frozen(
+    module: Callable[..., torch.Tensor] | nn.Module, x: torch.Tensor, **kwargs: object
+) -> torch.Tensor:
+    """Run a module of the backbone without keeping anything for backward."""
+    output: torch.Tensor = module(x, **kwargs)
+    return output

@@ -1,0 +1,197 @@
+"""Side blocks: the backbone's own layer type, rebuilt at the width of the side network."""
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+from torchtune.modules import MultiHeadAttention, TransformerSelfAttentionLayer
+
+MIN_HEAD_DIM = 4
+
+
+@dataclass(frozen=True)
+class SideShape:
+    """Sizes of one side block.
+
+    Args:
+        embed_dim (int): S, width of the side network.
+        hidden_dim (int): width inside its MLP.
+        num_heads (int): query heads.
+        num_kv_heads (int): key and value heads.
+    """
+
+    embed_dim: int
+    hidden_dim: int
+    num_heads: int
+    num_kv_heads: int
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.embed_dim // self.num_heads
+
+
+def side_shape(layer: TransformerSelfAttentionLayer, reduction_factor: int) -> SideShape:
+    """Choose the sizes of a side block from a backbone layer and r.
+
+    Widths are the backbone's divided by r, rounded down. The side network keeps the backbone's
+    number of heads, as the authors do, where that leaves an even head_dim of at least 4 (rotary
+    embeddings turn pairs of channels, and fewer than 4 leave nothing to attend with); otherwise the
+    largest smaller number that does, with as many key and value heads as divide it in the
+    backbone's proportion.
+
+    Args:
+        layer (TransformerSelfAttentionLayer): a layer of the backbone, of width D.
+        reduction_factor (int): r.
+
+    Returns:
+        SideShape: sizes of the side block, width ``D // r``.
+
+    Raises:
+        ValueError: if no number of heads fits that width; the message names values of r that work.
+    """
+    attn, mlp_dim = layer.attn, layer.mlp.w1.out_features
+    embed_dim = attn.embed_dim // reduction_factor if reduction_factor >= 1 else 0
+    num_heads = _num_side_heads(embed_dim, attn.num_heads)
+    if num_heads is None:
+        raise ValueError(
+            f"reduction_factor={reduction_factor} gives a side network of width {embed_dim} for a "
+            f"backbone of width {attn.embed_dim}, which cannot be split into heads of an even "
+            f"width of at least {MIN_HEAD_DIM}; values that work: {_working_factors(attn)}"
+        )
+    return SideShape(
+        embed_dim=embed_dim,
+        hidden_dim=max(1, mlp_dim // reduction_factor),
+        num_heads=num_heads,
+        num_kv_heads=_num_side_kv_heads(num_heads, attn.num_heads, attn.num_kv_heads),
+    )
+
+
+def build_side_blocks(layers: Iterable[nn.Module], shape: SideShape) -> nn.ModuleList:
+    """Build randomly initialised side blocks, one per backbone layer and of its own type.
+
+    Args:
+        layers (Iterable[nn.Module]): the backbone layers to imitate (norm type and epsilon, biases,
+            activation, rotary base and scaling, attention dropout).
+        shape (SideShape): sizes, from :func:`side_shape`.
+
+    Returns:
+        nn.ModuleList: ``TransformerSelfAttentionLayer`` of width ``shape.embed_dim``. Blocks share
+        a rotary embedding where their layers do: its cache can be megabytes.
+
+    Raises:
+        ValueError: if a layer is not torchtune's ``TransformerSelfAttentionLayer``.
+    """
+    side_ropes: dict[nn.Module, nn.Module | None] = {}
+    blocks = nn.ModuleList()
+    for layer in layers:
+        if not isinstance(layer, TransformerSelfAttentionLayer):
+            raise ValueError(
+                f"a backbone layer of type {type(layer).__name__} has no side block; supported: "
+                "torchtune's TransformerSelfAttentionLayer"
+            )
+        rope = layer.attn.pos_embeddings
+        if rope not in side_ropes:
+            side_ropes[rope] = _side_rope(rope, shape.head_dim)
+        blocks.append(_side_block(layer, shape, side_ropes[rope]))
+    return blocks
+
+
+def _side_block(
+    layer: TransformerSelfAttentionLayer, shape: SideShape, rope: nn.Module | None
+) -> TransformerSelfAttentionLayer:
+    return TransformerSelfAttentionLayer(
+        attn=_side_attention(layer.attn, shape, rope),
+        mlp=_side_mlp(layer.mlp, shape),
+        sa_norm=resize_norm(layer.sa_norm, shape.embed_dim),
+        mlp_norm=resize_norm(layer.mlp_norm, shape.embed_dim),
+        sa_scale=resize_norm(layer.sa_scale, shape.embed_dim),
+        mlp_scale=resize_norm(layer.mlp_scale, shape.embed_dim),
+    )
+
+
+def resize_norm(norm: nn.Module | None, dim: int) -> nn.Module | None:
+    """Build a fresh norm of the same type and epsilon over ``dim`` channels.
+
+    Args:
+        norm (nn.Module | None): RMSNorm, LayerNorm or the like; Identity and None stay themselves.
+        dim (int): number of channels of the new norm.
+
+    Returns:
+        nn.Module | None: the new norm, its weights at their initial values.
+    """
+    if norm is None or isinstance(norm, nn.Identity):
+        return norm
+    return type(norm)(dim, eps=norm.eps)
+
+
+def _side_attention(
+    attn: MultiHeadAttention, shape: SideShape, rope: nn.Module | None
+) -> MultiHeadAttention:
+    query_dim = shape.num_heads * shape.head_dim
+    kv_dim = shape.num_kv_heads * shape.head_dim
+    return MultiHeadAttention(
+        embed_dim=shape.embed_dim,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        q_proj=_linear_like(attn.q_proj, shape.embed_dim, query_dim),
+        k_proj=_linear_like(attn.k_proj, shape.embed_dim, kv_dim),
+        v_proj=_linear_like(attn.v_proj, shape.embed_dim, kv_dim),
+        output_proj=_linear_like(attn.output_proj, query_dim, shape.embed_dim),
+        pos_embeddings=rope,
+        q_norm=resize_norm(attn.q_norm, shape.head_dim),
+        k_norm=resize_norm(attn.k_norm, shape.head_dim),
+        max_seq_len=attn.max_seq_len,
+        is_causal=attn.is_causal,
+        attn_dropout=attn.attn_dropout,
+    )
+
+
+def _side_mlp(mlp: nn.Module, shape: SideShape) -> nn.Module:
+    up_proj = mlp.w3 and _linear_like(mlp.w3, shape.embed_dim, shape.hidden_dim)
+    return type(mlp)(
+        gate_proj=_linear_like(mlp.w1, shape.embed_dim, shape.hidden_dim),
+        down_proj=_linear_like(mlp.w2, shape.hidden_dim, shape.embed_dim),
+        up_proj=up_proj,
+        activation=copy.deepcopy(mlp.activation),
+    )
+
+
+def _linear_like(linear: nn.Linear, in_dim: int, out_dim: int) -> nn.Linear:
+    return nn.Linear(in_dim, out_dim, bias=linear.bias is not None)
+
+
+def _side_rope(rope: nn.Module | None, head_dim: int) -> nn.Module | None:
+    """A rotary embedding of the same type and settings for another head_dim."""
+    if rope is None:
+        return None
+    settings = {
+        name: getattr(rope, name)
+        for name in ("max_seq_len", "base", "scale_factor", "low_freq_factor", "high_freq_factor")
+        + ("old_context_len",)
+        if hasattr(rope, name)
+    }
+    return type(rope)(dim=head_dim, **settings)
+
+
+def _num_side_heads(embed_dim: int, num_heads: int) -> int | None:
+    """The largest number of heads, at most the backbone's, whose head_dim is even and >= 4."""
+    for candidate in range(num_heads, 0, -1):
+        head_dim, rest = divmod(embed_dim, candidate)
+        if rest == 0 and head_dim % 2 == 0 and head_dim >= MIN_HEAD_DIM:
+            return candidate
+    return None
+
+
+def _num_side_kv_heads(side_heads: int, num_heads: int, num_kv_heads: int) -> int:
+    """The largest divisor of ``side_heads`` not above the backbone's share of key-value heads."""
+    wanted = max(1, side_heads * num_kv_heads // num_heads)
+    return next(n for n in range(wanted, 0, -1) if side_heads % n == 0)
+
+
+def _working_factors(attn: MultiHeadAttention) -> str:
+    factors = [r for r in (2, 4, 8, 12, 16, 24, 32, 48, 64) if r <= attn.embed_dim]
+    fits = [str(r) for r in factors if _num_side_heads(attn.embed_dim // r, attn.num_heads)]
+    return ", ".join(fits) or "none (the backbone is too narrow)"

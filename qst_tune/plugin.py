@@ -1,0 +1,233 @@
+"""Puts our recipes and configs into torchtune's registry, so that the stock ``tune`` knows them.
+
+torchtune 0.6.1 has no hook for that. torch has one: the entry points of the group
+``torch.backends`` are called at the end of ``import torch``. Ours, :func:`install`, puts one finder
+on ``sys.meta_path``; it waits for three modules of torchtune and changes each right after it was
+executed:
+
+- ``torchtune._recipe_registry``: our recipes and configs are appended to its list;
+- ``torchtune._cli.run`` and ``torchtune._cli.cp``: a misspelt name of ours gets a hint instead of a
+  traceback (see ``cli_hints.py``).
+
+After the third the finder removes itself. Three rules hold, since this file runs in every program
+that imports torch:
+
+- it imports only from the standard library, and only what torch has imported already;
+- no exception leaves it: a failure becomes a warning, and torchtune is then the stock one;
+- ``QST_TUNE_PLUGIN=0`` turns it off.
+
+What it costs, in microseconds, with torch's own line for comparison (autoloading is off because
+``-X importtime`` does not see imports made by entry points)::
+
+    TORCH_DEVICE_BACKEND_AUTOLOAD=0 python -X importtime -c "import torch, qst_tune.plugin" 2>&1 |
+        grep -E " (torch|qst_tune.*)$"
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from importlib.abc import Loader, MetaPathFinder
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
+__all__ = ["install", "report"]
+
+
+class _RecipeEntry(NamedTuple):
+    """A row of the table below: a file in recipes/ and what the registry must know of it."""
+
+    file_name: str
+    methods: tuple[str, ...]
+    supports_distributed: bool
+
+
+# A recipe's configs are the files configs/<family>/<size>_<method>.yaml. A recipe whose file is
+# absent is not listed.
+_RECIPES = {
+    "qst_finetune": _RecipeEntry("qst_finetune.py", ("qst",), supports_distributed=True),
+    "qst_generate": _RecipeEntry("qst_generate.py", ("qst_generate",), supports_distributed=False),
+}
+
+
+def install() -> None:
+    """Arrange that torchtune's registry gets our recipes, now or when it is first imported.
+
+    Never raises. Calling it again changes nothing.
+    """
+    try:
+        if os.environ.get("QST_TUNE_PLUGIN") == "0":
+            return
+        waiting = {name for name in _PATCHES if not _patch_if_imported(name)}
+        installed = any(isinstance(finder, _PatchingFinder) for finder in sys.meta_path)
+        if waiting and not installed:
+            sys.meta_path.insert(0, _PatchingFinder(waiting))
+    except Exception as error:
+        report(error)
+
+
+def report(error: Exception) -> None:
+    """Warn of a failure of the plugin without ever raising, not even under ``python -W error``."""
+    message = (
+        f"qst_tune could not make itself known to torchtune: {error!r}. "
+        "Everything else works as without qst_tune; QST_TUNE_PLUGIN=0 silences this."
+    )
+    try:
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    except RuntimeWarning:
+        sys.stderr.write(message + "\n")
+
+
+# The import hook.
+
+
+class _PatchingFinder(MetaPathFinder):
+    """Finds the modules in ``waiting`` as usual, but has them patched once they are executed."""
+
+    def __init__(self, waiting: set[str]) -> None:
+        self._waiting = waiting
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Return the spec that the other finders give, with a loader that patches the module."""
+        if fullname not in self._waiting:
+            return None
+        # importlib, too, skips finders that have no find_spec.
+        others = [f for f in sys.meta_path if f is not self and hasattr(f, "find_spec")]
+        specs = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next((spec for spec in specs if spec is not None), None)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _PatchingLoader(spec.loader, self._patch)
+        return spec
+
+    def _patch(self, module: ModuleType) -> None:
+        """Patch ``module`` and forget it; after the last one, leave ``sys.meta_path``."""
+        _patch(module)
+        self._waiting.discard(module.__name__)
+        if not self._waiting and self in sys.meta_path:
+            sys.meta_path.remove(self)
+
+
+class _PatchingLoader(Loader):
+    """Executes a module with its own loader, then calls ``after``."""
+
+    def __init__(self, loader: Loader, after: Callable[[ModuleType], None]) -> None:
+        self._loader = loader
+        self._after = after
+
+    def __getattr__(self, name: str) -> Any:
+        """Answer as the module's own loader to those who only look, say for ``get_source``."""
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        """Leave it to the module's own loader."""
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Execute the module, which from then on shows no trace of this loader."""
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        self._after(module)
+
+
+def _patch_if_imported(name: str) -> bool:
+    """Patch the module ``name`` if it was imported before us, and say whether it was."""
+    module = sys.modules.get(name)
+    if module is not None:
+        _patch(module)
+    return module is not None
+
+
+def _patch(module: ModuleType) -> None:
+    """Apply the patch of ``module``; a failure is only reported."""
+    try:
+        _PATCHES[module.__name__](module)
+    except Exception as error:
+        report(error)
+
+
+# The registry.
+
+
+def _register(registry: ModuleType) -> None:
+    """Append to ``torchtune._recipe_registry`` the recipes that it does not have yet."""
+    recipes = registry.get_all_recipes()
+    known = {recipe.name for recipe in recipes}
+    recipes.extend(recipe for recipe in _our_recipes(registry) if recipe.name not in known)
+
+
+def _our_recipes(registry: ModuleType) -> list[Any]:
+    """Return our recipes as torchtune's ``Recipe`` objects, with absolute file paths.
+
+    torchtune joins a file path to the folder of its own recipes, and joining an absolute path to
+    anything gives that path.
+    """
+    recipe_dir, config_dir = _folder("qst_tune.recipes"), _folder("qst_tune.configs")
+    return [
+        registry.Recipe(
+            name=name,
+            file_path=str(recipe_dir / entry.file_name),
+            configs=[
+                registry.Config(name=_config_name(path, config_dir), file_path=str(path))
+                for path in _config_files(config_dir, entry.methods)
+            ],
+            supports_distributed=entry.supports_distributed,
+        )
+        for name, entry in _RECIPES.items()
+        if (recipe_dir / entry.file_name).is_file()
+    ]
+
+
+def _folder(package: str) -> Path:
+    """Find the folder of an installed package without importing the package.
+
+    Args:
+        package (str): dotted name of the package.
+
+    Returns:
+        Path: absolute path of its folder.
+
+    Raises:
+        FileNotFoundError: if the package is not installed.
+    """
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise FileNotFoundError(
+            f"package {package!r} must be installed beside qst_tune; reinstall qst_tune with pip"
+        )
+    return Path(spec.submodule_search_locations[0]).resolve()
+
+
+def _config_files(config_dir: Path, methods: tuple[str, ...]) -> list[Path]:
+    """Return ``<family>/<size>_<method>.yaml`` for each of ``methods``, sorted."""
+    suffixes = tuple(f"_{method}" for method in methods)
+    return sorted(path for path in config_dir.glob("*/*.yaml") if path.stem.endswith(suffixes))
+
+
+def _config_name(path: Path, config_dir: Path) -> str:
+    """Return ``<family>/<size>_<method>``, which torchtune's users write after ``--config``."""
+    return path.relative_to(config_dir).with_suffix("").as_posix()
+
+
+def _add_hints(command_module: ModuleType) -> None:
+    """Give ``tune run`` or ``tune cp`` hints for misspelt names of ours."""
+    from qst_tune import cli_hints  # here, since only the command line needs it
+
+    cli_hints.add_to(command_module, ours=set(_RECIPES))
+
+
+_PATCHES: dict[str, Callable[[ModuleType], None]] = {
+    "torchtune._recipe_registry": _register,
+    "torchtune._cli.run": _add_hints,
+    "torchtune._cli.cp": _add_hints,
+}

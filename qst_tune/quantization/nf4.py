@@ -1,0 +1,168 @@
+"""NF4 weights: torchao's 4-bit format, for any width, quantised and decoded quickly on a CPU.
+
+torchao defines the format (QLoRA, https://arxiv.org/abs/2305.14314: 16 normal-float levels, one
+absmax per 64 weights, those absmax values quantised again to 8 bits). This file only adds what it
+lacks: block sizes that fit every weight, and two lookup tables that replace its slow CPU loops
+bit for bit.
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+from torchao.dtypes.nf4tensor import NF4Tensor, SubclassTensorArgs, get_block_absmax, to_nf4
+
+BLOCK_SIZE = 64
+SCALER_BLOCK_SIZE = 256
+
+
+def nf4_block_sizes(numel: int) -> tuple[int, int]:
+    """Return the largest standard (block, scaler block) sizes that divide a weight evenly.
+
+    torchao fixes 64 and 256, which refuses for example a 576 x 576 weight (SmolLM2): it has
+    5184 blocks, and 5184 is not a multiple of 256.
+
+    Args:
+        numel (int): number of elements of the weight.
+
+    Returns:
+        tuple[int, int]: weights per absmax, and absmax values per second-level factor.
+
+    Raises:
+        ValueError: if ``numel`` is odd, since NF4 stores two codes in a byte.
+    """
+    block_size = math.gcd(numel, BLOCK_SIZE)
+    if numel == 0 or block_size % 2:
+        raise ValueError(
+            f"a weight of {numel} elements cannot be stored as NF4, which packs two codes in a "
+            "byte: use an even number of elements, or quantize_base=False"
+        )
+    return block_size, math.gcd(numel // block_size, SCALER_BLOCK_SIZE)
+
+
+def quantize_nf4(weight: torch.Tensor) -> NF4Tensor:
+    """Quantise a weight to NF4 with double quantisation, exactly as torchao's ``to_nf4`` does.
+
+    One deviation: where a group of absmax values are all equal (a constant or all-zero weight)
+    torchao decodes NaN; here they decode to that value.
+
+    Args:
+        weight (torch.Tensor): a floating-point weight, ``[out_dim, in_dim]``, on any device.
+
+    Returns:
+        NF4Tensor: the same shape, dtype and device, 0.52 bytes an element.
+    """
+    weight = weight.detach().contiguous()
+    block_size, scaler_block_size = nf4_block_sizes(weight.numel())
+    if weight.is_meta:
+        return _meta_nf4(weight, block_size, scaler_block_size)
+    if weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
+        quantized = _quantize_bfloat16(weight, block_size, scaler_block_size)
+    else:
+        quantized = to_nf4(weight, block_size, scaler_block_size)
+    return _mend_equal_scalers(quantized)
+
+
+def dequantize_nf4(weight: NF4Tensor) -> torch.Tensor:
+    """Decode an NF4 weight to its own dtype, bit for bit as torchao's ``get_original_weight``.
+
+    On a CPU a table of all 256 bytes gives two weights a lookup: 0.5 instead of 3.3 ns a weight
+    (2 cores, bf16). Elsewhere torchao's own path is as good and known to ``torch.compile``.
+
+    Args:
+        weight (NF4Tensor): ``[out_dim, in_dim]``.
+
+    Returns:
+        torch.Tensor: ``[out_dim, in_dim]`` in ``weight.dtype``.
+    """
+    if weight.device.type != "cpu":
+        return weight.get_original_weight()
+    absmax = weight.dequantize_scalers(
+        weight.quantized_scalers, weight.quantization_factor, weight.scaler_block_size
+    )
+    # index_select over whole pairs, seen as one integer each, is the fastest gather on a CPU.
+    table = _byte_to_pair(weight.dtype)
+    pairs = torch.index_select(table, 0, weight.quantized_data.int())
+    decoded = pairs.view(weight.dtype).view(-1, weight.block_size)
+    return decoded.mul_(absmax.unsqueeze(-1)).view(weight.shape)
+
+
+def _mend_equal_scalers(quantized: NF4Tensor) -> NF4Tensor:
+    """Make blocks whose absmax all equal their mean decode to it; torchao gives NaN (0 * inf)."""
+    degenerate = torch.isinf(quantized.quantization_factor)
+    quantized.quantization_factor.masked_fill_(degenerate, 1.0)
+    per_scaler = degenerate.repeat_interleave(quantized.scaler_block_size)
+    quantized.quantized_scalers.masked_fill_(per_scaler, 0)
+    return quantized
+
+
+@lru_cache(maxsize=4)
+def _levels(dtype: torch.dtype) -> torch.Tensor:
+    """The 16 NF4 levels as torchao rounds them to ``dtype``."""
+    levels: torch.Tensor = to_nf4(torch.ones(64, dtype=dtype), 64, 1).nf4
+    return levels
+
+
+@lru_cache(maxsize=4)
+def _byte_to_pair(dtype: torch.dtype) -> torch.Tensor:
+    """``[256]`` integers, each the bits of the two levels that a byte of codes stands for."""
+    levels = _levels(dtype)
+    pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=-1)
+    as_one_integer = {2: torch.int32, 4: torch.int64}[dtype.itemsize]
+    return pairs.view(as_one_integer).squeeze(-1).contiguous()
+
+
+@lru_cache(maxsize=1)
+def _bfloat16_to_code() -> torch.Tensor:
+    """``[65536]`` uint8: the code that torchao gives to each bf16 value, indexed by its bits."""
+    every_value = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    codes = NF4Tensor.quantize_tensor_nearest(every_value, _levels(torch.bfloat16))
+    return codes.to(torch.uint8)
+
+
+def _quantize_bfloat16(weight: torch.Tensor, block_size: int, scaler_block_size: int) -> NF4Tensor:
+    """``to_nf4`` with its 16-way nearest search replaced by one lookup (40 times faster)."""
+    flat = weight.flatten()
+    absmax = get_block_absmax(flat, block_size)
+    scaled = (flat.view(-1, block_size) / absmax.unsqueeze(-1)).flatten()
+    bits = scaled.view(torch.int16).int().bitwise_and_(0xFFFF)
+    codes = torch.index_select(_bfloat16_to_code(), 0, bits)
+    return _assemble(
+        weight,
+        block_size,
+        scaler_block_size,
+        *NF4Tensor.double_quantize_scalers(flat, block_size, scaler_block_size),
+        codes[::2] << 4 | codes[1::2],
+        _levels(torch.bfloat16),
+    )
+
+
+def _meta_nf4(weight: torch.Tensor, block_size: int, scaler_block_size: int) -> NF4Tensor:
+    """The tensors of ``to_nf4`` without values; torchao's loop takes 20 s for a 70B model."""
+    num_blocks = weight.numel() // block_size
+    return _assemble(
+        weight,
+        block_size,
+        scaler_block_size,
+        weight.new_empty(num_blocks, dtype=torch.int8),
+        weight.new_empty(num_blocks // scaler_block_size),
+        weight.new_empty(()),
+        weight.new_empty(weight.numel() // 2, dtype=torch.uint8),
+        weight.new_empty(16),
+    )
+
+
+def _assemble(
+    weight: torch.Tensor, block_size: int, scaler_block_size: int, *parts: torch.Tensor
+) -> NF4Tensor:
+    """An NF4Tensor with the shape, dtype and device of ``weight``."""
+    layout = SubclassTensorArgs(
+        weight.size(),
+        weight.stride(),
+        weight.storage_offset(),
+        weight.dtype,
+        weight.device,
+        requires_grad=False,
+    )
+    num_blocks = weight.numel() // block_size
+    return NF4Tensor(layout, block_size, num_blocks, scaler_block_size, *parts)

@@ -1,0 +1,269 @@
+"""Instruction data made from the documentation that every CPython carries."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qst_tune.quickstart.docs_parser import Paragraph, Passage, parse_topic
+
+HELDOUT_FRACTION = 0.1
+# Shorter answers are stubs such as "See section Exceptions."
+_MIN_ANSWER_CHARS = 80
+# A paragraph of this length in two places is the same text, not a common phrase.
+_SAME_TEXT_CHARS = 40
+
+_CALL = re.compile(r"(\w+ )?[\w.]+\([^()]*\)")
+_DOTTED_NAME = re.compile(r"[\w]*[._][\w.]*")
+_CODE = re.compile(r'(?<![\w"])"[^"\s][^"]{0,38}"(?!")')
+_HAS_LETTER = re.compile(r"[^\W\d]")
+
+_SECTION_QUESTIONS = (
+    "Give an overview of {title} in Python.",
+    "What should I know about {title} in Python?",
+    "Tell me about {title} in Python.",
+)
+_SUBSECTION_QUESTIONS = (
+    "In Python, on the subject of {root}: explain {title}.",
+    "What should I know about {title} in Python ({root})?",
+)
+_DETAIL_QUESTIONS = (
+    "On the subject of {title} in Python: what about {code}?",
+    "How does {code} matter for {title} in Python?",
+)
+_CALL_QUESTIONS = (
+    "What does {term} do in Python?",
+    "In Python, what is {term} for?",
+    "Explain {term} in Python.",
+)
+_NAME_QUESTIONS = ("What is {term} in Python?", "Explain {term} in Python.")
+_TERM_QUESTIONS = (
+    "In Python, on the subject of {title}: explain {term}.",
+    "What is meant by {term} in Python ({title})?",
+)
+
+
+@dataclass(frozen=True)
+class DocsSplit:
+    """Where the data is, and how much of it.
+
+    Args:
+        train_path (Path): JSON lines with ``input`` and ``output``.
+        heldout_path (Path): the same, of other topics.
+        num_train (int): rows to train on.
+        num_heldout (int): rows held out.
+        train_topics (tuple[str, ...]): topics that the training rows come from.
+        heldout_topics (tuple[str, ...]): topics that the held-out rows come from.
+    """
+
+    train_path: Path
+    heldout_path: Path
+    num_train: int
+    num_heldout: int
+    train_topics: tuple[str, ...]
+    heldout_topics: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Example:
+    topic: str
+    question: str
+    answer: str
+
+    @property
+    def row(self) -> dict[str, str]:
+        return {"input": self.question, "output": self.answer}
+
+
+def build_python_docs(output_dir: Path, max_answer_chars: int = 640) -> DocsSplit:
+    """Write ``train.jsonl`` and ``heldout.jsonl`` with questions on Python and their answers.
+
+    The bytes depend on the Python version alone. Whole topics are held out, and a text that
+    stands in several topics is used once, so no answer of one file is in the other.
+
+    Args:
+        output_dir (Path): folder to write into; made if absent.
+        max_answer_chars (int): longest answer. The default makes most rows 100 to 250 tokens of
+            SmolLM2 with the prompt.
+
+    Returns:
+        DocsSplit: paths and counts.
+
+    Raises:
+        ValueError: if ``max_answer_chars`` leaves no row for one of the files.
+    """
+    # Here, since it is half a megabyte of text.
+    from pydoc_data.topics import topics
+
+    heldout_topics = choose_heldout(topics)
+    examples = _make_examples(topics, max_answer_chars)
+    train = [e for e in examples if e.topic not in heldout_topics]
+    heldout = [e for e in examples if e.topic in heldout_topics]
+    if not train or not heldout:
+        raise ValueError(
+            f"max_answer_chars={max_answer_chars} leaves {len(train)} rows to train on and "
+            f"{len(heldout)} held out; use more, 640 is the default"
+        )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    return DocsSplit(
+        train_path=_write_rows(output_dir / "train.jsonl", train),
+        heldout_path=_write_rows(output_dir / "heldout.jsonl", heldout),
+        num_train=len(train),
+        num_heldout=len(heldout),
+        train_topics=_topics_of(train),
+        heldout_topics=_topics_of(heldout),
+    )
+
+
+def choose_heldout(topics: Iterable[str]) -> frozenset[str]:
+    """Return a tenth of the topics, the same ones in every run and on every machine.
+
+    Args:
+        topics (Iterable[str]): names of topics.
+
+    Returns:
+        frozenset[str]: at least one of them.
+    """
+    ordered = sorted(topics, key=lambda topic: _stable_hash(topic))
+    return frozenset(ordered[: max(1, round(HELDOUT_FRACTION * len(ordered)))])
+
+
+def demo_question(split: DocsSplit) -> dict[str, str]:
+    """Return the held-out row that best shows what was learnt.
+
+    It is the shortest overview of a topic with a keyword in its title that goes on after the
+    grammar: a question that stands on its own, and an answer whose style shows at a glance.
+
+    Args:
+        split (DocsSplit): what :func:`build_python_docs` returned.
+
+    Returns:
+        dict[str, str]: a row with ``input`` and ``output``.
+    """
+    lines = split.heldout_path.read_text(encoding="utf-8").split("\n")
+    rows: list[dict[str, str]] = [json.loads(line) for line in lines if line]
+    return min(
+        rows, key=lambda row: (not _is_keyword_overview(row), len(row["output"]), row["input"])
+    )
+
+
+def _is_keyword_overview(row: Mapping[str, str]) -> bool:
+    patterns = (re.escape(q).replace(r"\{title\}", '.*".+".*') for q in _SECTION_QUESTIONS)
+    is_topic = any(re.fullmatch(pattern, row["input"]) for pattern in patterns)
+    paragraphs = row["output"].split("\n\n")
+    return is_topic and len(paragraphs) > 1 and not paragraphs[-1].startswith(" ")
+
+
+def _make_examples(topics: Mapping[str, str], max_answer_chars: int) -> list[_Example]:
+    """Turn topics into examples, each text and each question once."""
+    examples: list[_Example] = []
+    seen: set[str] = set()
+    # Short topics first: long ones ("compound") repeat them ("if", "while") among their sections.
+    for topic in sorted(topics, key=lambda name: (len(topics[name]), name)):
+        for example in _topic_examples(topic, topics[topic], max_answer_chars):
+            texts = {p for p in example.answer.split("\n\n") if len(p) >= _SAME_TEXT_CHARS}
+            if seen.isdisjoint({*texts, example.question}):
+                seen.update(texts, [example.question])
+                examples.append(example)
+    return examples
+
+
+def _topic_examples(name: str, text: str, max_answer_chars: int) -> list[_Example]:
+    topic = parse_topic(text)
+    examples = []
+    begun: set[tuple[str, str | None]] = set()
+    for passage in topic.passages:
+        subject = (passage.title, passage.term)
+        opening = None if subject in begun else passage.paragraphs[0]
+        begun.add(subject)
+        for group in _groups(passage.paragraphs, max_answer_chars):
+            answer = "\n\n".join(paragraph.text for paragraph in group)
+            ask = _opening_question if group[0] is opening else _detail_question
+            question = ask(passage, topic.title, answer)
+            if question and len(answer) >= _MIN_ANSWER_CHARS:
+                examples.append(_Example(name, question, answer))
+    return examples
+
+
+def _groups(paragraphs: Sequence[Paragraph], max_chars: int) -> list[list[Paragraph]]:
+    """Gather consecutive paragraphs up to ``max_chars``; what belongs together stays together."""
+    groups: list[list[Paragraph]] = []
+    size = max_chars
+    for unit in _units(paragraphs, max_chars):
+        length = sum(len(p.text) + 2 for p in unit)
+        if not unit or size + length > max_chars:
+            groups.append([])
+            size = 0
+        groups[-1] += unit
+        size += length
+    return [group for group in groups if group]
+
+
+def _units(paragraphs: Sequence[Paragraph], max_chars: int) -> list[list[Paragraph]]:
+    """Put code and lists to the prose that introduces them; empty where one is too long."""
+    units: list[list[Paragraph]] = []
+    for paragraph in paragraphs:
+        if paragraph.kind == "prose":
+            units.append([paragraph])
+        elif units:
+            units[-1].append(paragraph)
+    return [_shorten(unit, max_chars) for unit in units]
+
+
+def _shorten(unit: list[Paragraph], max_chars: int) -> list[Paragraph]:
+    if sum(len(p.text) + 2 for p in unit) > max_chars:
+        unit = unit[:1]
+    prose = unit[0].text
+    announces_nothing = len(unit) == 1 and prose.endswith(":")
+    return [] if announces_nothing or len(prose) + 2 > max_chars else unit
+
+
+def _opening_question(passage: Passage, root: str, answer: str) -> str:
+    """Ask for the subject of a section or of a definition."""
+    if passage.term is None:
+        questions = _SECTION_QUESTIONS if passage.title == root else _SUBSECTION_QUESTIONS
+    elif _CALL.fullmatch(passage.term):
+        questions = _CALL_QUESTIONS
+    elif _DOTTED_NAME.fullmatch(passage.term):
+        questions = _NAME_QUESTIONS
+    else:
+        questions = _TERM_QUESTIONS
+    return _pick(questions, answer).format(
+        title=_in_sentence(passage.title), root=_in_sentence(root), term=passage.term
+    )
+
+
+def _detail_question(passage: Passage, root: str, answer: str) -> str | None:
+    """Ask for a later part, by the code it speaks of; None if it names none."""
+    subject = passage.term or _in_sentence(passage.title)
+    if passage.term is None and passage.title != root:
+        subject = f"{subject} ({_in_sentence(root)})"
+    codes = [code for code in _CODE.findall(answer) if code not in subject]
+    codes.sort(key=lambda code: not _HAS_LETTER.search(code))
+    return _pick(_DETAIL_QUESTIONS, answer).format(title=subject, code=codes[0]) if codes else None
+
+
+def _in_sentence(title: str) -> str:
+    article, _, rest = title.partition(" ")
+    return f"{article.lower()} {rest}" if article in ("The", "A", "An") else title
+
+
+def _pick(phrasings: Sequence[str], text: str) -> str:
+    return phrasings[_stable_hash(text) % len(phrasings)]
+
+
+def _stable_hash(text: str) -> int:
+    # Python's own hash of a string differs from one process to the next.
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def _topics_of(examples: Iterable[_Example]) -> tuple[str, ...]:
+    return tuple(sorted({example.topic for example in examples}))
+
+
+def _write_rows(path: Path, examples: Iterable[_Example]) -> Path:
+    lines = (json.dumps(example.row, ensure_ascii=False) + "\n" for example in examples)
+    path.write_bytes("".join(lines).encode())
+    return path

@@ -1,0 +1,125 @@
+"""QST as the authors' code computes it, transcribed literally; no qst_tune and no torchtune here.
+
+Source: github.com/YouAreSpecialToMe/QST at 27cef0a (Apache-2.0), modeling_llama_qst.py lines
+1006-1117 and 1469-1479, restated as equations. Tensors carry Hugging Face names; rotary embeddings
+are the half-split ones of transformers. Every variant of ours is this one with other choices.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+Weights = dict[str, torch.Tensor]
+
+
+@dataclass
+class Shape:
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    rope_base: float = 10_000.0
+    norm_eps: float = 1e-5
+
+
+def rms_norm(x, weight, eps):
+    x32 = x.float()
+    return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def rotate(x, positions, base):
+    """x: [batch, heads, tokens, head_dim]; positions: [batch, tokens]."""
+    half = x.shape[-1] // 2
+    frequencies = base ** (-torch.arange(half, dtype=torch.float32) / half)
+    angles = positions[:, None, :, None].float() * frequencies
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def attention(w: Weights, prefix, x, mask, positions, shape: Shape):
+    batch, tokens, _ = x.shape
+    q = (x @ w[prefix + "q_proj.weight"].T).view(batch, tokens, shape.num_heads, -1).transpose(1, 2)
+    k = (x @ w[prefix + "k_proj.weight"].T).view(batch, tokens, shape.num_kv_heads, -1)
+    v = (x @ w[prefix + "v_proj.weight"].T).view(batch, tokens, shape.num_kv_heads, -1)
+    repeat = shape.num_heads // shape.num_kv_heads
+    k = k.transpose(1, 2).repeat_interleave(repeat, dim=1)
+    v = v.transpose(1, 2).repeat_interleave(repeat, dim=1)
+    q, k = rotate(q, positions, shape.rope_base), rotate(k, positions, shape.rope_base)
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    scores = scores.masked_fill(~mask[:, None], float("-inf"))
+    out = (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, tokens, -1)
+    return out @ w[prefix + "o_proj.weight"].T
+
+
+def decoder_layer(w: Weights, prefix, x, mask, positions, shape: Shape):
+    normed = rms_norm(x, w[prefix + "input_layernorm.weight"], shape.norm_eps)
+    x = x + attention(w, prefix + "self_attn.", normed, mask, positions, shape)
+    normed = rms_norm(x, w[prefix + "post_attention_layernorm.weight"], shape.norm_eps)
+    gated = F.silu(normed @ w[prefix + "mlp.gate_proj.weight"].T)
+    up = normed @ w[prefix + "mlp.up_proj.weight"].T
+    return x + (gated * up) @ w[prefix + "mlp.down_proj.weight"].T
+
+
+def adapter(w: Weights, prefix, x):
+    y = F.silu(x @ w[prefix + "adapter_A.weight"].T) @ w[prefix + "adapter_B.weight"].T
+    if prefix + "post_layer_norm.weight" in w:
+        scale, shift = w[prefix + "post_layer_norm.weight"], w[prefix + "post_layer_norm.bias"]
+        y = F.layer_norm(y, y.shape[-1:], scale, shift, 1e-5)
+    return y
+
+
+def causal_mask(batch, tokens):
+    return torch.ones(tokens, tokens, dtype=torch.bool).tril().expand(batch, tokens, tokens)
+
+
+def forward(
+    backbone: Weights,
+    side: Weights,
+    ids: torch.Tensor,
+    shape: Shape,
+    side_shape: Shape,
+    mask: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    output_mix: str = "sigmoid",
+) -> Weights:
+    """Every intermediate tensor by name; ``side`` uses the names of golden/llama/side.safetensors.
+
+    One downsampler more than layers means the paper's reading (the first is for the embedding
+    alone); as many means the authors' (the first serves the embedding and layer 1).
+    """
+    batch, tokens = ids.shape
+    mask = causal_mask(batch, tokens) if mask is None else mask
+    positions = torch.arange(tokens).expand(batch, tokens) if positions is None else positions
+    n = shape.num_layers
+    offset = sum(name.endswith("adapter_A.weight") for name in side) - n
+    out: Weights = {}
+    with torch.no_grad():
+        h = backbone["model.embed_tokens.weight"][ids]
+    out["backbone_hidden.0"] = h
+    g = adapter(side, "model.downsample.0.", h)
+    out["side_hidden.0"] = g
+    for i in range(n):
+        with torch.no_grad():
+            h = decoder_layer(backbone, f"model.layers.{i}.", h, mask, positions, shape)
+        beta = torch.sigmoid(side[f"model.z.{i}"])
+        m = (1 - beta) * adapter(side, f"model.downsample.{i + offset}.", h) + beta * g
+        g = decoder_layer(side, f"model.qst_layers.{i}.", m, mask, positions, side_shape)
+        out[f"backbone_hidden.{i + 1}"] = h
+        out[f"side_gated.{i}"] = m
+        out[f"side_hidden.{i + 1}"] = g
+    with torch.no_grad():
+        f = rms_norm(h, backbone["model.norm.weight"], shape.norm_eps)
+    out["backbone_last"] = f
+    out["side_last"] = rms_norm(g, side["model.norm_qst.weight"], side_shape.norm_eps)
+    u = out["side_last"] @ side["upsample.weight"].T + side["upsample.bias"]
+    out["upsampled"] = u
+    if output_mix == "residual":
+        y = f + u
+    else:
+        logit = side["lm_head_z"]
+        alpha = torch.sigmoid(logit) if output_mix == "sigmoid" else logit
+        y = (1 - alpha) * u + alpha * f
+    out["mixed"] = y
+    out["logits"] = y @ backbone["lm_head.weight"].T
+    return out

@@ -1,0 +1,106 @@
+"""The wheel alone, without this repository, gives the stock `tune` our recipes and configs."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import qst_tune
+
+ROOT = Path(__file__).parent.parent
+DISTRIBUTED = ["pyproject.toml", "setup.py", "README.md", "LICENSE"]
+FOLDERS = ["qst_tune", "recipes", "configs"]
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    """Run a command outside the repository and return what it printed."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(
+        [str(word) for word in command], cwd=cwd, env=env, capture_output=True, text=True
+    )
+    assert result.returncode == 0, f"{command} failed:\n{result.stdout}\n{result.stderr}"
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Our wheel, built from a copy: setuptools leaves a build folder beside the sources."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
+    for name in DISTRIBUTED:
+        shutil.copy(ROOT / name, source / name)
+    for name in FOLDERS:
+        no_caches = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, source / name, ignore=no_caches)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--no-index"]
+    run(*pip, "--no-deps", "--no-build-isolation", "--wheel-dir", out, source, cwd=source)
+    (path,) = out.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of a new environment with our wheel in it, and torch from this one.
+
+    A .pth file adds this environment's packages after the new one's own. Python does not read the
+    .pth files of a folder that a .pth file adds, so an editable qst_tune is not found that way.
+    """
+    env = tmp_path_factory.mktemp("env")
+    run(sys.executable, "-m", "venv", "--without-pip", env, cwd=env)
+    python = env / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python]
+    run(*pip, "install", "--no-index", "--no-deps", wheel, cwd=env)
+    here = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    (site_packages(python) / "this_environment.pth").write_text("\n".join(sorted(here)) + "\n")
+    return python
+
+
+def site_packages(python: Path) -> Path:
+    return next((python.parent.parent / "lib").glob("python*")) / "site-packages"
+
+
+def tune(python: Path, *args: str, cwd: Path) -> str:
+    # `tune` itself is a script of the environment that torchtune was installed into.
+    return run(python, "-m", "torchtune._cli.tune", *args, cwd=cwd)
+
+
+def test_wheel_holds_every_file_of_the_three_folders_and_nothing_else(wheel: Path) -> None:
+    paths = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
+    in_tree = {p.relative_to(ROOT).as_posix() for p in paths if p.parent.name != "__pycache__"}
+    expected = {f if f.startswith("qst_tune/") else f"qst_tune/{f}" for f in in_tree}
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    assert {name for name in packed if ".dist-info/" not in name} == expected
+    assert any(name.endswith("LICENSE") for name in packed)
+
+
+def test_wheel_has_the_version_of_the_package(wheel: Path) -> None:
+    assert wheel.name.startswith(f"qst_tune-{qst_tune.__version__}-")
+
+
+def test_packages_are_found_in_site_packages(python: Path, tmp_path: Path) -> None:
+    code = """if True:
+        from importlib.util import find_spec
+        for name in ("qst_tune", "qst_tune.recipes", "qst_tune.configs"):
+            print(find_spec(name).origin)
+    """
+    origins = [Path(line) for line in run(python, "-c", code, cwd=tmp_path).splitlines()]
+    inside = site_packages(python) / "qst_tune"
+    folders = [inside, inside / "recipes", inside / "configs"]
+    assert origins == [folder / "__init__.py" for folder in folders]
+
+
+def test_tune_lists_and_copies_ours(python: Path, tmp_path: Path) -> None:
+    listed = {
+        word for line in tune(python, "ls", cwd=tmp_path).splitlines() for word in line.split()
+    }
+    assert {"qst_finetune", "smollm2/135M_qst"} <= listed
+    tune(python, "cp", "smollm2/135M_qst", "mine.yaml", cwd=tmp_path)
+    copy, original = tmp_path / "mine.yaml", ROOT / "configs" / "smollm2" / "135M_qst.yaml"
+    assert copy.read_bytes() == original.read_bytes()
+
+
+# Here belongs a test that trains two steps with the installed wheel: `tune(python, "run", ...)`.
