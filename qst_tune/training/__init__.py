@@ -1,1 +1,1 @@
-"""Package."""
+"""What a recipe composes: each file one step of a training run."""

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from qst_tune.quickstart import smollm2
 from qst_tune.quickstart.gguf_to_hf import undo_rope_permutation
@@ -131,11 +133,22 @@ def test_interrupted_conversion_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        # As safetensors 0.8 words it.
+        SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        ),
+    ],
+    ids=["OSError", "SafetensorError"],
+)
 def test_full_disk_is_told_in_one_line(
-    tmp_path: Path, index: FakeIndex, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, index: FakeIndex, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def convert(gguf: Path, folder: Path) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     monkeypatch.setattr(smollm2, "convert_gguf", convert)
     with pytest.raises(FetchError, match="is full; free 750 MB") as caught:

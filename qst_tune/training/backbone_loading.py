@@ -1,0 +1,110 @@
+"""Fill a frozen backbone from a checkpoint, weight by weight, quantising on the way."""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torchtune import training
+from torchtune.modules import TransformerDecoder
+
+from qst_tune.errors import UserError
+from qst_tune.modules.nf4_linear import NF4Linear
+from qst_tune.quantization.nf4 import quantize_nf4
+
+SIDE_PREFIX = "side."
+_FINGERPRINT_SAMPLES = 64
+
+
+def load_backbone(
+    model: TransformerDecoder, checkpointer: Any, *, dtype: torch.dtype, device: torch.device
+) -> str:
+    """Load a checkpoint into the backbone of a model that was built on the meta device.
+
+    One file of the checkpoint is open at a time, and each of its weights is quantised, moved and
+    dropped before the next: the unquantised model never lies in memory whole.
+
+    Args:
+        model (TransformerDecoder): backbone parameters on meta; a side network is left alone.
+        checkpointer (Any): one of torchtune's checkpointers, not loaded yet.
+        dtype (torch.dtype): of everything that is not quantised, and of the values that NF4 encodes.
+        device (torch.device): where the backbone shall live.
+
+    Returns:
+        str: fingerprint of the checkpoint's weights, the same for any dtype, device or sharding.
+
+    Raises:
+        UserError: if the checkpoint lacks a weight, or has one more, or one of another shape.
+    """
+    expected = {n for n, _ in model.named_parameters() if not n.startswith(SIDE_PREFIX)}
+    digests: dict[str, str] = {}
+    for weights in _checkpoint_files(checkpointer):
+        while weights:
+            name, weight = weights.popitem()
+            digests[name] = _digest(weight)
+            if name in expected:
+                _set_parameter(model, name, weight, dtype=dtype, device=device)
+            elif not _is_tied_head(model, name):
+                raise UserError(f"the checkpoint has a weight that the model lacks: {name}; {_FIX}")
+    missing = expected - digests.keys()
+    if missing:
+        raise UserError(
+            f"the checkpoint lacks {len(missing)} of the model's {len(expected)} weights, "
+            f"for example {min(missing)}; {_FIX}"
+        )
+    _build_rotary_caches(model, device)
+    summary = "".join(f"{name}:{digests[name]};" for name in sorted(expected))
+    return hashlib.sha256(summary.encode()).hexdigest()
+
+
+_FIX = "name the checkpoint's own architecture in the config's model block"
+
+
+def _checkpoint_files(checkpointer: Any) -> Iterator[dict[str, torch.Tensor]]:
+    """State dicts under torchtune's names, one file of the checkpoint at a time where possible."""
+    paths = getattr(checkpointer, "_checkpoint_paths", None)
+    if not isinstance(checkpointer, training.FullModelHFCheckpointer) or paths is None:
+        yield checkpointer.load_checkpoint()[training.MODEL_KEY]
+        return
+    for path in paths:
+        # torchtune's conversion works on any subset of the weights; only this list decides which.
+        checkpointer._checkpoint_paths = [path]
+        yield checkpointer.load_checkpoint()[training.MODEL_KEY]
+
+
+def _set_parameter(
+    model: nn.Module, name: str, weight: torch.Tensor, *, dtype: torch.dtype, device: torch.device
+) -> None:
+    owner = model.get_submodule(name.rpartition(".")[0])
+    leaf = name.rpartition(".")[2]
+    wanted = tuple(getattr(owner, leaf).shape)
+    if tuple(weight.shape) != wanted:
+        raise UserError(
+            f"{name} has shape {tuple(weight.shape)} in the checkpoint and {wanted} in the model; "
+            f"{_FIX}"
+        )
+    # A copy, also where nothing changes: the source is a view of the memory-mapped file.
+    dense = weight.to(device=device, dtype=dtype, copy=True)
+    is_quantized = isinstance(owner, NF4Linear) and leaf == "weight"
+    value = quantize_nf4(dense) if is_quantized else dense
+    setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
+
+
+def _is_tied_head(model: TransformerDecoder, name: str) -> bool:
+    """True for a head stored beside the embedding it is tied to; the model keeps only one."""
+    return name == "output.weight" and not isinstance(model.output, nn.Module)
+
+
+def _build_rotary_caches(model: TransformerDecoder, device: torch.device) -> None:
+    with device:
+        for module in model.layers.modules():
+            if hasattr(module, "rope_init"):
+                module.rope_init()
+
+
+def _digest(weight: torch.Tensor) -> str:
+    """Hash of shape and a few dozen evenly spaced values, exact in fp32 for fp16 and bf16."""
+    stride = max(1, weight.numel() // _FINGERPRINT_SAMPLES)
+    sample = weight.detach().reshape(-1)[::stride].float().contiguous()
+    return hashlib.sha256(repr(tuple(weight.shape)).encode() + sample.numpy().tobytes()).hexdigest()

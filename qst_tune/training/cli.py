@@ -1,0 +1,126 @@
+"""The outermost layer of a recipe: read the config, and turn a user's mistake into one line."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from torchtune import config
+from torchtune.config._utils import _merge_yaml_and_cli_args
+
+from qst_tune.errors import UserError
+
+USER_ERROR_STATUS = 2
+TRACEBACK_VARIABLE = "QST_TUNE_TRACEBACK"
+
+
+def run_recipe(recipe_main: Callable[[DictConfig], None]) -> None:
+    """Run a recipe's main function on ``--config FILE key=value ...`` and exit.
+
+    A :class:`~qst_tune.errors.UserError` is printed as it is, with exit status 2 and no traceback
+    (set ``QST_TUNE_TRACEBACK=1`` to see one); any other exception is a defect and keeps its own.
+
+    Args:
+        recipe_main (Callable[[DictConfig], None]): the recipe.
+    """
+    try:
+        recipe_main(parse_config(sys.argv[1:]))
+    except UserError as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        sys.exit(USER_ERROR_STATUS)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def parse_config(arguments: list[str]) -> DictConfig:
+    """Merge a YAML file with ``key=value`` overrides, by torchtune's own rules.
+
+    Args:
+        arguments (list[str]): ``--config FILE`` and any number of ``key=value`` or ``~key``.
+
+    Returns:
+        DictConfig: the merged config.
+
+    Raises:
+        UserError: if the file is missing or not a YAML mapping, or an override is malformed.
+    """
+    parser = argparse.ArgumentParser(prog="tune run")
+    parser.add_argument("--config", required=True, type=Path)
+    known, overrides = parser.parse_known_args(arguments)
+    for override in overrides:
+        if override.startswith(("-", "+")) or ("=" not in override and override[0] != "~"):
+            raise UserError(f"override {override!r} is not of the form key=value or ~key")
+    settings = _read_yaml(known.config)
+    try:
+        # torchtune splits at every "="; a value may hold one, so it is put back afterwards.
+        merged = _merge_yaml_and_cli_args(
+            argparse.Namespace(**settings), [_protect_equal_signs(text) for text in overrides]
+        )
+    except Exception as error:  # OmegaConf and YAML raise many types for a malformed override
+        raise UserError(f"overrides: {_first_line(error)}") from error
+    return _restore_equal_signs(merged)
+
+
+def instantiate(block: DictConfig, name: str, *args: Any, **kwargs: Any) -> Any:
+    """Build a component of the config; whatever it raises is named after its block.
+
+    Args:
+        block (DictConfig): has a ``_component_``.
+        name (str): key of the block in the config.
+        *args (Any): positional arguments of the component.
+        **kwargs (Any): keyword arguments of the component.
+
+    Returns:
+        Any: the component.
+
+    Raises:
+        UserError: if the component raises.
+    """
+    try:
+        return config.instantiate(block, *args, **kwargs)
+    except UserError:
+        raise
+    except Exception as error:  # a component may be the user's own code
+        raise UserError(f"{name}: {_first_line(error)}") from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except FileNotFoundError:
+        raise UserError(f"config {path} does not exist; `tune ls` lists the built-in ones") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"config {path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise UserError(f"config {path} is not a mapping of names to values")
+    return content
+
+
+_EQUALS = "\x1f"
+
+
+def _protect_equal_signs(override: str) -> str:
+    key, separator, value = override.partition("=")
+    return key + separator + value.replace("=", _EQUALS)
+
+
+def _restore_equal_signs(node: Any) -> Any:
+    if isinstance(node, DictConfig):
+        plain = OmegaConf.to_container(node, resolve=False)
+        return OmegaConf.create(_restore_equal_signs(plain))
+    if isinstance(node, dict):
+        return {key: _restore_equal_signs(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_restore_equal_signs(value) for value in node]
+    return node.replace(_EQUALS, "=") if isinstance(node, str) else node
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__

@@ -1,0 +1,91 @@
+"""Data parallelism for a side network: every process holds the whole model, gradients are summed.
+
+The frozen backbone needs no communication and the side network is some thousandth of it, so plain
+replication with one all-reduce a step is all there is to do while the 4-bit backbone fits a device.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Join the processes that torchrun started; does nothing for a single process.
+
+    Args:
+        device (torch.device): decides the backend: NCCL for CUDA, Gloo for everything else.
+
+    Yields:
+        None: while the group exists.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """Return this process's number and how many there are; (0, 1) without a process group.
+
+    Returns:
+        tuple[int, int]: rank and world size.
+    """
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def broadcast_parameters(module: nn.Module) -> None:
+    """Give every process the parameters of the first. Collective: call it on all ranks.
+
+    Args:
+        module (nn.Module): changed in place on all ranks but 0.
+    """
+    if dist.is_initialized():
+        for parameter in module.parameters():
+            dist.broadcast(parameter.data, src=0)
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Sum a tensor over all processes. Collective: call it on all ranks.
+
+    Args:
+        values (torch.Tensor): changed in place.
+
+    Returns:
+        torch.Tensor: ``values``.
+    """
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Sum gradients over all processes, in one message. Collective: call it on all ranks.
+
+    Args:
+        parameters (Iterable[nn.Parameter]): their ``grad`` is changed in place; one that is None
+            counts as zero, so that ranks agree on the message.
+    """
+    if not dist.is_initialized():
+        return
+    trained = list(parameters)
+    for parameter in trained:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [p.grad for p in trained if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    for gradient, summed in zip(
+        gradients, flat.split([g.numel() for g in gradients]), strict=True
+    ):
+        gradient.copy_(summed.view_as(gradient))

@@ -1,0 +1,51 @@
+"""Connect a loss of the config to the model, whichever of torchtune's three kinds it is."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchtune.modules.loss import CEWithChunkedOutputLoss
+
+from qst_tune.modules.qst_decoder import QSTDecoder
+
+
+def connect_loss(loss: Any, model: QSTDecoder) -> None:
+    """Make the model return what the loss takes.
+
+    A loss with ``set_model_output`` gets the LM head's input, torchtune's chunked loss gets chunks
+    of logits, any other gets the logits.
+
+    Args:
+        loss (Any): from the config.
+        model (QSTDecoder): changed in place.
+    """
+    if hasattr(loss, "set_model_output"):
+        loss.set_model_output(model)
+    elif isinstance(loss, CEWithChunkedOutputLoss):
+        model.set_num_output_chunks(loss.num_output_chunks)
+
+
+def next_token_loss(
+    model: nn.Module, loss: Any, batch: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the mean loss of predicting each next token.
+
+    Args:
+        model (nn.Module): connected to ``loss`` by :func:`connect_loss`.
+        loss (Any): takes the model's output and labels; has ``ignore_index``.
+        batch (dict[str, torch.Tensor]): ``tokens`` and ``labels`` ``[B, T]``, optionally ``mask``
+            and ``input_pos``.
+
+    Returns:
+        tuple[torch.Tensor, torch.Tensor]: the mean loss, and the int64 number of labels in it.
+    """
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    # Shifting the labels and padding them costs nothing; slicing the logits would copy them.
+    labels = F.pad(batch["labels"][:, 1:], (0, 1), value=loss.ignore_index)
+    output = model(**inputs)
+    num_labels = (labels != loss.ignore_index).sum()
+    takes_tokens = hasattr(loss, "set_model_output") or isinstance(output, list)
+    if not takes_tokens:
+        output, labels = output.flatten(0, 1), labels.flatten()
+    return loss(output, labels), num_labels

@@ -1,0 +1,111 @@
+"""Where the memory of a training run goes, counted in bytes and not guessed from the outside."""
+
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torchao.dtypes.nf4tensor import NF4Tensor
+
+GIB = 1024**3
+
+
+@dataclass
+class ActivationCount:
+    """Bytes that autograd kept for backward.
+
+    Args:
+        storages (dict[int, int]): bytes by address of each storage, so that none counts twice.
+    """
+
+    storages: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        """Sum over the storages."""
+        return sum(self.storages.values())
+
+
+@contextmanager
+def count_saved_activations(exclude: nn.Module) -> Iterator[ActivationCount]:
+    """Count the distinct bytes that a forward pass keeps for backward.
+
+    Args:
+        exclude (nn.Module): its parameters are not activations, even where autograd keeps them.
+
+    Yields:
+        ActivationCount: filled while the block runs.
+    """
+    count = ActivationCount()
+    kept: list[torch.Tensor] = []  # alive until the end, so that no address is used twice
+    parameters = {p.untyped_storage().data_ptr() for p in _plain_tensors(exclude)}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            count.storages[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor.detach())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield count
+
+
+def parameter_bytes(module: nn.Module) -> int:
+    """Bytes of all parameters and buffers below a module, each storage once.
+
+    Args:
+        module (nn.Module): may hold NF4 tensors.
+
+    Returns:
+        int: bytes.
+    """
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _plain_tensors(module)
+    }
+    return sum(storages.values())
+
+
+def optimizer_bytes(optimizer: Optimizer) -> int:
+    """Bytes of the state that an optimizer holds beside the parameters.
+
+    Args:
+        optimizer (Optimizer): after at least one step.
+
+    Returns:
+        int: bytes.
+    """
+    return sum(
+        value.numel() * value.element_size()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    )
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak of this run so far: the allocator's on CUDA, the process's resident set elsewhere.
+
+    Args:
+        device (torch.device): where the model is.
+
+    Returns:
+        int: bytes.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def _plain_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Parameters and buffers, an NF4 tensor as the plain tensors it is made of."""
+    for tensor in [*module.parameters(), *module.buffers()]:
+        if isinstance(tensor, NF4Tensor):
+            yield from (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        else:
+            yield tensor

@@ -1,0 +1,41 @@
+"""Loss on held-out data."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torchtune import utils
+
+from qst_tune.training.distributed import sum_over_ranks
+from qst_tune.training.loss import next_token_loss
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: nn.Module,
+    loss: Any,
+    batches: Iterable[dict[str, torch.Tensor]],
+    device: torch.device,
+) -> float:
+    """Mean loss over every label of a dataset, on any number of devices.
+
+    Args:
+        model (nn.Module): put into evaluation mode meanwhile.
+        loss (Any): the training loss.
+        batches (Iterable[dict[str, torch.Tensor]]): this process's share.
+        device (torch.device): the model's.
+
+    Returns:
+        float: nats a token; NaN if there is no label.
+    """
+    was_training = model.training
+    model.eval()
+    total = torch.zeros(2, dtype=torch.float64)
+    for batch in batches:
+        utils.batch_to_device(batch, device)
+        mean, num_labels = next_token_loss(model, loss, batch)
+        total += torch.stack([mean.double().cpu() * num_labels.cpu(), num_labels.double().cpu()])
+    model.train(was_training)
+    summed, count = sum_over_ranks(total.to(device if device.type == "cuda" else "cpu")).tolist()
+    return summed / count if count else float("nan")
