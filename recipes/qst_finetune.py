@@ -1,10 +1,12 @@
 """Fine-tune a language model with Quantized Side Tuning (QST), on one device or on many.
 
+Examples::
+
     tune run qst_finetune --config smollm2/135M_qst
     tune run --nproc_per_node 8 qst_finetune --config llama3_1/8B_qst
 
-The backbone is frozen in NF4 and only runs forward; a small side network trains. The config keys are
-torchtune's: a LoRA config becomes a QST config by changing its ``model`` block.
+The backbone is frozen in NF4 and only runs forward; a small side network trains. The config keys
+are torchtune's: a LoRA config becomes a QST config by changing its ``model`` block.
 """
 
 import time
@@ -17,9 +19,6 @@ from torchtune import config, training, utils
 from tqdm import tqdm
 
 from qst_tune.errors import UserError
-from qst_tune.modules.qst_decoder import QSTDecoder
-from qst_tune.training.architecture_check import check_architecture
-from qst_tune.training.backbone_loading import load_backbone
 from qst_tune.training.cli import instantiate, run_recipe
 from qst_tune.training.config_check import check_checkpoint_dir, check_config
 from qst_tune.training.data import (
@@ -43,9 +42,16 @@ from qst_tune.training.memory import (
     parameter_bytes,
     peak_memory_bytes,
 )
+from qst_tune.training.model_setup import (
+    build_on_meta,
+    choose_device,
+    choose_dtype,
+    load_frozen_backbone,
+)
 from qst_tune.training.output_folder import output_folder
 from qst_tune.training.parameter_groups import parameter_groups
-from qst_tune.training.side_checkpoint import BackboneId, save_side_network
+from qst_tune.training.run_summary import RunSummary
+from qst_tune.training.side_checkpoint import save_side_network
 from qst_tune.training.validation import held_out_loss
 
 REQUIRED_KEYS = (
@@ -97,11 +103,13 @@ class QSTFinetuneRecipe:
 
     def __init__(self, cfg: DictConfig) -> None:
         self.cfg = cfg
-        self.device = _device(cfg)
-        self.dtype = _dtype(cfg, self.device)
+        self.device = choose_device(cfg)
+        self.dtype = choose_dtype(cfg, self.device)
         self.output_dir = Path(cfg.output_dir)
         self.accumulation = cfg.get("gradient_accumulation_steps") or 1
         self.global_step = 0
+        self.num_tokens = 0
+        self.step_seconds = 0.0
 
     @property
     def is_main(self) -> bool:
@@ -163,25 +171,16 @@ class QSTFinetuneRecipe:
 
     def _setup_model(self) -> None:
         cfg = self.cfg
-        self.model = _build_on_meta(cfg, self.dtype)
-        checkpoint_dir = check_checkpoint_dir(cfg.checkpointer)
-        check_architecture(self.model, checkpoint_dir)
+        self.model = build_on_meta(cfg, self.dtype)
         max_seq_len = getattr(self.tokenizer, "max_seq_len", None)
         if max_seq_len and max_seq_len > self.model.max_seq_len:
             raise UserError(
                 f"tokenizer.max_seq_len={max_seq_len} is longer than the model's max_seq_len "
                 f"{self.model.max_seq_len}: lower it"
             )
-        start = time.perf_counter()
-        checkpointer = instantiate(cfg.checkpointer, "checkpointer")
-        fingerprint = load_backbone(
-            self.model, checkpointer, dtype=self.dtype, device=self.device
+        self.backbone_id = load_frozen_backbone(
+            self.model, cfg, dtype=self.dtype, device=self.device
         )
-        quantized = cfg.model.get("quantize_base", True)
-        self.backbone_id = BackboneId(
-            checkpoint_dir.resolve().name, fingerprint, "nf4" if quantized else "none"
-        )
-        self._say(f"backbone loaded in {time.perf_counter() - start:.1f} s")
         self.model.side.materialize(self.device)
         broadcast_parameters(self.model.side)
         self.model.side.recompute = cfg.get("enable_activation_checkpointing", False)
@@ -208,7 +207,8 @@ class QSTFinetuneRecipe:
         """Run all epochs; validate on the way and save the side network after each epoch."""
         cfg = self.cfg
         self.model.train()
-        self.losses = {}
+        self.summary = RunSummary(trainable_parameters=sum(p.numel() for p in self.trained))
+        start = time.perf_counter()
         self._validate()
         num_steps = cfg.epochs * self.steps_per_epoch
         progress = tqdm(total=num_steps, desc="qst_finetune", disable=not self.is_main)
@@ -221,7 +221,8 @@ class QSTFinetuneRecipe:
                     profiler.step()
                     self._validate_if_due(num_steps)
                 self._save()
-        self._report_memory()
+        self.summary.seconds = time.perf_counter() - start
+        self._report()
 
     def _train_step(self, batches: Any, progress: Any) -> None:
         """One optimizer step over ``gradient_accumulation_steps`` batches."""
@@ -241,6 +242,9 @@ class QSTFinetuneRecipe:
         metrics["loss"] = (loss_sum / num_labels.clamp(min=1)).item()
         elapsed = time.perf_counter() - start
         metrics["tokens_per_second_per_gpu"] = num_tokens / elapsed
+        self.num_tokens += num_tokens
+        self.step_seconds += elapsed
+        self.summary.train_loss[self.global_step] = metrics["loss"]
         self._log(metrics, progress)
 
     def _forward_backward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -294,7 +298,7 @@ class QSTFinetuneRecipe:
         if self.held_out is None:
             return
         loss = held_out_loss(self.model, self.loss, self.held_out, self.device)
-        self.losses[self.global_step] = loss
+        self.summary.held_out_loss[self.global_step] = loss
         if self.is_main:
             self.metric_logger.log("val_loss", loss, step=self.global_step)
             what = "quantised base model" if self.global_step == 0 else f"step {self.global_step}"
@@ -308,31 +312,31 @@ class QSTFinetuneRecipe:
             folder,
             self.model.side,
             backbone=self.backbone_id,
-            model_block=OmegaConf.to_container(self.cfg.model, resolve=True),
+            model_block=_plain(self.cfg.model),
             recipe_config=OmegaConf.to_yaml(self.cfg, resolve=True),
-            results={f"held-out loss at step {k}": v for k, v in self.losses.items()},
+            results={
+                f"held-out loss at step {k}": v for k, v in self.summary.held_out_loss.items()
+            },
         )
         size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
         tqdm.write(f"side network saved to {folder} ({size:.1f} MB)")
 
-    def _report_memory(self) -> None:
+    def _report(self) -> None:
         side = parameter_bytes(self.model.side)
         parts = {
             "peak": peak_memory_bytes(self.device),
-            "weights (frozen)": parameter_bytes(self.model) - side,
+            "frozen weights": parameter_bytes(self.model) - side,
             "trainable": side,
             "optimizer": optimizer_bytes(self.optimizer),
             "activations kept": self.activation_bytes,
         }
-        gib = {name: num_bytes / GIB for name, num_bytes in parts.items()}
-        self._say("memory, GiB: " + ", ".join(f"{name} {size:.3f}" for name, size in gib.items()))
+        self.summary.memory_gib = {name: size / GIB for name, size in parts.items()}
+        self.summary.tokens_per_second = self.num_tokens / self.step_seconds
         if self.is_main:
-            figures = {f"memory_gib/{name.split()[0]}": size for name, size in gib.items()}
-            self.metric_logger.log_dict(figures, step=self.global_step)
-
-    def _say(self, message: str) -> None:
-        if self.is_main:
-            log.info(message)
+            self.summary.write(self.output_dir)
+            sizes = ", ".join(f"{k} {v:.3f}" for k, v in self.summary.memory_gib.items())
+            log.info(f"memory, GiB: {sizes}")
+            log.info(f"{self.summary.tokens_per_second:.0f} tokens/s; {self.output_dir}/loss.png")
 
     def cleanup(self) -> None:
         """Close what writes."""
@@ -340,34 +344,9 @@ class QSTFinetuneRecipe:
             self.metric_logger.close()
 
 
-def _device(cfg: DictConfig) -> torch.device:
-    try:
-        device: torch.device = utils.get_device(device=cfg.device)
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device={cfg.device} cannot be used: {reason}") from error
-    return device
-
-
-def _dtype(cfg: DictConfig, device: torch.device) -> torch.dtype:
-    if cfg.dtype not in ("bf16", "fp32"):
-        raise UserError(f"dtype={cfg.dtype} is not supported: use bf16 or fp32")
-    try:
-        dtype: torch.dtype = training.get_dtype(cfg.dtype, device=device)
-    except RuntimeError as error:
-        raise UserError(f"dtype={cfg.dtype} cannot be used on {device}: use fp32") from error
-    return dtype
-
-
-def _build_on_meta(cfg: DictConfig, dtype: torch.dtype) -> QSTDecoder:
-    with training.set_default_dtype(dtype), torch.device("meta"):
-        model = instantiate(cfg.model, "model")
-    if not isinstance(model, QSTDecoder):
-        raise UserError(
-            f"model: {cfg.model._component_} does not build a QST model; use one of "
-            "qst_tune.models.qst_*"
-        )
-    return model
+def _plain(block: DictConfig) -> dict[str, Any]:
+    resolved: Any = OmegaConf.to_container(block, resolve=True)
+    return dict(resolved)
 
 
 def _check_switches(cfg: DictConfig) -> None:

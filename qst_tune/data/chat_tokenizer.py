@@ -25,7 +25,7 @@ _NAMED_TOKENS = (
 )
 
 
-class HFChatTokenizer(ModelTokenizer, Transform):  # type: ignore[misc]  # torchtune is untyped
+class HFChatTokenizer(ModelTokenizer, Transform):
     """Tokenizes whole conversations with the chat template a model was trained with.
 
     The conversation is rendered once and tokenized once, so its tokens are those of transformers'

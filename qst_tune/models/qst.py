@@ -86,7 +86,7 @@ def qst_decoder(
 
     Raises:
         ValueError: if a name is unknown, r does not fit the backbone, or a weight cannot be NF4.
-    """  # noqa: DOC502  # raised where the values are used
+    """
     if variant not in VARIANTS:
         raise ValueError(f"variant={variant!r} is unknown; choose one of {', '.join(VARIANTS)}")
     chosen = {
@@ -96,7 +96,7 @@ def qst_decoder(
         "share_first_downsample": share_first_downsample,
         "downsample_norm": downsample_norm,
     }
-    settings = {
+    settings: dict[str, Any] = {
         name: VARIANTS[variant][name] if value is None else value for name, value in chosen.items()
     }
     device = backbone.tok_embeddings.weight.device
@@ -131,7 +131,9 @@ def _side_network(
     upsample_type = ZeroLinear if output_mix == "residual" else nn.Linear
     return SideNetwork(
         downsample=nn.ModuleList(
-            build_downsample(downsample, embed_dim, shape.embed_dim, rank=rank, norm=downsample_norm)
+            build_downsample(
+                downsample, embed_dim, shape.embed_dim, rank=rank, norm=downsample_norm
+            )
             for _ in range(num_downsamplers)
         ),
         gates=nn.ModuleList(
@@ -139,7 +141,7 @@ def _side_network(
             for _ in range(num_layers)
         ),
         blocks=build_side_blocks(backbone.layers, shape),
-        norm=resize_norm(backbone.norm, shape.embed_dim),
+        norm=resize_norm(backbone.norm, shape.embed_dim) or nn.Identity(),
         upsample=upsample_type(shape.embed_dim, embed_dim),
         output_mix=build_output_mix(output_mix, embed_dim if output_mix == "sigmoid" else 1),
     )
@@ -160,7 +162,9 @@ def qst_builder(backbone_builder: Callable[..., TransformerDecoder]) -> Callable
     side_parameters = list(inspect.signature(qst_decoder).parameters.values())[1:]
 
     def build(*args: Any, **kwargs: Any) -> QSTDecoder:
-        for_backbone = {name: kwargs.pop(name) for name in list(kwargs) if name in backbone_parameters}
+        for_backbone = {
+            name: kwargs.pop(name) for name in list(kwargs) if name in backbone_parameters
+        }
         return qst_decoder(backbone_builder(*args, **for_backbone), **kwargs)
 
     build.__name__ = build.__qualname__ = f"qst_{backbone_builder.__name__}"

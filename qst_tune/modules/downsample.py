@@ -1,4 +1,4 @@
-"""Downsamplers: they bring a hidden state of the backbone to the width of the side network.
+r"""Downsamplers: they bring a hidden state of the backbone to the width of the side network.
 
 The five of QST (https://arxiv.org/abs/2401.07159, section 3.2); D is the backbone's width,
 S = D / r the side network's, R the rank:
@@ -8,7 +8,7 @@ kind       equation                            parameters         kept for its g
 =========  ==================================  =================  ==========================
 linear     :math:`W h`                         D S                h
 lora       :math:`B A h`                       (D + S) R          h and A h
-adapter    :math:`B \\sigma(A h)`               (D + S) R          h and A h
+adapter    :math:`B \sigma(A h)`                (D + S) R          h and A h
 maxpool    max over r neighbouring channels    none               nothing
 avgpool    mean over r neighbouring channels   none               nothing
 =========  ==================================  =================  ==========================
@@ -93,7 +93,7 @@ class PoolDownsample(nn.Module):
         in_dim = h.shape[-1]
         if in_dim % self.out_dim == 0:
             windows = h.unflatten(-1, (self.out_dim, in_dim // self.out_dim))
-            return windows.amax(-1) if self.kind == "maxpool" else windows.mean(-1)
+            return torch.amax(windows, -1) if self.kind == "maxpool" else torch.mean(windows, -1)
         pool = F.adaptive_max_pool1d if self.kind == "maxpool" else F.adaptive_avg_pool1d
         pooled: torch.Tensor = pool(h.flatten(0, -2).unsqueeze(1), self.out_dim)
         return pooled.view(*h.shape[:-1], self.out_dim)
@@ -123,7 +123,7 @@ def build_downsample(
     if kind == "linear":
         return nn.Linear(in_dim, out_dim, bias=False)
     if kind in ("maxpool", "avgpool"):
-        return PoolDownsample(out_dim, kind)  # type: ignore[arg-type]  # narrowed by the line above
+        return PoolDownsample(out_dim, kind)
     if rank < 1:
         raise ValueError(f"rank={rank} of the {kind} downsampler must be at least 1")
     activation = nn.SiLU() if kind == "adapter" else None

@@ -17,7 +17,9 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 class LinearCrossEntropyLoss(nn.Module):
     r"""Mean cross entropy of a frozen LM head's logits, computed from the head's input.
 
-    .. math:: \frac{1}{n} \sum_{i: t_i \neq \text{ignore}} -\log \mathrm{softmax}(\mathrm{head}(y_i))_{t_i}
+    .. math::
+        \frac{1}{n} \sum_{i:\, t_i \neq \text{ignore}}
+        -\log \mathrm{softmax}(\mathrm{head}(y_i))_{t_i}
 
     The head is frozen, so all that backward needs is the gradient of its input y, ``[N, D]``. It is
     computed in the forward pass, a chunk of tokens at a time: the full ``[N, V]`` logits (16 GiB in
@@ -70,7 +72,7 @@ class LinearCrossEntropyLoss(nn.Module):
         if self._head is None:
             raise RuntimeError("LinearCrossEntropyLoss: call set_model_output(model) first")
         kept = labels != self.ignore_index
-        total: torch.Tensor = _ChunkedCrossEntropy.apply(
+        total: torch.Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
             hidden[kept], labels[kept], self._head, self.chunk_tokens
         )
         return total / kept.sum().clamp(min=1)

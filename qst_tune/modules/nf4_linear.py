@@ -19,7 +19,7 @@ class _MatmulNF4(torch.autograd.Function):
         return F.linear(x, dequantize_nf4(weight).to(x.dtype))
 
     @staticmethod
-    def backward(  # type: ignore[override]  # autograd passes one gradient per output
+    def backward(
         ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
         weight: NF4Tensor = ctx.weight  # type: ignore[attr-defined]
@@ -58,7 +58,7 @@ class NF4Linear(nn.Linear):
         Returns:
             torch.Tensor: ``[..., out_dim]`` in the dtype of ``input``.
         """
-        y = _MatmulNF4.apply(input, self.weight)
+        y: torch.Tensor = _MatmulNF4.apply(input, self.weight)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y + self.bias
 
 

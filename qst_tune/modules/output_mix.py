@@ -16,8 +16,8 @@ class ResidualMix(nn.Module):
     r"""Add the side network to the backbone: :math:`y = f + u`.
 
     With an upsampler that starts at zero the model starts exactly at the backbone, and the
-    upsampler has a gradient from the first step. Under the paper's mix it has none while alpha is 1.
-    No parameters. Not in the paper.
+    upsampler has a gradient from the first step. Under the paper's mix it has none while alpha
+    is 1. No parameters. Not in the paper.
     """
 
     def forward(self, f: torch.Tensor, u: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """The QST model: a frozen decoder that only runs forward, and a side network that trains."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,8 +14,8 @@ from qst_tune.modules.side_network import SideNetwork
 class QSTDecoder(TransformerDecoder):
     """Quantized Side Tuning over any torchtune decoder.
 
-    The backbone's ``tok_embeddings``, ``layers``, ``norm`` and ``output`` keep torchtune's names and
-    are frozen; ``side`` is added. So a stock checkpoint loads with exactly the ``side.`` keys
+    The backbone's ``tok_embeddings``, ``layers``, ``norm`` and ``output`` keep torchtune's names
+    and are frozen; ``side`` is added. So a stock checkpoint loads with exactly the ``side.`` keys
     missing, and torchtune's generation and chunked output see the model they know.
 
     The backbone runs under ``no_grad``, one layer at a time and interleaved with the side network:
@@ -82,7 +83,7 @@ class QSTDecoder(TransformerDecoder):
             decoder_max_seq_len (int | None): length of the caches; default ``max_seq_len``.
         """
         super().setup_caches(batch_size, dtype, decoder_max_seq_len=decoder_max_seq_len)
-        for block in self.side.blocks:
+        for block in self._side_blocks():
             block.setup_caches(
                 batch_size,
                 dtype,
@@ -95,10 +96,14 @@ class QSTDecoder(TransformerDecoder):
 
         Raises:
             RuntimeError: if no caches are set up.
-        """  # noqa: DOC502  # raised by the call to super
+        """
         super().reset_caches()
-        for block in self.side.blocks:
+        for block in self._side_blocks():
             block.reset_cache()
+
+    def _side_blocks(self) -> Iterable[Any]:
+        """The side blocks as the torchtune layers they are; ``nn.Module`` hides their methods."""
+        return self.side.blocks
 
     def forward(
         self,
@@ -130,7 +135,8 @@ class QSTDecoder(TransformerDecoder):
             encoder_mask=encoder_mask,
             input_pos=input_pos,
         )
-        y_BTD = self._last_hidden_state(tokens, mask=mask, input_pos=input_pos)
+        run = self._backbone_only if self.side.disabled else self._backbone_and_side
+        y_BTD = run(tokens, mask=mask, input_pos=input_pos)
         if self.skip_output_layer:
             return y_BTD
         if self.num_output_chunks > 0:
@@ -139,19 +145,25 @@ class QSTDecoder(TransformerDecoder):
         logits: torch.Tensor = self.output(y_BTD).float()
         return logits
 
-    def _last_hidden_state(
+    def _backbone_and_side(
         self, tokens: torch.Tensor, *, mask: _MaskType | None, input_pos: torch.Tensor | None
     ) -> torch.Tensor:
         """The input of the LM head, ``[B, T, D]``."""
-        side_runs = not self.side.disabled
         h_BTD = _frozen(self.tok_embeddings, tokens)
-        g_BTS = self.side.start(h_BTD) if side_runs else None
+        g_BTS = self.side.start(h_BTD)
         for index, layer in enumerate(self.layers):
             h_BTD = _frozen(layer, h_BTD, mask=mask, input_pos=input_pos)
-            if side_runs:
-                g_BTS = self.side.step(index, h_BTD, g_BTS, mask=mask, input_pos=input_pos)
-        f_BTD = _frozen(self.norm, h_BTD)
-        return self.side.finish(f_BTD, g_BTS) if side_runs else f_BTD
+            g_BTS = self.side.step(index, h_BTD, g_BTS, mask=mask, input_pos=input_pos)
+        return self.side.finish(_frozen(self.norm, h_BTD), g_BTS)
+
+    def _backbone_only(
+        self, tokens: torch.Tensor, *, mask: _MaskType | None, input_pos: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The input of the LM head as the backbone alone gives it, ``[B, T, D]``."""
+        h_BTD = _frozen(self.tok_embeddings, tokens)
+        for layer in self.layers:
+            h_BTD = _frozen(layer, h_BTD, mask=mask, input_pos=input_pos)
+        return _frozen(self.norm, h_BTD)
 
 
 @torch.no_grad()

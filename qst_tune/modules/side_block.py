@@ -5,9 +5,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
-from torchtune.modules import MultiHeadAttention, TransformerSelfAttentionLayer
+from torchtune.modules import FeedForward, MultiHeadAttention, TransformerSelfAttentionLayer
 
 MIN_HEAD_DIM = 4
+
+# Arguments beside ``dim`` of torchtune's rotary embeddings, plain and scaled.
+_ROPE_SETTINGS = (
+    "max_seq_len",
+    "base",
+    "scale_factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "old_context_len",
+)
 
 
 @dataclass(frozen=True)
@@ -115,14 +125,16 @@ def resize_norm(norm: nn.Module | None, dim: int) -> nn.Module | None:
     """Build a fresh norm of the same type and epsilon over ``dim`` channels.
 
     Args:
-        norm (nn.Module | None): RMSNorm, LayerNorm or the like; Identity and None stay themselves.
+        norm (nn.Module | None): RMSNorm, LayerNorm or the like; Identity and None stay.
         dim (int): number of channels of the new norm.
 
     Returns:
         nn.Module | None: the new norm, its weights at their initial values.
     """
-    if norm is None or isinstance(norm, nn.Identity):
-        return norm
+    if norm is None:
+        return None
+    if isinstance(norm, nn.Identity):
+        return nn.Identity()  # not the backbone's: two networks must not share a module
     return type(norm)(dim, eps=norm.eps)
 
 
@@ -149,7 +161,7 @@ def _side_attention(
     )
 
 
-def _side_mlp(mlp: nn.Module, shape: SideShape) -> nn.Module:
+def _side_mlp(mlp: FeedForward, shape: SideShape) -> FeedForward:
     up_proj = mlp.w3 and _linear_like(mlp.w3, shape.embed_dim, shape.hidden_dim)
     return type(mlp)(
         gate_proj=_linear_like(mlp.w1, shape.embed_dim, shape.hidden_dim),
@@ -167,12 +179,7 @@ def _side_rope(rope: nn.Module | None, head_dim: int) -> nn.Module | None:
     """A rotary embedding of the same type and settings for another head_dim."""
     if rope is None:
         return None
-    settings = {
-        name: getattr(rope, name)
-        for name in ("max_seq_len", "base", "scale_factor", "low_freq_factor", "high_freq_factor")
-        + ("old_context_len",)
-        if hasattr(rope, name)
-    }
+    settings = {name: getattr(rope, name) for name in _ROPE_SETTINGS if hasattr(rope, name)}
     return type(rope)(dim=head_dim, **settings)
 
 

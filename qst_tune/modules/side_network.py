@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torchtune.models.gemma.rms_norm import GemmaRMSNorm
 from torchtune.modules import RMSNorm
 from torchtune.modules.attention_utils import _MaskType
 
@@ -132,16 +133,24 @@ class SideNetwork(nn.Module):
 
         Args:
             device (torch.device): where to put it.
+
+        Raises:
+            ValueError: if a module with parameters has no known initial value.
         """
         self.to_empty(device=device)
         with device:
             for module in self.modules():
-                if hasattr(module, "reset_parameters"):
-                    module.reset_parameters()
-                elif hasattr(module, "rope_init"):
-                    module.rope_init()
-                elif isinstance(module, RMSNorm):  # has no reset_parameters
+                for initializer in ("reset_parameters", "rope_init"):
+                    getattr(module, initializer, lambda: None)()
+                if isinstance(module, RMSNorm):  # has no reset_parameters
                     nn.init.ones_(module.scale)
+                elif isinstance(module, GemmaRMSNorm):  # neither; it multiplies by 1 + scale
+                    nn.init.zeros_(module.scale)
+                elif list(module.parameters(recurse=False)):  # would stay uninitialised memory
+                    raise ValueError(
+                        f"{type(module).__name__} cannot be initialised in place: it has no "
+                        "reset_parameters; build the model on its device instead of on meta"
+                    )
 
     def start(self, h_BTD: torch.Tensor) -> torch.Tensor:
         """Give the first side state from the embedding.

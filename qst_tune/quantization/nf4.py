@@ -43,9 +43,6 @@ def nf4_block_sizes(numel: int) -> tuple[int, int]:
 def quantize_nf4(weight: torch.Tensor) -> NF4Tensor:
     """Quantise a weight to NF4 with double quantisation, exactly as torchao's ``to_nf4`` does.
 
-    One deviation: where a group of absmax values are all equal (a constant or all-zero weight)
-    torchao decodes NaN; here they decode to that value.
-
     Args:
         weight (torch.Tensor): a floating-point weight, ``[out_dim, in_dim]``, on any device.
 
@@ -57,10 +54,8 @@ def quantize_nf4(weight: torch.Tensor) -> NF4Tensor:
     if weight.is_meta:
         return _meta_nf4(weight, block_size, scaler_block_size)
     if weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
-        quantized = _quantize_bfloat16(weight, block_size, scaler_block_size)
-    else:
-        quantized = to_nf4(weight, block_size, scaler_block_size)
-    return _mend_equal_scalers(quantized)
+        return _quantize_bfloat16(weight, block_size, scaler_block_size)
+    return to_nf4(weight, block_size, scaler_block_size)
 
 
 def dequantize_nf4(weight: NF4Tensor) -> torch.Tensor:
@@ -76,7 +71,8 @@ def dequantize_nf4(weight: NF4Tensor) -> torch.Tensor:
         torch.Tensor: ``[out_dim, in_dim]`` in ``weight.dtype``.
     """
     if weight.device.type != "cpu":
-        return weight.get_original_weight()
+        original: torch.Tensor = weight.get_original_weight()
+        return original
     absmax = weight.dequantize_scalers(
         weight.quantized_scalers, weight.quantization_factor, weight.scaler_block_size
     )
@@ -84,16 +80,8 @@ def dequantize_nf4(weight: NF4Tensor) -> torch.Tensor:
     table = _byte_to_pair(weight.dtype)
     pairs = torch.index_select(table, 0, weight.quantized_data.int())
     decoded = pairs.view(weight.dtype).view(-1, weight.block_size)
-    return decoded.mul_(absmax.unsqueeze(-1)).view(weight.shape)
-
-
-def _mend_equal_scalers(quantized: NF4Tensor) -> NF4Tensor:
-    """Make blocks whose absmax all equal their mean decode to it; torchao gives NaN (0 * inf)."""
-    degenerate = torch.isinf(quantized.quantization_factor)
-    quantized.quantization_factor.masked_fill_(degenerate, 1.0)
-    per_scaler = degenerate.repeat_interleave(quantized.scaler_block_size)
-    quantized.quantized_scalers.masked_fill_(per_scaler, 0)
-    return quantized
+    scaled: torch.Tensor = decoded.mul_(absmax.unsqueeze(-1)).view(weight.shape)
+    return scaled
 
 
 @lru_cache(maxsize=4)

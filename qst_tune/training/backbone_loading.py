@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from torchtune import training
-from torchtune.modules import TransformerDecoder
+from torchtune.modules import RMSNorm, TransformerDecoder
 
 from qst_tune.errors import UserError
 from qst_tune.modules.nf4_linear import NF4Linear
@@ -28,7 +28,7 @@ def load_backbone(
     Args:
         model (TransformerDecoder): backbone parameters on meta; a side network is left alone.
         checkpointer (Any): one of torchtune's checkpointers, not loaded yet.
-        dtype (torch.dtype): of everything that is not quantised, and of the values that NF4 encodes.
+        dtype (torch.dtype): of what is not quantised, and of the values NF4 encodes.
         device (torch.device): where the backbone shall live.
 
     Returns:
@@ -84,8 +84,10 @@ def _set_parameter(
             f"{name} has shape {tuple(weight.shape)} in the checkpoint and {wanted} in the model; "
             f"{_FIX}"
         )
+    # torchtune's RMSNorm computes in fp32: with an fp32 weight torch takes its fused kernel.
+    own_dtype = torch.float32 if isinstance(owner, RMSNorm) else dtype
     # A copy, also where nothing changes: the source is a view of the memory-mapped file.
-    dense = weight.to(device=device, dtype=dtype, copy=True)
+    dense = weight.to(device=device, dtype=own_dtype, copy=True)
     is_quantized = isinstance(owner, NF4Linear) and leaf == "weight"
     value = quantize_nf4(dense) if is_quantized else dense
     setattr(owner, leaf, nn.Parameter(value, requires_grad=False))

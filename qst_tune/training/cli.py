@@ -1,6 +1,7 @@
 """The outermost layer of a recipe: read the config, and turn a user's mistake into one line."""
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -32,7 +33,7 @@ def run_recipe(recipe_main: Callable[[DictConfig], None]) -> None:
     except UserError as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        sys.stderr.writelines(f"error: {line}\n" for line in str(error).splitlines())
         sys.exit(USER_ERROR_STATUS)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -59,12 +60,12 @@ def parse_config(arguments: list[str]) -> DictConfig:
     settings = _read_yaml(known.config)
     try:
         # torchtune splits at every "="; a value may hold one, so it is put back afterwards.
-        merged = _merge_yaml_and_cli_args(
-            argparse.Namespace(**settings), [_protect_equal_signs(text) for text in overrides]
-        )
+        literal = [_protect_equal_signs(_quote_text(text, settings)) for text in overrides]
+        merged = _merge_yaml_and_cli_args(argparse.Namespace(**settings), literal)
     except Exception as error:  # OmegaConf and YAML raise many types for a malformed override
         raise UserError(f"overrides: {_first_line(error)}") from error
-    return _restore_equal_signs(merged)
+    restored: DictConfig = _restore_equal_signs(merged)
+    return restored
 
 
 def instantiate(block: DictConfig, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -94,12 +95,24 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except FileNotFoundError:
-        raise UserError(f"config {path} does not exist; `tune ls` lists the built-in ones") from None
+        raise UserError(
+            f"config {path} does not exist; `tune ls` lists the built-in ones"
+        ) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"config {path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError(f"config {path} is not a mapping of names to values")
-    return content
+    return {str(key): value for key, value in content.items()}
+
+
+def _quote_text(override: str, settings: dict[str, Any]) -> str:
+    """Take an override literally where the file has text: a prompt may hold a colon."""
+    key, _, value = override.partition("=")
+    current: Any = settings
+    for part in key.split("."):
+        current = current.get(part) if isinstance(current, dict) else None
+    is_text = isinstance(current, str) and value not in ("null", "None", "")
+    return f"{key}={json.dumps(value)}" if is_text and not value.startswith("${") else override
 
 
 _EQUALS = "\x1f"

@@ -69,8 +69,8 @@ def _component_nodes(node: Any, path: str = "") -> Iterator[tuple[str, DictConfi
     if isinstance(node, DictConfig):
         if "_component_" in node:
             yield path, node
-        for key in node:
-            yield from _component_nodes(node[key], f"{path}.{key}" if path else str(key))
+        for key in map(str, node):
+            yield from _component_nodes(node[key], f"{path}.{key}" if path else key)
     elif isinstance(node, ListConfig):
         for index, item in enumerate(node):
             yield from _component_nodes(item, f"{path}[{index}]")

@@ -21,7 +21,7 @@ def output_folder(path: Path) -> Iterator[Path]:
 
     Raises:
         UserError: if it cannot be made or written.
-    """  # noqa: DOC502  # raised by _make
+    """
     created = _make(path)
     try:
         yield path

@@ -30,7 +30,7 @@ def parameter_groups(side: nn.Module) -> list[dict[str, Any]]:
         if isinstance(module, _UNDECAYED_TYPES) or parameter.ndim < 2
     }
     trainable = [p for p in side.parameters() if p.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in trainable if id(p) not in undecayed]},
         {"params": [p for p in trainable if id(p) in undecayed], "weight_decay": 0.0},
     ]

@@ -88,7 +88,9 @@ def test_every_forward_tensor_equals_the_authors():
     expected = set(golden) - {"input_ids", "attention_mask", "labels"}
     assert set(seen) == expected
     for name in sorted(expected):
-        torch.testing.assert_close(seen[name], golden[name], msg=lambda m, n=name: f"{n}: {m}", **CLOSE)
+        torch.testing.assert_close(
+            seen[name], golden[name], msg=lambda m, n=name: f"{n}: {m}", **CLOSE
+        )
 
 
 @needs_golden
@@ -104,7 +106,9 @@ def test_every_gradient_equals_the_authors():
     ours = {name: parameter.grad for name, parameter in model.side.named_parameters()}
     assert set(ours) == set(gradients)
     for name, grad in ours.items():
-        torch.testing.assert_close(grad, gradients[name], msg=lambda m, n=name: f"{n}: {m}", **CLOSE)
+        torch.testing.assert_close(
+            grad, gradients[name], msg=lambda m, n=name: f"{n}: {m}", **CLOSE
+        )
 
 
 @needs_golden
@@ -137,12 +141,11 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
             return (open, (str(tmp_path / "owned"), "w"))
 
     torch.save({"0.weight": Hostile()}, tmp_path / "qst_layers_parameters.pt")
-    with pytest.raises(UserError, match="qst_layers_parameters.pt is not a plain state dict"):
+    with pytest.raises(UserError, match=r"qst_layers_parameters\.pt is not a plain state dict"):
         read_authors_folder(tmp_path)
     assert not (tmp_path / "owned").exists()
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(UserError, match="qst_layers_parameters.pt is missing"):
+    with pytest.raises(UserError, match=r"qst_layers_parameters\.pt is missing"):
         read_authors_folder(tmp_path)
-

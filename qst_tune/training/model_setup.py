@@ -1,0 +1,111 @@
+"""From a config to a model on its device: the steps that training and generation share."""
+
+import time
+
+import torch
+from omegaconf import DictConfig
+from torchtune import training, utils
+
+from qst_tune.errors import UserError
+from qst_tune.modules.qst_decoder import QSTDecoder
+from qst_tune.training.architecture_check import check_architecture
+from qst_tune.training.backbone_loading import load_backbone
+from qst_tune.training.cli import instantiate
+from qst_tune.training.config_check import check_checkpoint_dir
+from qst_tune.training.distributed import rank_and_world_size
+from qst_tune.training.side_checkpoint import BackboneId
+
+log = utils.get_logger("INFO")
+
+
+def choose_device(cfg: DictConfig) -> torch.device:
+    """Return the config's device.
+
+    Args:
+        cfg (DictConfig): has ``device``.
+
+    Returns:
+        torch.device: with this process's index under torchrun.
+
+    Raises:
+        UserError: if this machine does not have it.
+    """
+    try:
+        device: torch.device = utils.get_device(device=cfg.device)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device={cfg.device} cannot be used: {reason}") from error
+    return device
+
+
+def choose_dtype(cfg: DictConfig, device: torch.device) -> torch.dtype:
+    """Return the dtype of the backbone.
+
+    Args:
+        cfg (DictConfig): has ``dtype``, "bf16" or "fp32".
+        device (torch.device): must support it.
+
+    Returns:
+        torch.dtype: bfloat16 or float32.
+
+    Raises:
+        UserError: if it is another one or the device cannot compute in it.
+    """
+    if cfg.dtype not in ("bf16", "fp32"):
+        raise UserError(f"dtype={cfg.dtype} is not supported: use bf16 or fp32")
+    try:
+        dtype: torch.dtype = training.get_dtype(cfg.dtype, device=device)
+    except RuntimeError as error:
+        raise UserError(f"dtype={cfg.dtype} cannot be used on {device}: use fp32") from error
+    return dtype
+
+
+def build_on_meta(cfg: DictConfig, dtype: torch.dtype) -> QSTDecoder:
+    """Build the config's model without memory.
+
+    Args:
+        cfg (DictConfig): has a ``model`` block.
+        dtype (torch.dtype): of the backbone.
+
+    Returns:
+        QSTDecoder: all of it on the meta device.
+
+    Raises:
+        UserError: if the block does not build a QST model.
+    """
+    with training.set_default_dtype(dtype), torch.device("meta"):
+        model = instantiate(cfg.model, "model")
+    if not isinstance(model, QSTDecoder):
+        raise UserError(
+            f"model: {cfg.model._component_} does not build a QST model; use one of "
+            "qst_tune.models.qst_*"
+        )
+    return model
+
+
+def load_frozen_backbone(
+    model: QSTDecoder, cfg: DictConfig, *, dtype: torch.dtype, device: torch.device
+) -> BackboneId:
+    """Fill the backbone from the config's checkpoint.
+
+    Args:
+        model (QSTDecoder): from :func:`build_on_meta`; changed in place.
+        cfg (DictConfig): has ``checkpointer`` and ``model``.
+        dtype (torch.dtype): of what is not quantised.
+        device (torch.device): where the backbone shall live.
+
+    Returns:
+        BackboneId: what the side network will be tied to.
+
+    Raises:
+        UserError: if the checkpoint is missing, damaged or not of this architecture.
+    """
+    checkpoint_dir = check_checkpoint_dir(cfg.checkpointer)
+    check_architecture(model, checkpoint_dir)
+    start = time.perf_counter()
+    checkpointer = instantiate(cfg.checkpointer, "checkpointer")
+    fingerprint = load_backbone(model, checkpointer, dtype=dtype, device=device)
+    if rank_and_world_size()[0] == 0:
+        log.info(f"backbone loaded in {time.perf_counter() - start:.1f} s")
+    quantized = cfg.model.get("quantize_base", True)
+    return BackboneId(checkpoint_dir.resolve().name, fingerprint, "nf4" if quantized else "none")

@@ -1,0 +1,109 @@
+"""Each downsampler against its equation."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qst_tune.modules.downsample import build_downsample
+
+KINDS = ["linear", "lora", "adapter", "maxpool", "avgpool"]
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+
+
+def silu_by_hand(x):
+    return x / (1 + torch.exp(-x))
+
+
+def layer_norm_by_hand(x, module):
+    mean, variance = x.mean(-1, keepdim=True), x.var(-1, unbiased=False, keepdim=True)
+    return (x - mean) / torch.sqrt(variance + 1e-5) * module.weight + module.bias
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_linear_is_a_matrix_product(norm):
+    down = build_downsample("linear", 12, 5, rank=3, norm=norm)
+    h = torch.randn(2, 7, 12)
+    assert sum(p.numel() for p in down.parameters()) == 12 * 5
+    torch.testing.assert_close(down(h), h @ down.weight.T, **CLOSE)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_lora_is_two_matrix_products(norm):
+    """norm belongs to the adapter; a LoRA has none."""
+    down = build_downsample("lora", 12, 5, rank=3, norm=norm)
+    h = torch.randn(2, 7, 12)
+    assert sum(p.numel() for p in down.parameters()) == 12 * 3 + 3 * 5
+    torch.testing.assert_close(down(h), h @ down.reduce.weight.T @ down.expand.weight.T, **CLOSE)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_adapter_has_a_silu_between_and_perhaps_a_norm_behind(norm):
+    down = build_downsample("adapter", 12, 5, rank=3, norm=norm)
+    h = torch.randn(2, 7, 12)
+    expected = silu_by_hand(h @ down.reduce.weight.T) @ down.expand.weight.T
+    if norm:
+        nn.init.uniform_(down.norm.weight)
+        nn.init.normal_(down.norm.bias)
+        expected = layer_norm_by_hand(expected, down.norm)
+    assert sum(p.numel() for p in down.parameters()) == 12 * 3 + 3 * 5 + (10 if norm else 0)
+    torch.testing.assert_close(down(h), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["maxpool", "avgpool"])
+@pytest.mark.parametrize(("in_dim", "out_dim"), [(12, 4), (12, 12), (12, 1), (13, 5), (100, 6)])
+def test_pooling_equals_a_loop_over_its_windows(in_dim, out_dim, kind):
+    down = build_downsample(kind, in_dim, out_dim, rank=1, norm=True)
+    h = torch.randn(2, 3, in_dim)
+    pool = torch.amax if kind == "maxpool" else torch.mean
+    windows = [
+        pool(h[..., j * in_dim // out_dim : math.ceil((j + 1) * in_dim / out_dim)], dim=-1)
+        for j in range(out_dim)
+    ]
+    assert not list(down.parameters())
+    torch.testing.assert_close(down(h), torch.stack(windows, dim=-1), **CLOSE)
+    adaptive = F.adaptive_max_pool1d if kind == "maxpool" else F.adaptive_avg_pool1d
+    torch.testing.assert_close(down(h), adaptive(h, out_dim), **CLOSE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(12,), (2, 12), (2, 3, 12)])
+@pytest.mark.parametrize("out_dim", [4, 5])
+def test_any_number_of_leading_dimensions_is_kept(shape, out_dim, kind):
+    if shape == (12,) and kind.endswith("pool") and 12 % out_dim:
+        pytest.skip("a hidden state always has batch and tokens")
+    down = build_downsample(kind, 12, out_dim, rank=3, norm=True)
+    assert down(torch.randn(shape)).shape == (*shape[:-1], out_dim)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("out_dim", [3, 5])
+def test_gradients_are_right(out_dim, kind):
+    """For input and parameters, against finite differences in float64."""
+    down = build_downsample(kind, 12, out_dim, rank=3, norm=True).double()
+    h = torch.randn(2, 2, 12, dtype=torch.float64, requires_grad=True)
+    names = [name for name, _ in down.named_parameters()]
+
+    def run(h, *parameters):
+        return torch.func.functional_call(down, dict(zip(names, parameters, strict=True)), (h,))
+
+    assert torch.autograd.gradcheck(run, (h, *down.parameters()))
+
+
+def test_an_unknown_kind_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="'conv' is unknown; choose one of linear, lora, adapter"):
+        build_downsample("conv", 12, 4, rank=3, norm=True)
+
+
+@pytest.mark.parametrize("kind", ["lora", "adapter"])
+@pytest.mark.parametrize("rank", [0, -2])
+def test_a_rank_below_one_is_refused(rank, kind):
+    with pytest.raises(ValueError, match=f"rank={rank} of the {kind} downsampler"):
+        build_downsample(kind, 12, 4, rank=rank, norm=True)
+
+
+@pytest.mark.parametrize("kind", ["linear", "maxpool", "avgpool"])
+def test_kinds_without_a_rank_ignore_it(kind):
+    assert build_downsample(kind, 12, 4, rank=0, norm=True)(torch.randn(1, 12)).shape == (1, 4)
