@@ -23,6 +23,7 @@ from qst_tune.training.cli import instantiate, run_recipe
 from qst_tune.training.config_check import check_checkpoint_dir, check_config
 from qst_tune.training.data import (
     DEFAULT_COLLATE,
+    build_collate,
     build_dataloader,
     build_dataset,
     check_length,
@@ -124,6 +125,7 @@ class QSTFinetuneRecipe:
         )
         self.tokenizer = instantiate(cfg.tokenizer, "tokenizer")
         self.loss = instantiate(cfg.loss, "loss")
+        self.model = build_on_meta(cfg, self.dtype)
         self._setup_data()
         self._setup_model()
         self._setup_optimizer()
@@ -158,20 +160,23 @@ class QSTFinetuneRecipe:
     def _dataloader(
         self, dataset: Any, batch_size: int, *, shuffle: bool, drop_last: bool = True
     ) -> Any:
+        collate = build_collate(
+            self.tokenizer,
+            ignore_index=self.loss.ignore_index,
+            max_seq_len=self.model.max_seq_len,
+            component=self.cfg.get("collate_fn", DEFAULT_COLLATE),
+        )
         return build_dataloader(
             dataset,
-            self.tokenizer,
+            collate,
             batch_size=batch_size,
             shuffle=shuffle,
             seed=self.seed,
-            ignore_index=self.loss.ignore_index,
-            collate_fn=self.cfg.get("collate_fn", DEFAULT_COLLATE),
             drop_last=drop_last,
         )
 
     def _setup_model(self) -> None:
         cfg = self.cfg
-        self.model = build_on_meta(cfg, self.dtype)
         max_seq_len = getattr(self.tokenizer, "max_seq_len", None)
         if max_seq_len and max_seq_len > self.model.max_seq_len:
             raise UserError(

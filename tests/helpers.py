@@ -27,10 +27,8 @@ def tiny_backbone(*, dtype=torch.float32, tied=False, **sizes):
     """A Llama with random weights; norms too, so that a forgotten one shows."""
     sizes = {**TINY, **sizes}
     with training.set_default_dtype(dtype):
-        if tied:
-            backbone = llama3_2(**sizes, scale_factor=1, rope_base=10_000)
-        else:
-            backbone = llama2(**sizes)
+        plain_rope = {"scale_factor": 1, "rope_base": 10_000}
+        backbone = llama3_2(**sizes, **plain_rope) if tied else llama2(**sizes)
     with torch.no_grad():
         for name, parameter in backbone.named_parameters():
             if name.endswith("norm.scale"):

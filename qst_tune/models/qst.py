@@ -53,6 +53,7 @@ def qst_decoder(
     reduction_factor: int = 16,
     downsample: DownsampleKind = "adapter",
     rank: int = 16,
+    hidden_bits: int = 16,
     variant: Variant = "default",
     quantize_base: bool = True,
     output_mix: OutputMixKind | None = None,
@@ -68,8 +69,11 @@ def qst_decoder(
             Embeddings, norms and LM head stay as they are.
         reduction_factor (int): r; the side network has width ``embed_dim // r``. Higher trains
             fewer parameters in less memory.
-        downsample (DownsampleKind): "linear", "lora", "adapter", "maxpool" or "avgpool".
-        rank (int): bottleneck of the "lora" and "adapter" downsamplers.
+        downsample (DownsampleKind): "linear", "lora", "adapter", "projection", "maxpool" or
+            "avgpool".
+        rank (int): bottleneck of the "lora", "adapter" and "projection" downsamplers.
+        hidden_bits (int): 16, 8 or 4; bits in which "linear", "lora" and "adapter" keep the hidden
+            states for backward (with recomputation on, else the decoded ones are kept too).
         variant (Variant): preset of the arguments below: "default", "paper" or "authors".
         quantize_base (bool): False keeps the backbone as it is (ladder side tuning, LST).
         output_mix (OutputMixKind | None): "residual", "alpha" or "sigmoid"; None: the variant's.
@@ -106,6 +110,7 @@ def qst_decoder(
             reduction_factor=reduction_factor,
             downsample=downsample,
             rank=rank,
+            hidden_bits=hidden_bits,
             **settings,
         )
     if quantize_base:
@@ -119,6 +124,7 @@ def _side_network(
     reduction_factor: int,
     downsample: DownsampleKind,
     rank: int,
+    hidden_bits: int,
     output_mix: OutputMixKind,
     gate_per_channel: bool,
     initial_gamma: float,
@@ -132,7 +138,12 @@ def _side_network(
     return SideNetwork(
         downsample=nn.ModuleList(
             build_downsample(
-                downsample, embed_dim, shape.embed_dim, rank=rank, norm=downsample_norm
+                downsample,
+                embed_dim,
+                shape.embed_dim,
+                rank=rank,
+                norm=downsample_norm,
+                hidden_bits=hidden_bits,
             )
             for _ in range(num_downsamplers)
         ),

@@ -1,17 +1,22 @@
 r"""Downsamplers: they bring a hidden state of the backbone to the width of the side network.
 
-The five of QST (https://arxiv.org/abs/2401.07159, section 3.2); D is the backbone's width,
-S = D / r the side network's, R the rank:
+The five of QST (https://arxiv.org/abs/2401.07159, section 3.2) and one more; D is the backbone's
+width, S = D / r the side network's, R the rank:
 
-=========  ==================================  =================  ==========================
-kind       equation                            parameters         kept for its gradient
-=========  ==================================  =================  ==========================
-linear     :math:`W h`                         D S                h
-lora       :math:`B A h`                       (D + S) R          h and A h
-adapter    :math:`B \sigma(A h)`                (D + S) R          h and A h
-maxpool    max over r neighbouring channels    none               nothing
-avgpool    mean over r neighbouring channels   none               nothing
-=========  ==================================  =================  ==========================
+==========  ==================================  =============  =======================
+kind        equation                            parameters     kept for backward
+==========  ==================================  =============  =======================
+linear      :math:`W h`                         D S            h, D numbers a token
+lora        :math:`B A h`                       (D + S) R      h
+adapter     :math:`B \sigma(A h)`                (D + S) R      h
+projection  :math:`B P h`, P random and frozen  S R            P h, R numbers a token
+maxpool     max over r neighbouring channels    none           S numbers a token
+avgpool     mean over r neighbouring channels   none           S numbers a token
+==========  ==================================  =============  =======================
+
+What is kept is the memory that grows with the batch, so each downsampler has two parts:
+``read`` runs without gradient and returns all that must be kept of h; ``project`` is the trained
+rest. One that must keep h may do so in 8 or 4 bits (:mod:`qst_tune.quantization.block`).
 """
 
 from typing import Literal, get_args
@@ -20,10 +25,95 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-DownsampleKind = Literal["linear", "lora", "adapter", "maxpool", "avgpool"]
+from qst_tune.quantization.block import dequantize_blocks, quantize_blocks
+
+DownsampleKind = Literal["linear", "lora", "adapter", "projection", "maxpool", "avgpool"]
+Kept = tuple[torch.Tensor, ...]
 
 
-class LowRankDownsample(nn.Module):
+class Downsample(nn.Module):
+    """What all downsamplers share: ``forward(h) == project(*read(h))``.
+
+    Args:
+        hidden_bits (int): 16 keeps h as it is, 8 and 4 keep integer codes of it with one scale for
+            every 64 channels; the forward pass sees the decoded values too, so its gradient is
+            exact.
+
+    Raises:
+        ValueError: if ``hidden_bits`` is none of these.
+    """
+
+    def __init__(self, hidden_bits: int = 16) -> None:
+        super().__init__()
+        if hidden_bits not in (4, 8, 16):
+            raise ValueError(f"hidden_bits={hidden_bits} must be 16, 8 or 4")
+        self.hidden_bits = hidden_bits
+
+    @torch.no_grad()
+    def read(self, h: torch.Tensor) -> Kept:
+        """Return what backward needs of a hidden state; without gradient.
+
+        Args:
+            h (torch.Tensor): hidden state of the backbone, ``[..., D]``.
+
+        Returns:
+            Kept: h itself, or its codes and scales.
+        """
+        return (h,) if self.hidden_bits == 16 else quantize_blocks(h, self.hidden_bits)
+
+    def project(self, *kept: torch.Tensor) -> torch.Tensor:
+        """Apply the trained part.
+
+        Args:
+            *kept (torch.Tensor): from :meth:`read`.
+
+        Returns:
+            torch.Tensor: ``[..., S]``.
+        """
+        raise NotImplementedError
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        """Read and project.
+
+        Args:
+            h (torch.Tensor): hidden state of the backbone, ``[..., D]``.
+
+        Returns:
+            torch.Tensor: ``[..., S]``.
+        """
+        return self.project(*self.read(h))
+
+    def _hidden(self, kept: Kept) -> torch.Tensor:
+        return kept[0] if self.hidden_bits == 16 else dequantize_blocks(*kept)
+
+
+class LinearDownsample(Downsample):
+    """Downsample by one trained matrix.
+
+    Args:
+        in_dim (int): D, width of the hidden state.
+        out_dim (int): S, width of the side network.
+        hidden_bits (int): see :class:`Downsample`.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, *, hidden_bits: int = 16) -> None:
+        super().__init__(hidden_bits)
+        self.reduce = nn.Linear(in_dim, out_dim, bias=False)
+
+    def project(self, *kept: torch.Tensor) -> torch.Tensor:
+        """Apply the matrix.
+
+        Args:
+            *kept (torch.Tensor): from :meth:`read`.
+
+        Returns:
+            torch.Tensor: ``[..., S]``.
+        """
+        y: torch.Tensor = self.reduce(self._hidden(kept))
+        return y
+
+
+class LowRankDownsample(Downsample):
     r"""Downsample through a bottleneck: :math:`\mathrm{norm}(B\,\sigma(A h))`.
 
     With the identity as activation this is the paper's LoRA downsampler, otherwise its Adapter.
@@ -35,6 +125,7 @@ class LowRankDownsample(nn.Module):
         rank (int): R, width of the bottleneck.
         activation (nn.Module | None): :math:`\sigma`; None for the identity.
         norm (nn.Module | None): applied to the ``[..., S]`` output; None for none.
+        hidden_bits (int): see :class:`Downsample`.
     """
 
     def __init__(
@@ -45,27 +136,87 @@ class LowRankDownsample(nn.Module):
         *,
         activation: nn.Module | None = None,
         norm: nn.Module | None = None,
+        hidden_bits: int = 16,
     ) -> None:
-        super().__init__()
+        super().__init__(hidden_bits)
         self.reduce = nn.Linear(in_dim, rank, bias=False)
         self.expand = nn.Linear(rank, out_dim, bias=False)
         self.activation = activation or nn.Identity()
         self.norm = norm or nn.Identity()
 
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
-        """Map ``[..., D]`` to ``[..., S]``.
+    def project(self, *kept: torch.Tensor) -> torch.Tensor:
+        """Pass the bottleneck.
+
+        Args:
+            *kept (torch.Tensor): from :meth:`read`.
+
+        Returns:
+            torch.Tensor: ``[..., S]``.
+        """
+        narrow = self.activation(self.reduce(self._hidden(kept)))
+        y: torch.Tensor = self.norm(self.expand(narrow))
+        return y
+
+
+class ProjectionDownsample(Downsample):
+    r"""Downsample by a frozen random projection and a trained matrix: :math:`\mathrm{norm}(B P h)`.
+
+    P has R orthonormal rows. A random projection keeps distances (Johnson-Lindenstrauss), and since
+    it does not train, only its R outputs are kept for backward. Not in the paper.
+
+    Args:
+        in_dim (int): D, width of the hidden state.
+        out_dim (int): S, width of the side network.
+        rank (int): R, at most D.
+        norm (nn.Module | None): applied to the ``[..., S]`` output; None for none.
+
+    Raises:
+        ValueError: if ``rank`` is above ``in_dim``.
+    """
+
+    def __init__(
+        self, in_dim: int, out_dim: int, rank: int, *, norm: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        if rank > in_dim:
+            raise ValueError(f"rank={rank} of the projection is above the width {in_dim}")
+        self.projection: torch.Tensor
+        self.register_buffer("projection", torch.empty(rank, in_dim))
+        self.expand = nn.Linear(rank, out_dim, bias=False)
+        self.norm = norm or nn.Identity()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the projection."""
+        if not self.projection.is_meta:
+            nn.init.orthogonal_(self.projection)
+
+    @torch.no_grad()
+    def read(self, h: torch.Tensor) -> Kept:
+        """Project; without gradient.
 
         Args:
             h (torch.Tensor): hidden state of the backbone, ``[..., D]``.
 
         Returns:
+            Kept: P h, ``[..., R]``.
+        """
+        return (F.linear(h, self.projection.to(h.dtype)),)
+
+    def project(self, *kept: torch.Tensor) -> torch.Tensor:
+        """Apply the trained matrix.
+
+        Args:
+            *kept (torch.Tensor): from :meth:`read`.
+
+        Returns:
             torch.Tensor: ``[..., S]``.
         """
-        y: torch.Tensor = self.norm(self.expand(self.activation(self.reduce(h))))
+        y: torch.Tensor = self.norm(self.expand(kept[0]))
         return y
 
 
-class PoolDownsample(nn.Module):
+class PoolDownsample(Downsample):
     """Pool neighbouring channels; S channels come out whether or not S divides D.
 
     Where S does not divide D the windows are those of adaptive pooling: channel j covers inputs
@@ -81,51 +232,76 @@ class PoolDownsample(nn.Module):
         self.out_dim = out_dim
         self.kind = kind
 
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
-        """Map ``[..., D]`` to ``[..., S]``.
+    @torch.no_grad()
+    def read(self, h: torch.Tensor) -> Kept:
+        """Pool; without gradient.
 
         Args:
             h (torch.Tensor): hidden state of the backbone, ``[..., D]``.
 
         Returns:
-            torch.Tensor: ``[..., S]``.
+            Kept: the pooled state, ``[..., S]``.
         """
         in_dim = h.shape[-1]
         if in_dim % self.out_dim == 0:
             windows = h.unflatten(-1, (self.out_dim, in_dim // self.out_dim))
-            return torch.amax(windows, -1) if self.kind == "maxpool" else torch.mean(windows, -1)
+            pooled = windows.amax(-1) if self.kind == "maxpool" else windows.mean(-1)
+            return (pooled,)
         pool = F.adaptive_max_pool1d if self.kind == "maxpool" else F.adaptive_avg_pool1d
-        pooled: torch.Tensor = pool(h.flatten(0, -2).unsqueeze(1), self.out_dim)
-        return pooled.view(*h.shape[:-1], self.out_dim)
+        pooled = pool(h.flatten(0, -2).unsqueeze(1), self.out_dim)
+        return (pooled.view(*h.shape[:-1], self.out_dim),)
+
+    def project(self, *kept: torch.Tensor) -> torch.Tensor:
+        """Nothing is trained.
+
+        Args:
+            *kept (torch.Tensor): from :meth:`read`.
+
+        Returns:
+            torch.Tensor: the pooled state.
+        """
+        return kept[0]
 
 
 def build_downsample(
-    kind: DownsampleKind, in_dim: int, out_dim: int, *, rank: int, norm: bool
-) -> nn.Module:
+    kind: DownsampleKind,
+    in_dim: int,
+    out_dim: int,
+    *,
+    rank: int,
+    norm: bool = False,
+    hidden_bits: int = 16,
+) -> Downsample:
     """Build one downsampler.
 
     Args:
-        kind (DownsampleKind): which of the five.
+        kind (DownsampleKind): which one.
         in_dim (int): D, width of the backbone.
         out_dim (int): S, width of the side network.
-        rank (int): bottleneck of "lora" and "adapter"; the others ignore it.
-        norm (bool): put a LayerNorm behind the adapter, as the authors' code does.
+        rank (int): R of "lora", "adapter" and "projection"; the others ignore it.
+        norm (bool): put a LayerNorm behind an "adapter" or "projection", as the authors' code does
+            for its adapter.
+        hidden_bits (int): 16, 8 or 4 bits a number for what "linear", "lora" and "adapter" keep.
 
     Returns:
-        nn.Module: maps ``[..., D]`` to ``[..., S]``.
+        Downsample: maps ``[..., D]`` to ``[..., S]``.
 
     Raises:
-        ValueError: if ``kind`` is none of the five or ``rank`` is below 1.
+        ValueError: if ``kind`` is unknown, or ``rank`` or ``hidden_bits`` is out of range.
     """
     if kind not in get_args(DownsampleKind):
         known = ", ".join(get_args(DownsampleKind))
         raise ValueError(f"downsample={kind!r} is unknown; choose one of {known}")
-    if kind == "linear":
-        return nn.Linear(in_dim, out_dim, bias=False)
-    if kind in ("maxpool", "avgpool"):
+    if kind == "maxpool" or kind == "avgpool":
         return PoolDownsample(out_dim, kind)
+    if kind == "linear":
+        return LinearDownsample(in_dim, out_dim, hidden_bits=hidden_bits)
     if rank < 1:
         raise ValueError(f"rank={rank} of the {kind} downsampler must be at least 1")
+    layer_norm = nn.LayerNorm(out_dim) if norm and kind != "lora" else None
+    if kind == "projection":
+        return ProjectionDownsample(in_dim, out_dim, rank, norm=layer_norm)
     activation = nn.SiLU() if kind == "adapter" else None
-    layer_norm = nn.LayerNorm(out_dim) if norm and kind == "adapter" else None
-    return LowRankDownsample(in_dim, out_dim, rank, activation=activation, norm=layer_norm)
+    return LowRankDownsample(
+        in_dim, out_dim, rank, activation=activation, norm=layer_norm, hidden_bits=hidden_bits
+    )

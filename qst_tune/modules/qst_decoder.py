@@ -1,6 +1,6 @@
 """The QST model: a frozen decoder that only runs forward, and a side network that trains."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,7 +20,8 @@ class QSTDecoder(TransformerDecoder):
 
     The backbone runs under ``no_grad``, one layer at a time and interleaved with the side network:
     nothing of it is kept for backward except what a downsampler needs for its own gradient, and the
-    hidden states never lie in memory together.
+    hidden states never lie in memory together. A batch of more than ``frozen_chunk_tokens`` tokens
+    goes through each frozen layer in parts, which bounds the memory of its intermediates.
 
     Source: QST (https://arxiv.org/abs/2401.07159); equations in
     :class:`~qst_tune.modules.side_network.SideNetwork`.
@@ -51,6 +52,9 @@ class QSTDecoder(TransformerDecoder):
         self.requires_grad_(False)
         self.side = side
         self.skip_output_layer = False
+        # Tokens that go through a frozen layer at once: enough for its matrix products to run at
+        # full speed and to pay for decoding its weights again for each part.
+        self.frozen_chunk_tokens = 8192
 
     def train(self, mode: bool = True) -> "QSTDecoder":
         """Switch the side network between training and evaluation; the backbone always evaluates.
@@ -149,27 +153,48 @@ class QSTDecoder(TransformerDecoder):
         self, tokens: torch.Tensor, *, mask: _MaskType | None, input_pos: torch.Tensor | None
     ) -> torch.Tensor:
         """The input of the LM head, ``[B, T, D]``."""
-        h_BTD = _frozen(self.tok_embeddings, tokens)
+        h_BTD = self._frozen(self.tok_embeddings, tokens)
         g_BTS = self.side.start(h_BTD)
         for index, layer in enumerate(self.layers):
-            h_BTD = _frozen(layer, h_BTD, mask=mask, input_pos=input_pos)
+            h_BTD = self._frozen(layer, h_BTD, mask=mask, input_pos=input_pos)
             g_BTS = self.side.step(index, h_BTD, g_BTS, mask=mask, input_pos=input_pos)
-        return self.side.finish(_frozen(self.norm, h_BTD), g_BTS)
+        return self.side.finish(self._frozen(self.norm, h_BTD), g_BTS)
 
     def _backbone_only(
         self, tokens: torch.Tensor, *, mask: _MaskType | None, input_pos: torch.Tensor | None
     ) -> torch.Tensor:
         """The input of the LM head as the backbone alone gives it, ``[B, T, D]``."""
-        h_BTD = _frozen(self.tok_embeddings, tokens)
+        h_BTD = self._frozen(self.tok_embeddings, tokens)
         for layer in self.layers:
-            h_BTD = _frozen(layer, h_BTD, mask=mask, input_pos=input_pos)
-        return _frozen(self.norm, h_BTD)
+            h_BTD = self._frozen(layer, h_BTD, mask=mask, input_pos=input_pos)
+        return self._frozen(self.norm, h_BTD)
+
+    @torch.no_grad()
+    def _frozen(self, module: nn.Module, x: torch.Tensor, **per_row: Any) -> torch.Tensor:
+        """Run a module of the backbone, some rows of the batch at a time, keeping nothing.
+
+        Without gradient a layer's intermediates (several times the size of its input) are all that
+        a long batch costs here. Rows are independent, so doing few at a time bounds them.
+        """
+        num_rows = max(1, self.frozen_chunk_tokens // x.shape[1])
+        if num_rows >= len(x) or self.caches_are_enabled():  # a cache is written for all rows
+            whole: torch.Tensor = module(x, **per_row)
+            return whole
+        starts = range(0, len(x), num_rows)
+        first: torch.Tensor = module(x[:num_rows], **_rows(per_row, 0, num_rows, len(x)))
+        output = first.new_empty(len(x), *first.shape[1:])
+        output[:num_rows] = first
+        for start in starts[1:]:
+            stop = start + num_rows
+            output[start:stop] = module(x[start:stop], **_rows(per_row, start, stop, len(x)))
+        return output
 
 
-@torch.no_grad()
-def _frozen(
-    module: Callable[..., torch.Tensor] | nn.Module, x: torch.Tensor, **kwargs: object
-) -> torch.Tensor:
-    """Run a module of the backbone without keeping anything for backward."""
-    output: torch.Tensor = module(x, **kwargs)
-    return output
+def _rows(per_row: dict[str, Any], start: int, stop: int, batch_size: int) -> dict[str, Any]:
+    """The same rows of a mask or of positions; one that serves all rows is passed as it is."""
+    return {
+        name: value[start:stop]
+        if isinstance(value, torch.Tensor) and len(value) == batch_size
+        else value
+        for name, value in per_row.items()
+    }

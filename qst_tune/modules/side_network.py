@@ -3,7 +3,9 @@
 Notation: B batch, T tokens, D width of the backbone, S = D / r width of the side network, N layers.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import nn
@@ -140,9 +142,11 @@ class SideNetwork(nn.Module):
         self.to_empty(device=device)
         with device:
             for module in self.modules():
-                for initializer in ("reset_parameters", "rope_init"):
-                    getattr(module, initializer, lambda: None)()
-                if isinstance(module, RMSNorm):  # has no reset_parameters
+                initializer = getattr(module, "reset_parameters", None)
+                initializer = initializer or getattr(module, "rope_init", None)
+                if initializer is not None:
+                    initializer()
+                elif isinstance(module, RMSNorm):  # has no reset_parameters
                     nn.init.ones_(module.scale)
                 elif isinstance(module, GemmaRMSNorm):  # neither; it multiplies by 1 + scale
                     nn.init.zeros_(module.scale)
@@ -161,9 +165,7 @@ class SideNetwork(nn.Module):
         Returns:
             torch.Tensor: :math:`g_0`, ``[B, T, S]``.
         """
-        with self._compute_in(h_BTD):
-            g_BTS: torch.Tensor = self.downsample[0](h_BTD)
-        return g_BTS
+        return self._run(self._first_state, h_BTD, *self._downsampler(0).read(h_BTD))
 
     def step(
         self,
@@ -186,18 +188,15 @@ class SideNetwork(nn.Module):
         Returns:
             torch.Tensor: :math:`g_i`, ``[B, T, S]``.
         """
-        downsample = self.downsample[index if self._shared_first else index + 1]
-        block = self.blocks[index]
+        downsample = self._downsampler(index if self._shared_first else index + 1)
+        gate, block = self.gates[index], self.blocks[index]
 
-        def run(h_BTD: torch.Tensor, g_BTS: torch.Tensor) -> torch.Tensor:
-            with self._compute_in(h_BTD):
-                mixed_BTS = self.gates[index](downsample(h_BTD), g_BTS)
-                out_BTS: torch.Tensor = block(mixed_BTS, mask=mask, input_pos=input_pos)
+        def next_state(g_BTS: torch.Tensor, *kept: torch.Tensor) -> torch.Tensor:
+            mixed_BTS = gate(downsample.project(*kept), g_BTS)
+            out_BTS: torch.Tensor = block(mixed_BTS, mask=mask, input_pos=input_pos)
             return out_BTS
 
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(run, h_BTD, g_BTS, use_reentrant=False)  # type: ignore[no-any-return]
-        return run(h_BTD, g_BTS)
+        return self._run(next_state, h_BTD, g_BTS, *downsample.read(h_BTD))
 
     def finish(self, f_BTD: torch.Tensor, g_BTS: torch.Tensor) -> torch.Tensor:
         """Give the input of the LM head.
@@ -209,13 +208,35 @@ class SideNetwork(nn.Module):
         Returns:
             torch.Tensor: y, ``[B, T, D]`` in the dtype of ``f_BTD``.
         """
-        with self._compute_in(f_BTD):
+        with self._compute_in(f_BTD.dtype, f_BTD.device.type):
             upsampled_BTD = self.upsample(self.norm(g_BTS))
         mixed: torch.Tensor = self.output_mix(f_BTD, upsampled_BTD.to(f_BTD.dtype))
         return mixed
 
-    def _compute_in(self, h: torch.Tensor) -> AbstractContextManager[None]:
-        """Autocast to the dtype of ``h``; nothing to do when the parameters have it already."""
-        narrow = h.dtype in (torch.bfloat16, torch.float16)
-        needed = narrow and self.gates[0].gamma.dtype != h.dtype
-        return torch.autocast(h.device.type, dtype=h.dtype if narrow else None, enabled=needed)
+    def _first_state(self, *kept: torch.Tensor) -> torch.Tensor:
+        g_BTS: torch.Tensor = self._downsampler(0).project(*kept)
+        return g_BTS
+
+    def _downsampler(self, index: int) -> Any:
+        """A :class:`~qst_tune.modules.downsample.Downsample`; ModuleList hides its methods."""
+        return self.downsample[index]
+
+    def _run(
+        self, compute: Callable[..., torch.Tensor], h: torch.Tensor, *inputs: torch.Tensor
+    ) -> torch.Tensor:
+        """Compute in the dtype of ``h``, keeping nothing but the inputs if ``recompute``."""
+
+        def compute_in_dtype(*inputs: torch.Tensor) -> torch.Tensor:
+            with self._compute_in(h.dtype, h.device.type):
+                return compute(*inputs)
+
+        if self.recompute and torch.is_grad_enabled():
+            recomputed: torch.Tensor = checkpoint(compute_in_dtype, *inputs, use_reentrant=False)
+            return recomputed
+        return compute_in_dtype(*inputs)
+
+    def _compute_in(self, dtype: torch.dtype, device_type: str) -> AbstractContextManager[None]:
+        """Autocast to the backbone's dtype; nothing to do when the parameters have it already."""
+        narrow = dtype in (torch.bfloat16, torch.float16)
+        needed = narrow and self.gates[0].gamma.dtype != dtype
+        return torch.autocast(device_type, dtype=dtype if narrow else None, enabled=needed)

@@ -105,7 +105,8 @@ def _bfloat16_to_code() -> torch.Tensor:
     """``[65536]`` uint8: the code that torchao gives to each bf16 value, indexed by its bits."""
     every_value = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     codes = NF4Tensor.quantize_tensor_nearest(every_value, _levels(torch.bfloat16))
-    return codes.to(torch.uint8)
+    table: torch.Tensor = codes.to(torch.uint8)
+    return table
 
 
 def _quantize_bfloat16(weight: torch.Tensor, block_size: int, scaler_block_size: int) -> NF4Tensor:

@@ -65,12 +65,24 @@ def _checkpoint_files(checkpointer: Any) -> Iterator[dict[str, torch.Tensor]]:
     """State dicts under torchtune's names, one file of the checkpoint at a time where possible."""
     paths = getattr(checkpointer, "_checkpoint_paths", None)
     if not isinstance(checkpointer, training.FullModelHFCheckpointer) or paths is None:
-        yield checkpointer.load_checkpoint()[training.MODEL_KEY]
+        yield _load_weights(checkpointer, "the checkpoint")
         return
     for path in paths:
         # torchtune's conversion works on any subset of the weights; only this list decides which.
         checkpointer._checkpoint_paths = [path]
-        yield checkpointer.load_checkpoint()[training.MODEL_KEY]
+        yield _load_weights(checkpointer, str(path))
+
+
+def _load_weights(checkpointer: Any, name: str) -> dict[str, torch.Tensor]:
+    try:
+        weights: dict[str, torch.Tensor] = checkpointer.load_checkpoint()[training.MODEL_KEY]
+    except Exception as error:  # torchtune's conversion raises a bare Exception
+        # The cause knows more: torchtune wraps whatever a reader raises in "Unable to load".
+        reason = " ".join(f"{error}; {error.__cause__ or ''}".split()).rstrip("; ")
+        raise UserError(
+            f"{name} is damaged or of another model type than the checkpointer's: {reason}"
+        ) from error
+    return weights
 
 
 def _set_parameter(

@@ -55,7 +55,7 @@ def parse_config(arguments: list[str]) -> DictConfig:
     parser.add_argument("--config", required=True, type=Path)
     known, overrides = parser.parse_known_args(arguments)
     for override in overrides:
-        if override.startswith(("-", "+")) or ("=" not in override and override[0] != "~"):
+        if override.startswith(("-", "+")) or ("=" not in override and override[:1] != "~"):
             raise UserError(f"override {override!r} is not of the form key=value or ~key")
     settings = _read_yaml(known.config)
     try:
@@ -65,6 +65,7 @@ def parse_config(arguments: list[str]) -> DictConfig:
     except Exception as error:  # OmegaConf and YAML raise many types for a malformed override
         raise UserError(f"overrides: {_first_line(error)}") from error
     restored: DictConfig = _restore_equal_signs(merged)
+    _remove_null_blocks(restored)
     return restored
 
 
@@ -132,6 +133,14 @@ def _restore_equal_signs(node: Any) -> Any:
     if isinstance(node, list):
         return [_restore_equal_signs(value) for value in node]
     return node.replace(_EQUALS, "=") if isinstance(node, str) else node
+
+
+def _remove_null_blocks(cfg: DictConfig) -> None:
+    """Let ``dataset_val=null`` mean what it says; torchtune makes it ``_component_: null``."""
+    for key in list(cfg):
+        node = cfg._get_node(key)
+        if isinstance(node, DictConfig) and "_component_" in node and node["_component_"] is None:
+            cfg[key] = None
 
 
 def _first_line(error: Exception) -> str:

@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,43 @@ def check_config(cfg: DictConfig, *, known: Iterable[str], required: Iterable[st
         for key in cfg
         if str(key) not in known and str(key) not in variables
     ]
-    problems += [f"key {key!r} is missing" for key in required if key not in cfg]
+    values = OmegaConf.to_container(cfg, resolve=False)
+    problems += [f"key {key!r} is missing" for key in required if values.get(key) is None]
     problems += _interpolation_problems(cfg)
     if not problems:
         for path, node in _component_nodes(cfg):
             problems += _component_problems(path, node)
     if problems:
         raise UserError("\n".join(f"config: {problem}" for problem in problems))
+
+
+def check_numbers(cfg: DictConfig, limits: Mapping[str, tuple[type, int]]) -> None:
+    """Check that settings are numbers, and large enough; null is left to :func:`check_config`.
+
+    Args:
+        cfg (DictConfig): the merged config.
+        limits (Mapping[str, tuple[type, int]]): ``int`` or ``float``, and the least value, by key.
+
+    Raises:
+        UserError: one line for each setting that is not.
+    """
+    problems = []
+    for key, (kind, least) in limits.items():
+        value = cfg.get(key)
+        if value is not None and not _is_number(value, kind, least):
+            noun = "a whole number" if kind is int else "a number"
+            problems.append(f"config: {key}={value} must be {noun} of at least {least}")
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _is_number(value: Any, kind: type, least: int) -> bool:
+    if isinstance(value, bool) or (kind is int and not isinstance(value, int)):
+        return False
+    try:
+        return bool(float(value) >= least)
+    except (TypeError, ValueError):
+        return False
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str:

@@ -1,10 +1,11 @@
 """Datasets and loaders as torchtune's recipes build them, with their mistakes made readable."""
 
-from collections.abc import Sized
+from collections.abc import Callable, Sized
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from omegaconf import DictConfig, ListConfig
 from torchdata.stateful_dataloader import StatefulDataLoader
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
@@ -16,6 +17,10 @@ from qst_tune.errors import UserError
 from qst_tune.training.cli import instantiate
 from qst_tune.training.distributed import rank_and_world_size
 
+Batch = dict[str, torch.Tensor]
+Collate = Callable[[list[Any]], Batch]
+
+LENGTH_MULTIPLE = 16
 DEFAULT_COLLATE = "torchtune.data.padded_collate_sft"
 
 
@@ -47,40 +52,35 @@ def build_dataset(block: DictConfig | ListConfig, name: str, tokenizer: Any) -> 
 
 def build_dataloader(
     dataset: Any,
-    tokenizer: Any,
+    collate: Collate,
     *,
     batch_size: int,
     shuffle: bool,
     seed: int,
-    ignore_index: int,
-    collate_fn: str = DEFAULT_COLLATE,
     drop_last: bool = True,
 ) -> StatefulDataLoader:
     """Build a loader over this process's share of a dataset.
 
     Args:
         dataset (Any): map-style, from :func:`build_dataset`.
-        tokenizer (Any): gives the padding id.
+        collate (Collate): from :func:`build_collate`.
         batch_size (int): rows a batch and process.
         shuffle (bool): a new order each epoch, a function of ``seed`` and the epoch alone.
         seed (int): of the order.
-        ignore_index (int): label of padding.
-        collate_fn (str): dotted name of a collate function for unpacked rows.
-        drop_last (bool): drop an incomplete last batch.
+        drop_last (bool): drop an incomplete last batch; False also deals the last rows unevenly
+            over the processes, so that each row comes exactly once.
 
     Returns:
         StatefulDataLoader: batches of ``tokens`` and ``labels`` ``[B, T]``; packed ones also have
         ``mask`` and ``input_pos``.
     """
     rank, world_size = rank_and_world_size()
-    sampler = StatefulDistributedSampler(
-        dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed, drop_last=drop_last
-    )
-    collate = partial(
-        _get_component_from_path(collate_fn),
-        padding_idx=tokenizer.pad_id,
-        ignore_idx=ignore_index,
-    )
+    if drop_last or shuffle:
+        sampler: Any = StatefulDistributedSampler(
+            dataset, num_replicas=world_size, rank=rank, shuffle=shuffle, seed=seed, drop_last=True
+        )
+    else:  # the distributed sampler would repeat rows, so that all ranks get equally many
+        sampler = range(rank, len(dataset), world_size)
     return StatefulDataLoader(
         dataset,
         batch_size=batch_size,
@@ -88,6 +88,40 @@ def build_dataloader(
         collate_fn=padded_collate_packed if is_packed(dataset) else collate,
         drop_last=drop_last,
     )
+
+
+def build_collate(
+    tokenizer: Any, *, ignore_index: int, max_seq_len: int, component: str = DEFAULT_COLLATE
+) -> Collate:
+    """Build the function that makes a batch of unpacked rows.
+
+    Rows are padded on the right to the longest, and on to a multiple of 16 tokens: on a CPU every
+    new length compiles some forty matrix kernels that stay in memory, 0.75 GiB over one epoch of
+    SmolLM2-135M.
+
+    Args:
+        tokenizer (Any): gives the padding id.
+        ignore_index (int): label of padding.
+        max_seq_len (int): the model's, which padding does not exceed.
+        component (str): dotted name of a collate function of torchtune's form.
+
+    Returns:
+        Collate: maps rows to ``tokens`` and ``labels`` ``[B, T]``.
+    """
+    padding = {"padding_idx": tokenizer.pad_id, "ignore_idx": ignore_index}
+    collate = partial(_get_component_from_path(component), **padding)
+    fill = {"tokens": tokenizer.pad_id, "labels": ignore_index}
+    return partial(_collate_and_pad, collate=collate, fill=fill, max_seq_len=max_seq_len)
+
+
+def _collate_and_pad(
+    rows: list[Any], *, collate: Collate, fill: dict[str, int], max_seq_len: int
+) -> Batch:
+    batch = collate(rows)
+    length = batch["tokens"].shape[1]
+    missing = max(0, min(length + -length % LENGTH_MULTIPLE, max_seq_len) - length)
+    padded = {key: F.pad(batch[key], (0, missing), value=value) for key, value in fill.items()}
+    return {**batch, **padded}
 
 
 def is_packed(dataset: Any) -> bool:

@@ -48,4 +48,12 @@ def next_token_loss(
     takes_tokens = hasattr(loss, "set_model_output") or isinstance(output, list)
     if not takes_tokens:
         output, labels = output.flatten(0, 1), labels.flatten()
+    if not num_labels:  # torch's and torchtune's losses divide by it: NaN, also in the gradient
+        return _zero(output), num_labels
     return loss(output, labels), num_labels
+
+
+def _zero(output: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+    """Zero, with a gradient of zeros for everything that ``output`` depends on."""
+    chunks = output if isinstance(output, list) else [output]
+    return torch.stack([chunk.float().sum() * 0 for chunk in chunks]).sum()

@@ -35,6 +35,12 @@ def choose_device(cfg: DictConfig) -> torch.device:
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"device={cfg.device} cannot be used: {reason}") from error
+    # Without a GPU, torchtune 0.6.1 answers "cuda" with the CPU.
+    if device.type != torch.device(cfg.device).type:
+        raise UserError(
+            f"device={cfg.device} cannot be used: this machine has none, or torch does not see it; "
+            f"use device={device.type}"
+        )
     return device
 
 

@@ -221,6 +221,13 @@ def test_only_the_side_network_gets_gradients():
     assert set(get_adapter_params(model)) == side
 
 
+def test_no_gradient_enters_a_backbone_even_if_someone_unfreezes_it():
+    model = tiny_model(quantize_base=False).requires_grad_(True)
+    next_token_loss(model(tokens := random_tokens()), tokens).backward()
+    with_grad = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert {name for name in with_grad if not name.startswith("side.")} == {"output.weight"}
+
+
 def kept_bytes(run):
     """Bytes that autograd keeps for backward while ``run`` builds a graph."""
     storages = {}
@@ -505,3 +512,46 @@ def test_it_builds_and_runs_on_meta():
         model = tiny_model(random=False)
         assert all(p.is_meta for p in model.parameters())
     assert {p.dtype for p in model.side.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recomputing_the_side_network_changes_no_gradient(dtype):
+    """The authors' code skips gates and downsamplers when it checkpoints."""
+    model = tiny_model(dtype=dtype, variant="authors")
+    tokens = random_tokens()
+    expected = our_gradients(model, tokens)
+    model.zero_grad()
+    model.side.recompute = True
+    recomputed = our_gradients(model, tokens)
+    for name, grad in expected.items():
+        assert torch.equal(recomputed[name], grad), name
+
+
+def test_recomputing_the_side_network_keeps_less():
+    model = tiny_model()
+    tokens = random_tokens(length=32)
+    everything = kept_bytes(lambda: model(tokens))
+    model.side.recompute = True
+    # What stays: the head's and upsampler's part, and a hidden and a side state of every layer.
+    assert kept_bytes(lambda: model(tokens)) < 0.7 * everything
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 14, 20, 28])
+@pytest.mark.parametrize("with_mask", [None, "per row", "shared"])
+def test_a_batch_that_goes_through_the_backbone_in_parts_gives_the_same(with_mask, chunk_tokens):
+    """Four rows of 7 tokens, 1 to 4 rows at a time."""
+    model = tiny_model()
+    tokens = random_tokens(batch=4, length=7)
+    extra = {}
+    if with_mask:
+        rows = 4 if with_mask == "per row" else 1
+        eye = torch.eye(7, dtype=torch.bool)
+        extra["mask"] = (torch.rand(rows, 7, 7) < 0.5).tril() | eye
+        extra["input_pos"] = torch.randint(0, TINY["max_seq_len"], (rows, 7))
+    expected = model(tokens, **extra)
+    sizes = []
+    model.layers[1].register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    model.frozen_chunk_tokens = chunk_tokens
+    torch.testing.assert_close(model(tokens, **extra), expected, **FP32)
+    assert sum(sizes) == 4
+    assert max(sizes) == max(1, chunk_tokens // 7)

@@ -103,7 +103,10 @@ def test_blocks_divide_any_even_number_of_weights(numel):
     block_size, scaler_block_size = nf4_block_sizes(numel)
     assert numel % (block_size * scaler_block_size) == 0
     assert block_size % 2 == 0
-    for size, standard, total in ((block_size, 64, numel), (scaler_block_size, 256, numel // block_size)):
+    for size, standard, total in (
+        (block_size, 64, numel),
+        (scaler_block_size, 256, numel // block_size),
+    ):
         larger = [n for n in range(size + 1, standard + 1) if standard % n == total % n == 0]
         assert standard % size == 0
         assert not larger

@@ -1,0 +1,1 @@
+"""Memory and cost of a training config before it runs."""

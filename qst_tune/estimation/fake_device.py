@@ -1,0 +1,227 @@
+"""Fake tensors that behave as on a device which need not be there.
+
+All fake tensors say that they are on the CPU, since a torch without CUDA cannot run backward
+through fake tensors that say otherwise. Where CUDA allocates something else than the CPU,
+:class:`DeviceKernels` and :func:`workspace_of` put that in its place.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torchao.dtypes.nf4tensor import NF4Tensor
+
+from qst_tune.modules.nf4_linear import NF4Linear
+
+DeviceType = Literal["cpu", "cuda"]
+Attention = Literal["fused", "plain"]
+Workspace: TypeAlias = dict[Any, Callable[..., int]]
+
+_aten = torch.ops.aten
+
+
+@contextmanager
+def fake_tensors(dtype: torch.dtype) -> Iterator[None]:
+    """Make every tensor that is created in the block a fake one: shapes, but no memory.
+
+    Args:
+        dtype (torch.dtype): of the backbone.
+
+    Yields:
+        None: nothing.
+    """
+    # Tables that are made once and kept, such as the decoder's, must not be made of fake tensors.
+    NF4Linear(torch.zeros(64, 64, dtype=dtype))(torch.zeros(1, 64, dtype=dtype))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
+def allocate_fake(module: nn.Module, device: DeviceType) -> None:
+    """Replace, in place, the meta tensors of a module by fake ones; inside :func:`fake_tensors`.
+
+    Args:
+        module (nn.Module): built on the meta device.
+        device (DeviceType): NF4 weights say that they are there, so that the code that decodes them
+            chooses as it will on that device.
+    """
+    # By identity, so that a tied weight stays one; with the tensor, so that no id is used again.
+    fakes: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in fakes:
+            fakes[id(tensor)] = (tensor, _fake(tensor, device))
+        return fakes[id(tensor)][1]
+
+    for child in module.modules():
+        for name, parameter in child.named_parameters(recurse=False):
+            setattr(child, name, fake(parameter))
+        for name, buffer in child.named_buffers(recurse=False):
+            setattr(child, name, fake(buffer))
+
+
+def _fake(tensor: torch.Tensor, device: DeviceType) -> torch.Tensor:
+    if isinstance(tensor, NF4Tensor):
+        names, context = tensor.__tensor_flatten__()
+        layout = replace(context["tensor_meta"], device=torch.device(device))
+        context = {**context, "tensor_meta": layout}
+        parts = {name: _fake(getattr(tensor, name), device) for name in names}
+        weight = NF4Tensor.__tensor_unflatten__(parts, context, tensor.shape, tensor.stride())
+        return nn.Parameter(weight, requires_grad=False)
+    fake = torch.empty_like(tensor, device="cpu")
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(fake, requires_grad=tensor.requires_grad)
+    return fake
+
+
+class DeviceKernels(TorchFunctionMode):
+    """Run what a device would run in place of a few functions of torch.
+
+    What depends on data is taken thus: boolean indexing keeps everything, a tensor is true, and a
+    number read from one is 1.
+
+    Args:
+        device (DeviceType): the device to imitate.
+        attention (Attention): "fused" is torch's own choice of a kernel that never holds the
+            ``[B, heads, T, T]`` scores; "plain" holds them, with a softmax in fp32, as the models
+            of Hugging Face transformers did that the paper measured.
+    """
+
+    def __init__(self, device: DeviceType, attention: Attention = "fused") -> None:
+        super().__init__()
+        self._instead: dict[Any, Callable[..., Any]] = {
+            torch.Tensor.__getitem__: _select_all,
+            torch.Tensor.__bool__: lambda _: True,
+            torch.Tensor.item: lambda _: 1,
+        }
+        if device == "cuda":
+            self._instead[F.rms_norm] = _cuda_rms_norm
+            self._instead[F.layer_norm] = _cuda_layer_norm
+            self._instead[F.scaled_dot_product_attention] = _cuda_attention
+        if attention == "plain":
+            self._instead[F.scaled_dot_product_attention] = _plain_attention
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.Tensor.backward:
+            with self:  # switched off while it handles a call, but what is recomputed needs it
+                return torch.autograd.backward(args[0])
+        return self._instead.get(func, func)(*args, **(kwargs or {}))
+
+
+def workspace_of(device: DeviceType) -> Workspace:
+    """Bytes that kernels take and return within one operation.
+
+    Args:
+        device (DeviceType): the device to imitate.
+
+    Returns:
+        Workspace: functions of an operation's arguments.
+    """
+    if device == "cpu":
+        return {}
+    return {_aten._scaled_dot_product_flash_attention_backward: _flash_backward_workspace}
+
+
+def _flash_backward_workspace(_: torch.Tensor, query: torch.Tensor, *__: Any) -> int:
+    """FlashAttention-2 adds up the gradient of q in fp32, in tiles of 128 tokens x 32 channels."""
+    batch, heads, tokens, head_dim = query.shape
+    tokens, head_dim = _round_up(tokens, 128), _round_up(head_dim, 32)
+    return batch * heads * tokens * (head_dim + 1) * 4
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def _select_all(tensor: torch.Tensor, index: Any) -> torch.Tensor:
+    if not (isinstance(index, torch.Tensor) and index.dtype == torch.bool):
+        return tensor[index]
+    # Integers make torch allocate the same: an index of 8 bytes an element, and zeros in backward.
+    return tensor.flatten(0, index.ndim - 1)[torch.arange(index.numel(), device=tensor.device)]
+
+
+def _plain_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    **_: Any,
+) -> torch.Tensor:
+    tokens = query.shape[2]
+    scores = query @ key.transpose(2, 3) / math.sqrt(query.shape[3])
+    mask = attn_mask if attn_mask is not None else scores.new_empty(tokens, tokens)
+    scores = scores + mask.to(scores.dtype)
+    return F.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype) @ value
+
+
+def _cuda_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if query.dtype == torch.float32 or attn_mask is not None:
+        output: torch.Tensor = _aten._scaled_dot_product_efficient_attention(
+            query, key, value, attn_mask, query.requires_grad, dropout_p, is_causal
+        )[0]
+        return output
+    head_dim = query.shape[-1]
+    if head_dim % 8:  # torch pads for the kernel
+        padding = (0, -head_dim % 8)
+        query, key, value = F.pad(query, padding), F.pad(key, padding), F.pad(value, padding)
+    output = _aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal)[0]
+    return output[..., :head_dim]
+
+
+def _cuda_layer_norm(
+    input: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    """Under autocast CUDA computes it, and returns it, in fp32; the CPU does not."""
+    if torch.is_autocast_enabled("cpu"):
+        input = input.float()
+    return F.layer_norm(input, normalized_shape, weight, bias, eps)
+
+
+def _cuda_rms_norm(
+    input: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None = None,
+    eps: float | None = None,
+) -> torch.Tensor:
+    """One kernel where the dtypes agree, the same sequence of operations as on a CPU elsewhere."""
+    if weight is None or weight.dtype != input.dtype:
+        return F.rms_norm(input, normalized_shape, weight, eps)
+    output: torch.Tensor = _FusedRMSNorm.apply(input, weight)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _FusedRMSNorm(torch.autograd.Function):
+    """What ``aten._fused_rms_norm`` allocates on CUDA: its result and one number a token."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        x, weight, _ = ctx.saved_tensors
+        needs_weight = ctx.needs_input_grad[1]
+        return torch.empty_like(x), torch.empty_like(weight) if needs_weight else None

@@ -1,0 +1,192 @@
+"""The methods that an estimate compares: QST and its variants, and torchtune's own.
+
+A method turns a config of ours into what one training step needs. To add one, write a function like
+those below and name it in :data:`METHODS`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torchtune import training
+from torchtune.modules import RMSNorm, TransformerDecoder, TransformerSelfAttentionLayer
+from torchtune.modules.loss import CEWithChunkedOutputLoss
+from torchtune.modules.peft import get_adapter_params, set_trainable_params
+
+from qst_tune.errors import UserError
+from qst_tune.estimation.fake_device import Attention
+from qst_tune.estimation.peers import add_lora, plain_backbone
+from qst_tune.modules.qst_decoder import QSTDecoder
+from qst_tune.training.cli import instantiate
+from qst_tune.training.loss import connect_loss
+from qst_tune.training.model_setup import build_on_meta
+from qst_tune.training.parameter_groups import parameter_groups
+
+
+@dataclass
+class Setup:
+    """What one training step needs, on the meta device.
+
+    Args:
+        model (nn.Module): built, connected to the loss.
+        loss (Any): as :func:`~qst_tune.training.loss.next_token_loss` takes it.
+        trainable (Callable[[], Any]): the optimizer's parameters or groups, once the model has
+            its final tensors.
+        attention (Attention | None): overrides the one asked for.
+    """
+
+    model: nn.Module
+    loss: Any
+    trainable: Callable[[], Any]
+    attention: Attention | None = None
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the comparison fixes beside the config.
+
+    Args:
+        cfg (DictConfig): a training config of ours.
+        dtype (torch.dtype): of the backbone.
+        lora_rank (int): rank of LoRA and QLoRA, on all linears of a layer.
+    """
+
+    cfg: DictConfig
+    dtype: torch.dtype
+    lora_rank: int
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Args:
+        title (str): for people.
+        build (Callable[[Choices], Setup]): makes the step.
+    """
+
+    title: str
+    build: Callable[[Choices], Setup]
+
+
+def _qst(choices: Choices, *, recompute: bool | None = None, **changes: Any) -> Setup:
+    """As recipes/qst_finetune.py sets it up; ``changes`` are arguments of the model block."""
+    cfg = _with_model(choices.cfg, **changes)
+    model = _qst_model(cfg, choices.dtype)
+    if recompute is None:
+        recompute = bool(cfg.get("enable_activation_checkpointing", False))
+    model.side.recompute = recompute
+    loss = instantiate(cfg.loss, "loss")
+    connect_loss(loss, model)
+    return Setup(model, loss, lambda: parameter_groups(model.side))
+
+
+def _qst_published(choices: Choices) -> Setup:
+    """The paper's equations as its authors ran them: nothing is recomputed, all logits are held."""
+    setup = _qst(choices, recompute=False, variant="paper", downsample="adapter")
+    return _published(setup)
+
+
+def _published(setup: Setup) -> Setup:
+    """Full logits and plain attention."""
+    setup.model.skip_output_layer = False
+    setup.model.num_output_chunks = 0
+    setup.loss = nn.CrossEntropyLoss()
+    setup.attention = "plain"
+    return setup
+
+
+def _lora(choices: Choices, *, quantize: bool, checkpointing: bool) -> Setup:
+    """As torchtune's lora_finetune_single_device recipe sets it up."""
+    backbone = _backbone(choices)
+    with training.set_default_dtype(choices.dtype), torch.device("meta"):
+        add_lora(backbone, rank=choices.lora_rank, quantize=quantize)
+    set_trainable_params(backbone, get_adapter_params(backbone))
+    return _torchtune_setup(backbone, checkpointing=checkpointing)
+
+
+def _qlora_published(choices: Choices) -> Setup:
+    return _published(_lora(choices, quantize=True, checkpointing=False))
+
+
+def _full(choices: Choices, *, checkpointing: bool) -> Setup:
+    """As torchtune's full_finetune_single_device recipe: weights and states all in one dtype."""
+    return _torchtune_setup(_backbone(choices), checkpointing=checkpointing)
+
+
+def _torchtune_setup(model: TransformerDecoder, *, checkpointing: bool) -> Setup:
+    if checkpointing:
+        policy = {TransformerSelfAttentionLayer}
+        training.set_activation_checkpointing(model, auto_wrap_policy=policy)
+    loss = CEWithChunkedOutputLoss()  # what torchtune's configs name
+    model.set_num_output_chunks(loss.num_output_chunks)
+    return Setup(model, loss, lambda: [p for p in model.parameters() if p.requires_grad])
+
+
+def _backbone(choices: Choices) -> TransformerDecoder:
+    """The backbone of the config's QST model as torchtune would build it, all of it trainable."""
+    cfg = _with_model(choices.cfg, quantize_base=False)
+    return plain_backbone(build_on_meta(cfg, choices.dtype))
+
+
+def _qst_model(cfg: DictConfig, dtype: torch.dtype) -> QSTDecoder:
+    model = build_on_meta(cfg, dtype)
+    for name, parameter in model.named_parameters():
+        # Loading a checkpoint leaves the norms in fp32 (training/backbone_loading.py).
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(owner, RMSNorm):
+            owner.scale = nn.Parameter(parameter.float(), requires_grad=parameter.requires_grad)
+    return model
+
+
+def _with_model(cfg: DictConfig, **changes: Any) -> DictConfig:
+    merged = OmegaConf.merge(cfg, {"model": changes})
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+METHODS: dict[str, Method] = {
+    "qst": Method("QST, this config", _qst),
+    "qst_stored": Method("QST, nothing recomputed", partial(_qst, recompute=False)),
+    "qst_recomputed": Method("QST, side recomputed", partial(_qst, recompute=True)),
+    **{
+        f"qst_{kind}": Method(
+            f"QST, side recomputed, {kind}", partial(_qst, recompute=True, downsample=kind)
+        )
+        for kind in ("adapter", "linear", "lora", "maxpool", "avgpool")
+    },
+    "qst_published": Method("QST, as published", _qst_published),
+    "qlora": Method("QLoRA", partial(_lora, quantize=True, checkpointing=False)),
+    "qlora_checkpointed": Method(
+        "QLoRA, checkpointed", partial(_lora, quantize=True, checkpointing=True)
+    ),
+    "qlora_published": Method("QLoRA, as published", _qlora_published),
+    "lora": Method("LoRA", partial(_lora, quantize=False, checkpointing=False)),
+    "lora_checkpointed": Method(
+        "LoRA, checkpointed", partial(_lora, quantize=False, checkpointing=True)
+    ),
+    "full": Method("full fine-tuning", partial(_full, checkpointing=False)),
+    "full_checkpointed": Method("full, checkpointed", partial(_full, checkpointing=True)),
+}
+
+
+def choose_methods(names: list[str]) -> dict[str, Method]:
+    """Look methods up.
+
+    Args:
+        names (list[str]): keys of :data:`METHODS`.
+
+    Returns:
+        dict[str, Method]: in the order asked for.
+
+    Raises:
+        UserError: if one is unknown.
+    """
+    unknown = [name for name in names if name not in METHODS]
+    if unknown or not names:
+        raise UserError(f"methods={names} must be one or more of {', '.join(METHODS)}")
+    return {name: METHODS[name] for name in names}

@@ -1,0 +1,235 @@
+"""One training step of a method on fake tensors, and what it costs."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+from torch.optim import Optimizer
+from torchtune import training
+
+from qst_tune.estimation.fake_device import (
+    Attention,
+    DeviceKernels,
+    DeviceType,
+    allocate_fake,
+    fake_tensors,
+    workspace_of,
+)
+from qst_tune.estimation.methods import Choices, Method, Setup
+from qst_tune.estimation.tracker import PeakMemory, StorageTracker
+from qst_tune.training.cli import instantiate
+from qst_tune.training.loss import next_token_loss
+
+CUDA_GRANULARITY = 512  # bytes, of torch's caching allocator
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Size of one batch.
+
+    Args:
+        batch_size (int): rows.
+        seq_len (int): tokens a row.
+    """
+
+    batch_size: int
+    seq_len: int
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What one training step takes.
+
+    Args:
+        memory (PeakMemory): peak in the steady state, that is with the optimizer's states there.
+        flops_per_token (float): forward and backward, recomputation included.
+        trainable_parameters (int): number of them.
+    """
+
+    memory: PeakMemory
+    flops_per_token: float
+    trainable_parameters: int
+
+
+def estimate_step(
+    method: Method,
+    choices: Choices,
+    shape: Shape,
+    *,
+    device: DeviceType,
+    attention: Attention = "fused",
+) -> StepCost:
+    """Run one training step of a method on fake tensors.
+
+    Args:
+        method (Method): what to build.
+        choices (Choices): config and what else the comparison fixes.
+        shape (Shape): of the batch.
+        device (DeviceType): the device to imitate.
+        attention (Attention): unless the method has its own.
+
+    Returns:
+        StepCost: memory and operations.
+    """
+    setup = method.build(choices)
+    with fake_tensors(choices.dtype):
+        allocate_fake(setup.model, device)
+        return run_step(
+            setup, choices.cfg, shape, device=device, attention=setup.attention or attention
+        )
+
+
+def run_step(
+    setup: Setup, cfg: DictConfig, shape: Shape, *, device: DeviceType, attention: Attention
+) -> StepCost:
+    """Run one tracked training step on tensors that are there, fake or real.
+
+    Args:
+        setup (Setup): with its final tensors.
+        cfg (DictConfig): has ``optimizer`` and perhaps ``clip_grad_norm``.
+        shape (Shape): of the batch.
+        device (DeviceType): the device to imitate.
+        attention (Attention): kind of attention kernel.
+
+    Returns:
+        StepCost: memory and operations.
+    """
+    optimizer = make_optimizer(setup, cfg, device)
+    batch = make_batch(setup.model, shape)
+    tracker = StorageTracker(
+        granularity=CUDA_GRANULARITY if device == "cuda" else 1, workspace=workspace_of(device)
+    )
+    _register(tracker, setup.model, optimizer, batch)
+    gc.collect()
+    with DeviceKernels(device, attention), tracker, _watch(tracker, setup):
+        train_step(setup, optimizer, batch, cfg.get("clip_grad_norm"), tracker)
+    return StepCost(
+        memory=tracker.peak(),
+        flops_per_token=tracker.flops() / (shape.batch_size * shape.seq_len),
+        trainable_parameters=sum(p.numel() for p in _trainable(setup.model)),
+    )
+
+
+def make_optimizer(setup: Setup, cfg: DictConfig, device: DeviceType) -> Optimizer:
+    """Build the config's optimizer, with its states as after a first step.
+
+    Args:
+        setup (Setup): with its final tensors.
+        cfg (DictConfig): has ``optimizer``.
+        device (DeviceType): CUDA's default is to update all parameters in one kernel a step.
+
+    Returns:
+        Optimizer: no parameter has a gradient.
+    """
+    optimizer: Optimizer = instantiate(cfg.optimizer, "optimizer", setup.trainable())
+    for group in optimizer.param_groups:
+        if device == "cuda" and group.get("foreach", 0) is None and not group.get("fused"):
+            group["foreach"] = True
+    for parameter in _trainable(setup.model):
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return optimizer
+
+
+def make_batch(model: nn.Module, shape: Shape) -> dict[str, torch.Tensor]:
+    """Make a batch as a collate function does, every token of it with a label.
+
+    Args:
+        model (nn.Module): unused but for its vocabulary.
+        shape (Shape): of the batch.
+
+    Returns:
+        dict[str, torch.Tensor]: ``tokens`` and ``labels``, ``[B, T]``.
+    """
+    vocabulary: int = model.tok_embeddings.num_embeddings  # type: ignore[union-attr, assignment]
+    size = (shape.batch_size, shape.seq_len)
+    return {
+        "tokens": torch.randint(vocabulary, size),
+        "labels": torch.randint(vocabulary, size),
+    }
+
+
+def train_step(
+    setup: Setup,
+    optimizer: Optimizer,
+    batch: dict[str, torch.Tensor],
+    clip_grad_norm: float | None,
+    tracker: StorageTracker | None = None,
+) -> None:
+    """Do what the recipes do in one step; ours and torchtune's agree in it.
+
+    Args:
+        setup (Setup): model and loss.
+        optimizer (Optimizer): over its trainable parameters.
+        batch (dict[str, torch.Tensor]): ``tokens`` and ``labels``.
+        clip_grad_norm (float | None): as in the config.
+        tracker (StorageTracker | None): is told the phases.
+    """
+    enter = tracker.enter if tracker else lambda _: None
+    enter("forward")
+    loss, num_labels = next_token_loss(setup.model, setup.loss, batch)
+    loss_sum = loss * num_labels
+    del loss
+    enter("loss backward")
+    loss_sum.backward()
+    enter("optimizer")
+    training.scale_grads(setup.model, 1 / num_labels)
+    if clip_grad_norm is not None:
+        torch.nn.utils.clip_grad_norm_(_trainable(setup.model), max_norm=float(clip_grad_norm))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def _register(
+    tracker: StorageTracker, model: nn.Module, optimizer: Optimizer, batch: dict[str, Any]
+) -> None:
+    trainable = _trainable(model)
+    tracker.register([*model.parameters(), *model.buffers()], "frozen weights")
+    tracker.register(trainable, "trainable weights")
+    tracker.register(list(optimizer.state.values()), "optimizer states")
+    tracker.register(batch, "saved activations")
+
+
+@contextmanager
+def _watch(tracker: StorageTracker, setup: Setup) -> Iterator[None]:
+    """Tell the tracker where head and loss begin and end, and which tensors are gradients."""
+    with ExitStack() as stack:
+        for parameter in _trainable(setup.model):
+            hook = parameter.register_post_accumulate_grad_hook(
+                lambda p: tracker.register(p.grad, "gradients")
+            )
+            stack.callback(hook.remove)
+        for module in _head_and_loss(setup):
+            before = module.register_forward_pre_hook(
+                lambda _, inputs: _enter_loss(tracker, inputs[0])
+            )
+            stack.callback(before.remove)
+        yield
+
+
+def _head_and_loss(setup: Setup) -> list[nn.Module]:
+    """The LM head, which may be torchtune's TiedLinear around a module, and the loss."""
+    head = setup.model.output
+    head = head if isinstance(head, nn.Module) else head.linear  # type: ignore[union-attr]
+    return [head, setup.loss]
+
+
+def _enter_loss(tracker: StorageTracker, hidden: Any) -> None:
+    """The head's input begins the loss; when its gradient is there, the loss is through."""
+    if tracker.phase == "loss" or not isinstance(hidden, torch.Tensor):
+        tracker.enter("loss")
+        return
+    tracker.enter("loss")
+    if hidden.requires_grad:
+        source = hidden if hidden._base is None else hidden._base
+        source.register_hook(lambda _: tracker.enter("backward"))

@@ -1,0 +1,303 @@
+"""Every storage of a training step: when it is allocated, when released, and what it is for.
+
+torch ships ``torch.distributed._tools.mem_tracker.MemTracker``, which tracks much the same. It
+splits memory by module and cannot say which activations outlive the forward pass or which bytes
+belong to the loss, so the few lines below keep their own record.
+"""
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+Part = Literal[
+    "frozen weights",
+    "trainable weights",
+    "optimizer states",
+    "gradients",
+    "saved activations",
+    "logits and loss",
+    "transient",
+]
+PARTS: tuple[Part, ...] = (
+    "frozen weights",
+    "trainable weights",
+    "optimizer states",
+    "gradients",
+    "saved activations",
+    "logits and loss",
+    "transient",
+)
+Phase = Literal["setup", "forward", "loss", "loss backward", "backward", "optimizer"]
+
+_aten = torch.ops.aten
+# torch counts the attention kernels of CUDA only; CPU's do the same products.
+_FLOPS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        _aten._scaled_dot_product_flash_attention
+    ],
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _aten._scaled_dot_product_flash_attention_backward
+    ],
+}
+
+
+@dataclass
+class _Storage:
+    """One allocation.
+
+    Args:
+        num_bytes (int): size, rounded up to the allocator's granularity.
+        phase (Phase): when it was allocated.
+        start (int): number of the event that allocated it.
+        end (int | None): number of the event that released it; None while it is alive.
+        part (Part | None): what it is, where that is known from elsewhere.
+    """
+
+    num_bytes: int
+    phase: Phase
+    start: int
+    end: int | None = None
+    part: Part | None = None
+
+
+@dataclass(frozen=True)
+class PeakMemory:
+    """The moment at which most memory was allocated.
+
+    Args:
+        num_bytes (int): all of it.
+        parts (dict[str, int]): the same bytes by :data:`PARTS`.
+        phase (str): when it was.
+        saved_bytes (int): activations alive at the end of the forward pass, whether or not that is
+            the peak; without what the loss keeps.
+        start_bytes (int): allocated before the step: weights, optimizer states, inputs.
+    """
+
+    num_bytes: int
+    parts: dict[str, int]
+    phase: str
+    saved_bytes: int
+    start_bytes: int
+
+
+@dataclass
+class _Record:
+    storages: list[_Storage] = field(default_factory=list)
+    num_events: int = 0
+    phases: list[tuple[int, Phase]] = field(default_factory=list)
+    flops: Counter[str] = field(default_factory=Counter)
+
+
+class StorageTracker(TorchDispatchMode):
+    """Record the allocations and floating-point operations of the code that runs under it.
+
+    A storage counts once, however many views it has, from the operation that returns it until the
+    last reference to it is gone. So in-place operations count nothing and autograd's own references
+    count as alive. Memory that a kernel takes and returns within one operation is only seen where
+    ``workspace`` names it.
+
+    Works on real, fake and meta tensors alike. What exists already is told by :meth:`register`.
+
+    Args:
+        granularity (int): sizes are rounded up to a multiple of it; CUDA's allocator has 512 bytes.
+        workspace (Mapping[Any, Callable[..., int]] | None): bytes that an operation (``aten.x``)
+            takes beside its results, as a function of its arguments.
+    """
+
+    def __init__(
+        self, granularity: int = 1, workspace: Mapping[Any, Callable[..., int]] | None = None
+    ) -> None:
+        super().__init__()
+        self._granularity = granularity
+        self._workspace = workspace or {}
+        self._record = _Record(phases=[(0, "setup")])
+        self._alive: dict[int, tuple[weakref.ref[Any], _Storage]] = {}
+
+    # What the step tells.
+
+    def enter(self, phase: Phase) -> None:
+        """Say that a phase of the step begins.
+
+        Args:
+            phase (Phase): which one.
+        """
+        self._record.phases.append((self._record.num_events, phase))
+
+    @property
+    def phase(self) -> Phase:
+        """The phase that runs now."""
+        return self._record.phases[-1][1]
+
+    @contextmanager
+    def during(self, phase: Phase) -> Iterator[None]:
+        """Enter a phase for the duration of a block.
+
+        Args:
+            phase (Phase): which one.
+
+        Yields:
+            None: nothing.
+        """
+        before = self.phase
+        self.enter(phase)
+        yield
+        self.enter(before)
+
+    def register(self, tensors: Any, part: Part) -> None:
+        """Say what tensors are; those that were not seen before count from now on.
+
+        Args:
+            tensors (Any): tensors, in any nesting of lists, tuples and dicts.
+            part (Part): what they are.
+        """
+        for storage in self._storages_of(tensors):
+            self._track(storage).part = part
+
+    # What torch tells.
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.prim.device.default:  # half of all calls, and nothing to see
+            return func(*args)
+        if any(is_wrapper_type(kind) for kind in types):
+            return NotImplemented  # the plain tensors inside come by on their own
+        result = func(*args, **(kwargs or {}))
+        packet = func._overloadpacket
+        if packet in _FLOPS:
+            self._record.flops[self.phase] += _FLOPS[packet](
+                *args, **(kwargs or {}), out_val=result
+            )
+        if packet in self._workspace:
+            self._use_briefly(self._workspace[packet](*args))
+        for storage in self._storages_of(result):
+            self._track(storage)
+        return result
+
+    def _storages_of(self, tensors: Any) -> Iterator[torch.UntypedStorage]:
+        for leaf in (tensors,) if isinstance(tensors, torch.Tensor) else tree_iter(tensors):
+            if not isinstance(leaf, torch.Tensor):
+                continue
+            if is_traceable_wrapper_subclass(leaf):
+                for name in leaf.__tensor_flatten__()[0]:
+                    yield from self._storages_of(getattr(leaf, name))
+            else:
+                yield leaf.untyped_storage()
+
+    def _track(self, storage: torch.UntypedStorage) -> _Storage:
+        key = id(storage)
+        if key in self._alive:
+            return self._alive[key][1]
+        allocation = self._allocate(storage.nbytes())
+
+        def release(_: Any) -> None:
+            self._alive.pop(key, None)
+            self._release(allocation)
+
+        # torch keeps the Python object of a storage alive for as long as the storage itself.
+        self._alive[key] = (weakref.ref(storage, release), allocation)
+        return allocation
+
+    def _allocate(self, num_bytes: int) -> _Storage:
+        blocks = -(-num_bytes // self._granularity)
+        allocation = _Storage(blocks * self._granularity, self.phase, self._record.num_events)
+        self._record.storages.append(allocation)
+        self._record.num_events += 1
+        return allocation
+
+    def _release(self, allocation: _Storage) -> None:
+        allocation.end = self._record.num_events
+        self._record.num_events += 1
+
+    def _use_briefly(self, num_bytes: int) -> None:
+        self._release(self._allocate(num_bytes))
+
+    # What comes out.
+
+    def flops(self) -> int:
+        """Floating-point operations of all matrix products and attention kernels.
+
+        Returns:
+            int: a multiplication and an addition count as two.
+        """
+        return sum(self._record.flops.values())
+
+    def peak(self) -> PeakMemory:
+        """Find the peak after :meth:`enter` first left "setup".
+
+        Returns:
+            PeakMemory: total and parts.
+        """
+        storages, phases = self._record.storages, self._record.phases
+        start = next((event for event, phase in phases if phase != "setup"), 0)
+        end_of_forward = next(
+            (event for event, phase in phases if phase.endswith("backward")),
+            self._record.num_events,
+        )
+        event, num_bytes = self._highest(start)
+        parts: Counter[str] = Counter(dict.fromkeys(PARTS, 0))
+        for storage in storages:
+            if _is_alive(storage, event):
+                parts[_part_of(storage, end_of_forward)] += storage.num_bytes
+        return PeakMemory(
+            num_bytes=num_bytes,
+            parts=dict(parts),
+            phase=next(phase for at, phase in reversed(phases) if at <= event),
+            saved_bytes=sum(
+                s.num_bytes
+                for s in storages
+                if _is_alive(s, end_of_forward)
+                and _part_of(s, end_of_forward) == "saved activations"
+            ),
+            start_bytes=sum(s.num_bytes for s in storages if s.start < start),
+        )
+
+    def _highest(self, start: int) -> tuple[int, int]:
+        """Event at or after ``start`` with most bytes alive, and those bytes."""
+        change = [0] * self._record.num_events
+        for storage in self._record.storages:
+            change[storage.start] += storage.num_bytes
+            if storage.end is not None:
+                change[storage.end] -= storage.num_bytes
+        alive = highest = event_of_highest = 0
+        for event, difference in enumerate(change):
+            alive += difference
+            if event >= start and alive > highest:
+                highest, event_of_highest = alive, event
+        return event_of_highest, highest
+
+
+def is_wrapper_type(kind: type) -> bool:
+    """Tell whether a tensor type wraps others, as NF4Tensor does.
+
+    Args:
+        kind (type): type of a tensor.
+
+    Returns:
+        bool: True for wrappers.
+    """
+    return hasattr(kind, "__tensor_flatten__") and hasattr(kind, "__tensor_unflatten__")
+
+
+def _is_alive(storage: _Storage, event: int) -> bool:
+    return storage.start <= event and (storage.end is None or storage.end > event)
+
+
+def _part_of(storage: _Storage, end_of_forward: int) -> Part:
+    if storage.part is not None:
+        return storage.part
+    if storage.phase.startswith("loss"):
+        return "logits and loss"
+    outlives = storage.end is None or storage.end > end_of_forward
+    if storage.start < end_of_forward and outlives:
+        return "saved activations"
+    return "transient"

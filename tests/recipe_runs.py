@@ -1,0 +1,83 @@
+"""Run recipes: through the real ``tune`` in a process of its own, or faster inside this one."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from qst_tune.recipes import qst_finetune
+from safetensors.torch import load_file
+
+from tests.checkpoints import Config
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What a run of qst_finetune left in its output folder."""
+
+    folder: Path
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.folder / "summary.json").read_text())
+
+    @property
+    def train_loss(self) -> torch.Tensor:
+        return torch.tensor(list(self.summary["train_loss"].values()), dtype=torch.float64)
+
+    @property
+    def held_out_loss(self) -> dict[int, float]:
+        return {int(step): loss for step, loss in self.summary["held_out_loss"].items()}
+
+    @property
+    def weights_file(self) -> Path:
+        return self.folder / "side_network" / "side_network.safetensors"
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        return load_file(self.weights_file)
+
+
+def run_tune(
+    *arguments: str | Path, cwd: Path, python: str | Path = sys.executable
+) -> subprocess.CompletedProcess[str]:
+    """Run ``tune``; its script is a shim around this module and may be installed elsewhere."""
+    return subprocess.run(
+        [str(python), "-m", "torchtune._cli.tune", *map(str, arguments)],
+        cwd=cwd,
+        # One thread: with more, every tiny operation waits for whatever else the machine runs.
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """As in :func:`run_tune`; also makes both kinds of run bit-identical."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def merged(config: Config, *overrides: str) -> DictConfig:
+    """Config with overrides as on the command line, for a run inside this process."""
+    return OmegaConf.merge(OmegaConf.create(config), OmegaConf.from_dotlist(list(overrides)))
+
+
+def finetune(config: Config, output_dir: Path, *overrides: str) -> FinetuneResult:
+    """Run qst_finetune inside this process."""
+    with one_thread():
+        qst_finetune.main(merged(config, f"output_dir={output_dir}", *overrides))
+    return FinetuneResult(output_dir)
