@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from qst_tune.errors import UserError
 from qst_tune.training.cli import instantiate, run_recipe
-from qst_tune.training.config_check import check_checkpoint_dir, check_config
+from qst_tune.training.config_check import check_checkpoint_dir, check_config, check_numbers
 from qst_tune.training.data import (
     DEFAULT_COLLATE,
     build_collate,
@@ -35,7 +35,7 @@ from qst_tune.training.distributed import (
     sum_gradients,
     sum_over_ranks,
 )
-from qst_tune.training.loss import connect_loss, next_token_loss
+from qst_tune.training.loss import build_loss, connect_loss, next_token_loss
 from qst_tune.training.memory import (
     GIB,
     count_saved_activations,
@@ -91,6 +91,18 @@ OPTIONAL_KEYS = (
     "cudnn_deterministic_mode",
     "low_cpu_ram",
 )
+# Kind and least value; null, where a key is optional, is always allowed.
+NUMBERS: dict[str, tuple[type, int]] = {
+    "batch_size": (int, 1),
+    "batch_size_val": (int, 1),
+    "epochs": (int, 1),
+    "max_steps_per_epoch": (int, 1),
+    "gradient_accumulation_steps": (int, 1),
+    "run_val_every_n_steps": (int, 1),
+    "log_every_n_steps": (int, 1),
+    "seed": (int, 0),
+    "clip_grad_norm": (float, 0),
+}
 
 log = utils.get_logger("INFO")
 
@@ -124,7 +136,7 @@ class QSTFinetuneRecipe:
             seed=cfg.get("seed"), debug_mode=cfg.get("cudnn_deterministic_mode")
         )
         self.tokenizer = instantiate(cfg.tokenizer, "tokenizer")
-        self.loss = instantiate(cfg.loss, "loss")
+        self.loss = build_loss(cfg.loss)
         self.model = build_on_meta(cfg, self.dtype)
         self._setup_data()
         self._setup_model()
@@ -371,6 +383,7 @@ def main(cfg: DictConfig) -> None:
         cfg (DictConfig): the merged config.
     """
     check_config(cfg, known=[*REQUIRED_KEYS, *OPTIONAL_KEYS], required=REQUIRED_KEYS)
+    check_numbers(cfg, NUMBERS)
     _check_switches(cfg)
     check_checkpoint_dir(cfg.checkpointer)
     recipe = QSTFinetuneRecipe(cfg)

@@ -18,7 +18,7 @@ from torchtune.modules.peft import disable_adapter
 
 from qst_tune.errors import UserError
 from qst_tune.training.cli import instantiate, run_recipe
-from qst_tune.training.config_check import check_checkpoint_dir, check_config
+from qst_tune.training.config_check import check_checkpoint_dir, check_config, check_numbers
 from qst_tune.training.model_setup import (
     build_on_meta,
     choose_device,
@@ -38,6 +38,12 @@ OPTIONAL_KEYS = (
     "seed",
     "output_dir",
 )
+NUMBERS: dict[str, tuple[type, int]] = {
+    "max_new_tokens": (int, 1),
+    "temperature": (float, 0),
+    "top_k": (int, 1),
+    "seed": (int, 0),
+}
 
 # generate() takes every token equal to pad_id for padding, and in many chat templates the padding
 # token also ends the prompt's turns. One prompt needs no padding, so no token shall match.
@@ -132,6 +138,7 @@ def main(cfg: DictConfig) -> None:
         cfg (DictConfig): the merged config.
     """
     check_config(cfg, known=[*REQUIRED_KEYS, *OPTIONAL_KEYS], required=REQUIRED_KEYS)
+    check_numbers(cfg, NUMBERS)
     check_checkpoint_dir(cfg.checkpointer)
     if not str(cfg.prompt or "").strip():
         raise UserError('prompt is empty: add prompt="<your question>"')

@@ -2,20 +2,20 @@
 
 All fake tensors say that they are on the CPU, since a torch without CUDA cannot run backward
 through fake tensors that say otherwise. Where CUDA allocates something else than the CPU,
-:class:`DeviceKernels` and :func:`workspace_of` put that in its place.
+:func:`device_kernels` and :func:`workspace_of` put that in its place.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, TypeAlias
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torchao.dtypes.nf4tensor import NF4Tensor
 
 from qst_tune.modules.nf4_linear import NF4Linear
@@ -25,6 +25,7 @@ Attention = Literal["fused", "plain"]
 Workspace: TypeAlias = dict[Any, Callable[..., int]]
 
 _aten = torch.ops.aten
+_getitem, _rms_norm, _layer_norm = torch.Tensor.__getitem__, F.rms_norm, F.layer_norm
 
 
 @contextmanager
@@ -69,7 +70,7 @@ def allocate_fake(module: nn.Module, device: DeviceType) -> None:
 def _fake(tensor: torch.Tensor, device: DeviceType) -> torch.Tensor:
     if isinstance(tensor, NF4Tensor):
         names, context = tensor.__tensor_flatten__()
-        layout = replace(context["tensor_meta"], device=torch.device(device))
+        layout = dataclasses.replace(context["tensor_meta"], device=torch.device(device))
         context = {**context, "tensor_meta": layout}
         parts = {name: _fake(getattr(tensor, name), device) for name in names}
         weight = NF4Tensor.__tensor_unflatten__(parts, context, tensor.shape, tensor.stride())
@@ -80,40 +81,40 @@ def _fake(tensor: torch.Tensor, device: DeviceType) -> torch.Tensor:
     return fake
 
 
-class DeviceKernels(TorchFunctionMode):
-    """Run what a device would run in place of a few functions of torch.
+@contextmanager
+def device_kernels(device: DeviceType, attention: Attention = "fused") -> Iterator[None]:
+    """Run what a device would run in place of a few functions of torch, for the block.
 
     What depends on data is taken thus: boolean indexing keeps everything, a tensor is true, and a
     number read from one is 1.
+
+    The functions are replaced and not caught by a TorchFunctionMode, since that is off while
+    autograd runs, and so for everything that is recomputed in backward.
 
     Args:
         device (DeviceType): the device to imitate.
         attention (Attention): "fused" is torch's own choice of a kernel that never holds the
             ``[B, heads, T, T]`` scores; "plain" holds them, with a softmax in fp32, as the models
             of Hugging Face transformers did that the paper measured.
+
+    Yields:
+        None: nothing.
     """
+    with ExitStack() as stack:
 
-    def __init__(self, device: DeviceType, attention: Attention = "fused") -> None:
-        super().__init__()
-        self._instead: dict[Any, Callable[..., Any]] = {
-            torch.Tensor.__getitem__: _select_all,
-            torch.Tensor.__bool__: lambda _: True,
-            torch.Tensor.item: lambda _: 1,
-        }
+        def replace(owner: Any, name: str, function: Callable[..., Any]) -> None:
+            stack.enter_context(patch.object(owner, name, function))
+
+        replace(torch.Tensor, "__getitem__", _select_all)
+        replace(torch.Tensor, "__bool__", lambda _: True)
+        replace(torch.Tensor, "item", lambda _: 1)
         if device == "cuda":
-            self._instead[F.rms_norm] = _cuda_rms_norm
-            self._instead[F.layer_norm] = _cuda_layer_norm
-            self._instead[F.scaled_dot_product_attention] = _cuda_attention
+            replace(F, "rms_norm", _cuda_rms_norm)
+            replace(F, "layer_norm", _cuda_layer_norm)
+            replace(F, "scaled_dot_product_attention", _cuda_attention)
         if attention == "plain":
-            self._instead[F.scaled_dot_product_attention] = _plain_attention
-
-    def __torch_function__(
-        self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if func is torch.Tensor.backward:
-            with self:  # switched off while it handles a call, but what is recomputed needs it
-                return torch.autograd.backward(args[0])
-        return self._instead.get(func, func)(*args, **(kwargs or {}))
+            replace(F, "scaled_dot_product_attention", _plain_attention)
+        yield
 
 
 def workspace_of(device: DeviceType) -> Workspace:
@@ -142,10 +143,10 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 def _select_all(tensor: torch.Tensor, index: Any) -> torch.Tensor:
-    if not (isinstance(index, torch.Tensor) and index.dtype == torch.bool):
-        return tensor[index]
-    # Integers make torch allocate the same: an index of 8 bytes an element, and zeros in backward.
-    return tensor.flatten(0, index.ndim - 1)[torch.arange(index.numel(), device=tensor.device)]
+    if isinstance(index, torch.Tensor) and index.dtype == torch.bool:
+        # Integers allocate the same: an index of 8 bytes an element, and zeros in backward.
+        tensor, index = tensor.flatten(0, index.ndim - 1), torch.arange(index.numel())
+    return _getitem(tensor, index)
 
 
 def _plain_attention(
@@ -196,7 +197,7 @@ def _cuda_layer_norm(
     """Under autocast CUDA computes it, and returns it, in fp32; the CPU does not."""
     if torch.is_autocast_enabled("cpu"):
         input = input.float()
-    return F.layer_norm(input, normalized_shape, weight, bias, eps)
+    return _layer_norm(input, normalized_shape, weight, bias, eps)
 
 
 def _cuda_rms_norm(
@@ -207,7 +208,7 @@ def _cuda_rms_norm(
 ) -> torch.Tensor:
     """One kernel where the dtypes agree, the same sequence of operations as on a CPU elsewhere."""
     if weight is None or weight.dtype != input.dtype:
-        return F.rms_norm(input, normalized_shape, weight, eps)
+        return _rms_norm(input, normalized_shape, weight, eps)
     output: torch.Tensor = _FusedRMSNorm.apply(input, weight)  # type: ignore[no-untyped-call]
     return output
 

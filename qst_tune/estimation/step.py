@@ -14,9 +14,9 @@ from torchtune import training
 
 from qst_tune.estimation.fake_device import (
     Attention,
-    DeviceKernels,
     DeviceType,
     allocate_fake,
+    device_kernels,
     fake_tensors,
     workspace_of,
 )
@@ -106,7 +106,7 @@ def run_step(
     )
     _register(tracker, setup.model, optimizer, batch)
     gc.collect()
-    with DeviceKernels(device, attention), tracker, _watch(tracker, setup):
+    with device_kernels(device, attention), tracker, _watch(tracker, setup):
         train_step(setup, optimizer, batch, cfg.get("clip_grad_norm"), tracker)
     return StepCost(
         memory=tracker.peak(),

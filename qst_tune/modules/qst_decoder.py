@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.attention_utils import _MaskType
 
@@ -177,7 +178,10 @@ class QSTDecoder(TransformerDecoder):
         a long batch costs here. Rows are independent, so doing few at a time bounds them.
         """
         num_rows = max(1, self.frozen_chunk_tokens // x.shape[1])
-        if num_rows >= len(x) or self.caches_are_enabled():  # a cache is written for all rows
+        # A cache is written for all rows. A BlockMask (packed batches on CUDA) counts its rows from
+        # the first; flex_attention takes fewer rows without an error and masks them wrongly.
+        indivisible = self.caches_are_enabled() or isinstance(per_row.get("mask"), BlockMask)
+        if num_rows >= len(x) or indivisible:
             whole: torch.Tensor = module(x, **per_row)
             return whole
         starts = range(0, len(x), num_rows)

@@ -130,11 +130,16 @@ def resize_norm(norm: nn.Module | None, dim: int) -> nn.Module | None:
 
     Returns:
         nn.Module | None: the new norm, its weights at their initial values.
+
+    Raises:
+        ValueError: if its type is not built from ``dim`` and ``eps`` (Gemma 2's, for example).
     """
     if norm is None:
         return None
     if isinstance(norm, nn.Identity):
         return nn.Identity()  # not the backbone's: two networks must not share a module
+    if not hasattr(norm, "eps"):
+        raise ValueError(f"a backbone with a {type(norm).__name__} has no side network yet")
     return type(norm)(dim, eps=norm.eps)
 
 

@@ -36,17 +36,25 @@ def build_dataset(block: DictConfig | ListConfig, name: str, tokenizer: Any) -> 
         Any: a map-style dataset.
 
     Raises:
-        UserError: if it cannot be built or has no rows.
+        UserError: if it cannot be built, has no rows, or its first row cannot be read.
     """
     if isinstance(block, ListConfig):
-        parts = [
-            instantiate(part, f"{name}[{index}]", tokenizer) for index, part in enumerate(block)
-        ]
-        dataset = ConcatDataset(datasets=parts)
-    else:
+        parts = [build_dataset(part, f"{name}[{i}]", tokenizer) for i, part in enumerate(block)]
+        return ConcatDataset(datasets=parts)
+    source = block.get("data_files") or block.get("source") or block.get("_component_")
+    try:
         dataset = instantiate(block, name, tokenizer)
+    except UserError as error:
+        if isinstance(error.__cause__, StopIteration):  # from datasets, for a file without a row
+            raise UserError(f"{name}: {source} has no rows") from error
+        raise
     if isinstance(dataset, Sized) and len(dataset) == 0:
-        raise UserError(f"{name}: the dataset has no rows")
+        raise UserError(f"{name}: {source} has no rows")
+    try:
+        dataset[0]
+    except Exception as error:  # a missing column, or a conversation that a template refuses
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{name}: row 0 of {source} cannot be used: {reason}") from error
     return dataset
 
 
@@ -107,9 +115,15 @@ def build_collate(
 
     Returns:
         Collate: maps rows to ``tokens`` and ``labels`` ``[B, T]``.
+
+    Raises:
+        UserError: if there is no such component.
     """
     padding = {"padding_idx": tokenizer.pad_id, "ignore_idx": ignore_index}
-    collate = partial(_get_component_from_path(component), **padding)
+    try:
+        collate = partial(_get_component_from_path(component), **padding)
+    except Exception as error:  # importing a user's own module may raise anything
+        raise UserError(f"collate_fn={component} cannot be imported") from error
     fill = {"tokens": tokenizer.pad_id, "labels": ignore_index}
     return partial(_collate_and_pad, collate=collate, fill=fill, max_seq_len=max_seq_len)
 

@@ -4,10 +4,34 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from omegaconf import DictConfig
 from torch import nn
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 
+from qst_tune.errors import UserError
 from qst_tune.modules.qst_decoder import QSTDecoder
+from qst_tune.training.cli import instantiate
+
+
+def build_loss(block: DictConfig) -> Any:
+    """Build the config's loss.
+
+    Args:
+        block (DictConfig): the ``loss`` block.
+
+    Returns:
+        Any: a cross entropy with ``ignore_index``.
+
+    Raises:
+        UserError: if it cannot be built or ignores no label.
+    """
+    loss = instantiate(block, "loss")
+    if not hasattr(loss, "ignore_index"):
+        raise UserError(
+            f"loss: {block._component_} has no ignore_index, the label of tokens without loss; use "
+            "a cross entropy such as qst_tune.modules.LinearCrossEntropyLoss"
+        )
+    return loss
 
 
 def connect_loss(loss: Any, model: QSTDecoder) -> None:

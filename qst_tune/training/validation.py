@@ -4,16 +4,17 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
 from torchtune import utils
+from torchtune.modules import TransformerDecoder
 
+from qst_tune.training.data import check_length
 from qst_tune.training.distributed import sum_over_ranks
 from qst_tune.training.loss import next_token_loss
 
 
 @torch.no_grad()
 def held_out_loss(
-    model: nn.Module,
+    model: TransformerDecoder,
     loss: Any,
     batches: Iterable[dict[str, torch.Tensor]],
     device: torch.device,
@@ -21,18 +22,22 @@ def held_out_loss(
     """Mean loss over every label of a dataset, on any number of devices.
 
     Args:
-        model (nn.Module): put into evaluation mode meanwhile.
+        model (TransformerDecoder): put into evaluation mode meanwhile.
         loss (Any): the training loss.
         batches (Iterable[dict[str, torch.Tensor]]): this process's share.
         device (torch.device): the model's.
 
     Returns:
         float: nats a token; NaN if there is no label.
+
+    Raises:
+        UserError: if a row is longer than the model can see.
     """
     was_training = model.training
     model.eval()
     total = torch.zeros(2, dtype=torch.float64)
     for batch in batches:
+        check_length(batch["tokens"], model.max_seq_len)
         utils.batch_to_device(batch, device)
         mean, num_labels = next_token_loss(model, loss, batch)
         total += torch.stack([mean.double().cpu() * num_labels.cpu(), num_labels.double().cpu()])

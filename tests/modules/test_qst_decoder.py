@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask
 from torchtune import training
 from torchtune.generation import (
     generate,
@@ -555,3 +556,19 @@ def test_a_batch_that_goes_through_the_backbone_in_parts_gives_the_same(with_mas
     torch.testing.assert_close(model(tokens, **extra), expected, **FP32)
     assert sum(sizes) == 4
     assert max(sizes) == max(1, chunk_tokens // 7)
+
+
+def test_rows_under_a_block_mask_are_never_separated():
+    """flex_attention would mask the second part of the batch like the first, without an error."""
+    model = tiny_model()
+    model.frozen_chunk_tokens = 128
+    mask = create_block_mask(lambda b, h, i, j: i >= j, 4, None, 128, 128, device="cpu")
+    sizes = []
+
+    def layer(x, mask):
+        sizes.append(len(x))
+        return x
+
+    model._frozen(layer, torch.zeros(4, 128, 8), mask=mask)
+    model._frozen(layer, torch.zeros(4, 128, 8), mask=None)
+    assert sizes == [4, 1, 1, 1, 1]

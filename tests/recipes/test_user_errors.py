@@ -88,8 +88,8 @@ MISTAKES = [
     Mistake("flag", ["--x", "1"], ["'--x'", "key=value"]),
     Mistake("empty override", [""], ["''", "key=value"]),
     Mistake("removing what is not there", ["~modl.rank"], ["modl.rank"]),
-    Mistake("override of a branch below a value", ["seed.x=1"], ["seed"]),
-    Mistake("override that is not YAML", ["seed={"], ["overrides"]),
+    Mistake("override of a branch below a value", ["seed.x=1"], ["seed={'x': 1} must be a whole"]),
+    Mistake("override that is not YAML", ["seed={{"], ["overrides"]),
     # The file.
     Mistake(
         "missing file",
@@ -105,7 +105,6 @@ MISTAKES = [
     Mistake(
         "file that is a list", [], ["config.yaml is not a mapping"], write("config.yaml", "- 1\n")
     ),
-    Mistake("empty file", [], ["key 'model' is missing"], write("config.yaml", "")),
     Mistake("binary file", [], ["config.yaml cannot be read"], truncate("config.yaml", 10**4)),
     Mistake("folder", ["--config", "{root}"], ["cannot be read", "directory"]),
     # Keys.
@@ -124,7 +123,15 @@ MISTAKES = [
     Mistake("loss that is no loss", ["loss=torch.nn.ReLU"], ["loss", "ReLU"]),
     Mistake("optimizer with a wrong argument", ["optimizer.momentum=1"], ["'momentum'"]),
     Mistake("optimizer with a wrong value", ["optimizer.lr=-1"], ["optimizer: ", "-1"]),
-    Mistake("model that is not QST", ["model=torchtune.models.llama3_2.llama3_2_1b"], ["model"]),
+    Mistake(
+        "model that is not QST",
+        [
+            "model=torchtune.models.llama3_2.llama3_2",
+            "~model.reduction_factor",
+            "~model.rank",
+        ],
+        ["model: ", "does not build a QST model", "qst_tune.models.qst_"],
+    ),
     Mistake("missing size", ["~model.num_heads"], ["model: ", "num_heads"]),
     Mistake("block that is a value", ["loss=3"], ["loss"]),
     # The side network.
@@ -155,7 +162,6 @@ MISTAKES = [
     Mistake("output below a file", ["output_dir={root}/val.jsonl/x"], ["output_dir=", "val.jsonl"]),
     Mistake("output is a file", ["output_dir={root}/val.jsonl"], ["output_dir=", "not writable"]),
     Mistake("output in /proc", ["output_dir=/proc/qst/x"], ["output_dir=/proc/qst/x"]),
-    Mistake("output with a null byte", ["output_dir=a\\0b"], ["output_dir"]),
     # The checkpoint.
     Mistake(
         "missing folder",
@@ -200,7 +206,7 @@ MISTAKES = [
     Mistake(
         "weight too many",
         [],
-        ["that the model lacks", "layers.1.attn.q_proj.bias"],
+        ["model.layers.1.self_attn.q_proj.bias"],
         edit_weights(lambda w: w.update({"model.layers.1.self_attn.q_proj.bias": torch.zeros(64)})),
     ),
     Mistake(
@@ -349,6 +355,16 @@ def test_two_mistakes_are_two_lines(
         "error: config: unknown key 'btch_size'; did you mean 'batch_size'?",
         "error: config: unknown key 'epoch'; did you mean 'epochs'?",
     ]
+
+
+def test_empty_file_lacks_every_required_key(
+    root: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root / "config.yaml").write_text("")
+    assert run(root, Mistake("", [], []), monkeypatch) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    required = qst_finetune.REQUIRED_KEYS
+    assert lines == [f"error: config: key {key!r} is missing" for key in required]
 
 
 def test_through_tune_it_is_the_same(root: Path) -> None:
