@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from qst_tune.modules.downsample import build_downsample
+from qst_tune.quantization.block import dequantize_blocks, quantize_blocks
 
-KINDS = ["linear", "lora", "adapter", "maxpool", "avgpool"]
+KINDS = ["linear", "lora", "adapter", "projection", "maxpool", "avgpool"]
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 
@@ -104,7 +105,7 @@ def test_an_unknown_kind_is_refused_with_the_known_ones():
         build_downsample("conv", 12, 4, rank=3, norm=True)
 
 
-@pytest.mark.parametrize("kind", ["lora", "adapter"])
+@pytest.mark.parametrize("kind", ["lora", "adapter", "projection"])
 @pytest.mark.parametrize("rank", [0, -2])
 def test_a_rank_below_one_is_refused(rank, kind):
     with pytest.raises(ValueError, match=f"rank={rank} of the {kind} downsampler"):
@@ -114,3 +115,40 @@ def test_a_rank_below_one_is_refused(rank, kind):
 @pytest.mark.parametrize("kind", ["linear", "maxpool", "avgpool"])
 def test_kinds_without_a_rank_ignore_it(kind):
     assert build_downsample(kind, 12, 4, rank=0, norm=True)(torch.randn(1, 12)).shape == (1, 4)
+
+
+def test_projection_trains_only_the_matrix_behind_orthonormal_frozen_rows():
+    down = build_downsample("projection", 12, 5, rank=3, norm=False)
+    h = torch.randn(2, 7, 12)
+    torch.testing.assert_close(down.projection @ down.projection.T, torch.eye(3), **CLOSE)
+    assert [name for name, _ in down.named_parameters()] == ["expand.weight"]
+    expected = h @ down.projection.T @ down.expand.weight.T
+    torch.testing.assert_close(down(h), expected, **CLOSE)
+    assert [tensor.shape[-1] for tensor in down.read(h)] == [3]
+
+
+def test_a_projection_wider_than_the_backbone_is_refused():
+    with pytest.raises(ValueError, match="rank=13 of the projection is above the width 12"):
+        build_downsample("projection", 12, 5, rank=13)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", ["linear", "lora", "adapter"])
+def test_fewer_bits_compute_with_the_decoded_state_in_both_directions(bits, kind):
+    """Not an approximate gradient: the exact one of a slightly rounded input."""
+    exact = build_downsample(kind, 128, 5, rank=3)
+    coarse = build_downsample(kind, 128, 5, rank=3, hidden_bits=bits)
+    coarse.load_state_dict(exact.state_dict())
+    h = torch.randn(2, 7, 128)
+    rounded = dequantize_blocks(*quantize_blocks(h, bits))
+    weights = torch.randn(2, 7, 5)
+    for down, seen in ((exact, rounded), (coarse, h)):
+        (down(seen) * weights).sum().backward()
+    torch.testing.assert_close(coarse(h), exact(rounded), **CLOSE)
+    for name, parameter in coarse.named_parameters():
+        torch.testing.assert_close(parameter.grad, exact.get_parameter(name).grad, **CLOSE)
+
+
+def test_unsupported_bits_are_refused():
+    with pytest.raises(ValueError, match="hidden_bits=5 must be 16, 8 or 4"):
+        build_downsample("linear", 12, 4, rank=1, hidden_bits=5)
