@@ -1,5 +1,6 @@
 """The wheel alone, without this repository, gives the stock `tune` our recipes and configs."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 import qst_tune
+from tests.checkpoints import finetune_config, write_config
+from tests.recipe_runs import run_tune
 
 ROOT = Path(__file__).parent.parent
 DISTRIBUTED = ["pyproject.toml", "setup.py", "README.md", "LICENSE"]
@@ -103,4 +106,10 @@ def test_tune_lists_and_copies_ours(python: Path, tmp_path: Path) -> None:
     assert copy.read_bytes() == original.read_bytes()
 
 
-# Here belongs a test that trains two steps with the installed wheel: `tune(python, "run", ...)`.
+def test_tune_trains_two_steps(python: Path, tmp_path: Path) -> None:
+    path = write_config(tmp_path / "tiny.yaml", finetune_config(tmp_path))
+    result = run_tune("run", "qst_finetune", "--config", path, cwd=tmp_path, python=python)
+    assert result.returncode == 0, result.stderr
+    losses = json.loads((tmp_path / "run" / "summary.json").read_text())["train_loss"]
+    assert list(losses) == ["1", "2"]
+    assert (tmp_path / "run" / "side_network" / "side_network.safetensors").is_file()

@@ -8,7 +8,7 @@ through fake tensors that say otherwise. Where CUDA allocates something else tha
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, TypeAlias
 from unittest.mock import patch
 
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torchao.dtypes.nf4tensor import NF4Tensor
 
 from qst_tune.modules.nf4_linear import NF4Linear
@@ -25,7 +26,7 @@ Attention = Literal["fused", "plain"]
 Workspace: TypeAlias = dict[Any, Callable[..., int]]
 
 _aten = torch.ops.aten
-_getitem, _rms_norm, _layer_norm = torch.Tensor.__getitem__, F.rms_norm, F.layer_norm
+_rms_norm, _layer_norm = F.rms_norm, F.layer_norm
 
 
 @contextmanager
@@ -67,6 +68,20 @@ def allocate_fake(module: nn.Module, device: DeviceType) -> None:
             setattr(child, name, fake(buffer))
 
 
+def build_rotary_caches(module: nn.Module) -> None:
+    """Build the caches of rotary embeddings, as loading a checkpoint does.
+
+    They are real, since Llama 3's code reads them; :func:`allocate_fake` makes them fake.
+
+    Args:
+        module (nn.Module): built on the meta device; changed in place.
+    """
+    with torch.device("cpu"):
+        for child in module.modules():
+            if hasattr(child, "rope_init"):
+                child.rope_init()
+
+
 def _fake(tensor: torch.Tensor, device: DeviceType) -> torch.Tensor:
     if isinstance(tensor, NF4Tensor):
         names, context = tensor.__tensor_flatten__()
@@ -85,9 +100,6 @@ def _fake(tensor: torch.Tensor, device: DeviceType) -> torch.Tensor:
 def device_kernels(device: DeviceType, attention: Attention = "fused") -> Iterator[None]:
     """Run what a device would run in place of a few functions of torch, for the block.
 
-    What depends on data is taken thus: boolean indexing keeps everything, a tensor is true, and a
-    number read from one is 1.
-
     The functions are replaced and not caught by a TorchFunctionMode, since that is off while
     autograd runs, and so for everything that is recomputed in backward.
 
@@ -100,21 +112,33 @@ def device_kernels(device: DeviceType, attention: Attention = "fused") -> Iterat
     Yields:
         None: nothing.
     """
-    with ExitStack() as stack:
-
-        def replace(owner: Any, name: str, function: Callable[..., Any]) -> None:
-            stack.enter_context(patch.object(owner, name, function))
-
-        replace(torch.Tensor, "__getitem__", _select_all)
-        replace(torch.Tensor, "__bool__", lambda _: True)
-        replace(torch.Tensor, "item", lambda _: 1)
-        if device == "cuda":
-            replace(F, "rms_norm", _cuda_rms_norm)
-            replace(F, "layer_norm", _cuda_layer_norm)
-            replace(F, "scaled_dot_product_attention", _cuda_attention)
-        if attention == "plain":
-            replace(F, "scaled_dot_product_attention", _plain_attention)
+    instead: dict[str, Callable[..., torch.Tensor]] = {}
+    if device == "cuda":
+        instead["rms_norm"] = _cuda_rms_norm
+        instead["layer_norm"] = _cuda_layer_norm
+        instead["scaled_dot_product_attention"] = _cuda_attention
+    if attention == "plain":
+        instead["scaled_dot_product_attention"] = _plain_attention
+    with patch.multiple(F, **instead) if instead else nullcontext(), UnknownValues():
         yield
+
+
+class UnknownValues(TorchFunctionMode):
+    """Decide what depends on the values of tensors, which fake ones do not have.
+
+    Boolean indexing keeps everything, a tensor is true, and a number read from one is 1.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.Tensor.__bool__:
+            return True
+        if func is torch.Tensor.item:
+            return 1
+        if func is torch.Tensor.__getitem__:
+            return _select_all(*args)
+        return func(*args, **(kwargs or {}))
 
 
 def workspace_of(device: DeviceType) -> Workspace:
@@ -146,7 +170,7 @@ def _select_all(tensor: torch.Tensor, index: Any) -> torch.Tensor:
     if isinstance(index, torch.Tensor) and index.dtype == torch.bool:
         # Integers allocate the same: an index of 8 bytes an element, and zeros in backward.
         tensor, index = tensor.flatten(0, index.ndim - 1), torch.arange(index.numel())
-    return _getitem(tensor, index)
+    return tensor[index]
 
 
 def _plain_attention(

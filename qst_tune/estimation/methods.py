@@ -4,10 +4,10 @@ A method turns a config of ours into what one training step needs. To add one, w
 those below and name it in :data:`METHODS`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -20,8 +20,10 @@ from torchtune.modules.peft import get_adapter_params, set_trainable_params
 from qst_tune.errors import UserError
 from qst_tune.estimation.fake_device import Attention
 from qst_tune.estimation.peers import add_lora, plain_backbone
+from qst_tune.modules.downsample import DownsampleKind
 from qst_tune.modules.qst_decoder import QSTDecoder
 from qst_tune.training.cli import instantiate
+from qst_tune.training.config_check import nearest
 from qst_tune.training.loss import connect_loss
 from qst_tune.training.model_setup import build_on_meta
 from qst_tune.training.parameter_groups import parameter_groups
@@ -157,7 +159,7 @@ METHODS: dict[str, Method] = {
         f"qst_{kind}": Method(
             f"QST, side recomputed, {kind}", partial(_qst, recompute=True, downsample=kind)
         )
-        for kind in ("adapter", "linear", "lora", "maxpool", "avgpool")
+        for kind in get_args(DownsampleKind)
     },
     "qst_published": Method("QST, as published", _qst_published),
     "qlora": Method("QLoRA", partial(_lora, quantize=True, checkpointing=False)),
@@ -173,12 +175,25 @@ METHODS: dict[str, Method] = {
     "full_checkpointed": Method("full, checkpointed", partial(_full, checkpointing=True)),
 }
 
+# What is shown unless the config says otherwise.
+DEFAULT_METHODS = (
+    "qst",
+    "qst_stored",
+    "qst_avgpool",
+    "qlora",
+    "qlora_checkpointed",
+    "lora",
+    "lora_checkpointed",
+    "full",
+    "full_checkpointed",
+)
 
-def choose_methods(names: list[str]) -> dict[str, Method]:
+
+def choose_methods(names: Sequence[str]) -> dict[str, Method]:
     """Look methods up.
 
     Args:
-        names (list[str]): keys of :data:`METHODS`.
+        names (Sequence[str]): keys of :data:`METHODS`, or "all" alone.
 
     Returns:
         dict[str, Method]: in the order asked for.
@@ -186,7 +201,14 @@ def choose_methods(names: list[str]) -> dict[str, Method]:
     Raises:
         UserError: if one is unknown.
     """
-    unknown = [name for name in names if name not in METHODS]
-    if unknown or not names:
-        raise UserError(f"methods={names} must be one or more of {', '.join(METHODS)}")
+    if list(names) == ["all"]:
+        return METHODS
+    for name in names:
+        if name not in METHODS:
+            known = f"all, {', '.join(METHODS)}"
+            raise UserError(
+                f"methods: {name!r} is unknown{nearest(name, METHODS)}; choose from {known}"
+            )
+    if not names:
+        raise UserError(f"methods is empty; choose from all, {', '.join(METHODS)}")
     return {name: METHODS[name] for name in names}

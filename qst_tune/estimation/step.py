@@ -12,10 +12,12 @@ from torch import nn
 from torch.optim import Optimizer
 from torchtune import training
 
+from qst_tune.errors import UserError
 from qst_tune.estimation.fake_device import (
     Attention,
     DeviceType,
     allocate_fake,
+    build_rotary_caches,
     device_kernels,
     fake_tensors,
     workspace_of,
@@ -75,8 +77,18 @@ def estimate_step(
 
     Returns:
         StepCost: memory and operations.
+
+    Raises:
+        UserError: if a row is longer than the model can see.
     """
     setup = method.build(choices)
+    longest = setup.model.max_seq_len
+    if shape.seq_len > longest:
+        raise UserError(
+            f"tokenizer.max_seq_len={shape.seq_len} is longer than the model's max_seq_len "
+            f"{longest}: lower it"
+        )
+    build_rotary_caches(setup.model)
     with fake_tensors(choices.dtype):
         allocate_fake(setup.model, device)
         return run_step(

@@ -13,7 +13,7 @@ from qst_tune.modules.downsample import DownsampleKind, build_downsample
 from qst_tune.modules.nf4_linear import quantize_linears
 from qst_tune.modules.output_mix import OutputMixKind, build_output_mix
 from qst_tune.modules.qst_decoder import QSTDecoder
-from qst_tune.modules.side_block import build_side_blocks, resize_norm, side_shape
+from qst_tune.modules.side_block import MIN_HEAD_DIM, build_side_blocks, resize_norm, side_shape
 from qst_tune.modules.side_network import Gate, SideNetwork, ZeroLinear
 
 Variant = Literal["default", "paper", "authors"]
@@ -27,6 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "initial_gamma": 0.0,
         "share_first_downsample": False,
         "downsample_norm": True,
+        "min_head_dim": 12,
     },
     # The equations of arXiv 2401.07159.
     "paper": {
@@ -35,6 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "initial_gamma": 0.0,
         "share_first_downsample": False,
         "downsample_norm": False,
+        "min_head_dim": MIN_HEAD_DIM,
     },
     # The authors' code (github.com/YouAreSpecialToMe/QST at 27cef0a), tensor by tensor.
     "authors": {
@@ -43,6 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "initial_gamma": 0.5,
         "share_first_downsample": True,
         "downsample_norm": True,
+        "min_head_dim": MIN_HEAD_DIM,
     },
 }
 
@@ -61,6 +64,7 @@ def qst_decoder(
     initial_gamma: float | None = None,
     share_first_downsample: bool | None = None,
     downsample_norm: bool | None = None,
+    min_head_dim: int | None = None,
 ) -> QSTDecoder:
     """Build a QST model from a torchtune decoder, which may be on the meta device or have weights.
 
@@ -82,7 +86,10 @@ def qst_decoder(
         initial_gamma (float | None): start of every gate's gamma; None: the variant's.
         share_first_downsample (bool | None): read the embedding with layer 1's downsampler, as the
             authors' code does; None: the variant's.
-        downsample_norm (bool | None): LayerNorm behind an "adapter"; None: the variant's.
+        downsample_norm (bool | None): LayerNorm behind an "adapter" or "projection"; None: the
+            variant's.
+        min_head_dim (int | None): fewer heads than the backbone's where theirs would be narrower;
+            None: the variant's.
 
     Returns:
         QSTDecoder: fp32 side network with random weights, frozen backbone. With the "residual" and
@@ -99,6 +106,7 @@ def qst_decoder(
         "initial_gamma": initial_gamma,
         "share_first_downsample": share_first_downsample,
         "downsample_norm": downsample_norm,
+        "min_head_dim": min_head_dim,
     }
     settings: dict[str, Any] = {
         name: VARIANTS[variant][name] if value is None else value for name, value in chosen.items()
@@ -130,9 +138,10 @@ def _side_network(
     initial_gamma: float,
     share_first_downsample: bool,
     downsample_norm: bool,
+    min_head_dim: int,
 ) -> SideNetwork:
     num_layers, embed_dim = len(backbone.layers), backbone.tok_embeddings.embedding_dim
-    shape = side_shape(backbone.layers[0], reduction_factor)
+    shape = side_shape(backbone.layers[0], reduction_factor, min_head_dim)
     num_downsamplers = num_layers if share_first_downsample else num_layers + 1
     upsample_type = ZeroLinear if output_mix == "residual" else nn.Linear
     return SideNetwork(

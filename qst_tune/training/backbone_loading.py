@@ -77,10 +77,12 @@ def _load_weights(checkpointer: Any, name: str) -> dict[str, torch.Tensor]:
     try:
         weights: dict[str, torch.Tensor] = checkpointer.load_checkpoint()[training.MODEL_KEY]
     except Exception as error:  # torchtune's conversion raises a bare Exception
-        # The cause knows more: torchtune wraps whatever a reader raises in "Unable to load".
-        reason = " ".join(f"{error}; {error.__cause__ or ''}".split()).rstrip("; ")
+        cause = error.__cause__
+        # A reader's error says what is wrong, the KeyError of a conversion does not.
+        reason = error if cause is None or isinstance(cause, KeyError) else cause
         raise UserError(
-            f"{name} is damaged or of another model type than the checkpointer's: {reason}"
+            f"{name} is damaged or of another model type than the checkpointer's: "
+            f"{' '.join(str(reason).split())}"
         ) from error
     return weights
 

@@ -63,7 +63,7 @@ def parse_config(arguments: list[str]) -> DictConfig:
         literal = [_protect_equal_signs(_quote_text(text, settings)) for text in overrides]
         merged = _merge_yaml_and_cli_args(argparse.Namespace(**settings), literal)
     except Exception as error:  # OmegaConf and YAML raise many types for a malformed override
-        raise UserError(f"overrides: {_first_line(error)}") from error
+        raise UserError(f"overrides {' '.join(overrides)}: {_first_line(error)}") from error
     restored: DictConfig = _restore_equal_signs(merged)
     _remove_null_blocks(restored)
     return restored
@@ -88,8 +88,13 @@ def instantiate(block: DictConfig, name: str, *args: Any, **kwargs: Any) -> Any:
         return config.instantiate(block, *args, **kwargs)
     except UserError:
         raise
-    except Exception as error:  # a component may be the user's own code
+    except (TypeError, ValueError) as error:
         raise UserError(f"{name}: {_first_line(error)}") from error
+    except Exception as error:  # a component may be the user's own code
+        # Messages of other types are not whole sentences: of a KeyError it is the key.
+        reason = f"{type(error).__name__}: {_first_line(error)}"
+        cause = f" ({_first_line(error.__cause__)})" if error.__cause__ else ""
+        raise UserError(f"{name}: {block._component_} failed: {reason}{cause}") from error
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -113,10 +118,11 @@ def _quote_text(override: str, settings: dict[str, Any]) -> str:
     for part in key.split("."):
         current = current.get(part) if isinstance(current, dict) else None
     is_text = isinstance(current, str) and value not in ("null", "None", "")
-    return f"{key}={json.dumps(value)}" if is_text and not value.startswith("${") else override
+    quoted = json.dumps(value, ensure_ascii=False)  # YAML does not know JSON's surrogate pairs
+    return f"{key}={quoted}" if is_text and not value.startswith("${") else override
 
 
-_EQUALS = "\x1f"
+_EQUALS = "\ue000"  # of the private use area: nobody types it, and YAML takes it
 
 
 def _protect_equal_signs(override: str) -> str:
@@ -143,6 +149,6 @@ def _remove_null_blocks(cfg: DictConfig) -> None:
             cfg[key] = None
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[0].strip() if lines else type(error).__name__

@@ -33,7 +33,7 @@ def check_config(cfg: DictConfig, *, known: Iterable[str], required: Iterable[st
         for key in cfg
         if str(key) not in known and str(key) not in variables
     ]
-    values = OmegaConf.to_container(cfg, resolve=False)
+    values: Any = OmegaConf.to_container(cfg, resolve=False)
     problems += [f"key {key!r} is missing" for key in required if values.get(key) is None]
     problems += _interpolation_problems(cfg)
     if not problems:

@@ -32,7 +32,7 @@ def choose_device(cfg: DictConfig) -> torch.device:
     """
     try:
         device: torch.device = utils.get_device(device=cfg.device)
-    except (RuntimeError, ValueError) as error:
+    except (AssertionError, AttributeError, RuntimeError, ValueError) as error:  # torch's own
         reason = str(error).splitlines()[0]
         raise UserError(f"device={cfg.device} cannot be used: {reason}") from error
     # Without a GPU, torchtune 0.6.1 answers "cuda" with the CPU.

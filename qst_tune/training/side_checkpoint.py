@@ -188,23 +188,25 @@ def _replace_folder(folder: Path, files: dict[str, bytes]) -> None:
     """Put a complete new folder in place of the old one."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    new, old = aside / "new", aside / "old"
     try:
+        new.mkdir()
         for name, content in files.items():
-            with (aside / name).open("wb") as file:
+            with (new / name).open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-        aside.chmod(0o755)  # mkdtemp's 0700 would hide it from the people it is shared with
         if folder.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-            folder.rename(old / folder.name)
-            aside.rename(folder)
-            shutil.rmtree(old)
-        else:
-            aside.rename(folder)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+            folder.rename(old)
+        try:
+            new.rename(folder)
+        except BaseException:
+            if old.exists():
+                old.rename(folder)
+            raise
+    finally:
+        if folder.exists() or not old.exists():  # otherwise the old one could not be put back
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _model_card(description: dict[str, Any]) -> str:

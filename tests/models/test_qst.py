@@ -57,9 +57,9 @@ def test_trainable_parameters_equal_the_hand_formula(arguments, expected):
 MIXES = {"residual": ResidualMix, "alpha": AlphaMix, "sigmoid": SigmoidMix}
 # Written out from the documentation, not read from VARIANTS.
 PRESETS = {
-    "default": ("residual", False, 0.0, False, True),
-    "paper": ("alpha", False, 0.0, False, False),
-    "authors": ("sigmoid", True, 0.5, True, True),
+    "default": ("residual", False, 0.0, False, True, 12),
+    "paper": ("alpha", False, 0.0, False, False, 4),
+    "authors": ("sigmoid", True, 0.5, True, True, 4),
 }
 
 
@@ -72,7 +72,8 @@ def settings_of(model):
     assert per_channel or gamma.numel() == 1
     shares_first = len(side.downsample) == len(side.blocks)
     has_norm = isinstance(side.downsample[0].norm, nn.LayerNorm)
-    return mix, per_channel, gamma[0].item(), shares_first, has_norm
+    head_dim = side.blocks[0].attn.head_dim  # 4 keeps the backbone's 6 heads at width 24
+    return mix, per_channel, gamma[0].item(), shares_first, has_norm, head_dim
 
 
 @pytest.mark.parametrize("variant", PRESETS)
@@ -82,6 +83,7 @@ def test_a_variant_is_what_the_documentation_says(variant):
 
 ARGUMENTS = (
     "output_mix", "gate_per_channel", "initial_gamma", "share_first_downsample", "downsample_norm",
+    "min_head_dim",
 )  # fmt: skip
 
 
@@ -212,7 +214,7 @@ def test_a_config_builds_the_model_it_describes():
         "initial_gamma": 0.0,
     }
     model = config.instantiate(OmegaConf.create(node))
-    assert settings_of(model) == ("sigmoid", True, 0.0, True, True)
+    assert settings_of(model) == ("sigmoid", True, 0.0, True, True, 4)
     assert model(random_tokens()).shape == (2, 11, TINY["vocab_size"])
 
 

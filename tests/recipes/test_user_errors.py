@@ -89,7 +89,7 @@ MISTAKES = [
     Mistake("empty override", [""], ["''", "key=value"]),
     Mistake("removing what is not there", ["~modl.rank"], ["modl.rank"]),
     Mistake("override of a branch below a value", ["seed.x=1"], ["seed={'x': 1} must be a whole"]),
-    Mistake("override that is not YAML", ["seed={{"], ["overrides"]),
+    Mistake("override that is not YAML", ["seed={{"], ["overrides seed={"]),
     # The file.
     Mistake(
         "missing file",
@@ -185,7 +185,11 @@ MISTAKES = [
         ["model.safetensors", "damaged"],
         truncate("model/model.safetensors", 0),
     ),
-    Mistake("wrong model type", ["checkpointer.model_type=LAMA"], ["checkpointer", "LAMA"]),
+    Mistake(
+        "wrong model type",
+        ["checkpointer.model_type=LAMA"],
+        ["checkpointer: ", "FullModelHFCheckpointer", "KeyError: 'LAMA'"],
+    ),
     Mistake("number of layers", ["model.num_layers=2"], ["num_layers is 3", "and 2 in the model"]),
     Mistake("width", ["model.embed_dim=96"], ["embed_dim is 64", "and 96 in the model"]),
     Mistake("number of heads alone", ["model.num_heads=2"], ["num_heads is 4", "and 2 in"]),
@@ -236,14 +240,14 @@ MISTAKES = [
     Mistake(
         "damaged tokenizer",
         [],
-        ["tokenizer: "],
+        ["tokenizer: qst_tune.data.hf_chat_tokenizer failed", "EOF"],
         truncate("model/tokenizer.json", 100),
     ),
     # The data.
     Mistake("missing data", ["dataset.data_files={root}/no.jsonl"], ["dataset: ", "no.jsonl"]),
     Mistake("missing held-out data", [], ["dataset_val: ", "val.jsonl"], remove("val.jsonl")),
     Mistake("empty data", [], ["dataset", "train.jsonl"], write("train.jsonl", "")),
-    Mistake("malformed data", [], ["dataset: "], write("train.jsonl", '{"input": 1\n{]')),
+    Mistake("malformed data", [], ["dataset: ", "JSON"], write("train.jsonl", '{"input": 1\n{]')),
     Mistake(
         "data without the columns",
         [],

@@ -1,0 +1,329 @@
+"""Final losses of short runs with each optimisation on and off: ``python -m benchmarks losses``.
+
+The text is Python's own documentation and always the same. The backbone is SmolLM2-135M-Instruct
+where ``make quickstart`` has fetched it, else one with random weights that reads bytes.
+"""
+
+import gc
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from pydoc_data.topics import topics
+from statistics import mean
+from typing import Any, cast
+from unittest import mock
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torchao.dtypes.nf4tensor import NF4Tensor
+from torchtune import training
+from torchtune.models.llama3_2 import llama3_2
+from torchtune.modules import TransformerDecoder
+from torchtune.modules.loss import CEWithChunkedOutputLoss
+
+from benchmarks.backbones import BACKBONES, DTYPE, Backbone
+from benchmarks.methods import (
+    CPU,
+    Batch,
+    Trainee,
+    default_config,
+    load_random_backbone,
+    model_arguments,
+    qst_trainee,
+    recomputes_by_default,
+)
+from qst_tune.models import qst_decoder, smollm2_135m
+from qst_tune.modules import nf4_linear
+from qst_tune.modules.qst_decoder import QSTDecoder
+from qst_tune.training.backbone_loading import load_backbone
+from qst_tune.training.cli import instantiate
+from qst_tune.training.loss import connect_loss
+from qst_tune.training.validation import held_out_loss
+
+BATCH_SIZE = 4
+HELD_OUT_BATCHES = 4
+NUM_LAST = 10
+NUM_SEEDS = 3
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the backbone and the text come from.
+
+    Args:
+        name (str): for people.
+        build (Callable[..., QSTDecoder]): makes the model from arguments of its model block; the
+            side network is on the meta device.
+        tokens (torch.Tensor): the text, ``[number of rows, T]``.
+    """
+
+    name: str
+    build: Callable[..., QSTDecoder]
+    tokens: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One setting that must not change what is learnt.
+
+    Args:
+        model (dict[str, Any]): changes of the config's model block.
+        attributes (dict[str, Any]): changes of the built model, by dotted name.
+        loss (Callable[[], nn.Module] | None): in place of the config's.
+        running (Callable[[], AbstractContextManager[Any]]): holds during the run.
+    """
+
+    model: dict[str, Any] = field(default_factory=dict)
+    attributes: dict[str, Any] = field(default_factory=dict)
+    loss: Callable[[], nn.Module] | None = None
+    running: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+def variants(row_tokens: int) -> dict[str, Variant]:
+    """Return what is compared; the first is the default.
+
+    Args:
+        row_tokens (int): tokens of one row, the smallest part of a batch that runs by itself.
+
+    Returns:
+        dict[str, Variant]: by title.
+    """
+    recompute = recomputes_by_default()
+    bits = default_config().model.get("hidden_bits", 16)
+    torchao = partial(mock.patch.object, nf4_linear, "dequantize_nf4", _torchao_decoding)
+    return {
+        "default": Variant(),
+        f"recomputation {'off' if recompute else 'on'}": Variant(
+            attributes={"side.recompute": not recompute}
+        ),
+        "frozen layers one row at a time": Variant(attributes={"frozen_chunk_tokens": row_tokens}),
+        "plain cross entropy over all logits": Variant(loss=nn.CrossEntropyLoss),
+        "torchtune's chunked cross entropy": Variant(loss=CEWithChunkedOutputLoss),
+        "torchao's NF4 decoding": Variant(running=torchao),
+        **{
+            f"hidden states kept in {other} bits": Variant(model={"hidden_bits": other})
+            for other in (16, 8, 4)
+            if other != bits
+        },
+    }
+
+
+def _torchao_decoding(weight: NF4Tensor) -> torch.Tensor:
+    decoded: torch.Tensor = weight.get_original_weight()
+    return decoded
+
+
+def run(path: Path, *, num_steps: int, backbone_name: str | None = None) -> None:
+    """Train all variants, print and save their losses.
+
+    Args:
+        path (Path): of the JSON file.
+        num_steps (int): training steps of each.
+        backbone_name (str | None): random weights of this size; None: SmolLM2 if it is there.
+    """
+    source = random_source(BACKBONES[backbone_name]) if backbone_name else find_source()
+    runs = {(title, 0): variant for title, variant in variants(source.tokens.shape[1]).items()}
+    runs.update({("default", seed): Variant() for seed in range(1, NUM_SEEDS)})
+    outcomes: dict[tuple[str, int], tuple[float, float]] = {}
+    print(f"{source.name}; {num_steps} steps", flush=True)
+    for (title, seed), variant in runs.items():
+        start = time.perf_counter()
+        outcomes[title, seed] = train(source, variant, seed=seed, num_steps=num_steps)
+        train_loss, held_out = outcomes[title, seed]
+        print(
+            f"{title:38s} seed {seed}: training {train_loss:.4f}, held out {held_out:.4f} "
+            f"({time.perf_counter() - start:.0f} s)",
+            flush=True,
+        )
+    summary = summarise(source.name, outcomes, num_steps)
+    print()
+    print(summary["verdict"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(summary, indent=1) + "\n")
+    print(f"written to {path}; the next `python -m benchmarks` puts it on the page")
+
+
+def summarise(
+    name: str, outcomes: dict[tuple[str, int], tuple[float, float]], num_steps: int
+) -> dict[str, Any]:
+    """Compare the variants with the spread of the default's seeds.
+
+    Args:
+        name (str): of the source.
+        outcomes (dict[tuple[str, int], tuple[float, float]]): training and held-out loss by title
+            and seed.
+        num_steps (int): of each run.
+
+    Returns:
+        dict[str, Any]: for the page.
+    """
+    default = outcomes["default", 0][1]
+    rows = [
+        {
+            "variant": title if seed == 0 else f"{title}, seed {seed}",
+            "train": losses[0],
+            "held_out": losses[1],
+            "change": losses[1] - default,
+        }
+        for (title, seed), losses in outcomes.items()
+    ]
+    of_seeds = [losses[1] for (title, _), losses in outcomes.items() if title == "default"]
+    noise = max(of_seeds) - min(of_seeds)
+    changes = {
+        title: abs(losses[1] - default) for (title, seed), losses in outcomes.items() if seed == 0
+    }
+    farthest = max(changes, key=lambda title: changes[title])
+    verdict = (
+        f"Between {len(of_seeds)} seeds the default's held-out loss varies by {noise:.4f}; the "
+        f'setting that changes it most is "{farthest}", by {changes[farthest]:.4f}: '
+        f"{'within' if changes[farthest] <= noise else 'NOT within'} the noise of seeds."
+    )
+    what = (
+        f"{name}; {num_steps} steps on {BATCH_SIZE} rows, the same seed and batches but where a "
+        f"seed is named. The training loss is the mean of the last {NUM_LAST} steps, the held-out "
+        "loss that of rows not trained on after the last step, both in nats a token."
+    )
+    command = "python -m benchmarks losses"
+    return {"command": command, "what": what, "rows": rows, "verdict": verdict}
+
+
+def train(source: Source, variant: Variant, *, seed: int, num_steps: int) -> tuple[float, float]:
+    """Train one variant.
+
+    Args:
+        source (Source): backbone and text.
+        variant (Variant): what differs from the default.
+        seed (int): of the side network's weights and of the order of the text.
+        num_steps (int): training steps.
+
+    Returns:
+        tuple[float, float]: mean training loss of the last steps, and held-out loss; nats a token.
+    """
+    gc.collect()
+    held_out, to_train = _split(source.tokens)
+    with variant.running():
+        trainee = _trainee(source, variant, seed)
+        batches = _batches(to_train, seed)
+        losses = [trainee.step(next(batches)) for _ in range(num_steps)]
+        after = held_out_loss(trainee.model, trainee.loss, held_out, CPU)
+    return mean(losses[-NUM_LAST:]), after
+
+
+def _trainee(source: Source, variant: Variant, seed: int) -> Trainee:
+    model = source.build(**variant.model)
+    torch.manual_seed(seed)
+    trainee = qst_trainee(model)
+    for name, value in variant.attributes.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, value)
+    if variant.loss is not None:
+        model.skip_output_layer = False
+        trainee.loss = variant.loss()
+        connect_loss(trainee.loss, model)
+    return trainee
+
+
+def _split(tokens: torch.Tensor) -> tuple[list[Batch], torch.Tensor]:
+    """Held-out batches from the end of the text, and all rows before them."""
+    num_held_out = HELD_OUT_BATCHES * BATCH_SIZE
+    held_out = tokens[-num_held_out:].split(BATCH_SIZE)
+    return [{"tokens": rows, "labels": rows.clone()} for rows in held_out], tokens[:-num_held_out]
+
+
+def _batches(rows: torch.Tensor, seed: int) -> Iterator[Batch]:
+    """Random rows without end; the order depends on the seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        for chosen in torch.randperm(len(rows), generator=generator).split(BATCH_SIZE)[:-1]:
+            yield {"tokens": rows[chosen], "labels": rows[chosen]}
+
+
+# Backbone and text.
+
+
+def find_source() -> Source:
+    """Take SmolLM2 if it was fetched, else random weights.
+
+    Returns:
+        Source: backbone and text.
+    """
+    folder = Path(default_config().checkpointer.checkpoint_dir)
+    if not (folder / "tokenizer.json").is_file():
+        print(f"{folder} is not there (`make quickstart` fetches it): random weights", flush=True)
+        return random_source(BACKBONES["quick"])
+    return pretrained_source(folder)
+
+
+def pretrained_source(folder: Path, row_tokens: int = 128) -> Source:
+    """Take SmolLM2 and its tokenizer.
+
+    Args:
+        folder (Path): of Hugging Face.
+        row_tokens (int): tokens a row.
+
+    Returns:
+        Source: backbone and text.
+    """
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    ids = tokenizer.encode(_text(), add_special_tokens=False).ids
+
+    def load(model: QSTDecoder) -> None:
+        with tempfile.TemporaryDirectory() as unused:  # torchtune would make the folder of a run
+            block = OmegaConf.merge(default_config().checkpointer, {"output_dir": unused})
+            checkpointer = instantiate(cast(DictConfig, block), "checkpointer")
+            load_backbone(model, checkpointer, dtype=DTYPE, device=CPU)
+
+    return Source(
+        name=f"{folder.name} on Python's documentation, rows of {row_tokens} tokens",
+        build=partial(_build, smollm2_135m, load),
+        tokens=_rows(ids, row_tokens),
+    )
+
+
+def random_source(backbone: Backbone, row_tokens: int = 64) -> Source:
+    """Take random weights, and bytes as tokens.
+
+    Args:
+        backbone (Backbone): sizes, with a vocabulary of 256 or more.
+        row_tokens (int): tokens a row.
+
+    Returns:
+        Source: backbone and text.
+    """
+    return Source(
+        name=f"random weights on bytes of Python's documentation, rows of {row_tokens} bytes",
+        build=partial(
+            _build,
+            partial(llama3_2, **backbone.builder_arguments()),
+            partial(load_random_backbone, backbone=backbone),
+        ),
+        tokens=_rows(list(_text().encode()), row_tokens),
+    )
+
+
+def _build(
+    backbone_builder: Callable[[], TransformerDecoder],
+    load: Callable[[QSTDecoder], None],
+    **changes: Any,
+) -> QSTDecoder:
+    with training.set_default_dtype(DTYPE), torch.device("meta"):
+        model = qst_decoder(backbone_builder(), **{**model_arguments(), **changes})
+    load(model)
+    return model
+
+
+def _text() -> str:
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def _rows(ids: list[int], row_tokens: int) -> torch.Tensor:
+    num_rows = len(ids) // row_tokens
+    return torch.tensor(ids[: num_rows * row_tokens]).view(num_rows, row_tokens)

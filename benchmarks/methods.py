@@ -1,0 +1,297 @@
+"""The methods that are compared, each ready to take training steps.
+
+torchtune's are its own models, losses and settings, unmodified; ours is what the recipe
+``qst_finetune`` sets up from the config :data:`CONFIG`.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, cast
+from unittest import mock
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torchao.dtypes.nf4tensor import NF4Tensor
+from torchtune import training
+from torchtune.models.llama3_2 import llama3_2, lora_llama3_2
+from torchtune.modules import TransformerSelfAttentionLayer
+from torchtune.modules.loss import CEWithChunkedOutputLoss
+from torchtune.modules.peft import get_adapter_params, set_trainable_params
+
+from benchmarks.backbones import DTYPE, Backbone, dense_backbone
+from qst_tune.models import qst_decoder
+from qst_tune.modules.qst_decoder import QSTDecoder
+from qst_tune.quantization.nf4 import dequantize_nf4
+from qst_tune.training.backbone_loading import load_backbone
+from qst_tune.training.cli import instantiate
+from qst_tune.training.loss import connect_loss, next_token_loss
+from qst_tune.training.parameter_groups import parameter_groups
+
+CONFIG = Path(__file__).parent.parent / "configs" / "smollm2" / "135M_qst.yaml"
+LORA_RANK = 16
+CPU = torch.device("cpu")
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass
+class Trainee:
+    """A model with all that a training step needs.
+
+    Args:
+        model (nn.Module): connected to the loss.
+        loss (Any): as :func:`~qst_tune.training.loss.next_token_loss` takes it.
+        optimizer (Optimizer): over the trainable parameters.
+        clip_grad_norm (float | None): largest norm of the gradient.
+    """
+
+    model: nn.Module
+    loss: Any
+    optimizer: Optimizer
+    clip_grad_norm: float | None = None
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that train."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def step(self, batch: Batch) -> float:
+        """Take one training step, as our recipe and torchtune's do it.
+
+        Args:
+            batch (Batch): ``tokens`` and ``labels``, ``[B, T]``.
+
+        Returns:
+            float: the loss before the step, nats a token.
+        """
+        loss, num_labels = next_token_loss(self.model, self.loss, batch)
+        (loss * num_labels).backward()
+        training.scale_grads(self.model, 1 / num_labels)
+        if self.clip_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self.trained, self.clip_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+
+def random_batch(backbone: Backbone, batch_size: int, num_tokens: int, seed: int) -> Batch:
+    """Draw a batch in which every token has a label.
+
+    Args:
+        backbone (Backbone): its vocabulary counts.
+        batch_size (int): rows.
+        num_tokens (int): tokens a row.
+        seed (int): the same seed gives the same batch.
+
+    Returns:
+        Batch: ``tokens`` and ``labels``.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    size = (batch_size, num_tokens)
+    tokens = torch.randint(backbone.vocab_size, size, generator=generator)
+    return {"tokens": tokens, "labels": tokens.clone()}
+
+
+@cache
+def default_config() -> DictConfig:
+    """Read the config that our method is set up from.
+
+    Returns:
+        DictConfig: of a ``qst_finetune`` run.
+    """
+    return cast(DictConfig, OmegaConf.load(CONFIG))
+
+
+# torchtune's methods. Its configs name these losses and optimizers, and do not clip.
+
+
+def _full(backbone: Backbone) -> Trainee:
+    return _torchtune_trainee(dense_backbone(backbone))
+
+
+def _lora(backbone: Backbone, *, quantize: bool = False, checkpointing: bool = False) -> Trainee:
+    weights = dense_backbone(backbone).state_dict()
+    with training.set_default_dtype(DTYPE):
+        model = lora_llama3_2(
+            ["q_proj", "k_proj", "v_proj", "output_proj"],
+            apply_lora_to_mlp=True,
+            lora_rank=LORA_RANK,
+            lora_alpha=2 * LORA_RANK,
+            quantize_base=quantize,
+            **backbone.builder_arguments(),
+        )
+    model.load_state_dict(weights, strict=False)
+    set_trainable_params(model, get_adapter_params(model))
+    if checkpointing:
+        policy = {TransformerSelfAttentionLayer}
+        training.set_activation_checkpointing(model, auto_wrap_policy=policy)
+    return _torchtune_trainee(model)
+
+
+def _torchtune_trainee(model: Any) -> Trainee:
+    loss = CEWithChunkedOutputLoss()
+    model.set_num_output_chunks(loss.num_output_chunks)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return Trainee(model, loss, AdamW(trained, fused=True))
+
+
+# Ours.
+
+
+@dataclass
+class _InMemoryCheckpointer:
+    """What ``load_backbone`` asks of a torchtune checkpointer."""
+
+    weights: dict[str, torch.Tensor]
+
+    def load_checkpoint(self) -> dict[str, dict[str, torch.Tensor]]:
+        return {training.MODEL_KEY: self.weights}
+
+
+def _qst(backbone: Backbone, **changes: Any) -> Trainee:
+    """As recipes/qst_finetune.py sets it up; ``changes`` are keys of the config's model block."""
+    with training.set_default_dtype(DTYPE), torch.device("meta"):
+        model = qst_decoder(
+            llama3_2(**backbone.builder_arguments()), **{**model_arguments(), **changes}
+        )
+    load_random_backbone(model, backbone)
+    return qst_trainee(model)
+
+
+def load_random_backbone(model: QSTDecoder, backbone: Backbone) -> None:
+    """Fill a model on the meta device with the weights that all methods start from.
+
+    Args:
+        model (QSTDecoder): its backbone is filled.
+        backbone (Backbone): its sizes.
+    """
+    weights = dense_backbone(backbone).state_dict()
+    load_backbone(model, _InMemoryCheckpointer(weights), dtype=DTYPE, device=CPU)
+
+
+def qst_trainee(model: QSTDecoder) -> Trainee:
+    """Do what the recipe does once the backbone is loaded.
+
+    Args:
+        model (QSTDecoder): with its side network on the meta device.
+
+    Returns:
+        Trainee: with the config's loss and optimizer.
+    """
+    cfg = default_config()
+    model.side.materialize(CPU)
+    model.side.recompute = recomputes_by_default()
+    model.train()
+    loss = instantiate(cfg.loss, "loss")
+    connect_loss(loss, model)
+    optimizer = instantiate(cfg.optimizer, "optimizer", parameter_groups(model.side))
+    return Trainee(model, loss, optimizer, cfg.get("clip_grad_norm"))
+
+
+def model_arguments() -> dict[str, Any]:
+    """Return our arguments in the config's model block.
+
+    Returns:
+        dict[str, Any]: for a builder of a QST model.
+    """
+    arguments: Any = OmegaConf.to_container(default_config().model, resolve=True)
+    return {key: value for key, value in arguments.items() if key != "_component_"}
+
+
+def recomputes_by_default() -> bool:
+    """Tell whether our config recomputes the side network.
+
+    Returns:
+        bool: True if it does.
+    """
+    return bool(default_config().get("enable_activation_checkpointing", False))
+
+
+def ignore_known_warnings() -> None:
+    """Silence what torch says at each use of torchtune's RMSNorm in bf16: it might be faster."""
+    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+
+
+# The table.
+
+
+@contextmanager
+def _recompute(trainee: Trainee, enabled: bool) -> Iterator[None]:
+    side: Any = trainee.model.side
+    before, side.recompute = side.recompute, enabled
+    try:
+        yield
+    finally:
+        side.recompute = before
+
+
+def _our_decoding(_: Trainee) -> AbstractContextManager[Any]:
+    """Decode NF4 with our table; bit for bit the same weights as torchao's loops give."""
+    return mock.patch.object(NF4Tensor, "get_original_weight", dequantize_nf4)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the tables.
+
+    Args:
+        title (str): for people.
+        build (Callable[[Backbone], Trainee]): makes the model.
+        model (str): methods of one name here take turns on one model and optimizer.
+        running (Callable[[Trainee], AbstractContextManager[Any]]): holds during a step.
+    """
+
+    title: str
+    build: Callable[[Backbone], Trainee]
+    model: str
+    running: Callable[[Trainee], AbstractContextManager[Any]] = lambda _: nullcontext()
+
+
+def _qst_methods() -> dict[str, Method]:
+    default_kind = default_config().model.downsample
+    methods = {}
+    for kind in dict.fromkeys([default_kind, "avgpool", "projection"]):
+        name = "qst" if kind == default_kind else f"qst_{kind}"
+        build = partial(_qst, downsample=kind)
+        for suffix, how in (("stored", "stored"), ("recomputed", "recomputed")):
+            title = f"QST, {kind}, side {how}"
+            running = partial(_recompute, enabled=suffix == "recomputed")
+            methods[f"{name}_{suffix}"] = Method(title, build, name, running)
+    default_factor = default_config().model.get("reduction_factor", 16)
+    for factor in (8, 16, 32):
+        if factor != default_factor:
+            build = partial(_qst, reduction_factor=factor)
+            methods[f"qst_r{factor}"] = Method(f"QST, r = {factor}", build, f"qst_r{factor}")
+    return methods
+
+
+_qlora = partial(_lora, quantize=True)
+_qlora_checkpointed = partial(_lora, quantize=True, checkpointing=True)
+
+METHODS: dict[str, Method] = {
+    "full": Method("full fine-tuning", _full, "full"),
+    "lora": Method("LoRA", _lora, "lora"),
+    "qlora": Method("QLoRA", _qlora, "qlora"),
+    "qlora_checkpointed": Method("QLoRA + checkpointing", _qlora_checkpointed, "qlora_ac"),
+    "qlora_decoding": Method("QLoRA + our NF4 decoding", _qlora, "qlora", _our_decoding),
+    "qlora_checkpointed_decoding": Method(
+        "QLoRA + checkpointing + our NF4 decoding", _qlora_checkpointed, "qlora_ac", _our_decoding
+    ),
+    **_qst_methods(),
+}
+# What all ratios are relative to: our default config.
+REFERENCE = "qst_recomputed" if recomputes_by_default() else "qst_stored"
+
+
+def default_factor() -> int:
+    """Return the reduction factor of our default config.
+
+    Returns:
+        int: r.
+    """
+    return int(default_config().model.get("reduction_factor", 16))

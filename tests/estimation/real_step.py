@@ -1,0 +1,146 @@
+"""What a real training step allocates, by torch's own profiler, beside what the estimate says.
+
+    python -m tests.estimation.real_step
+
+prints the table of docs/estimation.md.
+"""
+
+import gc
+from collections.abc import Iterator
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torchao.dtypes.nf4tensor import NF4Tensor
+
+from qst_tune.estimation.fake_device import build_rotary_caches
+from qst_tune.estimation.methods import METHODS, Choices
+from qst_tune.estimation.step import Shape, estimate_step, make_batch, make_optimizer, train_step
+from qst_tune.quantization.nf4 import quantize_nf4
+
+MIB = 1024**2
+# Widths of SmolLM2-135M with few layers, a Llama 3.2 with shared key-value heads and a large
+# vocabulary, and a Llama 2 with as many key-value heads as heads.
+MODELS = {
+    "SmolLM2-135M, 4 layers": {
+        "_component_": "qst_tune.models.qst_llama3_2",
+        "vocab_size": 49152,
+        "num_layers": 4,
+        "num_heads": 9,
+        "num_kv_heads": 3,
+        "embed_dim": 576,
+        "intermediate_dim": 1536,
+        "max_seq_len": 2048,
+        "scale_factor": 1,
+    },
+    "Llama 3.2, narrow": {
+        "_component_": "qst_tune.models.qst_llama3_2",
+        "vocab_size": 16000,
+        "num_layers": 6,
+        "num_heads": 8,
+        "num_kv_heads": 2,
+        "embed_dim": 512,
+        "intermediate_dim": 2048,
+        "max_seq_len": 2048,
+        "reduction_factor": 8,
+    },
+    "Llama 2, narrow": {
+        "_component_": "qst_tune.models.qst_llama2",
+        "vocab_size": 4000,
+        "num_layers": 8,
+        "num_heads": 4,
+        "num_kv_heads": 4,
+        "embed_dim": 256,
+        "max_seq_len": 2048,
+        "reduction_factor": 4,
+        "intermediate_dim": 704,
+    },
+}
+SHAPES = (Shape(1, 128), Shape(2, 512), Shape(4, 256))
+COMPARED = ("qst_stored", "qst_recomputed", "qlora", "qlora_checkpointed")
+
+
+def training_config(model: dict[str, object]) -> DictConfig:
+    """The keys of a training config that a step reads."""
+    return OmegaConf.create(
+        {
+            "model": model,
+            "loss": {"_component_": "qst_tune.modules.LinearCrossEntropyLoss"},
+            "optimizer": {"_component_": "torch.optim.AdamW", "lr": 1e-3},
+            "clip_grad_norm": 1.0,
+            "device": "cpu",
+            "dtype": "bf16",
+            "batch_size": 1,
+            "tokenizer": {"max_seq_len": 128},
+        }
+    )
+
+
+def allocate_real(module: nn.Module) -> None:
+    """Replace, in place, the meta tensors of a module by random ones."""
+    build_rotary_caches(module)
+    real: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for child in module.modules():
+        for name, parameter in child.named_parameters(recurse=False):
+            if id(parameter) not in real:
+                dense = torch.randn(parameter.shape, dtype=parameter.dtype) * 0.02
+                value = quantize_nf4(dense) if isinstance(parameter, NF4Tensor) else dense
+                new = nn.Parameter(value, requires_grad=parameter.requires_grad)
+                real[id(parameter)] = (parameter, new)
+            setattr(child, name, real[id(parameter)][1])
+        for name, buffer in child.named_buffers(recurse=False):
+            if buffer.is_meta:
+                setattr(child, name, torch.ones_like(buffer, device="cpu"))
+
+
+def measured_step_bytes(method: str, cfg: DictConfig, shape: Shape) -> int:
+    """Highest number of bytes that a real step has allocated above what was there before it."""
+    setup = METHODS[method].build(Choices(cfg, torch.bfloat16, lora_rank=16))
+    allocate_real(setup.model)
+    optimizer = make_optimizer(setup, cfg, "cpu")
+    train_step(setup, optimizer, make_batch(setup.model, shape), 1.0)  # tables, warm-up
+    batch = make_batch(setup.model, shape)
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        train_step(setup, optimizer, batch, 1.0)
+    highest = current = 0
+    for num_bytes in _allocations(profiler):
+        current += num_bytes
+        highest = max(highest, current)
+    return highest
+
+
+def _allocations(profiler: profile) -> Iterator[int]:
+    """Signed bytes of every allocation and release, in order of time."""
+    events = profiler.profiler.kineto_results.events()
+    memory = [event for event in events if event.name() == "[memory]"]
+    for event in sorted(memory, key=lambda event: event.start_ns()):
+        yield event.nbytes()
+
+
+def estimated_step_bytes(method: str, cfg: DictConfig, shape: Shape) -> int:
+    """The same by the estimate."""
+    choices = Choices(cfg, torch.bfloat16, lora_rank=16)
+    memory = estimate_step(METHODS[method], choices, shape, device="cpu").memory
+    return memory.num_bytes - memory.start_bytes
+
+
+def main() -> None:
+    print("| model | batch | method | estimate, MiB | real, MiB | ratio |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for name, model in MODELS.items():
+        cfg = training_config(model)
+        for shape in SHAPES:
+            for method in COMPARED:
+                estimate = estimated_step_bytes(method, cfg, shape)
+                real = measured_step_bytes(method, cfg, shape)
+                print(
+                    f"| {name} | {shape.batch_size} x {shape.seq_len} | {METHODS[method].title} "
+                    f"| {estimate / MIB:.1f} | {real / MIB:.1f} | {estimate / real:.3f} |",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

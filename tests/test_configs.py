@@ -1,0 +1,63 @@
+"""Every config that we ship is without mistakes and builds its model."""
+
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+import torchtune._recipe_registry as stock_registry
+from omegaconf import DictConfig, OmegaConf
+from torchtune import config as torchtune_config
+
+from qst_tune import plugin
+from qst_tune.training.config_check import check_config
+from qst_tune.training.model_setup import build_on_meta
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+FILES = sorted(CONFIGS.rglob("*.yaml"))
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(CONFIGS).with_suffix("").as_posix()
+
+
+def recipe_of(path: Path):
+    """The module of the recipe that the config is registered for."""
+    recipes = plugin._our_recipes(stock_registry)
+    (name,) = [r.name for r in recipes if name_of(path) in {c.name for c in r.configs}]
+    return import_module(f"qst_tune.recipes.{name}")
+
+
+@pytest.fixture(params=FILES, ids=name_of)
+def path(request: pytest.FixtureRequest) -> Path:
+    return request.param
+
+
+@pytest.fixture
+def cfg(path: Path, monkeypatch: pytest.MonkeyPatch) -> DictConfig:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    return OmegaConf.load(path)
+
+
+def test_there_are_configs() -> None:
+    assert FILES
+
+
+def test_config_has_no_mistake_that_its_recipe_knows_of(path: Path, cfg: DictConfig) -> None:
+    recipe = recipe_of(path)
+    if "prompt" in cfg:
+        cfg.prompt = "given on the command line"
+    known = [*recipe.REQUIRED_KEYS, *recipe.OPTIONAL_KEYS]
+    check_config(cfg, known=known, required=recipe.REQUIRED_KEYS)
+
+
+def test_torchtune_validates_config(cfg: DictConfig) -> None:
+    torchtune_config.validate(cfg)
+
+
+def test_model_builds_without_memory(cfg: DictConfig) -> None:
+    model = build_on_meta(cfg, torch.bfloat16)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert 0 < trainable < 0.1 * sum(p.numel() for p in model.parameters())

@@ -1,0 +1,174 @@
+"""The command line: torchtune's rules, and texts that arrive as they were typed."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from qst_tune.errors import UserError
+from qst_tune.training.cli import instantiate, parse_config, run_recipe
+
+YAML = """
+prompt: ""
+folder: /data
+path: ${folder}/train.jsonl
+rate: 0.1
+model:
+  _component_: torch.nn.Linear
+  in_features: 2
+  out_features: 3
+dataset_val:
+  _component_: torch.nn.ReLU
+nested: {text: abc, number: 1}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(YAML)
+    return path
+
+
+def parse(file: Path, *overrides: str):
+    return parse_config(["--config", str(file), *overrides])
+
+
+def test_without_overrides_it_is_the_file(file: Path) -> None:
+    assert parse(file) == OmegaConf.create(YAML)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a=b",
+        "what is x = y == z?",
+        "list: [1, 2]",
+        "[1, 2",
+        "{a: b}",
+        "key: value",
+        "# no comment",
+        "true",
+        "1e-3",
+        "007",
+        "'single' and \"double\"",
+        "back\\slash\\n",
+        "~tilde",
+        "- dash",
+        "ümläut 日本 🙂",
+        "two\nlines",
+        "  spaces  ",
+        "*star &and !bang %percent @at",
+        "a, b",
+    ],
+)
+@pytest.mark.parametrize("key", ["prompt", "nested.text"])
+def test_text_arrives_as_typed(text: str, key: str, file: Path) -> None:
+    assert OmegaConf.select(parse(file, f"{key}={text}"), key) == text
+
+
+def test_values_that_are_no_text_in_the_file_keep_their_type(file: Path) -> None:
+    cfg = parse(file, "rate=1e-3", "nested.number=7", "new=[1, 2]", "flag=True")
+    assert (cfg.rate, cfg.nested.number, cfg.new, cfg.flag) == (1e-3, 7, [1, 2], True)
+
+
+@pytest.mark.parametrize("null", ["null", "None", ""])
+def test_null_takes_a_text_away(null: str, file: Path) -> None:
+    assert not parse(file, f"folder={null}").folder
+
+
+def test_interpolation_follows_overrides(file: Path) -> None:
+    assert parse(file, "folder=/elsewhere").path == "/elsewhere/train.jsonl"
+    assert parse(file, "path=${folder}/x").path == "/data/x"
+
+
+def test_component_is_changed_by_the_name_of_its_block(file: Path) -> None:
+    cfg = parse(file, "model=torch.nn.Bilinear")
+    assert cfg.model == {"_component_": "torch.nn.Bilinear", "in_features": 2, "out_features": 3}
+
+
+def test_key_is_removed(file: Path) -> None:
+    cfg = parse(file, "~nested.text", "~rate")
+    assert cfg.nested == {"number": 1}
+    assert "rate" not in cfg
+
+
+def test_block_is_switched_off_by_null(file: Path) -> None:
+    assert parse(file, "dataset_val=null").dataset_val is None
+    assert parse(file, "dataset_val=None").dataset_val is None
+
+
+@pytest.mark.parametrize("override", ["foo", "", "+a=b", "++a=b", "--x", "-x=1"])
+def test_what_is_no_override_is_named(override: str, file: Path) -> None:
+    with pytest.raises(UserError, match=r"override '.*' is not of the form key=value or ~key"):
+        parse(file, override)
+
+
+def test_what_is_not_yaml_is_named(file: Path) -> None:
+    with pytest.raises(UserError, match=r"^overrides rate=\{: "):
+        parse(file, "rate={")
+
+
+def test_config_of_integer_keys_is_no_config(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("1: 2\n")
+    with pytest.raises(UserError, match="not a mapping of names to values"):
+        parse(tmp_path / "c.yaml")
+
+
+def test_instantiate_builds_and_names_the_block_of_an_error() -> None:
+    block = OmegaConf.create({"_component_": "torch.nn.Linear", "in_features": 2})
+    assert instantiate(block, "model", out_features=3).weight.shape == (3, 2)
+    with pytest.raises(UserError, match=r"^model: .*missing 1 required positional argument"):
+        instantiate(block, "model")
+
+
+def raise_key_error() -> None:
+    raise KeyError("LAMA") from OSError(2, "no such thing")
+
+
+def test_instantiate_says_what_a_bare_error_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "raising", sys.modules[__name__])
+    block = OmegaConf.create({"_component_": "raising.raise_key_error"})
+    with pytest.raises(UserError) as info:
+        instantiate(block, "x")
+    reason = "KeyError: 'LAMA' ([Errno 2] no such thing)"
+    assert str(info.value) == f"x: raising.raise_key_error failed: {reason}"
+
+
+def run(recipe, file: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "argv", ["recipe", "--config", str(file)])
+    return run_recipe(recipe)
+
+
+def fail_as_user(cfg) -> None:
+    raise UserError("one\ntwo")
+
+
+def test_user_error_is_printed_line_by_line_with_status_2(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as info:
+        run(fail_as_user, file, monkeypatch)
+    assert info.value.code == 2
+    assert capsys.readouterr().err == "error: one\nerror: two\n"
+
+
+def test_traceback_on_request(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QST_TUNE_TRACEBACK", "1")
+    with pytest.raises(UserError, match="one"):
+        run(fail_as_user, file, monkeypatch)
+
+
+def test_defect_keeps_its_traceback(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ZeroDivisionError):
+        run(lambda cfg: 1 / 0, file, monkeypatch)
+
+
+def test_interrupt_is_status_130(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(cfg) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as info:
+        run(interrupt, file, monkeypatch)
+    assert info.value.code == 130

@@ -1,0 +1,138 @@
+"""Batches: which rows, in which order, padded how."""
+
+from itertools import chain
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torchtune.datasets import ConcatDataset
+
+from qst_tune.errors import UserError
+from qst_tune.training import data
+from qst_tune.training.data import (
+    build_collate,
+    build_dataloader,
+    build_dataset,
+    check_length,
+    is_packed,
+)
+
+PAD, IGNORED = 0, -100
+
+
+class Rows:
+    """A dataset whose row i is i + 1 tokens of value i + 1."""
+
+    def __init__(self, tokenizer: Any = None, *, count: int = 10, fail: bool = False) -> None:
+        self.count, self.fail = count, fail
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        if self.fail:
+            raise KeyError("input")
+        row = [index + 1] * (index + 1)
+        return {"tokens": row, "labels": row}
+
+
+class Tokenizer:
+    pad_id = PAD
+
+
+def collate(max_seq_len: int = 64):
+    return build_collate(Tokenizer(), ignore_index=IGNORED, max_seq_len=max_seq_len)
+
+
+def rows_of(loader) -> list[list[int]]:
+    return [batch["tokens"][:, 0].sub(1).tolist() for batch in loader]
+
+
+def flat(nested: list[list[Any]]) -> list[Any]:
+    return list(chain.from_iterable(nested))
+
+
+def loader_of(rank: int, world_size: int, monkeypatch: pytest.MonkeyPatch, **settings):
+    monkeypatch.setattr(data, "rank_and_world_size", lambda: (rank, world_size))
+    settings = {"batch_size": 2, "shuffle": False, "seed": 0, **settings}
+    return build_dataloader(Rows(), collate(), **settings)
+
+
+def test_order_is_that_of_the_file_or_of_seed_and_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert flat(rows_of(loader_of(0, 1, monkeypatch))) == list(range(10))
+    shuffled = [rows_of(loader_of(0, 1, monkeypatch, shuffle=True, seed=s)) for s in (0, 0, 1)]
+    assert shuffled[0] == shuffled[1] != shuffled[2]
+    assert sorted(flat(shuffled[0])) == list(range(10))
+    loader = loader_of(0, 1, monkeypatch, shuffle=True)
+    loader.sampler.set_epoch(1)
+    assert rows_of(loader) != shuffled[0]
+
+
+def test_processes_share_the_rows_of_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = [rows_of(loader_of(rank, 2, monkeypatch)) for rank in range(2)]
+    assert shares == [[[0, 2], [4, 6]], [[1, 3], [5, 7]]]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7, 16])
+def test_held_out_rows_come_exactly_once(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = [
+        rows_of(loader_of(rank, world_size, monkeypatch, drop_last=False))
+        for rank in range(world_size)
+    ]
+    assert sorted(flat(flat(shares))) == list(range(10))
+
+
+def test_rows_are_padded_to_a_multiple_of_16_but_never_past_the_model() -> None:
+    rows = [Rows()[2], Rows()[4]]
+    batch = collate()(rows)
+    assert batch["tokens"].shape == batch["labels"].shape == (2, 16)
+    assert batch["tokens"][1].tolist() == [5] * 5 + [PAD] * 11
+    assert batch["labels"][0].tolist() == [3] * 3 + [IGNORED] * 13
+    assert collate(max_seq_len=7)(rows)["tokens"].shape == (2, 7)
+    assert collate(max_seq_len=4)(rows)["tokens"].shape == (2, 5), "too long: told elsewhere"
+
+
+def test_unknown_collate_function_is_told() -> None:
+    with pytest.raises(UserError, match=r"collate_fn=torchtune\.data\.none cannot be imported"):
+        build_collate(
+            Tokenizer(), ignore_index=IGNORED, max_seq_len=8, component="torchtune.data.none"
+        )
+
+
+def dataset_block(**settings):
+    return OmegaConf.create({"_component_": "tests.training.test_data.Rows", **settings})
+
+
+def test_dataset_or_list_of_datasets_is_built() -> None:
+    assert len(build_dataset(dataset_block(), "dataset", None)) == 10
+    both = OmegaConf.create([dataset_block(count=3), dataset_block(count=4)])
+    built = build_dataset(both, "dataset", None)
+    assert isinstance(built, ConcatDataset)
+    assert len(built) == 7
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        (dataset_block(count=0), r"^dataset: .*Rows has no rows$"),
+        (dataset_block(fail=True), r"^dataset: row 0 of .*Rows cannot be used: KeyError: 'input'$"),
+        (OmegaConf.create([dataset_block(), dataset_block(count=0)]), r"^dataset\[1\]: .* no rows"),
+    ],
+)
+def test_dataset_that_cannot_be_used_is_told(block, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_dataset(block, "dataset", None)
+
+
+def test_packed_is_recognised_also_in_a_concatenation() -> None:
+    assert not is_packed(Rows())
+    packed = Rows()
+    packed.packed = True
+    assert is_packed(packed)
+
+
+def test_length_limit_is_inclusive() -> None:
+    check_length(torch.zeros(1, 8), 8)
+    with pytest.raises(UserError, match=r"a row of 9 tokens .* max_seq_len 8: set tokenizer\.max"):
+        check_length(torch.zeros(1, 9), 8)

@@ -1,0 +1,80 @@
+"""Collectives on two processes, and that they do nothing on one."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from qst_tune.training.distributed import (
+    broadcast_parameters,
+    process_group,
+    rank_and_world_size,
+    sum_gradients,
+    sum_over_ranks,
+)
+
+
+def test_single_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with process_group(torch.device("cpu")):
+        assert not dist.is_initialized()
+        assert rank_and_world_size() == (0, 1)
+        values = torch.tensor([1.0, 2.0])
+        assert sum_over_ranks(values) is values
+        module = nn.Linear(2, 2)
+        module.weight.grad = torch.ones(2, 2)
+        broadcast_parameters(module)
+        sum_gradients(module.parameters())
+        assert module.weight.grad.tolist() == [[1, 1], [1, 1]]
+        assert module.bias.grad is None
+
+
+def two_ranks(rank: int, port_file: str, out: str) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port_file}
+    torch.set_num_threads(1)
+    with process_group(torch.device("cpu")):
+        torch.manual_seed(rank)
+        module = nn.Linear(2, 3)
+        broadcast_parameters(module)
+        module.weight.grad = torch.full((3, 2), float(rank + 1))
+        if rank == 0:  # on the other rank the bias has no gradient
+            module.bias.grad = torch.tensor([1.0, 2.0, 3.0])
+        sum_gradients(module.parameters())
+        total = sum_over_ranks(torch.tensor([1.0 + rank]))
+        torch.save(
+            {
+                "ranks": rank_and_world_size(),
+                "weight": module.weight.detach(),
+                "grads": [module.weight.grad, module.bias.grad],
+                "total": total,
+            },
+            f"{out}/{rank}.pt",
+        )
+    assert not dist.is_initialized()
+
+
+def test_two_processes_agree(tmp_path: Path, unused_port: int) -> None:
+    mp.spawn(two_ranks, args=(str(unused_port), str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    torch.manual_seed(0)
+    expected = nn.Linear(2, 3).weight.detach()
+    assert (first["ranks"], second["ranks"]) == ((0, 2), (1, 2))
+    for result in (first, second):
+        assert torch.equal(result["weight"], expected)
+        assert torch.equal(result["grads"][0], torch.full((3, 2), 3.0))
+        assert torch.equal(result["grads"][1], torch.tensor([1.0, 2.0, 3.0]))
+        assert result["total"].item() == 3.0
+
+
+@pytest.fixture
+def unused_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
