@@ -2,6 +2,7 @@
 #   make test        all tests but the slow ones          ARGS="-k name" passes on to pytest
 #   make check       what CI runs: tests, style, types, the wheel
 #   make quickstart  train and sample a real small model  ARGS="..." passes on to it
+#   make benchmark   QST beside torchtune's methods        ARGS=--quick, ARGS=losses, ARGS=--help
 PYTHON ?= python3
 VENV ?= .venv
 # The exact versions that CI runs. `make CONSTRAINTS=/dev/null test` takes the newest that fit.
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PACKAGES := qst_tune recipes configs
 
-.PHONY: test check lint format wheel quickstart clean
+.PHONY: test check lint format wheel quickstart benchmark clean
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(ARGS)
@@ -38,6 +39,10 @@ wheel: $(STAMP)
 
 quickstart: $(STAMP)
 	$(BIN)/python -m qst_tune.quickstart $(ARGS)
+
+# 35 minutes on two quiet cores; a run that was cut short goes on where it stopped.
+benchmark: $(STAMP)
+	$(BIN)/python -m benchmarks $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

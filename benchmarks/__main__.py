@@ -135,7 +135,7 @@ def measure_times(plan: Plan, results: Results) -> None:
     runner = Interleaved([n for n in plan.methods if n in needed], plan.backbone, _say)
     for shape in missing:
         names, total = plan.methods_at(shape), plan.rounds_at(shape)
-        _say(f"{shape}: warm-up of {len(names)} methods")
+        _say(f"{shape}: {total} rounds of {len(names)} methods")
         runner.warm_up(names, shape)
         for step in runner.rounds(names, shape, range(len(results.rounds[shape]), total)):
             results.rounds[shape].append(step)

@@ -255,7 +255,7 @@ class Method:
 def _qst_methods() -> dict[str, Method]:
     default_kind = default_config().model.downsample
     methods = {}
-    for kind in dict.fromkeys([default_kind, "avgpool", "projection"]):
+    for kind in dict.fromkeys([default_kind, "adapter", "avgpool", "projection"]):
         name = "qst" if kind == default_kind else f"qst_{kind}"
         build = partial(_qst, downsample=kind)
         for suffix, how in (("stored", "stored"), ("recomputed", "recomputed")):

@@ -114,11 +114,12 @@ def _main_section(results: Results, shape: Shape) -> str:
 {_table(columns, rows)}
 
 "QST" in a heading is the row in bold. Memory is what torch's allocator has given out at the peak
-of a step, measured in a process of its own; "above frozen weights" leaves out those (full
-fine-tuning has none). Resident is the process with Python and libraries. FLOPs are counted by
-torch, in all matrix products. "Time in products" is the share of a profiled step's time that
-passes in matrix products and attention, and "of backbone and head" the part of it that is not an
-adapter's or a side network's. "Of the limit" is FLOPs over time over the machine's limit."""
+of a step, measured once in a process of its own (it repeats to the byte); "above frozen weights"
+leaves out those (full fine-tuning has none). Resident is the process with Python and libraries.
+FLOPs are counted by torch, in all matrix products. "Time in products" is the share of a profiled
+step's time that passes in matrix products and attention, and "of backbone and head" the part of it
+that is not an adapter's or a side network's; profiling adds to all other time. "Of the limit" is
+FLOPs over time over the machine's limit."""
 
 
 def _main_row(results: Results, shape: Shape, name: str) -> list[str]:

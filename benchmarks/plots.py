@@ -92,5 +92,5 @@ def _draw_lines(
             style = "o-" if name.startswith("qst") else "s--"
             axes.plot(*zip(*points, strict=True), style, label=METHODS[name].title)
     axes.set_xlabel(label)
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
+    axes.set_yscale("log")
+    axes.grid(which="both", alpha=0.3)

@@ -82,6 +82,7 @@ class Interleaved:
     ) -> None:
         self._backbone = backbone
         self._trainees: dict[str, Trainee] = {}
+        self._warm: set[str] = set()
         for name in names:
             key = METHODS[name].model
             if key not in self._trainees:
@@ -90,7 +91,7 @@ class Interleaved:
                 report(f"built {key} in {time.perf_counter() - start:.1f} s")
 
     def warm_up(self, names: list[str], shape: Shape) -> None:
-        """Take one step of each method: optimizer states and the kernels' own caches come to be.
+        """Take one step of each method that has taken none: optimizer states come to be.
 
         Args:
             names (list[str]): methods.
@@ -98,7 +99,9 @@ class Interleaved:
         """
         batch = self._batch(shape, seed=0)
         for name in names:
-            self._timed_step(name, batch)
+            if name not in self._warm:
+                self._timed_step(name, batch)
+                self._warm.add(name)
 
     def rounds(self, names: list[str], shape: Shape, numbers: range) -> Iterator[Round]:
         """Measure.
