@@ -40,7 +40,7 @@ wheel: $(STAMP)
 quickstart: $(STAMP)
 	$(BIN)/python -m qst_tune.quickstart $(ARGS)
 
-# 35 minutes on two quiet cores; a run that was cut short goes on where it stopped.
+# About 40 minutes on two quiet cores; a run that was cut short goes on where it stopped.
 benchmark: $(STAMP)
 	$(BIN)/python -m benchmarks $(ARGS)
 

@@ -34,10 +34,13 @@ LOSSES_FILE = "losses.json"
 # The first shape is measured with all methods, the others with these.
 SHAPES = "4x512,1x512,8x512,4x256,4x1024"
 SWEPT = [
-    *("full", "lora", "qlora", "qlora_checkpointed"),
+    *("full", "lora_best", "qlora_best", "qlora_checkpointed_best"),
     *("qst_stored", "qst_recomputed", "qst_avgpool_recomputed"),
 ]
-QUICK = ["full", "lora", "qlora", "qlora_checkpointed", "qst_stored", "qst_recomputed"]
+QUICK = [
+    *("full", "lora_best", "qlora_best", "qlora_checkpointed_best"),
+    *("qst_stored", "qst_recomputed"),
+]
 MIB = 1024**2
 
 
@@ -253,7 +256,7 @@ def _write(options: argparse.Namespace, results: Results) -> None:
         ratio = results.ratio(shape, name, REFERENCE)
         if ratio is not None:
             seconds = spread(results.seconds(shape, name)).text()
-            print(f"  {method.title:45s} {seconds:24s} {ratio.text()}")
+            print(f"  {method.title:61s} {seconds:24s} {ratio.text()}")
     print(f"\nresults {results.path}\npage    {page}")
 
 

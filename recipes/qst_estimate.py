@@ -22,7 +22,7 @@ from torchtune import utils
 
 from qst_tune.errors import UserError
 from qst_tune.estimation.fake_device import Attention, DeviceType
-from qst_tune.estimation.largest_batch import largest_batch
+from qst_tune.estimation.largest_batch import LargestBatch, largest_batch
 from qst_tune.estimation.methods import DEFAULT_METHODS, Choices, Method, choose_methods
 from qst_tune.estimation.report import JSON_FILE, PLOT_FILE, Row, fit_line, table, write
 from qst_tune.estimation.step import Shape, StepCost, estimate_step
@@ -76,6 +76,8 @@ UNUSED_KEYS = (
 )
 # Taken where tokenizer.max_seq_len is null, since rows are then as long as the data.
 DEFAULT_SEQ_LEN = 512
+# Of the batches tried for fit_gib: the time of a trial grows with them (8 s for 7B).
+MAX_TRIAL_TOKENS = 65_536
 
 log = utils.get_logger("INFO")
 
@@ -125,13 +127,18 @@ class QSTEstimateRecipe:
             method, self.choices, shape, device=self.device, attention=self.attention
         )
 
-    def _largest_batch(self, method: Method) -> int:
+    def _largest_batch(self, method: Method) -> LargestBatch:
         assert self.fit_gib is not None
 
         def peak_bytes(batch_size: int) -> int:
             return self._cost(method, Shape(batch_size, self.shape.seq_len)).memory.num_bytes
 
-        return largest_batch(peak_bytes, self.fit_gib * GIB, start=self.shape.batch_size)
+        return largest_batch(
+            peak_bytes,
+            self.fit_gib * GIB,
+            start=self.shape.batch_size,
+            max_trial=MAX_TRIAL_TOKENS // self.shape.seq_len,
+        )
 
     def _title(self) -> str:
         return (

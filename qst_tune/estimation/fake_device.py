@@ -151,8 +151,19 @@ def workspace_of(device: DeviceType) -> Workspace:
         Workspace: functions of an operation's arguments.
     """
     if device == "cpu":
-        return {}
+        return {_aten.bmm: _cpu_bmm_workspace}
     return {_aten._scaled_dot_product_flash_attention_backward: _flash_backward_workspace}
+
+
+def _cpu_bmm_workspace(_: torch.Tensor, weight: torch.Tensor) -> int:
+    """A matrix that is shared by the batch, as of a linear layer, is copied for each row in bf16.
+
+    torch multiplies so, instead of folding the batch into one product, where the input is a slice
+    along its tokens: the chunks of torchtune's CEWithChunkedOutputLoss.
+    """
+    is_shared = weight.stride(0) < weight.shape[1] * weight.shape[2]
+    is_copied = is_shared and weight.dtype == torch.bfloat16
+    return weight.numel() * weight.itemsize if is_copied else 0
 
 
 def _flash_backward_workspace(_: torch.Tensor, query: torch.Tensor, *__: Any) -> int:

@@ -67,7 +67,8 @@ def test_losses_of_all_settings_are_close_on_a_tiny_model(tmp_path: Path) -> Non
     titles = [row["variant"] for row in summary["rows"]]
     assert titles[0] == "default"
     assert set(losses.variants(64)) <= set(titles)
-    assert all(abs(row["change"]) < 0.02 for row in summary["rows"])
+    of_one_seed = [row for row in summary["rows"] if "seed" not in row["variant"]]
+    assert all(abs(row["change"]) < 0.01 for row in of_one_seed)
 
 
 def test_verdict_compares_with_the_noise_of_seeds() -> None:

@@ -1,8 +1,10 @@
 import pytest
+import torch
 
 from benchmarks.backbones import BACKBONES
-from benchmarks.methods import METHODS
+from benchmarks.methods import METHODS, random_batch
 from benchmarks.timing import Interleaved, Shape, matmul_gflops
+from qst_tune.training.loss import next_token_loss
 
 TINY = BACKBONES["tiny"]
 SHAPE = Shape(2, 16)
@@ -46,6 +48,22 @@ def test_first_loss_is_that_of_the_same_weights() -> None:
     assert step.losses["lora"] == pytest.approx(step.losses["full"], abs=2e-3)
     assert step.losses["qlora_checkpointed"] == step.losses["qlora"]
     assert step.losses["qst_stored"] == pytest.approx(step.losses["qlora"], abs=2e-3)
+
+
+@pytest.mark.parametrize("name", ["lora", "qlora"])
+def test_what_makes_torchtune_faster_does_not_change_what_it_computes(name: str) -> None:
+    trainee = METHODS[name].build(TINY)
+    batch = random_batch(TINY, SHAPE.batch_size, SHAPE.num_tokens, seed=0)
+    trainee.step(batch)
+    losses, gradients = [], []
+    for variant in (METHODS[name], METHODS[f"{name}_best"]):
+        with variant.running(trainee):
+            loss, _ = next_token_loss(trainee.model, trainee.loss, batch)
+            gradients.append(torch.autograd.grad(loss, trainee.trained))
+            losses.append(loss.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    for plain, best in zip(*gradients, strict=True):
+        assert (plain - best).norm() <= 0.02 * plain.norm()  # bf16 has 8 bits
 
 
 def test_limit_is_positive() -> None:

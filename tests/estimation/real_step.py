@@ -6,6 +6,7 @@ prints the table of docs/estimation.md.
 """
 
 import gc
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -126,21 +127,23 @@ def estimated_step_bytes(method: str, cfg: DictConfig, shape: Shape) -> int:
     return memory.num_bytes - memory.start_bytes
 
 
-def main() -> None:
-    print("| model | batch | method | estimate, MiB | real, MiB | ratio |")
-    print("| --- | --- | --- | --- | --- | --- |")
+def rows() -> Iterator[str]:
+    """The table of docs/estimation.md, a line at a time."""
+    yield "| model | batch | method | estimate, MiB | real, MiB | ratio |"
+    yield "| --- | --- | --- | --- | --- | --- |"
     for name, model in MODELS.items():
         cfg = training_config(model)
         for shape in SHAPES:
             for method in COMPARED:
                 estimate = estimated_step_bytes(method, cfg, shape)
                 real = measured_step_bytes(method, cfg, shape)
-                print(
+                yield (
                     f"| {name} | {shape.batch_size} x {shape.seq_len} | {METHODS[method].title} "
-                    f"| {estimate / MIB:.1f} | {real / MIB:.1f} | {estimate / real:.3f} |",
-                    flush=True,
+                    f"| {estimate / MIB:.1f} | {real / MIB:.1f} | {estimate / real:.3f} |"
                 )
 
 
 if __name__ == "__main__":
-    main()
+    for row in rows():
+        sys.stdout.write(row + "\n")
+        sys.stdout.flush()

@@ -1,0 +1,99 @@
+"""`tune run qst_estimate`, and its mistakes in this process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig
+from qst_tune.recipes import qst_estimate
+
+from qst_tune.errors import UserError
+from qst_tune.training.cli import parse_config
+from qst_tune.training.config_check import check_config
+from qst_tune.training.model_setup import build_on_meta
+
+ROOT = Path(__file__).parents[2]
+TUNE = Path(sys.executable).parent / "tune"
+CONFIGS = sorted(
+    path.relative_to(ROOT / "configs").with_suffix("").as_posix()
+    for path in (ROOT / "configs").glob("*/*_qst.yaml")
+)
+FAST = ("methods=[qst,qlora]", "batch_size=1", "tokenizer.max_seq_len=32")
+
+
+def run(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [str(TUNE), "run", "qst_estimate", *args]
+    return subprocess.run(
+        command, cwd=cwd, env=dict(os.environ), capture_output=True, text=True, timeout=600
+    )
+
+
+def test_estimate_prints_a_table_and_writes_figures(tmp_path: Path) -> None:
+    result = run(
+        "--config",
+        "smollm2/135M_qst",
+        f"output_dir={tmp_path}/out",
+        "fit_gib=0.5",
+        *FAST,
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "GiB" in result.stdout
+    assert "largest batch of 32 tokens a row that fits in 0.5 GiB: qst " in result.stdout
+    content = json.loads((tmp_path / "out" / "estimate.json").read_text())
+    assert list(content["methods"]) == ["qst", "qlora"]
+    for row in content["methods"].values():
+        memory = row["cost"]["memory"]
+        assert sum(memory["parts"].values()) == memory["num_bytes"]
+        assert row["largest_batch"]["batch_size"] > 0
+    assert (tmp_path / "out" / "estimate.png").stat().st_size > 1000
+
+
+def settings(*overrides: str) -> DictConfig:
+    config = str(ROOT / "configs" / "smollm2" / "135M_qst.yaml")
+    return parse_config(["--config", config, *overrides])
+
+
+def test_unknown_length_of_rows_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qst_estimate.log, "propagate", True)
+    recipe = qst_estimate.QSTEstimateRecipe(settings("tokenizer.max_seq_len=null"))
+    assert recipe.shape.seq_len == qst_estimate.DEFAULT_SEQ_LEN
+    assert "tokenizer.max_seq_len is null" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("fit_gib=-1", "fit_gib=-1.* must be a number of GiB above 0"),
+        ("device=tpu", "device=tpu cannot be estimated: use cpu or cuda"),
+        ("dtype=fp8", "dtype=fp8 is not supported"),
+        ("attention=flash", "attention=flash is unknown"),
+        ("batch_size=0", "batch_size=0 must be a whole number"),
+        ("methods=[qlorra]", "did you mean 'qlora'"),
+        ("tokenizer.max_seq_len=9000", "longer than the model's max_seq_len"),
+        ("fit_gb=24", "did you mean 'fit_gib'"),
+        ("model.reduction_factor=7", "reduction_factor=7"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(
+    override: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        qst_estimate.main(settings(f"output_dir={tmp_path}/out", override))
+    assert len(str(error.value).splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_training_config_can_be_estimated(name: str) -> None:
+    """Its keys, components and model; the step itself is estimated for one of them above."""
+    cfg = parse_config(["--config", str(ROOT / "configs" / f"{name}.yaml")])
+    known = [*qst_estimate.REQUIRED_KEYS, *qst_estimate.OPTIONAL_KEYS, *qst_estimate.UNUSED_KEYS]
+    check_config(cfg, known=known, required=qst_estimate.REQUIRED_KEYS)
+    recipe = qst_estimate.QSTEstimateRecipe(cfg)
+    build_on_meta(cfg, recipe.choices.dtype)
