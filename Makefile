@@ -11,7 +11,7 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-PACKAGES := qst_tune recipes configs
+PACKAGES := qst_tune recipes configs benchmarks
 
 .PHONY: test check lint format wheel quickstart benchmark clean
 
