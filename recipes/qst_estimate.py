@@ -115,7 +115,10 @@ class QSTEstimateRecipe:
             cost = self._cost(method, self.shape)
             batch = self._largest_batch(method) if self.fit_gib else None
             rows[name] = Row(method.title, cost, batch)
-        print(f"\n{self._title()}\n\n{table(rows)}\n")
+        print(f"\n{self._title()}")
+        print(
+            f"peak memory of one training step and its parts, GiB (2^30 bytes)\n\n{table(rows)}\n"
+        )
         if self.fit_gib:
             print(fit_line(rows, self.fit_gib, self.shape.seq_len))
         folder = Path(self.cfg.output_dir)
@@ -143,7 +146,7 @@ class QSTEstimateRecipe:
     def _title(self) -> str:
         return (
             f"{self.cfg.model._component_}, {self.shape.batch_size} x {self.shape.seq_len} tokens, "
-            f"{self.cfg.dtype}, {self.device}: peak memory of one training step, GiB (2^30 bytes)"
+            f"{self.cfg.dtype}, {self.device}"
         )
 
     def _settings(self) -> dict[str, object]:

@@ -8,7 +8,7 @@ through fake tensors that say otherwise. Where CUDA allocates something else tha
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, TypeAlias
 from unittest.mock import patch
 
@@ -78,8 +78,7 @@ def build_rotary_caches(module: nn.Module) -> None:
     """
     with torch.device("cpu"):
         for child in module.modules():
-            if hasattr(child, "rope_init"):
-                child.rope_init()
+            getattr(child, "rope_init", lambda: None)()
 
 
 def _fake(tensor: torch.Tensor, device: DeviceType) -> torch.Tensor:
@@ -106,8 +105,8 @@ def device_kernels(device: DeviceType, attention: Attention = "fused") -> Iterat
     Args:
         device (DeviceType): the device to imitate.
         attention (Attention): "fused" is torch's own choice of a kernel that never holds the
-            ``[B, heads, T, T]`` scores; "plain" holds them, with a softmax in fp32, as the models
-            of Hugging Face transformers did that the paper measured.
+            ``[B, heads, T, T]`` scores; "plain" computes softmax(q k / sqrt(d) + mask) v one
+            operation after the other and keeps the softmax, in the dtype of q.
 
     Yields:
         None: nothing.
@@ -119,7 +118,10 @@ def device_kernels(device: DeviceType, attention: Attention = "fused") -> Iterat
         instead["scaled_dot_product_attention"] = _cuda_attention
     if attention == "plain":
         instead["scaled_dot_product_attention"] = _plain_attention
-    with patch.multiple(F, **instead) if instead else nullcontext(), UnknownValues():
+    with ExitStack() as stack:
+        for name, function in instead.items():
+            stack.enter_context(patch.object(F, name, function))
+        stack.enter_context(UnknownValues())
         yield
 
 
@@ -195,7 +197,7 @@ def _plain_attention(
     scores = query @ key.transpose(2, 3) / math.sqrt(query.shape[3])
     mask = attn_mask if attn_mask is not None else scores.new_empty(tokens, tokens)
     scores = scores + mask.to(scores.dtype)
-    return F.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype) @ value
+    return F.softmax(scores, dim=-1) @ value
 
 
 def _cuda_attention(

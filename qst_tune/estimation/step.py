@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.optim import Optimizer
 from torchtune import training
+from torchtune.modules import TransformerDecoder
 
 from qst_tune.errors import UserError
 from qst_tune.estimation.fake_device import (
@@ -149,17 +150,17 @@ def make_optimizer(setup: Setup, cfg: DictConfig, device: DeviceType) -> Optimiz
     return optimizer
 
 
-def make_batch(model: nn.Module, shape: Shape) -> dict[str, torch.Tensor]:
+def make_batch(model: TransformerDecoder, shape: Shape) -> dict[str, torch.Tensor]:
     """Make a batch as a collate function does, every token of it with a label.
 
     Args:
-        model (nn.Module): unused but for its vocabulary.
+        model (TransformerDecoder): only its vocabulary matters.
         shape (Shape): of the batch.
 
     Returns:
         dict[str, torch.Tensor]: ``tokens`` and ``labels``, ``[B, T]``.
     """
-    vocabulary: int = model.tok_embeddings.num_embeddings  # type: ignore[union-attr, assignment]
+    vocabulary = model.tok_embeddings.num_embeddings
     size = (shape.batch_size, shape.seq_len)
     return {
         "tokens": torch.randint(vocabulary, size),
@@ -231,9 +232,8 @@ def _watch(tracker: StorageTracker, setup: Setup) -> Iterator[None]:
 
 def _head_and_loss(setup: Setup) -> list[nn.Module]:
     """The LM head, which may be torchtune's TiedLinear around a module, and the loss."""
-    head = setup.model.output
-    head = head if isinstance(head, nn.Module) else head.linear  # type: ignore[union-attr]
-    return [head, setup.loss]
+    output = setup.model.output
+    return [output if isinstance(output, nn.Module) else output.linear, setup.loss]
 
 
 def _enter_loss(tracker: StorageTracker, hidden: Any) -> None:

@@ -116,7 +116,7 @@ class StorageTracker(TorchDispatchMode):
     def __init__(
         self, granularity: int = 1, workspace: Mapping[Any, Callable[..., int]] | None = None
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
         self._granularity = granularity
         self._workspace = workspace or {}
         self._record = _Record(phases=[(0, "setup")])

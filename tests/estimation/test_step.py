@@ -3,7 +3,6 @@
 import pytest
 import torch
 from omegaconf import OmegaConf
-from torch import nn
 from torchtune import training
 from torchtune.models.llama2 import lora_llama2
 from torchtune.modules.loss import CEWithChunkedOutputLoss
@@ -77,6 +76,8 @@ def test_nothing_fake_is_left_behind():
 
 @pytest.mark.parametrize("quantize", [False, True])
 def test_our_lora_is_what_torchtunes_builder_makes(quantize):
+    sizes = {**TINY, "num_kv_heads": 4}  # torchao's fixed block sizes need [128, 128]
+
     def build(choices: Choices) -> Setup:
         with training.set_default_dtype(torch.bfloat16), torch.device("meta"):
             model = lora_llama2(
@@ -85,20 +86,26 @@ def test_our_lora_is_what_torchtunes_builder_makes(quantize):
                 lora_rank=4,
                 lora_alpha=8,
                 quantize_base=quantize,
-                **TINY,
+                **sizes,
             )
         set_trainable_params(model, get_adapter_params(model))
         loss = CEWithChunkedOutputLoss()
         model.set_num_output_chunks(loss.num_output_chunks)
         return Setup(model, loss, lambda: [p for p in model.parameters() if p.requires_grad])
 
-    theirs = estimate_step(Method("", build), CHOICES, SHAPE, device="cuda")
-    ours = estimate("qlora" if quantize else "lora")
+    cfg = OmegaConf.merge(CONFIG, {"model": sizes})
+    choices = Choices(cfg, torch.bfloat16, lora_rank=4)
+    theirs = estimate_step(Method("", build), choices, SHAPE, device="cuda")
+    ours = estimate("qlora" if quantize else "lora", choices=choices)
     assert ours.flops_per_token == theirs.flops_per_token
     assert ours.trainable_parameters == theirs.trainable_parameters
     assert ours.memory.saved_bytes == theirs.memory.saved_bytes
-    # torchao's block sizes differ from ours for weights as small as these, by a few bytes.
-    assert ours.memory.num_bytes == pytest.approx(theirs.memory.num_bytes, rel=1e-3)
+    # Theirs has a rotary cache in every layer, ours shares one, so only the step's own bytes agree.
+    assert _step_bytes(ours) == _step_bytes(theirs)
+
+
+def _step_bytes(cost):
+    return cost.memory.num_bytes - cost.memory.start_bytes
 
 
 def test_full_fine_tuning_counts_weights_gradients_and_two_states():
@@ -128,7 +135,7 @@ def test_plain_attention_holds_the_scores():
         - estimate("qlora").memory.saved_bytes
     )
     scores = TINY["num_layers"] * 2 * TINY["num_heads"] * 64 * 64  # of two rows
-    assert extra == pytest.approx(scores * (4 + 2), rel=0.2)  # softmax in fp32, and in bf16
+    assert extra == pytest.approx(scores * 2, rel=0.2)  # the softmax, in bf16
 
 
 def test_memory_is_affine_in_the_batch():
@@ -154,5 +161,3 @@ def test_quantised_weights_are_frozen_and_adapters_train():
     trained = [name for name, p in setup.model.named_parameters() if p.requires_grad]
     assert len(trained) == TINY["num_layers"] * 7 * 2
     assert all("lora_" in name for name in trained)
-    assert isinstance(setup.model, nn.Module)
-    assert OmegaConf.is_config(CHOICES.cfg)

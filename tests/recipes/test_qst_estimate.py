@@ -77,7 +77,7 @@ def test_unknown_length_of_rows_is_said(
         ("methods=[qlorra]", "did you mean 'qlora'"),
         ("tokenizer.max_seq_len=9000", "longer than the model's max_seq_len"),
         ("fit_gb=24", "did you mean 'fit_gib'"),
-        ("model.reduction_factor=7", "reduction_factor=7"),
+        ("model.reduction_factor=500", "reduction_factor=500"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(
