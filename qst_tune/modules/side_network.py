@@ -226,8 +226,11 @@ class SideNetwork(nn.Module):
     ) -> torch.Tensor:
         """Compute in the dtype of ``h``, keeping nothing but the inputs if ``recompute``."""
 
+        # The closure lives until backward: one that held h itself would keep every hidden state.
+        dtype, device_type = h.dtype, h.device.type
+
         def compute_in_dtype(*inputs: torch.Tensor) -> torch.Tensor:
-            with self._compute_in(h.dtype, h.device.type):
+            with self._compute_in(dtype, device_type):
                 return compute(*inputs)
 
         if self.recompute and torch.is_grad_enabled():

@@ -1,6 +1,7 @@
 """The QST model against torchtune's own decoder and against the literal equations."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -578,3 +579,20 @@ def test_rows_under_a_block_mask_are_never_separated():
     model._frozen(layer, torch.zeros(4, 128, 8), mask=mask)
     model._frozen(layer, torch.zeros(4, 128, 8), mask=None)
     assert sizes == [4, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("downsample", ["avgpool", "projection"])
+def test_no_hidden_state_outlives_the_forward_pass_where_its_summary_is_enough(
+    downsample, recompute
+):
+    """A closure that is kept until backward can hold what autograd itself does not."""
+    model = tiny_model(downsample=downsample)
+    model.side.recompute = recompute
+    hidden = []
+    for layer in model.layers:
+        layer.register_forward_hook(lambda module, args, out: hidden.append(weakref.ref(out)))
+    logits = model(random_tokens())
+    assert len(hidden) == len(model.layers)
+    assert not [ref for ref in hidden if ref() is not None]
+    logits.sum().backward()
