@@ -29,7 +29,7 @@ from qst_tune.training.data import (
     check_length,
 )
 from qst_tune.training.distributed import (
-    broadcast_parameters,
+    broadcast_tensors,
     process_group,
     rank_and_world_size,
     sum_gradients,
@@ -199,7 +199,7 @@ class QSTFinetuneRecipe:
             self.model, cfg, dtype=self.dtype, device=self.device
         )
         self.model.side.materialize(self.device)
-        broadcast_parameters(self.model.side)
+        broadcast_tensors(self.model.side)
         self.model.side.recompute = cfg.get("enable_activation_checkpointing", False)
         if cfg.get("compile"):
             for module in [*self.model.layers, *self.model.side.blocks]:

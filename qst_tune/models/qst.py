@@ -20,8 +20,11 @@ Variant = Literal["default", "paper", "authors"]
 
 # What each variant fixes; every one of these is an argument of qst_decoder and can be overridden.
 VARIANTS: dict[str, dict[str, Any]] = {
-    # Starts at the backbone like the paper's, and learns from the first step (docs/method.md).
+    # Starts at the backbone like the paper's, learns from the first step, and keeps 64 numbers a
+    # token and layer for backward instead of the whole hidden state (docs/method.md).
     "default": {
+        "downsample": "projection",
+        "rank": 64,
         "output_mix": "residual",
         "gate_per_channel": False,
         "initial_gamma": 0.0,
@@ -31,6 +34,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     # The equations of arXiv 2401.07159.
     "paper": {
+        "downsample": "adapter",
+        "rank": 16,
         "output_mix": "alpha",
         "gate_per_channel": False,
         "initial_gamma": 0.0,
@@ -40,6 +45,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     # The authors' code (github.com/YouAreSpecialToMe/QST at 27cef0a), tensor by tensor.
     "authors": {
+        "downsample": "adapter",
+        "rank": 16,
         "output_mix": "sigmoid",
         "gate_per_channel": True,
         "initial_gamma": 0.5,
@@ -54,11 +61,11 @@ def qst_decoder(
     backbone: TransformerDecoder,
     *,
     reduction_factor: int = 16,
-    downsample: DownsampleKind = "adapter",
-    rank: int = 16,
-    hidden_bits: int = 16,
     variant: Variant = "default",
     quantize_base: bool = True,
+    hidden_bits: int = 16,
+    downsample: DownsampleKind | None = None,
+    rank: int | None = None,
     output_mix: OutputMixKind | None = None,
     gate_per_channel: bool | None = None,
     initial_gamma: float | None = None,
@@ -73,13 +80,14 @@ def qst_decoder(
             Embeddings, norms and LM head stay as they are.
         reduction_factor (int): r; the side network has width ``embed_dim // r``. Higher trains
             fewer parameters in less memory.
-        downsample (DownsampleKind): "linear", "lora", "adapter", "projection", "maxpool" or
-            "avgpool".
-        rank (int): bottleneck of the "lora", "adapter" and "projection" downsamplers.
-        hidden_bits (int): 16, 8 or 4; bits in which "linear", "lora" and "adapter" keep the hidden
-            states for backward (with recomputation on, else the decoded ones are kept too).
         variant (Variant): preset of the arguments below: "default", "paper" or "authors".
         quantize_base (bool): False keeps the backbone as it is (ladder side tuning, LST).
+        hidden_bits (int): 16, 8 or 4; bits in which "linear", "lora" and "adapter" keep the hidden
+            states for backward (with recomputation on, else the decoded ones are kept too).
+        downsample (DownsampleKind | None): "linear", "lora", "adapter", "projection", "maxpool" or
+            "avgpool"; None: the variant's.
+        rank (int | None): bottleneck of the "lora", "adapter" and "projection" downsamplers; None:
+            the variant's.
         output_mix (OutputMixKind | None): "residual", "alpha" or "sigmoid"; None: the variant's.
         gate_per_channel (bool | None): one gamma per channel instead of one per layer; None: the
             variant's.
@@ -101,6 +109,8 @@ def qst_decoder(
     if variant not in VARIANTS:
         raise ValueError(f"variant={variant!r} is unknown; choose one of {', '.join(VARIANTS)}")
     chosen = {
+        "downsample": downsample,
+        "rank": rank,
         "output_mix": output_mix,
         "gate_per_channel": gate_per_channel,
         "initial_gamma": initial_gamma,
@@ -116,8 +126,6 @@ def qst_decoder(
         side = _side_network(
             backbone,
             reduction_factor=reduction_factor,
-            downsample=downsample,
-            rank=rank,
             hidden_bits=hidden_bits,
             **settings,
         )

@@ -55,7 +55,7 @@ class QSTDecoder(TransformerDecoder):
         self.skip_output_layer = False
         # Tokens that go through a frozen layer at once: enough for its matrix products to run at
         # full speed and to pay for decoding its weights again for each part.
-        self.frozen_chunk_tokens = 8192
+        self.frozen_chunk_tokens = 4096
 
     def train(self, mode: bool = True) -> "QSTDecoder":
         """Switch the side network between training and evaluation; the backbone always evaluates.

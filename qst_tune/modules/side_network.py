@@ -225,7 +225,6 @@ class SideNetwork(nn.Module):
         self, compute: Callable[..., torch.Tensor], h: torch.Tensor, *inputs: torch.Tensor
     ) -> torch.Tensor:
         """Compute in the dtype of ``h``, keeping nothing but the inputs if ``recompute``."""
-
         # The closure lives until backward: one that held h itself would keep every hidden state.
         dtype, device_type = h.dtype, h.device.type
 

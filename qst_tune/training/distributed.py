@@ -44,15 +44,15 @@ def rank_and_world_size() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def broadcast_parameters(module: nn.Module) -> None:
-    """Give every process the parameters of the first. Collective: call it on all ranks.
+def broadcast_tensors(module: nn.Module) -> None:
+    """Give every process the tensors of the first. Collective: call it on all ranks.
 
     Args:
         module (nn.Module): changed in place on all ranks but 0.
     """
     if dist.is_initialized():
-        for parameter in module.parameters():
-            dist.broadcast(parameter.data, src=0)
+        for tensor in [*module.parameters(), *module.buffers()]:  # a projection is a buffer
+            dist.broadcast(tensor.data, src=0)
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from torchtune.models.qwen2 import qwen2
 
 import qst_tune.models
 from qst_tune.models import VARIANTS, qst_builder, qst_decoder
+from qst_tune.modules.downsample import ProjectionDownsample
 from qst_tune.modules.nf4_linear import NF4Linear
 from qst_tune.modules.output_mix import AlphaMix, ResidualMix, SigmoidMix
 from qst_tune.modules.qst_decoder import QSTDecoder
@@ -38,14 +39,15 @@ def side_count(model):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({}, N * (BLOCK + 1) + (N + 1) * (LOW_RANK + 2 * S) + TAIL),
+        ({}, N * (BLOCK + 1) + (N + 1) * (R * S + 2 * S) + TAIL),
+        ({"downsample": "adapter"}, N * (BLOCK + 1) + (N + 1) * (LOW_RANK + 2 * S) + TAIL),
         ({"variant": "paper"}, N * (BLOCK + 1) + (N + 1) * LOW_RANK + TAIL + 1),
         ({"variant": "authors"}, N * (BLOCK + S + LOW_RANK + 2 * S) + TAIL + D),
         ({"downsample": "linear"}, N * (BLOCK + 1) + (N + 1) * D * S + TAIL),
         ({"downsample": "lora"}, N * (BLOCK + 1) + (N + 1) * LOW_RANK + TAIL),
         ({"downsample": "maxpool"}, N * (BLOCK + 1) + TAIL),
         ({"downsample": "avgpool"}, N * (BLOCK + 1) + TAIL),
-        ({"rank": 7}, N * (BLOCK + 1) + (N + 1) * (7 * (D + S) + 2 * S) + TAIL),
+        ({"rank": 7}, N * (BLOCK + 1) + (N + 1) * (7 * S + 2 * S) + TAIL),
     ],
 )
 def test_trainable_parameters_equal_the_hand_formula(arguments, expected):
@@ -57,9 +59,9 @@ def test_trainable_parameters_equal_the_hand_formula(arguments, expected):
 MIXES = {"residual": ResidualMix, "alpha": AlphaMix, "sigmoid": SigmoidMix}
 # Written out from the documentation, not read from VARIANTS.
 PRESETS = {
-    "default": ("residual", False, 0.0, False, True, 12),
-    "paper": ("alpha", False, 0.0, False, False, 4),
-    "authors": ("sigmoid", True, 0.5, True, True, 4),
+    "default": ("projection", 64, "residual", False, 0.0, False, True, 12),
+    "paper": ("adapter", 16, "alpha", False, 0.0, False, False, 4),
+    "authors": ("adapter", 16, "sigmoid", True, 0.5, True, True, 4),
 }
 
 
@@ -73,17 +75,20 @@ def settings_of(model):
     shares_first = len(side.downsample) == len(side.blocks)
     has_norm = isinstance(side.downsample[0].norm, nn.LayerNorm)
     head_dim = side.blocks[0].attn.head_dim  # 4 keeps the backbone's 6 heads at width 24
-    return mix, per_channel, gamma[0].item(), shares_first, has_norm, head_dim
+    down = side.downsample[0]
+    kind = "projection" if isinstance(down, ProjectionDownsample) else "adapter"
+    rank = down.expand.in_features
+    return kind, rank, mix, per_channel, gamma[0].item(), shares_first, has_norm, head_dim
 
 
 @pytest.mark.parametrize("variant", PRESETS)
 def test_a_variant_is_what_the_documentation_says(variant):
-    assert settings_of(build(variant=variant)) == PRESETS[variant]
+    assert settings_of(build(variant=variant, rank=None)) == PRESETS[variant]
 
 
 ARGUMENTS = (
-    "output_mix", "gate_per_channel", "initial_gamma", "share_first_downsample", "downsample_norm",
-    "min_head_dim",
+    "downsample", "rank", "output_mix", "gate_per_channel", "initial_gamma",
+    "share_first_downsample", "downsample_norm", "min_head_dim",
 )  # fmt: skip
 
 
@@ -94,7 +99,7 @@ def test_every_preset_can_be_overridden_alone(index, variant):
     for other in PRESETS.values():
         expected = list(PRESETS[variant])
         expected[index] = other[index]
-        model = build(variant=variant, **{ARGUMENTS[index]: other[index]})
+        model = build(**{"variant": variant, "rank": None, ARGUMENTS[index]: other[index]})
         assert settings_of(model) == tuple(expected)
 
 
@@ -214,7 +219,7 @@ def test_a_config_builds_the_model_it_describes():
         "initial_gamma": 0.0,
     }
     model = config.instantiate(OmegaConf.create(node))
-    assert settings_of(model) == ("sigmoid", True, 0.0, True, True, 4)
+    assert settings_of(model) == ("adapter", R, "sigmoid", True, 0.0, True, True, 4)
     assert model(random_tokens()).shape == (2, 11, TINY["vocab_size"])
 
 

@@ -41,7 +41,8 @@ FP32 = {"rtol": 1e-5, "atol": 2e-5}
 
 
 def tiny_model(*, dtype=torch.float32, tied=False, random=True, sizes=None, **side_arguments):
-    arguments = {"reduction_factor": TINY_REDUCTION, "rank": 5, **side_arguments}
+    fixed = {"reduction_factor": TINY_REDUCTION, "downsample": "adapter", "rank": 5}
+    arguments = {**fixed, **side_arguments}
     model = qst_decoder(tiny_backbone(dtype=dtype, tied=tied, **(sizes or {})), **arguments)
     if random:
         randomize_(model.side)

@@ -230,7 +230,9 @@ def test_disable_adapter_switches_off_and_on_again():
 
 
 @pytest.mark.parametrize("variant", ["default", "paper", "authors"])
-@pytest.mark.parametrize("downsample", ["linear", "lora", "adapter", "maxpool", "avgpool"])
+@pytest.mark.parametrize(
+    "downsample", ["linear", "lora", "adapter", "projection", "maxpool", "avgpool"]
+)
 def test_an_fp32_side_network_over_a_bfloat16_backbone(downsample, variant):
     """Products in bf16, output bf16, gradients fp32."""
     with training.set_default_dtype(torch.bfloat16):

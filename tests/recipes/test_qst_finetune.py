@@ -278,7 +278,9 @@ def test_compile_gives_the_same_run(
 # Settings.
 
 
-@pytest.mark.parametrize("downsample", ["linear", "lora", "adapter", "maxpool", "avgpool"])
+@pytest.mark.parametrize(
+    "downsample", ["linear", "lora", "adapter", "projection", "maxpool", "avgpool"]
+)
 def test_every_downsampler_trains(downsample: str, config: Config, tmp_path: Path) -> None:
     run = finetune(config, tmp_path / "run", f"model.downsample={downsample}", "epochs=4")
     assert run.train_loss[-2:].mean() < run.train_loss[:2].mean() * 0.8

@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from qst_tune.training.distributed import (
-    broadcast_parameters,
+    broadcast_tensors,
     process_group,
     rank_and_world_size,
     sum_gradients,
@@ -27,7 +27,7 @@ def test_single_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
         assert sum_over_ranks(values) is values
         module = nn.Linear(2, 2)
         module.weight.grad = torch.ones(2, 2)
-        broadcast_parameters(module)
+        broadcast_tensors(module)
         sum_gradients(module.parameters())
         assert module.weight.grad.tolist() == [[1, 1], [1, 1]]
         assert module.bias.grad is None
@@ -40,7 +40,7 @@ def two_ranks(rank: int, port_file: str, out: str) -> None:
     with process_group(torch.device("cpu")):
         torch.manual_seed(rank)
         module = nn.Linear(2, 3)
-        broadcast_parameters(module)
+        broadcast_tensors(module)
         module.weight.grad = torch.full((3, 2), float(rank + 1))
         if rank == 0:  # on the other rank the bias has no gradient
             module.bias.grad = torch.tensor([1.0, 2.0, 3.0])
