@@ -87,7 +87,7 @@ def qst_decoder(
         downsample (DownsampleKind | None): "linear", "lora", "adapter", "projection", "maxpool" or
             "avgpool"; None: the variant's.
         rank (int | None): bottleneck of the "lora", "adapter" and "projection" downsamplers; None:
-            the variant's.
+            the variant's, at most the backbone's width.
         output_mix (OutputMixKind | None): "residual", "alpha" or "sigmoid"; None: the variant's.
         gate_per_channel (bool | None): one gamma per channel instead of one per layer; None: the
             variant's.
@@ -121,6 +121,8 @@ def qst_decoder(
     settings: dict[str, Any] = {
         name: VARIANTS[variant][name] if value is None else value for name, value in chosen.items()
     }
+    if rank is None:  # the variant's, which a tiny backbone may be too narrow for
+        settings["rank"] = min(settings["rank"], backbone.tok_embeddings.embedding_dim)
     device = backbone.tok_embeddings.weight.device
     with training.set_default_dtype(torch.float32), device:
         side = _side_network(
