@@ -18,6 +18,7 @@ from qst_tune.training.architecture_check import check_architecture
 from qst_tune.training.cli import instantiate, run_recipe
 from qst_tune.training.config_check import check_checkpoint_dir
 from qst_tune.training.config_keys import TRAINING_OPTIONAL, TRAINING_REQUIRED
+from qst_tune.training.distributed import rank_and_world_size
 from qst_tune.training.language_modelling import build_language_modelling
 from qst_tune.training.model_setup import build_peqa_on_meta
 from qst_tune.training.peqa_method import load_peqa
@@ -47,7 +48,8 @@ def finetune(cfg: DictConfig, device: torch.device, dtype: torch.dtype) -> None:
     if cfg.get("dry_run"):
         check_architecture(model, check_checkpoint_dir(cfg.checkpointer))
         name = "peqa_checkpointed" if cfg.get("enable_activation_checkpointing") else "peqa"
-        print(describe_run(cfg, name, data, device, dtype))
+        if rank_and_world_size()[0] == 0:
+            print(describe_run(cfg, name, data, device, dtype))
         return
     method = load_peqa(model, cfg, dtype=dtype, device=device)
     build_trainer(cfg, method, task, data, device, saved).fit()

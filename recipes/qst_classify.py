@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torchtune import utils
 from tqdm import tqdm
 
@@ -24,8 +24,8 @@ from qst_tune.data import ClassificationDataset, collate_classification
 from qst_tune.errors import UserError
 from qst_tune.modules import QSTClassifier
 from qst_tune.training.cli import instantiate, run_recipe
-from qst_tune.training.config_check import check_checkpoint_dir, check_config
-from qst_tune.training.config_keys import TRAINING_OPTIONAL, TRAINING_REQUIRED
+from qst_tune.training.config_check import check_checkpoint_dir, check_config, check_numbers
+from qst_tune.training.config_keys import TRAINING_NUMBERS, TRAINING_OPTIONAL, TRAINING_REQUIRED
 from qst_tune.training.model_setup import (
     build_on_meta,
     choose_device,
@@ -66,6 +66,8 @@ def read_rows(cfg: DictConfig) -> ClassificationDataset:
     Raises:
         UserError: if the file is missing or empty, or has not the columns that the text needs.
     """
+    if isinstance(cfg.dataset, ListConfig):
+        raise UserError("dataset: name one, whose template and labels the rows shall have")
     path = Path(str(cfg.rows))
     if not path.is_file() or not path.stat().st_size:
         raise UserError(f"rows={path} does not exist or is empty: name a jsonl file")
@@ -142,6 +144,7 @@ def main(cfg: DictConfig) -> None:
         cfg (DictConfig): the merged config.
     """
     check_config(cfg, known=[*REQUIRED_KEYS, *OPTIONAL_KEYS], required=REQUIRED_KEYS)
+    check_numbers(cfg, {key: TRAINING_NUMBERS[key] for key in ("batch_size", "batch_size_val")})
     check_checkpoint_dir(cfg.checkpointer)
     device = choose_device(cfg)
     with output_folder(Path(cfg.output_dir)) as folder:
@@ -150,7 +153,8 @@ def main(cfg: DictConfig) -> None:
         batch_size = cfg.get("batch_size_val") or cfg.batch_size
         found = answers(model, dataset, batch_size, device)
         lines = [
-            json.dumps({**row, **answer}) for row, answer in zip(dataset.rows, found, strict=True)
+            json.dumps({**row, **answer}, default=str)
+            for row, answer in zip(dataset.rows, found, strict=True)
         ]
         path = folder / PREDICTIONS_FILE
         path.write_text("".join(f"{line}\n" for line in lines))

@@ -66,8 +66,8 @@ class QSTEstimateRecipe:
         self.shape = Shape(_positive_int(cfg, "batch_size"), self._seq_len())
         self.fit_gib = _fit_gib(cfg)
         self.methods = choose_methods(list(cfg.get("methods") or DEFAULT_METHODS))
-        rank = _positive_int(cfg, "lora_rank") if "lora_rank" in cfg else 16
-        self.choices = Choices(cfg, _dtype(str(cfg.dtype)), rank)
+        rank = {"lora_rank": _positive_int(cfg, "lora_rank")} if "lora_rank" in cfg else {}
+        self.choices = Choices(cfg, _dtype(str(cfg.dtype)), **rank)
 
     def _seq_len(self) -> int:
         if self.cfg.tokenizer.get("max_seq_len") is not None:

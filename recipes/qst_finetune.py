@@ -27,6 +27,7 @@ from qst_tune.training.classification import build_classification_task
 from qst_tune.training.cli import instantiate, run_recipe
 from qst_tune.training.config_check import check_checkpoint_dir
 from qst_tune.training.config_keys import TRAINING_OPTIONAL, TRAINING_REQUIRED
+from qst_tune.training.distributed import rank_and_world_size
 from qst_tune.training.language_modelling import build_language_modelling
 from qst_tune.training.method import Task
 from qst_tune.training.model_setup import build_on_meta
@@ -60,7 +61,8 @@ def finetune(cfg: DictConfig, device: torch.device, dtype: torch.dtype) -> None:
     task, data = build_task(cfg, tokenizer, model, seed=seed, device=device)
     if cfg.get("dry_run"):
         check_architecture(model, check_checkpoint_dir(cfg.checkpointer))
-        print(describe_run(cfg, "qst", data, device, dtype))
+        if rank_and_world_size()[0] == 0:
+            print(describe_run(cfg, None if is_classifier else "qst", data, device, dtype))
         return
     method = load_qst(model, cfg, dtype=dtype, device=device)
     build_trainer(cfg, method, task, data, device, saved).fit()
@@ -84,7 +86,7 @@ def build_classification(
     collate = partial(
         collate_classification, pad_id=tokenizer.pad_id, max_seq_len=model.max_seq_len
     )
-    data = build_data(cfg, tokenizer, collate, seed=seed)
+    data = build_data(cfg, tokenizer, collate, seed=seed, max_seq_len=model.max_seq_len)
     datasets = [loader.dataset for loader in (data.train, data.held_out) if loader]
     return build_classification_task(cfg, model, datasets, device), data
 

@@ -16,26 +16,42 @@ DEFAULT_SEQ_LEN = 512
 
 
 def describe_run(
-    cfg: DictConfig, method_name: str, data: TrainingData, device: torch.device, dtype: torch.dtype
+    cfg: DictConfig,
+    method_name: str | None,
+    data: TrainingData,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> str:
-    """Describe a run that would begin now.
+    """Describe a run that would begin now: steps, rows, and the parts of the peak memory.
 
     Args:
         cfg (DictConfig): of the run, checked.
-        method_name (str): a row of ``estimation.methods.METHODS``.
+        method_name (str | None): a row of ``estimation.methods.METHODS``; None for a task whose
+            memory is not estimated.
         data (TrainingData): of the run.
         device (torch.device): of the run.
         dtype (torch.dtype): of what is not quantised.
 
     Returns:
-        str: a few lines: steps, rows, and the parts of the peak memory.
+        str: a few lines.
 
     Raises:
         UserError: if memory on the device cannot be estimated.
     """
+    schedule = schedule_of(cfg, data.train)
+    held_out = len(data.held_out.dataset) if data.held_out else 0
+    steps = (
+        f"dry run: {schedule.num_steps} steps in {schedule.epochs} epochs of "
+        f"{len(data.train.dataset)} rows, {held_out} rows held out; nothing was written"
+    )
+    if method_name is None:
+        return f"{steps}\nthe memory of a classifier is not estimated"
+    return f"{steps}\n{_memory(cfg, method_name, device, dtype)}"
+
+
+def _memory(cfg: DictConfig, method_name: str, device: torch.device, dtype: torch.dtype) -> str:
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"dry_run: memory on device={device} cannot be estimated: use cpu or cuda")
-    schedule = schedule_of(cfg, data.train)
     shape = Shape(cfg.batch_size, cfg.tokenizer.get("max_seq_len") or DEFAULT_SEQ_LEN)
     method = METHODS[method_name]
     with warnings.catch_warnings():
@@ -43,15 +59,12 @@ def describe_run(
         warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
         cost = estimate_step(
             method,
-            Choices(cfg, dtype, lora_rank=16),
+            Choices(cfg, dtype),
             shape,
             device="cuda" if device.type == "cuda" else "cpu",
         )
-    held_out = len(data.held_out.dataset) if data.held_out else 0
     return "\n".join(
         [
-            f"dry run: {schedule.num_steps} steps in {schedule.epochs} epochs of "
-            f"{len(data.train.dataset)} rows, {held_out} rows held out; nothing was written",
             f"peak memory of a step of {shape.batch_size} x {shape.seq_len} tokens and its parts, "
             "GiB (2^30 bytes)",
             table({method_name: Row(method.title, cost)}),

@@ -66,7 +66,7 @@ class Choices:
 
     cfg: DictConfig
     dtype: torch.dtype
-    lora_rank: int
+    lora_rank: int = 16
 
 
 @dataclass(frozen=True)

@@ -3,47 +3,86 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from qst_tune.errors import UserError
 
 
-def replace_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Put a complete new folder in place of an old one: made aside, flushed to disk and renamed.
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Fill a folder that appears all at once: made aside, flushed to disk and renamed.
 
     Args:
         folder (Path): replaced if it exists.
-        files (Mapping[str, bytes]): contents by name.
+
+    Yields:
+        Path: an empty folder to fill.
 
     Raises:
         UserError: if it cannot be written; the one that was there is untouched.
     """
     try:
-        _replace(folder, files)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        room = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        new, old = room / "new", room / "old"
+        try:
+            new.mkdir()  # with the user's own permissions, which the one around it has not
+            yield new
+            _flush(new)
+            _put_in_place(new, folder, old)
+        finally:
+            if folder.exists() or not old.exists():  # otherwise the old one could not be put back
+                shutil.rmtree(room, ignore_errors=True)
+        _flush_names(folder.parent)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
 
 
-def _replace(folder: Path, files: Mapping[str, bytes]) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    new, old = aside / "new", aside / "old"
-    try:
-        new.mkdir()
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write a whole folder.
+
+    Args:
+        folder (Path): replaced if it exists.
+        files (Mapping[str, bytes]): contents by path inside it.
+
+    Raises:
+        UserError: if it cannot be written; the one that was there is untouched.
+    """
+    with whole_folder(folder) as new:
         for name, content in files.items():
-            with (new / name).open("wb") as file:
-                file.write(content)
-                file.flush()
+            path = new / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+
+
+def _put_in_place(new: Path, folder: Path, old: Path) -> None:
+    if folder.exists():
+        folder.rename(old)
+    try:
+        new.rename(folder)
+    except BaseException:
+        if old.exists():
+            old.rename(folder)
+        raise
+
+
+def _flush(folder: Path) -> None:
+    """Make what a folder holds survive a power cut."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            _flush_names(path)
+        else:
+            with path.open("rb+") as file:
                 os.fsync(file.fileno())
-        if folder.exists():
-            folder.rename(old)
-        try:
-            new.rename(folder)
-        except BaseException:
-            if old.exists():
-                old.rename(folder)
-            raise
+    _flush_names(folder)
+
+
+def _flush_names(folder: Path) -> None:
+    """Make the names in a folder survive a power cut, too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
-        if folder.exists() or not old.exists():  # otherwise the old one could not be put back
-            shutil.rmtree(aside, ignore_errors=True)
+        os.close(descriptor)

@@ -16,7 +16,7 @@ from torchtune.models.convert_weights import get_mapped_key
 
 from qst_tune.errors import UserError
 from qst_tune.models.opt_weights import opt_hf_to_tune, opt_tune_to_hf
-from qst_tune.training.atomic_folder import replace_folder
+from qst_tune.training.atomic_folder import write_folder
 
 Family = Literal["llama", "opt"]
 Weights = dict[str, torch.Tensor]
@@ -195,7 +195,7 @@ def write_authors_folder(folder: Path, state: Weights) -> None:
         buffer = BytesIO()
         torch.save(content, buffer)
         files[name] = buffer.getvalue()
-    replace_folder(folder, files)
+    write_folder(folder, files)
 
 
 def family_of(state: Weights) -> Family:

@@ -11,6 +11,9 @@ from qst_tune.errors import UserError
 from qst_tune.training.distributed import rank_and_world_size
 from qst_tune.training.method import Batch
 
+# How a worker's traceback names the exception that torch raises anew in this process.
+_WORKER_ERROR = f"{UserError.__module__}.{UserError.__qualname__}"
+
 Collate = Callable[[list[Any]], Batch]
 
 
@@ -105,7 +108,7 @@ def _readable(loader: DataLoader[Any]) -> Iterator[Batch]:
     try:
         yield from loader
     except UserError as error:
-        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error
+        raise UserError(str(error).rpartition(f"{_WORKER_ERROR}: ")[2].strip()) from error
 
 
 def _ignore_interrupts(worker: int) -> None:

@@ -7,15 +7,15 @@ that was damaged later is recognised and the one before it taken.
 
 import hashlib
 import json
-import os
 import re
 import shutil
-import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from qst_tune.errors import UserError
+from qst_tune.training.atomic_folder import write_folder
 
 MANIFEST_FILE = "manifest.json"
 _NAME = re.compile(r"step_(\d{8})")
@@ -57,20 +57,11 @@ class CheckpointStore:
         Raises:
             UserError: if it cannot be written.
         """
-        target = self.folder / f"step_{step:08}"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=self.folder))
-            try:
-                _write(aside, {**files, MANIFEST_FILE: _manifest(files)})
-                aside.rename(target)
-            except BaseException:
-                shutil.rmtree(aside, ignore_errors=True)
-                raise
-            _flush_folder(self.folder)
-        except OSError as error:
-            raise UserError(f"cannot write {target}: {error.strerror or error}") from error
-        return Checkpoint(step, target)
+        checkpoint = self.checkpoint(step)
+        if checkpoint.folder.exists():
+            raise UserError(f"cannot write {checkpoint.folder}: it exists, and is never replaced")
+        write_folder(checkpoint.folder, {**files, MANIFEST_FILE: _manifest(files)})
+        return checkpoint
 
     def steps(self) -> list[int]:
         """Return the steps that have a checkpoint, complete or damaged, in order."""
@@ -90,6 +81,17 @@ class CheckpointStore:
         """
         return Checkpoint(step, self.folder / f"step_{step:08}")
 
+    def damage(self, step: int) -> str | None:
+        """Say what is wrong with a checkpoint.
+
+        Args:
+            step (int): of any.
+
+        Returns:
+            str | None: None if all its files are as they were written.
+        """
+        return _damage(self.checkpoint(step).folder)
+
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
         """Find the newest checkpoint all of whose files are as they were written.
 
@@ -99,7 +101,7 @@ class CheckpointStore:
         complaints: list[str] = []
         for step in reversed(self.steps()):
             checkpoint = self.checkpoint(step)
-            damage = _damage(checkpoint.folder)
+            damage = self.damage(step)
             if damage is None:
                 return checkpoint, complaints
             complaints.append(f"{checkpoint.folder} is passed over: {damage}")
@@ -110,24 +112,32 @@ class CheckpointStore:
 
         Args:
             step (int): of the newest good one.
+
+        Raises:
+            UserError: if one cannot be renamed.
         """
         for later in self.steps():
             if later > step:
                 path = self.checkpoint(later).folder
-                path.rename(_unused(path.with_name(f"damaged_{path.name}")))
+                with _told(f"rename {path}"):
+                    path.rename(_unused(path.with_name(f"damaged_{path.name}")))
 
     def keep_only(self, steps: Collection[int]) -> None:
         """Delete all other checkpoints, and what interrupted writes have left.
 
         Args:
             steps (Collection[int]): to keep.
+
+        Raises:
+            UserError: if one cannot be deleted.
         """
         for step in set(self.steps()) - set(steps):
             path = self.checkpoint(step).folder
             # Renamed first: a checkpoint that is half deleted shall not look like one.
             doomed = path.with_name(f".{path.name}.deleted")
             shutil.rmtree(doomed, ignore_errors=True)
-            path.rename(doomed)
+            with _told(f"delete {path}"):
+                path.rename(doomed)
         for leftover in self.folder.glob(".step_*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -136,33 +146,24 @@ class CheckpointStore:
 
         Returns:
             Path | None: its new name; None if it holds no checkpoint.
+
+        Raises:
+            UserError: if it cannot be renamed.
         """
         if not self.steps():
             return None
         renamed = _unused(self.folder.with_name(f"{self.folder.name}_before"))
-        self.folder.rename(renamed)
+        with _told(f"rename {self.folder}"):
+            self.folder.rename(renamed)
         return renamed
 
 
-def _write(folder: Path, files: Mapping[str, bytes]) -> None:
-    for name, content in files.items():
-        path = folder / name
-        path.parent.mkdir(exist_ok=True)
-        with path.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    for subfolder in {(folder / name).parent for name in files}:
-        _flush_folder(subfolder)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut, too."""
-    descriptor = os.open(folder, os.O_RDONLY)
+@contextmanager
+def _told(what: str) -> Iterator[None]:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield
+    except OSError as error:
+        raise UserError(f"cannot {what}: {error.strerror or error}") from error
 
 
 def _manifest(files: Mapping[str, bytes]) -> bytes:

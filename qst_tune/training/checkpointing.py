@@ -2,12 +2,13 @@
 
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from qst_tune.errors import UserError
-from qst_tune.training.atomic_folder import replace_folder
+from qst_tune.training.atomic_folder import write_folder
 from qst_tune.training.checkpoint_store import CheckpointStore
 from qst_tune.training.distributed import rank_and_world_size, sum_or_fail
 from qst_tune.training.method import Method
@@ -85,17 +86,14 @@ class Checkpointing:
             run_log (RunLog): has the output folder, and is told.
 
         Raises:
-            UserError: if it cannot be written.
+            UserError: if the checkpoint cannot be read or the folder written.
         """
         if rank_and_world_size()[0] != 0 or progress.step == 0:
             return
         step = progress.step if progress.best_step is None else progress.best_step
-        source = self.store.checkpoint(step).folder / method.result_name
-        # A link would lead out of the checkpoint; none was written.
-        paths = [path for path in sorted(source.iterdir()) if not path.is_symlink()]
-        files = {path.name: path.read_bytes() for path in paths}
+        files = _read(self.store.checkpoint(step).folder / method.result_name)
         folder = run_log.folder / method.result_name
-        replace_folder(folder, files)
+        write_folder(folder, files)
         for leftover in folder.parent.glob(f".{folder.name}.*"):  # of a write that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         size = sum(map(len, files.values())) / 1e6
@@ -115,3 +113,12 @@ class Checkpointing:
             f"the last good checkpoint is step {steps[-1]}: make room, then go on with "
             "resume_from_checkpoint=True"
         )
+
+
+def _read(folder: Path) -> dict[str, bytes]:
+    try:
+        # A link would lead out of the checkpoint; none was written.
+        paths = [path for path in sorted(folder.iterdir()) if not path.is_symlink()]
+        return {path.name: path.read_bytes() for path in paths}
+    except OSError as error:
+        raise UserError(f"cannot read {folder}: {error.strerror or error}") from error

@@ -14,7 +14,7 @@ from qst_tune.modules.qst_classifier import QSTClassifier
 from qst_tune.training.classification_metrics import METRICS
 from qst_tune.training.cli import instantiate
 from qst_tune.training.data import check_length
-from qst_tune.training.distributed import gather_lists
+from qst_tune.training.distributed import gather_lists, sum_or_fail
 from qst_tune.training.method import Batch
 
 
@@ -83,12 +83,16 @@ class ClassificationTask:
         """
         was_training = model.training
         model.eval()
-        outputs, labels = [], []
-        for batch in batches:
-            utils.batch_to_device(batch, self.device)
-            outputs.append(self._output(model, batch).cpu())
-            labels.append(batch["labels"].cpu())
+        outputs, labels, error = [], [], None
+        try:
+            for batch in batches:
+                utils.batch_to_device(batch, self.device)
+                outputs.append(self._output(model, batch).cpu())
+                labels.append(batch["labels"].cpu())
+        except UserError as caught:  # a row that cannot be used
+            error = caught
         model.train(was_training)
+        sum_or_fail(torch.zeros(1), error)
         output, label = torch.cat(gather_lists(outputs)), torch.cat(gather_lists(labels))
         predictions = output.argmax(-1) if output.ndim == 2 else output
         figures = {name: METRICS[name](predictions, label) for name in self.metrics}

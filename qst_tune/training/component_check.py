@@ -24,6 +24,7 @@ _GIVEN: dict[str, tuple[int, tuple[str, ...]]] = {
     "checkpointer": (0, ()),
     "loss": (0, ()),
     "metric_logger": (0, ()),
+    "profiler": (0, ()),
 }
 _NOUNS = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
 

@@ -17,7 +17,7 @@ from qst_tune.errors import UserError
 from qst_tune.training.batches import Collate
 from qst_tune.training.cli import instantiate
 from qst_tune.training.method import Batch
-from qst_tune.training.rows import CheckedRows
+from qst_tune.training.rows import CheckedRows, SkippingRows, too_long
 
 LENGTH_MULTIPLE = 16
 DEFAULT_COLLATE = "torchtune.data.padded_collate_sft"
@@ -38,11 +38,10 @@ def build_dataset(
         name (str): its key, for error messages.
         tokenizer (Any): torchtune model tokenizer.
         max_seq_len (int | None): a longer row is a bad one; None for no limit.
-        skip_bad_rows (bool): take the next good row for a bad one, and warn; False raises when
-            the row is read.
+        skip_bad_rows (bool): leave bad rows out of packs, and do not mind if the first row is bad.
 
     Returns:
-        Any: a map-style dataset.
+        Any: a map-style dataset; reading a bad row of it raises UserError.
 
     Raises:
         UserError: if it cannot be built, has no rows, or its first row cannot be read.
@@ -66,11 +65,10 @@ def build_dataset(
         raise UserError(f"{name}: {source} has no rows")
     if is_packed(dataset):  # by the user's own code
         return dataset
-    rows = CheckedRows(
-        dataset, name=name, source=str(source), max_seq_len=max_seq_len, skip=skip_bad_rows
-    )
-    rows[0]
-    return rows if pack is None else pack.apply(rows, tokenizer, name)
+    rows = CheckedRows(dataset, name=name, source=str(source), max_seq_len=max_seq_len)
+    good_rows = SkippingRows(rows, name) if skip_bad_rows else rows
+    good_rows[0]
+    return rows if pack is None else pack.apply(good_rows, tokenizer, name)
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,7 @@ class _Packing:
     block: DictConfig
     split_across_pack: bool
 
-    def apply(self, rows: CheckedRows, tokenizer: Any, name: str) -> PackedDataset:
+    def apply(self, rows: Any, tokenizer: Any, name: str) -> PackedDataset:
         """Pack as torchtune's builders do, but of checked rows: a bad one is named."""
         if getattr(tokenizer, "max_seq_len", None) is None:
             raise UserError(
@@ -170,7 +168,4 @@ def check_length(tokens: torch.Tensor, max_seq_len: int) -> None:
         UserError: if T is larger.
     """
     if tokens.shape[1] > max_seq_len:
-        raise UserError(
-            f"a row of {tokens.shape[1]} tokens is longer than the model's max_seq_len "
-            f"{max_seq_len}: set tokenizer.max_seq_len={max_seq_len} or lower to truncate rows"
-        )
+        raise UserError(too_long(tokens.shape[1], max_seq_len))

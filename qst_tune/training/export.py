@@ -15,6 +15,7 @@ from qst_tune.modules.peqa_decoder import PEQADecoder
 from qst_tune.modules.peqa_linear import PEQALinear
 from qst_tune.quantization.affine import AffineWeight
 from qst_tune.quantization.gptq import GPTQFormat, to_gptq
+from qst_tune.training.atomic_folder import whole_folder
 
 ExportFormat = Literal["dense", "gptq", "gptq_v2"]
 # Beside the weights, whatever a tokenizer or a generation needs.
@@ -160,11 +161,7 @@ def _gptq_config(model: PEQADecoder, form: GPTQFormat) -> dict[str, Any]:
 
 
 def _write(folder: Path, tensors: _Tensors, config: dict[str, Any], source: Path) -> None:
-    """Make the folder aside and rename it, so that a half-written one is never taken for whole."""
-    aside = folder.with_name(f".{folder.name}.partial")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+    with whole_folder(folder) as aside:
         for path in source.iterdir():
             if path.suffix in _COPIED and not path.name.endswith(".index.json"):
                 shutil.copyfile(path, aside / path.name)
@@ -174,8 +171,3 @@ def _write(folder: Path, tensors: _Tensors, config: dict[str, Any], source: Path
             (aside / "quantize_config.json").write_text(quantization + "\n")
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         save_torch_state_dict(contiguous, aside, max_shard_size="4GB", metadata={"format": "pt"})
-        aside.rename(folder)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Rows of a dataset: each is named when it cannot be used, and some can be held out."""
+"""Rows of a dataset: bad ones are named or skipped, and some can be held out."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,23 +21,73 @@ class CheckedRows:
         name (str): the config's key, for messages.
         source (str): the file or repository they come from.
         max_seq_len (int | None): a row with more tokens is bad; None for no limit.
-        skip (bool): give the next good row for a bad one, and iterate over the good ones only.
     """
 
     def __init__(
-        self,
-        rows: Any,
-        *,
-        name: str,
-        source: str,
-        max_seq_len: int | None = None,
-        skip: bool = False,
+        self, rows: Any, *, name: str, source: str, max_seq_len: int | None = None
     ) -> None:
         self.rows = rows
         self.name = name
         self.source = source
         self.max_seq_len = max_seq_len
-        self.skip = skip
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            row = self.rows[index]
+            problem = self._problem(row)
+        except UserError as error:  # of a dataset of ours
+            problem = str(error)
+        except Exception as error:  # a missing column, or a conversation that a template refuses
+            problem = " ".join(f"{type(error).__name__}: {error}".split())
+        if problem:
+            raise UserError(f"{self.name}: {self._place(index)} cannot be used: {problem}")
+        return row
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[index] for index in range(len(self)))
+
+    def _problem(self, row: Any) -> str | None:
+        """Say why a row that could be read is no use to the model; None if it is."""
+        length = len(row["tokens"])
+        if self.max_seq_len is not None and length > self.max_seq_len:
+            return too_long(length, self.max_seq_len)
+        return None if length else "it has no tokens"
+
+    def _place(self, index: int) -> str:
+        line = _line_of_row(Path(self.source), index, len(self))
+        return f"row {index} of {self.source}" + (f" (line {line})" if line else "")
+
+
+def too_long(length: int, max_seq_len: int) -> str:
+    """Say why a row is no use to a model, and what helps.
+
+    Args:
+        length (int): of the row, in tokens.
+        max_seq_len (int): the model's.
+
+    Returns:
+        str: for an error message.
+    """
+    return (
+        f"a row of {length} tokens is longer than the model's max_seq_len {max_seq_len}: set "
+        f"tokenizer.max_seq_len={max_seq_len} or lower to truncate rows"
+    )
+
+
+class SkippingRows:
+    """A dataset, or a part of one, that gives the next good row of its own for a bad one.
+
+    Args:
+        rows (Any): map-style; reading a bad row raises :class:`~qst_tune.errors.UserError`.
+        name (str): the config's key, for messages.
+    """
+
+    def __init__(self, rows: Any, name: str) -> None:
+        self.rows = rows
+        self.name = name
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -45,46 +95,18 @@ class CheckedRows:
     def __getitem__(self, index: int) -> Any:
         for offset in range(len(self)):
             try:
-                return self._read((index + offset) % len(self))
+                return self.rows[(index + offset) % len(self)]
             except UserError as error:
-                if not self.skip:
-                    raise
                 log.warning(f"{error}; the next row is taken instead")
-        raise UserError(f"{self.name}: no row of {self.source} can be used")
+        raise UserError(f"{self.name}: none of its {len(self)} rows can be used")
 
     def __iter__(self) -> Iterator[Any]:
+        """The good rows only."""
         for index in range(len(self)):
             try:
-                yield self._read(index)
+                yield self.rows[index]
             except UserError as error:
-                if not self.skip:
-                    raise
                 log.warning(f"{error}; left out")
-
-    def _read(self, index: int) -> Any:
-        try:
-            row = self.rows[index]
-            problem = self._problem(row)
-        except Exception as error:  # a missing column, or a conversation that a template refuses
-            problem = " ".join(f"{type(error).__name__}: {error}".split())
-        if problem:
-            raise UserError(f"{self.name}: {self._place(index)} cannot be used: {problem}")
-        return row
-
-    def _problem(self, row: Any) -> str | None:
-        """Say why a row that could be read is no use to the model; None if it is."""
-        length = len(row["tokens"])
-        if self.max_seq_len is not None and length > self.max_seq_len:
-            return (
-                f"a row of {length} tokens is longer than the model's max_seq_len "
-                f"{self.max_seq_len}: set tokenizer.max_seq_len={self.max_seq_len} or lower to "
-                "truncate rows"
-            )
-        return None if length else "it has no tokens"
-
-    def _place(self, index: int) -> str:
-        line = _line_of_row(Path(self.source), index, len(self))
-        return f"row {index} of {self.source}" + (f" (line {line})" if line else "")
 
 
 def hold_out(rows: Any, fraction: float, seed: int) -> tuple[Subset[Any], Subset[Any]]:
@@ -107,13 +129,14 @@ def row_numbers(rows: Any, indices: Sequence[int]) -> list[int]:
     """Return where rows stand in the whole dataset.
 
     Args:
-        rows (Any): the dataset, or a part of it from :func:`hold_out`.
+        rows (Any): the dataset, or a part of it from :func:`hold_out`, which may skip bad rows.
         indices (Sequence[int]): into ``rows``.
 
     Returns:
         list[int]: numbers that a user can look up.
     """
-    return [rows.indices[i] for i in indices] if isinstance(rows, Subset) else list(indices)
+    part = rows.rows if isinstance(rows, SkippingRows) else rows
+    return [part.indices[i] for i in indices] if isinstance(part, Subset) else list(indices)
 
 
 def _line_of_row(path: Path, index: int, num_rows: int) -> int | None:

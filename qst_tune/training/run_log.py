@@ -97,10 +97,12 @@ class RunLog:
             step (int): 0 is before training.
             figures (dict[str, float]): by name.
         """
-        if "val_loss" in figures:
-            self.summary.held_out_loss[step] = figures["val_loss"]
         for name, value in figures.items():
-            if name != "val_loss":
+            if not math.isfinite(value):  # JSON has no NaN
+                continue
+            if name == "val_loss":
+                self.summary.held_out_loss[step] = value
+            else:
                 self.summary.metrics.setdefault(name, {})[step] = value
         where = "quantised base model" if step == 0 else f"step {step}"
         texts = {"val_loss": "held-out loss"}

@@ -25,6 +25,7 @@ class Progress:
         best_step (int | None): with the best held-out figure so far; step 0 is not counted.
         best_value (float | None): that figure.
         validations_since_best (int): how often a validation has not been the best since.
+        validated_step (int | None): of the last validation.
     """
 
     step: int = 0
@@ -34,6 +35,11 @@ class Progress:
     best_step: int | None = None
     best_value: float | None = None
     validations_since_best: int = 0
+    validated_step: int | None = None
+
+    def forget_best(self) -> None:
+        """Let the next validation be the best one so far, where that one's result is lost."""
+        self.best_step, self.best_value, self.validations_since_best = None, None, 0
 
     def record(self, value: float, *, higher_is_better: bool) -> bool:
         """Take note of a validation.

@@ -12,11 +12,10 @@ from qst_tune.errors import UserError
 from qst_tune.training.batches import BatchLoader
 from qst_tune.training.checkpoint_store import Checkpoint, CheckpointStore
 from qst_tune.training.distributed import rank_and_world_size
-from qst_tune.training.run_state import Progress
 from qst_tune.training.state_file import unpack_state
 
 CHECKPOINTS_FOLDER = "checkpoints"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no digest of held-out rows
 _SAMPLED_ROWS = 16
 _CONTENT = {"config", "data", "seed", "progress", "history", "optimizer", "lr_scheduler"}
 
@@ -54,11 +53,6 @@ class SavedRun:
 
     checkpoint: Checkpoint
     state: dict[str, Any]
-
-    @property
-    def progress(self) -> Progress:
-        """Where the run stood."""
-        return Progress.from_dict(self.state["progress"])
 
 
 def find_saved_run(cfg: DictConfig) -> SavedRun | None:
@@ -103,24 +97,21 @@ def set_run_seed(cfg: DictConfig, saved: SavedRun | None) -> int:
     return chosen
 
 
-def describe_data(train: BatchLoader) -> dict[str, Any]:
-    """Return what tells one training set from another.
+def describe_data(train: BatchLoader, held_out: BatchLoader | None = None) -> dict[str, Any]:
+    """Return what tells one choice of data from another.
 
     Args:
         train (BatchLoader): of the training rows.
+        held_out (BatchLoader | None): of the held-out rows.
 
     Returns:
-        dict[str, Any]: number of rows and processes, and a hash of some rows, evenly spaced.
+        dict[str, Any]: number of processes, and of each kind of rows the number, and a hash of
+        some, evenly spaced.
     """
-    num_rows = len(train.dataset)
-    digest = hashlib.sha256()
-    for index in range(0, num_rows, max(1, num_rows // _SAMPLED_ROWS)):
-        row = train.dataset[index]
-        digest.update(repr([(key, _plain(row[key])) for key in sorted(row)]).encode())
     return {
-        "rows": num_rows,
         "processes": rank_and_world_size()[1],
-        "digest": digest.hexdigest(),
+        "training rows": _describe_rows(train.dataset),
+        "held-out rows": _describe_rows(held_out.dataset if held_out else []),
     }
 
 
@@ -135,20 +126,27 @@ def check_same_data(saved: SavedRun, description: dict[str, Any]) -> None:
         UserError: naming what differs.
     """
     before = saved.state["data"]
-    for name, what in (("processes", "processes"), ("rows", "training rows")):
-        if before[name] != description[name]:
-            raise UserError(
-                f"cannot resume from {saved.checkpoint.folder}: it has {before[name]} {what}, this "
-                f"run {description[name]}; {_ANEW}"
-            )
-    if before["digest"] != description["digest"]:
-        raise UserError(
-            f"cannot resume from {saved.checkpoint.folder}: the training rows have changed since "
-            f"it was written; {_ANEW}"
-        )
+    cannot = f"cannot resume from {saved.checkpoint.folder}"
+    if before["processes"] != description["processes"]:
+        counts = f"{before['processes']} processes, this run {description['processes']}"
+        raise UserError(f"{cannot}: it has {counts}; {_ANEW}")
+    for name in ("training rows", "held-out rows"):
+        count, now = before[name]["number"], description[name]["number"]
+        if count != now:
+            raise UserError(f"{cannot}: it has {count} {name}, this run {now}; {_ANEW}")
+        if before[name]["digest"] != description[name]["digest"]:
+            raise UserError(f"{cannot}: the {name} have changed since it was written; {_ANEW}")
 
 
 _ANEW = "restore that, or begin anew with another output_dir"
+
+
+def _describe_rows(rows: Any) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for index in range(0, len(rows), max(1, len(rows) // _SAMPLED_ROWS)):
+        row = rows[index]
+        digest.update(repr([(key, _plain(row[key])) for key in sorted(row)]).encode())
+    return {"number": len(rows), "digest": digest.hexdigest()}
 
 
 def _check_format(checkpoint: Checkpoint, state: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from qst_tune import __version__
-from qst_tune.training.atomic_folder import replace_folder
+from qst_tune.training.atomic_folder import write_folder
 from qst_tune.training.tuned_folder import (
     BackboneId,
     Provenance,
@@ -72,7 +72,7 @@ def save_side_network(folder: Path, side: nn.Module, **provenance: Any) -> None:
     Raises:
         UserError: if the folder cannot be written; the one that was there is untouched.
     """
-    replace_folder(folder, side_network_files(side, Provenance(**provenance)))
+    write_folder(folder, side_network_files(side, Provenance(**provenance)))
 
 
 def load_side_network(folder: Path, side: nn.Module, *, backbone: BackboneId) -> None:

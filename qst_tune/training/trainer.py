@@ -31,7 +31,7 @@ class Schedule:
         epochs (int): passes over the data.
         steps_per_epoch (int): optimizer steps of each.
         accumulation (int): batches a step.
-        validate_every (int | None): beside the start and the end, which always validate.
+        validate_every (int | None): beside the start and the end of each epoch, which always do.
         patience (int | None): stop after so many validations in a row without a best one.
         max_bad_steps (int): leave out so many steps whose loss or gradient is not finite.
     """
@@ -106,7 +106,7 @@ class Trainer:
         with closing(self.run_log):
             with self.stop, self.profiler as profiler, bar:
                 self.method.model.train()
-                if self.progress.step == 0:
+                if self._is_validation_due():  # before the first step, or where it failed before
                     self._validate()
                 while not self._is_finished():
                     self._run_epoch(profiler)
@@ -266,7 +266,8 @@ class Trainer:
 
     def _is_validation_due(self) -> bool:
         every, step = self.schedule.validate_every, self.progress.step
-        return step == self.schedule.num_steps or bool(every and step % every == 0)
+        is_step = step % self.schedule.steps_per_epoch == 0 or bool(every and step % every == 0)
+        return is_step and step != self.progress.validated_step
 
     def _validate(self) -> bool:
         """Measure on held-out data; returns whether this is the best step so far."""
@@ -278,6 +279,7 @@ class Trainer:
             self._save_before_failing()
             raise
         self.run_log.evaluation(self.progress.step, figures)
+        self.progress.validated_step = self.progress.step
         if self.progress.step == 0:
             return False
         return self.progress.record(

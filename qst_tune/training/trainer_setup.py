@@ -18,7 +18,7 @@ from qst_tune.training.cli import instantiate
 from qst_tune.training.data import DEFAULT_COLLATE, build_collate, build_dataset, is_packed
 from qst_tune.training.distributed import rank_and_world_size
 from qst_tune.training.method import Method, Task
-from qst_tune.training.rows import hold_out
+from qst_tune.training.rows import SkippingRows, hold_out
 from qst_tune.training.run_log import RunLog
 from qst_tune.training.saved_run import (
     CHECKPOINTS_FOLDER,
@@ -77,7 +77,7 @@ def text_collate(
         tokenizer,
         ignore_index=ignore_index,
         max_seq_len=max_seq_len,
-        component=cfg.get("collate_fn", DEFAULT_COLLATE),
+        component=cfg.get("collate_fn") or DEFAULT_COLLATE,
     )
 
 
@@ -104,7 +104,8 @@ def build_data(
     Raises:
         UserError: if a dataset cannot be built or does not fill one step.
     """
-    settings = {"max_seq_len": max_seq_len, "skip_bad_rows": cfg.get("on_bad_row") == "skip"}
+    skip_bad_rows = cfg.get("on_bad_row") == "skip"
+    settings = {"max_seq_len": max_seq_len, "skip_bad_rows": skip_bad_rows}
     rows = build_dataset(cfg.dataset, "dataset", tokenizer, **settings)
     train_collate = _collate_of(rows, collate)
     held_out_rows, held_out_collate = None, train_collate
@@ -113,6 +114,9 @@ def build_data(
         held_out_collate = _collate_of(held_out_rows, collate)
     elif cfg.get("val_fraction"):
         rows, held_out_rows = hold_out(rows, float(cfg.val_fraction), seed)
+    if skip_bad_rows:  # after the split: a training row never gives way to a held-out one
+        rows = SkippingRows(rows, "dataset")
+        held_out_rows = held_out_rows and SkippingRows(held_out_rows, "the held-out rows")
     num_workers = cfg.get("num_workers") or 0
     train = BatchLoader(
         rows,
@@ -121,7 +125,7 @@ def build_data(
         seed=seed if cfg.get("shuffle", True) else None,
         num_workers=num_workers,
     )
-    _check_fills_a_step(cfg, train)
+    schedule_of(cfg, train)  # fails early, before the model loads
     if held_out_rows is None:
         return TrainingData(train, None, seed)
     held_out = BatchLoader(
@@ -159,7 +163,7 @@ def build_trainer(
     Raises:
         UserError: if a component cannot be built, or the saved run was another one.
     """
-    description = describe_data(data.train)
+    description = describe_data(data.train, data.held_out)
     if saved is not None:
         check_same_data(saved, description)
         method.load(saved.checkpoint.folder / method.result_name)
@@ -205,6 +209,11 @@ def _restore(trainer: Trainer, saved: SavedRun) -> None:
             f"cannot resume from {saved.checkpoint.folder}: its state does not fit this run "
             f"({reason})"
         ) from error
+    best = trainer.progress.best_step
+    damage = None if best is None else trainer.checkpointing.store.damage(best)
+    if damage:
+        log.info(f"the checkpoint of step {best}, the best so far, is lost: {damage}")
+        trainer.progress.forget_best()
 
 
 def schedule_of(cfg: DictConfig, train: BatchLoader) -> Schedule:
@@ -216,9 +225,18 @@ def schedule_of(cfg: DictConfig, train: BatchLoader) -> Schedule:
 
     Returns:
         Schedule: in optimizer steps.
+
+    Raises:
+        UserError: if the rows do not fill one step.
     """
     accumulation = cfg.get("gradient_accumulation_steps") or 1
     steps = len(train) // accumulation
+    if not steps:
+        raise UserError(
+            f"dataset: {len(train.dataset)} rows do not fill one step of "
+            f"batch_size={cfg.batch_size} x gradient_accumulation_steps={accumulation}: lower one "
+            "of them"
+        )
     return Schedule(
         epochs=cfg.epochs,
         steps_per_epoch=min(steps, cfg.get("max_steps_per_epoch") or steps),
@@ -227,16 +245,6 @@ def schedule_of(cfg: DictConfig, train: BatchLoader) -> Schedule:
         patience=cfg.get("early_stopping_patience"),
         max_bad_steps=cfg.get("skip_bad_steps") or 0,
     )
-
-
-def _check_fills_a_step(cfg: DictConfig, train: BatchLoader) -> None:
-    accumulation = cfg.get("gradient_accumulation_steps") or 1
-    if len(train) < accumulation:
-        raise UserError(
-            f"dataset: {len(train.dataset)} rows do not fill one step of "
-            f"batch_size={cfg.batch_size} x gradient_accumulation_steps={accumulation}: lower one "
-            "of them"
-        )
 
 
 def _checkpointing(

@@ -1,6 +1,6 @@
 """What must hold between the keys of a training config, and on this machine, before a run."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from qst_tune.training.config_keys import (
 from qst_tune.training.model_setup import choose_device, choose_dtype
 
 BAD_ROW_POLICIES = ("error", "skip")
+# What torch.set_deterministic_debug_mode takes.
+_DETERMINISTIC_MODES = (0, 1, 2, "default", "warn", "error")
 # torchtune seeds each process with seed + rank, and NumPy takes 32 bits.
 _LARGEST_SEED = 2**32 - 2**16
 # Formats that `datasets` reads from the files named by data_files.
@@ -78,7 +80,7 @@ def _switch_problems(cfg: DictConfig) -> Iterator[Problem]:
             yield Problem(key, f"{key}={cfg[key]} must be True or False")
     policy = cfg.get("on_bad_row")
     if policy is not None and policy not in BAD_ROW_POLICIES:
-        yield Problem("on_bad_row", f"on_bad_row={policy} must be {' or '.join(BAD_ROW_POLICIES)}")
+        yield Problem("on_bad_row", f"on_bad_row={policy} must be {_one_of(BAD_ROW_POLICIES)}")
 
 
 def _range_problems(cfg: DictConfig) -> Iterator[Problem]:
@@ -90,6 +92,14 @@ def _range_problems(cfg: DictConfig) -> Iterator[Problem]:
     fraction = cfg.get("val_fraction")
     if fraction is not None and not 0 < float(fraction) < 1:
         yield Problem("val_fraction", f"val_fraction={fraction} must be above 0 and below 1")
+    mode = cfg.get("cudnn_deterministic_mode")
+    if mode not in (None, *_DETERMINISTIC_MODES) or isinstance(mode, bool):
+        text = f"cudnn_deterministic_mode={mode} must be null or {_one_of(_DETERMINISTIC_MODES)}"
+        yield Problem("cudnn_deterministic_mode", text)
+    collate = cfg.get("collate_fn")
+    if not isinstance(collate, str | None):
+        text = f"collate_fn={collate} must be the dotted name of a function"
+        yield Problem("collate_fn", text)
 
 
 def _validation_problems(cfg: DictConfig) -> Iterator[Problem]:
@@ -101,15 +111,14 @@ def _validation_problems(cfg: DictConfig) -> Iterator[Problem]:
         return
     if not (cfg.get("val_fraction") or cfg.get("dataset_val")):
         yield Problem(key, f"{key} needs held-out data: add dataset_val, or val_fraction=0.05")
-    elif not cfg.get("run_val_every_n_steps"):
-        yield Problem(key, f"{key} needs run_val_every_n_steps: otherwise only the end is measured")
+    elif not cfg.get("run_val_every_n_steps") and cfg.epochs == 1:
+        text = f"{key} needs run_val_every_n_steps or more epochs: only the end would be measured"
+        yield Problem(key, text)
 
 
 def _packing_problems(cfg: DictConfig) -> Iterator[Problem]:
     for name in ("dataset", "dataset_val"):
-        block = cfg.get(name)
-        parts = block if isinstance(block, ListConfig) else [block] if block else []
-        packed = [bool(part.get("packed")) for part in parts]
+        packed = [bool(part.get("packed")) for _, part in _blocks(cfg, name)]
         if any(packed) and not all(packed):
             yield Problem(name, f"{name}: packed must be the same for all datasets of the list")
         elif any(packed) and cfg.tokenizer.get("max_seq_len") is None:
@@ -127,10 +136,23 @@ def _file_problems(cfg: DictConfig) -> Iterator[Problem]:
         if value and not Path(str(value)).exists():
             yield Problem(f"tokenizer.{key}", f"tokenizer: {key}={value} does not exist")
     for name in ("dataset", "dataset_val"):
-        block = cfg.get(name)
-        parts = block if isinstance(block, ListConfig) else [block] if block else []
-        for part in parts:
-            yield from _data_file_problems(name, part)
+        for path, block in _blocks(cfg, name):
+            yield from _streaming_problems(path, block)
+            yield from _data_file_problems(path, block)
+
+
+def _blocks(cfg: DictConfig, name: str) -> list[tuple[str, DictConfig]]:
+    """The dataset, or each of a list of them, with its place in the config."""
+    block = cfg.get(name)
+    if isinstance(block, ListConfig):
+        return [(f"{name}[{index}]", part) for index, part in enumerate(block)]
+    return [(name, block)] if block else []
+
+
+def _streaming_problems(name: str, block: DictConfig) -> Iterator[Problem]:
+    if block.get("streaming"):
+        text = f"{name}: streaming=True gives rows in one order only; set it to False"
+        yield Problem(f"{name}.streaming", text)
 
 
 def _data_file_problems(name: str, block: DictConfig) -> Iterator[Problem]:
@@ -147,7 +169,11 @@ def _trial_problems(cfg: DictConfig) -> Iterator[Problem]:
     """Build, for a single number, what otherwise fails only after the model has loaded."""
 
     def optimizer() -> Any:
-        return instantiate(cfg.optimizer, "optimizer", [nn.Parameter(torch.zeros(1))])
+        parameter = nn.Parameter(torch.zeros(1))
+        parameter.grad = torch.ones(1)
+        built = instantiate(cfg.optimizer, "optimizer", [parameter])
+        _try_a_step(built, cfg.optimizer["_component_"])
+        return built
 
     def schedule() -> None:
         if cfg.get("lr_scheduler"):
@@ -168,3 +194,19 @@ def _trial_problems(cfg: DictConfig) -> Iterator[Problem]:
             if str(error) not in failed:  # the schedule's optimizer fails as the optimizer did
                 yield Problem(key, str(error))
             failed.add(str(error))
+
+
+def _try_a_step(optimizer: Any, name: str) -> None:
+    """Refuse one that needs a closure (LBFGS) or sparse gradients (SparseAdam)."""
+    if not type(optimizer).__module__.startswith("torch.optim"):
+        return  # torchao's compile their first step
+    try:
+        optimizer.step()
+    except (RuntimeError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"optimizer: {name} cannot train this model: {reason}") from error
+
+
+def _one_of(choices: Sequence[Any]) -> str:
+    *others, last = map(str, choices)
+    return f"{', '.join(others)} or {last}"

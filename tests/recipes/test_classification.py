@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from qst_tune.recipes import qst_classify
+from qst_tune.recipes import qst_classify, qst_finetune
 
 from qst_tune.errors import UserError
 from tests.checkpoints import Config, finetune_config, write_config, write_jsonl
@@ -71,7 +71,7 @@ def test_it_learns_and_the_summary_has_every_metric(trained: FinetuneResult) -> 
     assert metrics["accuracy"]["0"] < 1.0
     assert trained.held_out_loss[40] < trained.held_out_loss[0]
     card = (trained.folder / "side_network" / "README.md").read_text()
-    assert "| accuracy at step 40 | 1 |" in card
+    assert f"| accuracy at step {trained.summary['best_step']} | 1 |" in card
     assert "tune run qst_classify " in card
 
 
@@ -98,10 +98,12 @@ def test_the_saved_folder_alone_answers_new_rows(
 ) -> None:
     """The head is in it, the rows need no label, and they keep their order and columns."""
     dev = [json.loads(line) for line in (root / "dev.jsonl").read_text().splitlines()]
-    rows = write_jsonl(root / "new.jsonl", [{"text": row["text"], "id": "i"} for row in dev])
+    columns = {"id": "i", "day": "2024-02-29"}  # read as a date, which JSON has not
+    rows = write_jsonl(root / "new.jsonl", [{"text": row["text"], **columns} for row in dev])
     found = classify(config, trained, f"rows={rows}")
     assert [row["prediction"] for row in found] == [row["label"] for row in dev]
     assert [row["text"] for row in found] == [row["text"] for row in dev]
+    assert all(row["day"].startswith("2024-02-29") for row in found)
     assert all(row["id"] == "i" and 0.5 <= row["probability"] <= 1 for row in found)
 
 
@@ -111,6 +113,7 @@ def test_the_saved_folder_alone_answers_new_rows(
         (["rows={root}/absent.jsonl"], "does not exist or is empty"),
         (["rows={root}/train.jsonl"], "has no column 'text'"),
         (["rows={root}/dev.jsonl", "model.num_labels=3"], "tensors differ.* score.weight"),
+        (["rows={root}/dev.jsonl", "batch_size=0"], "batch_size=0 must be a whole number of at"),
     ],
 )
 def test_a_mistake_when_classifying_is_one_line(
@@ -119,6 +122,33 @@ def test_a_mistake_when_classifying_is_one_line(
     with pytest.raises(UserError, match=message) as error:
         classify(config, trained, *(text.format(root=root) for text in overrides))
     assert "\n" not in str(error.value)
+
+
+def test_rows_are_read_as_one_dataset_says(
+    trained: FinetuneResult, root: Path, config: Config
+) -> None:
+    both = {**config, "dataset": [config["dataset"], config["dataset_val"]]}
+    with pytest.raises(UserError, match=r"^dataset: name one, whose template and labels"):
+        classify(both, trained, f"rows={root / 'dev.jsonl'}")
+
+
+def test_dry_run_tells_the_steps(
+    root: Path, config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    qst_finetune.main(merged(config, f"output_dir={root / 'dry'}", "dry_run=True", "epochs=3"))
+    told = capsys.readouterr().out
+    assert "dry run: 12 steps in 3 epochs of 16 rows, 7 rows held out" in told
+    assert "the memory of a classifier is not estimated" in told
+
+
+def test_row_that_is_too_long_for_the_model_is_named(root: Path, config: Config) -> None:
+    path = write_jsonl(root / "long.jsonl", [{"text": "a" * 500, "label": "red"}])
+    settings = [f"dataset.data_files={path}", f"output_dir={root / 'long'}"]
+    settings += ["tokenizer.max_seq_len=null"]
+    with pytest.raises(
+        UserError, match=r"dataset: row 0 of .*long\.jsonl \(line 1\) cannot be used: "
+    ):
+        qst_finetune.main(merged(config, *settings))
 
 
 def test_a_regression_learns_its_scores(root: Path, config: Config) -> None:

@@ -443,7 +443,7 @@ def test_steps_that_are_not_finite_can_be_left_out(config: Config, tmp_path: Pat
 def test_at_most_so_many_steps_are_left_out(config: Config, tmp_path: Path) -> None:
     # Step 3 is left out; it changed nothing, so the next one is not finite either.
     with pytest.raises(UserError, match=r"step 4: the loss is nan .* set skip_bad_steps="):
-        finetune(config, tmp_path / "run", *SETTINGS, "optimizer.lr=1e38", "skip_bad_steps=1")
+        finetune(config, tmp_path / "run", *SETTINGS, "optimizer.lr=1e30", "skip_bad_steps=1")
 
 
 # Held-out data.
@@ -497,7 +497,7 @@ def test_fraction_of_the_rows_is_held_out_and_never_trained_on(
 
     monkeypatch.setattr(Trainer, "fit", spy)
     run = finetune(config, tmp_path / "run", "dataset_val=null", "val_fraction=0.3", "epochs=2")
-    assert set(run.held_out_loss) == {0, 4}
+    assert set(run.held_out_loss) == {0, 2, 4}
     ((train, held_out),) = loaders
     trained = {
         i for epoch in range(2) for b in train.rows(epoch) for i in row_numbers(train.dataset, b)
@@ -505,6 +505,35 @@ def test_fraction_of_the_rows_is_held_out_and_never_trained_on(
     measured = {i for b in held_out.rows() for i in row_numbers(held_out.dataset, b)}
     assert len(measured) == 4  # of 12
     assert not trained & measured
+
+
+def test_each_epoch_ends_with_a_validation(config: Config, tmp_path: Path) -> None:
+    run = finetune(config, tmp_path / "run", "epochs=3")
+    assert list(run.held_out_loss) == [0, 3, 6, 9]
+
+
+def test_lost_best_checkpoint_is_told_and_another_becomes_the_best(
+    config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = [*SETTINGS, "optimizer.lr=0.5", "lr_scheduler.num_warmup_steps=9"]
+    finetune(config, tmp_path / "run", *settings, "epochs=2", "lr_scheduler=null")
+    store = CheckpointStore(tmp_path / "run" / "checkpoints")
+    state = json.loads((store.checkpoint(6).folder / "state.json").read_text())
+    best = state["progress"]["best_step"]
+    assert best < 6
+    (store.checkpoint(best).folder / "manifest.json").unlink()
+    run = finetune(config, tmp_path / "run", *settings, "epochs=3", "lr_scheduler=null", RESUME)
+    assert f"the checkpoint of step {best}, the best so far, is lost: " in caplog.text
+    assert run.summary["best_step"] > 6
+    assert run.weights_file.exists()
+
+
+def test_other_held_out_rows_are_refused(config: Config, tmp_path: Path) -> None:
+    finetune(config, tmp_path / "run", *SETTINGS, "epochs=1")
+    write_jsonl(tmp_path / "other.jsonl", colour_rows(5)[1:] + colour_rows(9)[8:])
+    other = f"dataset_val.data_files={tmp_path / 'other.jsonl'}"
+    with pytest.raises(UserError, match="the held-out rows have changed"):
+        finetune(config, tmp_path / "run", *SETTINGS, other, RESUME)
 
 
 # Rows that cannot be used.
@@ -542,7 +571,9 @@ def test_bad_held_out_row_costs_no_step_either(
     reads = iter(range(10**6))
 
     def fail_late(dataset: CheckedRows, index: int) -> Any:
-        if dataset.name == "dataset_val" and next(reads) > 8:  # five rows at each validation
+        if (
+            dataset.name == "dataset_val" and next(reads) > 13
+        ):  # twice five are read before the first step
             raise UserError("dataset_val: row 3 cannot be used")
         return rows(dataset, index)
 
@@ -550,6 +581,9 @@ def test_bad_held_out_row_costs_no_step_either(
     with pytest.raises(UserError, match=r"^dataset_val: row 3"):
         finetune(config, tmp_path / "run", *SETTINGS, "save_every_n_steps=100")
     assert steps_of(tmp_path / "run") == [2]
+    monkeypatch.setattr(CheckedRows, "__getitem__", rows)
+    run = finetune(config, tmp_path / "run", *SETTINGS, RESUME)
+    assert 2 in run.held_out_loss, "the validation that failed is made up for"
 
 
 def test_bad_row_can_be_skipped(bad_rows: Path, config: Config, tmp_path: Path) -> None:

@@ -216,7 +216,23 @@ MISTAKES = [
     Mistake(
         "patience without validation on the way",
         ["early_stopping_patience=2"],
-        ["early_stopping_patience needs run_val_every_n_steps"],
+        ["early_stopping_patience needs run_val_every_n_steps or more epochs"],
+    ),
+    Mistake("profiler of nothing", ["profiler.enabled=True"], ["profiler: _component_ is missing"]),
+    Mistake("profiler that is a name", ["profiler=on"], ["profiler=True must be a block"]),
+    Mistake("mode of nothing", ["cudnn_deterministic_mode=3"], ["mode=3 must be null or 0, 1, 2"]),
+    Mistake("mode in words", ["cudnn_deterministic_mode=foo"], ["mode=foo must be null or 0"]),
+    Mistake("stream of rows", ["dataset.streaming=True"], ["dataset: streaming=True", "False"]),
+    Mistake("collate of a number", ["collate_fn=3"], ["collate_fn=3 must be the dotted name"]),
+    Mistake(
+        "optimizer that needs a closure",
+        ["optimizer=torch.optim.LBFGS"],
+        ["optimizer: torch.optim.LBFGS cannot train this model"],
+    ),
+    Mistake(
+        "optimizer of sparse gradients",
+        ["optimizer=torch.optim.SparseAdam"],
+        ["optimizer: torch.optim.SparseAdam cannot train this model", "dense"],
     ),
     # The machine.
     Mistake("fp16", ["dtype=fp16"], ["dtype=fp16", "bf16 or fp32"]),

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from qst_tune.errors import UserError
 from qst_tune.training import batches
 from qst_tune.training.batches import BatchLoader
 
@@ -64,6 +65,18 @@ def test_worker_processes_do_not_change_the_order(monkeypatch: pytest.MonkeyPatc
 def test_processes_share_the_rows_of_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
     shares = [rows_of(loader_of(rank, 2, monkeypatch)) for rank in range(2)]
     assert shares == [[[0, 2], [4, 6]], [[1, 3], [5, 7]]]
+
+
+class BadRows(list):
+    def __getitem__(self, index: Any) -> Any:
+        raise UserError("row 3 cannot be used: UserError: it says so")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_error_of_a_worker_is_told_as_one_of_this_process(num_workers: int) -> None:
+    loader = BatchLoader(BadRows(ROWS), collate, batch_size=2, seed=None, num_workers=num_workers)
+    with pytest.raises(UserError, match=r"^row 3 cannot be used: UserError: it says so$"):
+        next(loader.batches())
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7, 16])

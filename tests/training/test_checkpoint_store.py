@@ -15,7 +15,7 @@ FILES = {"state.json": b"{}", "side/weights": b"\x00\x01", "side/config": b"text
 # What a save does to the disk, in order; each can be the one that fails.
 CALLS = [
     *[("fsync", index) for index in range(4 + 2 + 1)],  # files, their folders, the store's folder
-    *[("mkdir", index) for index in range(2)],
+    *[("mkdir", index) for index in range(3)],
     ("rename", 0),
 ]
 
@@ -207,6 +207,30 @@ def test_checkpoints_of_an_earlier_run_are_set_aside_and_never_lost(store: Check
 
 
 def test_existing_checkpoint_is_never_replaced(store: CheckpointStore) -> None:
-    with pytest.raises(UserError, match="cannot write"):
+    with pytest.raises(UserError, match=r"cannot write .*: it exists, and is never replaced$"):
         store.save(10, {"state.json": b"other"})
     assert content(store.checkpoint(10).folder) == FILES
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        (lambda store: store.keep_only({20}), "^cannot delete .*step_00000010: No space left"),
+        (lambda store: store.discard_after(5), "^cannot rename .*step_00000010: No space left"),
+        (lambda store: store.set_aside(), "^cannot rename .*checkpoints: No space left"),
+    ],
+)
+def test_checkpoint_that_cannot_be_moved_is_told(
+    act: Callable[[CheckpointStore], None],
+    message: str,
+    store: CheckpointStore,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        fail_at("rename", 0, fail, patch)
+        with pytest.raises(UserError, match=message):
+            act(store)
+    assert store.damage(10) is None

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from qst_tune.errors import UserError
-from qst_tune.training.rows import CheckedRows, hold_out, row_numbers
+from qst_tune.training.rows import CheckedRows, SkippingRows, hold_out, row_numbers
 
 
 class Rows(list):
@@ -51,20 +51,38 @@ def test_bad_row_is_named(index: int, reason: str) -> None:
         list(checked())
 
 
+def test_error_of_the_dataset_itself_gets_the_row_number_too() -> None:
+    rows = CheckedRows(Rows([UserError("label 7 is none of 2")]), name="dataset", source="rows")
+    with pytest.raises(UserError, match=r"^dataset: row 0 of rows cannot .*: label 7 is none of 2"):
+        rows[0]
+
+
 def test_bad_row_can_give_way_to_the_next_good_one() -> None:
-    rows = checked(skip=True)
+    rows = SkippingRows(checked(), "dataset")
     assert [rows[index]["tokens"] for index in range(5)] == [GOOD, [3], [3], [3], [3]]
     assert [row["tokens"] for row in rows] == [GOOD, [3]]
 
 
 def test_last_row_gives_way_to_the_first() -> None:
-    rows = CheckedRows(Rows([GOOD, []]), name="dataset", source="rows", skip=True)
+    rows = SkippingRows(CheckedRows(Rows([GOOD, []]), name="dataset", source="rows"), "dataset")
     assert rows[1] == {"tokens": GOOD}
 
 
 def test_dataset_of_bad_rows_alone_is_told() -> None:
-    with pytest.raises(UserError, match=r"^dataset: no row of rows can be used$"):
-        CheckedRows(Rows([[], []]), name="dataset", source="rows", skip=True)[0]
+    rows = CheckedRows(Rows([[], []]), name="dataset", source="rows")
+    with pytest.raises(UserError, match=r"^dataset: none of its 2 rows can be used$"):
+        SkippingRows(rows, "dataset")[0]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_bad_row_gives_way_to_one_of_its_own_part(seed: int) -> None:
+    every_other = Rows([[n] if n % 2 else [] for n in range(20)])
+    rows = CheckedRows(every_other, name="dataset", source="rows")
+    train, held_out = (SkippingRows(part, "dataset") for part in hold_out(rows, 0.5, seed))
+    trained = {train[index]["tokens"][0] for index in range(len(train))}
+    measured = {held_out[index]["tokens"][0] for index in range(len(held_out))}
+    assert not trained & measured
+    assert trained | measured == set(range(1, 20, 2))
 
 
 @pytest.mark.parametrize(
@@ -106,4 +124,5 @@ def test_row_numbers_are_those_of_the_whole_dataset() -> None:
     rows = list(range(10))
     train, _ = hold_out(rows, 0.3, seed=0)
     assert [rows[i] for i in row_numbers(train, range(7))] == list(train)
+    assert row_numbers(SkippingRows(train, "dataset"), range(7)) == row_numbers(train, range(7))
     assert row_numbers(rows, [3, 1]) == [3, 1]

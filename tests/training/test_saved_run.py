@@ -27,9 +27,9 @@ CONFIG = {
     "device": "cpu",
 }
 STATE: dict[str, Any] = {
-    "format_version": 1,
+    "format_version": 2,
     "config": CONFIG,
-    "data": {"rows": 3, "processes": 1, "digest": "x"},
+    "data": {},
     "seed": 7,
     "progress": {"step": 5},
     "history": {},
@@ -51,7 +51,7 @@ def test_same_config_goes_on(tmp_path: Path) -> None:
     save(tmp_path)
     saved = find(tmp_path)
     assert saved is not None
-    assert saved.progress.step == saved.checkpoint.step == 5
+    assert saved.state["progress"]["step"] == saved.checkpoint.step == 5
 
 
 def test_run_that_is_not_to_resume_does_not(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_all_refusals_are_told_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({**STATE, "format_version": 2}, "its format is 2, this qst_tune reads 1"),
+        ({**STATE, "format_version": 1}, "its format is 1, this qst_tune reads 2"),
         ([], "its format is None"),
         (3, "its format is None"),
         ({k: v for k, v in STATE.items() if k != "seed"}, "its state has no 'seed'"),
@@ -143,5 +143,17 @@ def test_data_is_told_apart_by_number_and_content(tmp_path: Path) -> None:
         check_same_data(saved, describe_data(loader([*rows, 7])))
     with pytest.raises(UserError, match="the training rows have changed"):
         check_same_data(saved, describe_data(loader([7, *rows[1:]])))
+    with pytest.raises(UserError, match="it has 0 held-out rows, this run 1"):
+        check_same_data(saved, describe_data(loader(rows), loader([1])))
     with pytest.raises(UserError, match="it has 1 processes, this run 2"):
         check_same_data(saved, {**description, "processes": 2})
+
+
+def test_other_held_out_rows_are_told(tmp_path: Path) -> None:
+    train = loader([1, 2])
+    save(tmp_path, {**STATE, "data": describe_data(train, loader([3]))})
+    saved = find(tmp_path)
+    assert saved is not None
+    check_same_data(saved, describe_data(train, loader([3])))
+    with pytest.raises(UserError, match="the held-out rows have changed"):
+        check_same_data(saved, describe_data(train, loader([4])))

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from qst_tune.errors import UserError
 from qst_tune.models import peqa_decoder
-from qst_tune.training.atomic_folder import replace_folder
+from qst_tune.training.atomic_folder import write_folder
 from qst_tune.training.scales_checkpoint import SCALES, load_scales, scales_files
 from qst_tune.training.side_checkpoint import load_side_network
 from qst_tune.training.tuned_folder import BackboneId, Provenance, read_description
@@ -33,7 +33,7 @@ def tuned(factor: float, **settings):
 
 def save(folder: Path, model) -> Path:
     provenance = Provenance(BACKBONE, MODEL_BLOCK, "epochs: 1\n", {"val_loss": 1.25})
-    replace_folder(folder, scales_files(model, provenance))
+    write_folder(folder, scales_files(model, provenance))
     return folder
 
 
