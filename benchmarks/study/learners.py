@@ -23,7 +23,8 @@ from torchtune.modules.peft import LoRALinear, get_adapter_params, set_trainable
 from benchmarks.backbones import DTYPE
 from benchmarks.methods import CPU, LORA_RANK, default_config, model_arguments
 from qst_tune.estimation.peers import add_lora
-from qst_tune.models import qst_decoder, smollm2_135m
+from qst_tune.models import peqa_decoder, qst_decoder, smollm2_135m
+from qst_tune.modules.peqa_decoder import PEQADecoder
 from qst_tune.modules.qst_decoder import QSTDecoder
 from qst_tune.quantization.nf4 import dequantize_nf4, quantize_nf4
 from qst_tune.training.backbone_loading import load_backbone
@@ -90,7 +91,7 @@ def _load(model: Any, folder: Path) -> Any:
             default_config().checkpointer, {"checkpoint_dir": str(folder), "output_dir": unused}
         )
         checkpointer = instantiate(cast(DictConfig, block), "checkpointer")
-        if isinstance(model, QSTDecoder):
+        if isinstance(model, QSTDecoder | PEQADecoder):
             load_backbone(model, checkpointer, dtype=DTYPE, device=CPU)
         else:
             weights = checkpointer.load_checkpoint()[training.MODEL_KEY]
@@ -134,6 +135,13 @@ def _qst(folder: Path, changes: dict[str, Any]) -> Learner:
     return Learner(model, parameter_groups(model.side))
 
 
+def _peqa(folder: Path, *, bits: int) -> Learner:
+    with training.set_default_dtype(DTYPE), torch.device("meta"):
+        model = peqa_decoder(smollm2_135m(), bits=bits)
+    _load(model, folder)
+    return Learner(model, [{"params": list(model.task().values()), "weight_decay": 0.0}])
+
+
 @dataclass(frozen=True)
 class Method:
     """One line of the tables.
@@ -170,6 +178,8 @@ METHODS: dict[str, Method] = {
     "lora": Method("LoRA, rank 16", partial(_lora, quantize=False), 3e-4),
     "qlora": Method("QLoRA, rank 16", partial(_lora, quantize=True), 3e-4),
     "qst": qst("QST"),
+    "qst_int8": qst("QST over 8 bits", base_quantization="int8"),
+    "peqa": Method("PEQA, 4 bits, per channel", partial(_peqa, bits=4), 1e-3),
     "lst": qst("LST: QST over the unquantised model", quantize_base=False),
     "qst_r4": qst("QST, r = 4", reduction_factor=4, rate=1e-3),
     "qst_paper": qst("QST, the paper's equations", variant="paper"),

@@ -1,0 +1,28 @@
+"""What trains in each method of the study, over the real model where it is there."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.methods import default_config
+from benchmarks.study.learners import METHODS, fast_decoding
+
+CHECKPOINT = Path(default_config().checkpointer.checkpoint_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHECKPOINT.is_dir(), reason="`make quickstart` fetches SmolLM2")
+@pytest.mark.parametrize("name", ["full", "lora", "qlora", "qst", "qst_int8", "lst", "peqa"])
+def test_what_trains_gets_a_gradient_and_nothing_else_does(name: str) -> None:
+    torch.manual_seed(0)
+    learner = METHODS[name].build(CHECKPOINT)
+    with fast_decoding():
+        learner.hidden(torch.arange(1, 9)[None]).square().mean().backward()
+    trained = {id(p) for group in learner.groups for p in group["params"]}
+    with_gradient = {id(p) for p in learner.model.parameters() if p.grad is not None}
+    assert with_gradient <= trained
+    assert with_gradient, "nothing learns"
+    assert learner.num_trained == sum(
+        p.numel() for p in learner.model.parameters() if id(p) in trained
+    )
