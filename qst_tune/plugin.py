@@ -55,6 +55,7 @@ _RECIPES = {
     "qst_finetune": _RecipeEntry(
         "qst_finetune.py", ("qst", "qst_sst2", "lst"), supports_distributed=True
     ),
+    "qst_dpo": _RecipeEntry("qst_dpo.py", ("qst_dpo",), supports_distributed=True),
     "peqa_finetune": _RecipeEntry(
         "peqa_finetune.py", ("peqa_4bit", "peqa_3bit"), supports_distributed=True
     ),

@@ -45,7 +45,7 @@ def describe_run(
         f"{len(data.train.dataset)} rows, {held_out} rows held out; nothing was written"
     )
     if method_name is None:
-        return f"{steps}\nthe memory of a classifier is not estimated"
+        return f"{steps}\nthe memory of this task is not estimated"
     return f"{steps}\n{_memory(cfg, method_name, device, dtype)}"
 
 

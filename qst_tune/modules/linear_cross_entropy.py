@@ -72,14 +72,32 @@ class LinearCrossEntropyLoss(nn.Module):
         if self._head is None:
             raise RuntimeError("LinearCrossEntropyLoss: call set_model_output(model) first")
         kept = labels != self.ignore_index
-        total: torch.Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-            hidden[kept], labels[kept], self._head, self.chunk_tokens
-        )
-        return total / kept.sum().clamp(min=1)
+        losses = linear_cross_entropy(hidden[kept], labels[kept], self._head, self.chunk_tokens)
+        return losses.sum() / kept.sum().clamp(min=1)
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor, labels: torch.Tensor, head: Head, chunk_tokens: int = 256
+) -> torch.Tensor:
+    r"""Compute :math:`-\log \mathrm{softmax}(\mathrm{head}(y_i))_{t_i}` of each token.
+
+    Args:
+        hidden (torch.Tensor): y, input of the head, ``[N, D]``.
+        labels (torch.Tensor): t, int64 token ids, ``[N]``.
+        head (Head): frozen; maps ``[n, D]`` to logits ``[n, V]``.
+        chunk_tokens (int): tokens whose logits exist at once.
+
+    Returns:
+        torch.Tensor: nats, fp32, ``[N]``; differentiable in ``hidden``.
+    """
+    losses: torch.Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden, labels, head, chunk_tokens
+    )
+    return losses
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of cross entropies; the gradient of ``hidden`` is ready when forward returns."""
+    """A cross entropy for each token; the gradient of ``hidden`` is ready when forward returns."""
 
     @staticmethod
     def forward(
@@ -87,20 +105,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         chunk_loss = _loss_of_any_head if _plain_weight(head) is None else _loss_of_linear_head
         needs_grad = hidden.requires_grad
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        losses = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
         grad = torch.empty_like(hidden) if needs_grad else None
         for start in range(0, len(labels), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            loss, chunk_grad = chunk_loss(hidden[chunk], labels[chunk], head, needs_grad)
-            total += loss
+            losses[chunk], chunk_grad = chunk_loss(hidden[chunk], labels[chunk], head, needs_grad)
             if grad is not None and chunk_grad is not None:
                 grad[chunk] = chunk_grad
         ctx.grad = grad
-        return total
+        return losses
 
     @staticmethod
-    def backward(ctx: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return ctx.grad * grad_total.to(ctx.grad.dtype), None, None, None
+    def backward(ctx: Any, grad_losses: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return ctx.grad * grad_losses[:, None].to(ctx.grad.dtype), None, None, None
 
 
 def _plain_weight(head: Head) -> torch.Tensor | None:
@@ -116,7 +133,7 @@ def _plain_weight(head: Head) -> torch.Tensor | None:
 def _loss_of_linear_head(
     hidden: torch.Tensor, labels: torch.Tensor, head: Head, needs_grad: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Sum of the losses and gradient of ``hidden`` by hand, with one fp32 buffer ``[n, V]``."""
+    """Losses ``[n]`` and gradient of ``hidden`` by hand, with one fp32 buffer ``[n, V]``."""
     weight = _plain_weight(head)
     assert weight is not None
     target = labels.unsqueeze(-1)
@@ -125,7 +142,7 @@ def _loss_of_linear_head(
     target_logit = shifted.gather(-1, target)
     exp = shifted.exp_()
     sum_exp = exp.sum(-1, keepdim=True)
-    loss = (sum_exp.log() - target_logit).sum()
+    loss = (sum_exp.log() - target_logit).squeeze(-1)
     if not needs_grad:
         return loss, None
     probabilities = exp.div_(sum_exp)
@@ -139,6 +156,6 @@ def _loss_of_any_head(
     """The same by autograd over one chunk, for quantised, biased or soft-capped heads."""
     with torch.set_grad_enabled(needs_grad):
         leaf = hidden.detach().requires_grad_(needs_grad)
-        loss = F.cross_entropy(head(leaf).float(), labels, reduction="sum")
-        grad = torch.autograd.grad(loss, leaf)[0] if needs_grad else None
+        loss = F.cross_entropy(head(leaf).float(), labels, reduction="none")
+        grad = torch.autograd.grad(loss.sum(), leaf)[0] if needs_grad else None
     return loss.detach(), grad

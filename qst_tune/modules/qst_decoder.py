@@ -155,8 +155,10 @@ class QSTDecoder(TransformerDecoder):
             encoder_mask=encoder_mask,
             input_pos=input_pos,
         )
-        run = self._backbone_only if self.side.disabled else self._backbone_and_side
-        y_BTD = run(tokens, mask=mask, input_pos=input_pos)
+        if self.side.disabled:
+            y_BTD = self._backbone_only(tokens, mask=mask, input_pos=input_pos)
+        else:
+            y_BTD, _ = self.with_reference(tokens, mask=mask, input_pos=input_pos)
         if self.skip_output_layer:
             return y_BTD
         if self.num_output_chunks > 0:
@@ -165,10 +167,26 @@ class QSTDecoder(TransformerDecoder):
         logits: torch.Tensor = self.output(y_BTD).float()
         return logits
 
-    def _backbone_and_side(
-        self, tokens: torch.Tensor, *, mask: _MaskType | None, input_pos: torch.Tensor | None
-    ) -> torch.Tensor:
-        """The input of the LM head, ``[B, T, D]``."""
+    def with_reference(
+        self,
+        tokens: torch.Tensor,
+        *,
+        mask: _MaskType | None = None,
+        input_pos: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run both networks once: what the side network makes, and what the backbone alone would.
+
+        The second is the reference model of preference learning, for no more than its LM head.
+
+        Args:
+            tokens (torch.Tensor): as for :meth:`forward`.
+            mask (_MaskType | None): as for :meth:`forward`.
+            input_pos (torch.Tensor | None): as for :meth:`forward`.
+
+        Returns:
+            tuple[torch.Tensor, torch.Tensor]: inputs of the LM head, ``[B, T, D]``, with and without
+            the side network.
+        """
         h_BTD = self._embed(tokens, mask=mask, input_pos=input_pos)
         g_BTS = self.side.start(h_BTD)
         block_beside = {layer: block for block, layer in enumerate(self.side.layers)}
@@ -179,7 +197,8 @@ class QSTDecoder(TransformerDecoder):
             h_BTD = self._frozen(layer, h_BTD, mask=mask, input_pos=input_pos)
             if block is not None and self.side.reads == "output":
                 g_BTS = self.side.step(block, h_BTD, g_BTS, mask=mask, input_pos=input_pos)
-        return self.side.finish(self._frozen(self.norm, h_BTD), g_BTS)
+        f_BTD = self._frozen(self.norm, h_BTD)
+        return self.side.finish(f_BTD, g_BTS), f_BTD
 
     def _backbone_only(
         self, tokens: torch.Tensor, *, mask: _MaskType | None, input_pos: torch.Tensor | None

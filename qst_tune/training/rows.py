@@ -51,7 +51,7 @@ class CheckedRows:
 
     def _problem(self, row: Any) -> str | None:
         """Say why a row that could be read is no use to the model; None if it is."""
-        length = len(row["tokens"])
+        length = _length(row)
         if self.max_seq_len is not None and length > self.max_seq_len:
             return too_long(length, self.max_seq_len)
         return None if length else "it has no tokens"
@@ -59,6 +59,12 @@ class CheckedRows:
     def _place(self, index: int) -> str:
         line = _line_of_row(Path(self.source), index, len(self))
         return f"row {index} of {self.source}" + (f" (line {line})" if line else "")
+
+
+def _length(row: Any) -> int:
+    """Tokens of a row; of the longer of the two answers where it is a preference."""
+    names = ("tokens",) if "tokens" in row else ("chosen_input_ids", "rejected_input_ids")
+    return max(len(row[name]) for name in names)
 
 
 def too_long(length: int, max_seq_len: int) -> str:

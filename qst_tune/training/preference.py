@@ -1,0 +1,197 @@
+"""The task of preferring one answer to another: direct preference optimisation (DPO).
+
+Notation: B pairs, T tokens.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig
+from torchtune import utils
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_dpo
+
+from qst_tune.errors import UserError
+from qst_tune.modules.linear_cross_entropy import linear_cross_entropy
+from qst_tune.modules.qst_decoder import QSTDecoder
+from qst_tune.training.cli import instantiate
+from qst_tune.training.data import check_length
+from qst_tune.training.distributed import sum_or_fail
+from qst_tune.training.method import Batch
+from qst_tune.training.trainer_setup import TrainingData, build_data
+
+# Pairs, and sums over them: the loss, how often the preferred answer has the higher reward, and by
+# how much.
+_NUM_FIGURES = 4
+
+
+@dataclass(frozen=True)
+class PreferenceTask:
+    r"""Loss of one pair of answers a row; see :class:`~qst_tune.training.method.Task`.
+
+    .. math::
+        -\log \sigma\Big(\beta \log \frac{\pi(c)}{\pi_0(c)}
+            - \beta \log \frac{\pi(r)}{\pi_0(r)}\Big)
+
+    for the chosen answer c and the rejected one r. The policy :math:`\pi` is the model with its
+    side network, the reference :math:`\pi_0` the backbone alone: one pass through the backbone
+    gives both, where others keep a second model or run it twice.
+
+    Source: DPO (https://arxiv.org/abs/2305.18290). The loss is torchtune's; any of
+    ``torchtune.rlhf.loss`` that takes the four log probabilities will do.
+
+    Args:
+        loss_function (Any): from log probabilities ``[B]`` of the policy (chosen, rejected) and of
+            the reference (chosen, rejected) to losses and two rewards, ``[B]`` each.
+        device (torch.device): the model's.
+    """
+
+    loss_function: Any
+    device: torch.device
+
+    monitor: ClassVar[str] = "val_loss"
+    higher_is_better: ClassVar[bool] = False
+
+    def loss(self, model: QSTDecoder, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sum of the losses and the number of pairs.
+
+        Args:
+            model (QSTDecoder): the policy and, without its side network, the reference.
+            batch (Batch): ``tokens`` and ``labels`` ``[2B, T]``, the chosen answers first.
+
+        Returns:
+            tuple[torch.Tensor, torch.Tensor]: nats, and B.
+
+        Raises:
+            UserError: if a row is longer than the model can see.
+        """
+        losses, _ = self._losses_and_margins(model, batch)
+        return losses.sum(), torch.tensor(len(losses), device=losses.device)
+
+    @torch.no_grad()
+    def evaluate(self, model: QSTDecoder, batches: Iterable[Batch]) -> dict[str, float]:
+        """Judge every pair once. Collective: all ranks call it and get the same figures.
+
+        Args:
+            model (QSTDecoder): put into evaluation mode meanwhile.
+            batches (Iterable[Batch]): this process's share.
+
+        Returns:
+            dict[str, float]: ``val_loss``; ``reward_accuracy``, the share of pairs whose chosen
+            answer has the higher reward; ``reward_margin``, by how much on average, in nats.
+
+        Raises:
+            UserError: if a row is longer than the model can see.
+        """
+        was_training = model.training
+        model.eval()
+        total, error = torch.zeros(_NUM_FIGURES, device=self.device), None
+        try:
+            for batch in batches:
+                utils.batch_to_device(batch, self.device)
+                losses, margins = self._losses_and_margins(model, batch)
+                wins = (margins > 0).float()
+                total += torch.stack([torch.ones_like(losses), losses, wins, margins]).sum(1)
+        except UserError as caught:  # a row that cannot be used
+            error = caught
+        model.train(was_training)
+        count, loss, wins, margin = sum_or_fail(total, error).tolist()
+        return {
+            "val_loss": loss / count,
+            "reward_accuracy": wins / count,
+            "reward_margin": margin / count,
+        }
+
+    def _losses_and_margins(
+        self, model: QSTDecoder, batch: Batch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        check_length(batch["tokens"], model.max_seq_len)
+        labels = F.pad(batch["labels"][:, 1:], (0, 1), value=CROSS_ENTROPY_IGNORE_IDX)
+        policy, reference = model.with_reference(batch["tokens"])
+        log_probabilities = [
+            *answer_log_probabilities(policy, labels, model.output).chunk(2),
+            *answer_log_probabilities(reference, labels, model.output).chunk(2),
+        ]
+        losses, chosen_rewards, rejected_rewards = self.loss_function(*log_probabilities)
+        return losses, chosen_rewards - rejected_rewards
+
+
+def answer_log_probabilities(hidden: torch.Tensor, labels: torch.Tensor, head: Any) -> torch.Tensor:
+    """Sum the log probabilities of each row's labels, never holding the logits.
+
+    Args:
+        hidden (torch.Tensor): input of the LM head, ``[B, T, D]``.
+        labels (torch.Tensor): shifted token ids, ``[B, T]``, -100 where none counts.
+        head (Any): the frozen LM head.
+
+    Returns:
+        torch.Tensor: nats, fp32, ``[B]``; differentiable in ``hidden``.
+    """
+    kept = labels != CROSS_ENTROPY_IGNORE_IDX
+    losses = linear_cross_entropy(hidden[kept], labels[kept], head)
+    rows = kept.nonzero()[:, 0]
+    return -losses.new_zeros(len(labels)).index_add(0, rows, losses)
+
+
+def collate_preferences(rows: list[Any], *, pad_id: int) -> Batch:
+    """Make a batch of pairs, padded on the right.
+
+    Args:
+        rows (list[Any]): of torchtune's preference datasets.
+        pad_id (int): token of the padding.
+
+    Returns:
+        Batch: ``tokens`` and ``labels`` ``[2B, T]``, the chosen answers first.
+    """
+    tokens, labels = padded_collate_dpo(rows, padding_idx=pad_id)
+    return {"tokens": tokens, "labels": labels}
+
+
+def build_preference_learning(
+    cfg: DictConfig, tokenizer: Any, model: QSTDecoder, *, seed: int, device: torch.device
+) -> tuple[PreferenceTask, TrainingData]:
+    """Build the task and its data.
+
+    Args:
+        cfg (DictConfig): the merged config.
+        tokenizer (Any): torchtune model tokenizer.
+        model (QSTDecoder): may be on meta.
+        seed (int): of the order of rows.
+        device (torch.device): the model's.
+
+    Returns:
+        tuple[PreferenceTask, TrainingData]: what is learnt and from what.
+
+    Raises:
+        UserError: if the loss or a dataset cannot be built or used.
+    """
+
+    def collate(rows: list[Any]) -> Batch:
+        return collate_preferences(rows, pad_id=tokenizer.pad_id)
+
+    loss = instantiate(cfg.loss, "loss")
+    _try_loss(loss, cfg.loss._component_)
+    data = build_data(cfg, tokenizer, collate, seed=seed, max_seq_len=model.max_seq_len)
+    _check_pairs(data)
+    return PreferenceTask(loss, device), data
+
+
+def _try_loss(loss: Any, name: str) -> None:
+    try:
+        losses, _, _ = loss(*torch.zeros(4, 1))
+        assert losses.shape == (1,)
+    except Exception as error:  # any loss may be named here, and each has its own way to fail
+        raise UserError(
+            f"loss: {name} does not learn from pairs: use torchtune.rlhf.loss.DPOLoss or another "
+            "that takes four log probabilities"
+        ) from error
+
+
+def _check_pairs(data: TrainingData) -> None:
+    if "chosen_input_ids" not in data.train.dataset[0]:
+        raise UserError(
+            "dataset: rows need a chosen and a rejected answer: use "
+            "torchtune.datasets.preference_dataset"
+        )
