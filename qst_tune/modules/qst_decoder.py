@@ -184,8 +184,8 @@ class QSTDecoder(TransformerDecoder):
             input_pos (torch.Tensor | None): as for :meth:`forward`.
 
         Returns:
-            tuple[torch.Tensor, torch.Tensor]: inputs of the LM head, ``[B, T, D]``, with and without
-            the side network.
+            tuple[torch.Tensor, torch.Tensor]: inputs of the LM head with the side network and
+            without it, ``[B, T, D]``.
         """
         h_BTD = self._embed(tokens, mask=mask, input_pos=input_pos)
         g_BTS = self.side.start(h_BTD)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from torchtune import utils
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_dpo
+from torchtune.modules import TransformerDecoder
 
 from qst_tune.errors import UserError
 from qst_tune.modules.linear_cross_entropy import linear_cross_entropy
@@ -54,11 +55,11 @@ class PreferenceTask:
     monitor: ClassVar[str] = "val_loss"
     higher_is_better: ClassVar[bool] = False
 
-    def loss(self, model: QSTDecoder, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def loss(self, model: TransformerDecoder, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sum of the losses and the number of pairs.
 
         Args:
-            model (QSTDecoder): the policy and, without its side network, the reference.
+            model (TransformerDecoder): a ``QSTDecoder``; the policy and, without its side network, the reference.
             batch (Batch): ``tokens`` and ``labels`` ``[2B, T]``, the chosen answers first.
 
         Returns:
@@ -71,11 +72,11 @@ class PreferenceTask:
         return losses.sum(), torch.tensor(len(losses), device=losses.device)
 
     @torch.no_grad()
-    def evaluate(self, model: QSTDecoder, batches: Iterable[Batch]) -> dict[str, float]:
+    def evaluate(self, model: TransformerDecoder, batches: Iterable[Batch]) -> dict[str, float]:
         """Judge every pair once. Collective: all ranks call it and get the same figures.
 
         Args:
-            model (QSTDecoder): put into evaluation mode meanwhile.
+            model (TransformerDecoder): a ``QSTDecoder``; put into evaluation mode meanwhile.
             batches (Iterable[Batch]): this process's share.
 
         Returns:
@@ -105,7 +106,7 @@ class PreferenceTask:
         }
 
     def _losses_and_margins(
-        self, model: QSTDecoder, batch: Batch
+        self, model: TransformerDecoder, batch: Batch
     ) -> tuple[torch.Tensor, torch.Tensor]:
         check_length(batch["tokens"], model.max_seq_len)
         labels = F.pad(batch["labels"][:, 1:], (0, 1), value=CROSS_ENTROPY_IGNORE_IDX)
