@@ -59,7 +59,8 @@ class PreferenceTask:
         """Return the sum of the losses and the number of pairs.
 
         Args:
-            model (TransformerDecoder): a ``QSTDecoder``; the policy and, without its side network, the reference.
+            model (TransformerDecoder): a ``QSTDecoder``; the policy and, without its side network,
+                the reference.
             batch (Batch): ``tokens`` and ``labels`` ``[2B, T]``, the chosen answers first.
 
         Returns:
