@@ -18,6 +18,7 @@ from qst_tune.training.cli import instantiate
 from qst_tune.training.data import DEFAULT_COLLATE, build_collate, build_dataset, is_packed
 from qst_tune.training.distributed import rank_and_world_size
 from qst_tune.training.method import Method, Task
+from qst_tune.training.parameter_groups import scale_rates
 from qst_tune.training.rows import SkippingRows, hold_out
 from qst_tune.training.run_log import RunLog
 from qst_tune.training.saved_run import (
@@ -169,6 +170,7 @@ def build_trainer(
         method.load(saved.checkpoint.folder / method.result_name)
     schedule = schedule_of(cfg, data.train)
     optimizer = instantiate(cfg.optimizer, "optimizer", method.parameter_groups())
+    scale_rates(optimizer)
     lr_scheduler = None
     if cfg.get("lr_scheduler"):
         lr_scheduler = instantiate(

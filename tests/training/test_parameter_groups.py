@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qst_tune.models import VARIANTS, qst_decoder
-from qst_tune.training.parameter_groups import parameter_groups
+from qst_tune.training.parameter_groups import parameter_groups, scale_rates
 from tests.helpers import TINY_REDUCTION, tiny_backbone
 
 
@@ -49,3 +49,18 @@ def test_frozen_parameters_and_empty_groups_are_left_out(side) -> None:
         parameter.requires_grad_(parameter.ndim == 2)
     (group,) = parameter_groups(side)
     assert {p.ndim for p in group["params"]} == {2}
+
+
+def test_head_of_a_classifier_learns_at_a_rate_that_falls_with_its_width(side) -> None:
+    width = side.upsample.out_features
+    side.score = torch.nn.Linear(width, 3, bias=False)
+    optimizer = torch.optim.AdamW(parameter_groups(side), lr=0.5)
+    scale_rates(optimizer)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates.pop(id(side.score.weight)) == pytest.approx(0.5 * 64 / width)
+    assert set(rates.values()) == {0.5}
+    assert len(rates) == len(list(side.parameters())) - 1
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    optimizer.step()
+    schedule.step()
+    assert optimizer.param_groups[-1]["lr"] == pytest.approx(0.25 * 64 / width)
