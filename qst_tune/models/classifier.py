@@ -28,10 +28,16 @@ def qst_classifier(backbone: str, num_labels: int, **arguments: Any) -> QSTClass
         QSTClassifier: frozen backbone, fp32 side network and head with random weights.
 
     Raises:
-        ValueError: if ``backbone`` names nothing, or as ``qst_decoder``.
+        ValueError: if ``backbone`` names nothing or a whole model, or as ``qst_decoder``.
     """
     try:
         builder = _get_component_from_path(backbone)
     except Exception as error:  # importing a user's own module may raise anything
         raise ValueError(f"backbone={backbone!r} cannot be imported") from error
+    plain = getattr(builder, "backbone_builder", None)
+    if plain is not None:
+        raise ValueError(
+            f"backbone={backbone!r} builds a whole model: name the builder of its plain backbone, "
+            f"{plain.__name__} ({plain.__module__})"
+        )
     return QSTClassifier(qst_builder(builder)(**arguments), num_labels)

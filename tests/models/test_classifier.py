@@ -41,6 +41,12 @@ def test_an_unknown_backbone_is_named():
         build(backbone="qst_tune.models.nope", num_labels=2)
 
 
+def test_a_builder_of_a_whole_model_is_refused_with_the_one_of_its_backbone():
+    with pytest.raises(ValueError, match="builds a whole model: name .*, smollm2_135m ") as error:
+        build(backbone="qst_tune.models.qst_smollm2_135m", num_labels=2)
+    assert "\n" not in str(error.value)
+
+
 def test_a_misspelt_argument_is_named():
     with pytest.raises(TypeError, match="reduction_facto"):
         build(backbone="qst_tune.models.smollm2_135m", num_labels=2, reduction_facto=8)
