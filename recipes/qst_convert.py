@@ -5,9 +5,10 @@ Examples::
     tune run qst_convert --config llama2/7B_qst from_authors=<THEIRS> side_network=<NEW FOLDER>
     tune run qst_convert --config llama2/7B_qst side_network=<OURS> to_authors=<NEW FOLDER>
 
-The config is one of qst_finetune's: its model and checkpointer blocks name the backbone. A folder
-of theirs says nothing of itself: r and rank are found by its tensors. Both ways are exact; pickles
-are read as plain tensors only, and nothing is replaced.
+The config is one of qst_finetune's: its model and checkpointer blocks name the backbone, and a
+classifier's is for their classifiers. A folder of theirs says nothing of itself: r, rank and number
+of labels are found by its tensors. Both ways are exact; pickles are read as plain tensors only, and
+nothing is replaced.
 """
 
 from pathlib import Path
@@ -49,7 +50,8 @@ def import_folder(cfg: DictConfig, theirs: Path, ours: Path) -> None:
         recipe_config=OmegaConf.to_yaml({**cfg, "model": block}),
         results={},
     )
-    settings = " ".join(f"model.{n}={block[n]}" for n in ("variant", "reduction_factor", "rank"))
+    found = ("variant", "reduction_factor", "rank", "num_labels")
+    settings = " ".join(f"model.{name}={block[name]}" for name in found if name in block)
     log.info(f"{ours} written; to use it: side_network={ours} {settings}")
 
 
@@ -65,7 +67,7 @@ def export_folder(cfg: DictConfig, ours: Path, theirs: Path) -> None:
     state, settings = export_authors(ours, cfg)
     write_authors_folder(theirs, state)
     said = ", ".join(f"{name}={value!r}" for name, value in settings.items())
-    log.info(f"{theirs} written; their QSTConfig must say {said}")
+    log.info(f"{theirs} written; their configuration must say {said}")
 
 
 def _check_new(folder: Path, key: str) -> None:

@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from qst_tune.errors import UserError
+from qst_tune.training.data import LENGTH_MULTIPLE
 
 Row = dict[str, Any]
 
@@ -126,15 +127,18 @@ def classification_dataset(
 
 
 def collate_classification(
-    rows: Sequence[Row], *, pad_id: int, multiple: int = 16, max_seq_len: int | None = None
+    rows: Sequence[Row],
+    *,
+    pad_id: int,
+    multiple: int = LENGTH_MULTIPLE,
+    max_seq_len: int | None = None,
 ) -> dict[str, torch.Tensor]:
     """Make a batch, padded on the right.
 
     Args:
         rows (Sequence[Row]): of a :class:`ClassificationDataset`.
         pad_id (int): any token id.
-        multiple (int): rows are padded to a multiple of this: on a CPU every new length compiles
-            kernels that stay in memory.
+        multiple (int): rows are padded to a multiple of this, as those of language models are.
         max_seq_len (int | None): padding does not exceed it.
 
     Returns:

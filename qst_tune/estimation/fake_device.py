@@ -70,19 +70,6 @@ def allocate_fake(module: nn.Module, device: DeviceType) -> None:
             setattr(child, name, fake(buffer))
 
 
-def build_rotary_caches(module: nn.Module) -> None:
-    """Build the caches of rotary embeddings, as loading a checkpoint does.
-
-    They are real, since Llama 3's code reads them; :func:`allocate_fake` makes them fake.
-
-    Args:
-        module (nn.Module): built on the meta device; changed in place.
-    """
-    with torch.device("cpu"):
-        for child in module.modules():
-            getattr(child, "rope_init", lambda: None)()
-
-
 def _fake(tensor: torch.Tensor, device: DeviceType) -> torch.Tensor:
     if isinstance(tensor, NF4Tensor):
         names, context = tensor.__tensor_flatten__()
@@ -245,8 +232,8 @@ def _cuda_rms_norm(
     weight: torch.Tensor | None = None,
     eps: float | None = None,
 ) -> torch.Tensor:
-    """One kernel where the dtypes agree, the same sequence of operations as on a CPU elsewhere."""
-    if weight is None or weight.dtype != input.dtype:
+    """One kernel, but for a weight of another dtype: then a sequence of operations as on a CPU."""
+    if weight is not None and weight.dtype != input.dtype:
         return _rms_norm(input, normalized_shape, weight, eps)
     output: torch.Tensor = _FusedRMSNorm.apply(input, weight)  # type: ignore[no-untyped-call]
     return output
@@ -256,7 +243,7 @@ class _FusedRMSNorm(torch.autograd.Function):
     """What ``aten._fused_rms_norm`` allocates on CUDA: its result and one number a token."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1))
         return torch.empty_like(x)
 

@@ -97,9 +97,13 @@ def _qst(choices: Choices, *, recompute: bool | None = None, **changes: Any) -> 
 
 
 def _qst_published(choices: Choices) -> Setup:
-    """The paper's equations as its authors ran them: nothing is recomputed, all logits are held."""
-    setup = _qst(choices, recompute=False, variant="paper", downsample="adapter")
-    return _published(setup)
+    """The paper's equations as its authors ran them: nothing is recomputed, all logits are held.
+
+    Of the config only the backbone counts: what it chooses for its side network is not published.
+    """
+    parameters = inspect.signature(qst_decoder).parameters.values()
+    settings = {p.name: p.default for p in parameters if p.default is not p.empty}
+    return _published(_qst(choices, recompute=False, **{**settings, "variant": "paper"}))
 
 
 def _published(setup: Setup) -> Setup:

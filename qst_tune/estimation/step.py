@@ -18,13 +18,13 @@ from qst_tune.estimation.fake_device import (
     Attention,
     DeviceType,
     allocate_fake,
-    build_rotary_caches,
     device_kernels,
     fake_tensors,
     workspace_of,
 )
 from qst_tune.estimation.methods import Choices, Method, Setup
 from qst_tune.estimation.tracker import PeakMemory, StorageTracker
+from qst_tune.modules.rotary_caches import build_rotary_caches
 from qst_tune.training.cli import instantiate
 from qst_tune.training.loss import next_token_loss
 
@@ -89,7 +89,8 @@ def estimate_step(
             f"tokenizer.max_seq_len={shape.seq_len} is longer than the model's max_seq_len "
             f"{longest}: lower it"
         )
-    build_rotary_caches(setup.model)
+    # Real ones first, since Llama 3's code reads what it puts into them.
+    build_rotary_caches(setup.model, torch.device("cpu"))
     with fake_tensors(choices.dtype):
         allocate_fake(setup.model, device)
         return run_step(

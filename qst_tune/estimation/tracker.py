@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
@@ -26,15 +26,7 @@ Part = Literal[
     "logits and loss",
     "transient",
 ]
-PARTS: tuple[Part, ...] = (
-    "frozen weights",
-    "trainable weights",
-    "optimizer states",
-    "gradients",
-    "saved activations",
-    "logits and loss",
-    "transient",
-)
+PARTS: tuple[Part, ...] = get_args(Part)
 Phase = Literal["setup", "forward", "loss", "loss backward", "backward", "optimizer"]
 
 _aten = torch.ops.aten

@@ -5,6 +5,8 @@ from typing import Any
 from torchtune.config._utils import _get_component_from_path
 
 from qst_tune.models.qst import qst_builder
+from qst_tune.modules.learned_positions import LearnedPositionEmbedding
+from qst_tune.modules.output_mix import SigmoidMix
 from qst_tune.modules.qst_classifier import QSTClassifier
 
 
@@ -19,6 +21,10 @@ def qst_classifier(backbone: str, num_labels: int, **arguments: Any) -> QSTClass
           num_labels: 2
           reduction_factor: 16
 
+    ``variant="authors"`` over OPT is their classifier's: z of the output mix starts at 0 unless
+    ``initial_mix`` says otherwise, and the last token is found by counting
+    (:class:`~qst_tune.modules.qst_classifier.QSTClassifier`).
+
     Args:
         backbone (str): dotted name of a builder of a torchtune decoder, of ours or of torchtune's.
         num_labels (int): number of classes; 1 for a regression.
@@ -28,10 +34,23 @@ def qst_classifier(backbone: str, num_labels: int, **arguments: Any) -> QSTClass
         QSTClassifier: frozen backbone, fp32 side network and head with random weights.
 
     Raises:
-        ValueError: if ``backbone`` names nothing, or as ``qst_decoder``.
+        ValueError: if ``backbone`` names nothing or a whole model, or as ``qst_decoder``.
     """
     try:
         builder = _get_component_from_path(backbone)
     except Exception as error:  # importing a user's own module may raise anything
         raise ValueError(f"backbone={backbone!r} cannot be imported") from error
-    return QSTClassifier(qst_builder(builder)(**arguments), num_labels)
+    plain = getattr(builder, "backbone_builder", None)
+    if plain is not None:
+        raise ValueError(
+            f"backbone={backbone!r} builds a whole model: name the builder of its plain backbone, "
+            f"{plain.__name__} ({plain.__module__})"
+        )
+    decoder = qst_builder(builder)(**arguments)
+    is_opt = isinstance(decoder.tok_embeddings, LearnedPositionEmbedding)
+    as_their_opt = is_opt and arguments.get("variant") == "authors"
+    mix = decoder.side.output_mix
+    if as_their_opt and isinstance(mix, SigmoidMix) and arguments.get("initial_mix") is None:
+        mix.initial_logit = 0.0  # modeling_opt_qst.py: of a classifier zeros, else ones
+        mix.reset_parameters()
+    return QSTClassifier(decoder, num_labels, counts_tokens=as_their_opt)

@@ -29,9 +29,9 @@ def peqa_decoder(
     Args:
         backbone (TransformerDecoder): taken over; the linears of its layers become integer ones
             and only their scales train. Embeddings, norms and LM head stay as they are, frozen.
-        bits (int): of a code: 4, 3 or (with a warning) 2.
-        group_size (int | None): input channels that share a scale, 32 to 256; None: all, the
-            paper's choice. Smaller groups start nearer to the model, and store and train more.
+        bits (int): of a code: 2 (with a warning), 3, 4 or 8.
+        group_size (int | None): input channels that share a scale, any number from 1; None: all,
+            the paper's choice. Smaller groups start nearer to the model, and store and train more.
         init (AffineInit): "rtn", rounding to nearest over the full range, or "mse", which searches
             a narrower range with less squared error.
         train_zero_points (bool): train them beside the scales, the paper's ablation. Such a model

@@ -138,7 +138,8 @@ def qst_decoder(
             variant's.
         min_head_dim (int | None): fewer heads than the backbone's where theirs would be narrower;
             None: the variant's.
-        initial_mix (float): start of alpha in the "alpha" mix, of z in the "sigmoid" mix.
+        initial_mix (float): start of alpha in the "alpha" mix, of z in "sigmoid" and
+            "swapped_sigmoid"; "residual" has nothing to start.
         activation (Activation): of an "adapter": "silu", "relu", "gelu" or "identity".
         downsample_norm_before (bool): a trained LayerNorm before a "linear", "lora" or "adapter".
         dropout (float): share of a hidden state's channels that are not read, in training.
@@ -259,7 +260,7 @@ def _side_network(
             for gamma in initial_gammas(initial_gamma, num_side_blocks)
         ),
         blocks=build_side_blocks([backbone.layers[index] for index in layers], shape),
-        norm=resize_norm(backbone.norm, shape.embed_dim) or nn.Identity(),
+        norm=resize_norm(backbone.norm, shape.embed_dim),
         upsample=upsample_type(shape.embed_dim, embed_dim),
         output_mix=build_output_mix(output_mix, embed_dim if mix_per_channel else 1, initial_mix),
         reads=side_reads,

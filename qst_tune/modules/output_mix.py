@@ -113,7 +113,7 @@ def build_output_mix(kind: OutputMixKind, num_channels: int, initial: float = 1.
     Args:
         kind (OutputMixKind): which one.
         num_channels (int): 1 or D.
-        initial (float): start of alpha ("alpha") or of z ("sigmoid"). Default: 1.
+        initial (float): start of alpha ("alpha") or of z (both "sigmoid" ones). Default: 1.
 
     Returns:
         nn.Module: called with f and u.

@@ -1,17 +1,20 @@
 """The PEQA model: a decoder with integer weights of which the scales train."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torchtune.modules import TransformerDecoder
 
 from qst_tune.modules.decoder_parts import decoder_parts
+from qst_tune.modules.learned_positions import LearnedPositionDecoder, LearnedPositionEmbedding
 from qst_tune.modules.peqa_linear import PEQALinear
 
 
 class PEQADecoder(TransformerDecoder):
     """A torchtune decoder whose linears are :class:`~qst_tune.modules.peqa_linear.PEQALinear`.
 
-    It computes what torchtune's own decoder does and keeps its names. Beyond that it can leave out
+    It computes what the backbone's decoder does and keeps its names. Beyond that it can leave out
     the LM head for a loss that applies the head itself, and it knows its task: the set of trained
     tensors, which can be exchanged in a loaded model while the codes stay.
 
@@ -62,6 +65,22 @@ class PEQADecoder(TransformerDecoder):
             raise ValueError("the task's tensors are not those that train in this model")
         for name, parameter in own.items():
             parameter.copy_(task[name])
+
+    def forward(self, tokens: torch.Tensor, **where: Any) -> torch.Tensor | list[torch.Tensor]:
+        """Compute logits; arguments and result as torchtune's ``TransformerDecoder.forward``.
+
+        Args:
+            tokens (torch.Tensor): ``[B, T]`` token ids.
+            **where (Any): ``mask`` and ``input_pos``; a learned embedding of positions, as OPT's,
+                reads them too.
+
+        Returns:
+            torch.Tensor | list[torch.Tensor]: as :meth:`unembed` of the last hidden state.
+        """
+        learned = isinstance(self.tok_embeddings, LearnedPositionEmbedding)
+        compute: Any = LearnedPositionDecoder.forward if learned else TransformerDecoder.forward
+        logits: torch.Tensor | list[torch.Tensor] = compute(self, tokens, **where)
+        return logits
 
     def unembed(self, h: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
         """Turn the last hidden state into logits, or into the LM head's input.

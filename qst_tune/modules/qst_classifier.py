@@ -27,22 +27,28 @@ class QSTClassifier(QSTDecoder):
     not used.
 
     Source: the authors' sequence classification (github.com/YouAreSpecialToMe/QST at 27cef0a).
-    Differs from it: theirs starts at random values, and finds the last real token under padding on
-    the right only.
+    Differs from it: theirs starts at random values, and over OPT counts the real tokens where we
+    look for the last one (``counts_tokens``).
 
     Args:
         decoder (QSTDecoder): its modules are taken over, not copied.
         num_labels (int): C.
+        counts_tokens (bool): read the state at index n - 1 of a row with n real tokens, as the
+            authors' code for OPT does, which is another token than the last under padding on the
+            left. Default: False.
 
     Raises:
         ValueError: if ``num_labels`` is below 1.
     """
 
-    def __init__(self, decoder: QSTDecoder, num_labels: int) -> None:
+    def __init__(
+        self, decoder: QSTDecoder, num_labels: int, *, counts_tokens: bool = False
+    ) -> None:
         if num_labels < 1:
             raise ValueError(f"num_labels={num_labels} must be at least 1 (1: a regression)")
         super().__init__(decoder, decoder.side, side_init=decoder.side_init)
         self.num_labels = num_labels
+        self.counts_tokens = counts_tokens
         self.skip_output_layer = True
         upsample: Any = decoder.side.upsample
         self.side.score = ZeroLinear(
@@ -72,6 +78,8 @@ class QSTClassifier(QSTDecoder):
         if padding_mask is not None:
             index = torch.arange(tokens.shape[1], device=tokens.device)
             last = (index * padding_mask).argmax(-1)
+            if self.counts_tokens:
+                last = padding_mask.sum(-1) - 1
             # Causal attention alone keeps padding on the right from every real token.
             if not padding_mask[:, 0].all():
                 where["mask"] = get_causal_mask_from_padding_mask(padding_mask)

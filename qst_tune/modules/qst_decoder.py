@@ -239,10 +239,13 @@ class QSTDecoder(TransformerDecoder):
 
 
 def _rows(per_row: dict[str, Any], start: int, stop: int, batch_size: int) -> dict[str, Any]:
-    """The same rows of a mask or of positions; one that serves all rows is passed as it is."""
+    """The same rows of a mask or of positions; what serves all rows is passed as it is.
+
+    So are positions ``[T]``, of which there may be as many as rows.
+    """
     return {
         name: value[start:stop]
-        if isinstance(value, torch.Tensor) and len(value) == batch_size
+        if isinstance(value, torch.Tensor) and value.ndim > 1 and len(value) == batch_size
         else value
         for name, value in per_row.items()
     }

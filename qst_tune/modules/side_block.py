@@ -72,8 +72,9 @@ def side_shape(
     if num_heads is None:
         raise ValueError(
             f"reduction_factor={reduction_factor} gives a side network of width {embed_dim} for a "
-            f"backbone of width {attn.embed_dim}, which cannot be split into heads of an even "
-            f"width of at least {MIN_HEAD_DIM}; values that work: {_working_factors(attn)}"
+            f"backbone of width {attn.embed_dim}, which cannot be split into heads of "
+            f"{'a' if attn.pos_embeddings is None else 'an even'} width of at least "
+            f"{MIN_HEAD_DIM}; values that work: {_working_factors(attn)}"
         )
     return SideShape(
         embed_dim=embed_dim,
@@ -84,11 +85,11 @@ def side_shape(
 
 
 def build_side_blocks(layers: Iterable[nn.Module], shape: SideShape) -> nn.ModuleList:
-    """Build randomly initialised side blocks, one per backbone layer and of its own type.
+    """Build side blocks with random weights, one for each given layer and of its own type.
 
     Args:
-        layers (Iterable[nn.Module]): the backbone layers to imitate (norm type and epsilon, biases,
-            activation, rotary base and scaling, attention dropout).
+        layers (Iterable[nn.Module]): backbone layers, those that get a block, to imitate: norm type
+            and epsilon, biases, activation, rotary base and scaling, attention dropout.
         shape (SideShape): sizes, from :func:`side_shape`.
 
     Returns:
@@ -126,21 +127,19 @@ def _side_block(
     )
 
 
-def resize_norm(norm: nn.Module | None, dim: int) -> nn.Module | None:
+def resize_norm(norm: nn.Module, dim: int) -> nn.Module:
     """Build a fresh norm of the same type and epsilon over ``dim`` channels.
 
     Args:
-        norm (nn.Module | None): RMSNorm, LayerNorm or the like; Identity and None stay.
+        norm (nn.Module): RMSNorm, LayerNorm or the like; an Identity stays one.
         dim (int): number of channels of the new norm.
 
     Returns:
-        nn.Module | None: the new norm, its weights at their initial values.
+        nn.Module: the new norm, its weights at their initial values.
 
     Raises:
         ValueError: if its type is not built from ``dim`` and ``eps`` (Gemma 2's, for example).
     """
-    if norm is None:
-        return None
     if isinstance(norm, nn.Identity):
         return nn.Identity()  # not the backbone's: two networks must not share a module
     if not hasattr(norm, "eps"):
@@ -163,8 +162,8 @@ def _side_attention(
         v_proj=_linear_like(attn.v_proj, shape.embed_dim, kv_dim),
         output_proj=_linear_like(attn.output_proj, query_dim, shape.embed_dim),
         pos_embeddings=rope,
-        q_norm=resize_norm(attn.q_norm, shape.head_dim),
-        k_norm=resize_norm(attn.k_norm, shape.head_dim),
+        q_norm=attn.q_norm and resize_norm(attn.q_norm, shape.head_dim),
+        k_norm=attn.k_norm and resize_norm(attn.k_norm, shape.head_dim),
         max_seq_len=attn.max_seq_len,
         is_causal=attn.is_causal,
         attn_dropout=attn.attn_dropout,

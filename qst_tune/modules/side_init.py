@@ -16,7 +16,7 @@ Queries and keys are cut otherwise in both: their channels turn with the positio
 the pairs are taken evenly spaced. Where the side head_dim divides the backbone's, each then turns
 exactly as fast in the side network as in the backbone.
 
-Weights are taken as the backbone computes with them: decoded, if it is quantised.
+Weights are taken as the backbone computes with them: decoded to its dtype, if it is quantised.
 """
 
 from dataclasses import dataclass
@@ -43,16 +43,32 @@ def initialize_from_backbone(side: Any, backbone: Any, side_init: SideInit) -> N
         backbone (Any): a ``TransformerDecoder``, quantised or not.
         side_init (SideInit): "slice" or "prune".
     """
+    # The embedding's dtype: norms are kept in fp32, and integer weights do not say in which dtype
+    # they are decoded. Not fp32, where the copy of one weight may be gigabytes.
+    dtype = backbone.tok_embeddings.weight.dtype
     prune = side_init == "prune"
-    width = side.blocks[0].attn.embed_dim
-    channels = _kept(_written(backbone.layers, prune), width)
+    channels = _kept(_written(backbone.layers, prune, dtype), side.blocks[0].attn.embed_dim)
+    cut = _Cut(channels, prune, dtype)
     for block, index in zip(side.blocks, side.layers, strict=True):
         layer = backbone.layers[index]
-        _cut_attention(block.attn, layer.attn, channels, prune)
-        _cut_mlp(block.mlp, layer.mlp, channels, prune)
+        _cut_attention(block.attn, layer.attn, cut)
+        _cut_mlp(block.mlp, layer.mlp, cut)
         for name in ("sa_norm", "mlp_norm", "sa_scale", "mlp_scale"):
             _cut_vectors(getattr(block, name), getattr(layer, name), channels)
     _cut_vectors(side.norm, backbone.norm, channels)
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """What is the same for all layers.
+
+    channels: ``[S]``, those of the residual stream that stay; prune: keep the largest of every
+    other kind, not the first; dtype: that weights are decoded to.
+    """
+
+    channels: torch.Tensor
+    prune: bool
+    dtype: torch.dtype
 
 
 def _kept(importance: torch.Tensor, count: int) -> torch.Tensor:
@@ -65,7 +81,7 @@ def _first(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
     return -torch.arange(shape[-1], device=device).float().expand(shape)
 
 
-def _written(layers: Any, prune: bool) -> torch.Tensor:
+def _written(layers: Any, prune: bool, dtype: torch.dtype) -> torch.Tensor:
     """``[D]``: importance of each channel of the residual stream."""
     first = layers[0].attn.output_proj
     device = next(first.parameters()).device
@@ -74,48 +90,54 @@ def _written(layers: Any, prune: bool) -> torch.Tensor:
     total = torch.zeros((first.out_features,), device=device)
     for layer in layers:
         for linear in (layer.attn.output_proj, layer.mlp.w2):
-            total += _weight(linear).abs().sum(1, dtype=torch.float32)
+            total += weight_of(linear, dtype).abs().sum(1, dtype=torch.float32)
     return total
 
 
-def _cut_mlp(mlp: Any, source: Any, channels: torch.Tensor, prune: bool) -> None:
-    gate, down = _weight(source.w1), _weight(source.w2)
-    importance = _first((len(gate),), gate.device)
-    if prune:
-        importance = gate[:, channels].abs().float() * down[channels].T.abs()
-        if source.w3 is not None:
-            importance = importance * _weight(source.w3)[:, channels].abs()
-        importance = importance.sum(1)
-    inner = _kept(importance, mlp.w1.out_features)
-    _cut(mlp.w1, source.w1, inner, channels)
-    _cut(mlp.w2, source.w2, channels, inner)
+def _cut_mlp(mlp: Any, source: Any, cut: _Cut) -> None:
+    inner = _kept(_inner_importance(source, cut), mlp.w1.out_features)
+    _cut_linear(mlp.w1, source.w1, inner, cut.channels, cut.dtype)
+    _cut_linear(mlp.w2, source.w2, cut.channels, inner, cut.dtype)
     if source.w3 is not None:
-        _cut(mlp.w3, source.w3, inner, channels)
+        _cut_linear(mlp.w3, source.w3, inner, cut.channels, cut.dtype)
 
 
-def _cut_attention(attn: Any, source: Any, channels: torch.Tensor, prune: bool) -> None:
-    heads = _choose_heads(attn, source, _value_importance(source, channels, prune))
-    turned = _turned_channels(source, attn.head_dim).to(channels.device)
+def _inner_importance(source: Any, cut: _Cut) -> torch.Tensor:
+    """``[MLP channels]``."""
+    if not cut.prune:
+        return _first((source.w1.out_features,), cut.channels.device)
+    gate = weight_of(source.w1, cut.dtype)[:, cut.channels].abs().float()
+    importance = gate * weight_of(source.w2, cut.dtype)[cut.channels].T.abs()
+    if source.w3 is not None:
+        importance = importance * weight_of(source.w3, cut.dtype)[:, cut.channels].abs()
+    return importance.sum(1)
+
+
+def _cut_attention(attn: Any, source: Any, cut: _Cut) -> None:
+    heads = _choose_heads(attn, source, _value_importance(source, cut))
+    turned = _turned_channels(source, attn.head_dim).to(cut.channels.device)
     dim = source.head_dim
-    of_query = heads.kv_of_query[:, None]
-    _cut(attn.q_proj, source.q_proj, (heads.query[:, None] * dim + turned).flatten(), channels)
-    _cut(attn.k_proj, source.k_proj, (heads.kv[:, None] * dim + turned).flatten(), channels)
+    queries = heads.query[:, None] * dim + turned
+    keys = heads.kv[:, None] * dim + turned
     values = heads.kv[:, None] * dim + heads.value_channels
-    _cut(attn.v_proj, source.v_proj, values.flatten(), channels)
-    written = heads.query[:, None] * dim + heads.value_channels[of_query.squeeze(1)]
-    _cut(attn.output_proj, source.output_proj, channels, written.flatten())
+    written = heads.query[:, None] * dim + heads.value_channels[heads.kv_of_query]
+    _cut_linear(attn.q_proj, source.q_proj, queries.flatten(), cut.channels, cut.dtype)
+    _cut_linear(attn.k_proj, source.k_proj, keys.flatten(), cut.channels, cut.dtype)
+    _cut_linear(attn.v_proj, source.v_proj, values.flatten(), cut.channels, cut.dtype)
+    _cut_linear(attn.output_proj, source.output_proj, cut.channels, written.flatten(), cut.dtype)
     _cut_vectors(attn.q_norm, source.q_norm, turned)
     _cut_vectors(attn.k_norm, source.k_norm, turned)
 
 
-def _value_importance(source: Any, channels: torch.Tensor, prune: bool) -> torch.Tensor:
+def _value_importance(source: Any, cut: _Cut) -> torch.Tensor:
     """``[num_heads, head_dim]``: how much each channel of each query head passes on."""
     heads, kv_heads, dim = source.num_heads, source.num_kv_heads, source.head_dim
-    if not prune:
+    if not cut.prune:
         # Heads fall faster than the channels within one.
-        return _first((heads * dim,), channels.device).view(heads, dim)
-    value = _weight(source.v_proj)[:, channels].abs().float().view(kv_heads, dim, -1)
-    output = _weight(source.output_proj)[channels].abs().float().view(-1, heads, dim)
+        return _first((heads * dim,), cut.channels.device).view(heads, dim)
+    v_weight, o_weight = (weight_of(m, cut.dtype) for m in (source.v_proj, source.output_proj))
+    value = v_weight[:, cut.channels].abs().float().view(kv_heads, dim, -1)
+    output = o_weight[cut.channels].abs().float().view(-1, heads, dim)
     value = value.repeat_interleave(heads // kv_heads, dim=0)
     importance: torch.Tensor = torch.einsum("hdc,chd->hd", value, output)
     return importance
@@ -136,21 +158,22 @@ class _Heads:
 
 
 def _choose_heads(attn: Any, source: Any, importance: torch.Tensor) -> _Heads:
-    """The best key-value heads, then the best query heads of those that use them, then others.
+    """The best key-value heads, each with the best query heads that use it, then others.
 
     There is room for others only where the side network has fewer key-value heads than its share.
+    Query heads stand in the order of the key-value heads that they use, as attention pairs them.
     """
-    per_kv = source.num_heads // source.num_kv_heads
+    per_kv, per_side = (a.num_heads // a.num_kv_heads for a in (source, attn))
     grouped = importance.view(source.num_kv_heads, per_kv, -1).sum(1)
     kv = _kept(grouped.sum(1), attn.num_kv_heads)
     per_head = importance.sum(1)
-    own = torch.isin(torch.arange(source.num_heads, device=kv.device) // per_kv, kv)
-    query = _kept(per_head + own * (per_head.max() - per_head.min() + 1), attn.num_heads)
-    index = torch.arange(attn.num_heads, device=kv.device)
+    own = kv[:, None] * per_kv + _kept(per_head.view(-1, per_kv)[kv], min(per_kv, per_side))
+    left = per_head.index_fill(0, own.flatten(), -torch.inf)
+    others = _kept(left, attn.num_heads - own.numel()).view(len(kv), per_side - own.shape[1])
     return _Heads(
-        query=query,
+        query=torch.cat([own, others], dim=1).sort(dim=1).values.flatten(),
         kv=kv,
-        kv_of_query=index // (attn.num_heads // attn.num_kv_heads),
+        kv_of_query=torch.arange(len(kv), device=kv.device).repeat_interleave(per_side),
         value_channels=_kept(grouped[kv], attn.head_dim),
     )
 
@@ -165,14 +188,10 @@ def _turned_channels(source: Any, head_dim: int) -> torch.Tensor:
     return torch.stack([2 * pairs, 2 * pairs + 1], dim=1).flatten()
 
 
-def _weight(linear: nn.Module) -> torch.Tensor:
-    """In the dtype that it decodes to: a copy in fp32 may be gigabytes."""
-    parameter = next(linear.parameters())
-    return weight_of(linear, parameter.dtype)
-
-
-def _cut(target: Any, source: Any, rows: torch.Tensor, columns: torch.Tensor) -> None:
-    target.weight.copy_(_weight(source)[rows][:, columns])
+def _cut_linear(
+    target: Any, source: Any, rows: torch.Tensor, columns: torch.Tensor, dtype: torch.dtype
+) -> None:
+    target.weight.copy_(weight_of(source, dtype)[rows][:, columns])
     if target.bias is not None:
         target.bias.copy_(source.bias[rows])
 

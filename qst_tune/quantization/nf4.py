@@ -36,13 +36,13 @@ def nf4_block_sizes(numel: int) -> tuple[int, int]:
         tuple[int, int]: weights per absmax, and absmax values per second-level factor.
 
     Raises:
-        ValueError: if ``numel`` is odd, since NF4 stores two codes in a byte.
+        ValueError: if ``numel`` is odd, since a byte holds two codes.
     """
     block_size = math.gcd(numel, BLOCK_SIZE)
     if numel == 0 or block_size % 2:
         raise ValueError(
-            f"a weight of {numel} elements cannot be stored as NF4, which packs two codes in a "
-            "byte: use an even number of elements, or quantize_base=False"
+            f"a weight of {numel} elements cannot be stored in 4 bits, two codes in a byte: use an "
+            "even number of elements, or quantize_base=False"
         )
     return block_size, math.gcd(numel // block_size, SCALER_BLOCK_SIZE)
 

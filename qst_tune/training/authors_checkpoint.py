@@ -2,6 +2,10 @@
 
 Their ``save_qst_state`` leaves a folder of pickled state dicts with Hugging Face names and without
 any configuration. They are read with ``weights_only``: a pickle that wants to run code is refused.
+
+A classifier's folder holds its head besides, and the output gate under another name. Their code
+fails before it writes that gate (LLaMA: ``torch.save`` gets no tensor; OPT: it is given
+``lm_head_z``, which a classifier lacks), and its loading asks for the file all the same.
 """
 
 from dataclasses import dataclass
@@ -19,7 +23,11 @@ from qst_tune.models.opt_weights import opt_hf_to_tune, opt_tune_to_hf
 from qst_tune.training.atomic_folder import write_folder
 
 Family = Literal["llama", "opt"]
+Gate = Literal["lm_head_z", "score_z"]  # of a language model, of a classifier
 Weights = dict[str, torch.Tensor]
+
+BLOCKS_FILE = "qst_layers_parameters.pt"
+SCORE_FILE = "qst_score_parameters.pt"
 
 
 @dataclass(frozen=True)
@@ -28,24 +36,28 @@ class _Layout:
 
     prefix: str  # before the names of what belongs to their decoder
     norm: dict[str, str]  # their names -> ours
-    output_gate_file: str
+    gate_suffix: str  # of the file that holds the output gate
 
-    @property
-    def files(self) -> dict[str, str]:
+    def files(self, gate: Gate) -> dict[str, str]:
         """File of the folder -> prefix of its keys in the authors' model."""
-        return {
-            "qst_layers_parameters.pt": f"{self.prefix}qst_layers.",
+        files = {
+            BLOCKS_FILE: f"{self.prefix}qst_layers.",
             "qst_z_parameters.pt": f"{self.prefix}z.",
             "qst_downsample_parameters.pt": f"{self.prefix}downsample.",
             "qst_norm_parameters.pt": f"{self.prefix}{next(iter(self.norm)).partition('.')[0]}.",
             "qst_upsample_parameters.pt": "upsample.",
-            self.output_gate_file: "lm_head_z",
         }
+        if gate == "score_z":
+            files[SCORE_FILE] = "score."
+        return {**files, self.gate_file(gate): gate}
 
-    @property
-    def names(self) -> dict[str, str]:
+    def gate_file(self, gate: Gate) -> str:
+        """Name of the file that holds the output gate."""
+        return gate + self.gate_suffix
+
+    def names(self, gate: Gate) -> dict[str, str]:
         """The authors' names without the prefix -> ours, for everything but the side blocks."""
-        return {**_SHARED_NAMES, **self.norm}
+        return {**_SHARED_NAMES, **self.norm, gate: "output_mix.logit"}
 
 
 # ``{}`` stands for the number of a layer.
@@ -57,43 +69,54 @@ _SHARED_NAMES = {
     "downsample.{}.post_layer_norm.bias": "downsample.{}.norm.bias",
     "upsample.weight": "upsample.weight",
     "upsample.bias": "upsample.bias",
-    "lm_head_z": "output_mix.logit",
+    "score.weight": "score.weight",
 }
 _LAYOUTS: dict[Family, _Layout] = {
-    "llama": _Layout("model.", {"norm_qst.weight": "norm.scale"}, "lm_head_z_path.pt"),
+    "llama": _Layout("model.", {"norm_qst.weight": "norm.scale"}, "_path.pt"),
     "opt": _Layout(
         "model.decoder.",
         {
             "final_layer_norm_qst.weight": "norm.weight",
             "final_layer_norm_qst.bias": "norm.bias",
         },
-        "lm_head_z_parameters.pt",
+        "_parameters.pt",
     ),
 }
-_OUTSIDE = ("upsample.", "lm_head_z")  # stand beside their decoder, not in it
+_OUTSIDE = ("upsample.", "score", "lm_head_z")  # stand beside their decoder, not in it
 
 
-def read_authors_folder(folder: Path) -> Weights:
+def read_authors_folder(folder: Path, *, classifier: bool = False) -> Weights:
     """Read a folder of the authors' LLaMA or OPT code.
 
     Args:
-        folder (Path): holds the six files of ``save_qst_state``.
+        folder (Path): holds the six files of ``save_qst_state``; of a classifier seven, or six
+            without the output gate.
+        classifier (bool): whether it is of a classifier. Default: of a language model.
 
     Returns:
-        Weights: tensors under the parameter names of the authors' model.
+        Weights: tensors under the parameter names of the authors' model; without ``score_z`` if
+        the classifier's folder lacks it.
 
     Raises:
-        UserError: if a file is missing or is not a plain state dict.
+        UserError: if a file is missing or is not a plain state dict, or the folder is a
+            classifier's and none was asked for.
     """
-    is_opt = (folder / _LAYOUTS["opt"].output_gate_file).exists()
-    files = _LAYOUTS["opt" if is_opt else "llama"].files
+    gate: Gate = "score_z" if classifier else "lm_head_z"
+    blocks = _load_tensors(folder / BLOCKS_FILE, f"{BLOCKS_FILE} and others")
+    layout = _LAYOUTS["opt" if any(".fc1." in name for name in blocks) else "llama"]
+    has_gate = (folder / layout.gate_file(gate)).exists()
+    if not classifier and not has_gate and (folder / SCORE_FILE).exists():
+        raise UserError(
+            f"{folder} is a classifier's, it holds {SCORE_FILE}: name a config whose model is "
+            "qst_tune.models.qst_classifier"
+        )
+    files = layout.files(gate)
     state: Weights = {}
     for name, prefix in files.items():
-        content = _load_tensors(folder / name, files)
-        if isinstance(content, torch.Tensor):
-            state[prefix] = content.detach()
-        else:
-            state.update({prefix + key: value.detach() for key, value in content.items()})
+        if prefix == "score_z" and not has_gate:
+            continue
+        content = blocks if name == BLOCKS_FILE else _load_tensors(folder / name, ", ".join(files))
+        state.update({prefix + key: value.detach() for key, value in content.items()})
     return state
 
 
@@ -113,6 +136,7 @@ def side_from_authors(state: Weights, *, num_heads: int, num_kv_heads: int) -> W
     """
     family = family_of(state)
     layout = _LAYOUTS[family]
+    names = layout.names(_gate_of(state))
     blocks_prefix = f"{layout.prefix}qst_layers."
     blocks = {
         f"layers.{name.removeprefix(blocks_prefix)}": value
@@ -131,7 +155,7 @@ def side_from_authors(state: Weights, *, num_heads: int, num_kv_heads: int) -> W
     side = {name.replace("layers.", "blocks.", 1): value for name, value in converted.items()}
     for name, value in state.items():
         if not name.startswith(blocks_prefix):
-            side[get_mapped_key(name.removeprefix(layout.prefix), layout.names)] = value
+            side[get_mapped_key(name.removeprefix(layout.prefix), names)] = value
     return side
 
 
@@ -148,7 +172,7 @@ def side_to_authors(side: Weights, family: Family, *, num_heads: int, num_kv_hea
         Weights: tensors under the parameter names of the authors' model.
     """
     layout = _LAYOUTS[family]
-    names = {ours: theirs for theirs, ours in layout.names.items()}
+    names = {ours: theirs for theirs, ours in layout.names(_gate_of(side)).items()}
     blocks = {
         name.replace("blocks.", "layers.", 1): value
         for name, value in side.items()
@@ -173,7 +197,7 @@ def side_to_authors(side: Weights, family: Family, *, num_heads: int, num_kv_hea
 
 
 def write_authors_folder(folder: Path, state: Weights) -> None:
-    """Write the six files that the authors' code loads, whole or not at all.
+    """Write the files that the authors' code loads, six or a classifier's seven, or none at all.
 
     Args:
         folder (Path): replaced if it exists.
@@ -183,7 +207,7 @@ def write_authors_folder(folder: Path, state: Weights) -> None:
         UserError: if the folder cannot be written.
     """
     files: dict[str, bytes] = {}
-    for name, prefix in _LAYOUTS[family_of(state)].files.items():
+    for name, prefix in _LAYOUTS[family_of(state)].files(_gate_of(state)).items():
         content: Any = {
             # A clone: torch.save would write all that a view is a part of.
             key.removeprefix(prefix): value.detach().clone()
@@ -210,19 +234,22 @@ def family_of(state: Weights) -> Family:
     return "opt" if any(name.startswith("model.decoder.") for name in state) else "llama"
 
 
-def _load_tensors(path: Path, files: dict[str, str]) -> Weights | torch.Tensor:
+def _gate_of(state: Weights) -> Gate:
+    """Their name of the output gate; the head of a classifier has one name, theirs and ours."""
+    return "score_z" if "score.weight" in state else "lm_head_z"
+
+
+def _load_tensors(path: Path, files: str) -> Weights:
+    """A state dict; of a bare tensor, one whose only name is empty."""
     content: Any
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(
-            f"{path} is missing: a folder of the authors' code holds {', '.join(files)}"
-        ) from None
+        raise UserError(f"{path} is missing: a folder of the authors' code holds {files}") from None
     except Exception as error:  # torch.load raises many types for a damaged or hostile file
         reason = str(error).split(". ")[0].split("\n")[0]
         raise UserError(f"{path} is not a plain state dict and was not loaded: {reason}") from error
-    tensors = content.values() if isinstance(content, dict) else [content]
-    if not all(isinstance(tensor, torch.Tensor) for tensor in tensors):
+    tensors: Weights = content if isinstance(content, dict) else {"": content}
+    if not all(isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in tensors.items()):
         raise UserError(f"{path} is not a plain state dict: it holds more than tensors")
-    loaded: Weights | torch.Tensor = content
-    return loaded
+    return tensors

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
+from torchtune import utils
 from torchtune.modules import RMSNorm
 
 from qst_tune.errors import UserError
@@ -29,18 +30,23 @@ from qst_tune.training.tuned_folder import read_description, read_tensors
 _FIXED = {"activation": "silu", "downsample_norm_before": False, "side_reads": "output"}
 # Of the variant: starts, and what the tensors' shapes show.
 _FREE = ("rank", "initial_gamma", "min_head_dim", "num_side_blocks")
+_CLASSIFIER = "num_labels"  # the argument of a model block that makes it a classifier's
+
+log = utils.get_logger("INFO")
 
 
 def import_authors(folder: Path, cfg: DictConfig) -> tuple[QSTDecoder, dict[str, Any]]:
     """Read a folder of the authors' code as the side network of a config's backbone.
 
-    The folder has no configuration: r and the rank are those that give its tensors' shapes over the
-    config's backbone, and the heads are the backbone's, as in their code.
+    The folder has no configuration: r, the rank and a classifier's number of labels are those that
+    give its tensors' shapes over the config's backbone, and the heads are the backbone's, as in
+    their code. A classifier's output gate that their code failed to write has the value that it
+    starts with; on a GPU their code never trains it.
 
     Args:
-        folder (Path): holds the six files of their ``save_qst_state``.
-        cfg (DictConfig): has ``model``, a builder of a QST model; its side network's settings are
-            replaced.
+        folder (Path): holds the files of their ``save_qst_state``.
+        cfg (DictConfig): has ``model``, a builder of a QST model, a classifier for a classifier's
+            folder; its side network's settings are replaced.
 
     Returns:
         tuple[QSTDecoder, dict[str, Any]]: the model, backbone on meta and the side network's
@@ -50,14 +56,19 @@ def import_authors(folder: Path, cfg: DictConfig) -> tuple[QSTDecoder, dict[str,
         UserError: if a file is missing or no plain state dict, or the tensors are not those of a
             side network over this backbone.
     """
-    state = read_authors_folder(folder)
     block: Any = OmegaConf.to_container(cfg.model, resolve=True)
+    state = read_authors_folder(folder, classifier=_CLASSIFIER in block)
     embed_dim, side_dim = _shape(folder, state, "upsample.weight")
     rank = _shape(folder, state, "downsample.0.adapter_A.weight")[0]
-    _check_backbone(folder, state, _build(_authors_block(block, 1, rank)), embed_dim)
+    found: dict[str, Any] = {"variant": "authors", "rank": rank}
+    if _CLASSIFIER in block:
+        found[_CLASSIFIER] = _shape(folder, state, "score.weight")[0]
+    full_width = _build({**_backbone_part(block), **found, "reduction_factor": 1})
+    _check_backbone(folder, state, full_width, embed_dim)
+    _start_missing_gate(folder, state, full_width)
     problem = f"their side network has width {side_dim}"
     for reduction_factor in _candidates(embed_dim, side_dim):
-        candidate = _authors_block(block, reduction_factor, rank)
+        candidate = {**_backbone_part(block), **found, "reduction_factor": reduction_factor}
         model = _build(candidate)
         side = _converted(folder, state, model)
         problem = _difference(side, model)
@@ -81,13 +92,16 @@ def export_authors(folder: Path, cfg: DictConfig) -> tuple[Weights, dict[str, An
 
     Returns:
         tuple[Weights, dict[str, Any]]: tensors under the names of their model, and what their
-        ``QSTConfig`` must say to load them.
+        configuration must say to load them.
 
     Raises:
         UserError: if the folder is damaged, or their code cannot compute what it holds.
     """
     ours: Any = OmegaConf.to_container(cfg.model, resolve=True)
     theirs = dict(read_description(folder, SIDE_NETWORK).get("model") or {})
+    if (_CLASSIFIER in ours) != (_CLASSIFIER in theirs):
+        kind = "a classifier's" if _CLASSIFIER in theirs else "a language model's"
+        raise UserError(f"{folder} is {kind}, and the config's model is not: name its own config")
     block = _backbone_part(ours) | {n: v for n, v in theirs.items() if n in _side_settings()}
     side = read_tensors(folder, SIDE_NETWORK)
     model = _build(block)
@@ -97,17 +111,15 @@ def export_authors(folder: Path, cfg: DictConfig) -> tuple[Weights, dict[str, An
     state = side_to_authors(side, _family(model), **_heads(model.side.blocks))
     rank = len(side["downsample.0.reduce.weight"])
     settings = {"r": block.get("reduction_factor", 16), "peft_hidden_size": rank}
-    return state, {**settings, "activation": "swish", "add_layer_norm_after_adapter": True}
+    settings |= {"activation": "swish", "add_layer_norm_after_adapter": True}
+    if _CLASSIFIER in block:
+        settings[_CLASSIFIER] = block[_CLASSIFIER]
+    return state, settings
 
 
 def _candidates(embed_dim: int, side_dim: int) -> Iterable[int]:
     """Every r that turns one width into the other; the MLP tells them apart."""
     return [r for r in range(embed_dim // side_dim, 0, -1) if embed_dim // r == side_dim]
-
-
-def _authors_block(block: dict[str, Any], reduction_factor: int, rank: int) -> dict[str, Any]:
-    settings = {"variant": "authors", "reduction_factor": reduction_factor, "rank": rank}
-    return _backbone_part(block) | settings
 
 
 def _backbone_part(block: dict[str, Any]) -> dict[str, Any]:
@@ -116,7 +128,7 @@ def _backbone_part(block: dict[str, Any]) -> dict[str, Any]:
 
 def _side_settings() -> set[str]:
     arguments = set(inspect.signature(qst_decoder).parameters)
-    return arguments - {"backbone", "quantize_base", "base_quantization"}
+    return (arguments - {"backbone", "quantize_base", "base_quantization"}) | {_CLASSIFIER}
 
 
 def _shape(folder: Path, state: Weights, suffix: str) -> tuple[int, int]:
@@ -161,6 +173,16 @@ def _check_backbone(folder: Path, state: Weights, model: QSTDecoder, embed_dim: 
         )
 
 
+def _start_missing_gate(folder: Path, state: Weights, model: QSTDecoder) -> None:
+    mix: Any = model.side.output_mix
+    if "score.weight" in state and "score_z" not in state:
+        state["score_z"] = torch.full((len(state["upsample.weight"]),), mix.initial_logit)
+        log.warning(
+            f"{folder} has no score_z, which their code fails to write: taking its start "
+            f"{mix.initial_logit:g}, which training on a GPU leaves as it is"
+        )
+
+
 def _converted(folder: Path, state: Weights, model: QSTDecoder) -> Weights:
     problem = _other_heads(model)
     if problem:
@@ -200,8 +222,6 @@ def _foreign_setting(block: dict[str, Any], model: QSTDecoder) -> str:
     for name, value in wanted.items():
         if chosen[name] != value:
             return f"{name} is {chosen[name]}, there it is {value}"
-    if hasattr(model.side, "score"):
-        return "it has a classification head, which their code does not save"
     blocks, layers = len(model.side.blocks), len(model.layers)
     if blocks != layers:
         return f"it has {blocks} side blocks beside {layers} layers, there is one beside each"

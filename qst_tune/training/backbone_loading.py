@@ -13,6 +13,7 @@ from torchtune.modules import RMSNorm, TransformerDecoder
 from qst_tune.errors import UserError
 from qst_tune.modules.base_quantization import QuantizedLinear
 from qst_tune.modules.peqa_linear import PEQALinear
+from qst_tune.modules.rotary_caches import build_rotary_caches
 
 SIDE_PREFIX = "side."
 _FINGERPRINT_SAMPLES = 64
@@ -40,7 +41,7 @@ def load_backbone(
     """
     place = partial(_set_parameter, model, dtype=dtype, device=device)
     fingerprint = _read_weights(model, checkpointer, place)
-    _build_rotary_caches(model, device)
+    build_rotary_caches(model.layers, device)
     return fingerprint
 
 
@@ -154,13 +155,6 @@ def _set_parameter(
 def _is_tied_head(model: TransformerDecoder, name: str) -> bool:
     """True for a head stored beside the embedding it is tied to; the model keeps only one."""
     return name == "output.weight" and not isinstance(model.output, nn.Module)
-
-
-def _build_rotary_caches(model: TransformerDecoder, device: torch.device) -> None:
-    with device:
-        for module in model.layers.modules():
-            if hasattr(module, "rope_init"):
-                module.rope_init()
 
 
 def _digest(weight: torch.Tensor) -> str:

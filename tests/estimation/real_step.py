@@ -15,9 +15,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torchao.dtypes.nf4tensor import NF4Tensor
 
-from qst_tune.estimation.fake_device import build_rotary_caches
 from qst_tune.estimation.methods import METHODS, Choices
 from qst_tune.estimation.step import Shape, estimate_step, make_batch, make_optimizer, train_step
+from qst_tune.modules.rotary_caches import build_rotary_caches
 from qst_tune.quantization.nf4 import quantize_nf4
 
 MIB = 1024**2
@@ -87,7 +87,7 @@ def training_config(model: dict[str, object]) -> DictConfig:
 
 def allocate_real(module: nn.Module) -> None:
     """Replace, in place, the meta tensors of a module by random ones."""
-    build_rotary_caches(module)
+    build_rotary_caches(module, torch.device("cpu"))
     real: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for child in module.modules():
         for name, parameter in child.named_parameters(recurse=False):

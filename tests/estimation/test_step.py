@@ -172,6 +172,23 @@ def test_checkpointed_qlora_costs_another_forward():
     assert checkpointed.flops_per_token > 1.3 * plain.flops_per_token
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rank": 2, "num_side_blocks": 1, "reduction_factor": 2},
+        {"base_quantization": "int8", "output_mix": "residual", "normalize_hidden": True},
+        {"quantize_base": False, "hidden_bits": 4, "dropout": 0.5, "variant": "authors"},
+        {"downsample_norm_before": True, "min_head_dim": 8, "side_reads": "input"},
+    ],
+    ids=str,
+)
+def test_what_a_config_chooses_is_not_what_was_published(settings):
+    cfg = OmegaConf.merge(CONFIG, {"model": settings})
+    choices = Choices(cfg, torch.bfloat16, lora_rank=4)
+    assert estimate("qst_published", choices=choices) == estimate("qst_published")
+    assert estimate("qst", choices=choices) != estimate("qst")
+
+
 def test_plain_attention_holds_the_scores():
     extra = (
         estimate("qlora", attention="plain").memory.saved_bytes

@@ -36,9 +36,40 @@ def test_arguments_go_to_the_backbone_and_to_the_side_network():
     assert model.side.output_mix.swapped
 
 
+OPT = {"backbone": "qst_tune.models.opt", "num_layers": 2, "num_heads": 4, "embed_dim": 64}
+LLAMA = {**OPT, "backbone": "torchtune.models.llama2.llama2", "num_kv_heads": 2}
+LLAMA |= {"vocab_size": 61, "max_seq_len": 32}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "settings", "start"),
+    [
+        (LLAMA, {"variant": "authors"}, 1.0),
+        (OPT, {"variant": "authors"}, 0.0),
+        (OPT, {"variant": "authors", "initial_mix": 2.0}, 2.0),
+        (OPT, {"output_mix": "sigmoid"}, 1.0),
+    ],
+)
+def test_the_authors_opt_classifier_alone_starts_halfway_between_the_networks(
+    sizes, settings, start
+):
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            model = qst_classifier(**sizes, num_labels=2, reduction_factor=4, **settings)
+        model.initialize_side(torch.device("cpu"))
+        assert torch.all(model.side.output_mix.logit == start)
+        assert model.counts_tokens == (sizes is OPT and settings.get("variant") == "authors")
+
+
 def test_an_unknown_backbone_is_named():
     with pytest.raises(ValueError, match=r"backbone='qst_tune\.models\.nope' cannot be imported"):
         build(backbone="qst_tune.models.nope", num_labels=2)
+
+
+def test_a_builder_of_a_whole_model_is_refused_with_the_one_of_its_backbone():
+    with pytest.raises(ValueError, match=r"builds a whole model: name .*, smollm2_135m ") as error:
+        build(backbone="qst_tune.models.qst_smollm2_135m", num_labels=2)
+    assert "\n" not in str(error.value)
 
 
 def test_a_misspelt_argument_is_named():

@@ -92,6 +92,25 @@ def test_two_bits_warn_and_build() -> None:
         peqa_decoder(tiny_backbone(), bits=2)
 
 
+@pytest.mark.parametrize(("bits", "group_size"), [(3, 1), (4, 7), (8, None), (8, 512)])
+def test_all_bits_and_group_sizes_of_the_docstring_build_and_learn(bits, group_size) -> None:
+    model = peqa_decoder(tiny_backbone(), bits=bits, group_size=group_size)
+    model(random_tokens()).square().mean().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.task().values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"bits": 5}, "bits=5 is not supported: use 2, 3, 4, 8"),
+        ({"group_size": 0}, "group_size=0 must be at least 1, or None"),
+    ],
+)
+def test_others_are_refused(arguments, expected) -> None:
+    with pytest.raises(ValueError, match=expected):
+        peqa_decoder(tiny_backbone(), **arguments)
+
+
 def test_searched_scales_start_nearer_to_the_model() -> None:
     tokens = random_tokens(batch=4, length=32)
     torch.manual_seed(1)

@@ -165,7 +165,7 @@ def test_an_odd_weight_is_refused_only_if_it_is_quantised():
         backbone.layers[1].mlp.w1 = nn.Linear(13, 7, bias=False)
         return backbone
 
-    with pytest.raises(ValueError, match="91 elements cannot be stored as NF4"):
+    with pytest.raises(ValueError, match="91 elements cannot be stored in 4 bits"):
         qst_decoder(odd_backbone(), reduction_factor=4)
     assert qst_decoder(odd_backbone(), reduction_factor=4, quantize_base=False)
 

@@ -128,5 +128,5 @@ def test_it_is_a_linear_layer_to_everyone_else():
 
 
 def test_an_odd_weight_is_refused():
-    with pytest.raises(ValueError, match="15 elements cannot be stored as NF4"):
+    with pytest.raises(ValueError, match="15 elements cannot be stored in 4 bits"):
         NF4Linear(torch.randn(3, 5))

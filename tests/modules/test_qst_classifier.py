@@ -3,21 +3,25 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torchtune.generation import get_causal_mask_from_padding_mask
 
-from qst_tune.models import qst_decoder
+from qst_tune.models import opt_tune_to_hf, qst_classifier, qst_decoder
 from qst_tune.modules import QSTClassifier
+from qst_tune.modules.learned_positions import LearnedPositionEmbedding
+from qst_tune.training.authors_checkpoint import side_to_authors
+from qst_tune.training.classification import ClassificationTask
 from qst_tune.training.parameter_groups import parameter_groups
 from tests.helpers import (
+    TINY,
     TINY_REDUCTION,
     random_tokens,
     randomize_,
     reference_backbone,
     reference_shape,
-    reference_side,
     tiny_backbone,
 )
-from tests.opt_models import hf_opt, our_opt, padded_batch
+from tests.opt_models import SIZES, hf_opt, our_opt, padded_batch, randomize_opt_
 from tests.reference import qst_reference as reference
 
 BACKBONES = {"rotary positions": tiny_backbone, "learned positions": lambda: our_opt(hf_opt())}
@@ -110,45 +114,90 @@ def test_no_label_is_refused():
         classifier(num_labels=0)
 
 
-# The authors' classifier, right padding, with pad id 0 (random_tokens has none).
+# The authors' classifier.
+
+LLAMA_SIZES = {"backbone": "torchtune.models.llama2.llama2", **TINY}
+OPT_SIZES = {"backbone": "qst_tune.models.opt", **SIZES}
+PAD = 1  # of padded_batch
+
+
+def authors_classifier(sizes, num_labels):
+    """Ours, with random weights, and its side network under the authors' names, as leaves."""
+    settings = {"variant": "authors", "reduction_factor": 3, "rank": 8, "quantize_base": False}
+    model = qst_classifier(**sizes, **settings, num_labels=num_labels)
+    randomize_opt_(model)
+    family = "opt" if sizes is OPT_SIZES else "llama"
+    side = side_to_authors(dict(model.side.named_parameters()), family, **heads_of(model))
+    return model, {name: value.detach().clone().requires_grad_() for name, value in side.items()}
+
+
+def heads_of(model):
+    attn = model.side.blocks[0].attn
+    return {"num_heads": attn.num_heads, "num_kv_heads": attn.num_kv_heads}
+
+
+def reference_logits(model, side, tokens, real):
+    if isinstance(model.tok_embeddings, LearnedPositionEmbedding):
+        frozen = {k: v for k, v in model.state_dict().items() if not k.startswith("side.")}
+        sizes = (SIZES["num_layers"], SIZES["num_heads"])
+        return reference.opt_classifier(
+            opt_tune_to_hf(frozen), side, tokens, real.long(), *sizes, PAD
+        )
+    shapes = (reference_shape(model.layers), reference_shape(model.side.blocks))
+    mask = get_causal_mask_from_padding_mask(real)
+    return reference.llama_classifier(reference_backbone(model), side, tokens, *shapes, PAD, mask)
 
 
 @pytest.mark.parametrize("num_labels", [1, 3])
-def test_logits_loss_and_gradients_equal_the_authors(num_labels):
-    model = classifier(num_labels=num_labels, variant="authors")
-    tokens = random_tokens(3, 8)
-    tokens[0, 5:] = tokens[1, 2:] = 0
-    leaves = {k: v.detach().clone().requires_grad_() for k, v in model.side.named_parameters()}
-    score = leaves.pop("score.weight")
-    mixed = reference.forward(
-        reference_backbone(model),
-        reference_side(model.side, leaves),
-        tokens,
-        reference_shape(model.layers),
-        reference_shape(model.side.blocks),
-    )["mixed"]
-    # All three rows: the authors' index of a row without padding is -1, its last token.
-    expected = reference.classify(mixed, score, tokens, pad_id=0)
-    actual = model(tokens, padding_mask=tokens != 0)
-    torch.testing.assert_close(actual, expected, **CLOSE)
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("sizes", [LLAMA_SIZES, OPT_SIZES], ids=["llama", "opt"])
+def test_logits_loss_and_gradients_equal_the_authors(sizes, padding, num_labels):
+    """On the left too: lengths for which the token that OPT's count picks there is a real one."""
+    model, side = authors_classifier(sizes, num_labels)
+    tokens, real = padded_batch(padding, (9, 5, 7))
+    expected = reference_logits(model, side, tokens, real)
+    torch.testing.assert_close(model(tokens, padding_mask=real), expected, **CLOSE)
     labels = torch.tensor([0, 2, 1]) if num_labels > 1 else torch.tensor([0.5, 3.0, 1.0])
     loss = reference.classification_loss(expected, labels)
-    ours = reference.classification_loss(actual, labels)
-    torch.testing.assert_close(ours, loss, **CLOSE)
+    function = nn.CrossEntropyLoss() if num_labels > 1 else nn.MSELoss()
+    task = ClassificationTask(function, ["accuracy"], torch.device("cpu"))
+    total, rows = task.loss(model, {"tokens": tokens, "padding_mask": real, "labels": labels})
+    torch.testing.assert_close(total / rows, loss, **CLOSE)
     loss.backward()
-    ours.backward()
-    for name, leaf in {**leaves, "score.weight": score}.items():
-        grad = model.side.get_parameter(name).grad
-        torch.testing.assert_close(grad, leaf.grad, msg=lambda m, n=name: f"{n}: {m}", **CLOSE)
+    (total / rows).backward()
+    grads = {name: parameter.grad for name, parameter in model.side.named_parameters()}
+    ours = side_to_authors(grads, "opt" if sizes is OPT_SIZES else "llama", **heads_of(model))
+    assert set(ours) == set(side)
+    assert {"score_z", "score.weight"} < set(ours)
+    for name, leaf in side.items():
+        torch.testing.assert_close(
+            ours[name], leaf.grad, msg=lambda m, n=name: f"{n}: {m}", **CLOSE
+        )
 
 
-def test_authors_index_under_left_padding_is_right_for_llama_and_wrong_for_opt():
-    """Why we do not copy it: 3 real tokens of 5 stand at 2..4; OPT's index is 2."""
+def test_authors_count_of_tokens_finds_the_last_one_under_left_padding_for_llama_alone():
+    """3 real tokens of 5 stand at 2..4; OPT's index is 2."""
     ids = torch.tensor([[0, 0, 7, 8, 9]])
     marked = torch.arange(5.0).reshape(1, 5, 1)
     one = torch.ones(1, 1)
     assert reference.classify(marked, one, ids, pad_id=0).item() == 4
     assert reference.classify(marked, one, ids, pad_id=0, family="opt").item() == 2
+
+
+@torch.no_grad()
+def test_only_the_authors_opt_classifier_reads_another_token_than_the_last():
+    tokens, real = padded_batch("left", (9, 5, 7))
+    for variant in ("default", "paper", "authors"):
+        model = qst_classifier(**OPT_SIZES, num_labels=2, variant=variant, reduction_factor=3)
+        randomize_(model.side)
+        alone = torch.cat(
+            [model(row[is_real][None]) for row, is_real in zip(tokens, real, strict=True)]
+        )
+        differs = [
+            not torch.allclose(a, b, **CLOSE)
+            for a, b in zip(model(tokens, padding_mask=real), alone, strict=True)
+        ]
+        assert differs == [False, variant == "authors", variant == "authors"]
 
 
 @torch.no_grad()

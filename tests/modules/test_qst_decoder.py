@@ -715,6 +715,15 @@ def test_a_batch_that_goes_through_the_backbone_in_parts_gives_the_same(with_mas
     assert max(sizes) == max(1, chunk_tokens // 7)
 
 
+def test_positions_that_serve_all_rows_are_not_cut_where_there_are_as_many_rows():
+    """``[T]``, of four tokens in four rows; two of which may share a position."""
+    model = tiny_model()
+    tokens, positions = random_tokens(batch=4, length=4), torch.tensor([0, 2, 2, 9])
+    expected = model(tokens, input_pos=positions)
+    model.frozen_chunk_tokens = 4
+    torch.testing.assert_close(model(tokens, input_pos=positions), expected, **FP32)
+
+
 def test_rows_under_a_block_mask_are_never_separated():
     """flex_attention would mask the second part of the batch like the first, without an error."""
     model = tiny_model()

@@ -15,6 +15,7 @@ from torchtune.modules import TransformerSelfAttentionLayer
 from qst_tune.models import smollm2_1_7b, smollm2_135m, smollm2_360m
 from qst_tune.modules.side_block import SideShape, build_side_blocks, resize_norm, side_shape
 from tests.helpers import TINY, tiny_backbone
+from tests.opt_models import hf_opt, our_opt
 
 
 def on_meta(builder, **arguments):
@@ -74,6 +75,15 @@ def test_a_factor_that_does_not_fit_is_refused_with_factors_that_do(reduction_fa
     assert "4" in listed
     for factor in listed:
         assert side_shape(layer, int(factor)).embed_dim == TINY["embed_dim"] // int(factor)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "width"),
+    [(tiny_backbone, "an even width"), (lambda: our_opt(hf_opt()), "a width")],
+)
+def test_a_refused_factor_asks_for_even_heads_only_where_rotary_pairs_need_them(backbone, width):
+    with pytest.raises(ValueError, match=f"into heads of {width} of at least 4"):
+        side_shape(backbone().layers[0], 48)
 
 
 def test_a_backbone_too_narrow_for_any_factor_says_so():
@@ -196,7 +206,6 @@ def test_resizing_a_norm_keeps_type_and_epsilon():
     resized = resize_norm(nn.LayerNorm(8, eps=0.25), 3)
     assert type(resized) is nn.LayerNorm
     assert (resized.normalized_shape, resized.eps) == ((3,), 0.25)
-    assert resize_norm(None, 3) is None
     identity = nn.Identity()
     assert type(resize_norm(identity, 3)) is nn.Identity
     assert resize_norm(identity, 3) is not identity

@@ -146,6 +146,52 @@ def test_with_fewer_kv_heads_than_its_share_other_query_heads_join():
     assert chosen.kv_of_query.tolist() == [0, 0, 0]
 
 
+# Of 12 query heads over 4 kv heads, 8 over 2 are kept: each kv head its own 3, and one more.
+@pytest.mark.parametrize(
+    ("start", "kv_heads", "groups"),
+    [
+        ("slice", [0, 1], [[0, 1, 2, 6], [3, 4, 5, 7]]),
+        ("prune", [1, 3], [[0, 3, 4, 5], [1, 9, 10, 11]]),
+    ],
+)
+@torch.no_grad()
+def test_a_cut_attention_is_that_of_its_query_heads_each_with_its_own_kv_head(
+    start, kv_heads, groups
+):
+    backbone = distinct_backbone(num_heads=12, num_kv_heads=4, embed_dim=192)
+    for layer in backbone.layers:  # what is pruned: kv heads 1 and 3, beside them heads 0 and 1
+        layer.attn.v_proj.weight.view(4, 16, 192)[[1, 3]] *= 91.23456
+        layer.attn.output_proj.weight.view(192, 12, 16)[:, [0, 1]] *= 5.123456
+    model = model_of(backbone, start, reduction_factor=3, min_head_dim=8)
+    attn = model.side.blocks[1].attn
+    assert (attn.num_heads, attn.num_kv_heads, attn.head_dim) == (8, 2, 8)
+    x = torch.randn(2, 5, 64) / 10
+    expected = attention_of_heads(model, kv_heads, groups, x)
+    # fp32 sums in another order; outputs reach thousands.
+    torch.testing.assert_close(attn(x, x), expected, rtol=1e-4, atol=1e-2)
+
+
+def attention_of_heads(model, kv_heads, groups, x):
+    """Literally, a sum over query heads, with rows and columns of the backbone's own weights."""
+    attn, layer, cuts = model.side.blocks[1].attn, model.layers[1].attn, cuts_of(model)
+    channels = cuts["attn.q_proj"][1]
+    turned = torch.tensor(cuts["attn.k_proj"][0][:8]) % 16
+    value_channels = torch.tensor(cuts["attn.v_proj"][0]).view(2, 8) % 16
+    w_q, w_k, w_v = (m.weight[:, channels] for m in (layer.q_proj, layer.k_proj, layer.v_proj))
+    w_o, future = layer.output_proj.weight[channels], torch.ones(5, 5).triu(1).bool()
+
+    def rotated(linear, head):
+        return attn.pos_embeddings((x @ linear[16 * head + turned].T)[:, :, None])[:, :, 0]
+
+    out = torch.zeros_like(x)
+    for kv, of_kv, group in zip(kv_heads, value_channels, groups, strict=True):
+        for head in group:
+            scores = rotated(w_q, head) @ rotated(w_k, kv).mT / 8**0.5
+            weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+            out += weights @ (x @ w_v[16 * kv + of_kv].T) @ w_o[:, 16 * head + of_kv].T
+    return out
+
+
 @pytest.mark.parametrize("builder", [tiny_backbone, lambda: qwen2(**TINY)])
 def test_queries_and_keys_turn_with_the_position_as_in_the_backbone(builder):
     """Whichever way a family pairs its channels; both head_dims are 4 and 16 here."""
@@ -169,6 +215,20 @@ def test_weights_are_those_that_the_backbone_computes_with(base_quantization):
     )
     decoded = model.layers[1].mlp.w2.weight.get_original_weight()
     assert torch.equal(model.side.blocks[1].mlp.w2.weight, decoded[:24, :25])
+
+
+@pytest.mark.parametrize("base_quantization", ["nf4", "int4", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_decoded_to_the_backbones_dtype(base_quantization, dtype):
+    """Which integer weights do not show: their scales are fp32."""
+    model = model_of(
+        tiny_backbone(dtype=dtype), "slice", quantize_base=True, base_quantization=base_quantization
+    )
+    block, layer = model.side.blocks[1], model.layers[1]
+    decoded = weight_of(layer.mlp.w2, dtype).float()
+    assert torch.equal(block.mlp.w2.weight, decoded[:24, :25])
+    decoded = weight_of(layer.attn.q_proj, dtype).float()
+    assert torch.equal(block.attn.q_proj.weight[0], decoded[0, :24])
 
 
 @pytest.mark.parametrize("start", KINDS)

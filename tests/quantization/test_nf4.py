@@ -119,7 +119,7 @@ def test_blocks_are_torchaos_own_wherever_those_fit(numel):
 
 @pytest.mark.parametrize("numel", [0, 1, 35 * 3, 577 * 577])
 def test_an_odd_number_of_weights_is_refused(numel):
-    with pytest.raises(ValueError, match=f"{numel} elements cannot be stored as NF4"):
+    with pytest.raises(ValueError, match=f"{numel} elements cannot be stored in 4 bits"):
         nf4_block_sizes(numel)
     with pytest.raises(ValueError, match="quantize_base=False"):
         quantize_nf4(torch.zeros(1, numel))

@@ -1,11 +1,14 @@
 """The authors' folders through the real `tune`: read, used, written, refused."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 from qst_tune.recipes import qst_convert
+from safetensors.torch import save_file
 
 from qst_tune.errors import UserError
 from qst_tune.training.authors_checkpoint import write_authors_folder
@@ -14,9 +17,15 @@ from qst_tune.training.side_checkpoint import SIDE_NETWORK, load_side_network
 from qst_tune.training.tuned_folder import read_description
 from tests.checkpoints import Config, finetune_config, write_config
 from tests.helpers import reference_backbone, reference_shape
+from tests.opt_models import hf_opt
 from tests.recipe_runs import merged, run_tune
 from tests.reference import qst_reference as reference
-from tests.training.test_authors_conversion import LLAMA, random_state
+from tests.training.test_authors_conversion import (
+    LLAMA,
+    LLAMA_CLASSIFIER,
+    OPT_CLASSIFIER,
+    random_state,
+)
 
 CPU = torch.device("cpu")
 
@@ -49,13 +58,82 @@ def imported(root: Path, config: Config, theirs: Path) -> Path:
     return root / "side"
 
 
-def test_an_imported_folder_computes_what_the_authors_equations_do(imported, theirs, config):
-    """Over the quantised backbone, loaded like any side network of ours."""
-    cfg = OmegaConf.create({**config, "model": read_description(imported, SIDE_NETWORK)["model"]})
+# A classifier's folder, as their code leaves it: without the output gate.
+
+
+@pytest.fixture(scope="module")
+def classifier_config(root: Path, config: Config) -> Config:
+    return {**config, "model": {**LLAMA_CLASSIFIER, "num_labels": 2, "reduction_factor": 16}}
+
+
+def same_files(ours: Path, theirs: Path) -> bool:
+    """Whether the tensors of the same names are equal bit for bit."""
+    for path in theirs.iterdir():
+        actual, expected = (torch.load(p, weights_only=True) for p in (ours / path.name, path))
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    return {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()}
+
+
+def test_a_classifiers_folder_comes_back_and_computes_what_the_authors_equations_do(
+    root: Path, classifier_config: Config
+):
+    """Theirs to ours to theirs through `tune`; the gate that they lost has its start, ones."""
+    state = random_state({**LLAMA_CLASSIFIER, "reduction_factor": 4, "rank": 7})
+    state["score_z"] = torch.ones_like(state["score_z"])
+    whole, theirs, ours, back = (root / f"classifier_{name}" for name in ("whole", *"abc"))
+    write_authors_folder(whole, state)
+    shutil.copytree(whole, theirs, ignore=lambda *_: ["score_z_path.pt"])
+    convert = ("run", "qst_convert", "--config", write_config(root / "c.yaml", classifier_config))
+    imported = run_tune(*convert, f"from_authors={theirs}", f"side_network={ours}", cwd=root)
+    assert imported.returncode == 0, imported.stderr
+    assert "model.reduction_factor=4 model.rank=7 model.num_labels=3" in imported.stderr
+    exported = run_tune(*convert, f"side_network={ours}", f"to_authors={back}", cwd=root)
+    assert exported.returncode == 0, exported.stderr
+    assert "num_labels=3" in exported.stderr
+    assert same_files(back, whole)
+    model, _ = loaded(ours, classifier_config)
+    tokens = torch.randint(1, LLAMA["vocab_size"], (2, 9))
+    tokens[1, 6:] = 0
+    shapes = (reference_shape(model.layers), reference_shape(model.side.blocks))
+    expected = reference.llama_classifier(reference_backbone(model), state, tokens, *shapes, 0)
+    # fp32 sums in another order, as below.
+    logits = model(tokens, padding_mask=tokens != 0)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_an_opt_classifiers_folder_comes_back(tmp_path: Path, config: Config):
+    state = random_state({**OPT_CLASSIFIER, "reduction_factor": 3, "rank": 5})
+    write_authors_folder(tmp_path / "theirs", state)
+    (tmp_path / "model").mkdir()
+    theirs = hf_opt()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(theirs.config.to_dict()))
+    weights = {n: v for n, v in theirs.state_dict().items() if n != "lm_head.weight"}
+    save_file(weights, tmp_path / "model" / "model.safetensors")
+    checkpointer = {
+        **config["checkpointer"],
+        "_component_": "qst_tune.training.opt_checkpointer.OPTCheckpointer",
+        "checkpoint_dir": str(tmp_path / "model"),
+    }
+    del checkpointer["model_type"]
+    cfg = {**config, "model": OPT_CLASSIFIER, "checkpointer": checkpointer}
+    ours = f"side_network={tmp_path / 'ours'}"
+    qst_convert.main(merged(cfg, f"from_authors={tmp_path / 'theirs'}", ours))
+    qst_convert.main(merged(cfg, ours, f"to_authors={tmp_path / 'back'}"))
+    assert same_files(tmp_path / "back", tmp_path / "theirs")
+
+
+def loaded(folder: Path, config: Config):
+    """The folder's model over its quantised backbone, loaded like any side network of ours."""
+    cfg = OmegaConf.create({**config, "model": read_description(folder, SIDE_NETWORK)["model"]})
     model = build_on_meta(cfg, torch.float32)
     backbone = load_frozen_backbone(model, cfg, dtype=torch.float32, device=CPU)
     model.initialize_side(CPU)
-    load_side_network(imported, model.side, backbone=backbone)
+    load_side_network(folder, model.side, backbone=backbone)
+    return model, cfg
+
+
+def test_an_imported_folder_computes_what_the_authors_equations_do(imported, theirs, config):
+    model, cfg = loaded(imported, config)
     tokens = torch.randint(0, LLAMA["vocab_size"], (2, 9))
     expected = reference.forward(
         reference_backbone(model),
@@ -71,10 +149,7 @@ def test_an_imported_folder_computes_what_the_authors_equations_do(imported, the
 def test_an_export_is_what_was_imported(imported, theirs, config, root: Path):
     back = root / "back"
     qst_convert.main(merged(config, f"side_network={imported}", f"to_authors={back}"))
-    assert {path.name for path in back.iterdir()} == {path.name for path in theirs.iterdir()}
-    for path in back.iterdir():
-        ours, expected = (torch.load(p, weights_only=True) for p in (path, theirs / path.name))
-        torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+    assert same_files(back, theirs)
 
 
 def test_a_hostile_pickle_is_one_line_and_leaves_nothing(root: Path, config: Config, theirs: Path):

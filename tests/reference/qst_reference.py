@@ -244,7 +244,21 @@ def opt_forward(
 
 
 # Sequence classification: modeling_llama_qst.py 1783 and below, modeling_opt_qst.py 2123 and below.
-# ``mixed`` is that of the functions above with ``score_z`` in the place of ``lm_head_z``.
+# It mixes as the language model does, with ``score_z`` in the place of ``lm_head_z``. Logits are
+# [batch, labels]; the names of ``side`` are those of their parameters.
+
+
+def llama_classifier(backbone, side, ids, shape, side_shape, pad_id, mask=None):
+    """Positions are indices whatever the padding, as in their forward."""
+    state = {**side, "lm_head_z": side["score_z"]}
+    mixed = forward(backbone, state, ids, shape, side_shape, mask)["mixed"]
+    return classify(mixed, side["score.weight"], ids, pad_id)
+
+
+def opt_classifier(backbone, side, ids, attention_mask, num_layers, num_heads, pad_id):
+    state = {**side, "lm_head_z": side["score_z"]}
+    mixed = opt_forward(backbone, state, ids, attention_mask, num_layers, num_heads)["mixed"]
+    return classify(mixed, side["score.weight"], ids, pad_id, "opt")
 
 
 def classify(mixed, score, ids, pad_id, family="llama"):

@@ -12,11 +12,14 @@ from torchtune.models.llama2 import llama2
 
 from qst_tune.errors import UserError
 from qst_tune.models import opt_tune_to_hf, qst_decoder
+from qst_tune.modules import QSTClassifier
 from qst_tune.training.authors_checkpoint import (
     read_authors_folder,
     side_from_authors,
     side_to_authors,
+    write_authors_folder,
 )
+from tests.helpers import tiny_backbone
 from tests.opt_models import SIZES, hf_opt, our_opt, padded_batch, randomize_opt_
 from tests.reference import qst_reference as reference
 
@@ -243,9 +246,56 @@ def test_an_opt_folder_loads_and_computes_the_same(tmp_path):
 
 
 def test_a_missing_file_of_an_opt_folder_is_named_with_its_own_list(tmp_path):
-    torch.save(torch.ones(3), tmp_path / "lm_head_z_parameters.pt")
-    with pytest.raises(UserError, match=r"missing: .*, lm_head_z_parameters\.pt$"):
+    torch.save({"0.fc1.weight": torch.ones(3)}, tmp_path / "qst_layers_parameters.pt")
+    with pytest.raises(UserError, match=r"qst_z_.* missing: .*, lm_head_z_parameters\.pt$"):
         read_authors_folder(tmp_path)
+    with pytest.raises(UserError, match=r"missing: .*qst_score_.*, score_z_parameters\.pt$"):
+        read_authors_folder(tmp_path, classifier=True)
+
+
+# Classifiers: their save_qst_state writes these, and fails at the one that is bare.
+
+
+@pytest.mark.parametrize(
+    ("family", "gate_file"), [("llama", "score_z_path.pt"), ("opt", "score_z_parameters.pt")]
+)
+def test_a_classifiers_folder_is_what_the_authors_code_loads(family, gate_file, tmp_path):
+    builder = {
+        "llama": lambda: tiny_backbone(num_heads=4, num_kv_heads=2, embed_dim=64),
+        "opt": lambda: our_opt(hf_opt()),
+    }
+    decoder = qst_decoder(builder[family](), reduction_factor=4, variant="authors")
+    side = QSTClassifier(decoder, 3).side.state_dict()
+    heads = {"num_heads": 4, "num_kv_heads": 2 if family == "llama" else 4}
+    state = side_to_authors(side, family, **heads)
+    write_authors_folder(tmp_path / "folder", state)
+    files = {
+        path.name: torch.load(path, weights_only=True) for path in (tmp_path / "folder").iterdir()
+    }
+    assert set(files) == {
+        "qst_layers_parameters.pt",
+        "qst_z_parameters.pt",
+        "qst_downsample_parameters.pt",
+        "qst_norm_parameters.pt",
+        "qst_upsample_parameters.pt",
+        "qst_score_parameters.pt",
+        gate_file,
+    }
+    assert list(files["qst_score_parameters.pt"]) == ["weight"]
+    assert torch.equal(files["qst_score_parameters.pt"]["weight"], side["score.weight"])
+    assert torch.equal(files[gate_file], side["output_mix.logit"])
+    read = read_authors_folder(tmp_path / "folder", classifier=True)
+    assert read.keys() == state.keys()
+    back = side_from_authors(read, **heads)
+    assert back.keys() == side.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in side.items())
+    (tmp_path / "folder" / gate_file).unlink()
+    without_gate = read_authors_folder(tmp_path / "folder", classifier=True)
+    assert without_gate.keys() == state.keys() - {"score_z"}
+    with pytest.raises(
+        UserError, match=r"is a classifier's, it holds qst_score_parameters\.pt: name"
+    ):
+        read_authors_folder(tmp_path / "folder")
 
 
 # Files.

@@ -34,6 +34,9 @@ LLAMA = {"_component_": "qst_tune.models.qst_llama3_2", **SIZES}
 # 288 / 17 and 288 / 18 are both 16; 300 / 17 and 300 / 18 are not the same.
 AMBIGUOUS = {**LLAMA, "num_heads": 2, "embed_dim": 288, "intermediate_dim": 300}
 OPT = {"_component_": "qst_tune.models.qst_opt", **opt_models.SIZES}
+CLASSIFIER = {"_component_": "qst_tune.models.qst_classifier", "num_labels": 3}
+LLAMA_CLASSIFIER = {**LLAMA, **CLASSIFIER, "backbone": "torchtune.models.llama3_2.llama3_2"}
+OPT_CLASSIFIER = {**OPT, **CLASSIFIER, "backbone": "qst_tune.models.opt"}
 GOLDEN_BLOCK = {
     "_component_": "qst_tune.models.qst_llama2",
     "vocab_size": 128,
@@ -48,7 +51,10 @@ GOLDEN_BLOCK = {
 
 def config(block: dict[str, Any]) -> DictConfig:
     """As a training config has it; the settings of the side network are to be ignored."""
-    return OmegaConf.create({"model": {**block, "downsample": "avgpool", "dropout": 0.1}})
+    ignored = {"downsample": "avgpool", "dropout": 0.1}
+    if "num_labels" in block:
+        ignored["num_labels"] = 7
+    return OmegaConf.create({"model": {**block, **ignored}})
 
 
 def random_side(block: dict[str, Any], dtype=torch.float32):
@@ -64,7 +70,7 @@ def random_state(block: dict[str, Any], dtype=torch.float32) -> Weights:
     """A side network under the names of the authors' model."""
     side = random_side({"variant": "authors", **block}, dtype)
     attn = side.blocks[0].attn
-    family = "opt" if "opt" in block["_component_"] else "llama"
+    family = "opt" if "opt" in block.get("backbone", block["_component_"]) else "llama"
     heads = {"num_heads": attn.num_heads, "num_kv_heads": attn.num_kv_heads}
     return side_to_authors(side.state_dict(), family, **heads)
 
@@ -85,8 +91,16 @@ def assert_same_tensors(actual: Weights, expected: Weights) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("block", "reduction_factor", "rank"),
-    [(LLAMA, 4, 5), (LLAMA, 1, 64), (AMBIGUOUS, 17, 3), (AMBIGUOUS, 18, 3), (OPT, 3, 6)],
-    ids=["llama", "full width", "first r", "second r", "opt"],
+    [
+        (LLAMA, 4, 5),
+        (LLAMA, 1, 64),
+        (AMBIGUOUS, 17, 3),
+        (AMBIGUOUS, 18, 3),
+        (OPT, 3, 6),
+        (LLAMA_CLASSIFIER, 4, 5),
+        (OPT_CLASSIFIER, 3, 6),
+    ],
+    ids=["llama", "full width", "first r", "second r", "opt", "classifier", "opt classifier"],
 )
 def test_theirs_to_ours_and_back_is_exact_and_finds_the_shapes(
     block, reduction_factor, rank, dtype, tmp_path: Path
@@ -94,14 +108,16 @@ def test_theirs_to_ours_and_back_is_exact_and_finds_the_shapes(
     chosen = {**block, "reduction_factor": reduction_factor, "rank": rank}
     expected = random_state(chosen, dtype)
     write_authors_folder(tmp_path / "theirs", expected)
-    assert len(list((tmp_path / "theirs").iterdir())) == 6
+    assert len(list((tmp_path / "theirs").iterdir())) == (7 if "num_labels" in block else 6)
     model, found = import_authors(tmp_path / "theirs", config(block))
     assert found == {**chosen, "variant": "authors"}
     save(tmp_path / "ours", model.side, found)
     state, settings = export_authors(tmp_path / "ours", config(block))
     assert (settings["r"], settings["peft_hidden_size"]) == (reduction_factor, rank)
+    assert settings.get("num_labels") == block.get("num_labels")
     write_authors_folder(tmp_path / "again", state)
-    assert_same_tensors(read_authors_folder(tmp_path / "again"), expected)
+    again = read_authors_folder(tmp_path / "again", classifier="num_labels" in block)
+    assert_same_tensors(again, expected)
 
 
 @needs_golden
@@ -130,6 +146,27 @@ def test_a_trained_side_network_of_ours_goes_there_and_comes_back(tmp_path: Path
     write_authors_folder(tmp_path / "theirs", state)
     model, _ = import_authors(tmp_path / "theirs", config(LLAMA))
     assert_same_tensors(model.side.state_dict(), side.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("block", "start"), [(LLAMA_CLASSIFIER, 1.0), (OPT_CLASSIFIER, 0.0)], ids=["llama", "opt"]
+)
+def test_a_gate_that_their_code_did_not_write_has_its_start_and_is_said_to(
+    block, start, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """As every classifier's folder of theirs is; the export holds it, since they ask for it."""
+    reduction_factor = 4 if start else 3  # which divide 64 and 48
+    state = random_state({**block, "reduction_factor": reduction_factor, "rank": 5})
+    write_authors_folder(tmp_path / "theirs", state)
+    (gate_file,) = (tmp_path / "theirs").glob("score_z*")
+    gate_file.unlink()
+    model, found = import_authors(tmp_path / "theirs", config(block))
+    assert f"taking its start {start:g}" in caplog.text
+    save(tmp_path / "ours", model.side, found)
+    exported, _ = export_authors(tmp_path / "ours", config(block))
+    assert_same_tensors(exported, {**state, "score_z": torch.full((block["embed_dim"],), start)})
+    write_authors_folder(tmp_path / "again", exported)
+    assert (tmp_path / "again" / gate_file.name).exists()
 
 
 # What cannot be imported.
@@ -233,13 +270,17 @@ def test_what_their_code_does_not_compute_is_not_exported(settings, expected, tm
     assert expected in str(error.value)
 
 
-def test_a_classifier_is_not_exported_since_their_code_saves_none(tmp_path: Path):
-    block = {**LLAMA, "_component_": "qst_tune.models.qst_classifier", "num_labels": 2}
-    block |= {"backbone": "torchtune.models.llama3_2.llama3_2", "variant": "authors"}
-    block |= {"reduction_factor": 4, "rank": 5}
-    save(tmp_path / "ours", random_side(block), block)
-    with pytest.raises(UserError, match="it has a classification head"):
-        export_authors(tmp_path / "ours", config(block))
+@pytest.mark.parametrize("block", [LLAMA, LLAMA_CLASSIFIER], ids=["language model", "classifier"])
+def test_a_config_of_the_other_kind_is_refused_both_ways(block, tmp_path: Path):
+    chosen = {**block, "variant": "authors", "reduction_factor": 4, "rank": 5}
+    other = LLAMA if "num_labels" in block else LLAMA_CLASSIFIER
+    write_authors_folder(tmp_path / "theirs", random_state(chosen))
+    (tmp_path / "theirs" / "score_z_path.pt").unlink(missing_ok=True)
+    save(tmp_path / "ours", random_side(chosen), chosen)
+    with pytest.raises(UserError, match=r"is a .*'s, and the config's model is not: name its own"):
+        export_authors(tmp_path / "ours", config(other))
+    message = refused(tmp_path / "theirs", other)
+    assert ("is a classifier's" if block is LLAMA_CLASSIFIER else "score_param") in message
 
 
 def test_an_export_for_another_backbone_is_refused(tmp_path: Path):
