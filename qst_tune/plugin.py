@@ -67,7 +67,13 @@ _RECIPES = {
     "qst_classify": _RecipeEntry("qst_classify.py", (), supports_distributed=False),
     "qst_convert": _RecipeEntry("qst_convert.py", (), supports_distributed=False),
     "qst_generate": _RecipeEntry("qst_generate.py", ("qst_generate",), supports_distributed=False),
+    # Takes the configs of qst_finetune and peqa_finetune.
+    "qst_evaluate": _RecipeEntry("qst_evaluate.py", (), supports_distributed=False),
+    "qst_chat": _RecipeEntry("qst_chat.py", ("qst_chat",), supports_distributed=False),
 }
+
+# torchtune's own recipes that run on our models, with the configs for that.
+_STOCK_RECIPES = {"generate": ("stock_generate",), "eleuther_eval": ("stock_eval",)}
 
 
 def install() -> None:
@@ -173,10 +179,15 @@ def _patch(module: ModuleType) -> None:
 
 
 def _register(registry: ModuleType) -> None:
-    """Append to ``torchtune._recipe_registry`` the recipes that it does not have yet."""
+    """Append to ``torchtune._recipe_registry`` the recipes and configs it does not have yet."""
     recipes = registry.get_all_recipes()
     known = {recipe.name for recipe in recipes}
     recipes.extend(recipe for recipe in _our_recipes(registry) if recipe.name not in known)
+    config_dir = _folder("qst_tune.configs")
+    for recipe in recipes:
+        ours = _configs(registry, config_dir, _STOCK_RECIPES.get(recipe.name, ()))
+        have = {config.name for config in recipe.configs}
+        recipe.configs.extend(config for config in ours if config.name not in have)
 
 
 def _our_recipes(registry: ModuleType) -> list[Any]:
@@ -190,14 +201,19 @@ def _our_recipes(registry: ModuleType) -> list[Any]:
         registry.Recipe(
             name=name,
             file_path=str(recipe_dir / entry.file_name),
-            configs=[
-                registry.Config(name=_config_name(path, config_dir), file_path=str(path))
-                for path in _config_files(config_dir, entry.methods)
-            ],
+            configs=_configs(registry, config_dir, entry.methods),
             supports_distributed=entry.supports_distributed,
         )
         for name, entry in _RECIPES.items()
         if (recipe_dir / entry.file_name).is_file()
+    ]
+
+
+def _configs(registry: ModuleType, config_dir: Path, methods: tuple[str, ...]) -> list[Any]:
+    """Return the configs of some methods as torchtune's ``Config`` objects."""
+    return [
+        registry.Config(name=_config_name(path, config_dir), file_path=str(path))
+        for path in _config_files(config_dir, methods)
     ]
 
 

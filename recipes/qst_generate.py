@@ -1,42 +1,41 @@
-"""Answer a prompt with a side network, or with the quantised base model alone.
+"""Answer prompts with a tuned model, or with the quantised base model alone.
 
-Example::
+Examples::
 
     tune run qst_generate --config smollm2/135M_qst_generate prompt="What does a with block do?"
+    tune run qst_generate --config smollm2/135M_qst prompts='["What is a list?","And a dict?"]'
+    tune run qst_generate --config smollm2/135M_peqa_4bit prompt="What does a with block do?"
+
+The config may also be that of the training run, of qst_finetune or of peqa_finetune; then
+``side_network`` or ``scales`` is what that run wrote into its ``output_dir``.
 """
 
 import time
-from pathlib import Path
+from typing import Any
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 from torchtune import training, utils
-from torchtune.data import Message
+from torchtune.data import Message, left_pad_sequence
 from torchtune.generation import generate
 from torchtune.modules.common_utils import local_kv_cache
-from torchtune.modules.peft import disable_adapter
 
 from qst_tune.errors import UserError
-from qst_tune.training.cli import instantiate, run_recipe
+from qst_tune.generation.conversation import prompt_tokens
+from qst_tune.training.cli import run_recipe
 from qst_tune.training.config_check import check_checkpoint_dir, check_config, check_numbers
-from qst_tune.training.model_setup import (
-    build_on_meta,
-    choose_device,
-    choose_dtype,
-    load_frozen_backbone,
-)
-from qst_tune.training.side_checkpoint import load_side_network
+from qst_tune.training.tuned_model import MODEL_OPTIONAL, MODEL_REQUIRED, load_tuned_model
 
-REQUIRED_KEYS = ("model", "tokenizer", "checkpointer", "prompt", "device", "dtype")
+REQUIRED_KEYS = MODEL_REQUIRED
 OPTIONAL_KEYS = (
-    "side_network",
+    "prompt",
+    "prompts",
     "system_prompt",
     "compare_with_base",
     "max_new_tokens",
     "temperature",
     "top_k",
-    "seed",
-    "output_dir",
+    *MODEL_OPTIONAL,
 )
 NUMBERS: dict[str, tuple[type, int]] = {
     "max_new_tokens": (int, 1),
@@ -45,15 +44,11 @@ NUMBERS: dict[str, tuple[type, int]] = {
     "seed": (int, 0),
 }
 
-# generate() takes every token equal to pad_id for padding, and in many chat templates the padding
-# token also ends the prompt's turns. One prompt needs no padding, so no token shall match.
-NO_PADDING = -1
-
 log = utils.get_logger("INFO")
 
 
 class QSTGenerateRecipe:
-    """Load a model once and answer one prompt.
+    """Load a model once and answer a batch of prompts.
 
     Args:
         cfg (DictConfig): the merged config.
@@ -61,74 +56,114 @@ class QSTGenerateRecipe:
 
     def __init__(self, cfg: DictConfig) -> None:
         self.cfg = cfg
-        self.device = choose_device(cfg)
-        self.dtype = choose_dtype(cfg, self.device)
         training.set_seed(seed=cfg.get("seed"))
-        self.tokenizer = instantiate(cfg.tokenizer, "tokenizer")
-        self.model = build_on_meta(cfg, self.dtype)
-        backbone = load_frozen_backbone(self.model, cfg, dtype=self.dtype, device=self.device)
-        self.model.side.materialize(self.device)
-        if cfg.get("side_network"):
-            load_side_network(Path(cfg.side_network), self.model.side, backbone=backbone)
-        self.model.eval()
+        self.prompts = read_prompts(cfg)
+        self.tuned = load_tuned_model(cfg)
+        self.model, self.tokenizer = self.tuned.model, self.tuned.tokenizer
 
     def run(self) -> None:
-        """Print the answer, and the base model's before it if ``compare_with_base``."""
-        tuned = bool(self.cfg.get("side_network"))
-        if self.cfg.get("compare_with_base") or not tuned:
-            with disable_adapter(self.model):
-                self._print_answer("quantised base model")
-        if tuned:
-            self._print_answer("with the side network")
+        """Print the answers, and the base model's before them if ``compare_with_base``."""
+        if self.cfg.get("compare_with_base") or not self.tuned.is_tuned:
+            with self.tuned.untuned():
+                self._print_answers("quantised base model")
+        if self.tuned.is_tuned:
+            self._print_answers(self.tuned.title)
 
-    def _print_answer(self, title: str) -> None:
+    def _print_answers(self, title: str) -> None:
         start = time.perf_counter()
-        tokens = self._answer()
+        answers = self.answer()
         elapsed = time.perf_counter() - start
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-        print(f"\n--- {title} ---\n{text}\n")
-        log.info(f"{len(tokens)} tokens in {elapsed:.1f} s, {len(tokens) / elapsed:.1f} tokens/s")
+        for prompt, tokens in zip(self.prompts, answers, strict=True):
+            heading = title if len(self.prompts) == 1 else f"{title}: {prompt}"
+            print(f"\n--- {heading} ---\n{self.tokenizer.decode(tokens).strip()}\n")
+        count = sum(map(len, answers))
+        log.info(f"{count} tokens in {elapsed:.1f} s, {count / elapsed:.1f} tokens/s")
 
-    def _answer(self) -> list[int]:
-        """Ids of the generated tokens, without the prompt and without a final stop token."""
-        prompt = torch.tensor(self._prompt_tokens(), device=self.device)
+    def answer(self) -> list[list[int]]:
+        """Generate, all prompts in one batch.
+
+        Returns:
+            list[list[int]]: for each prompt the ids that were generated, without a stop token.
+        """
+        encoded = [self._encode(prompt) for prompt in self.prompts]
+        # generate() takes every token equal to pad_id for padding, and in many chat templates the
+        # tokenizer's padding token also ends the turns of a prompt.
+        used = set().union(*encoded)
+        pad_id = next(token for token in range(len(used) + 1) if token not in used)
+        device = self.model.tok_embeddings.weight.device
+        prompts = left_pad_sequence(
+            [torch.tensor(tokens, device=device) for tokens in encoded],
+            batch_first=True,
+            padding_value=pad_id,
+        )
+        output = self._generate(prompts, pad_id=pad_id)
+        return [_until_stop(row, self.tokenizer.stop_tokens) for row in output.tolist()]
+
+    def _encode(self, prompt: str) -> list[int]:
+        message = Message(role="user", content=prompt, masked=True)
+        system_prompt = self.cfg.get("system_prompt")
+        return prompt_tokens(self.tokenizer, [message], system_prompt=system_prompt)
+
+    def _generate(self, prompts: torch.Tensor, *, pad_id: int) -> torch.Tensor:
+        """The generated tokens ``[B, T]``; whatever follows a row's first stop token is no text."""
         budget = self.cfg.get("max_new_tokens", 200)
-        length = len(prompt) + budget
-        if length > self.model.max_seq_len:
+        batch_size, longest = prompts.shape
+        if longest + budget > self.model.max_seq_len:
             raise UserError(
-                f"prompt ({len(prompt)} tokens) and max_new_tokens={budget} exceed the model's "
+                f"prompt ({longest} tokens) and max_new_tokens={budget} exceed the model's "
                 f"max_seq_len {self.model.max_seq_len}: shorten one of them"
             )
+        dtype = self.model.tok_embeddings.weight.dtype
         with (
-            self.device,
+            prompts.device,
             local_kv_cache(
                 self.model,
-                batch_size=1,
-                device=self.device,
-                dtype=self.dtype,
-                decoder_max_seq_len=length,
+                batch_size=batch_size,
+                device=prompts.device,
+                dtype=dtype,
+                decoder_max_seq_len=longest + budget,
             ),
         ):
             output, _ = generate(
                 self.model,
-                prompt,
+                prompts,
                 max_generated_tokens=budget,
-                pad_id=NO_PADDING,
+                pad_id=pad_id,
                 temperature=self.cfg.get("temperature", 0.0) or 1.0,
                 top_k=self.cfg.get("top_k") if self.cfg.get("temperature") else 1,
                 stop_tokens=self.tokenizer.stop_tokens,
             )
-        answer: list[int] = output[0, len(prompt) :].tolist()
-        return answer[:-1] if answer and answer[-1] in self.tokenizer.stop_tokens else answer
+        generated: torch.Tensor = output[:, longest:]
+        return generated
 
-    def _prompt_tokens(self) -> list[int]:
-        messages = [Message(role="user", content=str(self.cfg.prompt), masked=True)]
-        if self.cfg.get("system_prompt"):
-            messages.insert(0, Message(role="system", content=self.cfg.system_prompt, masked=True))
-        # torchtune's tokenizers open the answer's turn for an empty assistant message.
-        messages.append(Message(role="assistant", content=""))
-        tokens: list[int] = self.tokenizer({"messages": messages}, inference=True)["tokens"]
-        return tokens
+
+def read_prompts(cfg: DictConfig) -> list[str]:
+    """Read the prompts of a config.
+
+    Args:
+        cfg (DictConfig): has ``prompt``, a text, or ``prompts``, a list of them.
+
+    Returns:
+        list[str]: at least one.
+
+    Raises:
+        UserError: if there is none, an empty one, or both keys are used.
+    """
+    one: Any = cfg.get("prompt")
+    many: Any = cfg.get("prompts")
+    if many is not None and not isinstance(many, ListConfig):
+        raise UserError(f'prompts={many} is not a list: write prompts=\'["first","second"]\'')
+    if one and many:
+        raise UserError("prompt and prompts are both set: use one of them")
+    prompts = [str(prompt) for prompt in (many or [one or ""])]
+    if not all(prompt.strip() for prompt in prompts):
+        raise UserError('prompt is empty: add prompt="<your question>"')
+    return prompts
+
+
+def _until_stop(tokens: list[int], stop_tokens: list[int]) -> list[int]:
+    ends = (index for index, token in enumerate(tokens) if token in stop_tokens)
+    return tokens[: next(ends, len(tokens))]
 
 
 def main(cfg: DictConfig) -> None:
@@ -140,8 +175,7 @@ def main(cfg: DictConfig) -> None:
     check_config(cfg, known=[*REQUIRED_KEYS, *OPTIONAL_KEYS], required=REQUIRED_KEYS)
     check_numbers(cfg, NUMBERS)
     check_checkpoint_dir(cfg.checkpointer)
-    if not str(cfg.prompt or "").strip():
-        raise UserError('prompt is empty: add prompt="<your question>"')
+    read_prompts(cfg)
     QSTGenerateRecipe(cfg).run()
 
 

@@ -49,13 +49,17 @@ class FinetuneResult:
 
 
 def run_tune(
-    *arguments: str | Path, cwd: Path, python: str | Path = sys.executable
+    *arguments: str | Path,
+    cwd: Path,
+    python: str | Path = sys.executable,
+    typed: str | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run ``tune``; its script is a shim around this module and may be installed elsewhere."""
     return subprocess.run(
         [str(python), "-m", "torchtune._cli.tune", *map(str, arguments)],
         cwd=cwd,
         # One thread: with more, every tiny operation waits for whatever else the machine runs.
+        input=typed,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -23,9 +23,9 @@ def name_of(path: Path) -> str:
 
 def recipe_of(path: Path):
     """The module of the recipe that the config is registered for."""
-    recipes = plugin._our_recipes(stock_registry)
+    recipes = stock_registry.get_all_recipes()
     (name,) = [r.name for r in recipes if name_of(path) in {c.name for c in r.configs}]
-    return import_module(f"qst_tune.recipes.{name}")
+    return None if name in plugin._STOCK_RECIPES else import_module(f"qst_tune.recipes.{name}")
 
 
 @pytest.fixture(params=FILES, ids=name_of)
@@ -46,6 +46,8 @@ def test_there_are_configs() -> None:
 
 def test_config_has_no_mistake_that_its_recipe_knows_of(path: Path, cfg: DictConfig) -> None:
     recipe = recipe_of(path)
+    if recipe is None:
+        pytest.skip("for a recipe of torchtune, which checks nothing")
     if "prompt" in cfg:
         cfg.prompt = "given on the command line"
     known = [*recipe.REQUIRED_KEYS, *recipe.OPTIONAL_KEYS]

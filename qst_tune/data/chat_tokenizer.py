@@ -43,6 +43,7 @@ class HFChatTokenizer(ModelTokenizer, Transform):
         chat_template (ChatTemplate): the model's template and named special tokens.
         max_seq_len (int | None): longer conversations are cut; None for no limit.
         extra_stop_tokens (Sequence[int]): token ids that end generation beside ``eos_id``.
+        pad_token (str | None): padding token in place of the model's own.
 
     Attributes:
         special_tokens (dict[str, int]): every special token and its id.
@@ -62,6 +63,7 @@ class HFChatTokenizer(ModelTokenizer, Transform):
         *,
         max_seq_len: int | None = None,
         extra_stop_tokens: Sequence[int] = (),
+        pad_token: str | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._chat_template = chat_template
@@ -77,7 +79,8 @@ class HFChatTokenizer(ModelTokenizer, Transform):
             )
         self.eos_id = eos_id
         self.bos_id = self._named_token_id("bos_token")
-        pad_id = self._named_token_id("pad_token")
+        named = chat_template.special_tokens.get("pad_token")
+        pad_id = self._token_id("pad_token", pad_token or named)
         self.pad_id = eos_id if pad_id is None else pad_id
         self.stop_tokens = list(dict.fromkeys((self.eos_id, *extra_stop_tokens)))
 
@@ -163,7 +166,9 @@ class HFChatTokenizer(ModelTokenizer, Transform):
         return sample
 
     def _named_token_id(self, name: str) -> int | None:
-        token = self._chat_template.special_tokens.get(name)
+        return self._token_id(name, self._chat_template.special_tokens.get(name))
+
+    def _token_id(self, name: str, token: str | None) -> int | None:
         if token is None:
             return None
         token_id = self._tokenizer.token_to_id(token)
@@ -246,7 +251,10 @@ class HFChatTokenizer(ModelTokenizer, Transform):
 
 
 def hf_chat_tokenizer(
-    path: str, max_seq_len: int | None = None, chat_template: str | None = None
+    path: str,
+    max_seq_len: int | None = None,
+    chat_template: str | None = None,
+    pad_token: str | None = None,
 ) -> HFChatTokenizer:
     """Build a tokenizer from a local Hugging Face folder; never touches the network.
 
@@ -263,6 +271,8 @@ def hf_chat_tokenizer(
             ``chat_template.jinja``.
         max_seq_len (int | None): longer conversations are cut; None for no limit.
         chat_template (str | None): Jinja template in place of the folder's; base models have none.
+        pad_token (str | None): padding token in place of the folder's. In many chat models that is
+            a token of the template, which torchtune's ``generate`` would then mask in a prompt.
 
     Returns:
         HFChatTokenizer: the tokenizer.
@@ -286,6 +296,7 @@ def hf_chat_tokenizer(
         ChatTemplate(chat_template or _read_template(folder, config), special_tokens),
         max_seq_len=max_seq_len,
         extra_stop_tokens=_generation_stop_tokens(folder),
+        pad_token=pad_token,
     )
 
 

@@ -61,6 +61,27 @@ def fingerprint_backbone(model: TransformerDecoder, checkpointer: Any) -> str:
     return _read_weights(model, checkpointer, lambda name, weight: None)
 
 
+def read_backbone(
+    model: TransformerDecoder, checkpointer: Any
+) -> tuple[dict[str, torch.Tensor], str]:
+    """Read a checkpoint's weights as they are, checked against a model.
+
+    Args:
+        model (TransformerDecoder): may be on meta; left alone.
+        checkpointer (Any): one of torchtune's checkpointers, not loaded yet.
+
+    Returns:
+        tuple[dict[str, torch.Tensor], str]: the model's weights by name, and the fingerprint as
+            from :func:`load_backbone`.
+
+    Raises:
+        UserError: as :func:`load_backbone`.
+    """
+    weights: dict[str, torch.Tensor] = {}
+    fingerprint = _read_weights(model, checkpointer, weights.__setitem__)
+    return weights, fingerprint
+
+
 def _read_weights(
     model: TransformerDecoder, checkpointer: Any, use: Callable[[str, torch.Tensor], None]
 ) -> str:

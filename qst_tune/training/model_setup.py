@@ -1,6 +1,7 @@
 """From a config to a model on its device: the steps that training and generation share."""
 
 import time
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -188,4 +189,9 @@ def provenance_of(cfg: DictConfig, backbone: BackboneId) -> Provenance:
         Provenance: without results.
     """
     model_block: Any = OmegaConf.to_container(cfg.model, resolve=True)
-    return Provenance(backbone, dict(model_block), OmegaConf.to_yaml(cfg, resolve=True))
+    return Provenance(
+        backbone,
+        dict(model_block),
+        OmegaConf.to_yaml(cfg, resolve=True),
+        backbone_path=str(Path(cfg.checkpointer.checkpoint_dir).resolve()),
+    )

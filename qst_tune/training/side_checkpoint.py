@@ -4,11 +4,14 @@
 ``side_network.safetensors``    the tensors, under the names of ``model.side``: fp32 if trained
                                 here, else as they were imported
 ``qst_config.json``             method, format, model block, the backbone's name and fingerprint
+``config.json``                 what transformers wants to know (``qst_tune.transformers``): the
+                                type of model, and where the backbone is
 ``recipe_config.yaml``          the config of the run that made it
 ``README.md``                   a model card
 ==============================  ===================================================================
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,8 @@ from qst_tune.training.tuned_folder import (
     load_tuned,
     tuned_files,
 )
+
+TRANSFORMERS_MODEL_TYPE = "qst"
 
 SIDE_NETWORK = TunedFormat(
     method="qst",
@@ -51,7 +56,20 @@ runs beside {backbone.name} ({backbone.quantization}), whose weights have the fi
 `{backbone.fingerprint[:16]}...`, and is loaded with
 `tune run {_usage(provenance.model_block)}`."""
     # A wrapped module (recomputation, compile) adds prefixes to named_parameters, not to these.
-    return tuned_files(SIDE_NETWORK, side.state_dict(), provenance, about=about)
+    files = tuned_files(SIDE_NETWORK, side.state_dict(), provenance, about=about)
+    return files | _transformers_files(provenance)
+
+
+def _transformers_files(provenance: Provenance) -> dict[str, bytes]:
+    """What makes the folder one that transformers can load; it knows no classifiers of ours."""
+    if "num_labels" in provenance.model_block:
+        return {}
+    config = {
+        "model_type": TRANSFORMERS_MODEL_TYPE,
+        "architectures": ["QSTForCausalLM"],
+        "backbone": provenance.backbone_path or provenance.backbone.name,
+    }
+    return {"config.json": (json.dumps(config, indent=2) + "\n").encode()}
 
 
 def _usage(model_block: dict[str, Any]) -> str:

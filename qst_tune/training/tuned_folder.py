@@ -66,12 +66,14 @@ class Provenance:
         model_block (dict[str, Any]): the ``model`` block of the config, which rebuilds the model.
         recipe_config (str): the run's config, YAML.
         results (dict[str, float]): figures for the model card, by name.
+        backbone_path (str): folder of the backbone's checkpoint, where another program looks first.
     """
 
     backbone: BackboneId
     model_block: dict[str, Any]
     recipe_config: str
     results: dict[str, float] = field(default_factory=dict)
+    backbone_path: str = ""
 
 
 def tuned_files(

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from qst_tune.data import HFChatTokenizer, hf_chat_tokenizer
 from qst_tune.quickstart.smollm2 import FetchError, fetch_smollm2
+from tests.checkpoints import write_chat_tokenizer
 
 CHATML = (
     "{% for message in messages %}"
@@ -405,3 +406,13 @@ def test_smollm2_tokens_equal_transformers(conversation: list[tuple[str, str]]) 
     oracle = hf_tokenizer(folder)
     assert tokens == oracle.apply_chat_template(to_dicts(conversation), return_dict=False)
     assert len(mask) == len(tokens)
+
+
+def test_another_padding_token_can_be_named(tmp_path: Path) -> None:
+    write_chat_tokenizer(tmp_path)
+    own = hf_chat_tokenizer(str(tmp_path))
+    other = hf_chat_tokenizer(str(tmp_path), pad_token="<|endoftext|>")
+    assert own.pad_id == own.special_tokens["<|pad|>"]
+    assert other.pad_id == own.special_tokens["<|endoftext|>"]
+    with pytest.raises(ValueError, match="pad_token 'absent' is not in the tokenizer's vocabulary"):
+        hf_chat_tokenizer(str(tmp_path), pad_token="absent")

@@ -150,7 +150,8 @@ def quantised_backbone(folder: Path) -> torch.nn.Module:
 
 def test_side_network_is_a_folder_of_exactly_the_documented_files(trained: FinetuneResult) -> None:
     folder = trained.weights_file.parent
-    documented = {"side_network.safetensors", "qst_config.json", "recipe_config.yaml", "README.md"}
+    texts = {"qst_config.json", "config.json", "recipe_config.yaml", "README.md"}
+    documented = {"side_network.safetensors", *texts}
     assert {path.name for path in folder.iterdir()} == documented
     recorded = OmegaConf.load(folder / "recipe_config.yaml")
     assert recorded.epochs == 12

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
-from qst_tune.recipes import qst_generate
+from qst_tune.recipes import peqa_finetune, qst_generate
 from torchtune.data import Message
 
 from qst_tune.data import hf_chat_tokenizer
@@ -16,6 +16,7 @@ from qst_tune.errors import UserError
 from qst_tune.training.cli import run_recipe
 from tests.checkpoints import (
     COLOURS,
+    SIZES,
     Config,
     finetune_config,
     generate_config,
@@ -96,10 +97,25 @@ def test_answer_is_that_of_greedy_decoding_without_caches(
         cfg.side_network = None
     with one_thread():
         recipe = qst_generate.QSTGenerateRecipe(cfg)
-        actual = recipe._answer()
+        (actual,) = recipe.answer()
         stop = recipe.tokenizer.stop_tokens
         assert actual == greedy(recipe.model, prompt_tokens(root), stop, budget=12)
     assert actual
+
+
+def test_a_batch_of_prompts_gives_the_answers_that_each_gives_alone(config: Config) -> None:
+    prompts = [PROMPT, "what is it", "what is the colour of box 7 and of box 2"]
+    with one_thread():
+        recipe = qst_generate.QSTGenerateRecipe(
+            merged({**config, "prompt": "", "prompts": prompts})
+        )
+        together = recipe.answer()
+        alone = []
+        for prompt in prompts:
+            recipe.prompts = [prompt]
+            alone += recipe.answer()
+    assert together == alone
+    assert len({len(answer) for answer in alone}) > 1  # rows end at different places
 
 
 def test_answers_are_the_same_after_each_other(
@@ -125,7 +141,7 @@ def test_sampling_follows_the_seed(config: Config, capsys: pytest.CaptureFixture
 def test_system_prompt_is_read(config: Config) -> None:
     with one_thread():
         recipe = qst_generate.QSTGenerateRecipe(merged(config, "system_prompt=be kind"))
-    tokens = recipe._prompt_tokens()
+    tokens = recipe._encode(PROMPT)
     text = recipe.tokenizer.decode(tokens, skip_special_tokens=False)
     assert text == (
         "<|im_start|>system\nbe kind<|im_end|>\n"
@@ -162,7 +178,10 @@ def test_side_network_of_another_backbone_is_refused(
     ("overrides", "message"),
     [
         (["prompt= "], "prompt is empty"),
-        (["prompt=null"], "prompt"),
+        (["prompt=null"], "prompt is empty"),
+        (["prompts=[a,b]"], "prompt and prompts are both set: use one of them"),
+        (["prompts=a"], "prompts=a is not a list"),
+        (["scales=there"], "scales=there does not go with this model: it takes side_network"),
         (["side_network=absent"], "absent is not a QST side network: it has no qst_config.json"),
         (["model.rank=8"], "use the model block of its qst_config.json"),
         (["max_new_tokens=120"], "exceed the model's max_seq_len 128: shorten one"),
@@ -192,3 +211,66 @@ def test_description_rebuilds_the_model(config: Config, trained: FinetuneResult)
         qst_generate.QSTGenerateRecipe(merged({**config, "model": block}))
     with pytest.raises(UserError, match="does not fit the model"):
         qst_generate.QSTGenerateRecipe(OmegaConf.create(config | {"model": {**block, "rank": 2}}))
+
+
+# torchtune's own recipe.
+
+
+def stock_config(config: Config) -> Config:
+    """Of the recipe `generate`, for the model and side network of ``config``."""
+    checkpointer = config["checkpointer"] | {
+        "_component_": "qst_tune.training.tuned_checkpointer.TunedCheckpointer",
+        "side_network": config["side_network"],
+        "output_dir": str(Path(config["output_dir"]) / "unused"),
+    }
+    tokenizer = {**config["tokenizer"], "max_seq_len": None, "pad_token": "<|endoftext|>"}
+    return {
+        "model": config["model"],
+        "tokenizer": tokenizer,
+        "checkpointer": checkpointer,
+        "prompt": {"system": None, "user": PROMPT},
+        "max_new_tokens": 12,
+        "temperature": 0.6,
+        "top_k": 1,
+        "enable_kv_cache": True,
+        "quantizer": None,
+        "device": "cpu",
+        "dtype": "fp32",
+        "seed": 0,
+    }
+
+
+def test_torchtunes_own_recipe_gives_the_tuned_answer(config: Config, root: Path) -> None:
+    path = write_config(root / "stock.yaml", stock_config(config))
+    result = run_tune("run", "generate", "--config", path, cwd=root)
+    assert result.returncode == 0, result.stderr
+    assert f"assistant\nit is {COLOURS[1]}!" in result.stdout + result.stderr
+
+
+# PEQA.
+
+
+@pytest.fixture(scope="module")
+def peqa_config(root: Path, trained: FinetuneResult) -> Config:
+    """Of a training run of peqa_finetune; the dependency only makes the model folder."""
+    model = {"_component_": "qst_tune.models.peqa_llama3_2", **SIZES, "bits": 4}
+    config = {**finetune_config(root), "model": model, "output_dir": str(root / "peqa")}
+    with one_thread():
+        peqa_finetune.main(merged(config, "epochs=4", "dataset_val=null"))
+    return config
+
+
+def test_a_peqa_model_answers_from_its_training_config(peqa_config: Config, root: Path) -> None:
+    """Where no folder is named it is the run's; both answers are those without caches."""
+    with one_thread():
+        recipe = qst_generate.QSTGenerateRecipe(
+            merged({**peqa_config, "prompt": PROMPT}, "max_new_tokens=12")
+        )
+        prompt, stop = prompt_tokens(root), recipe.tokenizer.stop_tokens
+        (tuned,) = recipe.answer()
+        assert tuned == greedy(recipe.model, prompt, stop, budget=12)
+        with recipe.tuned.untuned():
+            (base,) = recipe.answer()
+            assert base == greedy(recipe.model, prompt, stop, budget=12)
+        assert recipe.answer() == [tuned] != [base]
+    assert recipe.tuned.title == "with the tuned scales"

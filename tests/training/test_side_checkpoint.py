@@ -24,7 +24,13 @@ from tests.helpers import TINY_REDUCTION, randomize_, tiny_backbone
 
 BACKBONE = BackboneId(name="tiny", fingerprint="0123456789abcdef" * 4, quantization="nf4")
 MODEL_BLOCK = {"_component_": "tests.tiny", "reduction_factor": TINY_REDUCTION, "rank": 4}
-FILES = {"side_network.safetensors", "qst_config.json", "recipe_config.yaml", "README.md"}
+FILES = {
+    "side_network.safetensors",
+    "qst_config.json",
+    "config.json",
+    "recipe_config.yaml",
+    "README.md",
+}
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -53,6 +59,15 @@ def saved(tmp_path: Path) -> Path:
 
 
 # Writing.
+
+
+def test_transformers_finds_the_backbone_and_no_classifier(tmp_path: Path) -> None:
+    save(tmp_path / "text", side_network(), backbone_path="/models/tiny")
+    config = json.loads((tmp_path / "text/config.json").read_text())
+    assert config["model_type"] == "qst"
+    assert config["backbone"] == "/models/tiny"
+    save(tmp_path / "classes", side_network(), model_block={**MODEL_BLOCK, "num_labels": 2})
+    assert not (tmp_path / "classes/config.json").exists()
 
 
 @pytest.mark.parametrize("variant", ["default", "paper", "authors"])

@@ -1,0 +1,1 @@
+"""Text from a tuned model: caches that live between turns, sampling, streaming, conversations."""

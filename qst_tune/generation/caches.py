@@ -1,0 +1,109 @@
+"""Key-value caches for the attentions of any torchtune decoder, both networks of QST included."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torchtune.modules import MultiHeadAttention, TransformerDecoder
+
+
+class GrowingCache:
+    """Keys and values of one attention; stands where torchtune's ``KVCache`` stands.
+
+    torchtune's cache has a fixed length, and every token attends through all of it. This one shows
+    what is filled and nothing else, doubles when it is full, and can forget its end.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._keys: torch.Tensor | None = None
+        self._values: torch.Tensor | None = None
+
+    def update(self, k_val: torch.Tensor, v_val: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append keys and values.
+
+        Args:
+            k_val (torch.Tensor): ``[B, H, T, C]``.
+            v_val (torch.Tensor): ``[B, H, T, C]``.
+
+        Returns:
+            tuple[torch.Tensor, torch.Tensor]: all so far, each ``[B, H, length, C]``.
+        """
+        start, self.length = self.length, self.length + k_val.shape[2]
+        keys = self._keys = _with_room(self._keys, k_val, start)
+        values = self._values = _with_room(self._values, v_val, start)
+        keys[:, :, start : self.length] = k_val
+        values[:, :, start : self.length] = v_val
+        return keys[:, :, : self.length], values[:, :, : self.length]
+
+    def cut(self, length: int) -> None:
+        """Forget everything from a position on.
+
+        Args:
+            length (int): tokens to keep; nothing happens if there are no more than that.
+        """
+        self.length = min(self.length, length)
+
+
+def _with_room(held: torch.Tensor | None, new: torch.Tensor, start: int) -> torch.Tensor:
+    """The held tensor, or a longer copy of its first ``start`` tokens that has room for ``new``."""
+    needed = start + new.shape[2]
+    if held is not None and held.shape[2] >= needed:
+        return held
+    room = new.new_empty(*new.shape[:2], max(needed, 2 * start), new.shape[3])
+    if held is not None:
+        room[:, :, :start] = held[:, :, :start]
+    return room
+
+
+def attentions(model: TransformerDecoder) -> list[MultiHeadAttention]:
+    """List a decoder's attentions: the backbone's from first to last, then the side network's.
+
+    Args:
+        model (TransformerDecoder): any torchtune decoder.
+
+    Returns:
+        list[MultiHeadAttention]: each once.
+    """
+    return [module for module in model.modules() if isinstance(module, MultiHeadAttention)]
+
+
+@contextmanager
+def attached(model: TransformerDecoder, caches: Sequence[Any]) -> Iterator[None]:
+    """Let each attention use a cache for as long as the context lasts.
+
+    Args:
+        model (TransformerDecoder): without caches of its own.
+        caches (Sequence[Any]): with ``update``, one for each of :func:`attentions`.
+
+    Yields:
+        None: meanwhile the model wants ``mask`` and ``input_pos``.
+    """
+    layers = attentions(model)
+    for layer, cache in zip(layers, caches, strict=True):
+        layer.kv_cache, layer.cache_enabled = cache, True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.kv_cache, layer.cache_enabled = None, False
+
+
+@contextmanager
+def without_head(model: Any) -> Iterator[None]:
+    """Let a decoder of ours return the LM head's input for as long as the context lasts.
+
+    Args:
+        model (Any): a ``QSTDecoder`` or ``PEQADecoder``. Of a long prompt only the last token's
+            logits are wanted: all of them would be the largest tensor of the pass.
+
+    Yields:
+        None: meanwhile the model returns ``[B, T, D]``.
+    """
+    before = model.skip_output_layer
+    model.skip_output_layer = True
+    try:
+        yield
+    finally:
+        model.skip_output_layer = before

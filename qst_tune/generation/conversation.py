@@ -1,0 +1,142 @@
+"""A conversation whose caches live between its turns, and its text as it comes."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from torchtune.data import Message
+
+from qst_tune.errors import UserError
+from qst_tune.generation.sequence import CachedSequence, Sampling, continue_sequence
+
+# What a decoder of bytes writes for a character of which not all bytes are there yet.
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+
+
+class Conversation:
+    """Turns of a user and a model.
+
+    Each turn is tokenized with all before it, exactly as the chat template writes a whole
+    conversation, and the caches give what they have of it. So the answers are those of a model that
+    reads everything anew, while normally only the new turn is run; only where a generated text is
+    tokenized differently as a whole is it run again from that place.
+
+    Args:
+        model (Any): a ``QSTDecoder`` or ``PEQADecoder`` in evaluation mode.
+        tokenizer (Any): torchtune model tokenizer.
+        system_prompt (str | None): first message.
+        sampling (Sampling | None): how tokens are chosen; None: always the likeliest.
+        max_new_tokens (int): the most that an answer may have.
+
+    Attributes:
+        messages (list[Message]): all turns so far.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        system_prompt: str | None = None,
+        sampling: Sampling | None = None,
+        max_new_tokens: int = 512,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.sampling = sampling or Sampling()
+        self.max_new_tokens = max_new_tokens
+        self.messages: list[Message] = []
+        self._system_prompt = system_prompt
+        self._sequence = CachedSequence(model)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the last answer ended because the context did."""
+        return len(self._sequence.tokens) >= self._sequence.model.max_seq_len
+
+    def clear(self) -> None:
+        """Begin anew, with the system prompt alone."""
+        self.messages = []
+
+    def ask(self, text: str) -> Iterator[str]:
+        """Add a turn of the user and generate the model's.
+
+        Both are part of the conversation once the generator is exhausted or closed; an answer that
+        was broken off is kept as far as it came.
+
+        Args:
+            text (str): what the user says.
+
+        Yields:
+            str: the next piece of the answer.
+
+        Raises:
+            UserError: if the conversation leaves no room for an answer; it is then as before.
+        """
+        turns = [*self.messages, Message(role="user", content=text, masked=True)]
+        prompt = prompt_tokens(self.tokenizer, turns, system_prompt=self._system_prompt)
+        self._check_room(len(prompt))
+        tokens = continue_sequence(
+            self._sequence,
+            prompt,
+            sampling=self.sampling,
+            stop_tokens=self.tokenizer.stop_tokens,
+            max_new_tokens=self.max_new_tokens,
+        )
+        answer = ""
+        try:
+            for piece in text_pieces(tokens, self.tokenizer.decode):
+                answer += piece
+                yield piece
+        finally:
+            self.messages = [*turns, Message(role="assistant", content=answer)]
+
+    def _check_room(self, num_tokens: int) -> None:
+        longest = self._sequence.model.max_seq_len
+        if num_tokens > longest:
+            raise UserError(
+                f"the context is full: the conversation has {num_tokens} tokens with this turn and "
+                f"the model has room for {longest}; begin anew, or ask something shorter"
+            )
+
+
+def prompt_tokens(
+    tokenizer: Any, messages: Sequence[Message], *, system_prompt: str | None = None
+) -> list[int]:
+    """Tokenize a conversation up to where the model's answer begins.
+
+    Args:
+        tokenizer (Any): torchtune model tokenizer.
+        messages (Sequence[Message]): the last one is the user's.
+        system_prompt (str | None): put before them.
+
+    Returns:
+        list[int]: token ids.
+    """
+    system = [Message(role="system", content=system_prompt, masked=True)] if system_prompt else []
+    # torchtune's tokenizers open the answer's turn for an empty assistant message.
+    answer = Message(role="assistant", content="")
+    tokens: list[int] = tokenizer({"messages": [*system, *messages, answer]}, inference=True)[
+        "tokens"
+    ]
+    return tokens
+
+
+def text_pieces(tokens: Iterable[int], decode: Callable[[list[int]], str]) -> Iterator[str]:
+    """Decode tokens as they come, in whole characters.
+
+    Args:
+        tokens (Iterable[int]): ids.
+        decode (Callable[[list[int]], str]): from ids to text.
+
+    Yields:
+        str: the text that the last tokens added; a character of several tokens comes with its last.
+    """
+    ids: list[int] = []
+    shown = text = ""
+    for token in tokens:
+        ids.append(token)
+        text = decode(ids)
+        if not text.endswith(_INCOMPLETE):
+            yield text[len(shown) :]
+            shown = text
+    if text != shown:
+        yield text[len(shown) :]

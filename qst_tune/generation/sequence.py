@@ -1,0 +1,128 @@
+"""One sequence of tokens that a model goes on with, never running a token twice."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torchtune.generation import sample
+
+from qst_tune.generation.caches import GrowingCache, attached, attentions, without_head
+
+
+class CachedSequence:
+    """A model with the caches of the tokens it has run.
+
+    Whatever is asked for, the longest common beginning with what was run before is taken from the
+    caches: of a conversation only the new turn is run, and a text that was changed in the middle is
+    run from there. Several sequences can be kept over one model.
+
+    Args:
+        model (Any): a ``QSTDecoder`` or ``PEQADecoder`` in evaluation mode. What it computes must
+            not change meanwhile; in particular its side network stays on, or off.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.tokens: list[int] = []
+        self._caches = [GrowingCache() for _ in attentions(model)]
+
+    @torch.no_grad()
+    def next_logits(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Compute the logits of the token that follows.
+
+        Args:
+            tokens (Sequence[int]): the whole sequence, at least one.
+
+        Returns:
+            torch.Tensor: ``[V]``, fp32.
+
+        Raises:
+            ValueError: if there are more tokens than the model has positions.
+        """
+        if len(tokens) > self.model.max_seq_len:
+            raise ValueError(
+                f"{len(tokens)} tokens are more than the model's max_seq_len "
+                f"{self.model.max_seq_len}"
+            )
+        kept = min(_common_length(self.tokens, tokens), len(tokens) - 1)
+        # Not after the pass: it may be interrupted when some layers have their new keys.
+        self.tokens = list(tokens[:kept])
+        for cache in self._caches:
+            cache.cut(kept)
+        logits = self._run(tokens[kept:], start=kept)
+        self.tokens = list(tokens)
+        return logits
+
+    def _run(self, new: Sequence[int], *, start: int) -> torch.Tensor:
+        device = self.model.tok_embeddings.weight.device
+        everywhere = torch.arange(start + len(new), device=device)
+        positions = everywhere[start:]
+        mask_TL = positions[:, None] >= everywhere
+        with attached(self.model, self._caches), without_head(self.model):
+            head_input_BTD = self.model(
+                torch.tensor([new], device=device), mask=mask_TL[None], input_pos=positions[None]
+            )
+        logits: torch.Tensor = self.model.output(head_input_BTD[:, -1:]).float()
+        return logits[0, 0]
+
+
+def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Args:
+        temperature (float): of the softmax; 0 takes the likeliest token.
+        top_k (int | None): choose among so many of the likeliest; None: all.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+
+    def choose(self, logits: torch.Tensor) -> int:
+        """Choose a token.
+
+        Args:
+            logits (torch.Tensor): ``[V]``.
+
+        Returns:
+            int: its id.
+        """
+        if not self.temperature:
+            return int(logits.argmax())
+        return int(sample(logits[None], temperature=self.temperature, top_k=self.top_k))
+
+
+def continue_sequence(
+    sequence: CachedSequence,
+    prompt: Sequence[int],
+    *,
+    sampling: Sampling,
+    stop_tokens: Sequence[int],
+    max_new_tokens: int,
+) -> Iterator[int]:
+    """Generate tokens one by one, until a stop token, a number of them, or the end of the context.
+
+    Args:
+        sequence (CachedSequence): what was run before.
+        prompt (Sequence[int]): at least one token.
+        sampling (Sampling): how to choose.
+        stop_tokens (Sequence[int]): the first of them ends the text and is not part of it.
+        max_new_tokens (int): the most to generate.
+
+    Yields:
+        int: the next token.
+    """
+    tokens = list(prompt)
+    longest = sequence.model.max_seq_len
+    while len(tokens) <= longest and len(tokens) < len(prompt) + max_new_tokens:
+        token = sampling.choose(sequence.next_logits(tokens))
+        if token in stop_tokens:
+            return
+        yield token
+        tokens.append(token)

@@ -1,0 +1,149 @@
+"""Build a model from what the folder of a run's result says of it, without running foreign code.
+
+A folder may come from anyone. Of what it names, only builders of ``qst_tune.models`` and the
+checkpointers listed here are called; both only read tensors and numbers.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+import qst_tune.models
+from qst_tune.errors import UserError
+from qst_tune.modules.qst_classifier import QSTClassifier
+from qst_tune.modules.qst_decoder import QSTDecoder
+from qst_tune.training.model_setup import build_any_on_meta, load_frozen_backbone
+from qst_tune.training.scales_checkpoint import SCALES
+from qst_tune.training.side_checkpoint import SIDE_NETWORK, load_side_network
+from qst_tune.training.tuned_folder import BackboneId, TunedFormat, read_description
+
+_MODELS = "qst_tune.models."
+_CHECKPOINTERS = (
+    "torchtune.training.FullModelHFCheckpointer",
+    "qst_tune.training.opt_checkpointer.OPTCheckpointer",
+)
+
+
+def folder_format(folder: Path) -> TunedFormat:
+    """Find out which method wrote a folder.
+
+    Args:
+        folder (Path): of a side network or of scales.
+
+    Returns:
+        TunedFormat: the method's.
+
+    Raises:
+        UserError: if it is neither.
+    """
+    for form in (SIDE_NETWORK, SCALES):
+        if (folder / form.config_file).is_file():
+            return form
+    raise UserError(
+        f"{folder} is no result of qst_tune: it has neither {SIDE_NETWORK.config_file} nor "
+        f"{SCALES.config_file}"
+    )
+
+
+def build_described(folder: Path, dtype: torch.dtype) -> QSTDecoder:
+    """Build the model of a side network's folder without memory.
+
+    Args:
+        folder (Path): of a side network.
+        dtype (torch.dtype): of the backbone.
+
+    Returns:
+        QSTDecoder: on the meta device.
+
+    Raises:
+        UserError: if the folder is none, or its model is not one of ``qst_tune.models``.
+    """
+    model = build_any_described(folder, SIDE_NETWORK, dtype)
+    if not isinstance(model, QSTDecoder) or isinstance(model, QSTClassifier):
+        raise UserError(f"{folder} is of no model that writes text; qst_classify takes classifiers")
+    return model
+
+
+def build_any_described(folder: Path, form: TunedFormat, dtype: torch.dtype) -> Any:
+    """Build the model of a result's folder without memory.
+
+    Args:
+        folder (Path): of a side network or of scales.
+        form (TunedFormat): which of them.
+        dtype (torch.dtype): of what is not quantised.
+
+    Returns:
+        Any: on the meta device.
+
+    Raises:
+        UserError: if the folder is none, or its model is not one of ``qst_tune.models``.
+    """
+    block = read_description(folder, form).get("model") or {}
+    name = str(block.get("_component_", ""))
+    if not name.startswith(_MODELS) or name.removeprefix(_MODELS) not in qst_tune.models.__all__:
+        raise UserError(
+            f"{folder} names the model {name!r}; from a folder, which may be anyone's, only "
+            f"builders of qst_tune.models are called: use a config with that model block instead"
+        )
+    return build_any_on_meta(OmegaConf.create({"model": block}), dtype)
+
+
+def load_described(
+    folder: Path, backbone_folder: Path, *, dtype: torch.dtype, device: torch.device
+) -> tuple[QSTDecoder, BackboneId]:
+    """Load a side network's folder with its backbone, by the folder alone.
+
+    Args:
+        folder (Path): of a side network.
+        backbone_folder (Path): Hugging Face folder of the backbone it was trained on.
+        dtype (torch.dtype): of the backbone.
+        device (torch.device): where both shall live.
+
+    Returns:
+        tuple[QSTDecoder, BackboneId]: in evaluation mode, and what it was loaded from.
+
+    Raises:
+        UserError: if one of the folders is not what it should be, or they do not belong together.
+    """
+    model = build_described(folder, dtype)
+    with checkpointer_of(folder, backbone_folder) as cfg:
+        backbone = load_frozen_backbone(model, cfg, dtype=dtype, device=device)
+    model.side.materialize(device)
+    load_side_network(folder, model.side, backbone=backbone)
+    model.eval()
+    return model, backbone
+
+
+@contextmanager
+def checkpointer_of(folder: Path, backbone_folder: Path) -> Iterator[DictConfig]:
+    """Give the run's ``checkpointer`` block for a backbone that may now lie elsewhere.
+
+    Args:
+        folder (Path): of a side network or of scales.
+        backbone_folder (Path): Hugging Face folder.
+
+    Yields:
+        DictConfig: a config with that block, valid as long as the context lasts.
+
+    Raises:
+        UserError: if the run's config cannot be read, or names a checkpointer that is not known.
+    """
+    path = folder / "recipe_config.yaml"
+    try:
+        block = dict(OmegaConf.load(path).checkpointer)
+    except Exception as error:  # OmegaConf and YAML raise many types
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} says nothing of the backbone's checkpoint: {reason}") from error
+    if block.get("_component_") not in _CHECKPOINTERS:
+        known = " or ".join(_CHECKPOINTERS)
+        raise UserError(f"{path} names the checkpointer {block.get('_component_')!r}, not {known}")
+    kept = ("_component_", "checkpoint_files", "model_type", "safe_serialization")
+    found = {name: block[name] for name in kept if name in block}
+    with tempfile.TemporaryDirectory() as unused:  # torchtune's checkpointers make a folder
+        here = {"checkpoint_dir": str(backbone_folder), "output_dir": unused}
+        yield OmegaConf.create({"checkpointer": {**found, **here}})

@@ -1,0 +1,64 @@
+"""A backbone and its side network as one checkpoint, for torchtune's own recipes."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchtune import training
+from torchtune.config._utils import _get_component_from_path
+
+from qst_tune.modules.base_quantization import quantization_of
+from qst_tune.training.architecture_check import check_architecture
+from qst_tune.training.backbone_loading import SIDE_PREFIX, read_backbone
+from qst_tune.training.described_model import build_described
+from qst_tune.training.side_checkpoint import SIDE_NETWORK
+from qst_tune.training.tuned_folder import BackboneId, load_tuned
+
+
+class TunedCheckpointer:
+    """Reads what torchtune's recipes load into a QST model: the backbone and the side network.
+
+    Stock recipes such as ``generate`` and ``eleuther_eval`` take one checkpoint with every weight
+    of the model. In their configs this class stands where ``FullModelHFCheckpointer`` stood, with
+    one key more; the weights are quantised as the model loads them.
+
+    Args:
+        side_network (str): folder of the side network.
+        checkpoint_dir (str): Hugging Face folder of its backbone.
+        base_checkpointer (str): what reads that folder.
+            Default: "torchtune.training.FullModelHFCheckpointer".
+        **settings (Any): further arguments of ``base_checkpointer``.
+    """
+
+    def __init__(
+        self,
+        side_network: str,
+        checkpoint_dir: str,
+        *,
+        base_checkpointer: str = "torchtune.training.FullModelHFCheckpointer",
+        **settings: Any,
+    ) -> None:
+        self.side_network = Path(side_network)
+        self.checkpoint_dir = Path(checkpoint_dir)
+        make = _get_component_from_path(base_checkpointer)
+        self._base = make(checkpoint_dir=checkpoint_dir, **settings)
+
+    def load_checkpoint(self) -> dict[str, Any]:
+        """Read both, after checking that they belong together.
+
+        Returns:
+            dict[str, Any]: the weights under torchtune's names, below its ``MODEL_KEY``.
+
+        Raises:
+            UserError: if they do not, or one of them is missing or damaged.
+        """
+        model = build_described(self.side_network, torch.float32)
+        check_architecture(model, self.checkpoint_dir)
+        weights, fingerprint = read_backbone(model, self._base)
+        name = self.checkpoint_dir.resolve().name
+        backbone = BackboneId(name, fingerprint, quantization_of(model.layers))
+        side = load_tuned(
+            SIDE_NETWORK, self.side_network, model.side.state_dict(), backbone=backbone
+        )
+        tuned = {SIDE_PREFIX + name: value for name, value in side.items()}
+        return {training.MODEL_KEY: weights | tuned}

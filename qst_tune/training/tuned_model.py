@@ -1,0 +1,134 @@
+"""From a config to a loaded model with what was tuned, whichever method tuned it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torchtune.modules.peft import disable_adapter
+
+from qst_tune.errors import UserError
+from qst_tune.modules.peqa_decoder import PEQADecoder
+from qst_tune.modules.qst_classifier import QSTClassifier
+from qst_tune.modules.qst_decoder import QSTDecoder
+from qst_tune.training.cli import instantiate
+from qst_tune.training.config_check import check_checkpoint_dir
+from qst_tune.training.config_keys import TRAINING_OPTIONAL, TRAINING_REQUIRED
+from qst_tune.training.model_setup import (
+    build_any_on_meta,
+    choose_device,
+    choose_dtype,
+    load_frozen_backbone,
+)
+from qst_tune.training.scales_checkpoint import load_scales
+from qst_tune.training.side_checkpoint import load_side_network
+from qst_tune.training.tuned_folder import BackboneId
+
+# What a recipe that uses a tuned model needs of its config, and what it knows beside its own keys:
+# the config of the training run will do.
+MODEL_REQUIRED = ("model", "tokenizer", "checkpointer", "device", "dtype")
+MODEL_OPTIONAL = ("side_network", "scales", *TRAINING_REQUIRED, *TRAINING_OPTIONAL)
+
+# Key of the config, which is also the folder's name in a run's output_dir.
+_KEYS: dict[type, str] = {QSTDecoder: "side_network", PEQADecoder: "scales"}
+_TITLES = {"side_network": "with the side network", "scales": "with the tuned scales"}
+
+
+@dataclass(frozen=True)
+class TunedModel:
+    """A model on its device, in evaluation mode, that can be used tuned or as it was.
+
+    Args:
+        model (Any): a ``QSTDecoder`` or ``PEQADecoder``.
+        tokenizer (Any): torchtune model tokenizer, which cuts nothing.
+        backbone (BackboneId): what the model was loaded from.
+        title (str): what the tuned model is, for people.
+        is_tuned (bool): whether there is anything tuned to use.
+        untuned_scales (dict[str, torch.Tensor]): of a PEQA model, as rounding left them.
+    """
+
+    model: Any
+    tokenizer: Any
+    backbone: BackboneId
+    title: str
+    is_tuned: bool
+    untuned_scales: dict[str, torch.Tensor]
+
+    @contextmanager
+    def untuned(self) -> Iterator[None]:
+        """Make the model the quantised base model for as long as the context lasts.
+
+        Yields:
+            None: meanwhile the model answers as it did before training.
+        """
+        if isinstance(self.model, QSTDecoder):
+            with disable_adapter(self.model):
+                yield
+            return
+        tuned = {name: value.clone() for name, value in self.model.task().items()}
+        self.model.load_task(self.untuned_scales)
+        try:
+            yield
+        finally:
+            self.model.load_task(tuned)
+
+
+def load_tuned_model(cfg: DictConfig) -> TunedModel:
+    """Load a model with its side network or its scales.
+
+    Args:
+        cfg (DictConfig): with the keys of :data:`MODEL_REQUIRED`. ``side_network`` (QST) or
+            ``scales`` (PEQA) names the folder of what was tuned; null is the base model, and
+            without the key it is where training writes it, in ``output_dir``.
+
+    Returns:
+        TunedModel: ready to use.
+
+    Raises:
+        UserError: if the model is of neither method, or what is to be loaded does not fit it.
+    """
+    check_checkpoint_dir(cfg.checkpointer)
+    device = choose_device(cfg)
+    dtype = choose_dtype(cfg, device)
+    model = build_any_on_meta(cfg, dtype)
+    key = _key_of(model, cfg)
+    tuned = cfg.get(key, f"{cfg.output_dir}/{key}" if cfg.get("output_dir") else None)
+    tokenizer = instantiate(_without_limit(cfg.tokenizer), "tokenizer")
+    backbone = load_frozen_backbone(model, cfg, dtype=dtype, device=device)
+    untuned_scales = {}
+    if isinstance(model, QSTDecoder):
+        model.side.materialize(device)
+        if tuned:
+            load_side_network(Path(tuned), model.side, backbone=backbone)
+    else:
+        untuned_scales = {name: value.detach().clone() for name, value in model.task().items()}
+        if tuned:
+            load_scales(Path(tuned), model, backbone=backbone)
+    model.eval()
+    return TunedModel(model, tokenizer, backbone, _TITLES[key], bool(tuned), untuned_scales)
+
+
+def _key_of(model: Any, cfg: DictConfig) -> str:
+    """The key that names what was tuned; the other method's must not be set."""
+    is_known = isinstance(model, tuple(_KEYS)) and not isinstance(model, QSTClassifier)
+    if not is_known:
+        raise UserError(
+            f"model: {cfg.model._component_} builds no model that writes text; use one of "
+            "qst_tune.models.qst_* or peqa_*"
+        )
+    key = next(key for kind, key in _KEYS.items() if isinstance(model, kind))
+    for other in set(_KEYS.values()) - {key}:
+        if cfg.get(other):
+            raise UserError(f"{other}={cfg[other]} does not go with this model: it takes {key}")
+    return key
+
+
+def _without_limit(block: DictConfig) -> DictConfig:
+    """A tokenizer that cuts nothing: what training cuts off is where the answer would begin."""
+    if "max_seq_len" not in block:
+        return block
+    unlimited: DictConfig = OmegaConf.merge(block, {"max_seq_len": None})
+    return unlimited

@@ -1,0 +1,105 @@
+"""Chat with a tuned model in the terminal.
+
+Example::
+
+    tune run qst_chat --config smollm2/135M_qst_chat
+
+The config may also be that of the training run, of qst_finetune or of peqa_finetune. The text
+appears as it is generated; Ctrl-C breaks an answer off, /clear begins a new conversation, and
+Ctrl-D or /exit ends the program. Each turn runs the new tokens only.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import closing, nullcontext
+
+from omegaconf import DictConfig
+from torchtune import training, utils
+
+from qst_tune.errors import UserError
+from qst_tune.generation.conversation import Conversation
+from qst_tune.generation.sequence import Sampling
+from qst_tune.training.cli import run_recipe
+from qst_tune.training.config_check import check_checkpoint_dir, check_config, check_numbers
+from qst_tune.training.tuned_model import MODEL_OPTIONAL, MODEL_REQUIRED, load_tuned_model
+
+REQUIRED_KEYS = MODEL_REQUIRED
+OPTIONAL_KEYS = ("system_prompt", "max_new_tokens", "temperature", "top_k", *MODEL_OPTIONAL)
+NUMBERS: dict[str, tuple[type, int]] = {
+    "max_new_tokens": (int, 1),
+    "temperature": (float, 0),
+    "top_k": (int, 1),
+    "seed": (int, 0),
+}
+
+log = utils.get_logger("INFO")
+
+
+def chat(conversation: Conversation) -> None:
+    """Answer what is typed until there is no more.
+
+    Args:
+        conversation (Conversation): goes on from what it has.
+    """
+    for text in _typed_lines():
+        if text == "/clear":
+            conversation.clear()
+        elif text:
+            _answer(conversation, text)
+
+
+def _typed_lines() -> Iterator[str]:
+    """Stripped lines from the terminal, or from a pipe, until its end or /exit."""
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            text = input(prompt).strip()
+        except EOFError:
+            return
+        if text == "/exit":
+            return
+        yield text
+
+
+def _answer(conversation: Conversation, text: str) -> None:
+    try:
+        # Closed at once after Ctrl-C, so that the conversation keeps what came until then.
+        with closing(conversation.ask(text)) as pieces:
+            for piece in pieces:
+                print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        pass
+    except UserError as error:
+        print(f"error: {error} (/clear begins anew)", file=sys.stderr)
+        return
+    print()
+    if conversation.is_full:
+        print("error: the context is full (/clear begins anew)", file=sys.stderr)
+
+
+def main(cfg: DictConfig) -> None:
+    """Run the recipe.
+
+    Args:
+        cfg (DictConfig): the merged config.
+    """
+    check_config(cfg, known=[*REQUIRED_KEYS, *OPTIONAL_KEYS], required=REQUIRED_KEYS)
+    check_numbers(cfg, NUMBERS)
+    check_checkpoint_dir(cfg.checkpointer)
+    training.set_seed(seed=cfg.get("seed"))
+    tuned = load_tuned_model(cfg)
+    conversation = Conversation(
+        tuned.model,
+        tuned.tokenizer,
+        system_prompt=cfg.get("system_prompt"),
+        sampling=Sampling(cfg.get("temperature", 0.0), cfg.get("top_k")),
+        max_new_tokens=cfg.get("max_new_tokens", 512),
+    )
+    what = tuned.title if tuned.is_tuned else "without anything tuned"
+    log.info(f"{tuned.backbone.name}, {what}; /clear begins anew, /exit ends")
+    with nullcontext() if tuned.is_tuned else tuned.untuned():
+        chat(conversation)
+
+
+if __name__ == "__main__":
+    run_recipe(main)

@@ -1,0 +1,42 @@
+"""Folders of side networks with random weights, as a training run leaves them."""
+
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+
+from qst_tune.modules.qst_decoder import QSTDecoder
+from qst_tune.training.model_setup import build_on_meta, load_frozen_backbone, provenance_of
+from qst_tune.training.side_checkpoint import save_side_network
+from tests.checkpoints import Config, finetune_config
+from tests.helpers import randomize_
+
+CPU = torch.device("cpu")
+
+
+def side_network_folder(
+    root: Path, name: str = "side_network", *, seed: int = 0, **model_settings: object
+) -> tuple[Path, QSTDecoder]:
+    """Write a folder over the model of :func:`tests.checkpoints.finetune_config`.
+
+    Returns the folder, and the torchtune model it was saved from, loaded in fp32.
+    """
+    config: Config = finetune_config(root)
+    config["model"] = {**config["model"], **model_settings}
+    cfg = OmegaConf.create(config)
+    model = build_on_meta(cfg, torch.float32)
+    backbone = load_frozen_backbone(model, cfg, dtype=torch.float32, device=CPU)
+    model.side.materialize(CPU)
+    torch.manual_seed(seed)
+    randomize_(model.side)
+    origin = provenance_of(cfg, backbone)
+    save_side_network(
+        root / name,
+        model.side,
+        backbone=backbone,
+        model_block=origin.model_block,
+        recipe_config=origin.recipe_config,
+        backbone_path=origin.backbone_path,
+        results={"held-out loss at step 8": 1.25},
+    )
+    return root / name, model.eval()
