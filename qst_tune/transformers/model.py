@@ -1,0 +1,256 @@
+"""A side network and its backbone as a transformers model; it computes nothing of its own."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import (
+    AutoConfig,
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from qst_tune.errors import UserError
+from qst_tune.generation.caches import attached, attentions, without_head
+from qst_tune.modules.qst_decoder import QSTDecoder
+from qst_tune.training.described_model import load_described
+from qst_tune.transformers.config import QSTConfig, local_folder
+from qst_tune.transformers.masks import attention_mask_of, positions_of
+
+# Arguments of from_pretrained that transformers passes along and that mean nothing here.
+_WITHOUT_MEANING = {
+    "adapter_kwargs", "attn_implementation", "cache_dir", "code_revision", "force_download",
+    "local_files_only", "low_cpu_mem_usage", "proxies", "revision", "subfolder", "token",
+    "trust_remote_code", "use_safetensors",
+}  # fmt: skip
+
+
+class QSTForCausalLM(PreTrainedModel, GenerationMixin):
+    """A causal language model of transformers around a ``QSTDecoder``.
+
+    Caches are transformers' own: the attentions of the backbone are the first layers of a cache
+    and those of the side network the rest, so that whatever reorders, crops or repeats a cache does
+    so to both networks. ``DynamicCache`` (the default) and ``StaticCache`` work.
+
+    The backbone is quantised and frozen; a ``loss`` trains the side network alone.
+
+    Args:
+        config (QSTConfig): its sizes are filled in here.
+        decoder (QSTDecoder): loaded; taken over, not copied.
+    """
+
+    config_class = QSTConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    _supports_sdpa = True  # torchtune's attention calls it
+
+    def __init__(self, config: QSTConfig, decoder: QSTDecoder) -> None:
+        config.vocab_size = decoder.tok_embeddings.num_embeddings
+        config.hidden_size = decoder.layers[0].attn.embed_dim
+        config.num_attention_heads = decoder.num_heads
+        config.num_hidden_layers = len(attentions(decoder))
+        config.max_position_embeddings = decoder.max_seq_len
+        super().__init__(config)
+        self.model = decoder
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # of the many arguments few have a meaning here
+        cls,
+        pretrained_model_name_or_path: str,
+        *,
+        config: QSTConfig | None = None,
+        backbone: str | None = None,
+        dtype: torch.dtype | str | None = None,
+        device_map: Any = None,
+        **settings: Any,
+    ) -> "QSTForCausalLM":
+        """Load a side network's folder with its backbone.
+
+        Args:
+            pretrained_model_name_or_path (str): folder of the side network, or its name on the hub.
+            config (QSTConfig | None): the folder's by default.
+            backbone (str | None): folder of the backbone, or its name on the hub, in place of the
+                one in the configuration.
+            dtype (torch.dtype | str | None): of what is not quantised, torch.float32 or
+                torch.bfloat16. Default, and "auto": the configuration's, else bfloat16.
+            device_map (Any): one device for all, or "auto". Default: the CPU.
+            **settings (Any): those that only say how to fetch files are taken.
+
+        Returns:
+            QSTForCausalLM: in evaluation mode.
+
+        Raises:
+            UserError: if an argument has no meaning for a side network, or the two folders are not
+                to be had or do not belong together.
+        """
+        strange = sorted(
+            name
+            for name, value in settings.items()
+            if value and name not in _WITHOUT_MEANING and not name.startswith("_")
+        )
+        if strange:
+            raise UserError(f"{strange[0]}={settings[strange[0]]} has no meaning for a QST model")
+        folder = local_folder(str(pretrained_model_name_or_path))
+        config = config or QSTConfig.from_pretrained(folder)
+        home = local_folder(backbone or config.backbone, folder)
+        decoder, _ = load_described(
+            folder,
+            home,
+            dtype=_dtype(config.dtype if dtype in (None, "auto") else dtype),
+            device=_device(device_map),
+        )
+        model = cls(config, decoder)
+        model.generation_config = _generation_config(home)
+        model.eval()
+        return model
+
+    def save_pretrained(self, *args: Any, **settings: Any) -> None:
+        """Refuse: transformers would write the backbone too, quantised, under foreign names.
+
+        Args:
+            *args (Any): not looked at.
+            **settings (Any): not looked at.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(
+            "a side network is shared as the folder it was loaded from; after training it here, "
+            "write one with qst_tune.training.side_checkpoint.save_side_network"
+        )
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        """Return the backbone's embedding."""
+        embeddings: torch.nn.Module = self.model.tok_embeddings
+        return embeddings
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **unsupported: Any,
+    ) -> CausalLMOutputWithPast:
+        """Compute logits, as a causal language model of transformers.
+
+        Args:
+            input_ids (torch.Tensor): ``[B, T]``, the tokens behind those of the cache.
+            attention_mask (torch.Tensor | None): ``[B, L]`` over cached and new tokens, 0 for
+                padding, or ``[B, 1, T, L]`` booleans, True where a token may attend.
+            position_ids (torch.Tensor | None): ``[B, T]``; default: counted without padding.
+            past_key_values (Cache | None): extended in place.
+            labels (torch.Tensor | None): ``[B, T]``, -100 for tokens without loss.
+            use_cache (bool | None): make a cache if there is none.
+            logits_to_keep (int | torch.Tensor): of the last so many tokens, or of these; 0: of all.
+            **unsupported (Any): must be None or False, but for ``return_dict``.
+
+        Returns:
+            CausalLMOutputWithPast: fp32 ``logits``; ``loss`` with labels, nats a token;
+            ``past_key_values`` if there are any.
+
+        Raises:
+            ValueError: if an argument is not supported, or there are too many tokens.
+        """
+        self._check_arguments(unsupported)
+        if past_key_values is None and use_cache:
+            past_key_values = DynamicCache(config=self.config)
+        start = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+        self._check_length(start + input_ids.shape[1])
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        head_input = self._head_input(
+            input_ids, attention_mask, position_ids, past_key_values, start=start
+        )
+        logits = self.model.output(head_input[:, kept]).float()
+        return CausalLMOutputWithPast(
+            loss=None if labels is None else _next_token_loss(logits, labels),
+            logits=logits,
+            past_key_values=past_key_values,
+        )
+
+    def _head_input(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: Cache | None,
+        *,
+        start: int,
+    ) -> torch.Tensor:
+        """The input of the LM head, ``[B, T, D]``."""
+        length = start + input_ids.shape[1]
+        mask = attention_mask_of(attention_mask, start=start, length=length, like=input_ids)
+        if position_ids is None:
+            position_ids = positions_of(attention_mask, start=start, length=length, like=input_ids)
+        with without_head(self.model):
+            if cache is None:
+                is_plain = attention_mask is None or bool((attention_mask == 1).all())
+                return self.model(
+                    input_ids, mask=None if is_plain else mask, input_pos=position_ids
+                )
+            layers = [_CacheLayer(cache, i, length) for i in range(len(attentions(self.model)))]
+            with attached(self.model, layers):
+                return self.model(input_ids, mask=mask, input_pos=position_ids)
+
+    def _check_arguments(self, unsupported: dict[str, Any]) -> None:
+        for name, value in unsupported.items():
+            if value is not None and value is not False and name not in ("return_dict",):
+                raise ValueError(f"{name} is not supported by {type(self).__name__}")
+
+    def _check_length(self, length: int) -> None:
+        if length > self.model.max_seq_len:
+            raise ValueError(
+                f"{length} tokens are more than the model's max_seq_len {self.model.max_seq_len}"
+            )
+
+
+class _CacheLayer:
+    """One layer of a transformers cache, where torchtune's attention looks for its own."""
+
+    def __init__(self, cache: Cache, index: int, length: int) -> None:
+        self._cache, self._index, self._length = cache, index, length
+
+    def update(self, k_val: torch.Tensor, v_val: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = self._cache.update(k_val, v_val, self._index)
+        # A static cache also shows what is not filled yet.
+        return keys[:, :, : self._length], values[:, :, : self._length]
+
+
+def _next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, None)
+    if dtype is None:
+        return torch.bfloat16
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise UserError(f"dtype={dtype} is not supported: use torch.float32 or torch.bfloat16")
+    return dtype
+
+
+def _device(device_map: Any) -> torch.device:
+    if isinstance(device_map, dict):
+        devices = set(map(str, device_map.values()))
+        if len(devices) != 1:
+            raise UserError(f"device_map={device_map}: a QST model lies on one device")
+        device_map = devices.pop()
+    if device_map == "auto":
+        device_map = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device("cpu" if device_map is None else device_map)
+
+
+def _generation_config(backbone: Any) -> GenerationConfig:
+    """The backbone's: among other things it says which tokens end a text."""
+    try:
+        return GenerationConfig.from_pretrained(backbone)
+    except OSError:
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(backbone))
