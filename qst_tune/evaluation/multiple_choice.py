@@ -1,0 +1,160 @@
+"""Questions with several answers of which one is right, such as MMLU, from local files."""
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qst_tune.errors import UserError
+from qst_tune.evaluation.log_likelihood import Continuation, log_likelihoods
+
+LETTERS = "ABCDEFGHIJ"
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question.
+
+    Args:
+        text (str): the question.
+        choices (tuple[str, ...]): the answers, up to ten.
+        answer (int): index of the right one.
+        subject (str): questions of a subject share their examples; may be empty.
+    """
+
+    text: str
+    choices: tuple[str, ...]
+    answer: int
+    subject: str = ""
+
+
+@dataclass(frozen=True)
+class ChoiceScore:
+    """Share of right answers.
+
+    Args:
+        num_right (int): questions answered right.
+        num_questions (int): all of them.
+    """
+
+    num_right: int
+    num_questions: int
+
+    @property
+    def accuracy(self) -> float:
+        """Between 0 and 1."""
+        return self.num_right / self.num_questions
+
+    @property
+    def standard_error(self) -> float:
+        """Of the accuracy, over the choice of questions."""
+        return math.sqrt(self.accuracy * (1 - self.accuracy) / self.num_questions)
+
+
+def read_questions(path: Path) -> list[Question]:
+    """Read a jsonl file with the columns question, choices, answer and, if there are any, subject.
+
+    Args:
+        path (Path): a question a line; ``answer`` is an index or a letter.
+
+    Returns:
+        list[Question]: at least one.
+
+    Raises:
+        UserError: if it cannot be read, or naming the line that is no question.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    questions = [_question(line, path, n) for n, line in enumerate(lines, start=1) if line.strip()]
+    if not questions:
+        raise UserError(f"{path} has no questions")
+    return questions
+
+
+def _question(line: str, path: Path, number: int) -> Question:
+    try:
+        row = json.loads(line)
+        answer = row["answer"]
+        index = LETTERS.index(answer) if isinstance(answer, str) else int(answer)
+        choices = tuple(map(str, row["choices"]))
+        if not 0 <= index < len(choices) <= len(LETTERS):
+            raise ValueError(f"answer {answer} is none of {len(choices)} choices")
+        return Question(str(row["question"]), choices, index, str(row.get("subject", "")))
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"no column {error}" if isinstance(error, KeyError) else error
+        raise UserError(
+            f"{path} line {number} is no question ({reason}); it needs question, choices and answer"
+        ) from error
+
+
+def prompt_of(question: Question, examples: Sequence[Question]) -> str:
+    """Write the prompt of MMLU (https://arxiv.org/abs/2009.03300), ending with "Answer:".
+
+    Args:
+        question (Question): to be answered.
+        examples (Sequence[Question]): answered before it.
+
+    Returns:
+        str: the answer goes on with a blank and a letter.
+    """
+    topic = f" about {question.subject.replace('_', ' ')}" if question.subject else ""
+    head = f"The following are multiple choice questions (with answers){topic}.\n\n"
+    answered = [f"{_asked(example)} {LETTERS[example.answer]}\n\n" for example in examples]
+    return head + "".join(answered) + _asked(question)
+
+
+def _asked(question: Question) -> str:
+    choices = zip(LETTERS, question.choices, strict=False)
+    listed = "".join(f"{letter}. {choice}\n" for letter, choice in choices)
+    return f"{question.text.strip()}\n{listed}Answer:"
+
+
+def score_questions(
+    model: Any,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    examples: Sequence[Question],
+    *,
+    num_examples: int,
+    batch_size: int,
+) -> ChoiceScore:
+    """Take the likeliest letter for the answer and count the right ones.
+
+    Args:
+        model (Any): a ``QSTDecoder`` or ``PEQADecoder`` in evaluation mode.
+        tokenizer (Any): torchtune tokenizer.
+        questions (Sequence[Question]): to be answered.
+        examples (Sequence[Question]): the first ones of a question's subject stand before it.
+        num_examples (int): how many; MMLU's figure is 5.
+        batch_size (int): prompts at once.
+
+    Returns:
+        ChoiceScore: over all questions.
+    """
+    of_subject: dict[str, list[Question]] = defaultdict(list)
+    for example in examples:
+        of_subject[example.subject].append(example)
+    asked = []
+    for question in questions:
+        prompt = prompt_of(question, of_subject[question.subject][:num_examples])
+        asked += [
+            _encode(tokenizer, prompt, f" {LETTERS[i]}") for i in range(len(question.choices))
+        ]
+    scores = iter(log_likelihoods(model, asked, batch_size=batch_size, name="questions"))
+    num_right = 0
+    for question in questions:
+        own = [next(scores) for _ in question.choices]
+        num_right += own.index(max(own)) == question.answer
+    return ChoiceScore(num_right, len(questions))
+
+
+def _encode(tokenizer: Any, context: str, target: str) -> Continuation:
+    # Together, since a blank belongs to the token behind it.
+    alone = tokenizer.encode(context, add_bos=False, add_eos=False)
+    whole = tokenizer.encode(context + target, add_bos=False, add_eos=False)
+    return Continuation(tuple(whole[: len(alone)]), tuple(whole[len(alone) :]))

@@ -1,0 +1,98 @@
+"""How well a model predicts a text."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qst_tune.errors import UserError
+from qst_tune.evaluation.log_likelihood import Continuation, log_likelihoods
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """A model's score on a text.
+
+    Args:
+        nats (float): negative log-likelihood of all predicted tokens.
+        num_tokens (int): predicted tokens.
+        num_bytes (int): of the whole text, UTF-8.
+    """
+
+    nats: float
+    num_tokens: int
+    num_bytes: int
+
+    @property
+    def perplexity(self) -> float:
+        """Exponential of the mean loss of a token; depends on the tokenizer."""
+        return math.exp(self.nats / self.num_tokens)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Comparable between models with different tokenizers."""
+        return self.nats / math.log(2) / self.num_bytes
+
+
+def text_windows(tokens: list[int], window: int) -> list[Continuation]:
+    """Cut a text so that every token but the first is predicted once.
+
+    Args:
+        tokens (list[int]): of the whole text, at least two.
+        window (int): tokens that the model reads at once; the next window begins with the last
+            token that this one predicts, and knows nothing before it.
+
+    Returns:
+        list[Continuation]: one a window.
+    """
+    return [
+        Continuation((tokens[start],), tuple(tokens[start + 1 : start + window + 1]))
+        for start in range(0, len(tokens) - 1, window)
+    ]
+
+
+def read_text(path: Path, tokenizer: Any, max_tokens: int | None = None) -> tuple[list[int], int]:
+    """Read and tokenize a file.
+
+    Args:
+        path (Path): UTF-8 text.
+        tokenizer (Any): torchtune tokenizer.
+        max_tokens (int | None): of the beginning; None: all.
+
+    Returns:
+        tuple[list[int], int]: tokens, and the number of bytes that they stand for.
+
+    Raises:
+        UserError: if it cannot be read or has less than two tokens.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"text={path} cannot be read: {error}") from error
+    tokens: list[int] = tokenizer.encode(text, add_bos=False, add_eos=False)
+    if max_tokens is not None and max_tokens < len(tokens):
+        tokens = tokens[:max_tokens]
+        text = tokenizer.decode(tokens)
+    if len(tokens) < 2:
+        raise UserError(f"text={path} is too short: it has {len(tokens)} tokens")
+    return tokens, len(text.encode())
+
+
+def score_text(
+    model: Any, tokens: list[int], num_bytes: int, *, window: int, batch_size: int
+) -> TextScore:
+    """Score a text.
+
+    Args:
+        model (Any): a ``QSTDecoder`` or ``PEQADecoder`` in evaluation mode.
+        tokens (list[int]): from :func:`read_text`.
+        num_bytes (int): from :func:`read_text`.
+        window (int): tokens that the model reads at once.
+        batch_size (int): windows at once.
+
+    Returns:
+        TextScore: over all windows.
+    """
+    windows = text_windows(tokens, window)
+    found = log_likelihoods(model, windows, batch_size=batch_size, name="text")
+    return TextScore(-sum(found), len(tokens) - 1, num_bytes)

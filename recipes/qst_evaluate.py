@@ -1,0 +1,189 @@
+"""Compare a tuned model with its base on files of this machine, as a table.
+
+Examples::
+
+    tune run qst_evaluate --config smollm2/135M_qst text=<TEST.txt>
+    tune run qst_evaluate --config smollm2/135M_qst \
+        questions=<MMLU_TEST.jsonl> examples=<MMLU_DEV.jsonl> limit=200
+
+The config is that of the training run, of qst_finetune or of peqa_finetune. What it has is
+measured: ``dataset_val`` (loss of the answers, in the format of training), ``text`` (perplexity of
+a file) and ``questions`` (accuracy on rows with question, choices and answer, behind
+``num_examples`` answered ones of the same subject from ``examples``). The table is also written to
+``evaluation.json`` in ``output_dir``.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from torchtune import utils
+
+from qst_tune.errors import UserError
+from qst_tune.evaluation.multiple_choice import read_questions, score_questions
+from qst_tune.evaluation.perplexity import read_text, score_text
+from qst_tune.generation.caches import without_head
+from qst_tune.modules import LinearCrossEntropyLoss
+from qst_tune.training.batches import BatchLoader
+from qst_tune.training.cli import instantiate, run_recipe
+from qst_tune.training.config_check import check_checkpoint_dir, check_config, check_numbers
+from qst_tune.training.data import build_dataset
+from qst_tune.training.output_folder import output_folder
+from qst_tune.training.trainer_setup import text_collate
+from qst_tune.training.tuned_model import (
+    MODEL_OPTIONAL,
+    MODEL_REQUIRED,
+    TunedModel,
+    load_tuned_model,
+)
+from qst_tune.training.validation import held_out_loss
+
+REQUIRED_KEYS = (*MODEL_REQUIRED, "output_dir")
+OPTIONAL_KEYS = (
+    "text",
+    "window",
+    "max_text_tokens",
+    "questions",
+    "examples",
+    "num_examples",
+    "limit",
+    *MODEL_OPTIONAL,
+)
+NUMBERS: dict[str, tuple[type, int]] = {
+    "batch_size": (int, 1),
+    "batch_size_val": (int, 1),
+    "window": (int, 1),
+    "max_text_tokens": (int, 2),
+    "num_examples": (int, 0),
+    "limit": (int, 1),
+}
+RESULT_FILE = "evaluation.json"
+
+# Measures a model as it is now.
+Measure = Callable[[], dict[str, float]]
+
+log = utils.get_logger("INFO")
+
+
+def measures(cfg: DictConfig, tuned: TunedModel) -> Iterator[Measure]:
+    """Read what the config names, and say how to measure it.
+
+    Args:
+        cfg (DictConfig): the merged config.
+        tuned (TunedModel): what is measured.
+
+    Yields:
+        Measure: gives figures by name.
+    """
+    batch_size = cfg.get("batch_size_val") or cfg.get("batch_size") or 8
+    if cfg.get("dataset_val"):
+        yield _held_out(cfg, tuned, batch_size)
+    if cfg.get("text"):
+        yield _text(cfg, tuned, batch_size)
+    if cfg.get("questions"):
+        yield _questions(cfg, tuned, batch_size)
+
+
+def _held_out(cfg: DictConfig, tuned: TunedModel, batch_size: int) -> Measure:
+    model, device = tuned.model, tuned.model.tok_embeddings.weight.device
+    loss = LinearCrossEntropyLoss()
+    tokenizer = instantiate(cfg.tokenizer, "tokenizer")  # with its limit, as in training
+    longest = model.max_seq_len
+    rows = build_dataset(cfg.dataset_val, "dataset_val", tokenizer, max_seq_len=longest)
+    collate = text_collate(cfg, tokenizer, ignore_index=loss.ignore_index, max_seq_len=longest)
+    batches = BatchLoader(rows, collate, batch_size=batch_size, seed=None, drop_last=False)
+
+    def measure() -> dict[str, float]:
+        with without_head(model):
+            loss.set_model_output(model)
+            return {"held-out loss": held_out_loss(model, loss, batches, device)}
+
+    return measure
+
+
+def _text(cfg: DictConfig, tuned: TunedModel, batch_size: int) -> Measure:
+    tokens, num_bytes = read_text(Path(cfg.text), tuned.tokenizer, cfg.get("max_text_tokens"))
+    window = min(cfg.get("window") or 1024, tuned.model.max_seq_len)
+
+    def measure() -> dict[str, float]:
+        score = score_text(tuned.model, tokens, num_bytes, window=window, batch_size=batch_size)
+        return {"perplexity": score.perplexity, "bits a byte": score.bits_per_byte}
+
+    return measure
+
+
+def _questions(cfg: DictConfig, tuned: TunedModel, batch_size: int) -> Measure:
+    questions = read_questions(Path(cfg.questions))
+    examples = read_questions(Path(cfg.examples)) if cfg.get("examples") else []
+    num_examples = cfg.get("num_examples", 5) if examples else 0
+    limit = cfg.get("limit") or len(questions)
+    # Evenly over the file, where the questions of a subject often stand together.
+    chosen = [questions[i * len(questions) // limit] for i in range(min(limit, len(questions)))]
+
+    def measure() -> dict[str, float]:
+        score = score_questions(
+            tuned.model,
+            tuned.tokenizer,
+            chosen,
+            examples,
+            num_examples=num_examples,
+            batch_size=batch_size,
+        )
+        return {"accuracy": score.accuracy, "its standard error": score.standard_error}
+
+    return measure
+
+
+def table(results: dict[str, dict[str, float]]) -> str:
+    """Write the results as a table.
+
+    Args:
+        results (dict[str, dict[str, float]]): figures by name, by the model's title.
+
+    Returns:
+        str: Markdown.
+    """
+    names = list(next(iter(results.values())))
+    cells = [["", *results]]
+    cells += [[name, *(f"{found[name]:.4f}" for found in results.values())] for name in names]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * width for width in widths])
+    lines = [
+        " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in cells
+    ]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def main(cfg: DictConfig) -> None:
+    """Run the recipe.
+
+    Args:
+        cfg (DictConfig): the merged config.
+
+    Raises:
+        UserError: if there is nothing to measure, or something of it cannot be read.
+    """
+    check_config(cfg, known=[*REQUIRED_KEYS, *OPTIONAL_KEYS], required=REQUIRED_KEYS)
+    check_numbers(cfg, NUMBERS)
+    check_checkpoint_dir(cfg.checkpointer)
+    if not any(cfg.get(key) for key in ("dataset_val", "text", "questions")):
+        raise UserError("nothing to measure: name a text, questions or a dataset_val")
+    with output_folder(Path(cfg.output_dir)) as folder:
+        tuned = load_tuned_model(cfg)
+        to_measure = list(measures(cfg, tuned))
+        results: dict[str, dict[str, float]] = {}
+        for title in ["quantised base model", *([tuned.title] if tuned.is_tuned else [])]:
+            with nullcontext() if title == tuned.title else tuned.untuned():
+                figures: list[dict[str, Any]] = [measure() for measure in to_measure]
+            results[title] = {name: value for part in figures for name, value in part.items()}
+        (folder / RESULT_FILE).write_text(json.dumps(results, indent=2) + "\n")
+    print(table(results))
+    log.info(f"written to {folder / RESULT_FILE}")
+
+
+if __name__ == "__main__":
+    run_recipe(main)
