@@ -1,0 +1,195 @@
+"""Several side networks over one backbone, each for some rows of a batch."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torchtune.modules.attention_utils import _MaskType
+
+from qst_tune.modules.qst_decoder import QSTDecoder
+from qst_tune.modules.side_network import Reads, SideNetwork
+
+# What one network carries from block to block, or None where it has no row in the batch.
+_States = list[torch.Tensor | None]
+
+
+class SideNetworks(nn.Module):
+    """Side networks that read the hidden states of one backbone pass.
+
+    It stands where a :class:`~qst_tune.modules.side_network.SideNetwork` stands in a
+    ``QSTDecoder``. :meth:`use` says which network each row of the next batches is for; a row may
+    also be the plain backbone's. The backbone runs once for all rows, and each network for its own
+    rows alone, so a row gives what it gives by itself. Nothing is moved or copied to switch.
+
+    Widths, ranks, downsamplers and mixes may differ between networks. With caches, rows may not
+    change their network: begin a new sequence for that. torchtune's caches hold every row of a
+    batch; use :mod:`qst_tune.generation.caches`.
+
+    Args:
+        networks (Mapping[str, SideNetwork]): by name, at least one, beside the same layers.
+
+    Attributes:
+        names (list[str]): of the networks, in order.
+        disabled (bool): True gives the plain backbone for all rows.
+
+    Raises:
+        ValueError: if there are none, or they are beside different layers.
+    """
+
+    def __init__(self, networks: Mapping[str, SideNetwork]) -> None:
+        super().__init__()
+        if not networks:
+            raise ValueError("there must be at least one side network")
+        self.names = list(networks)
+        self.networks = nn.ModuleList(networks.values())
+        places = {(tuple(net.layers), net.reads) for net in networks.values()}
+        if len(places) > 1:
+            described = ", ".join(f"{name}: {net.layers}" for name, net in networks.items())
+            raise ValueError(f"side networks must be beside the same layers ({described})")
+        first = next(iter(networks.values()))
+        self.layers: list[int] = first.layers
+        self.reads: Reads = first.reads
+        self.disabled = False
+        self._rows: list[torch.Tensor | None] = []
+        self._num_rows: int | None = None
+        self.use(self.names[0])
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The side blocks of all networks, those of the first network first."""
+        return [block for network in self._all() for block in network.blocks]
+
+    def use(self, names: str | Sequence[str | None]) -> None:
+        """Choose the networks of the next batches.
+
+        Args:
+            names (str | Sequence[str | None]): one name for all rows of batches of any size, or a
+                name for each row; None is the plain backbone.
+
+        Raises:
+            ValueError: if a name is unknown.
+        """
+        asked = {names} if isinstance(names, str) else {name for name in names if name is not None}
+        if unknown := sorted(asked - set(self.names)):
+            raise ValueError(f"no side network {unknown[0]!r}; loaded: {', '.join(self.names)}")
+        if isinstance(names, str):
+            self._num_rows = None
+            self._rows = [None if name != names else _ALL_ROWS for name in self.names]
+            return
+        self._num_rows = len(names)
+        self._rows = [_rows_of(name, names) for name in self.names]
+
+    def start(self, h_BTD: torch.Tensor) -> _States:
+        """Give each network's first state.
+
+        Args:
+            h_BTD (torch.Tensor): the embedding.
+
+        Returns:
+            _States: one state a network, of its rows.
+
+        Raises:
+            ValueError: if the batch has not as many rows as names were given.
+        """
+        if self._num_rows not in (None, len(h_BTD)):
+            raise ValueError(f"use() named {self._num_rows} rows, the batch has {len(h_BTD)}")
+        return [
+            None if rows is None else network.start(_take(h_BTD, rows))
+            for network, rows in self._each()
+        ]
+
+    def step(
+        self,
+        index: int,
+        h_BTD: torch.Tensor,
+        states: _States,
+        *,
+        mask: _MaskType | None = None,
+        input_pos: torch.Tensor | None = None,
+    ) -> _States:
+        """Advance each network by one block.
+
+        Args:
+            index (int): of the block.
+            h_BTD (torch.Tensor): what the block reads, all rows.
+            states (_States): from :meth:`start` or :meth:`step`.
+            mask (_MaskType | None): of all rows, or one for all.
+            input_pos (torch.Tensor | None): of all rows, or one for all.
+
+        Returns:
+            _States: the next states.
+        """
+        size = len(h_BTD)
+        following: _States = []
+        for (network, rows), state in zip(self._each(), states, strict=True):
+            if rows is None or state is None:
+                following.append(None)
+                continue
+            where = {"mask": _of(mask, rows, size), "input_pos": _of(input_pos, rows, size)}
+            following.append(network.step(index, _take(h_BTD, rows), state, **where))
+        return following
+
+    def finish(self, f_BTD: torch.Tensor, states: _States) -> torch.Tensor:
+        """Give the input of the LM head.
+
+        Args:
+            f_BTD (torch.Tensor): the backbone's last hidden state after its final norm.
+            states (_States): the last ones.
+
+        Returns:
+            torch.Tensor: ``[B, T, D]``; a row without network is that of ``f_BTD``.
+        """
+        mixed = f_BTD.clone()
+        for (network, rows), state in zip(self._each(), states, strict=True):
+            if rows is not None and state is not None:
+                own = network.finish(_take(f_BTD, rows), state)
+                if rows is _ALL_ROWS:
+                    return own
+                mixed[rows] = own
+        return mixed
+
+    def _all(self) -> list[SideNetwork]:
+        """The networks as what they are; ModuleList hides their methods."""
+        networks: Any = self.networks
+        return list(networks)
+
+    def _each(self) -> list[tuple[SideNetwork, torch.Tensor | None]]:
+        return list(zip(self._all(), self._rows, strict=True))
+
+
+# A batch of one network alone is not indexed: its rows would be copied.
+_ALL_ROWS = torch.empty(0, dtype=torch.long)
+
+
+def _rows_of(name: str, names: Sequence[str | None]) -> torch.Tensor | None:
+    own = [row for row, wanted in enumerate(names) if wanted == name]
+    if len(own) == len(names):
+        return _ALL_ROWS
+    return torch.tensor(own) if own else None
+
+
+def _take(h: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return h if rows is _ALL_ROWS else h[rows.to(h.device)]
+
+
+def _of(per_row: Any, rows: torch.Tensor, size: int) -> Any:
+    """The rows of a mask or of positions; one that serves all rows is passed as it is."""
+    if isinstance(per_row, torch.Tensor) and len(per_row) == size and per_row.ndim > 1:
+        return _take(per_row, rows)
+    return per_row
+
+
+def share_backbone(model: QSTDecoder, networks: Mapping[str, SideNetwork]) -> SideNetworks:
+    """Put several side networks in place of a model's own.
+
+    Args:
+        model (QSTDecoder): changed in place.
+        networks (Mapping[str, SideNetwork]): by name, on the model's device.
+
+    Returns:
+        SideNetworks: now ``model.side``; the first network is in use.
+    """
+    model.side = SideNetworks(networks)
+    model.side.train(model.training)
+    return model.side

@@ -1,0 +1,43 @@
+"""Load several side networks over one backbone."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from qst_tune.errors import UserError
+from qst_tune.modules.qst_decoder import QSTDecoder
+from qst_tune.modules.side_networks import SideNetworks, share_backbone
+from qst_tune.training.described_model import build_described
+from qst_tune.training.side_checkpoint import load_side_network
+from qst_tune.training.tuned_folder import BackboneId
+
+
+def load_side_networks(
+    model: QSTDecoder, folders: Mapping[str, Path], *, backbone: BackboneId
+) -> SideNetworks:
+    """Load side networks and put them in place of a model's own; the backbone is left alone.
+
+    Args:
+        model (QSTDecoder): loaded; changed in place.
+        folders (Mapping[str, Path]): of the side networks, by the names they shall have.
+        backbone (BackboneId): what the model was loaded from.
+
+    Returns:
+        SideNetworks: now ``model.side``; its ``use`` chooses.
+
+    Raises:
+        UserError: if a folder is not one of a side network of this backbone, or they do not stand
+            beside the same layers.
+    """
+    weight: torch.Tensor = model.tok_embeddings.weight
+    networks = {}
+    for name, folder in folders.items():
+        described = build_described(folder, weight.dtype)
+        described.side.materialize(weight.device)
+        load_side_network(folder, described.side, backbone=backbone)
+        networks[name] = described.side.requires_grad_(False).eval()
+    try:
+        return share_backbone(model, networks)
+    except ValueError as error:
+        raise UserError(f"{', '.join(map(str, folders.values()))}: {error}") from error
