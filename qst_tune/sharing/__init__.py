@@ -1,0 +1,1 @@
+"""Look into the folder of a run's result, check it, and make it ready for others."""

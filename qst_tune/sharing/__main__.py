@@ -1,0 +1,63 @@
+"""``python -m qst_tune.sharing``: inspect, verify or share what a run left.
+
+Examples::
+
+    python -m qst_tune.sharing inspect runs/135M_qst/side_network
+    python -m qst_tune.sharing verify runs/135M_qst/side_network SmolLM2-135M-Instruct
+    python -m qst_tune.sharing share runs/135M_qst/side_network new_folder \
+        --name me/pythonic --base-model HuggingFaceTB/SmolLM2-135M-Instruct --license apache-2.0
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from qst_tune.errors import USER_ERROR_STATUS, UserError
+from qst_tune.sharing.hub_folder import Publication, make_hub_folder
+from qst_tune.sharing.inspection import inspect_folder, verify_folder
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one command; a user's mistake is one line and exit status 2.
+
+    Args:
+        arguments (list[str] | None): of the command line; None: this program's.
+    """
+    asked = _parser().parse_args(arguments)
+    try:
+        print(_answer(asked))
+    except UserError as error:
+        sys.stderr.writelines(f"error: {line}\n" for line in str(error).splitlines())
+        sys.exit(USER_ERROR_STATUS)
+
+
+def _answer(asked: argparse.Namespace) -> str:
+    if asked.command == "inspect":
+        return inspect_folder(asked.folder)
+    if asked.command == "verify":
+        backbone = verify_folder(asked.folder, asked.backbone)
+        return f"{asked.folder} belongs to {backbone.name} ({backbone.quantization}) and is whole"
+    publication = Publication(asked.name, asked.base_model, asked.license, asked.data)
+    make_hub_folder(asked.folder, asked.target, publication)
+    return f"{asked.target} is ready: read its README.md before you share it"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m qst_tune.sharing")
+    commands = parser.add_subparsers(dest="command", required=True)
+    inspect = commands.add_parser("inspect", help="provenance, sizes, gates")
+    verify = commands.add_parser("verify", help="does it belong to this backbone?")
+    share = commands.add_parser("share", help="make a folder for a model hub")
+    for command in (inspect, verify, share):
+        command.add_argument("folder", type=Path, help="of a side network (or of scales)")
+    verify.add_argument("backbone", type=Path, help="Hugging Face folder of the backbone")
+    share.add_argument("target", type=Path, help="a new folder")
+    share.add_argument("--name", required=True, help="under which others will load it")
+    share.add_argument("--base-model", required=True, help="the backbone's name on the hub")
+    share.add_argument("--license", help="of the side network, such as apache-2.0")
+    share.add_argument("--data", help="what it was trained on")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""A side network's folder made ready for a model hub: no paths of this machine, a full card."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from qst_tune.errors import UserError
+from qst_tune.training.atomic_folder import replace_folder
+from qst_tune.training.side_checkpoint import SIDE_NETWORK
+from qst_tune.training.tuned_folder import read_description, read_tensors
+
+_PACKAGES = ("torch", "torchtune", "torchao", "transformers")
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What only the person who shares a side network knows.
+
+    Args:
+        name (str): under which others will load it: a name on the hub, or a folder.
+        base_model (str): the backbone's name on the hub.
+        license (str | None): of the side network, as the hub names licences; the backbone's own
+            terms go with the backbone.
+        data (str | None): what it was trained on, for people; default: the names of the files.
+    """
+
+    name: str
+    base_model: str
+    license: str | None = None
+    data: str | None = None
+
+
+def make_hub_folder(folder: Path, target: Path, publication: Publication) -> None:
+    """Copy a side network with what others need to use it.
+
+    Args:
+        folder (Path): of the side network.
+        target (Path): must not exist.
+        publication (Publication): what to say of it.
+
+    Raises:
+        UserError: if ``target`` exists or cannot be written, or ``folder`` is no side network that
+            writes text.
+    """
+    if target.exists():
+        raise UserError(f"{target} exists already: name a new folder")
+    description = read_description(folder, SIDE_NETWORK)
+    if "num_labels" in description["model"]:
+        raise UserError(f"{folder} is a classifier, which transformers cannot load")
+    read_tensors(folder, SIDE_NETWORK)  # whole?
+    cfg = _portable(folder / "recipe_config.yaml", publication)
+    config = {
+        "model_type": "qst",
+        "architectures": ["QSTForCausalLM"],
+        "backbone": publication.base_model,
+    }
+    card = model_card(description, cfg, publication, summary=_summary(folder))
+    files = {
+        SIDE_NETWORK.weights_file: (folder / SIDE_NETWORK.weights_file).read_bytes(),
+        SIDE_NETWORK.config_file: (folder / SIDE_NETWORK.config_file).read_bytes(),
+        "recipe_config.yaml": OmegaConf.to_yaml(cfg).encode(),
+        "config.json": (json.dumps(config, indent=2) + "\n").encode(),
+        "README.md": card.encode(),
+    }
+    replace_folder(target, files)
+
+
+def _portable(path: Path, publication: Publication) -> DictConfig:
+    """The run's config with the names of files and folders in place of this machine's paths."""
+    try:
+        cfg = OmegaConf.load(path)
+    except Exception as error:  # OmegaConf and YAML raise many types
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} cannot be read: {reason}") from error
+    backbone = str(cfg.checkpointer.checkpoint_dir)
+    plain: Any = OmegaConf.to_container(cfg)
+    portable: Any = _without_paths(plain, {backbone: publication.base_model.rpartition("/")[2]})
+    return OmegaConf.create(portable)
+
+
+def _without_paths(node: Any, renamed: dict[str, str]) -> Any:
+    if isinstance(node, dict):
+        return {key: _without_paths(value, renamed) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_without_paths(value, renamed) for value in node]
+    is_path = isinstance(node, str) and Path(node).is_absolute()
+    return renamed.get(node, Path(node).name) if is_path else node
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    """What the run measured, if the folder still lies where the run left it."""
+    path = folder.parent / "summary.json"
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
+def model_card(
+    description: dict[str, Any],
+    cfg: DictConfig,
+    publication: Publication,
+    *,
+    summary: dict[str, Any],
+) -> str:
+    """Write the card: what it is, how to use it, how it was made and what that gave.
+
+    Args:
+        description (dict[str, Any]): of the folder.
+        cfg (DictConfig): of the run, without paths.
+        publication (Publication): what to say of it.
+        summary (dict[str, Any]): of the run; may be empty.
+
+    Returns:
+        str: Markdown with the hub's front matter.
+    """
+    backbone = description["backbone"]
+    return f"""\
+{_front_matter(publication)}
+# {publication.name.rpartition("/")[2]}
+
+A side network of [QST](https://arxiv.org/abs/2401.07159) for `{publication.base_model}`, which
+runs in {backbone["quantization"]} beside it and is not part of this folder. It cannot be merged
+into that model, and works with no other weights than those of the fingerprint
+`{backbone["fingerprint"][:16]}...`: loading checks it.
+
+## Use
+
+```python
+{_snippet(publication)}
+```
+
+With torchtune, on a copy of `recipe_config.yaml` in which `checkpointer.checkpoint_dir` names the
+backbone's folder:
+
+```
+tune run qst_chat --config recipe_config.yaml side_network=<this folder>
+```
+
+## Training
+
+{_table("", _training(cfg, publication))}
+
+{_table("result", {name: f"{value:.4g}" for name, value in description["results"].items()})}
+
+{_table("measured", dict(_measured(summary)))}
+
+The whole config is `recipe_config.yaml`. Made with qst_tune {description["qst_tune_version"]}; this
+card was written beside {", ".join(f"{name} {version(name)}" for name in _PACKAGES)}.
+
+## Limits
+
+It has the knowledge, the biases and the terms of use of `{publication.base_model}`, and was tuned
+on the data above and on nothing else. The figures are of the run; nothing more was measured.
+"""
+
+
+def _front_matter(publication: Publication) -> str:
+    about = {
+        "base_model": publication.base_model,
+        "library_name": "qst_tune",
+        "pipeline_tag": "text-generation",
+        "tags": ["qst", "quantized-side-tuning", "torchtune"],
+        **({"license": publication.license} if publication.license else {}),
+    }
+    return f"---\n{OmegaConf.to_yaml(OmegaConf.create(about))}---"
+
+
+def _snippet(publication: Publication) -> str:
+    return f"""\
+import qst_tune.transformers  # pip install qst_tune
+from transformers import pipeline
+
+chat = pipeline("text-generation", model="{publication.name}")
+question = [{{"role": "user", "content": "What can you tell me?"}}]
+print(chat(question, max_new_tokens=40)[0]["generated_text"][-1]["content"])"""
+
+
+def _training(cfg: DictConfig, publication: Publication) -> dict[str, Any]:
+    model = {f"model.{name}": value for name, value in cfg.model.items()}
+    optimizer = cfg.get("optimizer") or {}
+    found = {
+        "data": publication.data or ", ".join(_data_files(cfg.get("dataset"))),
+        **model,
+        "epochs": cfg.get("epochs"),
+        "batch_size": cfg.get("batch_size"),
+        "gradient_accumulation_steps": cfg.get("gradient_accumulation_steps"),
+        "optimizer": optimizer.get("_component_"),
+        "lr": optimizer.get("lr"),
+        "seed": cfg.get("seed"),
+        "dtype": cfg.get("dtype"),
+    }
+    return {name: value for name, value in found.items() if value not in (None, "")}
+
+
+def _data_files(block: Any) -> Iterator[str]:
+    for part in block if isinstance(block, list) or OmegaConf.is_list(block) else [block or {}]:
+        name = part.get("data_files") or part.get("source")
+        if name:
+            yield str(name)
+
+
+def _measured(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The run's single figures; curves are left to its own summary."""
+    single = {
+        name: summary.get(name) for name in ("trainable_parameters", "tokens_per_second", "seconds")
+    }
+    memory = summary.get("memory_gib") or {}
+    for name, value in {**single, **{f"memory, GiB: {k}": v for k, v in memory.items()}}.items():
+        if isinstance(value, int | float):
+            shown = f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+            yield name.replace("_", " "), shown
+
+
+def _table(title: str, rows: dict[str, Any]) -> str:
+    if not rows:
+        return ""
+    lines = [f"| {name} | {value} |" for name, value in rows.items()]
+    return "\n".join([f"| {title} | |", "| --- | --- |", *lines])

@@ -1,0 +1,100 @@
+"""What a result's folder holds, without loading a model."""
+
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qst_tune.training.config_check import check_checkpoint_dir
+from qst_tune.training.described_model import build_any_described, checkpointer_of, folder_format
+from qst_tune.training.model_setup import identify_backbone
+from qst_tune.training.side_checkpoint import SIDE_NETWORK
+from qst_tune.training.tuned_folder import BackboneId, load_tuned, read_description, read_tensors
+
+
+def inspect_folder(folder: Path) -> str:
+    """Describe a side network or a set of scales.
+
+    Args:
+        folder (Path): of one of them; may be anyone's, nothing of it is run.
+
+    Returns:
+        str: lines for people: provenance, results, sizes, and how far the gates are open.
+
+    Raises:
+        UserError: if the folder is none, or damaged.
+    """
+    form = folder_format(folder)
+    description = read_description(folder, form)
+    tensors = read_tensors(folder, form)
+    backbone = description["backbone"]
+    facts = {
+        "what": form.title,
+        "backbone": f"{backbone['name']} ({backbone['quantization']})",
+        "fingerprint": backbone["fingerprint"],
+        "made with": f"qst_tune {description['qst_tune_version']}",
+        **{f"model.{name}": value for name, value in description["model"].items()},
+        **{name: f"{value:.4g}" for name, value in description["results"].items()},
+        **_sizes(tensors),
+    }
+    if form is SIDE_NETWORK:
+        facts |= _gates(tensors)
+    width = max(map(len, facts))
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in facts.items())
+
+
+def _sizes(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Parameters and bytes of all, and parameters of each part."""
+    parts: Counter[str] = Counter()
+    for name, tensor in tensors.items():
+        parts[name.partition(".")[0]] += tensor.numel()
+    num_bytes = sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
+    dtypes = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}))
+    return {
+        "tensors": f"{len(tensors)} ({dtypes})",
+        "parameters": f"{parts.total():,} ({num_bytes / 1e6:.2f} MB)",
+        **{f"  {part}": f"{count:,}" for part, count in parts.items()},
+        "not finite": sum(not bool(t.isfinite().all()) for t in tensors.values()),
+    }
+
+
+def _gates(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    """How much of the carried state each block takes, from the first to the last."""
+    gammas = [t for name, t in sorted(tensors.items(), key=_by_number) if name.endswith(".gamma")]
+    betas = [torch.sigmoid(gamma.float()).mean().item() for gamma in gammas]
+    upsample = tensors["upsample.weight"].float()
+    size = upsample.norm().item() / math.sqrt(upsample.numel())
+    return {
+        "gates (beta)": " ".join(f"{beta:.3f}" for beta in betas),
+        "upsample rms": f"{size:.3g}",
+    }
+
+
+def _by_number(item: tuple[str, torch.Tensor]) -> list[Any]:
+    parts = item[0].split(".")
+    return [int(part) if part.isdigit() else -1 for part in parts]
+
+
+def verify_folder(folder: Path, backbone_folder: Path) -> BackboneId:
+    """Check that a result belongs to a backbone and is whole, without loading a model.
+
+    Args:
+        folder (Path): of a side network or of scales.
+        backbone_folder (Path): Hugging Face folder.
+
+    Returns:
+        BackboneId: of that folder; the result's tensors have the names and shapes of its model.
+
+    Raises:
+        UserError: if it does not, or one of the folders is not what it should be.
+    """
+    form = folder_format(folder)
+    model = build_any_described(folder, form, torch.float32)
+    with checkpointer_of(folder, backbone_folder) as cfg:
+        check_checkpoint_dir(cfg.checkpointer)
+        backbone = identify_backbone(model, cfg)
+    expected = model.side.state_dict() if form is SIDE_NETWORK else model.task()
+    load_tuned(form, folder, expected, backbone=backbone)
+    return backbone

@@ -1,0 +1,93 @@
+"""The folder for a hub: what is in it, what is not, and that its own snippet runs."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from qst_tune.errors import UserError
+from qst_tune.sharing.__main__ import main
+from qst_tune.sharing.hub_folder import Publication, make_hub_folder
+from tests.folders import side_network_folder
+
+SUMMARY = {
+    "train_loss": {"1": 3.0},
+    "trainable_parameters": 173778,
+    "tokens_per_second": 895.2,
+    "memory_gib": {"peak": 1.34},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, _ = side_network_folder(tmp_path_factory.mktemp("hub"))
+    (folder.parent / "summary.json").write_text(json.dumps(SUMMARY))
+    return folder
+
+
+@pytest.fixture
+def shared(folder: Path, tmp_path: Path) -> Path:
+    """Beside a copy of the backbone that has the name it has on the hub."""
+    shutil.copytree(folder.parent / "model", tmp_path / "some/tiny-model")
+    target = tmp_path / "mine"
+    main(
+        ["share", str(folder), str(target), "--name", str(target), "--base-model",
+         "some/tiny-model", "--license", "apache-2.0"]
+    )  # fmt: skip
+    return target
+
+
+def test_nothing_in_it_names_a_path_of_this_machine(folder: Path, shared: Path) -> None:
+    texts = [path.read_text() for path in shared.iterdir() if path.suffix != ".safetensors"]
+    assert len(texts) == 4
+    assert not any(str(folder.parent) in text for text in texts)
+    config = OmegaConf.load(shared / "recipe_config.yaml")
+    assert config.checkpointer.checkpoint_dir == "tiny-model"
+    assert config.dataset.data_files == "train.jsonl"
+    assert json.loads((shared / "config.json").read_text())["backbone"] == "some/tiny-model"
+    name = "side_network.safetensors"
+    assert (shared / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_the_card_is_written_from_the_run(shared: Path) -> None:
+    card = (shared / "README.md").read_text()
+    front = OmegaConf.create(card.split("---")[1])
+    assert front.base_model == "some/tiny-model"
+    assert front.license == "apache-2.0"
+    for row in (
+        "| data | train.jsonl |",
+        "| lr | 0.01 |",
+        "| held-out loss at step 8 | 1.25 |",
+        "| trainable parameters | 173,778 |",
+        "| memory, GiB: peak | 1.34 |",
+    ):
+        assert row in card
+
+
+def test_the_snippet_of_the_card_runs_as_it_stands(shared: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (shared / "README.md").read_text(), re.DOTALL)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=shared.parent, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip()
+
+
+def test_what_cannot_be_shared_is_told(folder: Path, tmp_path: Path) -> None:
+    publication = Publication("me/mine", "some/model")
+    with pytest.raises(UserError, match="exists already"):
+        make_hub_folder(folder, tmp_path, publication)
+    copy = tmp_path / "classifier"
+    shutil.copytree(folder, copy)
+    path = copy / "qst_config.json"
+    description = json.loads(path.read_text())
+    description["model"]["num_labels"] = 2
+    path.write_text(json.dumps(description))
+    with pytest.raises(UserError, match="is a classifier"):
+        make_hub_folder(copy, tmp_path / "new", publication)
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,64 @@
+"""What is said of a folder, and whether it belongs to a backbone."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qst_tune.errors import UserError
+from qst_tune.sharing.__main__ import main
+from qst_tune.sharing.inspection import inspect_folder, verify_folder
+from tests.checkpoints import random_weights, write_model_folder
+from tests.folders import side_network_folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return side_network_folder(tmp_path_factory.mktemp("sharing"))[0]
+
+
+def test_an_inspection_tells_provenance_results_sizes_and_gates(tmp_path: Path) -> None:
+    folder, model = side_network_folder(tmp_path)
+    told = inspect_folder(folder)
+    side = model.side
+    count = sum(p.numel() for p in side.parameters())
+    betas = [f"{torch.sigmoid(gate.gamma).mean():.3f}" for gate in side.gates]
+    for expected in (
+        "QST side network",
+        "model (nf4)",
+        "qst_tune.models.qst_llama3_2",
+        f"{count:,} ({4 * count / 1e6:.2f} MB)",
+        f"{sum(p.numel() for p in side.downsample.parameters()):,}",
+        " ".join(betas),
+        "1.25",
+    ):
+        assert expected in told
+
+
+def test_a_folder_that_belongs_is_verified_through_the_command(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backbone = verify_folder(folder, folder.parent / "model")
+    assert backbone.quantization == "nf4"
+    main(["verify", str(folder), str(folder.parent / "model")])
+    assert "belongs to model (nf4) and is whole" in capsys.readouterr().out
+
+
+def test_what_does_not_belong_or_is_damaged_is_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = write_model_folder(tmp_path / "other", weights=random_weights(seed=1))
+    with pytest.raises(UserError, match="was trained on another backbone"):
+        verify_folder(folder, other)
+    cut, _ = side_network_folder(tmp_path)
+    weights = cut / "side_network.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    for command in (["inspect", str(cut)], ["verify", str(cut), str(tmp_path / "model")]):
+        with pytest.raises(SystemExit) as info:
+            main(command)
+        assert info.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+        assert "damaged" in line
+    with pytest.raises(UserError, match="is no result of qst_tune"):
+        inspect_folder(tmp_path / "model")
