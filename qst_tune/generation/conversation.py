@@ -1,6 +1,6 @@
 """A conversation whose caches live between its turns, and its text as it comes."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 from torchtune.data import Message
@@ -50,13 +50,13 @@ class Conversation:
     @property
     def is_full(self) -> bool:
         """Whether the last answer ended because the context did."""
-        return len(self._sequence.tokens) >= self._sequence.model.max_seq_len
+        return bool(len(self._sequence.tokens) >= self._sequence.model.max_seq_len)
 
     def clear(self) -> None:
         """Begin anew, with the system prompt alone."""
         self.messages = []
 
-    def ask(self, text: str) -> Iterator[str]:
+    def ask(self, text: str) -> Generator[str, None, None]:
         """Add a turn of the user and generate the model's.
 
         Both are part of the conversation once the generator is exhausted or closed; an answer that

@@ -60,6 +60,14 @@ class SideNetworks(nn.Module):
         """The side blocks of all networks, those of the first network first."""
         return [block for network in self._all() for block in network.blocks]
 
+    def adapter_params(self) -> list[str]:
+        """Names of the trainable parameters: all of them, as torchtune's adapter protocol asks.
+
+        Returns:
+            list[str]: names relative to this module.
+        """
+        return [name for name, _ in self.named_parameters()]
+
     def use(self, names: str | Sequence[str | None]) -> None:
         """Choose the networks of the next batches.
 
@@ -190,6 +198,6 @@ def share_backbone(model: QSTDecoder, networks: Mapping[str, SideNetwork]) -> Si
     Returns:
         SideNetworks: now ``model.side``; the first network is in use.
     """
-    model.side = SideNetworks(networks)
-    model.side.train(model.training)
-    return model.side
+    shared = SideNetworks(networks).train(model.training)
+    model.add_module("side", shared)
+    return shared

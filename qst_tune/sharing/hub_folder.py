@@ -79,8 +79,9 @@ def _portable(path: Path, publication: Publication) -> DictConfig:
         raise UserError(f"{path} cannot be read: {reason}") from error
     backbone = str(cfg.checkpointer.checkpoint_dir)
     plain: Any = OmegaConf.to_container(cfg)
-    portable: Any = _without_paths(plain, {backbone: publication.base_model.rpartition("/")[2]})
-    return OmegaConf.create(portable)
+    name = publication.base_model.rpartition("/")[2]
+    portable: DictConfig = OmegaConf.create(_without_paths(plain, {backbone: name}))
+    return portable
 
 
 def _without_paths(node: Any, renamed: dict[str, str]) -> Any:

@@ -18,9 +18,9 @@ from qst_tune.training.tuned_folder import BackboneId, load_tuned
 class TunedCheckpointer:
     """Reads what torchtune's recipes load into a QST model: the backbone and the side network.
 
-    Stock recipes such as ``generate`` and ``eleuther_eval`` take one checkpoint with every weight
-    of the model. In their configs this class stands where ``FullModelHFCheckpointer`` stood, with
-    one key more; the weights are quantised as the model loads them.
+    Stock recipes such as ``generate`` take one checkpoint with every weight of the model. In their
+    configs this class stands where ``FullModelHFCheckpointer`` stood, with one key more; the
+    weights are quantised as the model loads them.
 
     Args:
         side_network (str): folder of the side network.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torchtune.modules.peft import disable_adapter
 
 from qst_tune.errors import UserError
@@ -130,5 +130,6 @@ def _without_limit(block: DictConfig) -> DictConfig:
     """A tokenizer that cuts nothing: what training cuts off is where the answer would begin."""
     if "max_seq_len" not in block:
         return block
-    unlimited: DictConfig = OmegaConf.merge(block, {"max_seq_len": None})
+    unlimited = block.copy()
+    unlimited.max_seq_len = None
     return unlimited

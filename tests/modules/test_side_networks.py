@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torchtune.modules.peft import disable_adapter
 
 from qst_tune.generation.caches import GrowingCache, attached, attentions
 from qst_tune.models import qst_decoder
@@ -114,8 +115,9 @@ def test_one_name_serves_batches_of_any_size(name, models, shared) -> None:
 @torch.no_grad()
 def test_disabled_it_is_the_plain_backbone(models, shared) -> None:
     tokens = random_tokens()
-    shared.side.disabled = True
-    assert torch.equal(shared(tokens), alone(models, None, tokens))
+    with disable_adapter(shared):
+        assert torch.equal(shared(tokens), alone(models, None, tokens))
+    assert not torch.equal(shared(tokens), alone(models, None, tokens))
 
 
 def test_a_batch_trains_the_networks_of_its_rows_only(shared) -> None:
