@@ -185,11 +185,11 @@ def _register(registry: ModuleType) -> None:
     recipes = registry.get_all_recipes()
     known = {recipe.name for recipe in recipes}
     recipes.extend(recipe for recipe in _our_recipes(registry) if recipe.name not in known)
-    config_dir = _folder("qst_tune.configs")
     for recipe in recipes:
-        ours = _configs(registry, config_dir, _STOCK_RECIPES.get(recipe.name, ()))
-        have = {config.name for config in recipe.configs}
-        recipe.configs.extend(config for config in ours if config.name not in have)
+        if recipe.name in _STOCK_RECIPES:
+            ours = _configs(registry, _folder("qst_tune.configs"), _STOCK_RECIPES[recipe.name])
+            have = {config.name for config in recipe.configs}
+            recipe.configs.extend(config for config in ours if config.name not in have)
 
 
 def _our_recipes(registry: ModuleType) -> list[Any]:

@@ -92,7 +92,13 @@ def _held_out(cfg: DictConfig, tuned: TunedModel, batch_size: int) -> Measure:
     loss = LinearCrossEntropyLoss()
     tokenizer = instantiate(cfg.tokenizer, "tokenizer")  # with its limit, as in training
     longest = model.max_seq_len
-    rows = build_dataset(cfg.dataset_val, "dataset_val", tokenizer, max_seq_len=longest)
+    rows = build_dataset(
+        cfg.dataset_val,
+        "dataset_val",
+        tokenizer,
+        max_seq_len=longest,
+        skip_bad_rows=cfg.get("on_bad_row") == "skip",
+    )
     collate = text_collate(cfg, tokenizer, ignore_index=loss.ignore_index, max_seq_len=longest)
     batches = BatchLoader(rows, collate, batch_size=batch_size, seed=None, drop_last=False)
 

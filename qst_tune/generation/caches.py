@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torchtune.modules import MultiHeadAttention, TransformerDecoder
+from torchtune.modules import TransformerDecoder
 
 
 class GrowingCache:
@@ -57,16 +57,17 @@ def _with_room(held: torch.Tensor | None, new: torch.Tensor, start: int) -> torc
     return room
 
 
-def attentions(model: TransformerDecoder) -> list[MultiHeadAttention]:
+def attentions(model: TransformerDecoder) -> list[Any]:
     """List a decoder's attentions: the backbone's from first to last, then the side network's.
 
     Args:
         model (TransformerDecoder): any torchtune decoder.
 
     Returns:
-        list[MultiHeadAttention]: each once.
+        list[Any]: each once.
     """
-    return [module for module in model.modules() if isinstance(module, MultiHeadAttention)]
+    # By what they can do, since Gemma 2's is no MultiHeadAttention.
+    return [module for module in model.modules() if hasattr(module, "cache_enabled")]
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from qst_tune.errors import UserError
-from qst_tune.training.atomic_folder import replace_folder
+from qst_tune.training.atomic_folder import write_folder
 from qst_tune.training.side_checkpoint import SIDE_NETWORK
 from qst_tune.training.tuned_folder import read_description, read_tensors
 
@@ -67,7 +67,7 @@ def make_hub_folder(folder: Path, target: Path, publication: Publication) -> Non
         "config.json": (json.dumps(config, indent=2) + "\n").encode(),
         "README.md": card.encode(),
     }
-    replace_folder(target, files)
+    write_folder(target, files)
 
 
 def _portable(path: Path, publication: Publication) -> DictConfig:

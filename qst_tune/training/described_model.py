@@ -23,10 +23,15 @@ from qst_tune.training.side_checkpoint import SIDE_NETWORK, load_side_network
 from qst_tune.training.tuned_folder import BackboneId, TunedFormat, read_description
 
 _MODELS = "qst_tune.models."
-_CHECKPOINTERS = (
-    "torchtune.training.FullModelHFCheckpointer",
-    "qst_tune.training.opt_checkpointer.OPTCheckpointer",
-)
+# With the settings that are taken over; where folders lie is said anew.
+_CHECKPOINTERS: dict[str, tuple[str, ...]] = {
+    "torchtune.training.FullModelHFCheckpointer": (
+        "checkpoint_files",
+        "model_type",
+        "safe_serialization",
+    ),
+    "qst_tune.training.opt_checkpointer.OPTCheckpointer": ("checkpoint_files",),
+}
 
 
 def folder_format(folder: Path) -> TunedFormat:
@@ -142,7 +147,7 @@ def checkpointer_of(folder: Path, backbone_folder: Path) -> Iterator[DictConfig]
     if block.get("_component_") not in _CHECKPOINTERS:
         known = " or ".join(_CHECKPOINTERS)
         raise UserError(f"{path} names the checkpointer {block.get('_component_')!r}, not {known}")
-    kept = ("_component_", "checkpoint_files", "model_type", "safe_serialization")
+    kept = ("_component_", *_CHECKPOINTERS[block["_component_"]])
     found = {name: block[name] for name in kept if name in block}
     with tempfile.TemporaryDirectory() as unused:  # torchtune's checkpointers make a folder
         here = {"checkpoint_dir": str(backbone_folder), "output_dir": unused}
