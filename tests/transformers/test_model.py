@@ -250,6 +250,7 @@ def test_what_is_not_supported_is_refused(model, tokens, tmp_path):
         model.save_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.pretrained
 @pytest.mark.skipif(
     not (CACHE / "runs/135M_qst/side_network").is_dir(), reason="make quickstart makes it"
