@@ -11,6 +11,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import cycle, islice
 from typing import Any
 
@@ -86,7 +87,8 @@ def build(backbone: Backbone, count: int) -> QSTDecoder:
             networks[str(number)] = qst_llama3_2(**backbone.builder_arguments()).side
         networks[str(number)].materialize(torch.device("cpu"))
     share_backbone(model, networks)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def ways(model: QSTDecoder, num_rows: int, num_prompt_tokens: int) -> dict[str, Callable[[], None]]:
@@ -110,8 +112,13 @@ def ways(model: QSTDecoder, num_rows: int, num_prompt_tokens: int) -> dict[str, 
         found[f"{count} in one pass"] = decoding(names).step
         if count > 1:
             alone = [decoding([name] * names.count(name)) for name in sorted(set(map(str, names)))]
-            found[f"{count} in passes of their own"] = lambda parts=alone: [p.step() for p in parts]
+            found[f"{count} in passes of their own"] = partial(_step_all, alone)
     return found
+
+
+def _step_all(parts: list[Decoding]) -> None:
+    for part in parts:
+        part.step()
 
 
 def measure(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:

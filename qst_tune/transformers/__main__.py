@@ -8,12 +8,16 @@ Example::
 import sys
 from importlib import import_module
 
-import qst_tune.transformers  # noqa: F401  # registers
+import transformers
+
+from qst_tune.transformers import QSTForCausalLM
 
 
 def main() -> None:
     """Run transformers' command on the arguments of this one."""
     sys.argv[0] = "transformers"
+    # `serve` of transformers 5.23 asks no registry: it looks the class up here by its name.
+    transformers.QSTForCausalLM = QSTForCausalLM
     import_module("transformers.cli.transformers").main()
 
 

@@ -1,6 +1,7 @@
 """What ``config.json`` in the folder of a side network says, and where its backbone is."""
 
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
@@ -28,12 +29,13 @@ class QSTConfig(PretrainedConfig):
     backbone: str = ""
 
 
-def local_folder(name: str, beside: Path | None = None) -> Path:
+def local_folder(name: str, beside: Path | None = None, **settings: Any) -> Path:
     """Find a model's folder on this machine, or fetch it from the Hugging Face Hub.
 
     Args:
         name (str): a folder, or a name on the hub.
         beside (Path | None): a relative folder may also start here.
+        **settings (Any): how to fetch it, such as ``token`` and ``cache_dir``.
 
     Returns:
         Path: the folder.
@@ -45,7 +47,7 @@ def local_folder(name: str, beside: Path | None = None) -> Path:
         if name and folder.is_dir():
             return folder
     try:
-        return Path(snapshot_download(name, allow_patterns=_WANTED))
+        return Path(snapshot_download(name, allow_patterns=_WANTED, **settings))
     except (OSError, HFValidationError) as error:  # the hub's errors are OSErrors
         reason = " ".join(str(error).split())
         raise UserError(

@@ -1,5 +1,6 @@
 """A side network and its backbone as a transformers model; it computes nothing of its own."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,12 +22,18 @@ from qst_tune.training.described_model import load_described
 from qst_tune.transformers.config import QSTConfig, local_folder
 from qst_tune.transformers.masks import attention_mask_of, positions_of
 
-# Arguments of from_pretrained that transformers passes along and that mean nothing here.
-_WITHOUT_MEANING = {
-    "adapter_kwargs", "attn_implementation", "cache_dir", "code_revision", "force_download",
-    "local_files_only", "low_cpu_mem_usage", "proxies", "revision", "subfolder", "token",
+# How to fetch a folder; a revision is one of the side network's, not of its backbone's.
+_FETCHING = {"cache_dir", "force_download", "local_files_only", "revision", "token"}
+# What transformers passes along and is so in any case: nothing is loaded but tensors, and
+# torchtune's attention chooses its own kernel.
+_SO_ANYWAY = {
+    "adapter_kwargs", "attn_implementation", "code_revision", "low_cpu_mem_usage", "tqdm_class",
     "trust_remote_code", "use_safetensors",
 }  # fmt: skip
+
+
+# generate() hands its caller's tokenizer, for stop strings, to every model too.
+_ADDRESSED_TO_OTHERS = ("return_dict", "tokenizer")
 
 
 class QSTForCausalLM(PreTrainedModel, GenerationMixin):
@@ -78,7 +85,8 @@ class QSTForCausalLM(PreTrainedModel, GenerationMixin):
             dtype (torch.dtype | str | None): of what is not quantised, torch.float32 or
                 torch.bfloat16. Default, and "auto": the configuration's, else bfloat16.
             device_map (Any): one device for all, or "auto". Default: the CPU.
-            **settings (Any): those that only say how to fetch files are taken.
+            **settings (Any): how to fetch what is not here: ``token``, ``cache_dir``, ``revision``
+                of the side network and the like.
 
         Returns:
             QSTForCausalLM: in evaluation mode.
@@ -90,13 +98,15 @@ class QSTForCausalLM(PreTrainedModel, GenerationMixin):
         strange = sorted(
             name
             for name, value in settings.items()
-            if value and name not in _WITHOUT_MEANING and not name.startswith("_")
+            if value and name not in _FETCHING | _SO_ANYWAY and not name.startswith("_")
         )
         if strange:
             raise UserError(f"{strange[0]}={settings[strange[0]]} has no meaning for a QST model")
-        folder = local_folder(str(pretrained_model_name_or_path))
+        fetching = {k: v for k, v in settings.items() if k in _FETCHING and v is not None}
+        folder = local_folder(str(pretrained_model_name_or_path), **fetching)
         config = config or QSTConfig.from_pretrained(folder)
-        home = local_folder(backbone or config.backbone, folder)
+        fetching.pop("revision", None)
+        home = local_folder(backbone or config.backbone, folder, **fetching)
         decoder, _ = load_described(
             folder,
             home,
@@ -150,7 +160,8 @@ class QSTForCausalLM(PreTrainedModel, GenerationMixin):
             labels (torch.Tensor | None): ``[B, T]``, -100 for tokens without loss.
             use_cache (bool | None): make a cache if there is none.
             logits_to_keep (int | torch.Tensor): of the last so many tokens, or of these; 0: of all.
-            **unsupported (Any): must be None or False, but for ``return_dict``.
+            **unsupported (Any): must be None or False, but for those that are not
+                addressed to a model.
 
         Returns:
             CausalLMOutputWithPast: fp32 ``logits``; ``loss`` with labels, nats a token;
@@ -186,22 +197,28 @@ class QSTForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> torch.Tensor:
         """The input of the LM head, ``[B, T, D]``."""
         length = start + input_ids.shape[1]
-        mask = attention_mask_of(attention_mask, start=start, length=length, like=input_ids)
+        mask: torch.Tensor | None = attention_mask_of(
+            attention_mask, start=start, length=length, like=input_ids
+        )
         if position_ids is None:
             position_ids = positions_of(attention_mask, start=start, length=length, like=input_ids)
-        with without_head(self.model):
-            if cache is None:
-                is_plain = attention_mask is None or bool((attention_mask == 1).all())
-                return self.model(
-                    input_ids, mask=None if is_plain else mask, input_pos=position_ids
-                )
-            layers = [_CacheLayer(cache, i, length) for i in range(len(attentions(self.model)))]
-            with attached(self.model, layers):
-                return self.model(input_ids, mask=mask, input_pos=position_ids)
+        is_plain = attention_mask is None or bool((attention_mask == 1).all())
+        if cache is None and is_plain:
+            mask = None  # torchtune's own causal attention is faster
+        with self._caches(cache, length), without_head(self.model):
+            head_input: torch.Tensor = self.model(input_ids, mask=mask, input_pos=position_ids)
+        return head_input
+
+    def _caches(self, cache: Cache | None, length: int) -> AbstractContextManager[None]:
+        if cache is None:
+            return nullcontext()
+        num_layers = len(attentions(self.model))
+        layers = [_CacheLayer(cache, index, length) for index in range(num_layers)]
+        return attached(self.model, layers)
 
     def _check_arguments(self, unsupported: dict[str, Any]) -> None:
         for name, value in unsupported.items():
-            if value is not None and value is not False and name not in ("return_dict",):
+            if value is not None and value is not False and name not in _ADDRESSED_TO_OTHERS:
                 raise ValueError(f"{name} is not supported by {type(self).__name__}")
 
     def _check_length(self, length: int) -> None:
