@@ -17,7 +17,7 @@ def main() -> None:
     """Run transformers' command on the arguments of this one."""
     sys.argv[0] = "transformers"
     # `serve` of transformers 5.23 asks no registry: it looks the class up here by its name.
-    transformers.QSTForCausalLM = QSTForCausalLM
+    transformers.QSTForCausalLM = QSTForCausalLM  # type: ignore[attr-defined]
     import_module("transformers.cli.transformers").main()
 
 

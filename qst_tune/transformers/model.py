@@ -115,7 +115,7 @@ class QSTForCausalLM(PreTrainedModel, GenerationMixin):
         )
         model = cls(config, decoder)
         model.generation_config = _generation_config(home)
-        model.eval()
+        model.eval()  # type: ignore[no-untyped-call]  # as transformers decorates it
         return model
 
     def save_pretrained(self, *args: Any, **settings: Any) -> None:
