@@ -64,8 +64,8 @@ class QSTGenerateRecipe:
         self.device = choose_device(cfg)
         self.dtype = choose_dtype(cfg, self.device)
         training.set_seed(seed=cfg.get("seed"))
-        self.tokenizer = instantiate(cfg.tokenizer, "tokenizer")
         self.model = build_on_meta(cfg, self.dtype)
+        self.tokenizer = instantiate(cfg.tokenizer, "tokenizer")
         backbone = load_frozen_backbone(self.model, cfg, dtype=self.dtype, device=self.device)
         self.model.side.materialize(self.device)
         if cfg.get("side_network"):
