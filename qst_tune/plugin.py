@@ -49,8 +49,8 @@ class _RecipeEntry(NamedTuple):
     supports_distributed: bool
 
 
-# A recipe's configs are the files configs/<family>/<size>_<method>.yaml and configs/auto/<method>.yaml.
-# A recipe whose file is absent is not listed.
+# A recipe's configs are the files configs/<family>/<size>_<method>.yaml, and in configs/auto
+# <method>.yaml. A recipe whose file is absent is not listed.
 _RECIPES = {
     "qst_finetune": _RecipeEntry(
         "qst_finetune.py", ("qst", "qst_sst2", "lst"), supports_distributed=True

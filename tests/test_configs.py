@@ -1,5 +1,6 @@
 """Every config that we ship is without mistakes and builds its model."""
 
+import json
 from importlib import import_module
 from pathlib import Path
 
@@ -12,7 +13,19 @@ from torchtune import config as torchtune_config
 from qst_tune import plugin
 from qst_tune.training.config_check import check_config
 from qst_tune.training.model_setup import build_any_on_meta
+from tests.checkpoints import hf_config
 
+SMOLLM2_135M = {
+    "vocab_size": 49_152,
+    "num_layers": 30,
+    "num_heads": 9,
+    "num_kv_heads": 3,
+    "embed_dim": 576,
+    "intermediate_dim": 1536,
+    "max_seq_len": 8192,
+    "rope_base": 100_000,
+    "scale_factor": 1,
+}
 CONFIGS = Path(__file__).parent.parent / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 
@@ -34,10 +47,14 @@ def path(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture
-def cfg(path: Path, monkeypatch: pytest.MonkeyPatch) -> DictConfig:
+def cfg(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> DictConfig:
     monkeypatch.setenv("HOME", "/home/somebody")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    return OmegaConf.load(path)
+    cfg = OmegaConf.load(path)
+    if path.parent.name == "auto":  # their model is the folder's
+        (tmp_path / "config.json").write_text(json.dumps(hf_config(SMOLLM2_135M)))
+        cfg.checkpoint_dir = str(tmp_path)
+    return cfg
 
 
 def test_there_are_configs() -> None:

@@ -7,7 +7,7 @@ from torch import nn
 
 
 class StretchedRoPE(nn.Module):
-    r"""Rotary embedding whose frequencies are divided one by one, over the first channels of a head.
+    r"""Rotary embedding of a head's first channels, each frequency divided by a number of its own.
 
     .. math::
         \theta_i = \frac{b^{-2i/R}}{s_i}, \qquad

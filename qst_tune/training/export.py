@@ -99,7 +99,7 @@ def _read_config(checkpoint_dir: Path) -> dict[str, Any]:
 
 
 def _check_convertible(model: PEQADecoder) -> None:
-    """torchtune converts to Hugging Face's names what its own Llama has, and nothing else."""
+    """Refuse what torchtune's conversion to Hugging Face's names does not know."""
     if isinstance(model.layers[0].attn.pos_embeddings, StretchedRoPE):
         raise UserError("a model with this rope_scaling cannot be exported yet")
     biases = [name for name, _ in model.named_parameters() if name.endswith(".bias")]

@@ -41,7 +41,7 @@ HARMLESS = frozenset(
         "initializer_range",
         "layerdrop",
         "resid_pdrop",
-        # Generation, tokens and other tasks; the tokenizer and generation_config.json have their own.
+        # Generation, tokens and other tasks, for which there are files of their own.
         "bad_words_ids",
         "bos_token_id",
         "cache_implementation",
@@ -163,7 +163,9 @@ class HFConfig:
         self._taken.add(name)
         if name in self._settings and self._settings[name] is None:
             return None
-        return None if default is None and name not in self._settings else self.number(name, default)
+        return (
+            None if default is None and name not in self._settings else self.number(name, default)
+        )
 
     def choice(self, name: str, default: T, supported: Mapping[T, T] | None = None) -> T:
         """Return a setting of which only some values are supported.

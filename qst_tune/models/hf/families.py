@@ -108,11 +108,13 @@ def _llama(config: HFConfig) -> Architecture:
 
 
 def _mistral(config: HFConfig) -> Architecture:
+    config.choice("attention_bias", False)  # which transformers does not read here
     return _rotary(config, neighbours=True, window=_window(config, 4096))
 
 
 def _qwen2(config: HFConfig) -> Architecture:
-    config.choice("use_mrope", False)
+    for switch in ("use_mrope", "attention_bias"):
+        config.choice(switch, False)
     return _rotary(config, neighbours=False, window=_qwen_window(config), qkv_bias=True)
 
 
@@ -297,7 +299,9 @@ def _check_rope(config: HFConfig, rope: Rope, head_dim: int, may_be_partial: boo
         raise config.problem(f"partial_rotary_factor={rope.partial} is not supported for this type")
     dim = int(head_dim * rope.partial)
     if dim % 2 or not 0 < dim <= head_dim:
-        raise config.problem(f"{dim} of {head_dim} channels of a head would turn, not pairs of them")
+        raise config.problem(
+            f"{dim} of {head_dim} channels of a head would turn, not pairs of them"
+        )
     for name in ("short_factor", "long_factor"):
         factors = rope.settings.get(name)
         if factors is not None and len(factors) != dim // 2:
@@ -325,7 +329,9 @@ def _slides(config: HFConfig) -> bool:
 
 
 def _limits(rope: Rope, window: int | None) -> dict[str, int]:
-    name = "original_max_position_embeddings" if rope.kind == "longrope" else "max_position_embeddings"
+    name = (
+        "original_max_position_embeddings" if rope.kind == "longrope" else "max_position_embeddings"
+    )
     return {name: rope.longest, **({"sliding_window": window} if window else {})}
 
 

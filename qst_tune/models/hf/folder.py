@@ -9,7 +9,9 @@ from safetensors import SafetensorError, safe_open
 
 from qst_tune.errors import UserError
 
-_SHARD = re.compile(r"(?P<stem>model|pytorch_model)-(?P<number>\d+)-of-(?P<total>\d+)\.(?P<kind>\w+)")
+_SHARD = re.compile(
+    r"(?P<stem>model|pytorch_model)-(?P<number>\d+)-of-(?P<total>\d+)\.(?P<kind>\w+)"
+)
 # In the order that transformers takes them; a folder may hold the same weights in both formats.
 _FORMATS = (("model", "safetensors"), ("pytorch_model", "bin"))
 

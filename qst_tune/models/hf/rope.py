@@ -101,7 +101,12 @@ def _check_settings(config: HFConfig, kind: str, settings: dict[str, Any]) -> No
         numbers = value if name.endswith(("short_factor", "long_factor")) else [value]
         if not isinstance(numbers, list) or not all(isinstance(n, int | float) for n in numbers):
             raise config.problem(f"rope_scaling: {name}={value!r} must be numbers")
-    needed = {"linear": "factor", "dynamic": "factor", "llama3": "factor", "longrope": "short_factor"}
+    needed = {
+        "linear": "factor",
+        "dynamic": "factor",
+        "llama3": "factor",
+        "longrope": "short_factor",
+    }
     if kind in needed and settings.get(needed[kind]) is None:
         raise config.problem(f"rope_scaling of type {kind!r} needs {needed[kind]}")
 
@@ -135,7 +140,8 @@ def neighbours_rope(
     """
     if rope.kind == "llama3" or (rope.kind == "default" and like_llama3):
         return _llama3(rope, head_dim, max_seq_len)
-    return RotaryPositionalEmbeddings(dim=head_dim, max_seq_len=max_seq_len, base=rope.base)
+    plain: nn.Module = RotaryPositionalEmbeddings(head_dim, max_seq_len, rope.base)
+    return plain
 
 
 def halves_rope(rope: Rope, head_dim: int, max_seq_len: int) -> nn.Module:
@@ -150,14 +156,15 @@ def halves_rope(rope: Rope, head_dim: int, max_seq_len: int) -> nn.Module:
         nn.Module: takes ``[B, T, H, head_dim]`` and ``input_pos``.
     """
     if rope.partial == 1 and rope.kind in ("default", "dynamic"):
-        return Qwen2RotaryPositionalEmbeddings(head_dim, max_seq_len, rope.base)
+        plain: nn.Module = Qwen2RotaryPositionalEmbeddings(head_dim, max_seq_len, rope.base)
+        return plain
     return _stretched(rope, int(head_dim * rope.partial), max_seq_len)
 
 
 def _llama3(rope: Rope, head_dim: int, max_seq_len: int) -> nn.Module:
     is_scaled = rope.kind == "llama3"
     settings = rope.settings if is_scaled else {}
-    return Llama3ScaledRoPE(
+    scaled: nn.Module = Llama3ScaledRoPE(
         dim=head_dim,
         max_seq_len=max_seq_len,
         base=rope.base,
@@ -166,6 +173,7 @@ def _llama3(rope: Rope, head_dim: int, max_seq_len: int) -> nn.Module:
         high_freq_factor=settings.get("high_freq_factor", 4),
         old_context_len=settings.get(_ORIGINAL, 8192),
     )
+    return scaled
 
 
 def _stretched(rope: Rope, dim: int, max_seq_len: int) -> nn.Module:
@@ -199,7 +207,7 @@ def _llama3_divisors(rope: Rope, dim: int) -> list[float]:
     def divisor(frequency: float) -> float:
         turns = rope.settings[_ORIGINAL] * frequency / (2 * math.pi)
         share = min(max((turns - low) / (high - low), 0.0), 1.0)
-        return 1 / ((1 - share) / rope.factor + share)
+        return float(1 / ((1 - share) / rope.factor + share))
 
     return [divisor(rope.base ** (-2 * i / dim)) for i in range(dim // 2)]
 
@@ -213,7 +221,10 @@ def _yarn_divisors(rope: Rope, dim: int) -> list[float]:
         waves = settings[_ORIGINAL] / (turns * 2 * math.pi)
         return dim * math.log(waves) / (2 * math.log(rope.base))
 
-    first, last = index_of(settings.get("beta_fast") or 32), index_of(settings.get("beta_slow") or 1)
+    first, last = (
+        index_of(settings.get("beta_fast") or 32),
+        index_of(settings.get("beta_slow") or 1),
+    )
     if settings.get("truncate", True):
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, dim - 1)
