@@ -3,6 +3,7 @@
 import json
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import config as torchtune_config
 
 from qst_tune import plugin
+from qst_tune.models import backbone_from_hf
 from qst_tune.training.config_check import check_config
 from qst_tune.training.model_setup import build_any_on_meta
 from tests.checkpoints import hf_config
+from tests.published import PUBLISHED
 
 SMOLLM2_135M = {
     "vocab_size": 49_152,
@@ -41,6 +44,13 @@ def recipe_of(path: Path):
     return import_module(f"qst_tune.recipes.{name}")
 
 
+def folder_of(path: Path) -> dict[str, Any]:
+    """The config.json that the model is built from."""
+    if path.parent.name == "auto":
+        return hf_config(SMOLLM2_135M)
+    return PUBLISHED[name_of(path).rpartition("_")[0]][0]
+
+
 @pytest.fixture(params=FILES, ids=name_of)
 def path(request: pytest.FixtureRequest) -> Path:
     return request.param
@@ -51,8 +61,8 @@ def cfg(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> DictConf
     monkeypatch.setenv("HOME", "/home/somebody")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     cfg = OmegaConf.load(path)
-    if path.parent.name == "auto":  # their model is the folder's
-        (tmp_path / "config.json").write_text(json.dumps(hf_config(SMOLLM2_135M)))
+    if "checkpoint_dir" in cfg:  # their model is the folder's
+        (tmp_path / "config.json").write_text(json.dumps(folder_of(path)))
         cfg.checkpoint_dir = str(tmp_path)
     return cfg
 
@@ -79,3 +89,13 @@ def test_model_builds_without_memory(cfg: DictConfig) -> None:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     stored = [*model.parameters(), *model.buffers()]  # integer codes are buffers
     assert 0 < trainable < 0.1 * sum(tensor.numel() for tensor in stored)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_their_number_of_parameters(name: str, tmp_path: Path) -> None:
+    settings, num_parameters = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with torch.device("meta"):
+        model = backbone_from_hf(str(tmp_path))
+    assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters
+    assert (CONFIGS / f"{name}_qst.yaml").is_file()

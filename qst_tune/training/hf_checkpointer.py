@@ -1,5 +1,6 @@
 """Reads the weights of any Hugging Face folder that ``backbone_from_hf`` builds a decoder for."""
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,15 +27,30 @@ class HFCheckpointer:
 
     Args:
         checkpoint_dir (str): the folder; nothing of its weights is read yet.
+        cache_dir (str | None): another folder, where the recipe keeps the quantised backbone for
+            its next start; None keeps nothing.
+
+    Attributes:
+        name (str): of the folder.
+        cache_dir (Path | None): as given.
 
     Raises:
         UserError: if the folder is no supported model, or weight files are missing or cut off.
     """
 
-    def __init__(self, checkpoint_dir: str) -> None:
+    def __init__(self, checkpoint_dir: str, cache_dir: str | None = None) -> None:
         folder = Path(checkpoint_dir)
+        self.name = folder.resolve().name
+        self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self._convert = read_architecture(folder).convert
+        self._config = (folder / "config.json").read_bytes()
         self._paths = weight_files(folder)
+
+    @property
+    def identity(self) -> str:
+        """Tells one state of the folder from another, without reading the weights."""
+        files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self._paths]
+        return hashlib.sha256(self._config + repr(files).encode()).hexdigest()
 
     def load_checkpoint(self) -> dict[str, Any]:
         """Read all files.

@@ -163,8 +163,8 @@ def test_a_wrong_folder_is_one_clear_line(
 ) -> None:
     folder = shutil.copytree(root / "qwen2", tmp_path / "model")
     change(folder)
+    given = arguments(root, folder, tmp_path / "out", "model.reduction_factor=4")
     with pytest.raises(UserError) as error:
-        given = arguments(root, folder, tmp_path / "out", "model.reduction_factor=4")
         run(qst_finetune, "auto/qst", *given)
     # The one about the folder; where there is none, that of its tokenizer follows.
     first = str(error.value).splitlines()[0]
