@@ -62,7 +62,7 @@ class QKNormAttention(MultiHeadAttention):
         self, projected: torch.Tensor, norm: nn.Module | None, input_pos: torch.Tensor | None
     ) -> torch.Tensor:
         """``[B, H, T, K]`` queries or keys."""
-        heads: torch.Tensor = self._heads(projected)
+        heads = self._heads(projected)
         heads = heads if norm is None else norm(heads)
         if self.pos_embeddings is not None:
             heads = self.pos_embeddings(heads, input_pos=input_pos)
@@ -70,4 +70,5 @@ class QKNormAttention(MultiHeadAttention):
 
     def _heads(self, projected: torch.Tensor) -> torch.Tensor:
         """``[B, T, H, K]``."""
-        return projected.unflatten(-1, (-1, self.head_dim))
+        heads: torch.Tensor = projected.unflatten(-1, (-1, self.head_dim))
+        return heads

@@ -157,7 +157,8 @@ def _assembled(
     if not isinstance(tensor, NF4Tensor):
         return parts[name]
     names, context = tensor.__tensor_flatten__()
-    layout = dataclasses.replace(context["tensor_meta"], device=device)
+    dtype = parts[f"{name}/nf4"].dtype  # of the levels, and so of what is decoded
+    layout = dataclasses.replace(context["tensor_meta"], device=device, dtype=dtype)
     weight: torch.Tensor = NF4Tensor.__tensor_unflatten__(
         {part: parts[f"{name}/{part}"] for part in names},
         {**context, "tensor_meta": layout},

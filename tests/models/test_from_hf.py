@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torchtune.generation import generate, get_causal_mask_from_padding_mask
+from torchtune.modules import MultiHeadAttention
 from torchtune.modules.common_utils import local_kv_cache
 
 from qst_tune.errors import UserError
@@ -183,6 +184,22 @@ def test_rows_are_as_long_as_the_model_is_exact(
     assert backbone_from_hf(folder, max_seq_len=10).max_seq_len == 10
     with pytest.raises(UserError, match=rf"max_seq_len=65 is longer than {limit}={longest} in"):
         backbone_from_hf(folder, max_seq_len=65)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_side_blocks_are_layers_of_the_family(family: str, folders: Path) -> None:
+    with torch.device("meta"):
+        model = qst_from_hf(str(folders / family), reduction_factor=4)
+    block, layer = model.side.blocks[0], model.layers[0]
+    for part in ("sa_norm", "mlp_norm", "sa_scale", "mlp_scale", "mlp.activation", "attn.q_norm"):
+        assert kind_of(block, part) is kind_of(layer, part), part
+    # torchtune's attention of Gemma 2 is no MultiHeadAttention; its cap is left out beside it.
+    expected = MultiHeadAttention if family == "gemma2" else type(layer.attn)
+    assert type(block.attn) is expected
+
+
+def kind_of(module: torch.nn.Module, part: str) -> type | None:
+    return next((type(m) for name, m in module.named_modules() if name == part), None)
 
 
 def test_only_config_json_is_needed_to_build(folders: Path, tmp_path: Path) -> None:
