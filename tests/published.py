@@ -3,7 +3,11 @@
 Transcribed; the number of parameters that each model's page gives checks it.
 """
 
+import json
+from pathlib import Path
 from typing import Any
+
+from tests.checkpoints import hf_config
 
 _LLAMA3_SCALING = {
     "factor": 8.0,
@@ -183,3 +187,25 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         14_659_507_200,
     ),
 }
+
+
+_SMOLLM2_135M = {
+    "vocab_size": 49_152,
+    "num_layers": 30,
+    "num_heads": 9,
+    "num_kv_heads": 3,
+    "embed_dim": 576,
+    "intermediate_dim": 1536,
+    "max_seq_len": 8192,
+    "rope_base": 100_000,
+    "scale_factor": 1,
+}
+
+
+def write_published(folder: Path, config_name: str) -> str:
+    """Write the ``config.json`` of one of our configs' models; SmolLM2-135M's for ``auto/*``."""
+    model = config_name.rpartition("_")[0]
+    is_any = config_name.startswith("auto/")
+    settings = hf_config(_SMOLLM2_135M) if is_any else PUBLISHED[model][0]
+    (folder / "config.json").write_text(json.dumps(settings))
+    return str(folder)

@@ -1,9 +1,7 @@
 """Every config that we ship is without mistakes and builds its model."""
 
-import json
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,20 +13,8 @@ from qst_tune import plugin
 from qst_tune.models import backbone_from_hf
 from qst_tune.training.config_check import check_config
 from qst_tune.training.model_setup import build_any_on_meta
-from tests.checkpoints import hf_config
-from tests.published import PUBLISHED
+from tests.published import PUBLISHED, write_published
 
-SMOLLM2_135M = {
-    "vocab_size": 49_152,
-    "num_layers": 30,
-    "num_heads": 9,
-    "num_kv_heads": 3,
-    "embed_dim": 576,
-    "intermediate_dim": 1536,
-    "max_seq_len": 8192,
-    "rope_base": 100_000,
-    "scale_factor": 1,
-}
 CONFIGS = Path(__file__).parent.parent / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 
@@ -44,13 +30,6 @@ def recipe_of(path: Path):
     return import_module(f"qst_tune.recipes.{name}")
 
 
-def folder_of(path: Path) -> dict[str, Any]:
-    """The config.json that the model is built from."""
-    if path.parent.name == "auto":
-        return hf_config(SMOLLM2_135M)
-    return PUBLISHED[name_of(path).rpartition("_")[0]][0]
-
-
 @pytest.fixture(params=FILES, ids=name_of)
 def path(request: pytest.FixtureRequest) -> Path:
     return request.param
@@ -62,8 +41,7 @@ def cfg(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> DictConf
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     cfg = OmegaConf.load(path)
     if "checkpoint_dir" in cfg:  # their model is the folder's
-        (tmp_path / "config.json").write_text(json.dumps(folder_of(path)))
-        cfg.checkpoint_dir = str(tmp_path)
+        cfg.checkpoint_dir = write_published(tmp_path, name_of(path))
     return cfg
 
 
@@ -93,9 +71,7 @@ def test_model_builds_without_memory(cfg: DictConfig) -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_models_have_their_number_of_parameters(name: str, tmp_path: Path) -> None:
-    settings, num_parameters = PUBLISHED[name]
-    (tmp_path / "config.json").write_text(json.dumps(settings))
     with torch.device("meta"):
-        model = backbone_from_hf(str(tmp_path))
-    assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters
+        model = backbone_from_hf(write_published(tmp_path, f"{name}_qst"))
+    assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED[name][1]
     assert (CONFIGS / f"{name}_qst.yaml").is_file()
