@@ -49,8 +49,8 @@ class _RecipeEntry(NamedTuple):
     supports_distributed: bool
 
 
-# A recipe's configs are the files configs/<family>/<size>_<method>.yaml. A recipe whose file is
-# absent is not listed.
+# A recipe's configs are the files configs/<family>/<size>_<method>.yaml, and in configs/auto
+# <method>.yaml. A recipe whose file is absent is not listed.
 _RECIPES = {
     "qst_finetune": _RecipeEntry(
         "qst_finetune.py", ("qst", "qst_sst2", "lst"), supports_distributed=True
@@ -240,9 +240,13 @@ def _folder(package: str) -> Path:
 
 
 def _config_files(config_dir: Path, methods: tuple[str, ...]) -> list[Path]:
-    """Return ``<family>/<size>_<method>.yaml`` for each of ``methods``, sorted."""
+    """Return ``<family>/<size>_<method>.yaml`` for each of ``methods``, sorted.
+
+    The folder ``auto`` has no sizes, only ``<method>.yaml``.
+    """
     suffixes = tuple(f"_{method}" for method in methods)
-    return sorted(path for path in config_dir.glob("*/*.yaml") if path.stem.endswith(suffixes))
+    paths = sorted(config_dir.glob("*/*.yaml"))
+    return [path for path in paths if f"_{path.stem}".endswith(suffixes)]
 
 
 def _config_name(path: Path, config_dir: Path) -> str:

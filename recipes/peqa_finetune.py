@@ -42,8 +42,8 @@ def finetune(cfg: DictConfig, device: torch.device, dtype: torch.dtype) -> None:
     """
     saved = find_saved_run(cfg)
     seed = set_run_seed(cfg, saved)
-    tokenizer = instantiate(cfg.tokenizer, "tokenizer")
     model = build_peqa_on_meta(cfg, dtype)
+    tokenizer = instantiate(cfg.tokenizer, "tokenizer")
     task, data = build_language_modelling(cfg, tokenizer, model, seed=seed, device=device)
     if cfg.get("dry_run"):
         check_architecture(model, check_checkpoint_dir(cfg.checkpointer))

@@ -48,8 +48,8 @@ def learn(cfg: DictConfig, device: torch.device, dtype: torch.dtype) -> None:
     """
     saved = find_saved_run(cfg)
     seed = set_run_seed(cfg, saved)
-    tokenizer = instantiate(cfg.tokenizer, "tokenizer")
     model = build_on_meta(cfg, dtype)
+    tokenizer = instantiate(cfg.tokenizer, "tokenizer")
     if isinstance(model, QSTClassifier):
         raise UserError(f"model: {cfg.model._component_} classifies; name a language model")
     task, data = build_preference_learning(cfg, tokenizer, model, seed=seed, device=device)

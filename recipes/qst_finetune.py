@@ -54,8 +54,8 @@ def finetune(cfg: DictConfig, device: torch.device, dtype: torch.dtype) -> None:
     """
     saved = find_saved_run(cfg)
     seed = set_run_seed(cfg, saved)
-    tokenizer = instantiate(cfg.tokenizer, "tokenizer")
     model = build_on_meta(cfg, dtype)
+    tokenizer = instantiate(cfg.tokenizer, "tokenizer")
     is_classifier = isinstance(model, QSTClassifier)
     build_task = build_classification if is_classifier else build_language_modelling
     task, data = build_task(cfg, tokenizer, model, seed=seed, device=device)

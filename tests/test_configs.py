@@ -10,8 +10,10 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import config as torchtune_config
 
 from qst_tune import plugin
+from qst_tune.models import backbone_from_hf
 from qst_tune.training.config_check import check_config
 from qst_tune.training.model_setup import build_any_on_meta
+from tests.published import PUBLISHED, write_published
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
@@ -34,10 +36,13 @@ def path(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture
-def cfg(path: Path, monkeypatch: pytest.MonkeyPatch) -> DictConfig:
+def cfg(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> DictConfig:
     monkeypatch.setenv("HOME", "/home/somebody")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    return OmegaConf.load(path)
+    cfg = OmegaConf.load(path)
+    if "checkpoint_dir" in cfg:  # their model is the folder's
+        cfg.checkpoint_dir = write_published(tmp_path, name_of(path))
+    return cfg
 
 
 def test_there_are_configs() -> None:
@@ -64,3 +69,11 @@ def test_model_builds_without_memory(cfg: DictConfig) -> None:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     stored = [*model.parameters(), *model.buffers()]  # integer codes are buffers
     assert 0 < trainable < 0.1 * sum(tensor.numel() for tensor in stored)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_have_their_number_of_parameters(name: str, tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = backbone_from_hf(write_published(tmp_path, f"{name}_qst"))
+    assert sum(parameter.numel() for parameter in model.parameters()) == PUBLISHED[name][1]
+    assert (CONFIGS / f"{name}_qst.yaml").is_file()

@@ -1,6 +1,8 @@
 """Model builders, named in configs as ``qst_tune.models.<builder>``."""
 
 from qst_tune.models.classifier import qst_classifier
+from qst_tune.models.from_hf import backbone_from_hf, peqa_from_hf, qst_from_hf
+from qst_tune.models.gemma2 import gemma2
 from qst_tune.models.llama import (
     qst_llama2,
     qst_llama2_7b,
@@ -52,6 +54,7 @@ from qst_tune.models.peqa import (
     peqa_smollm2_360m,
 )
 from qst_tune.models.qst import VARIANTS, qst_builder, qst_decoder
+from qst_tune.models.rotary_decoder import rotary_decoder
 from qst_tune.models.smollm2 import (
     qst_smollm2_1_7b,
     qst_smollm2_135m,
@@ -64,6 +67,8 @@ from qst_tune.models.smollm2 import (
 
 __all__ = [
     "VARIANTS",
+    "backbone_from_hf",
+    "gemma2",
     "opt",
     "opt_1_3b",
     "opt_2_7b",
@@ -77,6 +82,7 @@ __all__ = [
     "opt_tune_to_hf",
     "peqa_builder",
     "peqa_decoder",
+    "peqa_from_hf",
     "peqa_llama2",
     "peqa_llama2_7b",
     "peqa_llama2_13b",
@@ -93,6 +99,7 @@ __all__ = [
     "qst_builder",
     "qst_classifier",
     "qst_decoder",
+    "qst_from_hf",
     "qst_llama2",
     "qst_llama2_7b",
     "qst_llama2_13b",
@@ -115,6 +122,7 @@ __all__ = [
     "qst_smollm2_1_7b",
     "qst_smollm2_135m",
     "qst_smollm2_360m",
+    "rotary_decoder",
     "smollm2",
     "smollm2_1_7b",
     "smollm2_135m",

@@ -15,7 +15,7 @@ def method_builder(
     """Turn a builder of a torchtune decoder into a builder of a method's model over it.
 
     Args:
-        prefix (str): of the new builder's name.
+        prefix (str): of the new builder's name, in place of ``backbone_`` if there is that.
         method (Callable[..., TransformerDecoder]): takes a decoder and keyword arguments.
         backbone_builder (Callable[..., TransformerDecoder]): a component or model builder.
 
@@ -34,7 +34,7 @@ def method_builder(
         }
         return method(backbone_builder(*args, **for_backbone), **kwargs)
 
-    name = f"{prefix}_{backbone_builder.__name__}"
+    name = f"{prefix}_{backbone_builder.__name__.removeprefix('backbone_')}"
     build.__name__ = build.__qualname__ = name
     build.__doc__ = (
         f"Build {name}: torchtune's ``{backbone_builder.__name__}`` with {method.__name__}."

@@ -152,7 +152,9 @@ def _side_attention(
 ) -> MultiHeadAttention:
     query_dim = shape.num_heads * shape.head_dim
     kv_dim = shape.num_kv_heads * shape.head_dim
-    return MultiHeadAttention(
+    # A family's own subclass, such as one that norms before it turns; Gemma 2's is not one.
+    attention_type = type(attn) if isinstance(attn, MultiHeadAttention) else MultiHeadAttention
+    return attention_type(
         embed_dim=shape.embed_dim,
         num_heads=shape.num_heads,
         num_kv_heads=shape.num_kv_heads,

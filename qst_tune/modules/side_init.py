@@ -28,10 +28,15 @@ from torchtune.models.phi3._position_embeddings import Phi3RotaryPositionalEmbed
 from torchtune.models.qwen2._positional_embeddings import Qwen2RotaryPositionalEmbeddings
 
 from qst_tune.modules.base_quantization import weight_of
+from qst_tune.modules.stretched_rope import StretchedRoPE
 
 SideInit = Literal["random", "slice", "prune"]
 
-_HALF_SPLIT_ROPES = (Phi3RotaryPositionalEmbeddings, Qwen2RotaryPositionalEmbeddings)
+_HALF_SPLIT_ROPES = (
+    Phi3RotaryPositionalEmbeddings,
+    Qwen2RotaryPositionalEmbeddings,
+    StretchedRoPE,
+)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from qst_tune.errors import UserError
 from qst_tune.modules.base_quantization import QuantizedLinear
 from qst_tune.modules.peqa_linear import PEQALinear
 from qst_tune.modules.rotary_caches import build_rotary_caches
+from qst_tune.training.hf_checkpointer import HFCheckpointer
 
 SIDE_PREFIX = "side."
 _FINGERPRINT_SAMPLES = 64
@@ -29,7 +30,7 @@ def load_backbone(
 
     Args:
         model (TransformerDecoder): backbone parameters on meta; a side network is left alone.
-        checkpointer (Any): one of torchtune's checkpointers, not loaded yet.
+        checkpointer (Any): one of torchtune's checkpointers, or ours, not loaded yet.
         dtype (torch.dtype): of what is not quantised, and of the values that codes stand for.
         device (torch.device): where the backbone shall live.
 
@@ -50,7 +51,7 @@ def fingerprint_backbone(model: TransformerDecoder, checkpointer: Any) -> str:
 
     Args:
         model (TransformerDecoder): may be on meta; left alone.
-        checkpointer (Any): one of torchtune's checkpointers, not loaded yet.
+        checkpointer (Any): one of torchtune's checkpointers, or ours, not loaded yet.
 
     Returns:
         str: as :func:`load_backbone`.
@@ -112,6 +113,9 @@ _FIX = "name the checkpoint's own architecture in the config's model block"
 
 def _checkpoint_files(checkpointer: Any) -> Iterator[dict[str, torch.Tensor]]:
     """State dicts under torchtune's names, one file of the checkpoint at a time where possible."""
+    if isinstance(checkpointer, HFCheckpointer):
+        yield from checkpointer.load_files()
+        return
     paths = getattr(checkpointer, "_checkpoint_paths", None)
     if not isinstance(checkpointer, training.FullModelHFCheckpointer) or paths is None:
         yield _load_weights(checkpointer, "the checkpoint")

@@ -8,6 +8,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qst_tune.errors import ConfigError, Problem, UserError
+from qst_tune.models.hf.folder import read_settings, weight_files
 from qst_tune.training.component_check import component_problems
 from qst_tune.training.config_variables import variables_in
 from qst_tune.training.nearest import nearest
@@ -129,7 +130,8 @@ def check_checkpoint_dir(checkpointer: DictConfig) -> Path:
         Path: the folder.
 
     Raises:
-        UserError: if the block names no folder, or the folder or one of its files is missing.
+        UserError: if the block names no folder, or the folder or one of its files is missing, or,
+            where the checkpointer finds the files itself, it is no Hugging Face model.
     """
     if not checkpointer.get("checkpoint_dir"):
         raise UserError("config: checkpointer.checkpoint_dir is missing")
@@ -139,6 +141,9 @@ def check_checkpoint_dir(checkpointer: DictConfig) -> Path:
             f"checkpointer.checkpoint_dir={folder} does not exist; download the model there "
             "(tune download) or name the folder where it is"
         )
+    if str(checkpointer.get("_component_")).endswith(".HFCheckpointer"):  # it finds its own
+        read_settings(folder)
+        weight_files(folder)
     files = checkpointer.get("checkpoint_files")
     missing = [
         str(name)

@@ -13,6 +13,7 @@ from torchtune.models.convert_weights import tune_to_hf
 from qst_tune.errors import UserError
 from qst_tune.modules.peqa_decoder import PEQADecoder
 from qst_tune.modules.peqa_linear import PEQALinear
+from qst_tune.modules.stretched_rope import StretchedRoPE
 from qst_tune.quantization.affine import AffineWeight
 from qst_tune.quantization.gptq import GPTQFormat, to_gptq
 from qst_tune.training.atomic_folder import whole_folder
@@ -53,6 +54,7 @@ def export_model(
     if folder.exists():
         raise UserError(f"{folder} exists; remove it or name another with export_dir=<folder>")
     config = _read_config(checkpoint_dir)
+    _check_convertible(model)
     if form == "dense":
         tensors = _tensors(model, dtype, lambda linear, rows: _dense(linear, rows, dtype))
         config.update(torch_dtype=str(dtype).removeprefix("torch."))
@@ -94,6 +96,15 @@ def _read_config(checkpoint_dir: Path) -> dict[str, Any]:
             "'llama' can be exported"
         )
     return config
+
+
+def _check_convertible(model: PEQADecoder) -> None:
+    """Refuse what torchtune's conversion to Hugging Face's names does not know."""
+    if isinstance(model.layers[0].attn.pos_embeddings, StretchedRoPE):
+        raise UserError("a model with this rope_scaling cannot be exported yet")
+    biases = [name for name, _ in model.named_parameters() if name.endswith(".bias")]
+    if biases:
+        raise UserError(f"a model with biases ({biases[0]}) cannot be exported yet")
 
 
 def _tensors(model: PEQADecoder, dtype: torch.dtype, export_linear: _LinearExport) -> _Tensors:

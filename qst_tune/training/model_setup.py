@@ -14,6 +14,7 @@ from qst_tune.modules.base_quantization import quantization_of
 from qst_tune.modules.peqa_decoder import PEQADecoder
 from qst_tune.modules.qst_decoder import QSTDecoder
 from qst_tune.training.architecture_check import check_architecture
+from qst_tune.training.backbone_cache import backbone_cache
 from qst_tune.training.backbone_loading import fingerprint_backbone, load_backbone
 from qst_tune.training.cli import instantiate
 from qst_tune.training.config_check import check_checkpoint_dir
@@ -152,7 +153,12 @@ def load_frozen_backbone(
     check_architecture(model, checkpoint_dir)
     start = time.perf_counter()
     checkpointer = instantiate(cfg.checkpointer, "checkpointer")
-    fingerprint = load_backbone(model, checkpointer, dtype=dtype, device=device)
+    cache = backbone_cache(checkpointer, model, dtype)
+    fingerprint = cache.load(model, device) if cache else None
+    if fingerprint is None:
+        fingerprint = load_backbone(model, checkpointer, dtype=dtype, device=device)
+        if cache:
+            cache.save(model, fingerprint)
     if rank_and_world_size()[0] == 0:
         log.info(f"backbone loaded in {time.perf_counter() - start:.1f} s")
     return BackboneId(checkpoint_dir.resolve().name, fingerprint, quantization_of(model.layers))

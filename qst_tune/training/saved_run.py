@@ -37,7 +37,15 @@ _FIXED = {
     "loss": "the losses so far would not be comparable",
 }
 # Below those, where things lie may change: what lies there is checked by its content.
-_MOVABLE = ("path", "merges_file", "data_files", "data_dir", "source", "cache_dir")
+_MOVABLE = (
+    "path",
+    "checkpoint_dir",
+    "merges_file",
+    "data_files",
+    "data_dir",
+    "source",
+    "cache_dir",
+)
 
 log = utils.get_logger("INFO")
 

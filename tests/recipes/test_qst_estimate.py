@@ -14,6 +14,7 @@ from qst_tune.errors import UserError
 from qst_tune.training.cli import parse_config
 from qst_tune.training.config_check import check_config
 from qst_tune.training.model_setup import build_any_on_meta
+from tests.published import write_published
 
 ROOT = Path(__file__).parents[2]
 TUNE = Path(sys.executable).parent / "tune"
@@ -98,9 +99,11 @@ def test_a_classifier_is_refused_with_what_to_do_instead(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_training_config_can_be_estimated(name: str) -> None:
+def test_every_training_config_can_be_estimated(name: str, tmp_path: Path) -> None:
     """Its keys, components and model; the step itself is estimated for one of them above."""
     cfg = parse_config(["--config", str(ROOT / "configs" / f"{name}.yaml")])
+    if "checkpoint_dir" in cfg:  # their model is the folder's
+        cfg.checkpoint_dir = write_published(tmp_path, name)
     known = [*qst_estimate.REQUIRED_KEYS, *qst_estimate.OPTIONAL_KEYS, *qst_estimate.UNUSED_KEYS]
     check_config(cfg, known=known, required=qst_estimate.REQUIRED_KEYS)
     recipe = qst_estimate.QSTEstimateRecipe(cfg)

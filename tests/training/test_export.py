@@ -13,11 +13,12 @@ from torchtune.training import FullModelHFCheckpointer
 from transformers import AutoModelForCausalLM
 
 from qst_tune.errors import UserError
-from qst_tune.models import peqa_llama3_2
+from qst_tune.models import peqa_from_hf, peqa_llama3_2
 from qst_tune.training.backbone_loading import load_backbone
 from qst_tune.training.export import check_export_format, export_model
 from tests.checkpoints import SIZES as SMALL
 from tests.checkpoints import random_weights, write_model_folder
+from tests.hf_models import save_hf_model
 from tests.reference.gptq_reader import decode
 
 CPU = torch.device("cpu")
@@ -180,3 +181,28 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(
     assert {path.name for path in tmp_path.iterdir()} == {"there", "other"}
     with pytest.raises(UserError, match="format=awq is unknown: use dense, gptq, gptq_v2"):
         check_export_format("awq")
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("llama yarn", "a model with this rope_scaling cannot be exported"),
+        ("llama head_dim biases linear", "a model with this rope_scaling cannot be exported"),
+        ("qwen2", "has model_type 'qwen2'; only models of type 'llama' can be exported"),
+    ],
+)
+def test_what_would_be_converted_wrongly_is_refused(case: str, message: str, tmp_path) -> None:
+    save_hf_model(tmp_path / "model", case)
+    with torch.device("meta"):
+        model = peqa_from_hf(str(tmp_path / "model"))
+    with pytest.raises(UserError, match=message):
+        export_model(model, tmp_path / "model", tmp_path / "out", form="dense", dtype=torch.float32)
+    assert not (tmp_path / "out").exists()
+
+
+def test_biases_are_refused(tmp_path) -> None:
+    save_hf_model(tmp_path / "model", "llama head_dim biases linear", rope_parameters=None)
+    with torch.device("meta"):
+        model = peqa_from_hf(str(tmp_path / "model"))
+    with pytest.raises(UserError, match=r"a model with biases \(layers\.0\.attn\.q_proj\.bias"):
+        export_model(model, tmp_path / "model", tmp_path / "out", form="dense", dtype=torch.float32)

@@ -1,0 +1,137 @@
+"""What kind of folder it is, and which of its files hold the weights."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from qst_tune.errors import UserError
+
+_SHARD = re.compile(
+    r"(?P<stem>model|pytorch_model)-(?P<number>\d+)-of-(?P<total>\d+)\.(?P<kind>\w+)"
+)
+# In the order that transformers takes them; a folder may hold the same weights in both formats.
+_FORMATS = (("model", "safetensors"), ("pytorch_model", "bin"))
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Read ``config.json``.
+
+    Args:
+        folder (Path): a Hugging Face folder.
+
+    Returns:
+        dict[str, Any]: its content.
+
+    Raises:
+        UserError: if it is missing, saying what the folder is instead, or no JSON object.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} {_what_it_is(folder)}")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} is not valid JSON: it holds no object")
+    return settings
+
+
+def _what_it_is(folder: Path) -> str:
+    """The rest of a sentence about a folder without ``config.json``."""
+    if not folder.is_dir():
+        return "does not exist; download the model there (tune download), or name its folder"
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        return f"is a PEFT adapter, not a model; name the folder of its base model{_base(adapter)}"
+    if (folder / "qst_config.json").is_file():
+        return "is what a run of qst_tune left, not a model; name the folder of its base model"
+    if any(folder.glob("*.gguf")):
+        return "has GGUF files only; name the folder of the Hugging Face model they were made from"
+    if (folder / "params.json").is_file():
+        return "is in Meta's or Mistral's own format; download the model in Hugging Face's format"
+    return "has no config.json; it is not a Hugging Face model, or its download is not complete"
+
+
+def _base(adapter: Path) -> str:
+    try:
+        name = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return f", {name}" if name else ""
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Find the files that hold the weights, and see whether all are there and whole.
+
+    Args:
+        folder (Path): a Hugging Face folder.
+
+    Returns:
+        list[Path]: of one format, sorted; safetensors where there are both.
+
+    Raises:
+        UserError: if there are none, or some are missing or cut off.
+    """
+    for stem, kind in _FORMATS:
+        names = _indexed(folder, f"{stem}.{kind}.index.json") or _listed(folder, stem, kind)
+        if names:
+            _check_present(folder, names)
+            paths = [folder / name for name in sorted(names)]
+            if kind == "safetensors":
+                _check_whole(paths)
+            return paths
+    gguf = any(folder.glob("*.gguf"))
+    reason = "GGUF files only, which cannot be read" if gguf else "no weights"
+    raise UserError(
+        f"{folder} has {reason}; it needs model.safetensors or pytorch_model.bin, or their shards"
+    )
+
+
+def _indexed(folder: Path, index_name: str) -> set[str]:
+    """Names of the shards in an index; none if there is no index."""
+    path = folder / index_name
+    if not path.is_file():
+        return set()
+    try:
+        names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not an index of shards: download it again") from error
+    outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    if outside:
+        raise UserError(f"{path} names {outside[0]!r}, which is no file of the folder")
+    return names
+
+
+def _listed(folder: Path, stem: str, kind: str) -> set[str]:
+    """Names of the files without an index: one, or as many shards as each name says."""
+    if (folder / f"{stem}.{kind}").is_file():
+        return {f"{stem}.{kind}"}
+    for path in folder.glob(f"{stem}-*-of-*.{kind}"):
+        match = _SHARD.fullmatch(path.name)
+        if match:
+            width, total = len(match["number"]), int(match["total"])
+            return {f"{stem}-{i:0{width}}-of-{match['total']}.{kind}" for i in range(1, total + 1)}
+    return set()
+
+
+def _check_present(folder: Path, names: set[str]) -> None:
+    missing = sorted(name for name in names if not (folder / name).is_file())
+    if missing:
+        raise UserError(
+            f"{folder} lacks {len(missing)} of its {len(names)} weight files, for example "
+            f"{missing[0]}: download it again"
+        )
+
+
+def _check_whole(paths: list[Path]) -> None:
+    """Compare each file with what its header promises; no weight is read."""
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is damaged or cut off ({error}): download it again") from error

@@ -1,0 +1,201 @@
+"""One config for every folder, through the real `tune`; and wrong folders, one line each."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from qst_tune.recipes import peqa_finetune, qst_finetune
+from safetensors.torch import load_file, save_file
+
+from qst_tune.errors import UserError
+from qst_tune.training.cli import parse_config
+from tests.checkpoints import colour_rows, file_hashes, write_chat_tokenizer, write_jsonl
+from tests.hf_models import FAMILIES, edit_config, save_hf_model, write_old_style
+from tests.recipe_runs import one_thread, run_tune
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of each family, as published ones are, and rows to learn."""
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("auto")
+    for family, case in FAMILIES.items():
+        save_hf_model(root / family, case)
+        write_old_style(root / family)
+        write_chat_tokenizer(root / family)
+    write_jsonl(root / "train.jsonl", colour_rows(8))
+    return root
+
+
+def arguments(root: Path, folder: Path, output: Path, *further: str) -> list[str]:
+    """What turns the shipped config into a run of a few seconds without a network."""
+    return [
+        f"checkpoint_dir={folder}",
+        f"output_dir={output}",
+        "dataset._component_=torchtune.datasets.instruct_dataset",
+        "dataset.source=json",
+        f"dataset.data_files={root / 'train.jsonl'}",
+        f"dataset.cache_dir={root / 'cache'}",
+        "tokenizer.max_seq_len=24",
+        "batch_size=4",
+        "gradient_accumulation_steps=1",
+        "optimizer.fused=False",
+        "optimizer.lr=1e-2",
+        "lr_scheduler=null",
+        "epochs=6",
+        "device=cpu",
+        "dtype=fp32",
+        *further,
+    ]
+
+
+def run(recipe, config: str, *overrides: str) -> None:
+    """Run a recipe in this process, with the config as shipped."""
+    with one_thread():
+        recipe.main(parse_config(["--config", str(CONFIGS / f"{config}.yaml"), *overrides]))
+
+
+def losses(output: Path) -> list[float]:
+    return list(json.loads((output / "summary.json").read_text())["train_loss"].values())
+
+
+SLOW_FAMILIES = [
+    pytest.param(name, marks=() if name == "qwen3" else pytest.mark.slow) for name in FAMILIES
+]
+
+
+@pytest.mark.parametrize("family", SLOW_FAMILIES)
+def test_tune_run_learns_and_leaves_the_folder_alone(family: str, root: Path, tmp_path: Path):
+    folder = root / family
+    before = file_hashes(folder)
+    given = arguments(root, folder, tmp_path / "out", "model.reduction_factor=4")
+    result = run_tune("run", "qst_finetune", "--config", "auto/qst", *given, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0]
+    assert file_hashes(folder) == before
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_within_this_process(family: str, root: Path, tmp_path: Path) -> None:
+    further = ["model.reduction_factor=4", "max_steps_per_epoch=1", "epochs=3"]
+    output = tmp_path / "qst"
+    run(qst_finetune, "auto/qst", *arguments(root, root / family, output, *further))
+    assert losses(output)[-1] < losses(output)[0]
+
+
+def test_peqa_takes_a_folder_too(root: Path, tmp_path: Path) -> None:
+    further = ["max_steps_per_epoch=1", "epochs=3", "optimizer.lr=1e-3"]
+    run(
+        peqa_finetune,
+        "auto/peqa_4bit",
+        *arguments(root, root / "gemma2", tmp_path / "out", *further),
+    )
+    assert losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0]
+
+
+def test_a_run_goes_on_after_the_folder_has_moved(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "qwen3", tmp_path / "before")
+    further = ["model.reduction_factor=4", "epochs=2", "max_steps_per_epoch=1"]
+    run(qst_finetune, "auto/qst", *arguments(root, tmp_path / "before", tmp_path / "o", *further))
+    os.rename(tmp_path / "before", tmp_path / "after")
+    further += ["epochs=3", "resume_from_checkpoint=True"]
+    run(qst_finetune, "auto/qst", *arguments(root, tmp_path / "after", tmp_path / "o", *further))
+    assert len(losses(tmp_path / "o")) == 3
+
+
+def cut_off(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def only_gguf(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / "model-q4_k_m.gguf").write_bytes(b"GGUF")
+
+
+def adapter(folder: Path) -> None:
+    os.rename(folder / "config.json", folder / "adapter_config.json")
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+
+
+def half_downloaded(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = [f"model-{i:05}-of-00003.safetensors" for i in (1, 2, 3)]
+    keys = sorted(weights)
+    save_file({keys[0]: weights[keys[0]]}, folder / names[0])
+    index = {"weight_map": {key: names[i % 3] for i, key in enumerate(keys)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: shutil.rmtree(f), "checkpoint_dir={folder} does not exist; download"),
+        (lambda f: (f / "config.json").unlink(), "{folder} has no config.json; it is not a"),
+        (only_gguf, "{folder} has GGUF files only; name the folder of the Hugging Face model"),
+        (adapter, "{folder} is a PEFT adapter, not a model; name the folder of its base model, or"),
+        (half_downloaded, "{folder} lacks 2 of its 3 weight files, for example model-00002-of-000"),
+        (cut_off, "{folder}/model.safetensors is damaged or cut off"),
+        (
+            lambda f: edit_config(f, model_type="mllama", vision_config={"depth": 2}),
+            "{folder}/config.json: vision_config: model_type='mllama' is of more than text",
+        ),
+        (
+            lambda f: edit_config(f, mixture_of_depths=True),
+            "{folder}/config.json: mixture_of_depths=True is not known and may change what",
+        ),
+        (
+            lambda f: (f / "tokenizer.json").unlink(),
+            "{folder} has no tokenizer.json; save the tokenizer in the fast format",
+        ),
+    ],
+)
+def test_a_wrong_folder_is_one_clear_line(
+    change: Callable[[Path], None], message: str, root: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(root / "qwen2", tmp_path / "model")
+    change(folder)
+    given = arguments(root, folder, tmp_path / "out", "model.reduction_factor=4")
+    with pytest.raises(UserError) as error:
+        run(qst_finetune, "auto/qst", *given)
+    # The one about the folder; where there is none, that of its tokenizer follows.
+    first = str(error.value).splitlines()[0]
+    assert message.format(folder=folder) in first
+    assert not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_a_row_may_not_be_longer_than_the_model_is_exact(root: Path, tmp_path: Path) -> None:
+    given = arguments(root, root / "mistral", tmp_path / "out", "tokenizer.max_seq_len=25")
+    with pytest.raises(UserError, match="max_seq_len=25 is longer than the model's max_seq_len 24"):
+        run(qst_finetune, "auto/qst", *given, "model.reduction_factor=4")
+
+
+@pytest.mark.slow
+@pytest.mark.pretrained
+def test_smollm2_from_its_folder_is_the_run_of_its_named_config(root: Path, tmp_path: Path):
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qst_tune"
+    folder = cache / "SmolLM2-135M-Instruct"
+    if not (folder / "model.safetensors").is_file():
+        pytest.skip("the quickstart has not fetched SmolLM2")
+    shared = arguments(root, folder, tmp_path, "epochs=1", "dtype=bf16")[2:]
+    steps = ["max_steps_per_epoch=2", "enable_activation_checkpointing=True", "seed=0"]
+    same = [*shared, *steps, "clip_grad_norm=1.0", "profiler=null"]
+    for name, where in (
+        ("auto/qst", [f"checkpoint_dir={folder}"]),
+        ("smollm2/135M_qst", [f"checkpointer.checkpoint_dir={folder}", "dataset_val=null"]),
+    ):
+        given = [*same, *where, f"output_dir={tmp_path / name}"]
+        result = run_tune("run", "qst_finetune", "--config", name, *given, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    auto, named = tmp_path / "auto/qst", tmp_path / "smollm2/135M_qst"
+    assert losses(auto) == losses(named)
+    weights = Path("side_network") / "side_network.safetensors"
+    assert (auto / weights).read_bytes() == (named / weights).read_bytes()
