@@ -91,7 +91,7 @@ def verify_folder(folder: Path, backbone_folder: Path) -> BackboneId:
         UserError: if it does not, or one of the folders is not what it should be.
     """
     form = folder_format(folder)
-    model = build_any_described(folder, form, torch.float32)
+    model = build_any_described(folder, form, torch.float32, backbone_folder)
     with checkpointer_of(folder, backbone_folder) as cfg:
         check_checkpoint_dir(cfg.checkpointer)
         backbone = identify_backbone(model, cfg)

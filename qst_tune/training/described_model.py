@@ -23,6 +23,7 @@ from qst_tune.training.side_checkpoint import SIDE_NETWORK, load_side_network
 from qst_tune.training.tuned_folder import BackboneId, TunedFormat, read_description
 
 _MODELS = "qst_tune.models."
+_HF_CHECKPOINTER = "qst_tune.training.hf_checkpointer.HFCheckpointer"
 # With the settings that are taken over; where folders lie is said anew.
 _CHECKPOINTERS: dict[str, tuple[str, ...]] = {
     "torchtune.training.FullModelHFCheckpointer": (
@@ -31,6 +32,7 @@ _CHECKPOINTERS: dict[str, tuple[str, ...]] = {
         "safe_serialization",
     ),
     "qst_tune.training.opt_checkpointer.OPTCheckpointer": ("checkpoint_files",),
+    _HF_CHECKPOINTER: (),
 }
 
 
@@ -55,12 +57,16 @@ def folder_format(folder: Path) -> TunedFormat:
     )
 
 
-def build_described(folder: Path, dtype: torch.dtype) -> QSTDecoder:
+def build_described(
+    folder: Path, dtype: torch.dtype, backbone_folder: Path | None = None
+) -> QSTDecoder:
     """Build the model of a side network's folder without memory.
 
     Args:
         folder (Path): of a side network.
         dtype (torch.dtype): of the backbone.
+        backbone_folder (Path | None): where the backbone's folder is now, for a builder that reads
+            it; None: where it was.
 
     Returns:
         QSTDecoder: on the meta device.
@@ -68,19 +74,22 @@ def build_described(folder: Path, dtype: torch.dtype) -> QSTDecoder:
     Raises:
         UserError: if the folder is none, or its model is not one of ``qst_tune.models``.
     """
-    model = build_any_described(folder, SIDE_NETWORK, dtype)
+    model = build_any_described(folder, SIDE_NETWORK, dtype, backbone_folder)
     if not isinstance(model, QSTDecoder) or isinstance(model, QSTClassifier):
         raise UserError(f"{folder} is of no model that writes text; qst_classify takes classifiers")
     return model
 
 
-def build_any_described(folder: Path, form: TunedFormat, dtype: torch.dtype) -> Any:
+def build_any_described(
+    folder: Path, form: TunedFormat, dtype: torch.dtype, backbone_folder: Path | None = None
+) -> Any:
     """Build the model of a result's folder without memory.
 
     Args:
         folder (Path): of a side network or of scales.
         form (TunedFormat): which of them.
         dtype (torch.dtype): of what is not quantised.
+        backbone_folder (Path | None): as for :func:`build_described`.
 
     Returns:
         Any: on the meta device.
@@ -95,6 +104,8 @@ def build_any_described(folder: Path, form: TunedFormat, dtype: torch.dtype) -> 
             f"{folder} names the model {name!r}; from a folder, which may be anyone's, only "
             f"builders of qst_tune.models are called: use a config with that model block instead"
         )
+    if backbone_folder is not None and "checkpoint_dir" in block:  # of a builder *_from_hf
+        block = {**block, "checkpoint_dir": str(backbone_folder)}
     return build_any_on_meta(OmegaConf.create({"model": block}), dtype)
 
 
@@ -115,7 +126,7 @@ def load_described(
     Raises:
         UserError: if one of the folders is not what it should be, or they do not belong together.
     """
-    model = build_described(folder, dtype)
+    model = build_described(folder, dtype, backbone_folder)
     with checkpointer_of(folder, backbone_folder) as cfg:
         backbone = load_frozen_backbone(model, cfg, dtype=dtype, device=device)
     model.side.materialize(device)
@@ -149,6 +160,8 @@ def checkpointer_of(folder: Path, backbone_folder: Path) -> Iterator[DictConfig]
         raise UserError(f"{path} names the checkpointer {block.get('_component_')!r}, not {known}")
     kept = ("_component_", *_CHECKPOINTERS[block["_component_"]])
     found = {name: block[name] for name in kept if name in block}
-    with tempfile.TemporaryDirectory() as unused:  # torchtune's checkpointers make a folder
-        here = {"checkpoint_dir": str(backbone_folder), "output_dir": unused}
-        yield OmegaConf.create({"checkpointer": {**found, **here}})
+    found["checkpoint_dir"] = str(backbone_folder)
+    with tempfile.TemporaryDirectory() as unused:
+        if found["_component_"] != _HF_CHECKPOINTER:  # torchtune's make a folder of their own
+            found["output_dir"] = unused
+        yield OmegaConf.create({"checkpointer": found})

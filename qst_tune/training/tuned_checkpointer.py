@@ -52,7 +52,7 @@ class TunedCheckpointer:
         Raises:
             UserError: if they do not, or one of them is missing or damaged.
         """
-        model = build_described(self.side_network, torch.float32)
+        model = build_described(self.side_network, torch.float32, self.checkpoint_dir)
         check_architecture(model, self.checkpoint_dir)
         weights, fingerprint = read_backbone(model, self._base)
         name = self.checkpoint_dir.resolve().name

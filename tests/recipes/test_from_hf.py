@@ -12,7 +12,9 @@ from qst_tune.recipes import peqa_finetune, qst_finetune
 from safetensors.torch import load_file, save_file
 
 from qst_tune.errors import UserError
+from qst_tune.sharing.inspection import verify_folder
 from qst_tune.training.cli import parse_config
+from qst_tune.transformers import QSTForCausalLM
 from tests.checkpoints import colour_rows, file_hashes, write_chat_tokenizer, write_jsonl
 from tests.hf_models import FAMILIES, edit_config, save_hf_model, write_old_style
 from tests.recipe_runs import one_thread, run_tune
@@ -87,6 +89,21 @@ def test_the_same_within_this_process(family: str, root: Path, tmp_path: Path) -
     output = tmp_path / "qst"
     run(qst_finetune, "auto/qst", *arguments(root, root / family, output, *further))
     assert losses(output)[-1] < losses(output)[0]
+
+
+def test_transformers_loads_what_was_tuned_though_the_folder_has_moved(
+    root: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(root / "qwen3", tmp_path / "before")
+    further = ["model.reduction_factor=4", "epochs=1", "max_steps_per_epoch=1"]
+    run(qst_finetune, "auto/qst", *arguments(root, tmp_path / "before", tmp_path / "o", *further))
+    os.rename(tmp_path / "before", tmp_path / "after")
+    tuned = tmp_path / "o" / "side_network"
+    model = QSTForCausalLM.from_pretrained(
+        tuned, backbone=str(tmp_path / "after"), dtype=torch.float32
+    )
+    assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
+    verify_folder(tuned, tmp_path / "after")
 
 
 def test_peqa_takes_a_folder_too(root: Path, tmp_path: Path) -> None:

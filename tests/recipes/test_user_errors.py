@@ -226,12 +226,12 @@ MISTAKES = [
     Mistake("collate of a number", ["collate_fn=3"], ["collate_fn=3 must be the dotted name"]),
     Mistake(
         "optimizer that needs a closure",
-        ["optimizer=torch.optim.LBFGS"],
+        ["optimizer=torch.optim.LBFGS", "~optimizer.weight_decay"],
         ["optimizer: torch.optim.LBFGS cannot train this model"],
     ),
     Mistake(
         "optimizer of sparse gradients",
-        ["optimizer=torch.optim.SparseAdam"],
+        ["optimizer=torch.optim.SparseAdam", "~optimizer.weight_decay"],
         ["optimizer: torch.optim.SparseAdam cannot train this model", "dense"],
     ),
     # The machine.
