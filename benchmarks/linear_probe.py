@@ -23,6 +23,7 @@ from tqdm import tqdm
 from qst_tune.data import collate_classification
 from qst_tune.errors import UserError
 from qst_tune.modules import QSTClassifier
+from qst_tune.training.classification import labelled_rows
 from qst_tune.training.classification_metrics import METRICS
 from qst_tune.training.cli import instantiate, run_recipe
 from qst_tune.training.data import build_dataset
@@ -89,7 +90,7 @@ def main(cfg: DictConfig) -> None:
     probe = make_pipeline(StandardScaler(), LogisticRegressionCV(Cs=8, cv=5, max_iter=1000))
     probe.fit(x, y)
     commonest = np.full_like(y_val, np.bincount(y).argmax())
-    for name in datasets[1].metrics:
+    for name in labelled_rows(datasets[1]).metrics:
         metric = METRICS[name]
         for title, predictions in (
             ("commonest class", commonest),

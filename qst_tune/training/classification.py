@@ -124,7 +124,7 @@ def build_classification_task(
             task.
     """
     metrics: Sequence[str] = ()
-    for dataset in map(_labelled, datasets):
+    for dataset in map(labelled_rows, datasets):
         if dataset.num_labels != model.num_labels:
             raise UserError(
                 f"model.num_labels={model.num_labels}, but the dataset needs "
@@ -143,8 +143,18 @@ def build_classification_task(
     return ClassificationTask(loss, metrics, device)
 
 
-def _labelled(dataset: Any) -> Any:
-    """The dataset of labelled rows, below what may wrap it: a subset, or rows that are checked."""
+def labelled_rows(dataset: Any) -> Any:
+    """Find the dataset of labelled rows below what may wrap it: a subset, rows that are checked.
+
+    Args:
+        dataset (Any): of a training run.
+
+    Returns:
+        Any: has ``labels``, ``num_labels`` and ``metrics``.
+
+    Raises:
+        UserError: if there is none.
+    """
     while not hasattr(dataset, "num_labels"):
         dataset = getattr(dataset, "rows", getattr(dataset, "dataset", None))
         if dataset is None:
