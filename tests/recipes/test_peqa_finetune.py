@@ -71,7 +71,7 @@ def test_the_saved_scales_give_the_held_out_loss_of_the_run_on_a_fresh_model(
         assert torch.equal(model.task()[name], value)
         assert not torch.equal(rounded[name], value)
     # fp32 over rows of other lengths, as in test_lst_config.py.
-    expected = trained.held_out_loss[24]
+    expected = trained.held_out_loss[trained.summary["best_step"]]
     assert held_out_loss(model, root) == pytest.approx(expected, rel=2e-6)
     assert expected < trained.held_out_loss[0]
 

@@ -374,7 +374,7 @@ def test_full_disk_is_one_line_and_leaves_the_last_good_checkpoint(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    num_files = 7 + 3  # of a checkpoint, and their folders
+    num_files = 8 + 3  # of a checkpoint, and their folders
     count = iter(range(10**6))
     fsync = os.fsync
 
