@@ -20,7 +20,7 @@ from qst_tune.errors import UserError
 from qst_tune.generation.conversation import Conversation
 from qst_tune.generation.sequence import Sampling
 from qst_tune.training.cli import run_recipe
-from qst_tune.training.config_check import check_checkpoint_dir, check_config, check_numbers
+from qst_tune.training.config_check import check_config, check_numbers
 from qst_tune.training.tuned_model import MODEL_OPTIONAL, MODEL_REQUIRED, load_tuned_model
 
 REQUIRED_KEYS = MODEL_REQUIRED
@@ -85,7 +85,6 @@ def main(cfg: DictConfig) -> None:
     """
     check_config(cfg, known=[*REQUIRED_KEYS, *OPTIONAL_KEYS], required=REQUIRED_KEYS)
     check_numbers(cfg, NUMBERS)
-    check_checkpoint_dir(cfg.checkpointer)
     training.set_seed(seed=cfg.get("seed"))
     tuned = load_tuned_model(cfg)
     conversation = Conversation(

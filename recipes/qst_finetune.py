@@ -21,51 +21,38 @@ from omegaconf import DictConfig
 
 from qst_tune.data import collate_classification
 from qst_tune.estimation.dry_run import describe_run
-from qst_tune.modules import QSTClassifier
-from qst_tune.training.architecture_check import check_architecture
+from qst_tune.modules import QSTClassifier, QSTDecoder
 from qst_tune.training.classification import build_classification_task
-from qst_tune.training.cli import instantiate, run_recipe
-from qst_tune.training.config_check import check_checkpoint_dir
+from qst_tune.training.cli import run_recipe
 from qst_tune.training.config_keys import TRAINING_OPTIONAL, TRAINING_REQUIRED
-from qst_tune.training.distributed import rank_and_world_size
 from qst_tune.training.language_modelling import build_language_modelling
 from qst_tune.training.method import Task
 from qst_tune.training.model_setup import build_on_meta
-from qst_tune.training.qst_method import load_qst
-from qst_tune.training.run_environment import run_environment
-from qst_tune.training.saved_run import find_saved_run, set_run_seed
-from qst_tune.training.trainer_setup import TrainingData, build_data, build_trainer
-from qst_tune.training.training_config_check import check_training_config, offloading_problems
+from qst_tune.training.qst_method import NO_OFFLOADING, load_qst
+from qst_tune.training.trainer_setup import TrainingData, build_data
+from qst_tune.training.training_run import run_training
 
 REQUIRED_KEYS = TRAINING_REQUIRED
 OPTIONAL_KEYS = TRAINING_OPTIONAL
-NO_OFFLOADING = (
-    "has nothing to offload, since QST keeps no activation of the backbone; set it to False"
-)
 
 
-def finetune(cfg: DictConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Build everything, what can fail cheaply first, and train.
+def build_task(
+    cfg: DictConfig, tokenizer: Any, model: QSTDecoder, **where: Any
+) -> tuple[Task, TrainingData]:
+    """Build what the model is for: to classify, or to continue a text.
 
     Args:
-        cfg (DictConfig): the merged config, checked.
-        device (torch.device): of this process.
-        dtype (torch.dtype): of what is not quantised.
+        cfg (DictConfig): the merged config.
+        tokenizer (Any): torchtune model tokenizer.
+        model (QSTDecoder): the model.
+        **where (Any): ``seed`` and ``device``.
+
+    Returns:
+        tuple[Task, TrainingData]: what is learnt and from what.
     """
-    saved = find_saved_run(cfg)
-    seed = set_run_seed(cfg, saved)
-    model = build_on_meta(cfg, dtype)
-    tokenizer = instantiate(cfg.tokenizer, "tokenizer")
-    is_classifier = isinstance(model, QSTClassifier)
-    build_task = build_classification if is_classifier else build_language_modelling
-    task, data = build_task(cfg, tokenizer, model, seed=seed, device=device)
-    if cfg.get("dry_run"):
-        check_architecture(model, check_checkpoint_dir(cfg.checkpointer))
-        if rank_and_world_size()[0] == 0:
-            print(describe_run(cfg, None if is_classifier else "qst", data, device, dtype))
-        return
-    method = load_qst(model, cfg, dtype=dtype, device=device)
-    build_trainer(cfg, method, task, data, device, saved).fit()
+    if isinstance(model, QSTClassifier):
+        return build_classification(cfg, tokenizer, model, **where)
+    return build_language_modelling(cfg, tokenizer, model, **where)
 
 
 def build_classification(
@@ -100,9 +87,19 @@ def main(cfg: DictConfig) -> None:
     Raises:
         UserError: for a wrong config, checkpoint or dataset.
     """
-    check_training_config(cfg, offloading_problems(cfg, NO_OFFLOADING))
-    with run_environment(cfg) as (device, dtype):
-        finetune(cfg, device, dtype)
+
+    def describe(model: Any, data: TrainingData, device: torch.device, dtype: torch.dtype) -> None:
+        name = None if isinstance(model, QSTClassifier) else "qst"
+        print(describe_run(cfg, name, data, device, dtype))
+
+    run_training(
+        cfg,
+        build_model=build_on_meta,
+        build_task=build_task,
+        load_method=load_qst,
+        describe=describe,
+        offloading=NO_OFFLOADING,
+    )
 
 
 if __name__ == "__main__":

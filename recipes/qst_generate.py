@@ -23,7 +23,7 @@ from torchtune.modules.common_utils import local_kv_cache
 from qst_tune.errors import UserError
 from qst_tune.generation.conversation import prompt_tokens
 from qst_tune.training.cli import run_recipe
-from qst_tune.training.config_check import check_checkpoint_dir, check_config, check_numbers
+from qst_tune.training.config_check import check_config, check_numbers
 from qst_tune.training.tuned_model import MODEL_OPTIONAL, MODEL_REQUIRED, load_tuned_model
 
 REQUIRED_KEYS = MODEL_REQUIRED
@@ -174,8 +174,6 @@ def main(cfg: DictConfig) -> None:
     """
     check_config(cfg, known=[*REQUIRED_KEYS, *OPTIONAL_KEYS], required=REQUIRED_KEYS)
     check_numbers(cfg, NUMBERS)
-    check_checkpoint_dir(cfg.checkpointer)
-    read_prompts(cfg)
     QSTGenerateRecipe(cfg).run()
 
 

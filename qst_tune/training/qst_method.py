@@ -15,6 +15,11 @@ from qst_tune.training.parameter_groups import parameter_groups
 from qst_tune.training.side_checkpoint import load_side_network, side_network_files
 from qst_tune.training.tuned_folder import Provenance
 
+# Of enable_activation_offloading.
+NO_OFFLOADING = (
+    "has nothing to offload, since QST keeps no activation of the backbone; set it to False"
+)
+
 
 @dataclass(frozen=True)
 class QSTMethod:

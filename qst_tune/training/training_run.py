@@ -1,0 +1,58 @@
+"""What every training recipe does, in this order: what can fail cheaply fails first."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+from qst_tune.training.architecture_check import check_architecture
+from qst_tune.training.cli import instantiate
+from qst_tune.training.config_check import check_checkpoint_dir
+from qst_tune.training.distributed import rank_and_world_size
+from qst_tune.training.method import Method, Task
+from qst_tune.training.run_environment import run_environment
+from qst_tune.training.saved_run import find_saved_run, set_run_seed
+from qst_tune.training.trainer_setup import TrainingData, build_trainer
+from qst_tune.training.training_config_check import check_training_config, offloading_problems
+
+
+def run_training(
+    cfg: DictConfig,
+    *,
+    build_model: Callable[[DictConfig, torch.dtype], Any],
+    build_task: Callable[..., tuple[Task, TrainingData]],
+    load_method: Callable[..., Method],
+    describe: Callable[[Any, TrainingData, torch.device, torch.dtype], None],
+    offloading: str,
+) -> None:
+    """Train, or with ``dry_run`` say what would be done.
+
+    Args:
+        cfg (DictConfig): the merged config.
+        build_model (Callable[[DictConfig, torch.dtype], Any]): on the meta device.
+        build_task (Callable[..., tuple[Task, TrainingData]]): from config, tokenizer and model,
+            with ``seed`` and ``device``.
+        load_method (Callable[..., Method]): from model and config, with ``dtype`` and ``device``.
+        describe (Callable[[Any, TrainingData, torch.device, torch.dtype], None]): tells of the run
+            of a model that would begin now; called on the main process.
+        offloading (str): what the method says of ``enable_activation_offloading``, and what to do
+            instead.
+
+    Raises:
+        UserError: for a wrong config, checkpoint or dataset.
+    """
+    check_training_config(cfg, offloading_problems(cfg, offloading))
+    with run_environment(cfg) as (device, dtype):
+        saved = find_saved_run(cfg)
+        seed = set_run_seed(cfg, saved)
+        model = build_model(cfg, dtype)
+        tokenizer = instantiate(cfg.tokenizer, "tokenizer")
+        task, data = build_task(cfg, tokenizer, model, seed=seed, device=device)
+        if cfg.get("dry_run"):
+            check_architecture(model, check_checkpoint_dir(cfg.checkpointer))
+            if rank_and_world_size()[0] == 0:
+                describe(model, data, device, dtype)
+            return
+        method = load_method(model, cfg, dtype=dtype, device=device)
+        build_trainer(cfg, method, task, data, device, saved).fit()
