@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 import torch
 from omegaconf import DictConfig
-from torchtune import utils
 from torchtune.modules import TransformerDecoder
 
 from qst_tune.errors import UserError
@@ -16,6 +15,7 @@ from qst_tune.training.cli import instantiate
 from qst_tune.training.data import check_length
 from qst_tune.training.distributed import gather_lists, sum_or_fail
 from qst_tune.training.method import Batch
+from qst_tune.training.validation import visit
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,6 @@ class ClassificationTask:
         num_rows = torch.tensor(len(labels), device=labels.device)
         return self.loss_function(self._output(model, batch), labels) * num_rows, num_rows
 
-    @torch.no_grad()
     def evaluate(self, model: TransformerDecoder, batches: Iterable[Batch]) -> dict[str, float]:
         """Judge every row once. Collective: all ranks call it and get the same figures.
 
@@ -81,18 +80,14 @@ class ClassificationTask:
         Raises:
             UserError: if a row is longer than the model can see.
         """
-        was_training = model.training
-        model.eval()
-        outputs, labels, error = [], [], None
-        try:
-            for batch in batches:
-                utils.batch_to_device(batch, self.device)
-                outputs.append(self._output(model, batch).cpu())
-                labels.append(batch["labels"].cpu())
-        except UserError as caught:  # a row that cannot be used
-            error = caught
-        model.train(was_training)
-        sum_or_fail(torch.zeros(1), error)
+        outputs: list[torch.Tensor] = []
+        labels: list[torch.Tensor] = []
+
+        def add(batch: Batch) -> None:
+            outputs.append(self._output(model, batch).cpu())
+            labels.append(batch["labels"].cpu())
+
+        sum_or_fail(torch.zeros(1), visit(model, batches, self.device, add))
         output, label = torch.cat(gather_lists(outputs)), torch.cat(gather_lists(labels))
         predictions = output.argmax(-1) if output.ndim == 2 else output
         figures = {name: METRICS[name](predictions, label) for name in self.metrics}

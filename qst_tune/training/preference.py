@@ -5,12 +5,12 @@ Notation: B pairs, T tokens.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig
-from torchtune import utils
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_dpo
 from torchtune.modules import TransformerDecoder
 
@@ -22,10 +22,7 @@ from qst_tune.training.data import check_length
 from qst_tune.training.distributed import sum_or_fail
 from qst_tune.training.method import Batch
 from qst_tune.training.trainer_setup import TrainingData, build_data
-
-# Pairs, and sums over them: the loss, how often the preferred answer has the higher reward, and by
-# how much.
-_NUM_FIGURES = 4
+from qst_tune.training.validation import visit
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,6 @@ class PreferenceTask:
         losses, _ = self._losses_and_margins(model, batch)
         return losses.sum(), torch.tensor(len(losses), device=losses.device)
 
-    @torch.no_grad()
     def evaluate(self, model: TransformerDecoder, batches: Iterable[Batch]) -> dict[str, float]:
         """Judge every pair once. Collective: all ranks call it and get the same figures.
 
@@ -87,18 +83,15 @@ class PreferenceTask:
         Raises:
             UserError: if a row is longer than the model can see.
         """
-        was_training = model.training
-        model.eval()
-        total, error = torch.zeros(_NUM_FIGURES, device=self.device), None
-        try:
-            for batch in batches:
-                utils.batch_to_device(batch, self.device)
-                losses, margins = self._losses_and_margins(model, batch)
-                wins = (margins > 0).float()
-                total += torch.stack([torch.ones_like(losses), losses, wins, margins]).sum(1)
-        except UserError as caught:  # a row that cannot be used
-            error = caught
-        model.train(was_training)
+        # Pairs, and over them the sums of losses, of won comparisons and of margins.
+        total = torch.zeros(4, device=self.device)
+
+        def add(batch: Batch) -> None:
+            losses, margins = self._losses_and_margins(model, batch)
+            wins = (margins > 0).float()
+            total.add_(torch.stack([torch.ones_like(losses), losses, wins, margins]).sum(1))
+
+        error = visit(model, batches, self.device, add)
         count, loss, wins, margin = sum_or_fail(total, error).tolist()
         return {
             "val_loss": loss / count,
@@ -169,10 +162,7 @@ def build_preference_learning(
     Raises:
         UserError: if the loss or a dataset cannot be built or used.
     """
-
-    def collate(rows: list[Any]) -> Batch:
-        return collate_preferences(rows, pad_id=tokenizer.pad_id)
-
+    collate = partial(collate_preferences, pad_id=tokenizer.pad_id)
     loss = instantiate(cfg.loss, "loss")
     _try_loss(loss, cfg.loss._component_)
     data = build_data(cfg, tokenizer, collate, seed=seed, max_seq_len=model.max_seq_len)
