@@ -29,7 +29,7 @@ from qst_tune.generation.caches import without_head
 from qst_tune.modules import LinearCrossEntropyLoss
 from qst_tune.training.batches import BatchLoader
 from qst_tune.training.cli import instantiate, run_recipe
-from qst_tune.training.config_check import check_checkpoint_dir, check_config, check_numbers
+from qst_tune.training.config_check import check_config, check_numbers
 from qst_tune.training.data import build_dataset
 from qst_tune.training.output_folder import output_folder
 from qst_tune.training.trainer_setup import text_collate
@@ -125,6 +125,9 @@ def _questions(cfg: DictConfig, tuned: TunedModel, batch_size: int) -> Measure:
     questions = read_questions(Path(cfg.questions))
     examples = read_questions(Path(cfg.examples)) if cfg.get("examples") else []
     num_examples = cfg.get("num_examples", 5) if examples else 0
+    foreign = {question.subject for question in questions} - {e.subject for e in examples}
+    if num_examples and foreign:
+        raise UserError(f"examples={cfg.examples} has none of the subject {min(foreign)!r}")
     limit = cfg.get("limit") or len(questions)
     # Evenly over the file, where the questions of a subject often stand together.
     chosen = [questions[i * len(questions) // limit] for i in range(min(limit, len(questions)))]
@@ -175,7 +178,6 @@ def main(cfg: DictConfig) -> None:
     """
     check_config(cfg, known=[*REQUIRED_KEYS, *OPTIONAL_KEYS], required=REQUIRED_KEYS)
     check_numbers(cfg, NUMBERS)
-    check_checkpoint_dir(cfg.checkpointer)
     if not any(cfg.get(key) for key in ("dataset_val", "text", "questions")):
         raise UserError("nothing to measure: name a text, questions or a dataset_val")
     with output_folder(Path(cfg.output_dir)) as folder:

@@ -187,9 +187,10 @@ def _turned_channels(source: Any, head_dim: int) -> torch.Tensor:
     """``[head_dim]`` channels of a query or key head, evenly spaced, rotary pairs kept together."""
     if source.pos_embeddings is None:
         return torch.arange(head_dim) * int(source.head_dim) // head_dim
-    pairs = torch.arange(head_dim // 2) * int(source.head_dim) // head_dim
+    turning = int(source.pos_embeddings.dim)  # of a head's channels, the first
+    pairs = torch.arange(head_dim // 2) * turning // head_dim
     if isinstance(source.pos_embeddings, _HALF_SPLIT_ROPES):
-        return torch.cat([pairs, pairs + source.head_dim // 2])
+        return torch.cat([pairs, pairs + turning // 2])
     return torch.stack([2 * pairs, 2 * pairs + 1], dim=1).flatten()
 
 

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qst_tune.errors import UserError
 from qst_tune.training.atomic_folder import write_folder
-from qst_tune.training.side_checkpoint import SIDE_NETWORK
+from qst_tune.training.side_checkpoint import SIDE_NETWORK, transformers_config
 from qst_tune.training.tuned_folder import read_description, read_tensors
 
 _PACKAGES = ("torch", "torchtune", "torchao", "transformers")
@@ -54,17 +54,13 @@ def make_hub_folder(folder: Path, target: Path, publication: Publication) -> Non
         raise UserError(f"{folder} is a classifier, which transformers cannot load")
     read_tensors(folder, SIDE_NETWORK)  # whole?
     cfg = _portable(folder / "recipe_config.yaml", publication)
-    config = {
-        "model_type": "qst",
-        "architectures": ["QSTForCausalLM"],
-        "backbone": publication.base_model,
-    }
+    portable = _without_paths(description, _renamed(description["model"], publication))
     card = model_card(description, cfg, publication, summary=_summary(folder))
     files = {
         SIDE_NETWORK.weights_file: (folder / SIDE_NETWORK.weights_file).read_bytes(),
-        SIDE_NETWORK.config_file: (folder / SIDE_NETWORK.config_file).read_bytes(),
+        SIDE_NETWORK.config_file: (json.dumps(portable, indent=2) + "\n").encode(),
         "recipe_config.yaml": OmegaConf.to_yaml(cfg).encode(),
-        "config.json": (json.dumps(config, indent=2) + "\n").encode(),
+        "config.json": transformers_config(publication.base_model),
         "README.md": card.encode(),
     }
     write_folder(target, files)
@@ -77,11 +73,16 @@ def _portable(path: Path, publication: Publication) -> DictConfig:
     except Exception as error:  # OmegaConf and YAML raise many types
         reason = " ".join(str(error).split())
         raise UserError(f"{path} cannot be read: {reason}") from error
-    backbone = str(cfg.checkpointer.checkpoint_dir)
     plain: Any = OmegaConf.to_container(cfg)
-    name = publication.base_model.rpartition("/")[2]
-    portable: DictConfig = OmegaConf.create(_without_paths(plain, {backbone: name}))
+    renamed = _renamed(plain["checkpointer"], publication)
+    portable: DictConfig = OmegaConf.create(_without_paths(plain, renamed))
     return portable
+
+
+def _renamed(block: dict[str, Any], publication: Publication) -> dict[str, str]:
+    """The backbone's folder here, where a block names it, and its public name."""
+    name = publication.base_model.rpartition("/")[2]
+    return {str(block["checkpoint_dir"]): name} if "checkpoint_dir" in block else {}
 
 
 def _without_paths(node: Any, renamed: dict[str, str]) -> Any:

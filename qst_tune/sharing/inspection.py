@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from qst_tune.training.config_check import check_checkpoint_dir
 from qst_tune.training.described_model import build_any_described, checkpointer_of, folder_format
 from qst_tune.training.model_setup import identify_backbone
 from qst_tune.training.side_checkpoint import SIDE_NETWORK
@@ -93,7 +92,6 @@ def verify_folder(folder: Path, backbone_folder: Path) -> BackboneId:
     form = folder_format(folder)
     model = build_any_described(folder, form, torch.float32, backbone_folder)
     with checkpointer_of(folder, backbone_folder) as cfg:
-        check_checkpoint_dir(cfg.checkpointer)
         backbone = identify_backbone(model, cfg)
     expected = model.side.state_dict() if form is SIDE_NETWORK else model.task()
     load_tuned(form, folder, expected, backbone=backbone)

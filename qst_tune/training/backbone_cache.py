@@ -53,8 +53,8 @@ class BackboneCache:
         try:
             with safe_open(self.path, framework="pt", device=str(device)) as file:
                 _check(file, model)
-                _fill(file, model, device)
                 fingerprint = str(file.metadata()["fingerprint"])
+                _fill(file, model, device)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             log.warning(f"{self.path} is damaged ({error}); quantising again")
             return None
@@ -93,7 +93,7 @@ def backbone_cache(
     """Find where a model's quantised backbone is kept.
 
     Args:
-        checkpointer (Any): one with a ``cache_dir`` and an ``identity``, or any other.
+        checkpointer (Any): an ``HFCheckpointer``; any other keeps none.
         model (TransformerDecoder): built, perhaps on meta.
         dtype (torch.dtype): of what is not quantised.
 

@@ -108,7 +108,7 @@ def _read_weights(
     return hashlib.sha256(summary.encode()).hexdigest()
 
 
-_FIX = "name the checkpoint's own architecture in the config's model block"
+_FIX = "the config's model block must describe, or name the folder of, this very checkpoint"
 
 
 def _checkpoint_files(checkpointer: Any) -> Iterator[dict[str, torch.Tensor]]:

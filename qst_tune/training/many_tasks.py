@@ -14,7 +14,11 @@ from qst_tune.training.tuned_folder import BackboneId
 
 
 def load_side_networks(
-    model: QSTDecoder, folders: Mapping[str, Path], *, backbone: BackboneId
+    model: QSTDecoder,
+    folders: Mapping[str, Path],
+    *,
+    backbone: BackboneId,
+    backbone_folder: Path | None = None,
 ) -> SideNetworks:
     """Load side networks and put them in place of a model's own; the backbone is left alone.
 
@@ -22,6 +26,8 @@ def load_side_networks(
         model (QSTDecoder): loaded; changed in place.
         folders (Mapping[str, Path]): of the side networks, by the names they shall have.
         backbone (BackboneId): what the model was loaded from.
+        backbone_folder (Path | None): the backbone's folder, where a side network's model is built
+            from it; None: where it was at its training.
 
     Returns:
         SideNetworks: now ``model.side``; its ``use`` chooses.
@@ -33,7 +39,7 @@ def load_side_networks(
     weight: torch.Tensor = model.tok_embeddings.weight
     networks = {}
     for name, folder in folders.items():
-        described = build_described(folder, weight.dtype)
+        described = build_described(folder, weight.dtype, backbone_folder)
         described.side.materialize(weight.device)
         load_side_network(folder, described.side, backbone=backbone)
         networks[name] = described.side.requires_grad_(False).eval()

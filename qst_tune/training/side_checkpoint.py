@@ -64,12 +64,25 @@ def _transformers_files(provenance: Provenance) -> dict[str, bytes]:
     """What makes the folder one that transformers can load; it knows no classifiers of ours."""
     if "num_labels" in provenance.model_block:
         return {}
+    backbone = provenance.backbone_path or provenance.backbone.name
+    return {"config.json": transformers_config(backbone)}
+
+
+def transformers_config(backbone: str) -> bytes:
+    """Write the ``config.json`` by which transformers knows the folder.
+
+    Args:
+        backbone (str): folder of the backbone, or its name on the hub.
+
+    Returns:
+        bytes: JSON.
+    """
     config = {
         "model_type": TRANSFORMERS_MODEL_TYPE,
         "architectures": ["QSTForCausalLM"],
-        "backbone": provenance.backbone_path or provenance.backbone.name,
+        "backbone": backbone,
     }
-    return {"config.json": (json.dumps(config, indent=2) + "\n").encode()}
+    return (json.dumps(config, indent=2) + "\n").encode()
 
 
 def _usage(model_block: dict[str, Any]) -> str:

@@ -10,6 +10,8 @@ from transformers import PretrainedConfig
 from qst_tune.errors import UserError
 from qst_tune.training.side_checkpoint import TRANSFORMERS_MODEL_TYPE
 
+# How to fetch a folder; a revision is one of the side network's, not of its backbone's.
+FETCHING = {"cache_dir", "force_download", "local_files_only", "revision", "token"}
 # Weights as tensors, and the small files of models and tokenizers; no pickle and no code.
 _WANTED = ["*.safetensors", "*.json", "*.yaml", "*.jinja", "*.txt", "*.model"]
 

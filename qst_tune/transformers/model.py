@@ -4,7 +4,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from transformers import (
     AutoConfig,
     Cache,
@@ -19,11 +18,9 @@ from qst_tune.errors import UserError
 from qst_tune.generation.caches import attached, attentions, without_head
 from qst_tune.modules.qst_decoder import QSTDecoder
 from qst_tune.training.described_model import load_described
-from qst_tune.transformers.config import QSTConfig, local_folder
+from qst_tune.transformers.config import FETCHING, QSTConfig, local_folder
 from qst_tune.transformers.masks import attention_mask_of, positions_of
 
-# How to fetch a folder; a revision is one of the side network's, not of its backbone's.
-_FETCHING = {"cache_dir", "force_download", "local_files_only", "revision", "token"}
 # What transformers passes along and is so in any case: nothing is loaded but tensors, and
 # torchtune's attention chooses its own kernel.
 _SO_ANYWAY = {
@@ -98,11 +95,11 @@ class QSTForCausalLM(PreTrainedModel, GenerationMixin):
         strange = sorted(
             name
             for name, value in settings.items()
-            if value and name not in _FETCHING | _SO_ANYWAY and not name.startswith("_")
+            if value and name not in FETCHING | _SO_ANYWAY and not name.startswith("_")
         )
         if strange:
             raise UserError(f"{strange[0]}={settings[strange[0]]} has no meaning for a QST model")
-        fetching = {k: v for k, v in settings.items() if k in _FETCHING and v is not None}
+        fetching = {k: v for k, v in settings.items() if k in FETCHING and v is not None}
         folder = local_folder(str(pretrained_model_name_or_path), **fetching)
         config = config or QSTConfig.from_pretrained(folder)
         fetching.pop("revision", None)
@@ -147,6 +144,7 @@ class QSTForCausalLM(PreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **unsupported: Any,
     ) -> CausalLMOutputWithPast:
         """Compute logits, as a causal language model of transformers.
@@ -160,6 +158,8 @@ class QSTForCausalLM(PreTrainedModel, GenerationMixin):
             labels (torch.Tensor | None): ``[B, T]``, -100 for tokens without loss.
             use_cache (bool | None): make a cache if there is none.
             logits_to_keep (int | torch.Tensor): of the last so many tokens, or of these; 0: of all.
+            num_items_in_batch (torch.Tensor | int | None): labels of all batches of a step, by
+                which ``Trainer`` wants the sum of the losses divided; None: take the mean.
             **unsupported (Any): must be None or False, but for those that are not
                 addressed to a model.
 
@@ -181,10 +181,18 @@ class QSTForCausalLM(PreTrainedModel, GenerationMixin):
         )
         logits = self.model.output(head_input[:, kept]).float()
         return CausalLMOutputWithPast(
-            loss=None if labels is None else _next_token_loss(logits, labels),
+            loss=None if labels is None else self._loss(logits, labels, num_items_in_batch),
             logits=logits,
             past_key_values=past_key_values,
         )
+
+    def _loss(
+        self, logits: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None
+    ) -> torch.Tensor:
+        loss: torch.Tensor = self.loss_function(
+            logits, labels, vocab_size=logits.shape[-1], num_items_in_batch=num_items
+        )
+        return loss
 
     def _head_input(
         self,
@@ -202,8 +210,8 @@ class QSTForCausalLM(PreTrainedModel, GenerationMixin):
         )
         if position_ids is None:
             position_ids = positions_of(attention_mask, start=start, length=length, like=input_ids)
-        is_plain = attention_mask is None or bool((attention_mask == 1).all())
-        if cache is None and is_plain:
+        # Asked in this order: to look into a mask stops a GPU.
+        if cache is None and (attention_mask is None or bool((attention_mask == 1).all())):
             mask = None  # torchtune's own causal attention is faster
         with self._caches(cache, length), without_head(self.model):
             head_input: torch.Tensor = self.model(input_ids, mask=mask, input_pos=position_ids)
@@ -238,10 +246,6 @@ class _CacheLayer:
         keys, values = self._cache.update(k_val, v_val, self._index)
         # A static cache also shows what is not filled yet.
         return keys[:, :, : self._length], values[:, :, : self._length]
-
-
-def _next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:

@@ -1,11 +1,10 @@
 """The tokenizer of a side network is its backbone's."""
 
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
-from qst_tune.transformers.config import QSTConfig, local_folder
+from qst_tune.transformers.config import FETCHING, QSTConfig, local_folder
 
 
 class BackboneTokenizer:
@@ -27,6 +26,9 @@ class BackboneTokenizer:
         # What AutoTokenizer found out about this folder is not true of the backbone's.
         own = ("backbone", "config", "revision", "subfolder")
         public = {k: v for k, v in settings.items() if not k.startswith("_") and k not in own}
-        home = local_folder(str(folder))
+        fetching = {k: v for k, v in settings.items() if k in FETCHING and v is not None}
+        home = local_folder(str(folder), **fetching)
+        fetching.pop("revision", None)
         backbone = settings.get("backbone") or QSTConfig.from_pretrained(home).backbone
-        return AutoTokenizer.from_pretrained(local_folder(backbone, Path(home)), *args, **public)
+        backbone_folder = local_folder(backbone, home, **fetching)
+        return AutoTokenizer.from_pretrained(backbone_folder, *args, **public)

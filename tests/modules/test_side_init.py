@@ -9,8 +9,10 @@ from torchtune.models.qwen2 import qwen2
 from torchtune.modules import RMSNorm
 
 from qst_tune.models import qst_decoder
+from qst_tune.models.rotary_decoder import rotary_decoder
 from qst_tune.modules import side_init
 from qst_tune.modules.base_quantization import weight_of
+from qst_tune.modules.stretched_rope import StretchedRoPE
 from tests.helpers import TINY, random_tokens, tiny_backbone
 from tests.opt_models import hf_opt, our_opt
 
@@ -192,7 +194,12 @@ def attention_of_heads(model, kv_heads, groups, x):
     return out
 
 
-@pytest.mark.parametrize("builder", [tiny_backbone, lambda: qwen2(**TINY)])
+def partly_turning_backbone():
+    """Of the 16 channels of a head the first 8 turn, as in Phi-4-mini."""
+    return rotary_decoder(**TINY, head_dim=16, norm_eps=1e-5, rope=StretchedRoPE(8, 64))
+
+
+@pytest.mark.parametrize("builder", [tiny_backbone, lambda: qwen2(**TINY), partly_turning_backbone])
 def test_queries_and_keys_turn_with_the_position_as_in_the_backbone(builder):
     """Whichever way a family pairs its channels; both head_dims are 4 and 16 here."""
     model = model_of(distinct_backbone(builder), "prune")

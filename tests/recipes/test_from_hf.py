@@ -84,7 +84,8 @@ def test_tune_run_learns_and_leaves_the_folder_alone(family: str, root: Path, tm
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_same_within_this_process(family: str, root: Path, tmp_path: Path) -> None:
+def test_the_shipped_config_learns_on_every_family(family: str, root: Path, tmp_path: Path) -> None:
+    """Within this process, since `tune` takes seconds a family."""
     further = ["model.reduction_factor=4", "max_steps_per_epoch=1", "epochs=3"]
     output = tmp_path / "qst"
     run(qst_finetune, "auto/qst", *arguments(root, root / family, output, *further))

@@ -27,6 +27,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     write_jsonl(root / "questions.jsonl", rows)
     write_jsonl(root / "examples.jsonl", rows[:2])
+    write_jsonl(root / "foreign.jsonl", [{**row, "subject": "law"} for row in rows[:2]])
     return root
 
 
@@ -94,6 +95,7 @@ def test_without_anything_tuned_there_is_one_column(config: Config) -> None:
         (["text=null", "questions=null", "dataset_val=null"], "nothing to measure"),
         (["text=absent.txt"], "text=absent.txt cannot be read"),
         (["questions=absent.jsonl"], "absent.jsonl cannot be read"),
+        (["examples={root}/foreign.jsonl"], "has none of the subject ''"),
         (["window=0"], "window=0 must be a whole number of at least 1"),
         (["quesions=a"], "did you mean 'questions'?"),
     ],
@@ -108,7 +110,8 @@ def test_mistake_is_one_helpful_line(
 ) -> None:
     path = root / "wrong.yaml"
     OmegaConf.save(OmegaConf.create(config), path)
-    monkeypatch.setattr(sys, "argv", ["qst_evaluate", "--config", str(path), *overrides])
+    given = [text.format(root=root) for text in overrides]
+    monkeypatch.setattr(sys, "argv", ["qst_evaluate", "--config", str(path), *given])
     with one_thread(), pytest.raises(SystemExit) as info:
         run_recipe(qst_evaluate.main)
     assert info.value.code == 2

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from qst_tune.errors import UserError
 from qst_tune.sharing.__main__ import main
 from qst_tune.sharing.hub_folder import Publication, make_hub_folder
+from qst_tune.training.side_checkpoint import SIDE_NETWORK
 from tests.folders import side_network_folder
 
 SUMMARY = {
@@ -52,6 +53,21 @@ def test_nothing_in_it_names_a_path_of_this_machine(folder: Path, shared: Path) 
     assert json.loads((shared / "config.json").read_text())["backbone"] == "some/tiny-model"
     name = "side_network.safetensors"
     assert (shared / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_a_model_that_is_built_from_a_folder_names_the_public_one(
+    folder: Path, tmp_path: Path
+) -> None:
+    here = tmp_path / "side_network"
+    shutil.copytree(folder, here)
+    described = json.loads((here / SIDE_NETWORK.config_file).read_text())
+    described["model"]["checkpoint_dir"] = str(tmp_path / "downloaded")
+    (here / SIDE_NETWORK.config_file).write_text(json.dumps(described))
+    make_hub_folder(here, tmp_path / "hub", Publication("me/side", "some/tiny-model"))
+    shared = json.loads((tmp_path / "hub" / SIDE_NETWORK.config_file).read_text())
+    assert shared["model"].pop("checkpoint_dir") == "tiny-model"
+    del described["model"]["checkpoint_dir"]
+    assert shared == described
 
 
 def test_the_card_is_written_from_the_run(shared: Path) -> None:

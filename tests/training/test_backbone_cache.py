@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torchao.dtypes.nf4tensor import NF4Tensor
 
 from qst_tune.models import peqa_from_hf, qst_from_hf
@@ -106,12 +107,14 @@ def test_there_is_no_file_at_first_and_none_without_a_folder_for_it(folder: Path
     assert backbone_cache(checkpointer, dense, torch.float32) is None
 
 
-@pytest.mark.parametrize("damage", ["cut off", "another model's"])
+@pytest.mark.parametrize("damage", ["cut off", "no fingerprint", "another model's"])
 def test_a_damaged_file_is_passed_over(damage: str, folder: Path, caplog) -> None:
     expected, fingerprint, cache = loaded(folder)
     cache.save(expected, fingerprint)
     if damage == "cut off":
         cache.path.write_bytes(cache.path.read_bytes()[:-1])
+    elif damage == "no fingerprint":
+        save_file(load_file(cache.path), cache.path)
     else:
         save_hf_model(folder.parent / "other", "qwen2")
         other, fingerprint, _ = loaded(folder.parent / "other")

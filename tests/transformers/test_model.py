@@ -123,6 +123,8 @@ def test_the_loss_is_that_of_the_next_token_and_trains_the_side_network_alone(fo
     log_probs = output.logits[:, :-1].log_softmax(-1)
     expected = -log_probs.gather(-1, tokens[:, 1:, None])[..., 0][kept].mean()
     torch.testing.assert_close(output.loss, expected)
+    of_a_trainer = model(tokens, labels=labels, num_items_in_batch=torch.tensor(50)).loss
+    torch.testing.assert_close(of_a_trainer, expected * kept.sum() / 50)
     output.loss.backward()
     trained = {name for name, p in model.named_parameters() if p.grad is not None}
     assert trained == {f"model.side.{name}" for name in model.model.side.adapter_params()}

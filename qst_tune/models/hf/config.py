@@ -134,7 +134,7 @@ class HFConfig:
 
         Args:
             name (str): key.
-            default (float | None): where it is absent; None: it must be there.
+            default (float | None): where it is absent; None only if it is not.
 
         Returns:
             float: the value.
@@ -161,11 +161,8 @@ class HFConfig:
             UserError: if it is no such number.
         """
         self._taken.add(name)
-        if name in self._settings and self._settings[name] is None:
-            return None
-        return (
-            None if default is None and name not in self._settings else self.number(name, default)
-        )
+        is_off = self._settings.get(name, default) is None
+        return None if is_off else self.number(name, default)
 
     def choice(self, name: str, default: T, supported: Mapping[T, T] | None = None) -> T:
         """Return a setting of which only some values are supported.

@@ -77,7 +77,10 @@ def weight_files(folder: Path) -> list[Path]:
         UserError: if there are none, or some are missing or cut off.
     """
     for stem, kind in _FORMATS:
-        names = _indexed(folder, f"{stem}.{kind}.index.json") or _listed(folder, stem, kind)
+        whole = f"{stem}.{kind}"
+        is_one = (folder / whole).is_file()
+        names = {whole} if is_one else _indexed(folder, f"{whole}.index.json")
+        names = names or _listed(folder, stem, kind)
         if names:
             _check_present(folder, names)
             paths = [folder / name for name in sorted(names)]
@@ -107,9 +110,7 @@ def _indexed(folder: Path, index_name: str) -> set[str]:
 
 
 def _listed(folder: Path, stem: str, kind: str) -> set[str]:
-    """Names of the files without an index: one, or as many shards as each name says."""
-    if (folder / f"{stem}.{kind}").is_file():
-        return {f"{stem}.{kind}"}
+    """Names of the shards without an index, as many as each name says."""
     for path in folder.glob(f"{stem}-*-of-*.{kind}"):
         match = _SHARD.fullmatch(path.name)
         if match:

@@ -8,6 +8,7 @@ import pytest
 from qst_tune.errors import UserError
 from qst_tune.models.hf.config import HARMLESS
 from qst_tune.models.hf.families import FAMILIES, read_architecture
+from tests import hf_models
 from tests.hf_models import SIZES
 
 # Beside the sizes, what every published folder of the type has.
@@ -92,6 +93,11 @@ def write(folder: Path, model_type: str, **changes) -> Path:
     settings = {**sizes, "model_type": model_type, **BASE.get(model_type, {}), **changes}
     (folder / "config.json").write_text(json.dumps(settings))
     return folder
+
+
+def test_every_family_has_cases() -> None:
+    """Of refusals here, of logits and training in tests/hf_models.py."""
+    assert set(BASE) == set(hf_models.FAMILIES) == set(FAMILIES)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

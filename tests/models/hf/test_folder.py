@@ -95,6 +95,12 @@ def test_an_index_says_which_shards_there_are(tmp_path: Path) -> None:
     assert names(tmp_path) == ["one.safetensors", "two.safetensors"]
 
 
+def test_one_file_goes_before_an_index_of_shards_as_in_transformers(tmp_path: Path) -> None:
+    write(tmp_path, "model.safetensors", "one.safetensors")
+    write_index(tmp_path, {"weight_map": {"a": "one.safetensors"}})
+    assert names(tmp_path) == ["model.safetensors"]
+
+
 @pytest.mark.parametrize("has_index", [True, False])
 def test_missing_shards_are_counted(has_index: bool, tmp_path: Path) -> None:
     write(tmp_path, SHARDS[1])
