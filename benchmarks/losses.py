@@ -1,5 +1,8 @@
 """Final losses of short runs with each optimisation on and off: ``python -m benchmarks losses``.
 
+Beside them stands how far each optimisation moves the gradient of the same side network, the one
+that the default has learnt, on the same rows.
+
 The text is Python's own documentation and always the same. The backbone is SmolLM2-135M-Instruct
 where ``make quickstart`` has fetched it, else one with random weights that reads bytes.
 """
@@ -43,7 +46,7 @@ from qst_tune.modules import nf4_linear
 from qst_tune.modules.qst_decoder import QSTDecoder
 from qst_tune.training.backbone_loading import load_backbone
 from qst_tune.training.cli import instantiate
-from qst_tune.training.loss import connect_loss
+from qst_tune.training.loss import connect_loss, next_token_loss
 from qst_tune.training.validation import held_out_loss
 
 BATCH_SIZE = 4
@@ -83,6 +86,36 @@ class Variant:
     attributes: dict[str, Any] = field(default_factory=dict)
     loss: Callable[[], nn.Module] | None = None
     running: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run ended with.
+
+    Args:
+        train (float): mean training loss of the last steps, nats a token.
+        held_out (float): loss of the held-out rows, nats a token.
+        side (dict[str, torch.Tensor]): the side network.
+        gradient (torch.Tensor): fp32, one vector: of the first held-out batch, for the side network
+            that the run was given to compare, its own if it was given none.
+    """
+
+    train: float
+    held_out: float
+    side: dict[str, torch.Tensor]
+    gradient: torch.Tensor
+
+    def gradient_error(self, reference: "Outcome") -> float:
+        """Return ``|g - g_ref| / |g_ref|``, both of the same side network.
+
+        Args:
+            reference (Outcome): of the run whose side network was compared.
+
+        Returns:
+            float: 0 for the same gradient.
+        """
+        difference = (self.gradient - reference.gradient).norm()
+        return float(difference / reference.gradient.norm())
 
 
 def variants(row_tokens: int) -> dict[str, Variant]:
@@ -130,14 +163,17 @@ def run(path: Path, *, num_steps: int, backbone_name: str | None = None) -> None
     source = random_source(BACKBONES[backbone_name]) if backbone_name else find_source()
     runs = {(title, 0): variant for title, variant in variants(source.tokens.shape[1]).items()}
     runs.update({("default", seed): Variant() for seed in range(1, NUM_SEEDS)})
-    outcomes: dict[tuple[str, int], tuple[float, float]] = {}
+    outcomes: dict[tuple[str, int], Outcome] = {}
     print(f"{source.name}; {num_steps} steps", flush=True)
     for (title, seed), variant in runs.items():
         start = time.perf_counter()
-        outcomes[title, seed] = train(source, variant, seed=seed, num_steps=num_steps)
-        train_loss, held_out = outcomes[title, seed]
+        compared = outcomes["default", 0].side if outcomes else None
+        outcome = train(source, variant, seed=seed, num_steps=num_steps, compared=compared)
+        outcomes[title, seed] = outcome
+        error = outcome.gradient_error(outcomes["default", 0])
         print(
-            f"{title:38s} seed {seed}: training {train_loss:.4f}, held out {held_out:.4f} "
+            f"{title:38s} seed {seed}: training {outcome.train:.4f}, held out "
+            f"{outcome.held_out:.4f}, gradient {error:.1e} "
             f"({time.perf_counter() - start:.0f} s)",
             flush=True,
         )
@@ -150,33 +186,37 @@ def run(path: Path, *, num_steps: int, backbone_name: str | None = None) -> None
 
 
 def summarise(
-    name: str, outcomes: dict[tuple[str, int], tuple[float, float]], num_steps: int
+    name: str, outcomes: dict[tuple[str, int], Outcome], num_steps: int
 ) -> dict[str, Any]:
     """Compare the variants with the spread of the default's seeds.
 
     Args:
         name (str): of the source.
-        outcomes (dict[tuple[str, int], tuple[float, float]]): training and held-out loss by title
-            and seed.
+        outcomes (dict[tuple[str, int], Outcome]): by title and seed.
         num_steps (int): of each run.
 
     Returns:
         dict[str, Any]: for the page.
     """
-    default = outcomes["default", 0][1]
+    reference = outcomes["default", 0]
+    default = reference.held_out
     rows = [
         {
             "variant": title if seed == 0 else f"{title}, seed {seed}",
-            "train": losses[0],
-            "held_out": losses[1],
-            "change": losses[1] - default,
+            "train": outcome.train,
+            "held_out": outcome.held_out,
+            "change": outcome.held_out - default,
+            # Another seed draws other dropout and projections: not an error of the same gradient.
+            "gradient_error": outcome.gradient_error(reference) if seed == 0 else None,
         }
-        for (title, seed), losses in outcomes.items()
+        for (title, seed), outcome in outcomes.items()
     ]
-    of_seeds = [losses[1] for (title, _), losses in outcomes.items() if title == "default"]
+    of_seeds = [outcome.held_out for (title, _), outcome in outcomes.items() if title == "default"]
     noise = max(of_seeds) - min(of_seeds)
     changes = {
-        title: abs(losses[1] - default) for (title, seed), losses in outcomes.items() if seed == 0
+        title: abs(outcome.held_out - default)
+        for (title, seed), outcome in outcomes.items()
+        if seed == 0
     }
     farthest = max(changes, key=lambda title: changes[title])
     verdict = (
@@ -187,13 +227,22 @@ def summarise(
     what = (
         f"{name}; {num_steps} steps on {BATCH_SIZE} rows, the same seed and batches but where a "
         f"seed is named. The training loss is the mean of the last {NUM_LAST} steps, the held-out "
-        "loss that of rows not trained on after the last step, both in nats a token."
+        "loss that of rows not trained on after the last step, both in nats a token. The "
+        "gradient's error is relative, of one batch and the side network that the first row has "
+        "learnt."
     )
     command = "python -m benchmarks losses"
     return {"command": command, "what": what, "rows": rows, "verdict": verdict}
 
 
-def train(source: Source, variant: Variant, *, seed: int, num_steps: int) -> tuple[float, float]:
+def train(
+    source: Source,
+    variant: Variant,
+    *,
+    seed: int,
+    num_steps: int,
+    compared: dict[str, torch.Tensor] | None = None,
+) -> Outcome:
     """Train one variant.
 
     Args:
@@ -201,9 +250,11 @@ def train(source: Source, variant: Variant, *, seed: int, num_steps: int) -> tup
         variant (Variant): what differs from the default.
         seed (int): of the side network's weights and of the order of the text.
         num_steps (int): training steps.
+        compared (dict[str, torch.Tensor] | None): a side network whose gradient is taken after the
+            run; None: the one just trained.
 
     Returns:
-        tuple[float, float]: mean training loss of the last steps, and held-out loss; nats a token.
+        Outcome: losses, side network and gradient.
     """
     gc.collect()
     held_out, to_train = _split(source.tokens)
@@ -212,7 +263,17 @@ def train(source: Source, variant: Variant, *, seed: int, num_steps: int) -> tup
         batches = _batches(to_train, seed)
         losses = [trainee.step(next(batches)) for _ in range(num_steps)]
         after = held_out_loss(trainee.model, trainee.loss, held_out, CPU)
-    return mean(losses[-NUM_LAST:]), after
+        side: Any = trainee.model.get_submodule("side")
+        learnt = {name: tensor.clone() for name, tensor in side.state_dict().items()}
+        side.load_state_dict(compared or learnt)
+        gradient = _gradient(trainee, held_out[0])
+    return Outcome(mean(losses[-NUM_LAST:]), after, learnt, gradient)
+
+
+def _gradient(trainee: Trainee, batch: Batch) -> torch.Tensor:
+    loss, _ = next_token_loss(trainee.model, trainee.loss, batch)
+    gradients = torch.autograd.grad(loss, trainee.trained, allow_unused=True)
+    return torch.cat([g.float().flatten() for g in gradients if g is not None])
 
 
 def _trainee(source: Source, variant: Variant, seed: int) -> Trainee:

@@ -262,10 +262,16 @@ def _losses(losses: dict[str, Any] | None) -> str:
     if losses is None:
         return ""
     rows = [
-        [row["variant"], f"{row['train']:.4f}", f"{row['held_out']:.4f}", f"{row['change']:+.4f}"]
+        [
+            row["variant"],
+            f"{row['train']:.4f}",
+            f"{row['held_out']:.4f}",
+            f"{row['change']:+.4f}",
+            "-" if row["gradient_error"] is None else f"{row['gradient_error']:.1e}",
+        ]
         for row in losses["rows"]
     ]
-    columns = ["", "training loss", "held-out loss", "held-out, from the first row"]
+    columns = ["", "training loss", "held-out loss", "held-out, from the first row", "gradient"]
     return f"""## The same loss with each optimisation on and off
 
     {losses["command"]}
