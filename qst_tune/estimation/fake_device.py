@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torchao.dtypes.nf4tensor import NF4Tensor
 
+from qst_tune.modules import peqa_linear
 from qst_tune.modules.nf4_linear import NF4Linear
 from qst_tune.quantization.nf4 import QuantType
 
@@ -108,6 +109,8 @@ def device_kernels(device: DeviceType, attention: Attention = "fused") -> Iterat
     if attention == "plain":
         instead["scaled_dot_product_attention"] = _plain_attention
     with ExitStack() as stack:
+        if device == "cuda":  # one kernel for two dtypes
+            stack.enter_context(patch.object(peqa_linear, "scale_columns_", torch.Tensor.mul_))
         for name, function in instead.items():
             stack.enter_context(patch.object(F, name, function))
         stack.enter_context(UnknownValues())

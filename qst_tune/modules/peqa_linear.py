@@ -19,6 +19,9 @@ from qst_tune.quantization.affine import (
 )
 from qst_tune.quantization.packing import pack, unpack
 
+# Outputs scaled at once on a CPU: 1 MiB in fp32, which stays in the cache.
+_VALUES_AT_ONCE = 2**18
+
 
 class PEQALinear(nn.Module):
     r"""Linear layer of PEQA: integer codes are frozen, their scales train.
@@ -168,6 +171,27 @@ class PEQALinear(nn.Module):
         )
 
 
+def scale_columns_(values: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
+    """Multiply in place by one number a column, in the wider dtype of the two.
+
+    On a CPU a few rows at once: there torch copies the whole to the wider dtype, into fresh memory,
+    which took as long as the product before it (for 1024 x 1536 in bf16 25 ms, in parts 1).
+
+    Args:
+        values (torch.Tensor): ``[..., O]``, contiguous; changed.
+        weight_scale (torch.Tensor): ``[O]``.
+
+    Returns:
+        torch.Tensor: ``values``.
+    """
+    if values.device.type != "cpu" or values.dtype == weight_scale.dtype:
+        return values.mul_(weight_scale)
+    num_columns = len(weight_scale)
+    for rows in values.view(-1, num_columns).split(max(1, _VALUES_AT_ONCE // num_columns)):
+        rows.copy_(rows.to(weight_scale.dtype).mul_(weight_scale))
+    return values
+
+
 class _PerChannel(torch.autograd.Function):
     """``y = (x (q - z)^T) s``; keeps y, which the next operation often keeps anyway."""
 
@@ -184,7 +208,7 @@ class _PerChannel(torch.autograd.Function):
             # Whole numbers below 256, exact in bf16.
             return centred_codes(codes, zero_point, layout).squeeze(1).to(dtype)
 
-        y = F.linear(x, centred(x.dtype)).mul_(weight_scale.squeeze(1))
+        y = scale_columns_(F.linear(x, centred(x.dtype)), weight_scale.squeeze(1))
         ctx.centred = centred
         ctx.save_for_backward(weight_scale, *([y] if weight_scale.requires_grad else []))
         return y
@@ -200,7 +224,8 @@ class _PerChannel(torch.autograd.Function):
             over_tokens = (grad * kept[0]).flatten(0, -2).sum(0, dtype=scale.dtype)
             grad_scale = torch.where(scale == 0, 0.0, over_tokens / scale).unsqueeze(1)
         if needs_x:
-            grad_x = (grad * scale).to(grad.dtype) @ ctx.centred(grad.dtype)
+            scaled = scale_columns_(grad.clone(memory_format=torch.contiguous_format), scale)
+            grad_x = scaled @ ctx.centred(grad.dtype)
         return grad_x, grad_scale, None, None, None
 
 

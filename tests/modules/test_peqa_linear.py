@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from qst_tune.modules import peqa_linear
-from qst_tune.modules.peqa_linear import PEQALinear
+from qst_tune.modules.peqa_linear import PEQALinear, scale_columns_
 from qst_tune.quantization import affine
 
 GROUPS = [None, 16, 20]  # one scale a row; groups that fill a row; a smaller last group
@@ -232,3 +232,12 @@ def test_a_group_wider_than_the_row_is_the_row():
     assert torch.equal(
         layer_of(I + 1, weight=weight).weight_scale, layer_of(None, weight=weight).weight_scale
     )
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (2, 700, 384), (1, 600_000)])
+def test_scaling_in_parts_rounds_once(shape: tuple[int, ...]) -> None:
+    values, weight_scale = torch.randn(shape).bfloat16(), torch.rand(shape[-1])
+    expected = (values.float() * weight_scale).bfloat16()
+    scaled = scale_columns_(values, weight_scale)
+    assert scaled is values
+    assert torch.equal(values, expected)
