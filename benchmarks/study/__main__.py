@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         if run.task not in tasks:
             tasks = {run.task: _load(run.task, Path(options.data), checkpoint)}
-        line = execute(run, tasks[run.task], checkpoint)
+        line = execute(run, tasks[run.task], checkpoint, options.states)
         _append(options.results, line)
         print({k: v for k, v in line.items() if k != "curve"}, flush=True)
     if options.results == RESULTS:
@@ -106,6 +106,12 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--states",
+        type=Path,
+        help="keep the frozen backbone's states in this folder (gigabytes): variants of QST on the "
+        "same data then take a few minutes each, and their time is not recorded",
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser.parse_args(arguments)
 

@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from benchmarks.study.frozen_states import FrozenStates
 from benchmarks.study.learners import METHODS, Learner, fast_decoding
 from benchmarks.study.tasks import IGNORE, Task
+from qst_tune.modules.qst_decoder import QSTDecoder
 
 WARMUP = 10
 MAX_GRAD_NORM = 1.0
@@ -37,13 +39,15 @@ class Run:
     seed: int
 
 
-def execute(run: Run, task: Task, checkpoint: Path) -> dict[str, Any]:
+def execute(run: Run, task: Task, checkpoint: Path, states: Path | None = None) -> dict[str, Any]:
     """Train and measure.
 
     Args:
         run (Run): what to do; 0 steps measure the method's model before training.
         task (Task): its rows.
         checkpoint (Path): folder of SmolLM2-135M-Instruct.
+        states (Path | None): folder where the states of frozen backbones are kept; the seconds of
+            such a run are not those of the method.
 
     Returns:
         dict[str, Any]: the run, ``held_out`` (the task's metric), ``held_out_loss`` and
@@ -52,6 +56,8 @@ def execute(run: Run, task: Task, checkpoint: Path) -> dict[str, Any]:
     """
     torch.manual_seed(run.seed)
     learner = METHODS[run.method].build(checkpoint)
+    if states and isinstance(learner.model, QSTDecoder):
+        learner.states = FrozenStates(learner.model, states / checkpoint.name)
     batches = task.batches(run.seed)
     start, tokens, curve = time.perf_counter(), 0, []
     with fast_decoding():
@@ -67,7 +73,7 @@ def execute(run: Run, task: Task, checkpoint: Path) -> dict[str, Any]:
         **measured,
         "train_loss": sum(last) / len(last) if last else None,
         "tokens": tokens,
-        "seconds": round(seconds, 1),
+        "seconds": None if learner.states else round(seconds, 1),
         "trained": learner.num_trained,
         "curve": [round(loss, 4) for loss in curve],
     }

@@ -6,7 +6,7 @@ autocast, as ours are, and 4-bit weights are decoded by our table (the same bits
 
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from torchtune.modules.peft import LoRALinear, get_adapter_params, set_trainable
 
 from benchmarks.backbones import DTYPE
 from benchmarks.methods import CPU, LORA_RANK, default_config, model_arguments
+from benchmarks.study.frozen_states import FrozenStates
 from qst_tune.estimation.peers import add_lora
 from qst_tune.models import peqa_decoder, qst_decoder, smollm2_135m
 from qst_tune.modules.peqa_decoder import PEQADecoder
@@ -41,10 +42,12 @@ class Learner:
     Args:
         model (Any): a torchtune decoder.
         groups (list[dict[str, Any]]): for the optimizer.
+        states (FrozenStates | None): where the states of a frozen backbone are kept.
     """
 
     model: Any
     groups: list[dict[str, Any]]
+    states: FrozenStates | None = None
 
     @property
     def num_trained(self) -> int:
@@ -60,7 +63,8 @@ class Learner:
         Returns:
             torch.Tensor: ``[B, T, D]``.
         """
-        with torch.autocast("cpu", dtype=DTYPE), _without_head(self.model):
+        kept = self.states.of(tokens) if self.states else nullcontext()
+        with torch.autocast("cpu", dtype=DTYPE), _without_head(self.model), kept:
             hidden: torch.Tensor = self.model(tokens)
         return hidden
 
