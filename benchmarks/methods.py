@@ -196,13 +196,16 @@ def qst_trainee(model: QSTDecoder) -> Trainee:
 
 
 def model_arguments() -> dict[str, Any]:
-    """Return our arguments in the config's model block.
+    """Return our arguments in the config's model block, but for the format of the backbone.
+
+    That is NF4, as in QLoRA: the config is of a model so small that it is better off with 8 bits.
 
     Returns:
         dict[str, Any]: for a builder of a QST model.
     """
     arguments: Any = OmegaConf.to_container(default_config().model, resolve=True)
-    return {key: value for key, value in arguments.items() if key != "_component_"}
+    del arguments["_component_"]
+    return {**arguments, "base_quantization": "nf4"}
 
 
 def recomputes_by_default() -> bool:

@@ -131,8 +131,9 @@ def _quantize_lora_linears(model: nn.Module) -> None:
 
 
 def _qst(folder: Path, changes: dict[str, Any]) -> Learner:
+    shipped = {**model_arguments(), "base_quantization": default_config().model.base_quantization}
     with training.set_default_dtype(DTYPE), torch.device("meta"):
-        model = qst_decoder(smollm2_135m(), **{**model_arguments(), **changes})
+        model = qst_decoder(smollm2_135m(), **{**shipped, **changes})
     _load(model, folder)
     model.initialize_side(CPU)
     model.train()
@@ -182,9 +183,9 @@ METHODS: dict[str, Method] = {
     "lora": Method("LoRA, rank 16", partial(_lora, quantize=False), 3e-4),
     "qlora": Method("QLoRA, rank 16", partial(_lora, quantize=True), 3e-4),
     "qst": qst("QST"),
-    "qst_int8": qst("QST over 8 bits", base_quantization="int8"),
+    "qst_nf4": qst("QST over NF4", base_quantization="nf4"),
     "peqa": Method("PEQA, 4 bits, per channel", partial(_peqa, bits=4), 1e-3),
-    "lst": qst("LST: QST over the unquantised model", quantize_base=False),
+    "lst": qst("LST: QST over the unquantised model", base_quantization="none"),
     "qst_r4": qst("QST, r = 4", reduction_factor=4, rate=1e-3),
     "qst_paper": qst("QST, the paper's equations", variant="paper"),
     "qst_authors": qst("QST, the authors' code", variant="authors"),

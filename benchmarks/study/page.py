@@ -22,10 +22,11 @@ _HIGHER_IS_BETTER = ("sst2", "rte")
 _INTRODUCTION = """\
 # Study: what each method learns
 
-Written by `python -m benchmarks.study --data FOLDER`; do not edit. SmolLM2-135M-Instruct, NF4
-unless said otherwise, AdamW with warm-up and linear decay, the same rows in the same order for
-every method, one seed a run. Where several learning rates were tried, the table shows the best,
-chosen on the same held-out rows for every method. Speeds are in [benchmarks.md](benchmarks.md).
+Written by `python -m benchmarks.study --data FOLDER`; do not edit. SmolLM2-135M-Instruct, for
+QLoRA in NF4, for QST in 8 bits (its config's) unless said otherwise; AdamW with warm-up and linear
+decay, the same rows in the same order for every method, one seed a run. Where several learning
+rates were tried, the table shows the best, chosen on the same held-out rows for every method.
+Speeds are in [benchmarks.md](benchmarks.md).
 """
 
 

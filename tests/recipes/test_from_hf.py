@@ -207,7 +207,7 @@ def test_smollm2_from_its_folder_is_the_run_of_its_named_config(root: Path, tmp_
     steps = ["max_steps_per_epoch=2", "enable_activation_checkpointing=True", "seed=0"]
     same = [*shared, *steps, "clip_grad_norm=1.0", "profiler=null"]
     for name, where in (
-        ("auto/qst", [f"checkpoint_dir={folder}"]),
+        ("auto/qst", [f"checkpoint_dir={folder}", "model.base_quantization=int8"]),
         ("smollm2/135M_qst", [f"checkpointer.checkpoint_dir={folder}", "dataset_val=null"]),
     ):
         given = [*same, *where, f"output_dir={tmp_path / name}"]
