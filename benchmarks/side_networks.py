@@ -16,7 +16,6 @@ from itertools import cycle, islice
 from typing import Any
 
 import torch
-from torch import nn
 
 from benchmarks.backbones import BACKBONES, DTYPE, Backbone, dense_backbone
 from qst_tune.generation.caches import GrowingCache, attached, attentions
@@ -25,6 +24,7 @@ from qst_tune.models.llama import qst_llama3_2
 from qst_tune.modules.qst_decoder import QSTDecoder
 from qst_tune.modules.side_network import SideNetwork
 from qst_tune.modules.side_networks import share_backbone
+from qst_tune.training.memory import parameter_bytes
 
 COUNTS = (1, 4, 16)
 _MIB = 2**20
@@ -142,23 +142,6 @@ def measure(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, floa
     return {name: statistics.median(times) for name, times in taken.items()}
 
 
-def mebibytes(module: nn.Module) -> float:
-    """Size of a module's parameters and buffers.
-
-    Args:
-        module (nn.Module): its NF4 weights count as they are stored.
-
-    Returns:
-        float: MiB.
-    """
-    total = sum(buffer.nbytes for buffer in module.buffers())
-    for parameter in module.parameters():
-        parts = getattr(parameter, "__tensor_flatten__", None)
-        stored = [getattr(parameter, name) for name in parts()[0]] if parts else [parameter]
-        total += sum(tensor.nbytes for tensor in stored)
-    return total / _MIB
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Measure and print a table.
 
@@ -172,7 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=15)
     asked = parser.parse_args(arguments)
     model = build(BACKBONES[asked.backbone], max(COUNTS))
-    whole, sides = mebibytes(model), mebibytes(model.side)
+    whole, sides = (parameter_bytes(module) / _MIB for module in (model, model.side))
     each = sides / max(COUNTS)
     print(f"backbone {whole - sides:.1f} MiB ({DTYPE}), each side network {each:.2f} MiB")
     medians = measure(ways(model, asked.rows, asked.prompt_tokens), asked.rounds)

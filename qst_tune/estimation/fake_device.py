@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torchao.dtypes.nf4tensor import NF4Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qst_tune.modules import peqa_linear
 from qst_tune.modules.nf4_linear import NF4Linear
 from qst_tune.quantization.nf4 import QuantType
+from qst_tune.quantization.table import quantize_table
 
 DeviceType = Literal["cpu", "cuda"]
 Attention = Literal["fused", "plain"]
@@ -44,6 +45,7 @@ def fake_tensors(dtype: torch.dtype) -> Iterator[None]:
     # Tables that are made once and kept, such as the decoder's, must not be made of fake tensors.
     for quant_type in get_args(QuantType):
         NF4Linear(torch.zeros(64, 64, dtype=dtype), quant_type=quant_type)
+    quantize_table(torch.zeros(1, 64, dtype=dtype), "nf4").dense()
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
 
@@ -53,8 +55,8 @@ def allocate_fake(module: nn.Module, device: DeviceType) -> None:
 
     Args:
         module (nn.Module): built on the meta device.
-        device (DeviceType): NF4 weights say that they are there, so that the code that decodes them
-            chooses as it will on that device.
+        device (DeviceType): quantised weights say that they are there, so that the code that
+            decodes them chooses as it will on that device.
     """
     # By identity, so that a tied weight stays one; with the tensor, so that no id is used again.
     fakes: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -72,17 +74,24 @@ def allocate_fake(module: nn.Module, device: DeviceType) -> None:
 
 
 def _fake(tensor: torch.Tensor, device: DeviceType) -> torch.Tensor:
-    if isinstance(tensor, NF4Tensor):
+    if is_traceable_wrapper_subclass(tensor):
         names, context = tensor.__tensor_flatten__()
-        layout = dataclasses.replace(context["tensor_meta"], device=torch.device(device))
-        context = {**context, "tensor_meta": layout}
+        context = _context_on(torch.device(device), context)
         parts = {name: _fake(getattr(tensor, name), device) for name in names}
-        weight = NF4Tensor.__tensor_unflatten__(parts, context, tensor.shape, tensor.stride())
+        weight = tensor.__tensor_unflatten__(parts, context, tensor.shape, tensor.stride())
         return nn.Parameter(weight, requires_grad=False)
     fake = torch.empty_like(tensor, device="cpu")
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(fake, requires_grad=tensor.requires_grad)
     return fake
+
+
+def _context_on(device: torch.device, context: dict[str, Any]) -> dict[str, Any]:
+    """What makes a quantised weight of its parts, on another device."""
+    layout = context.get("tensor_meta")  # torchao's
+    if layout is None:
+        return {**context, "device": device}
+    return {**context, "tensor_meta": dataclasses.replace(layout, device=device)}
 
 
 @contextmanager

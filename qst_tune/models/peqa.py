@@ -11,6 +11,7 @@ from torchtune.modules import TransformerDecoder
 from qst_tune.models.builder import method_builder
 from qst_tune.models.smollm2 import smollm2_1_7b, smollm2_135m, smollm2_360m
 from qst_tune.modules.base_quantization import replace_linears
+from qst_tune.modules.embedding_quantization import EmbeddingQuantization, quantize_embedding
 from qst_tune.modules.peqa_decoder import PEQADecoder
 from qst_tune.modules.peqa_linear import PEQALinear
 from qst_tune.quantization.affine import AffineInit
@@ -23,12 +24,13 @@ def peqa_decoder(
     group_size: int | None = None,
     init: AffineInit = "rtn",
     train_zero_points: bool = False,
+    embedding_quantization: EmbeddingQuantization = "none",
 ) -> PEQADecoder:
     """Build a PEQA model from a torchtune decoder, which may be on meta or have weights.
 
     Args:
         backbone (TransformerDecoder): taken over; the linears of its layers become integer ones
-            and only their scales train. Embeddings, norms and LM head stay as they are, frozen.
+            and only their scales train. Everything else is frozen, and norms stay as they are.
         bits (int): of a code: 2 (with a warning), 3, 4 or 8.
         group_size (int | None): input channels that share a scale, any number from 1; None: all,
             the paper's choice. Smaller groups start nearer to the model, and store and train more.
@@ -36,6 +38,8 @@ def peqa_decoder(
             a narrower range with less squared error.
         train_zero_points (bool): train them beside the scales, the paper's ablation. Such a model
             cannot be exported for integer kernels.
+        embedding_quantization (EmbeddingQuantization): format of the embedding and the LM head,
+            which the paper keeps as they are: "none", "int8" (a scale a token) or "nf4".
 
     Returns:
         PEQADecoder: trains ``O x ceil(I / group_size)`` fp32 numbers a linear of O x I.
@@ -51,6 +55,7 @@ def peqa_decoder(
         train_zero_points=train_zero_points,
     )
     replace_linears(backbone.layers, make)
+    quantize_embedding(backbone, embedding_quantization)
     return PEQADecoder(backbone)
 
 

@@ -11,6 +11,7 @@ from torchtune.modules import TransformerDecoder
 from qst_tune.models.builder import method_builder
 from qst_tune.modules.base_quantization import BaseQuantization, quantize_linears
 from qst_tune.modules.downsample import Activation, DownsampleKind, build_downsample
+from qst_tune.modules.embedding_quantization import EmbeddingQuantization, quantize_embedding
 from qst_tune.modules.learned_positions import LearnedPositionDecoder
 from qst_tune.modules.output_mix import OutputMixKind, build_output_mix
 from qst_tune.modules.qst_decoder import QSTDecoder
@@ -83,6 +84,7 @@ def qst_decoder(
     variant: Variant = "default",
     quantize_base: bool = True,
     base_quantization: BaseQuantization | None = None,
+    embedding_quantization: EmbeddingQuantization = "none",
     hidden_bits: int = 16,
     num_side_blocks: int | None = None,
     normalize_hidden: bool | None = None,
@@ -106,7 +108,7 @@ def qst_decoder(
 
     Args:
         backbone (TransformerDecoder): taken over and frozen; the linears of its layers are
-            quantised. Embeddings, norms and LM head stay as they are.
+            quantised, norms stay as they are.
         reduction_factor (int): r; the side network has width ``embed_dim // r``. Higher trains
             fewer parameters in less memory.
         variant (Variant): preset of the arguments below: "default", "paper" or "authors".
@@ -114,6 +116,9 @@ def qst_decoder(
         base_quantization (BaseQuantization | None): "nf4", "fp4", "int4" (in groups of 64), "int8"
             (per channel), or "none", which keeps the backbone as it is (ladder side tuning, LST);
             None: "nf4" if ``quantize_base``.
+        embedding_quantization (EmbeddingQuantization): format of the embedding and the LM head:
+            "int8" (a scale a token), "nf4", or "none", which keeps them as they are. They are 2 GB
+            of an 8B model with a vocabulary of 128k.
         hidden_bits (int): 16, 8 or 4; bits in which "linear", "lora" and "adapter" keep the hidden
             states for backward (with recomputation on, else the decoded ones are kept too).
         num_side_blocks (int | None): side blocks, evenly spaced beside the backbone's layers; None:
@@ -195,6 +200,7 @@ def qst_decoder(
             **settings,
         )
     quantize_linears(backbone.layers, base_quantization)
+    quantize_embedding(backbone, embedding_quantization)
     model = QSTDecoder(backbone, side, side_init=side_init)
     if device.type != "meta":
         model.initialize_side(device)

@@ -133,7 +133,10 @@ def _plain_weight(head: Head) -> torch.Tensor | None:
 def _loss_of_linear_head(
     hidden: torch.Tensor, labels: torch.Tensor, head: Head, needs_grad: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Losses ``[n]`` and gradient of ``hidden`` by hand, with one fp32 buffer ``[n, V]``."""
+    """Losses ``[n]`` and gradient of ``hidden`` by hand, with one fp32 buffer ``[n, V]``.
+
+    A ``QuantizedTable`` takes part in both products without ever being dense.
+    """
     weight = _plain_weight(head)
     assert weight is not None
     target = labels.unsqueeze(-1)
@@ -153,7 +156,7 @@ def _loss_of_linear_head(
 def _loss_of_any_head(
     hidden: torch.Tensor, labels: torch.Tensor, head: Head, needs_grad: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The same by autograd over one chunk, for quantised, biased or soft-capped heads."""
+    """The same by autograd over one chunk, for heads that are more than a product."""
     with torch.set_grad_enabled(needs_grad):
         leaf = hidden.detach().requires_grad_(needs_grad)
         loss = F.cross_entropy(head(leaf).float(), labels, reduction="none")

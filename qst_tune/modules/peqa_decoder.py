@@ -18,8 +18,7 @@ class PEQADecoder(TransformerDecoder):
     the LM head for a loss that applies the head itself, and it knows its task: the set of trained
     tensors, which can be exchanged in a loaded model while the codes stay.
 
-    Source: PEQA (https://arxiv.org/abs/2305.14152). Embedding, norms and LM head are neither
-    quantised nor trained.
+    Source: PEQA (https://arxiv.org/abs/2305.14152). Embedding, norms and LM head do not train.
 
     Args:
         backbone (TransformerDecoder): with integer linears; its modules are taken over, not copied,

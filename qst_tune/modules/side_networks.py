@@ -102,6 +102,8 @@ class SideNetworks(nn.Module):
         """
         if self._num_rows not in (None, len(h_BTD)):
             raise ValueError(f"use() named {self._num_rows} rows, the batch has {len(h_BTD)}")
+        # Here, once a batch: every move of an index stops a GPU.
+        self._rows = [_on(h_BTD.device, rows) for rows in self._rows]
         return [
             None if rows is None else network.start(_take(h_BTD, rows))
             for network, rows in self._each()
@@ -177,8 +179,12 @@ def _rows_of(name: str, names: Sequence[str | None]) -> torch.Tensor | None:
     return torch.tensor(own) if own else None
 
 
+def _on(device: torch.device, rows: torch.Tensor | None) -> torch.Tensor | None:
+    return rows if rows is None or rows is _ALL_ROWS else rows.to(device)
+
+
 def _take(h: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    return h if rows is _ALL_ROWS else h[rows.to(h.device)]
+    return h if rows is _ALL_ROWS else h[rows]
 
 
 def _of(per_row: Any, rows: torch.Tensor, size: int) -> Any:

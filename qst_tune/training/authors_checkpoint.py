@@ -19,12 +19,12 @@ from torchtune.models import convert_weights
 from torchtune.models.convert_weights import get_mapped_key
 
 from qst_tune.errors import UserError
+from qst_tune.models.hf.weights import Weights
 from qst_tune.models.opt_weights import opt_hf_to_tune, opt_tune_to_hf
 from qst_tune.training.atomic_folder import write_folder
 
 Family = Literal["llama", "opt"]
 Gate = Literal["lm_head_z", "score_z"]  # of a language model, of a classifier
-Weights = dict[str, torch.Tensor]
 
 BLOCKS_FILE = "qst_layers_parameters.pt"
 SCORE_FILE = "qst_score_parameters.pt"

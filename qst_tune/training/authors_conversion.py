@@ -12,12 +12,12 @@ from torchtune import utils
 from torchtune.modules import RMSNorm
 
 from qst_tune.errors import UserError
+from qst_tune.models.hf.weights import Weights
 from qst_tune.models.qst import VARIANTS, qst_decoder
 from qst_tune.modules.learned_positions import LearnedPositionEmbedding
 from qst_tune.modules.qst_decoder import QSTDecoder
 from qst_tune.training.authors_checkpoint import (
     Family,
-    Weights,
     read_authors_folder,
     side_from_authors,
     side_to_authors,
@@ -128,7 +128,8 @@ def _backbone_part(block: dict[str, Any]) -> dict[str, Any]:
 
 def _side_settings() -> set[str]:
     arguments = set(inspect.signature(qst_decoder).parameters)
-    return (arguments - {"backbone", "quantize_base", "base_quantization"}) | {_CLASSIFIER}
+    of_backbone = {"backbone", "quantize_base", "base_quantization", "embedding_quantization"}
+    return (arguments - of_backbone) | {_CLASSIFIER}
 
 
 def _shape(folder: Path, state: Weights, suffix: str) -> tuple[int, int]:

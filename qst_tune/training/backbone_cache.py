@@ -11,14 +11,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import utils
 from torchtune.modules import TransformerDecoder
 
 from qst_tune import __version__
-from qst_tune.modules.base_quantization import quantization_of
+from qst_tune.modules.embedding_quantization import quantization_of_backbone
 from qst_tune.modules.peqa_linear import PEQALinear
 from qst_tune.modules.rotary_caches import build_rotary_caches
+from qst_tune.quantization.table import QuantizedTable
 from qst_tune.training.backbone_loading import SIDE_PREFIX
 from qst_tune.training.distributed import rank_and_world_size
 from qst_tune.training.hf_checkpointer import HFCheckpointer
@@ -100,7 +102,7 @@ def backbone_cache(
     Returns:
         BackboneCache | None: None if the checkpointer keeps none or nothing is quantised.
     """
-    quantization = quantization_of(model.layers)
+    quantization = quantization_of_backbone(model)
     if (
         not isinstance(checkpointer, HFCheckpointer)
         or checkpointer.cache_dir is None
@@ -124,7 +126,7 @@ def _tensors(model: TransformerDecoder) -> dict[str, torch.Tensor]:
 
 def _parts(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     """The plain tensors that a tensor consists of."""
-    if not isinstance(tensor, NF4Tensor):
+    if not is_traceable_wrapper_subclass(tensor):
         return {name: tensor}
     names, _ = tensor.__tensor_flatten__()
     return {f"{name}/{part}": getattr(tensor, part) for part in names}
@@ -154,6 +156,10 @@ def _assembled(
     tensor: torch.Tensor, name: str, parts: dict[str, torch.Tensor], device: torch.device
 ) -> torch.Tensor:
     """A tensor like ``tensor``, which is on meta, of these parts."""
+    if isinstance(tensor, QuantizedTable):
+        return QuantizedTable(
+            parts[f"{name}/codes"], parts[f"{name}/row_scale"], tensor.form, tensor.dtype
+        )
     if not isinstance(tensor, NF4Tensor):
         return parts[name]
     names, context = tensor.__tensor_flatten__()

@@ -14,6 +14,7 @@ from qst_tune.errors import UserError
 from qst_tune.modules.base_quantization import QuantizedLinear
 from qst_tune.modules.peqa_linear import PEQALinear
 from qst_tune.modules.rotary_caches import build_rotary_caches
+from qst_tune.quantization.table import QuantizedTable, quantize_table
 from qst_tune.training.hf_checkpointer import HFCheckpointer
 
 SIDE_PREFIX = "side."
@@ -165,6 +166,11 @@ def _set_parameter(
 ) -> None:
     owner = model.get_submodule(name.rpartition(".")[0])
     leaf = name.rpartition(".")[2]
+    before = getattr(owner, leaf, None)
+    if isinstance(before, QuantizedTable):
+        table = quantize_table(weight, before.form, dtype=dtype, device=device)
+        setattr(owner, leaf, nn.Parameter(table, requires_grad=False))
+        return
     # torchtune's RMSNorm computes in fp32: with an fp32 weight torch takes its fused kernel.
     # Integers are rounded from the checkpoint's own precision.
     is_integer = isinstance(owner, PEQALinear) and leaf == "weight"

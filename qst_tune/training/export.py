@@ -16,6 +16,7 @@ from qst_tune.modules.peqa_linear import PEQALinear
 from qst_tune.modules.stretched_rope import StretchedRoPE
 from qst_tune.quantization.affine import AffineWeight
 from qst_tune.quantization.gptq import GPTQFormat, to_gptq
+from qst_tune.quantization.table import QuantizedTable
 from qst_tune.training.atomic_folder import whole_folder
 
 ExportFormat = Literal["dense", "gptq", "gptq_v2"]
@@ -111,7 +112,11 @@ def _tensors(model: PEQADecoder, dtype: torch.dtype, export_linear: _LinearExpor
     """The whole model under Hugging Face names."""
     linears = {n: m for n, m in _unwrapped_modules(model) if isinstance(m, PEQALinear)}
     inside = tuple(f"{name}." for name in linears)
-    others = {n: t.to(dtype) for n, t in model.state_dict().items() if not n.startswith(inside)}
+    others = {
+        name: tensor.dense(dtype) if isinstance(tensor, QuantizedTable) else tensor.to(dtype)
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(inside)
+    }
     tensors = _to_hf(model, others)
     for name, linear in linears.items():
         # torchtune turns rows of q and k around for its rotary embeddings; numbers show how.

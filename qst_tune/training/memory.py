@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torchao.dtypes.nf4tensor import NF4Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 GIB = 1024**3
 
@@ -59,7 +59,7 @@ def parameter_bytes(module: nn.Module) -> int:
     """Bytes of all parameters and buffers below a module, each storage once.
 
     Args:
-        module (nn.Module): may hold NF4 tensors.
+        module (nn.Module): quantised weights count as they are stored.
 
     Returns:
         int: bytes.
@@ -140,9 +140,9 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def _plain_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
-    """Parameters and buffers, an NF4 tensor as the plain tensors it is made of."""
+    """Parameters and buffers, a quantised one as the plain tensors it is made of."""
     for tensor in [*module.parameters(), *module.buffers()]:
-        if isinstance(tensor, NF4Tensor):
+        if is_traceable_wrapper_subclass(tensor):
             yield from (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
         else:
             yield tensor

@@ -10,7 +10,7 @@ from torchtune import training, utils
 from torchtune.modules import TransformerDecoder
 
 from qst_tune.errors import UserError
-from qst_tune.modules.base_quantization import quantization_of
+from qst_tune.modules.embedding_quantization import quantization_of_backbone
 from qst_tune.modules.peqa_decoder import PEQADecoder
 from qst_tune.modules.qst_decoder import QSTDecoder
 from qst_tune.training.architecture_check import check_architecture
@@ -161,7 +161,7 @@ def load_frozen_backbone(
             cache.save(model, fingerprint)
     if rank_and_world_size()[0] == 0:
         log.info(f"backbone loaded in {time.perf_counter() - start:.1f} s")
-    return BackboneId(checkpoint_dir.resolve().name, fingerprint, quantization_of(model.layers))
+    return BackboneId(checkpoint_dir.resolve().name, fingerprint, quantization_of_backbone(model))
 
 
 def identify_backbone(model: QSTDecoder, cfg: DictConfig) -> BackboneId:
@@ -181,7 +181,7 @@ def identify_backbone(model: QSTDecoder, cfg: DictConfig) -> BackboneId:
     check_architecture(model, checkpoint_dir)
     checkpointer = instantiate(cfg.checkpointer, "checkpointer")
     fingerprint = fingerprint_backbone(model, checkpointer)
-    return BackboneId(checkpoint_dir.resolve().name, fingerprint, quantization_of(model.layers))
+    return BackboneId(checkpoint_dir.resolve().name, fingerprint, quantization_of_backbone(model))
 
 
 def provenance_of(cfg: DictConfig, backbone: BackboneId) -> Provenance:

@@ -7,7 +7,7 @@ import torch
 from torchtune import training
 from torchtune.config._utils import _get_component_from_path
 
-from qst_tune.modules.base_quantization import quantization_of
+from qst_tune.modules.embedding_quantization import quantization_of_backbone
 from qst_tune.training.architecture_check import check_architecture
 from qst_tune.training.backbone_loading import SIDE_PREFIX, read_backbone
 from qst_tune.training.described_model import build_described
@@ -56,7 +56,7 @@ class TunedCheckpointer:
         check_architecture(model, self.checkpoint_dir)
         weights, fingerprint = read_backbone(model, self._base)
         name = self.checkpoint_dir.resolve().name
-        backbone = BackboneId(name, fingerprint, quantization_of(model.layers))
+        backbone = BackboneId(name, fingerprint, quantization_of_backbone(model))
         side = load_tuned(
             SIDE_NETWORK, self.side_network, model.side.state_dict(), backbone=backbone
         )

@@ -29,8 +29,8 @@ class BackboneId:
     Args:
         name (str): name of the checkpoint folder.
         fingerprint (str): of its weights, from ``load_backbone``.
-        quantization (str): format of its linears: "nf4", "fp4", "none" or, for integers, such as
-            "int4, groups of 64, rtn".
+        quantization (str): how it is stored, from ``quantization_of_backbone``: "nf4", "none",
+            "int4, groups of 64, rtn", "nf4; embedding int8" and the like.
     """
 
     name: str

@@ -1,9 +1,7 @@
 """What is timed does the same work in one pass as in several."""
 
-import torch
-
 from benchmarks.backbones import BACKBONES
-from benchmarks.side_networks import COUNTS, build, main, mebibytes, ways
+from benchmarks.side_networks import COUNTS, build, main, ways
 
 
 def test_the_table_has_a_line_for_each_way(capsys) -> None:
@@ -24,8 +22,3 @@ def test_every_way_decodes_each_row_once() -> None:
         step()
         assert all(shape[1] == 1 for shape in rows)
         assert sum(shape[0] for shape in rows) == 16
-
-
-def test_sizes_count_what_is_stored() -> None:
-    linear = torch.nn.Linear(4, 3)
-    assert mebibytes(linear) * 2**20 == 4 * 15

@@ -19,6 +19,7 @@ from qst_tune.estimation.methods import METHODS, Choices
 from qst_tune.estimation.step import Shape, estimate_step, make_batch, make_optimizer, train_step
 from qst_tune.modules.rotary_caches import build_rotary_caches
 from qst_tune.quantization.nf4 import quantize_nf4
+from qst_tune.quantization.table import QuantizedTable, quantize_table
 
 MIB = 1024**2
 # Widths of SmolLM2-135M with few layers, a Llama 3.2 with shared key-value heads and a large
@@ -93,13 +94,20 @@ def allocate_real(module: nn.Module) -> None:
         for name, parameter in child.named_parameters(recurse=False):
             if id(parameter) not in real:
                 dense = torch.randn(parameter.shape, dtype=parameter.dtype) * 0.02
-                value = quantize_nf4(dense) if isinstance(parameter, NF4Tensor) else dense
-                new = nn.Parameter(value, requires_grad=parameter.requires_grad)
+                new = nn.Parameter(
+                    _stored_as(parameter, dense), requires_grad=parameter.requires_grad
+                )
                 real[id(parameter)] = (parameter, new)
             setattr(child, name, real[id(parameter)][1])
         for name, buffer in child.named_buffers(recurse=False):
             if buffer.is_meta:
                 setattr(child, name, torch.ones_like(buffer, device="cpu"))
+
+
+def _stored_as(parameter: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+    if isinstance(parameter, QuantizedTable):
+        return quantize_table(dense, parameter.form)
+    return quantize_nf4(dense) if isinstance(parameter, NF4Tensor) else dense
 
 
 def measured_step_bytes(method: str, cfg: DictConfig, shape: Shape) -> int:

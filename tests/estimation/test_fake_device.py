@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qst_tune.estimation.fake_device import device_kernels
+from qst_tune.estimation.fake_device import allocate_fake, device_kernels, fake_tensors
 from qst_tune.estimation.tracker import StorageTracker
+from qst_tune.models import qst_decoder
+from tests.helpers import tiny_backbone
 
 SHAPE = (2, 8, 64)
 TOKENS, BYTES = 16, 2 * 8 * 64 * 4
@@ -37,3 +39,18 @@ def test_a_weight_of_another_dtype_is_not_fused():
     weight = torch.ones(SHAPE[-1])
     saved, _ = step_bytes(weight, dtype=torch.bfloat16)
     assert saved > BYTES // 2 + 2 * TOKENS
+
+
+def test_a_quantised_embedding_says_that_it_is_on_the_device():
+    """By which it chooses how many rows to decode at once; its parts are fake ones on the CPU."""
+    with torch.device("meta"):
+        model = qst_decoder(
+            tiny_backbone(tied=True), reduction_factor=4, embedding_quantization="int8"
+        )
+    with fake_tensors(torch.float32):
+        allocate_fake(model, "cuda")
+        table = model.tok_embeddings.weight
+        assert table.device.type == "cuda"
+        assert table.codes.device.type == "cpu"
+        assert F.embedding(torch.tensor([[1, 2]]), table).shape == (1, 2, 96)
+    assert model.output.tied_module.weight is table

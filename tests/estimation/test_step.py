@@ -57,6 +57,28 @@ def test_estimate_agrees_with_a_real_step(method, shape):
     assert estimated_step_bytes(method, cfg, shape) == pytest.approx(real, rel=0.1)
 
 
+@pytest.mark.parametrize("form", ["int8", "nf4"])
+def test_estimate_agrees_with_a_real_step_over_a_quantised_embedding(form):
+    settings = {"vocab_size": 20_000, "embedding_quantization": form}  # three parts of rows
+    cfg = training_config({**MODELS["Llama 2, narrow"], "num_layers": 1, **settings})
+    shape = Shape(1, 64)
+    real = measured_step_bytes("qst_recomputed", cfg, shape)
+    assert estimated_step_bytes("qst_recomputed", cfg, shape) == pytest.approx(real, rel=0.1)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(("form", "bytes_a_weight"), [("int8", 1), ("nf4", 0.5 + 2 / 64)])
+def test_a_quantised_embedding_is_counted_as_it_is_stored(form, bytes_a_weight, device):
+    cfg = OmegaConf.merge(CONFIG, {"model": {"embedding_quantization": form}})
+    choices = Choices(cfg, torch.bfloat16, lora_rank=4)
+    plain = estimate("qst", device=device).memory.parts["frozen weights"]
+    quantised = estimate("qst", device=device, choices=choices).memory.parts["frozen weights"]
+    weights, scales = 2 * 320 * 128, 2 * 320 * 4 * (form == "int8")
+    saved = weights * (2 - bytes_a_weight) - scales
+    assert plain - quantised == pytest.approx(saved, abs=4 * 512)  # CUDA rounds blocks up
+    assert estimate("qlora", choices=choices) == estimate("qlora")
+
+
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_method_runs_and_its_parts_add_up(name, device):
@@ -176,6 +198,7 @@ def test_checkpointed_qlora_costs_another_forward():
     "settings",
     [
         {"rank": 2, "num_side_blocks": 1, "reduction_factor": 2},
+        {"embedding_quantization": "int8"},
         {"base_quantization": "int8", "output_mix": "residual", "normalize_hidden": True},
         {"quantize_base": False, "hidden_bits": 4, "dropout": 0.5, "variant": "authors"},
         {"downsample_norm_before": True, "min_head_dim": 8, "side_reads": "input"},

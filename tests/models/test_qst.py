@@ -21,6 +21,7 @@ from qst_tune.modules.output_mix import AlphaMix, ResidualMix, SigmoidMix
 from qst_tune.modules.peqa_linear import PEQALinear
 from qst_tune.modules.qst_decoder import QSTDecoder
 from qst_tune.modules.side_network import ZeroLinear
+from qst_tune.quantization.table import QuantizedTable
 from tests.helpers import TINY, dense_weight, random_tokens, randomize_, tiny_backbone
 
 D, S, N, HIDDEN, R = 96, 24, 3, 25, 5  # TINY at reduction factor 4, rank 5
@@ -152,7 +153,16 @@ def test_mixes_have_the_channels_of_paper_and_code():
 
 
 @pytest.mark.parametrize(
-    "name", ["variant", "output_mix", "downsample", "base_quantization", "activation", "side_init"]
+    "name",
+    [
+        "variant",
+        "output_mix",
+        "downsample",
+        "base_quantization",
+        "embedding_quantization",
+        "activation",
+        "side_init",
+    ],
 )
 def test_an_unknown_name_is_refused_with_the_known_ones(name):
     with pytest.raises(ValueError, match=f"{name}='nonsense' is unknown; choose one of"):
@@ -194,6 +204,14 @@ def test_quantize_base_decides_what_the_backbone_is(quantize_base):
 )
 def test_base_quantization_names_the_format(arguments, expected):
     assert quantization_of(build(**arguments).layers) == expected
+
+
+@pytest.mark.parametrize("form", ["int8", "nf4"])
+def test_embedding_quantization_names_the_format_of_embedding_and_head(form):
+    model = build(embedding_quantization=form)
+    found = {n: p.form for n, p in model.named_parameters() if isinstance(p, QuantizedTable)}
+    assert found == {"tok_embeddings.weight": form, "output.weight": form}
+    assert quantization_of(model.layers) == "nf4"
 
 
 def test_a_format_beside_quantize_base_false_is_refused():

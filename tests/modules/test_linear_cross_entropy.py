@@ -12,6 +12,7 @@ from torchtune.modules import TiedLinear
 from qst_tune.models import qst_decoder
 from qst_tune.modules.linear_cross_entropy import LinearCrossEntropyLoss
 from qst_tune.modules.nf4_linear import NF4Linear
+from qst_tune.quantization.table import quantize_table
 from tests.helpers import TINY, random_tokens, tiny_backbone
 
 DIM, VOCAB = 24, 61
@@ -36,11 +37,14 @@ def build_head(kind, dtype=torch.float32):
         "linear": linear,
         "biased": linear,
         "tied": TiedLinear(embedding),
+        "int8 table": linear,
         "nf4": NF4Linear(torch.randn(VOCAB + 1, DIM, dtype=dtype)),
         "soft_capped": SoftCapped(linear),
     }[kind]
     for module in (embedding, linear):
         module.requires_grad_(False)
+    if kind == "int8 table":
+        linear.weight = nn.Parameter(quantize_table(linear.weight, "int8"), requires_grad=False)
     return head
 
 
@@ -75,7 +79,7 @@ def loss_and_gradient(function, hidden):
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 4, 5, 10_000])
-@pytest.mark.parametrize("kind", ["linear", "tied", "biased", "nf4", "soft_capped"])
+@pytest.mark.parametrize("kind", ["linear", "tied", "biased", "nf4", "int8 table", "soft_capped"])
 def test_loss_and_gradient_equal_those_of_whole_logits(kind, chunk_tokens):
     head = build_head(kind)
     hidden, labels = hidden_and_labels()
@@ -90,7 +94,7 @@ def test_loss_and_gradient_equal_those_of_whole_logits(kind, chunk_tokens):
     assert not grad[labels == IGNORED].any()
 
 
-@pytest.mark.parametrize("kind", ["linear", "tied", "biased", "nf4", "soft_capped"])
+@pytest.mark.parametrize("kind", ["linear", "tied", "biased", "nf4", "int8 table", "soft_capped"])
 def test_bfloat16_is_as_near_to_the_exact_result_as_whole_logits_are(kind):
     head = build_head(kind, torch.bfloat16)
     hidden, labels = hidden_and_labels((4, 32), torch.bfloat16)

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from qst_tune.recipes import peqa_finetune, qst_finetune
+from qst_tune.recipes import peqa_finetune, qst_evaluate, qst_finetune
 from safetensors.torch import load_file, save_file
 
 from qst_tune.errors import UserError
+from qst_tune.quantization.table import QuantizedTable
 from qst_tune.sharing.inspection import verify_folder
 from qst_tune.training.cli import parse_config
 from qst_tune.transformers import QSTForCausalLM
@@ -105,6 +106,30 @@ def test_transformers_loads_what_was_tuned_though_the_folder_has_moved(
     )
     assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
     verify_folder(tuned, tmp_path / "after")
+
+
+@pytest.mark.parametrize(("family", "form"), [("gemma2", "int8"), ("phi3", "nf4")])
+def test_embedding_and_head_can_be_quantised_from_the_config_to_transformers(
+    family: str, form: str, root: Path, tmp_path: Path
+) -> None:
+    """Tied, scaled and capped; and with a head of its own."""
+    further = ["model.reduction_factor=4", "epochs=3", "max_steps_per_epoch=1"]
+    chosen = f"model.embedding_quantization={form}"
+    out = tmp_path / "out"
+    run(qst_finetune, "auto/qst", *arguments(root, root / family, out, *further, chosen))
+    assert losses(out)[-1] < losses(out)[0]
+    tuned = out / "side_network"
+    model = QSTForCausalLM.from_pretrained(tuned, dtype=torch.float32)
+    assert isinstance(model.get_input_embeddings().weight, QuantizedTable)
+    prompt = torch.tensor([[4, 5, 6]])  # 3 is the padding's
+    generated = model.generate(prompt, max_new_tokens=3, do_sample=False, eos_token_id=None)
+    expected = model(generated[:, :-1], use_cache=False).logits.argmax(-1)[:, -3:]
+    assert torch.equal(generated[:, 3:], expected)
+    given = arguments(root, root / family, out, "model.reduction_factor=4")
+    question = [f"side_network={tuned}", f"text={root / 'train.jsonl'}", "window=24"]
+    message = rf"quantization 'nf4; embedding {form}' there, 'nf4' here"
+    with pytest.raises(UserError, match=message):
+        run(qst_evaluate, "auto/qst", *given, *question)
 
 
 def test_peqa_takes_a_folder_too(root: Path, tmp_path: Path) -> None:

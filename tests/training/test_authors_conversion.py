@@ -12,8 +12,8 @@ from torchtune.models.qwen2 import qwen2
 
 from qst_tune.errors import UserError
 from qst_tune.models import qst_builder
+from qst_tune.models.hf.weights import Weights
 from qst_tune.training.authors_checkpoint import (
-    Weights,
     read_authors_folder,
     side_to_authors,
     write_authors_folder,

@@ -7,8 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torchao.dtypes.nf4tensor import NF4Tensor
+from torchtune import training
 
 from qst_tune.models import peqa_from_hf, qst_from_hf
+from qst_tune.quantization.table import QuantizedTable
 from qst_tune.training import backbone_cache as module
 from qst_tune.training.backbone_cache import BackboneCache, backbone_cache
 from qst_tune.training.backbone_loading import load_backbone
@@ -20,6 +22,11 @@ MODELS = {
     "nf4": (qst_from_hf, {"reduction_factor": 4}),
     "fp4": (qst_from_hf, {"reduction_factor": 4, "base_quantization": "fp4"}),
     "int8": (qst_from_hf, {"reduction_factor": 4, "base_quantization": "int8"}),
+    "int8 embedding": (qst_from_hf, {"reduction_factor": 4, "embedding_quantization": "int8"}),
+    "nf4 embedding": (
+        qst_from_hf,
+        {"reduction_factor": 4, "base_quantization": "none", "embedding_quantization": "nf4"},
+    ),
     "peqa": (peqa_from_hf, {"bits": 3, "group_size": 32}),
 }
 
@@ -32,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
 
 def build(folder: Path, kind: str = "nf4", dtype=torch.float32):
     builder, arguments = MODELS[kind]
-    with torch.device("meta"):
+    with training.set_default_dtype(dtype), torch.device("meta"):
         model = builder(str(folder), **arguments)
     checkpointer = HFCheckpointer(str(folder), cache_dir=str(folder.parent / "cache"))
     return model, checkpointer, backbone_cache(checkpointer, model, dtype)
@@ -45,13 +52,15 @@ def loaded(folder: Path, kind: str = "nf4", dtype=torch.float32):
 
 
 def contents(model) -> dict[str, torch.Tensor]:
-    """All tensors of a backbone, NF4 ones decoded by torchao, with whether they train."""
+    """All tensors of a backbone, quantised ones decoded."""
     named = [*model.named_parameters(), *model.named_buffers()]
-    return {
-        name: t.get_original_weight() if isinstance(t, NF4Tensor) else t
-        for name, t in named
-        if not name.startswith("side.")
-    }
+    return {name: decoded(t) for name, t in named if not name.startswith("side.")}
+
+
+def decoded(tensor: torch.Tensor) -> torch.Tensor:
+    if isinstance(tensor, QuantizedTable):
+        return tensor.dense()
+    return tensor.get_original_weight() if isinstance(tensor, NF4Tensor) else tensor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -19,6 +19,7 @@ from qst_tune.errors import UserError
 from qst_tune.models import peqa_decoder, qst_decoder
 from qst_tune.modules.peqa_linear import PEQALinear
 from qst_tune.quantization.nf4 import quantize_nf4
+from qst_tune.quantization.table import quantize_table
 from qst_tune.training.backbone_loading import load_backbone
 from tests.checkpoints import SIZES, random_weights, write_checkpoint
 
@@ -144,6 +145,33 @@ def test_weights_can_be_stored_as_fp4(tmp_path: Path) -> None:
     dense = in_torchtune_names(weights)["layers.1.mlp.w3.weight"]
     expected = quantize_nf4(dense, "fp4").get_original_weight()
     torch.testing.assert_close(weight.get_original_weight(), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", ["int8", "nf4"])
+def test_embedding_and_head_are_rounded_as_their_shards_come(
+    form: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """int8 from the file's own precision, NF4 in the run's, like the linears."""
+    weights = random_weights()
+    weights["lm_head.weight"] = torch.randn_like(weights["model.embed_tokens.weight"])
+    files = write_checkpoint(tmp_path / "model", weights, num_shards=3)
+    with training.set_default_dtype(dtype), torch.device("meta"):
+        backbone = llama3_2(**SIZES, tie_word_embeddings=False)
+        model = qst_decoder(backbone, reduction_factor=4, embedding_quantization=form)
+    fingerprint = load_backbone(
+        model, checkpointer(tmp_path / "model", files), dtype=dtype, device=CPU
+    )
+    for name, source in (("tok_embeddings", "model.embed_tokens"), ("output", "lm_head")):
+        expected = quantize_table(weights[f"{source}.weight"], form, dtype=dtype)
+        actual = model.get_parameter(f"{name}.weight")
+        assert torch.equal(actual.codes, expected.codes)
+        assert torch.equal(actual.row_scale, expected.row_scale)
+        assert (actual.dtype, actual.requires_grad) == (dtype, False)
+    with torch.device("meta"):
+        plain = qst_decoder(llama3_2(**SIZES, tie_word_embeddings=False), reduction_factor=4)
+    reader = checkpointer(tmp_path / "model", files)
+    assert fingerprint == load_backbone(plain, reader, dtype=dtype, device=CPU)
 
 
 @pytest.mark.parametrize("num_shards", [2, 4])

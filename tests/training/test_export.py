@@ -69,7 +69,9 @@ def same_greedy_text(ours, theirs) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("settings", [{}, {"group_size": 32, "bits": 3}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"group_size": 32, "bits": 3}, {"embedding_quantization": "int8"}]
+)
 def test_transformers_reads_a_dense_model_with_our_logits(
     settings, checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from qst_tune.modules.nf4_linear import NF4Linear
+from qst_tune.quantization.table import quantize_table
 from qst_tune.training.memory import (
     count_saved_activations,
     optimizer_bytes,
@@ -32,6 +33,12 @@ def test_nf4_weight_counts_its_codes_scales_and_levels() -> None:
     codes, scalers = 64 * 128 // 2, num_blocks
     levels, mean = 16 * 2, 2
     assert parameter_bytes(linear) == codes + scalers + num_scaler_blocks * 2 + mean + levels
+
+
+def test_a_quantised_embedding_counts_its_codes_and_a_scale_a_row() -> None:
+    embedding = nn.Embedding(10, 64)
+    embedding.weight = nn.Parameter(quantize_table(embedding.weight, "int8"), requires_grad=False)
+    assert parameter_bytes(embedding) == 10 * 64 + 10 * 4
 
 
 def test_optimizer_state_is_two_moments_and_a_step() -> None:

@@ -26,10 +26,13 @@ def checkpointer(folder: Path, backbone: Path, **settings: object) -> TunedCheck
 
 
 @torch.no_grad()
-def test_a_model_that_loads_it_as_stock_recipes_do_is_the_tuned_one(tmp_path: Path) -> None:
-    folder, expected = side_network_folder(tmp_path)
+@pytest.mark.parametrize("settings", [{}, {"embedding_quantization": "int8"}])
+def test_a_model_that_loads_it_as_stock_recipes_do_is_the_tuned_one(
+    settings: dict[str, str], tmp_path: Path
+) -> None:
+    folder, expected = side_network_folder(tmp_path, **settings)
     state = checkpointer(folder, tmp_path / "model").load_checkpoint()[training.MODEL_KEY]
-    model = qst_llama3_2(**SIZES, reduction_factor=4, rank=4)
+    model = qst_llama3_2(**SIZES, reduction_factor=4, rank=4, **settings)
     model.load_state_dict(state)  # strict: with every weight of both
     training.validate_expected_param_dtype(model.named_parameters(), dtype=torch.float32)
     model.eval()

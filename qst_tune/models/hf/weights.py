@@ -1,7 +1,7 @@
 """Weights under Hugging Face's names and under torchtune's."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -56,7 +56,7 @@ class WeightConversion:
     head_dim: int
     turns_neighbours: bool
     tied: bool
-    modules: dict[str, str] = field(default_factory=lambda: LLAMA_MODULES)
+    modules: dict[str, str]
 
     def __call__(self, weights: Weights) -> Weights:
         """Convert any subset of a model's weights.

@@ -6,7 +6,7 @@ from torchtune.models.convert_weights import hf_to_tune
 from torchtune.models.phi3._convert_weights import phi3_hf_to_tune
 
 from qst_tune.errors import UserError
-from qst_tune.models.hf.weights import GEMMA2_MODULES, WeightConversion
+from qst_tune.models.hf.weights import GEMMA2_MODULES, LLAMA_MODULES, WeightConversion
 from tests.checkpoints import SIZES, random_weights
 
 HEADS, KV_HEADS, WIDTH = 4, 2, 64
@@ -14,7 +14,8 @@ HEADS, KV_HEADS, WIDTH = 4, 2, 64
 
 def conversion(**changes) -> WeightConversion:
     settings = {"turns_neighbours": True, "tied": False, **changes}
-    return WeightConversion(num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=16, **settings)
+    sizes = {"num_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim": 16}
+    return WeightConversion(**{**sizes, "modules": LLAMA_MODULES, **settings})
 
 
 def assert_same(actual, expected) -> None:

@@ -1,0 +1,71 @@
+"""How the embedding and the LM head of a frozen backbone are stored."""
+
+from collections.abc import Iterator
+from typing import Literal, get_args
+
+from torch import nn
+from torchtune.modules import TransformerDecoder
+
+from qst_tune.modules.base_quantization import quantization_of
+from qst_tune.quantization.table import QuantizedTable, quantize_table
+
+EmbeddingQuantization = Literal["none", "int8", "nf4"]
+
+
+def quantize_embedding(
+    decoder: TransformerDecoder, embedding_quantization: EmbeddingQuantization = "none"
+) -> None:
+    """Store, in place, the embedding and the LM head as codes; a head that is tied stays so.
+
+    The modules stay the ones they are, and with them a scale of Gemma's embedding, positions or a
+    soft cap: only their weight becomes a :class:`~qst_tune.quantization.table.QuantizedTable`.
+
+    Args:
+        decoder (TransformerDecoder): on the meta device or with weights.
+        embedding_quantization (EmbeddingQuantization): "int8" (a scale a token), "nf4" (a scale for
+            64 channels of a token), or "none", which changes nothing.
+
+    Raises:
+        ValueError: if the format is unknown or cannot hold a weight of this width, or the decoder's
+            embedding is not an ``nn.Embedding``.
+    """
+    if embedding_quantization == "none":
+        return
+    if embedding_quantization not in get_args(EmbeddingQuantization):
+        known = ", ".join(get_args(EmbeddingQuantization))
+        raise ValueError(
+            f"embedding_quantization={embedding_quantization!r} is unknown; choose one of {known}"
+        )
+    for owner in _owners(decoder):
+        table = quantize_table(owner.weight, embedding_quantization)
+        owner.weight = nn.Parameter(table, requires_grad=False)
+
+
+def _owners(decoder: TransformerDecoder) -> Iterator[nn.Embedding | nn.Linear]:
+    """The modules with a weight that has a row for each token."""
+    embedding = decoder.tok_embeddings
+    if not isinstance(embedding, nn.Embedding):
+        raise ValueError(
+            f"embedding_quantization takes an nn.Embedding, not {type(embedding).__name__}"
+        )
+    yield embedding
+    # A tied head is none of its own: it reads the embedding's weight at each call.
+    head = decoder.output.modules() if isinstance(decoder.output, nn.Module) else ()
+    for module in head:
+        if isinstance(module, nn.Linear) and module.out_features == embedding.num_embeddings:
+            yield module
+
+
+def quantization_of_backbone(decoder: TransformerDecoder) -> str:
+    """Name how a backbone is stored: what a side network or scales that were tuned on it need.
+
+    Args:
+        decoder (TransformerDecoder): may be on the meta device.
+
+    Returns:
+        str: as :func:`~qst_tune.modules.base_quantization.quantization_of` of its layers, with
+            "; embedding int8" or "; embedding nf4" behind it if that is quantised too.
+    """
+    layers = quantization_of(decoder.layers)
+    weight = decoder.tok_embeddings.weight
+    return f"{layers}; embedding {weight.form}" if isinstance(weight, QuantizedTable) else layers

@@ -1,0 +1,124 @@
+"""Where a quantised table is put, and that the decoder computes with it what it did before."""
+
+import pytest
+import torch
+from torch import nn
+from torchtune.modules import TiedLinear
+
+from qst_tune.models import backbone_from_hf, peqa_decoder, qst_decoder
+from qst_tune.modules import LinearCrossEntropyLoss
+from qst_tune.modules.embedding_quantization import quantization_of_backbone, quantize_embedding
+from qst_tune.modules.soft_capped_head import SoftCappedHead
+from qst_tune.quantization.table import QuantizedTable
+from tests.helpers import random_tokens, tiny_backbone
+from tests.hf_models import save_hf_model
+
+FORMS = ("int8", "nf4")
+# Untied, tied, a scaled embedding, a soft-capped head, positions, narrower than the model.
+CASES = ["llama", "llama tied llama3", "gemma", "gemma2", "opt", "opt post-norm narrow"]
+
+
+def tables(decoder) -> dict[str, QuantizedTable]:
+    named = decoder.named_parameters()
+    return {name: p for name, p in named if isinstance(p, QuantizedTable)}
+
+
+def dense_twin(decoder, build):
+    """The same decoder with the values that the codes stand for, as plain weights."""
+    twin = build()
+    state = {
+        name: value.dense() if isinstance(value, QuantizedTable) else value
+        for name, value in decoder.state_dict().items()
+    }
+    twin.load_state_dict(state)
+    return twin
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("case", CASES)
+def test_every_kind_of_head_computes_with_the_decoded_table(case, form, tmp_path):
+    save_hf_model(tmp_path, case)
+
+    def build():
+        return backbone_from_hf(str(tmp_path)).requires_grad_(False).eval()
+
+    decoder = build()
+    before = {name: p.detach().clone() for name, p in decoder.named_parameters()}
+    quantize_embedding(decoder, form)
+    tied = {"tok_embeddings.weight"}
+    assert tables(decoder).keys() == (tied if case != "llama" else {*tied, "output.weight"})
+    assert {n: p.shape for n, p in decoder.named_parameters()} == {
+        n: p.shape for n, p in before.items()
+    }
+    twin = dense_twin(decoder, build)
+    tokens = random_tokens(vocab_size=307)
+    logits, expected = decoder(tokens), twin(tokens)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert expected.std() > 0.1
+
+
+def test_a_tied_head_reads_the_same_table_and_a_soft_cap_stays(tmp_path):
+    decoder = tiny_backbone(tied=True)
+    quantize_embedding(decoder, "int8")
+    assert isinstance(decoder.output, TiedLinear)
+    assert decoder.output.tied_module.weight is decoder.tok_embeddings.weight
+    save_hf_model(tmp_path, "gemma2")
+    capped = backbone_from_hf(str(tmp_path))
+    quantize_embedding(capped, "int8")
+    assert isinstance(capped.output, SoftCappedHead)
+    assert capped(random_tokens(vocab_size=307)).abs().max() <= capped.output.cap
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_side_network_gets_the_gradient_of_the_dense_model(form, tied):
+    """Through the chunked loss, to every parameter that trains."""
+
+    def build(**settings):
+        torch.manual_seed(0)
+        backbone = tiny_backbone(tied=tied)
+        return qst_decoder(backbone, reduction_factor=4, base_quantization="none", **settings)
+
+    model = build(embedding_quantization=form)
+    twin = dense_twin(model, build)
+    tokens = random_tokens()
+    gradients = []
+    for each in (model, twin):
+        nn.init.constant_(each.side.upsample.weight, 0.01)  # zero at first, which hides the rest
+        loss = LinearCrossEntropyLoss(chunk_tokens=4)
+        loss.set_model_output(each)
+        loss(each(tokens[:, :-1]), tokens[:, 1:]).backward()
+        gradients.append([p.grad for p in each.side.parameters()])
+    for actual, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+    assert all(p.grad is None for p in tables(model).values())
+
+
+def test_the_name_of_a_backbone_tells_how_all_of_it_is_stored():
+    def name(**settings):
+        return quantization_of_backbone(
+            qst_decoder(tiny_backbone(), reduction_factor=4, **settings)
+        )
+
+    assert name() == "nf4"
+    assert name(embedding_quantization="int8") == "nf4; embedding int8"
+    assert name(base_quantization="none", embedding_quantization="nf4") == "none; embedding nf4"
+    peqa = peqa_decoder(tiny_backbone(), bits=3, embedding_quantization="int8")
+    assert quantization_of_backbone(peqa) == "int3, per channel, rtn; embedding int8"
+
+
+def test_peqa_trains_the_scales_and_not_those_of_the_table():
+    model = peqa_decoder(tiny_backbone(), embedding_quantization="int8")
+    plain = peqa_decoder(tiny_backbone())
+    assert model.task().keys() == plain.task().keys()
+    model(random_tokens()).logsumexp(-1).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.task().values())
+
+
+def test_an_unknown_format_or_embedding_is_refused():
+    with pytest.raises(ValueError, match="='int4' is unknown; choose one of none, int8, nf4"):
+        quantize_embedding(tiny_backbone(), "int4")
+    backbone = tiny_backbone()
+    backbone.tok_embeddings = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"takes an nn\.Embedding, not Linear"):
+        quantize_embedding(backbone, "int8")
