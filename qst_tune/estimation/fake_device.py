@@ -18,11 +18,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torchao.dtypes.nf4tensor import NF4Tensor
 
 from qst_tune.modules import peqa_linear
 from qst_tune.modules.nf4_linear import NF4Linear
 from qst_tune.quantization.nf4 import QuantType
-from qst_tune.quantization.table import quantize_table
+from qst_tune.quantization.table import WEIGHTS_AT_ONCE, quantize_table
 
 DeviceType = Literal["cpu", "cuda"]
 Attention = Literal["fused", "plain"]
@@ -55,8 +56,8 @@ def allocate_fake(module: nn.Module, device: DeviceType) -> None:
 
     Args:
         module (nn.Module): built on the meta device.
-        device (DeviceType): quantised weights say that they are there, so that the code that
-            decodes them chooses as it will on that device.
+        device (DeviceType): NF4 weights say that they are there, so that the code that decodes them
+            chooses as it will on that device.
     """
     # By identity, so that a tied weight stays one; with the tensor, so that no id is used again.
     fakes: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -76,7 +77,9 @@ def allocate_fake(module: nn.Module, device: DeviceType) -> None:
 def _fake(tensor: torch.Tensor, device: DeviceType) -> torch.Tensor:
     if is_traceable_wrapper_subclass(tensor):
         names, context = tensor.__tensor_flatten__()
-        context = _context_on(torch.device(device), context)
+        if isinstance(tensor, NF4Tensor):
+            layout = dataclasses.replace(context["tensor_meta"], device=torch.device(device))
+            context = {**context, "tensor_meta": layout}
         parts = {name: _fake(getattr(tensor, name), device) for name in names}
         weight = tensor.__tensor_unflatten__(parts, context, tensor.shape, tensor.stride())
         return nn.Parameter(weight, requires_grad=False)
@@ -84,14 +87,6 @@ def _fake(tensor: torch.Tensor, device: DeviceType) -> torch.Tensor:
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(fake, requires_grad=tensor.requires_grad)
     return fake
-
-
-def _context_on(device: torch.device, context: dict[str, Any]) -> dict[str, Any]:
-    """What makes a quantised weight of its parts, on another device."""
-    layout = context.get("tensor_meta")  # torchao's
-    if layout is None:
-        return {**context, "device": device}
-    return {**context, "tensor_meta": dataclasses.replace(layout, device=device)}
 
 
 @contextmanager
@@ -122,6 +117,7 @@ def device_kernels(device: DeviceType, attention: Attention = "fused") -> Iterat
             stack.enter_context(patch.object(peqa_linear, "scale_columns_", torch.Tensor.mul_))
         for name, function in instead.items():
             stack.enter_context(patch.object(F, name, function))
+        stack.enter_context(patch.dict(WEIGHTS_AT_ONCE, cpu=WEIGHTS_AT_ONCE[device]))
         stack.enter_context(UnknownValues())
         yield
 

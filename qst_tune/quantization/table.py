@@ -18,8 +18,7 @@ TableFormat = Literal["int8", "nf4"]
 
 # Weights decoded at once: small enough for a CPU's caches (measured: no slower than the dense
 # product by more than a fifth), and on a GPU large enough that few kernels are started.
-_AT_ONCE_ON_CPU = 2**22
-_AT_ONCE_ELSEWHERE = 2**24
+WEIGHTS_AT_ONCE = {"cpu": 2**22, "cuda": 2**24}
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 _aten = torch.ops.aten
@@ -96,7 +95,6 @@ class QuantizedTable(torch.Tensor):
         row_scale (torch.Tensor): ``[V, G]``.
         form (TableFormat): "int8" or "nf4".
         dtype (torch.dtype): that it stands for, as ``dtype`` says and rows are decoded to.
-        device (torch.device | None): where it says it is; None: where its codes are.
     """
 
     codes: torch.Tensor
@@ -110,12 +108,11 @@ class QuantizedTable(torch.Tensor):
         row_scale: torch.Tensor,
         form: TableFormat,
         dtype: torch.dtype,
-        device: torch.device | None = None,
     ) -> "QuantizedTable":
         """Make the tensor without memory of its own."""
         shape = (len(codes), codes.shape[1] * _FORMATS[form].codes_per_byte)
         table: QuantizedTable = torch.Tensor._make_wrapper_subclass(
-            cls, shape, dtype=dtype, device=device or codes.device, requires_grad=False
+            cls, shape, dtype=dtype, device=codes.device, requires_grad=False
         )
         table.codes, table.row_scale, table.form = codes, row_scale, form
         return table
@@ -182,7 +179,7 @@ class QuantizedTable(torch.Tensor):
         return weight
 
     def _parts(self) -> Iterator[slice]:
-        at_once = _AT_ONCE_ON_CPU if self.device.type == "cpu" else _AT_ONCE_ELSEWHERE
+        at_once = WEIGHTS_AT_ONCE.get(self.device.type, WEIGHTS_AT_ONCE["cuda"])
         return row_parts(len(self), self.shape[1], weights_at_once=at_once)
 
     def _factors(self, rows: slice, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -195,17 +192,14 @@ class QuantizedTable(torch.Tensor):
     def _scaled(self, codes: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         levels = _FORMATS[self.form].decode(codes, self.dtype)  # exact in int8, torchao's in NF4
         groups = levels.unflatten(-1, (scale.shape[-1], -1)) * scale.unsqueeze(-1)
-        return groups.flatten(-2).to(dtype)
+        scaled: torch.Tensor = groups.flatten(-2).to(dtype)
+        return scaled
 
     # What torch asks of a tensor that is made of others.
 
     def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
         """Return the names of the plain tensors, and what else makes a table of them."""
-        return ["codes", "row_scale"], {
-            "form": self.form,
-            "dtype": self.dtype,
-            "device": self.device,
-        }
+        return ["codes", "row_scale"], {"form": self.form, "dtype": self.dtype}
 
     @classmethod
     def __tensor_unflatten__(
@@ -214,7 +208,7 @@ class QuantizedTable(torch.Tensor):
         """Make a table of what :meth:`__tensor_flatten__` gave."""
         return cls(parts["codes"], parts["row_scale"], **context)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]  # torch's own argument is for its own use
         """Say what it is; its values would have to be decoded."""
         return f"QuantizedTable({self.form}, {tuple(self.shape)}, {self.dtype}, {self.device})"
 
@@ -246,7 +240,7 @@ class QuantizedTable(torch.Tensor):
         )
 
     def _like(self, codes: torch.Tensor, row_scale: torch.Tensor) -> "QuantizedTable":
-        return QuantizedTable(codes, row_scale, self.form, self.dtype, self.device)
+        return QuantizedTable(codes, row_scale, self.form, self.dtype)
 
     def _moved(self, device: torch.device | None, dtype: torch.dtype | None) -> "QuantizedTable":
         dtype = dtype or self.dtype

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from qst_tune.estimation.fake_device import allocate_fake, device_kernels, fake_tensors
 from qst_tune.estimation.tracker import StorageTracker
-from qst_tune.models import qst_decoder
-from tests.helpers import tiny_backbone
+from qst_tune.quantization.table import quantize_table
 
 SHAPE = (2, 8, 64)
 TOKENS, BYTES = 16, 2 * 8 * 64 * 4
@@ -41,16 +41,20 @@ def test_a_weight_of_another_dtype_is_not_fused():
     assert saved > BYTES // 2 + 2 * TOKENS
 
 
-def test_a_quantised_embedding_says_that_it_is_on_the_device():
-    """By which it chooses how many rows to decode at once; its parts are fake ones on the CPU."""
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_quantised_head_decodes_as_many_rows_at_once_as_it_will_on_the_device(device):
+    """By the largest dense part of a head of 80 thousand rows: 2^22, or all 5 million weights."""
     with torch.device("meta"):
-        model = qst_decoder(
-            tiny_backbone(tied=True), reduction_factor=4, embedding_quantization="int8"
-        )
+        table = quantize_table(torch.empty(80_000, 64), "int8")
+    head = nn.Linear(64, 80_000, bias=False, device="meta")
+    head.weight = nn.Parameter(table, requires_grad=False)
     with fake_tensors(torch.float32):
-        allocate_fake(model, "cuda")
-        table = model.tok_embeddings.weight
-        assert table.device.type == "cuda"
-        assert table.codes.device.type == "cpu"
-        assert F.embedding(torch.tensor([[1, 2]]), table).shape == (1, 2, 96)
-    assert model.output.tied_module.weight is table
+        allocate_fake(head, device)
+        with device_kernels(device), StorageTracker() as tracker:
+            tracker.register(head.weight, "frozen weights")
+            tracker.enter("forward")
+            head(torch.ones(1, 64))
+    at_once = {"cpu": 2**22, "cuda": 80_000 * 64}[device]
+    logits = 80_000 * 4
+    memory = tracker.peak()
+    assert 4 * at_once < memory.num_bytes - memory.start_bytes < 4 * at_once + 4 * logits

@@ -113,7 +113,7 @@ def test_an_embedding_looks_up_the_dense_rows(form, dtype):
 @pytest.fixture
 def small_parts(monkeypatch):
     """Parts of 10 rows of 96, and a last one of 1."""
-    monkeypatch.setattr(module, "_AT_ONCE_ON_CPU", 10 * DIM)
+    monkeypatch.setitem(module.WEIGHTS_AT_ONCE, "cpu", 10 * DIM)
 
 
 @pytest.mark.usefixtures("small_parts")
