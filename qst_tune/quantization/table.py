@@ -142,9 +142,7 @@ class QuantizedTable(torch.Tensor):
         """
         y = x.new_empty(*x.shape[:-1], len(self))
         for rows in self._parts():
-            weight, scale = self._factors(rows, x.dtype)
-            product = F.linear(x, weight)
-            y[..., rows] = product if scale is None else _wide(product) * scale
+            y[..., rows] = self._scores_of(rows, x)
         return y
 
     def mixture(self, shares: torch.Tensor) -> torch.Tensor:
@@ -158,9 +156,7 @@ class QuantizedTable(torch.Tensor):
         """
         total = _wide(shares.new_zeros(*shares.shape[:-1], self.shape[1]))
         for rows in self._parts():
-            weight, scale = self._factors(rows, shares.dtype)
-            part = shares[..., rows]
-            total += (part if scale is None else (_wide(part) * scale).to(part.dtype)) @ weight
+            total += self._mixture_of(rows, shares[..., rows])
         return total.to(shares.dtype)
 
     def dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -177,6 +173,19 @@ class QuantizedTable(torch.Tensor):
         for rows in self._parts():
             weight[rows] = self._scaled(self.codes[rows], self.row_scale[rows], dtype)
         return weight
+
+    # Functions of their own, so that one part's dense weight is gone before the next one's is made.
+
+    def _scores_of(self, rows: slice, x: torch.Tensor) -> torch.Tensor:
+        weight, scale = self._factors(rows, x.dtype)
+        product = F.linear(x, weight)
+        return product if scale is None else _wide(product) * scale
+
+    def _mixture_of(self, rows: slice, shares: torch.Tensor) -> torch.Tensor:
+        weight, scale = self._factors(rows, shares.dtype)
+        if scale is not None:
+            shares = (_wide(shares) * scale).to(shares.dtype)
+        return shares @ weight
 
     def _parts(self) -> Iterator[slice]:
         at_once = WEIGHTS_AT_ONCE.get(self.device.type, WEIGHTS_AT_ONCE["cuda"])
