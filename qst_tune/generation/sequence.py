@@ -63,8 +63,9 @@ class CachedSequence:
             head_input_BTD = self.model(
                 torch.tensor([new], device=device), mask=mask_TL[None], input_pos=positions[None]
             )
-        logits: torch.Tensor = self.model.output(head_input_BTD[:, -1:]).float()
-        return logits[0, 0]
+        # Not [:, -1:]: with its strides torch copies the head's whole weight on a CPU.
+        logits: torch.Tensor = self.model.output(head_input_BTD[:, -1]).float()
+        return logits[0]
 
 
 def _common_length(first: Sequence[int], second: Sequence[int]) -> int:

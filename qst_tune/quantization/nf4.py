@@ -7,6 +7,7 @@ bit for bit, and the 16 levels of FP4, which QLoRA and QST compare NF4 with.
 """
 
 import math
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Literal
 
@@ -18,7 +19,9 @@ SCALER_BLOCK_SIZE = 256
 
 QuantType = Literal["nf4", "fp4"]
 
-_BYTES_AT_ONCE = 2**24  # 64 MiB of indices
+# Weights decoded at once. glibc asks the system for each block of 32 MiB or more and gives it back
+# page by page, which takes as long as the decoding itself.
+_AT_ONCE = 2**22
 # bitsandbytes' FP4 (1 bit sign, 2 exponent, 1 mantissa) in the order of its codes.
 _FP4_LEVELS = [sign * size / 12 for sign in (1, -1) for size in (0, 0.0625, 8, 12, 4, 6, 2, 3)]
 
@@ -87,19 +90,53 @@ def dequantize_nf4(weight: NF4Tensor) -> torch.Tensor:
     Returns:
         torch.Tensor: ``[out_dim, in_dim]`` in ``weight.dtype``.
     """
-    absmax = weight.dequantize_scalers(
+    decoded = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    _decode(weight.quantized_data, _absmax(weight), weight, out=decoded)
+    return decoded
+
+
+def decoded_rows(weight: NF4Tensor) -> Iterator[torch.Tensor]:
+    """Decode an NF4 weight some rows at a time, to the bits of :func:`dequantize_nf4`.
+
+    Args:
+        weight (NF4Tensor): ``[out_dim, in_dim]``.
+
+    Yields:
+        torch.Tensor: the next rows, ``[R, in_dim]`` in ``weight.dtype``; all of them at once where
+        blocks do not end with a row.
+    """
+    out_dim, in_dim = weight.shape
+    rows = max(1, _AT_ONCE // in_dim)
+    if rows >= out_dim or in_dim % weight.block_size:
+        yield dequantize_nf4(weight)
+        return
+    codes, absmax = weight.quantized_data.view(out_dim, -1), _absmax(weight).view(out_dim, -1)
+    for start in range(0, out_dim, rows):
+        part = slice(start, min(start + rows, out_dim))
+        decoded = torch.empty(part.stop - start, in_dim, dtype=weight.dtype, device=weight.device)
+        _decode(codes[part].flatten(), absmax[part].flatten(), weight, out=decoded)
+        yield decoded
+
+
+def _absmax(weight: NF4Tensor) -> torch.Tensor:
+    """The largest absolute value of each block, decoded from 8 bits."""
+    absmax: torch.Tensor = weight.dequantize_scalers(
         weight.quantized_scalers, weight.quantization_factor, weight.scaler_block_size
     )
+    return absmax
+
+
+def _decode(
+    codes: torch.Tensor, absmax: torch.Tensor, weight: NF4Tensor, *, out: torch.Tensor
+) -> None:
+    """Decode a part of a weight, whole blocks of it, into ``out``."""
     table = _byte_to_pair(weight.nf4)
-    codes = weight.quantized_data
-    pairs = torch.empty(codes.numel(), dtype=table.dtype, device=codes.device)
-    for start in range(0, codes.numel(), _BYTES_AT_ONCE):
-        part = slice(start, start + _BYTES_AT_ONCE)
+    pairs = out.view(-1).view(table.dtype)
+    for start in range(0, codes.numel(), _AT_ONCE // 2):
+        part = slice(start, start + _AT_ONCE // 2)
         # Whole pairs, seen as one integer each: the fastest gather on a CPU.
         torch.index_select(table, 0, codes[part].int(), out=pairs[part])
-    decoded = pairs.view(weight.dtype).view(-1, weight.block_size)
-    scaled: torch.Tensor = decoded.mul_(absmax.unsqueeze(-1)).view(weight.shape)
-    return scaled
+    out.view(-1, weight.block_size).mul_(absmax.unsqueeze(-1))
 
 
 def decode_levels(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -175,11 +175,10 @@ class QSTForCausalLM(PreTrainedModel, GenerationMixin):
             past_key_values = DynamicCache(config=self.config)
         start = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
         self._check_length(start + input_ids.shape[1])
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         head_input = self._head_input(
             input_ids, attention_mask, position_ids, past_key_values, start=start
         )
-        logits = self.model.output(head_input[:, kept]).float()
+        logits = self.model.output(_tokens_of(head_input, logits_to_keep)).float()
         return CausalLMOutputWithPast(
             loss=None if labels is None else self._loss(logits, labels, num_items_in_batch),
             logits=logits,
@@ -234,6 +233,19 @@ class QSTForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"{length} tokens are more than the model's max_seq_len {self.model.max_seq_len}"
             )
+
+
+def _tokens_of(head_input_BTD: torch.Tensor, wanted: int | torch.Tensor) -> torch.Tensor:
+    """The last so many tokens, or these; 0: all.
+
+    As a copy, not as a view: through a view of the last of 128 tokens, 8 rows of a head of 49,152 x
+    576 take 1.0 s instead of 11 ms on one core, since torch copies the weight for each row.
+    """
+    if isinstance(wanted, int):
+        if wanted == 0:
+            return head_input_BTD
+        wanted = torch.arange(head_input_BTD.shape[1], device=head_input_BTD.device)[-wanted:]
+    return head_input_BTD[:, wanted]
 
 
 class _CacheLayer:

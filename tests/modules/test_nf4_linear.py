@@ -40,6 +40,20 @@ def test_output_and_input_gradient_equal_the_dense_layer_of_the_decoded_weight(
     torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("num_tokens", [1, 64, 65])
+@pytest.mark.parametrize("has_bias", [True, False])
+@torch.no_grad()
+def test_few_tokens_through_a_weight_in_parts_give_the_same(num_tokens, has_bias, monkeypatch):
+    monkeypatch.setattr("qst_tune.quantization.nf4._AT_ONCE", 1000)
+    layer = NF4Linear(torch.randn(192, 576), torch.randn(192) if has_bias else None)
+    x, shapes = torch.randn(1, num_tokens, 576), []
+    expected = F.linear(x, layer.weight.get_original_weight(), layer.bias)
+    linear = F.linear
+    monkeypatch.setattr(F, "linear", lambda x, w, *b: shapes.append(len(w)) or linear(x, w, *b))
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-4)  # sums of 576
+    assert shapes == ([1] * 192 if num_tokens <= 64 else [192])
+
+
 def test_another_dtype_of_the_input_decides_the_output():
     weight = torch.randn(64, 64, dtype=torch.bfloat16)
     x = torch.randn(3, 64, requires_grad=True)

@@ -6,7 +6,12 @@ import pytest
 import torch
 from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 
-from qst_tune.quantization.nf4 import dequantize_nf4, nf4_block_sizes, quantize_nf4
+from qst_tune.quantization.nf4 import (
+    decoded_rows,
+    dequantize_nf4,
+    nf4_block_sizes,
+    quantize_nf4,
+)
 
 INNER = ("quantized_scalers", "quantization_factor", "scaler_mean", "quantized_data", "nf4")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -88,6 +93,22 @@ def test_quantising_leaves_the_weight_and_the_graph_alone():
 def test_a_transposed_weight_is_quantised_in_its_own_order(dtype):
     weight = torch.randn(96, 64).to(dtype)
     assert_same_nf4(quantize_nf4(weight.T), quantize_nf4(weight.T.contiguous()))
+
+
+@pytest.mark.parametrize("at_once", [2, 200, 640, 10**6])
+@pytest.mark.parametrize("shape", [(10, 128), (9, 64), (6, 96), (5, 50)])
+def test_decoding_in_parts_gives_the_same(shape, at_once, monkeypatch):
+    """Also where a part ends within a row, or a block does not end with one."""
+    quantized = quantize_nf4(torch.randn(shape, dtype=torch.bfloat16))
+    whole = dequantize_nf4(quantized)
+    monkeypatch.setattr("qst_tune.quantization.nf4._AT_ONCE", at_once)
+    assert torch.equal(dequantize_nf4(quantized), whole)
+    rows = list(decoded_rows(quantized))
+    assert torch.equal(torch.cat(rows), whole)
+    if shape == (10, 128):
+        assert [len(part) for part in rows] == {2: [1] * 10, 200: [1] * 10, 640: [5, 5]}.get(
+            at_once, [10]
+        )
 
 
 def test_decoding_twice_gives_the_same_and_changes_nothing():

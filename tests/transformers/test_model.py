@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from qst_tune.errors import UserError
+from qst_tune.generation.sequence import CachedSequence
 from qst_tune.modules.qst_decoder import QSTDecoder
 from qst_tune.transformers import QSTConfig, QSTForCausalLM
 from tests.checkpoints import random_weights, write_model_folder
@@ -111,6 +112,18 @@ def test_only_asked_for_logits_are_computed(model, tokens):
     places = torch.tensor([1, 5])
     kept = model(tokens, logits_to_keep=places).logits
     torch.testing.assert_close(kept, expected[:, places], **CLOSE)
+
+
+@torch.no_grad()
+def test_the_head_never_gets_a_view_of_a_longer_row(model, tokens, monkeypatch):
+    """torch copies the head's whole weight for each row of one."""
+    given, head = [], model.model.output
+    monkeypatch.setattr(model.model, "output", lambda x: given.append(x) or head(x))
+    model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=2, pad_token_id=0)
+    CachedSequence(model.model).next_logits(tokens[0].tolist())
+    width = model.config.hidden_size
+    assert [x.shape for x in given] == [(2, 1, width), (2, 1, width), (1, width)]
+    assert all(x.stride()[:-1] == (width,) * (x.ndim - 1) for x in given[:2])
 
 
 def test_the_loss_is_that_of_the_next_token_and_trains_the_side_network_alone(folder):
