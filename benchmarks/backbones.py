@@ -60,6 +60,10 @@ class Backbone:
 
 BACKBONES = {
     "200m": Backbone(),
+    # Llama 3.2 1B with another vocabulary.
+    "1b": Backbone(
+        num_layers=16, embed_dim=2048, num_heads=32, num_kv_heads=8, intermediate_dim=8192
+    ),
     "quick": Backbone(num_layers=4),
     "tiny": Backbone(
         num_layers=2,

@@ -9,7 +9,6 @@ where ``make quickstart`` has fetched it, else one with random weights that read
 
 import gc
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -18,11 +17,10 @@ from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 from statistics import mean
-from typing import Any, cast
+from typing import Any
 from unittest import mock
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import training
@@ -37,6 +35,7 @@ from benchmarks.methods import (
     Trainee,
     default_config,
     load_random_backbone,
+    load_smollm2,
     model_arguments,
     qst_trainee,
     recomputes_by_default,
@@ -44,8 +43,6 @@ from benchmarks.methods import (
 from qst_tune.models import qst_decoder, smollm2_135m
 from qst_tune.modules import nf4_linear
 from qst_tune.modules.qst_decoder import QSTDecoder
-from qst_tune.training.backbone_loading import load_backbone
-from qst_tune.training.cli import instantiate
 from qst_tune.training.loss import connect_loss, next_token_loss
 from qst_tune.training.validation import held_out_loss
 
@@ -336,15 +333,9 @@ def pretrained_source(folder: Path, row_tokens: int = 128) -> Source:
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     ids = tokenizer.encode(_text(), add_special_tokens=False).ids
 
-    def load(model: QSTDecoder) -> None:
-        with tempfile.TemporaryDirectory() as unused:  # torchtune would make the folder of a run
-            block = OmegaConf.merge(default_config().checkpointer, {"output_dir": unused})
-            checkpointer = instantiate(cast(DictConfig, block), "checkpointer")
-            load_backbone(model, checkpointer, dtype=DTYPE, device=CPU)
-
     return Source(
         name=f"{folder.name} on Python's documentation, rows of {row_tokens} tokens",
-        build=partial(_build, smollm2_135m, load),
+        build=partial(_build, smollm2_135m, load_smollm2),
         tokens=_rows(ids, row_tokens),
     )
 

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 from unittest import mock
 
@@ -25,8 +26,8 @@ from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
-from benchmarks.backbones import DTYPE, Backbone, dense_backbone
-from qst_tune.models import qst_decoder
+from benchmarks.backbones import BACKBONES, DTYPE, Backbone, dense_backbone
+from qst_tune.models import qst_decoder, smollm2_135m
 from qst_tune.models.qst import VARIANTS
 from qst_tune.modules.qst_decoder import QSTDecoder
 from qst_tune.quantization.nf4 import dequantize_nf4
@@ -36,6 +37,7 @@ from qst_tune.training.loss import connect_loss, next_token_loss
 from qst_tune.training.parameter_groups import parameter_groups
 
 CONFIG = Path(__file__).parent.parent / "configs" / "smollm2" / "135M_qst.yaml"
+SMOLLM2 = "smollm2"
 LORA_RANK = 16
 CPU = torch.device("cpu")
 Batch = dict[str, torch.Tensor]
@@ -72,13 +74,25 @@ class Trainee:
             float: the loss before the step, nats a token.
         """
         loss, num_labels = next_token_loss(self.model, self.loss, batch)
-        (loss * num_labels).backward()
-        training.scale_grads(self.model, 1 / num_labels)
+        return self.descend(loss * num_labels, num_labels)
+
+    def descend(self, loss: torch.Tensor, count: torch.Tensor | int) -> float:
+        """Take the step that a loss asks for.
+
+        Args:
+            loss (torch.Tensor): sum over all labels.
+            count (torch.Tensor | int): number of labels.
+
+        Returns:
+            float: the mean loss.
+        """
+        loss.backward()
+        training.scale_grads(self.model, 1 / count)
         if self.clip_grad_norm is not None:
             torch.nn.utils.clip_grad_norm_(self.trained, self.clip_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return float(loss.detach() / count)
 
 
 def random_batch(backbone: Backbone, batch_size: int, num_tokens: int, seed: int) -> Batch:
@@ -174,6 +188,39 @@ def load_random_backbone(model: QSTDecoder, backbone: Backbone) -> None:
     """
     weights = dense_backbone(backbone).state_dict()
     load_backbone(model, _InMemoryCheckpointer(weights), dtype=DTYPE, device=CPU)
+
+
+def load_smollm2(model: QSTDecoder) -> None:
+    """Fill a model on the meta device with SmolLM2, which the quickstart has fetched.
+
+    Args:
+        model (QSTDecoder): over ``smollm2_135m``; its backbone is filled.
+    """
+    with TemporaryDirectory() as unused:  # torchtune would make the folder of a run
+        block = OmegaConf.merge(default_config().checkpointer, {"output_dir": unused})
+        checkpointer = instantiate(cast(DictConfig, block), "checkpointer")
+        load_backbone(model, checkpointer, dtype=DTYPE, device=CPU)
+
+
+def qst_model(name: str, **changes: Any) -> QSTDecoder:
+    """Build a QST model whose side network is still on the meta device.
+
+    Args:
+        name (str): :data:`SMOLLM2`, or key of :data:`~benchmarks.backbones.BACKBONES`.
+        **changes (Any): keys of the config's model block.
+
+    Returns:
+        QSTDecoder: its backbone has weights.
+    """
+    backbone = BACKBONES.get(name)
+    with training.set_default_dtype(DTYPE), torch.device("meta"):
+        decoder = llama3_2(**backbone.builder_arguments()) if backbone else smollm2_135m()
+        model = qst_decoder(decoder, **{**model_arguments(), **changes})
+    if backbone is None:
+        load_smollm2(model)
+    else:
+        load_random_backbone(model, backbone)
+    return model
 
 
 def qst_trainee(model: QSTDecoder) -> Trainee:

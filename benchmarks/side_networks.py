@@ -8,17 +8,17 @@ so that a busy machine slows all of them alike.
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from itertools import cycle, islice
+from statistics import median
+from timeit import repeat
 from typing import Any
 
 import torch
 
 from benchmarks.backbones import BACKBONES, DTYPE, Backbone, dense_backbone
-from qst_tune.generation.caches import GrowingCache, attached, attentions
+from benchmarks.decoding import Decoding, milliseconds_by_turns
 from qst_tune.models import qst_decoder
 from qst_tune.models.llama import qst_llama3_2
 from qst_tune.modules.qst_decoder import QSTDecoder
@@ -28,46 +28,6 @@ from qst_tune.training.memory import parameter_bytes
 
 COUNTS = (1, 4, 16)
 _MIB = 2**20
-
-
-class Decoding:
-    """Some rows that are decoded behind a prompt.
-
-    Args:
-        model (QSTDecoder): with several side networks.
-        names (list[str | None]): of the side network of each row.
-        num_prompt_tokens (int): tokens a row that are in the caches.
-    """
-
-    def __init__(self, model: QSTDecoder, names: list[str | None], num_prompt_tokens: int) -> None:
-        self.model = model
-        self.names = names
-        self.num_prompt_tokens = num_prompt_tokens
-        self.caches = [GrowingCache() for _ in attentions(model)]
-        self.run(num_prompt_tokens)
-
-    def step(self) -> None:
-        """Decode one token of each row, always the first behind the prompt."""
-        for cache in self.caches:
-            cache.cut(self.num_prompt_tokens)
-        self.run(1)
-
-    @torch.no_grad()
-    def run(self, num_new: int) -> None:
-        """Run new tokens of every row.
-
-        Args:
-            num_new (int): tokens a row.
-        """
-        side: Any = self.model.side
-        side.use(self.names)
-        start = self.caches[0].length
-        everywhere = torch.arange(start + num_new)
-        positions = everywhere[start:]
-        mask = positions[:, None] >= everywhere
-        tokens = torch.ones(len(self.names), num_new, dtype=torch.long)
-        with attached(self.model, self.caches):
-            self.model(tokens, mask=mask[None], input_pos=positions[None])
 
 
 def build(backbone: Backbone, count: int) -> QSTDecoder:
@@ -104,7 +64,9 @@ def ways(model: QSTDecoder, num_rows: int, num_prompt_tokens: int) -> dict[str, 
     """
 
     def decoding(names: list[str | None]) -> Decoding:
-        return Decoding(model, names, num_prompt_tokens)
+        side: Any = model.side
+        prepare = partial(side.use, names)
+        return Decoding(model, prepare, num_rows=len(names), num_prompt_tokens=num_prompt_tokens)
 
     found = {"backbone alone": decoding([None] * num_rows).step}
     for count in COUNTS:
@@ -121,25 +83,29 @@ def _step_all(parts: list[Decoding]) -> None:
         part.step()
 
 
-def measure(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Time all ways by turns.
+def switch_microseconds(model: QSTDecoder, num_rows: int) -> tuple[float, float]:
+    """Time changing the side network in use, there and back.
 
     Args:
-        steps (dict[str, Callable[[], None]]): from :func:`ways`.
-        rounds (int): how often each.
+        model (QSTDecoder): with at least two side networks.
+        num_rows (int): rows of a batch.
 
     Returns:
-        dict[str, float]: median milliseconds a step.
+        tuple[float, float]: microseconds a change, of all rows to one network and to a network a
+        row; the least of some repetitions.
     """
-    taken: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
-        step()
-    for _ in range(rounds):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            taken[name].append(1000 * (time.perf_counter() - start))
-    return {name: statistics.median(times) for name, times in taken.items()}
+    side: Any = model.side
+    rows = list(islice(cycle(side.names), num_rows))
+    turned = rows[1:] + rows[:1]
+
+    def microseconds(first: Any, second: Any) -> float:
+        def both() -> None:
+            side.use(first)
+            side.use(second)
+
+        return min(repeat(both, number=500, repeat=9)) / 1000 * 1e6
+
+    return microseconds("0", "1"), microseconds(rows, turned)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -158,10 +124,14 @@ def main(arguments: list[str] | None = None) -> None:
     whole, sides = (parameter_bytes(module) / _MIB for module in (model, model.side))
     each = sides / max(COUNTS)
     print(f"backbone {whole - sides:.1f} MiB ({DTYPE}), each side network {each:.2f} MiB")
-    medians = measure(ways(model, asked.rows, asked.prompt_tokens), asked.rounds)
+    one, many = switch_microseconds(model, asked.rows)
+    print(f"switching takes {one:.1f} us, to a network for each of {asked.rows} rows {many:.1f} us")
+    steps = ways(model, asked.rows, asked.prompt_tokens)
+    times = milliseconds_by_turns(steps, asked.rounds)
+    medians = {name: median(taken) for name, taken in times.items()}
     print("| one token of each row | ms | of the backbone |\n| --- | --- | --- |")
-    for name, median in medians.items():
-        print(f"| {name} | {median:.1f} | {median / medians['backbone alone']:.2f} |")
+    for name, taken in medians.items():
+        print(f"| {name} | {taken:.1f} | {taken / medians['backbone alone']:.2f} |")
 
 
 if __name__ == "__main__":

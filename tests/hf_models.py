@@ -8,6 +8,8 @@ import torch
 import transformers
 from torch import nn
 
+from qst_tune.training.backbone_loading import load_backbone
+from qst_tune.training.hf_checkpointer import HFCheckpointer
 from tests.helpers import randomize_
 
 # 307 is prime and more than the tokens of `write_chat_tokenizer`; 100 is not 4 x 48.
@@ -162,6 +164,17 @@ def save_hf_model(folder: Path, case: str, **settings: Any) -> Any:
     model.save_pretrained(folder)
     edit_config(folder, **settings)
     return model
+
+
+def loaded(builder, folder: Path, **arguments):
+    """A model as recipes make it: built on meta, filled file by file."""
+    cpu = torch.device("cpu")
+    with torch.device("meta"):
+        model = builder(str(folder), **arguments)
+    load_backbone(model, HFCheckpointer(str(folder)), dtype=torch.float32, device=cpu)
+    if hasattr(model, "initialize_side"):
+        model.initialize_side(cpu)
+    return model.eval()
 
 
 def edit_config(folder: Path, *removed: str, **settings: Any) -> None:

@@ -8,8 +8,9 @@ def test_the_table_has_a_line_for_each_way(capsys) -> None:
     main(["--backbone", "tiny", "--rows", "4", "--prompt-tokens", "3", "--rounds", "1"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("backbone ")
-    assert len(lines) == 3 + 1 + 2 * len(COUNTS) - 1
-    assert lines[3].endswith("| 1.00 |")
+    assert lines[1].startswith("switching takes ")
+    assert len(lines) == 4 + 1 + 2 * len(COUNTS) - 1
+    assert lines[4].endswith("| 1.00 |")
 
 
 def test_every_way_decodes_each_row_once() -> None:

@@ -13,23 +13,19 @@ from qst_tune.errors import UserError
 from qst_tune.models import backbone_from_hf, peqa_from_hf, qst_classifier, qst_from_hf
 from qst_tune.modules import LinearCrossEntropyLoss, NF4Linear, QSTClassifier
 from qst_tune.modules.peqa_linear import PEQALinear
-from qst_tune.training.backbone_loading import load_backbone
-from qst_tune.training.hf_checkpointer import HFCheckpointer
-from tests.hf_models import CASES, FAMILIES, hf_model, padded_batch, save_hf_model, write_old_style
+from tests.hf_models import (
+    CASES,
+    FAMILIES,
+    hf_model,
+    loaded,
+    padded_batch,
+    save_hf_model,
+    write_old_style,
+)
 
 CPU = torch.device("cpu")
 # fp32 sums in another order; logits reach 10. Measured: 7e-6 at most.
 CLOSE = {"rtol": 0, "atol": 1e-4}
-
-
-def loaded(builder, folder: Path, **arguments):
-    """A model as recipes make it: built on meta, filled file by file."""
-    with torch.device("meta"):
-        model = builder(str(folder), **arguments)
-    load_backbone(model, HFCheckpointer(str(folder)), dtype=torch.float32, device=CPU)
-    if hasattr(model, "initialize_side"):
-        model.initialize_side(CPU)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")

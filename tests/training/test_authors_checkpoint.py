@@ -11,6 +11,7 @@ from torchtune.models import convert_weights
 from torchtune.models.llama2 import llama2
 
 from qst_tune.errors import UserError
+from qst_tune.generation.sequence import CachedSequence, Sampling, continue_sequence
 from qst_tune.models import opt_tune_to_hf, qst_decoder
 from qst_tune.modules import QSTClassifier
 from qst_tune.training.authors_checkpoint import (
@@ -19,7 +20,14 @@ from qst_tune.training.authors_checkpoint import (
     side_to_authors,
     write_authors_folder,
 )
-from tests.helpers import tiny_backbone
+from tests.helpers import (
+    randomize_,
+    reference_backbone,
+    reference_choices,
+    reference_shape,
+    reference_side,
+    tiny_backbone,
+)
 from tests.opt_models import SIZES, hf_opt, our_opt, padded_batch, randomize_opt_
 from tests.reference import qst_reference as reference
 
@@ -205,6 +213,66 @@ def test_every_opt_tensor_and_gradient_equals_the_transcription(padding):
         torch.testing.assert_close(
             ours[name], leaf.grad, msg=lambda m, n=name: f"{n}: {m}", **CLOSE
         )
+
+
+def greedy_by_the_transcription(logits, prompt, count):
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(logits(torch.tensor([tokens]))["logits"][0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def generated(model, prompt, count):
+    return list(
+        continue_sequence(
+            CachedSequence(model.eval()), prompt, sampling=Sampling(), stop_tokens=(),
+            max_new_tokens=count,
+        )
+    )  # fmt: skip
+
+
+@needs_golden
+def test_greedy_text_over_caches_equals_the_authors():
+    """Their checkpoint; the transcription computes what their code does, see above."""
+    backbone = load_file(GOLDEN / "backbone.safetensors")
+    side = load_file(GOLDEN / "side.safetensors")
+    for prompt in ([3, 1, 4, 1, 5], [9]):
+        expected = greedy_by_the_transcription(
+            lambda ids: reference.forward(backbone, side, ids, SHAPE, SHAPE), prompt, 20
+        )
+        assert generated(load_golden_model(), prompt, 20) == expected
+
+
+def test_greedy_text_of_llama_over_caches_equals_the_transcription():
+    model = qst_decoder(
+        tiny_backbone(), reduction_factor=4, rank=8, variant="authors", quantize_base=False
+    )
+    randomize_(model.side)
+    backbone, side = reference_backbone(model), reference_side(model.side, model.side.state_dict())
+    shapes = reference_shape(model.layers), reference_shape(model.side.blocks)
+    for prompt in ([3, 1, 4, 1, 5], [9]):
+        expected = greedy_by_the_transcription(
+            lambda ids: reference.forward(
+                backbone, side, ids, *shapes, choices=reference_choices(model)
+            ),
+            prompt,
+            20,
+        )
+        assert generated(model, prompt, 20) == expected
+
+
+def test_greedy_text_of_opt_over_caches_equals_the_transcription():
+    model, backbone, side = opt_model()
+    layers, heads = SIZES["num_layers"], SIZES["num_heads"]
+    for prompt in ([3, 1, 4, 1, 5], [9]):
+        expected = greedy_by_the_transcription(
+            lambda ids: reference.opt_forward(
+                backbone, side, ids, torch.ones_like(ids), layers, heads
+            ),
+            prompt,
+            9,
+        )
+        assert generated(model, prompt, 9) == expected
 
 
 def test_opt_weighs_the_side_network_with_the_output_gate():
