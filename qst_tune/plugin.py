@@ -72,10 +72,8 @@ _RECIPES = {
     "qst_chat": _RecipeEntry("qst_chat.py", ("qst_chat",), supports_distributed=False),
 }
 
-# torchtune's own recipes that run on our models, with the configs for that. Not among them is
-# eleuther_eval: torchtune 0.6.1 compares versions of lm-eval as text, so it refuses 0.4.10 and
-# later, and the earlier ones need a class that transformers 5 does not have.
-_STOCK_RECIPES = {"generate": ("stock_generate",)}
+# torchtune's own recipes that run on our models, with the configs for that.
+_STOCK_RECIPES = {"generate": ("stock_generate",), "eleuther_eval": ("stock_eleuther_eval",)}
 
 
 def install() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -16,7 +17,9 @@ from transformers import (
 )
 
 from qst_tune.errors import UserError
+from qst_tune.generation.caches import without_head
 from qst_tune.generation.sequence import CachedSequence
+from qst_tune.modules import LinearCrossEntropyLoss
 from qst_tune.modules.qst_decoder import QSTDecoder
 from qst_tune.transformers import QSTConfig, QSTForCausalLM
 from tests.checkpoints import random_weights, write_model_folder
@@ -68,6 +71,23 @@ def test_logits_are_those_of_the_torchtune_model_bit_for_bit(model, torchtune_mo
     torchtune_model.side.disabled = True
     assert not torch.allclose(torchtune_model(tokens), expected)
     torchtune_model.side.disabled = False
+
+
+def test_the_training_path_gives_the_same_logits_and_the_same_loss(model, torchtune_model, tokens):
+    """As recipes train: in training mode, side network recomputed, loss from the head's input."""
+    loss = LinearCrossEntropyLoss(chunk_tokens=7)
+    labels = F.pad(tokens[:, 1:], (0, 1), value=loss.ignore_index)
+    torchtune_model.train().side.recompute = True
+    try:
+        with without_head(torchtune_model):
+            loss.set_model_output(torchtune_model)
+            head_input = torchtune_model(tokens)
+    finally:
+        torchtune_model.eval().side.recompute = False
+    assert head_input.requires_grad
+    expected = model(tokens, labels=tokens)
+    assert torch.equal(torchtune_model.output(head_input), expected.logits)
+    torch.testing.assert_close(loss(head_input, labels), expected.loss)
 
 
 @torch.no_grad()
