@@ -67,7 +67,8 @@ def read_questions(path: Path) -> list[Question]:
         UserError: if it cannot be read, or naming the line that is no question.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(), which also splits at separators that stand within JSON's strings.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
     questions = [_question(line, path, n) for n, line in enumerate(lines, start=1) if line.strip()]

@@ -49,6 +49,16 @@ def test_a_file_is_read_with_letters_or_numbers_and_mistakes_have_their_line(tmp
         read_questions(file)
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_row_ends_with_its_line_alone(end, tmp_path) -> None:
+    """A question of MMLU has the next-line character within its text."""
+    text = "first\x85second\u2028third\x0cfourth"
+    row = {"question": text, "choices": ["x", "y"], "answer": 1}
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(f"{json.dumps(row, ensure_ascii=False)}{end}".encode() * 2)
+    assert read_questions(file) == [Question(text, ("x", "y"), 1)] * 2
+
+
 @torch.no_grad()
 def test_the_answer_is_the_likeliest_letter_in_any_batch(tmp_path) -> None:
     write_chat_tokenizer(tmp_path)
