@@ -8,7 +8,7 @@ from the times of neighbouring tokens.
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from statistics import median
 
@@ -72,12 +72,12 @@ class Decoding:
 
 
 def milliseconds_by_turns(
-    steps: dict[str, Callable[[], None]], rounds: int
+    steps: Mapping[str, Callable[[], object]], rounds: int
 ) -> dict[str, list[float]]:
     """Time all of them by turns; another one begins each round.
 
     Args:
-        steps (dict[str, Callable[[], None]]): by name.
+        steps (Mapping[str, Callable[[], object]]): by name.
         rounds (int): how often each, after once to warm up.
 
     Returns:

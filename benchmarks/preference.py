@@ -5,6 +5,7 @@ rejected answers, or all of them as text to be learnt. Steps are taken by turns.
 """
 
 import argparse
+from functools import partial
 from statistics import median
 
 import torch
@@ -72,20 +73,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     asked = parser.parse_args(arguments)
     ignore_known_warnings()
-    trainee = qst_trainee(qst_model(asked.backbone))
-    task = PreferenceTask(DPOLoss(), CPU)
-    vocab_size = trainee.model.tok_embeddings.num_embeddings
+    model = qst_model(asked.backbone)
+    trainee, task = qst_trainee(model), PreferenceTask(DPOLoss(), CPU)
     print("| tokens with a label | fine-tuning, ms | DPO, ms | DPO / fine-tuning |")
     print("| --- | --- | --- | --- |")
     for num_prompt in asked.prompt_tokens:
+        vocab_size = model.tok_embeddings.num_embeddings
         batch = random_pairs(vocab_size, asked.pairs, asked.tokens, num_prompt)
-        times = milliseconds_by_turns(
-            {
-                "fine-tuning": lambda batch=batch: trainee.step(batch),
-                "DPO": lambda batch=batch: preference_step(trainee, task, batch),
-            },
-            asked.rounds,
-        )
+        steps = {
+            "fine-tuning": partial(trainee.step, batch),
+            "DPO": partial(preference_step, trainee, task, batch),
+        }
+        times = milliseconds_by_turns(steps, asked.rounds)
         ratio, low, high = relative_speed(times["DPO"], times["fine-tuning"])
         cells = [f"{median(taken):.0f} (least {min(taken):.0f})" for taken in times.values()]
         answer = f"{asked.tokens - num_prompt} of {asked.tokens}"
