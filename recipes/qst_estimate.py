@@ -10,7 +10,8 @@ training step on tensors that have shapes but no memory, and every allocation is
 is done for PEQA and for torchtune's QLoRA, LoRA and full fine-tuning of the same backbone.
 
 Keys beside those of the training config: ``fit_gib`` (which batch fits?), ``methods`` (a list, or
-[all]), ``lora_rank``, ``attention`` (fused or plain).
+[all]), ``lora_rank``, ``attention`` (fused or plain), ``num_processes`` (that share the work; with
+``backbone_sharding=full`` the backbone too).
 """
 
 import warnings
@@ -26,7 +27,10 @@ from qst_tune.estimation.fake_device import Attention, DeviceType
 from qst_tune.estimation.largest_batch import LargestBatch, largest_batch
 from qst_tune.estimation.methods import DEFAULT_METHODS, Choices, Method, choose_methods
 from qst_tune.estimation.report import JSON_FILE, PLOT_FILE, Row, fit_line, table, write
+from qst_tune.estimation.spread import Spread, spread_line
 from qst_tune.estimation.step import Shape, StepCost, estimate_step
+from qst_tune.modules import QSTDecoder
+from qst_tune.modules.peqa_decoder import PEQADecoder
 from qst_tune.training.cli import run_recipe
 from qst_tune.training.config_check import check_config
 from qst_tune.training.config_keys import TRAINING_OPTIONAL, TRAINING_REQUIRED
@@ -43,7 +47,7 @@ REQUIRED_KEYS = (
     "device",
     "dtype",
 )
-OPTIONAL_KEYS = ("fit_gib", "methods", "lora_rank", "attention")
+OPTIONAL_KEYS = ("fit_gib", "methods", "lora_rank", "attention", "num_processes")
 # Of a training config; most are not read, since no weights, data or loggers are needed.
 UNUSED_KEYS = (*TRAINING_REQUIRED, *TRAINING_OPTIONAL)
 # Of the batches tried for fit_gib: the time of a trial grows with them (8 s for 7B).
@@ -68,6 +72,8 @@ class QSTEstimateRecipe:
         self.methods = choose_methods(list(cfg.get("methods") or DEFAULT_METHODS))
         rank = {"lora_rank": _positive_int(cfg, "lora_rank")} if "lora_rank" in cfg else {}
         self.choices = Choices(cfg, _dtype(str(cfg.dtype)), **rank)
+        processes = _positive_int(cfg, "num_processes") if cfg.get("num_processes") else 1
+        self.spread = Spread.of_config(cfg, processes)
 
     def _seq_len(self) -> int:
         if self.cfg.tokenizer.get("max_seq_len") is not None:
@@ -81,14 +87,17 @@ class QSTEstimateRecipe:
     def run(self) -> None:
         """Print the table and write it."""
         rows: dict[str, Row] = {}
+        lines: list[str] = []
         for name, method in self.methods.items():
             cost = self._cost(method, self.shape)
             batch = self._largest_batch(method) if self.fit_gib else None
             rows[name] = Row(method.title, cost, batch)
+            lines += self._spread_lines(name, method, cost)
         print(f"\n{self._title()}")
         print(
             f"peak memory of one training step and its parts, GiB (2^30 bytes)\n\n{table(rows)}\n"
         )
+        print("".join(f"{line}\n" for line in lines), end="")
         if self.fit_gib:
             print(fit_line(rows, self.fit_gib, self.shape.seq_len))
         folder = Path(self.cfg.output_dir)
@@ -100,11 +109,22 @@ class QSTEstimateRecipe:
             method, self.choices, shape, device=self.device, attention=self.attention
         )
 
+    def _spread_lines(self, name: str, method: Method, cost: StepCost) -> list[str]:
+        """What each of several processes has of it; nothing for one process or others' methods."""
+        model = method.build(self.choices).model
+        if self.spread.num_processes == 1 or not isinstance(model, QSTDecoder | PEQADecoder):
+            return []
+        return [f"{name}, {spread_line(self.spread, model, cost.memory.num_bytes)}"]
+
     def _largest_batch(self, method: Method) -> LargestBatch:
         assert self.fit_gib is not None
 
+        model = method.build(self.choices).model
+        shares = isinstance(model, QSTDecoder | PEQADecoder)
+
         def peak_bytes(batch_size: int) -> int:
-            return self._cost(method, Shape(batch_size, self.shape.seq_len)).memory.num_bytes
+            peak = self._cost(method, Shape(batch_size, self.shape.seq_len)).memory.num_bytes
+            return self.spread.peak_bytes(model, peak) if shares else peak
 
         return largest_batch(
             peak_bytes,
@@ -129,6 +149,8 @@ class QSTEstimateRecipe:
             "attention": self.attention,
             "lora_rank": self.choices.lora_rank,
             "fit_gib": self.fit_gib,
+            "num_processes": self.spread.num_processes,
+            "backbone_sharding": self.spread.mode,
         }
 
 

@@ -8,7 +8,9 @@ from omegaconf import DictConfig
 from qst_tune.errors import UserError
 from qst_tune.estimation.methods import METHODS, Choices
 from qst_tune.estimation.report import Row, table
+from qst_tune.estimation.spread import Spread, spread_line
 from qst_tune.estimation.step import Shape, estimate_step
+from qst_tune.training.distributed import rank_and_world_size
 from qst_tune.training.trainer_setup import TrainingData, schedule_of
 
 # Taken where tokenizer.max_seq_len is null, since rows are then as long as the data.
@@ -63,10 +65,13 @@ def _memory(cfg: DictConfig, method_name: str, device: torch.device, dtype: torc
             shape,
             device="cuda" if device.type == "cuda" else "cpu",
         )
-    return "\n".join(
-        [
-            f"peak memory of a step of {shape.batch_size} x {shape.seq_len} tokens and its parts, "
-            "GiB (2^30 bytes)",
-            table({method_name: Row(method.title, cost)}),
-        ]
-    )
+    lines = [
+        f"peak memory of a step of {shape.batch_size} x {shape.seq_len} tokens and its parts, "
+        "GiB (2^30 bytes)",
+        table({method_name: Row(method.title, cost)}),
+    ]
+    spread = Spread.of_config(cfg, rank_and_world_size()[1])
+    if spread.num_processes > 1:
+        model = method.build(Choices(cfg, dtype)).model
+        lines.append(spread_line(spread, model, cost.memory.num_bytes))
+    return "\n".join(lines)

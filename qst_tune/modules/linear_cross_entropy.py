@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 from torchtune.modules import TiedLinear, TransformerDecoder
 
 Head = Callable[[torch.Tensor], torch.Tensor]
@@ -125,8 +126,11 @@ def _plain_weight(head: Head) -> torch.Tensor | None:
     if isinstance(head, TiedLinear):
         weight: torch.Tensor = head.tied_module.weight
         return weight
-    if type(head) is nn.Linear and head.bias is None:
-        return head.weight
+    # A sharded table is a parametrised weight, which gives its module a type of its own.
+    is_linear = isinstance(head, nn.Module) and type_before_parametrizations(head) is nn.Linear
+    if is_linear and head.bias is None:  # type: ignore[attr-defined]
+        own: torch.Tensor = head.weight  # type: ignore[attr-defined]
+        return own
     return None
 
 

@@ -5,6 +5,7 @@ from typing import Any, get_args
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention.flex_attention import BlockMask
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.attention_utils import _MaskType
@@ -158,7 +159,7 @@ class QSTDecoder(TransformerDecoder):
         if self.side.disabled:
             y_BTD = self._backbone_only(tokens, mask=mask, input_pos=input_pos)
         else:
-            y_BTD, _ = self.with_reference(tokens, mask=mask, input_pos=input_pos)
+            y_BTD, _ = self._both(tokens, mask=mask, input_pos=input_pos)
         if self.skip_output_layer:
             return y_BTD
         if self.num_output_chunks > 0:
@@ -187,6 +188,11 @@ class QSTDecoder(TransformerDecoder):
             tuple[torch.Tensor, torch.Tensor]: inputs of the LM head with the side network and
             without it, ``[B, T, D]``.
         """
+        return self._both(tokens, mask=mask, input_pos=input_pos)
+
+    def _both(
+        self, tokens: torch.Tensor, *, mask: _MaskType | None, input_pos: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         h_BTD = self._embed(tokens, mask=mask, input_pos=input_pos)
         g_BTS = self.side.start(h_BTD)
         block_beside = {layer: block for block, layer in enumerate(self.side.layers)}
@@ -219,8 +225,16 @@ class QSTDecoder(TransformerDecoder):
         """Run a module of the backbone, some rows of the batch at a time, keeping nothing.
 
         Without gradient a layer's intermediates (several times the size of its input) are all that
-        a long batch costs here. Rows are independent, so doing few at a time bounds them.
+        a long batch costs here. Rows are independent, so doing few at a time bounds them. A module
+        that FSDP has sharded is gathered once for all of them, so that processes whose batches have
+        different sizes stay in step.
         """
+        output = self._in_parts(module, x, **per_row)
+        if isinstance(module, FSDPModule):
+            module.reshard()
+        return output
+
+    def _in_parts(self, module: nn.Module, x: torch.Tensor, **per_row: Any) -> torch.Tensor:
         num_rows = max(1, self.frozen_chunk_tokens // x.shape[1])
         # A cache is written for all rows. A BlockMask (packed batches on CUDA) counts its rows from
         # the first; flex_attention takes fewer rows without an error and masks them wrongly.

@@ -29,6 +29,7 @@ from torchtune.models.qwen2._positional_embeddings import Qwen2RotaryPositionalE
 
 from qst_tune.modules.base_quantization import weight_of
 from qst_tune.modules.stretched_rope import StretchedRoPE
+from qst_tune.modules.whole_weights import whole_weights
 
 SideInit = Literal["random", "slice", "prune"]
 
@@ -56,11 +57,13 @@ def initialize_from_backbone(side: Any, backbone: Any, side_init: SideInit) -> N
     cut = _Cut(channels, prune, dtype)
     for block, index in zip(side.blocks, side.layers, strict=True):
         layer = backbone.layers[index]
-        _cut_attention(block.attn, layer.attn, cut)
-        _cut_mlp(block.mlp, layer.mlp, cut)
-        for name in ("sa_norm", "mlp_norm", "sa_scale", "mlp_scale"):
-            _cut_vectors(getattr(block, name), getattr(layer, name), channels)
-    _cut_vectors(side.norm, backbone.norm, channels)
+        with whole_weights(layer):
+            _cut_attention(block.attn, layer.attn, cut)
+            _cut_mlp(block.mlp, layer.mlp, cut)
+            for name in ("sa_norm", "mlp_norm", "sa_scale", "mlp_scale"):
+                _cut_vectors(getattr(block, name), getattr(layer, name), channels)
+    with whole_weights(backbone):
+        _cut_vectors(side.norm, backbone.norm, channels)
 
 
 @dataclass(frozen=True)
@@ -89,13 +92,15 @@ def _first(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
 def _written(layers: Any, prune: bool, dtype: torch.dtype) -> torch.Tensor:
     """``[D]``: importance of each channel of the residual stream."""
     first = layers[0].attn.output_proj
-    device = next(first.parameters()).device
+    with whole_weights(layers[0]):
+        device = weight_of(first, dtype).device
     if not prune:
         return _first((first.out_features,), device)
     total = torch.zeros((first.out_features,), device=device)
     for layer in layers:
-        for linear in (layer.attn.output_proj, layer.mlp.w2):
-            total += weight_of(linear, dtype).abs().sum(1, dtype=torch.float32)
+        with whole_weights(layer):
+            for linear in (layer.attn.output_proj, layer.mlp.w2):
+                total += weight_of(linear, dtype).abs().sum(1, dtype=torch.float32)
     return total
 
 

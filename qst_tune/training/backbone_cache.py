@@ -1,8 +1,8 @@
 """Keep a quantised backbone in a file: the next start reads a quarter of it, and rounds nothing."""
 
-import dataclasses
 import hashlib
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import utils
 from torchtune.modules import TransformerDecoder
 
@@ -20,7 +18,7 @@ from qst_tune import __version__
 from qst_tune.modules.embedding_quantization import quantization_of_backbone
 from qst_tune.modules.peqa_linear import PEQALinear
 from qst_tune.modules.rotary_caches import build_rotary_caches
-from qst_tune.quantization.table import QuantizedTable
+from qst_tune.quantization.parts import join_parts, parts_of
 from qst_tune.training.backbone_loading import SIDE_PREFIX
 from qst_tune.training.distributed import rank_and_world_size
 from qst_tune.training.hf_checkpointer import HFCheckpointer
@@ -50,17 +48,44 @@ class BackboneCache:
             str | None: the checkpoint's fingerprint, as ``load_backbone`` gives it; None, and
                 nothing is changed, if there is no file or it is damaged.
         """
+        fingerprint = self._read(_all_parts(model), device, lambda file: _replace(file, model))
+        if fingerprint is not None:
+            build_rotary_caches(model.layers, device)
+        return fingerprint
+
+    def load_parts(self, parts: Mapping[str, torch.Tensor]) -> str | None:
+        """Fill tensors that are there already.
+
+        Args:
+            parts (Mapping[str, torch.Tensor]): changed in place; other tensors than the file's
+                count as damage.
+
+        Returns:
+            str | None: as :meth:`load`.
+        """
+
+        def copy(file: Any) -> None:
+            for key, part in parts.items():
+                part.copy_(file.get_tensor(key))
+
+        return self._read(parts, torch.device("cpu"), copy)
+
+    def _read(
+        self,
+        expected: Mapping[str, torch.Tensor],
+        device: torch.device,
+        use: Callable[[Any], None],
+    ) -> str | None:
         if not self.path.is_file():
             return None
         try:
             with safe_open(self.path, framework="pt", device=str(device)) as file:
-                _check(file, model)
+                _check(file, expected)
                 fingerprint = str(file.metadata()["fingerprint"])
-                _fill(file, model, device)
+                use(file)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             log.warning(f"{self.path} is damaged ({error}); quantising again")
             return None
-        build_rotary_caches(model.layers, device)
         log.info(f"quantised backbone read from {self.path}")
         return fingerprint
 
@@ -71,11 +96,16 @@ class BackboneCache:
             model (TransformerDecoder): loaded.
             fingerprint (str): from ``load_backbone``.
         """
-        if rank_and_world_size()[0] != 0:
-            return
-        parts: dict[str, torch.Tensor] = {}
-        for name, tensor in _tensors(model).items():
-            parts.update(_parts(name, tensor))
+        if rank_and_world_size()[0] == 0:
+            self.save_parts(_all_parts(model), fingerprint)
+
+    def save_parts(self, parts: Mapping[str, torch.Tensor], fingerprint: str) -> None:
+        """Write the file of these tensors, as :meth:`save`, on whichever process calls.
+
+        Args:
+            parts (Mapping[str, torch.Tensor]): by name.
+            fingerprint (str): from ``load_backbone``.
+        """
         aside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +120,7 @@ class BackboneCache:
 
 
 def backbone_cache(
-    checkpointer: Any, model: TransformerDecoder, dtype: torch.dtype
+    checkpointer: Any, model: TransformerDecoder, dtype: torch.dtype, *, shard: str = ""
 ) -> BackboneCache | None:
     """Find where a model's quantised backbone is kept.
 
@@ -98,6 +128,7 @@ def backbone_cache(
         checkpointer (Any): an ``HFCheckpointer``; any other keeps none.
         model (TransformerDecoder): built, perhaps on meta.
         dtype (torch.dtype): of what is not quantised.
+        shard (str): names the part of the backbone that this process keeps; "" is all of it.
 
     Returns:
         BackboneCache | None: None if the checkpointer keeps none or nothing is quantised.
@@ -111,7 +142,16 @@ def backbone_cache(
         return None
     described = repr((checkpointer.identity, quantization, str(dtype), __version__))
     key = hashlib.sha256(described.encode()).hexdigest()[:16]
-    return BackboneCache(checkpointer.cache_dir / f"{checkpointer.name}-{key}.safetensors")
+    name = f"{checkpointer.name}-{key}{shard and '-' + shard}.safetensors"
+    return BackboneCache(checkpointer.cache_dir / name)
+
+
+def _all_parts(model: TransformerDecoder) -> dict[str, torch.Tensor]:
+    """The plain tensors of the whole backbone."""
+    parts: dict[str, torch.Tensor] = {}
+    for name, tensor in _tensors(model).items():
+        parts.update(_parts(name, tensor))
+    return parts
 
 
 def _tensors(model: TransformerDecoder) -> dict[str, torch.Tensor]:
@@ -126,52 +166,30 @@ def _tensors(model: TransformerDecoder) -> dict[str, torch.Tensor]:
 
 def _parts(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     """The plain tensors that a tensor consists of."""
-    if not is_traceable_wrapper_subclass(tensor):
-        return {name: tensor}
-    names, _ = tensor.__tensor_flatten__()
-    return {f"{name}/{part}": getattr(tensor, part) for part in names}
+    inner = parts_of(tensor)
+    return {f"{name}/{part}": value for part, value in inner.items()} or {name: tensor}
 
 
-def _check(file: Any, model: TransformerDecoder) -> None:
-    expected: dict[str, list[int]] = {}
-    for name, tensor in _tensors(model).items():
-        expected.update((key, list(part.shape)) for key, part in _parts(name, tensor).items())
+def _check(file: Any, parts: Mapping[str, torch.Tensor]) -> None:
+    expected = {key: list(part.shape) for key, part in parts.items()}
     found = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
     if found != expected:
         raise ValueError("it holds other tensors than the model")
 
 
-def _fill(file: Any, model: TransformerDecoder, device: torch.device) -> None:
+def _replace(file: Any, model: TransformerDecoder) -> None:
     for name, tensor in _tensors(model).items():
         # A copy on a CPU: there the source is a view of the memory-mapped file.
         parts = {key: file.get_tensor(key).clone() for key in _parts(name, tensor)}
         owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-        filled = _assembled(tensor, name, parts, device)
+        if name in parts:
+            filled = parts[name]
+        else:
+            own = {key.rpartition("/")[2]: part for key, part in parts.items()}
+            filled = join_parts(own, tensor)
         if isinstance(tensor, nn.Parameter):
             filled = nn.Parameter(filled, requires_grad=tensor.requires_grad)
         setattr(owner, leaf, filled)
-
-
-def _assembled(
-    tensor: torch.Tensor, name: str, parts: dict[str, torch.Tensor], device: torch.device
-) -> torch.Tensor:
-    """A tensor like ``tensor``, which is on meta, of these parts."""
-    if isinstance(tensor, QuantizedTable):
-        return QuantizedTable(
-            parts[f"{name}/codes"], parts[f"{name}/row_scale"], tensor.form, tensor.dtype
-        )
-    if not isinstance(tensor, NF4Tensor):
-        return parts[name]
-    names, context = tensor.__tensor_flatten__()
-    dtype = parts[f"{name}/nf4"].dtype  # of the levels, and so of what is decoded
-    layout = dataclasses.replace(context["tensor_meta"], device=device, dtype=dtype)
-    weight: torch.Tensor = NF4Tensor.__tensor_unflatten__(
-        {part: parts[f"{name}/{part}"] for part in names},
-        {**context, "tensor_meta": layout},
-        tensor.shape,
-        tensor.stride(),
-    )
-    return weight
 
 
 def _gigabytes(path: Path) -> float:

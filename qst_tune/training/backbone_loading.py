@@ -41,8 +41,8 @@ def load_backbone(
     Raises:
         UserError: if the checkpoint lacks a weight, or has one more, or one of another shape.
     """
-    place = partial(_set_parameter, model, dtype=dtype, device=device)
-    fingerprint = _read_weights(model, checkpointer, place)
+    place = partial(set_weight, model, dtype=dtype, device=device)
+    fingerprint = read_weights(model, checkpointer, place)
     build_rotary_caches(model.layers, device)
     return fingerprint
 
@@ -60,7 +60,7 @@ def fingerprint_backbone(model: TransformerDecoder, checkpointer: Any) -> str:
     Raises:
         UserError: as :func:`load_backbone`.
     """
-    return _read_weights(model, checkpointer, lambda name, weight: None)
+    return read_weights(model, checkpointer, lambda name, weight: None)
 
 
 def read_backbone(
@@ -80,14 +80,27 @@ def read_backbone(
         UserError: as :func:`load_backbone`.
     """
     weights: dict[str, torch.Tensor] = {}
-    fingerprint = _read_weights(model, checkpointer, weights.__setitem__)
+    fingerprint = read_weights(model, checkpointer, weights.__setitem__)
     return weights, fingerprint
 
 
-def _read_weights(
+def read_weights(
     model: TransformerDecoder, checkpointer: Any, use: Callable[[str, torch.Tensor], None]
 ) -> str:
-    """Pass each weight of the model to ``use`` and return the fingerprint of all."""
+    """Read a checkpoint one weight after the other.
+
+    Args:
+        model (TransformerDecoder): may be on meta; left alone.
+        checkpointer (Any): one of torchtune's checkpointers, or ours, not loaded yet.
+        use (Callable[[str, torch.Tensor], None]): gets each weight's name and the weight, which may
+            be a view of a memory-mapped file.
+
+    Returns:
+        str: as :func:`load_backbone`.
+
+    Raises:
+        UserError: as :func:`load_backbone`.
+    """
     expected = _backbone_shapes(model)
     digests: dict[str, str] = {}
     for weights in _checkpoint_files(checkpointer):
@@ -161,9 +174,18 @@ def _check_shape(name: str, weight: torch.Tensor, wanted: tuple[int, ...]) -> No
         )
 
 
-def _set_parameter(
+def set_weight(
     model: nn.Module, name: str, weight: torch.Tensor, *, dtype: torch.dtype, device: torch.device
 ) -> None:
+    """Give a model one weight of its checkpoint, quantised if the model has it quantised.
+
+    Args:
+        model (nn.Module): changed in place.
+        name (str): of the weight, as in :func:`read_weights`.
+        weight (torch.Tensor): copied.
+        dtype (torch.dtype): as for :func:`load_backbone`.
+        device (torch.device): where the weight shall live; meta takes it away again.
+    """
     owner = model.get_submodule(name.rpartition(".")[0])
     leaf = name.rpartition(".")[2]
     before = getattr(owner, leaf, None)

@@ -43,6 +43,8 @@ TRAINING_OPTIONAL = (
     "save_adapter_weights_only",
     "cudnn_deterministic_mode",
     "low_cpu_ram",
+    "backbone_sharding",
+    "fsdp_cpu_offload",
 )
 # Kind and least value; null, where a key is optional, is always allowed.
 TRAINING_NUMBERS: dict[str, tuple[type, int]] = {
@@ -71,4 +73,5 @@ TRAINING_SWITCHES = (
     "enable_activation_offloading",
     "resume_from_checkpoint",
     "dry_run",
+    "fsdp_cpu_offload",
 )

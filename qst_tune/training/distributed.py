@@ -5,6 +5,7 @@ replication with one all-reduce a step is all there is to do while the 4-bit bac
 """
 
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -24,19 +25,41 @@ def process_group(device: torch.device) -> Iterator[None]:
     """Join the processes that torchrun started; does nothing for a single process.
 
     Args:
-        device (torch.device): decides the backend: NCCL for CUDA, Gloo for everything else.
+        device (torch.device): tensors on CUDA go by NCCL, those on the CPU by Gloo.
 
     Yields:
         None: while the group exists.
+
+    Raises:
+        UserError: if another process of the group has died.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # Counters of held-out rows may lie on the CPU, whatever the model is on.
+    dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo")
     try:
         yield
+    except RuntimeError as error:
+        if not _is_lost_process(error):
+            raise
+        raise UserError(
+            f"process {dist.get_rank()} has lost another process of this run, which has died or "
+            f"cannot be reached ({_reason(error)}): the run ends. The last checkpoint is whole; "
+            "resume_from_checkpoint=True goes on from it"
+        ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _is_lost_process(error: RuntimeError) -> bool:
+    """Gloo has no error type of its own; its messages name its source file."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+
+
+def _reason(error: RuntimeError) -> str:
+    """The first sentence, without the place in the source file that Gloo begins with."""
+    return re.sub(r"^\[\S*\] ", "", " ".join(str(error).split())).partition(". ")[0]
 
 
 def rank_and_world_size() -> tuple[int, int]:

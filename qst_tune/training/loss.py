@@ -73,11 +73,18 @@ def next_token_loss(
     if not takes_tokens:
         output, labels = output.flatten(0, 1), labels.flatten()
     if not num_labels:  # torch's and torchtune's losses divide by it: NaN, also in the gradient
-        return _zero(output), num_labels
+        return zero_loss(output), num_labels
     return loss(output, labels), num_labels
 
 
-def _zero(output: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
-    """Zero, with a gradient of zeros for everything that ``output`` depends on."""
+def zero_loss(output: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+    """Return zero, with a gradient of zeros for everything that ``output`` depends on.
+
+    Args:
+        output (torch.Tensor | list[torch.Tensor]): of a model, or its chunks.
+
+    Returns:
+        torch.Tensor: fp32 scalar.
+    """
     chunks = output if isinstance(output, list) else [output]
     return torch.stack([chunk.float().sum() * 0 for chunk in chunks]).sum()

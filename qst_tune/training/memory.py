@@ -59,7 +59,8 @@ def parameter_bytes(module: nn.Module) -> int:
     """Bytes of all parameters and buffers below a module, each storage once.
 
     Args:
-        module (nn.Module): quantised weights count as they are stored.
+        module (nn.Module): quantised weights count as they are stored, sharded ones by this process's
+            part.
 
     Returns:
         int: bytes.
@@ -140,7 +141,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def _plain_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
-    """Parameters and buffers, a quantised one as the plain tensors it is made of."""
+    """Parameters and buffers, a quantised or sharded one as the plain tensors that are here."""
     for tensor in [*module.parameters(), *module.buffers()]:
         if is_traceable_wrapper_subclass(tensor):
             yield from (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])

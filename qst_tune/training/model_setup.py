@@ -19,6 +19,7 @@ from qst_tune.training.backbone_loading import fingerprint_backbone, load_backbo
 from qst_tune.training.cli import instantiate
 from qst_tune.training.config_check import check_checkpoint_dir
 from qst_tune.training.distributed import rank_and_world_size
+from qst_tune.training.sharding import check_fits, choose_sharding, load_sharded_backbone
 from qst_tune.training.tuned_folder import BackboneId, Provenance
 
 ModelT = TypeVar("ModelT", QSTDecoder, PEQADecoder)
@@ -139,9 +140,10 @@ def load_frozen_backbone(
 
     Args:
         model (TransformerDecoder): built on meta; changed in place.
-        cfg (DictConfig): has ``checkpointer``.
+        cfg (DictConfig): has ``checkpointer``; ``backbone_sharding`` and ``fsdp_cpu_offload`` say
+            how much of it each of several processes keeps.
         dtype (torch.dtype): of what is not quantised.
-        device (torch.device): where the backbone shall live.
+        device (torch.device): where the model shall compute.
 
     Returns:
         BackboneId: what the run's result will be tied to.
@@ -153,15 +155,37 @@ def load_frozen_backbone(
     check_architecture(model, checkpoint_dir)
     start = time.perf_counter()
     checkpointer = instantiate(cfg.checkpointer, "checkpointer")
+    offload = bool(cfg.get("fsdp_cpu_offload"))
+    sharding = choose_sharding(cfg.get("backbone_sharding"), device, offload=offload)
+    quantization = quantization_of_backbone(model)
+    if sharding is None:
+        fingerprint = _load_whole(model, checkpointer, dtype, device)
+    else:
+        fingerprint = load_sharded_backbone(
+            model,
+            build_any_on_meta(cfg, dtype),
+            checkpointer,
+            sharding,
+            dtype=dtype,
+            device=device,
+        )
+    if rank_and_world_size()[0] == 0:
+        log.info(f"backbone loaded in {time.perf_counter() - start:.1f} s")
+    return BackboneId(checkpoint_dir.resolve().name, fingerprint, quantization)
+
+
+def _load_whole(
+    model: TransformerDecoder, checkpointer: Any, dtype: torch.dtype, device: torch.device
+) -> str:
+    """From the cache, if there is one, or from the checkpoint; returns the fingerprint."""
+    check_fits(model, device)
     cache = backbone_cache(checkpointer, model, dtype)
     fingerprint = cache.load(model, device) if cache else None
     if fingerprint is None:
         fingerprint = load_backbone(model, checkpointer, dtype=dtype, device=device)
         if cache:
             cache.save(model, fingerprint)
-    if rank_and_world_size()[0] == 0:
-        log.info(f"backbone loaded in {time.perf_counter() - start:.1f} s")
-    return BackboneId(checkpoint_dir.resolve().name, fingerprint, quantization_of_backbone(model))
+    return fingerprint
 
 
 def identify_backbone(model: QSTDecoder, cfg: DictConfig) -> BackboneId:

@@ -1,6 +1,8 @@
 """Find the checkpoint that a run goes on from, and tell whether it still is the same run."""
 
 import hashlib
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,6 @@ _FIXED = {
     "dataset_val": "the best step so far was measured on it",
     "val_fraction": "held-out rows would be trained on",
     "collate_fn": "the batches would be others",
-    "batch_size": "the place in the data is counted in batches",
-    "gradient_accumulation_steps": "the place in the data is counted in steps of so many batches",
     "max_steps_per_epoch": "it decides where an epoch ends",
     "shuffle": "the order of the rows would be another",
     "seed": "the order of the rows would be another",
@@ -66,6 +66,8 @@ class SavedRun:
 def find_saved_run(cfg: DictConfig) -> SavedRun | None:
     """Find what ``resume_from_checkpoint=True`` goes on from, and say what it is.
 
+    Processes that torchrun has started again (``--max-restarts``) go on in any case.
+
     Args:
         cfg (DictConfig): the merged config.
 
@@ -75,7 +77,7 @@ def find_saved_run(cfg: DictConfig) -> SavedRun | None:
     Raises:
         UserError: naming every key of the config whose change would break the run.
     """
-    if not cfg.get("resume_from_checkpoint"):
+    if not cfg.get("resume_from_checkpoint") and not _is_restarted():
         return None
     store = CheckpointStore(Path(cfg.output_dir) / CHECKPOINTS_FOLDER)
     checkpoint, complaints = store.newest()
@@ -88,6 +90,10 @@ def find_saved_run(cfg: DictConfig) -> SavedRun | None:
     _say([f"resuming from {checkpoint.folder}"])
     _compare(state, cfg)
     return SavedRun(checkpoint, state)
+
+
+def _is_restarted() -> bool:
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def set_run_seed(cfg: DictConfig, saved: SavedRun | None) -> int:
@@ -124,7 +130,7 @@ def describe_data(train: BatchLoader, held_out: BatchLoader | None = None) -> di
 
 
 def check_same_data(saved: SavedRun, description: dict[str, Any]) -> None:
-    """Refuse to go on with other rows, or on another number of processes.
+    """Refuse to go on with other rows.
 
     Args:
         saved (SavedRun): what is resumed.
@@ -135,9 +141,6 @@ def check_same_data(saved: SavedRun, description: dict[str, Any]) -> None:
     """
     before = saved.state["data"]
     cannot = f"cannot resume from {saved.checkpoint.folder}"
-    if before["processes"] != description["processes"]:
-        counts = f"{before['processes']} processes, this run {description['processes']}"
-        raise UserError(f"{cannot}: it has {counts}; {_ANEW}")
     for name in ("training rows", "held-out rows"):
         count, now = before[name]["number"], description[name]["number"]
         if count != now:
@@ -181,8 +184,33 @@ def _compare(state: dict[str, Any], cfg: DictConfig) -> None:
             refused.append(f"cannot resume with {change}: {reason}")
         else:
             _say([f"changed since the checkpoint: {change}"])
+    refused += _compare_step(state, cfg)
     if refused:
         raise UserError("\n".join(refused))
+
+
+def _compare_step(state: dict[str, Any], cfg: DictConfig) -> list[str]:
+    """The rows of a step must be as many as before, however they are spread."""
+    processes = {"saved": state["data"]["processes"], "now": rank_and_world_size()[1]}
+    factors = {"saved": _step_factors(state["config"]), "now": _step_factors(cfg)}
+    before, now = ((*factors[when], processes[when]) for when in ("saved", "now"))
+    if math.prod(before) != math.prod(now):
+        return [
+            f"cannot resume with batch_size x gradient_accumulation_steps x processes = "
+            f"{' x '.join(map(str, now))} rows a step: it was {' x '.join(map(str, before))} when "
+            f"saved, and the place in the data is counted in steps; change one of the three so "
+            f"that it is {math.prod(before)} again"
+        ]
+    if before != now:
+        spread = f"{processes['saved']} processes when saved, {processes['now']} now"
+        exact = "the run goes on as before but for rounding and the random numbers of dropout"
+        _say([f"{spread}: each step has the same rows, so {exact}"])
+    return []
+
+
+def _step_factors(config: Any) -> tuple[int, int]:
+    """Rows a batch and batches a step, of each process."""
+    return config["batch_size"], config.get("gradient_accumulation_steps") or 1
 
 
 def _reason_to_refuse(key: str) -> str | None:

@@ -20,6 +20,7 @@ from qst_tune.training.method import Batch, Method, Task
 from qst_tune.training.rows import row_numbers
 from qst_tune.training.run_log import RunLog
 from qst_tune.training.run_state import Progress, seed_step
+from qst_tune.training.sharding import take_part
 from qst_tune.training.stop_signals import StopSignals
 
 
@@ -186,13 +187,16 @@ class Trainer:
         """Add up the gradients of a step's batches; returns tokens, loss and labels, summed."""
         total = torch.zeros(3, device=self.device)
         num_tokens, error = 0, None
-        try:
-            for _ in range(self.schedule.accumulation):
-                batch = next(batches)
-                num_tokens += batch["tokens"].numel()
-                total[:2] += self._forward_backward(batch)
-        except UserError as caught:  # a row that cannot be used
-            error = caught
+        for _ in range(self.schedule.accumulation):
+            try:
+                if error is None:
+                    batch = next(batches)
+                    num_tokens += batch["tokens"].numel()
+                    total[:2] += self._forward_backward(batch)
+            except UserError as caught:  # a row that cannot be used
+                error = caught
+            if error is not None:
+                take_part(self.method.model, self.device)
         total[2] = self.stop.requested
         try:
             loss_sum, num_labels, num_stopped = sum_or_fail(total, error)

@@ -25,6 +25,7 @@ from qst_tune.training.config_keys import (
 from qst_tune.training.model_setup import choose_device, choose_dtype
 
 BAD_ROW_POLICIES = ("error", "skip")
+SHARDING_MODES = ("full", "node")
 # What torch.set_deterministic_debug_mode takes.
 _DETERMINISTIC_MODES = (0, 1, 2, "default", "warn", "error")
 # torchtune seeds each process with seed + rank, and NumPy takes 32 bits.
@@ -55,6 +56,7 @@ def check_training_config(cfg: DictConfig, further: list[Problem] | None = None)
             *_validation_problems(cfg),
             *_packing_problems(cfg),
             *_file_problems(cfg),
+            *_sharding_problems(cfg),
             *_trial_problems(cfg),
         ]
     raise_problems([*problems, *(further or [])])
@@ -114,6 +116,19 @@ def _validation_problems(cfg: DictConfig) -> Iterator[Problem]:
     elif not cfg.get("run_val_every_n_steps") and cfg.epochs == 1:
         text = f"{key} needs run_val_every_n_steps or more epochs: only the end would be measured"
         yield Problem(key, text)
+
+
+def _sharding_problems(cfg: DictConfig) -> Iterator[Problem]:
+    key = "backbone_sharding"
+    mode = cfg.get(key)
+    if mode not in (None, *SHARDING_MODES):
+        text = f"{key}={mode} must be null (each process has its own) or {_one_of(SHARDING_MODES)}"
+        yield Problem(key, text)
+    if mode is not None and cfg.get("compile"):
+        yield Problem("compile", f"compile=True does not go with {key}={mode}: set one to null")
+    if mode is None and cfg.get("fsdp_cpu_offload"):
+        text = f"fsdp_cpu_offload=True offloads the parts of a sharded backbone: set {key}=full"
+        yield Problem("fsdp_cpu_offload", text)
 
 
 def _packing_problems(cfg: DictConfig) -> Iterator[Problem]:

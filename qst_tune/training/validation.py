@@ -1,7 +1,8 @@
 """Held-out data: every batch once, in evaluation mode, and the loss on it."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torchtune import utils
@@ -11,6 +12,9 @@ from qst_tune.errors import UserError
 from qst_tune.training.data import check_length
 from qst_tune.training.distributed import sum_or_fail
 from qst_tune.training.loss import next_token_loss
+from qst_tune.training.sharding import anyone_has, free_weights, take_part
+
+T = TypeVar("T")
 
 
 @torch.no_grad()
@@ -21,6 +25,9 @@ def visit(
     take: Callable[[dict[str, torch.Tensor]], None],
 ) -> UserError | None:
     """Hand each batch to a function, while the model is in evaluation mode.
+
+    Collective if the model is sharded: a process that has no more batches, or a row that cannot be
+    used, goes on to gather weights with the others.
 
     Args:
         model (TransformerDecoder): in its own mode again afterwards.
@@ -34,15 +41,38 @@ def visit(
     """
     was_training = model.training
     model.eval()
+    rest, error = iter(batches), None
     try:
-        for batch in batches:
-            utils.batch_to_device(batch, device)
-            take(batch)
-    except UserError as error:
-        return error
+        while True:
+            batch = None
+            if error is None:
+                batch, error = _attempt(lambda: next(rest, None))
+            if not anyone_has(batch, model, device):
+                return error
+            if batch is not None:
+                _, error = _attempt(partial(_hand_over, batch, device, take))
+            if batch is None or error is not None:
+                take_part(model, device)
     finally:
         model.train(was_training)
-    return None
+        free_weights(model)
+
+
+def _attempt(action: Callable[[], T]) -> tuple[T | None, UserError | None]:
+    """What an action returns, or why it failed."""
+    try:
+        return action(), None
+    except UserError as error:
+        return None, error
+
+
+def _hand_over(
+    batch: dict[str, torch.Tensor],
+    device: torch.device,
+    take: Callable[[dict[str, torch.Tensor]], None],
+) -> None:
+    utils.batch_to_device(batch, device)
+    take(batch)
 
 
 def held_out_loss(

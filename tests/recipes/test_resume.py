@@ -164,7 +164,7 @@ def test_two_processes_resume_together(config: Config, tmp_path: Path) -> None:
     both = run(tmp_path / "both")
     assert_identical(run(cut(both, tmp_path / "cut", 4), RESUME), both)
     alone = cut(both, tmp_path / "alone", 4)
-    with pytest.raises(UserError, match="it has 2 processes, this run 1"):
+    with pytest.raises(UserError, match="= 2 x 1 x 1 rows a step: it was 2 x 1 x 2"):
         finetune(config, alone, *settings, RESUME)
 
 
@@ -244,8 +244,8 @@ def test_longer_run_goes_on_from_a_finished_one(
 
 REFUSED = {
     "model.rank=8": ["model.rank: 4 when saved, 8 now", "belong to that model"],
-    "batch_size=3": ["batch_size: 2 when saved, 3 now", "counted in batches"],
-    "gradient_accumulation_steps=1": ["gradient_accumulation_steps: 2 when saved, 1 now"],
+    "batch_size=3": ["= 3 x 2 x 1 rows a step: it was 2 x 2 x 1", "so that it is 4 again"],
+    "gradient_accumulation_steps=1": ["= 2 x 1 x 1 rows a step: it was 2 x 2 x 1"],
     "seed=1": ["seed: 0 when saved, 1 now", "order of the rows"],
     "shuffle=False": ["shuffle: True when saved, False now"],
     "tokenizer.max_seq_len=32": ["tokenizer.max_seq_len: 64 when saved, 32 now"],

@@ -192,6 +192,21 @@ MISTAKES = [
     ),
     # What does not go together.
     Mistake("unknown policy", ["on_bad_row=ignore"], ["on_bad_row=ignore", "error or skip"]),
+    Mistake(
+        "unknown sharding",
+        ["backbone_sharding=half"],
+        ["backbone_sharding=half must be null", "full or node"],
+    ),
+    Mistake(
+        "compiled and sharded",
+        ["backbone_sharding=full", "compile=True"],
+        ["compile=True does not go with backbone_sharding=full"],
+    ),
+    Mistake(
+        "nothing to offload",
+        ["fsdp_cpu_offload=True"],
+        ["fsdp_cpu_offload=True offloads", "set backbone_sharding=full"],
+    ),
     Mistake("two kinds of held-out rows", ["val_fraction=0.1"], ["val_fraction and dataset_val"]),
     Mistake(
         "everything held out",

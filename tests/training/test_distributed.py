@@ -1,6 +1,7 @@
 """Collectives on two processes, and that they do nothing on one."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from qst_tune.errors import UserError
 from qst_tune.training.distributed import (
     broadcast_tensors,
     gather_lists,
@@ -17,6 +19,7 @@ from qst_tune.training.distributed import (
     sum_gradients,
     sum_over_ranks,
 )
+from tests.ranks import on_ranks, rank_environment, unused_port
 
 
 def test_single_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,8 +66,8 @@ def two_ranks(rank: int, port_file: str, out: str) -> None:
     assert not dist.is_initialized()
 
 
-def test_two_processes_agree(tmp_path: Path, unused_port: int) -> None:
-    mp.spawn(two_ranks, args=(str(unused_port), str(tmp_path)), nprocs=2)
+def test_two_processes_agree(tmp_path: Path) -> None:
+    mp.start_processes(two_ranks, (unused_port(), str(tmp_path)), 2, start_method="fork")
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     torch.manual_seed(0)
     expected = nn.Linear(2, 3).weight.detach()
@@ -77,10 +80,34 @@ def test_two_processes_agree(tmp_path: Path, unused_port: int) -> None:
         assert result["gathered"].tolist() == [0, 1, 2, 0, 1, 2, 10, 11, 12]
 
 
-@pytest.fixture
-def unused_port() -> int:
-    import socket
+def one_dies(rank: int, port: str, out: str) -> None:
+    os.environ |= rank_environment(rank, 2, port)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # which the first death brings on the other
+    try:
+        with process_group(torch.device("cpu")):
+            sum_over_ranks(torch.ones(1))
+            if rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            sum_over_ranks(torch.ones(1))
+    except UserError as error:
+        Path(out).write_text(str(error))
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+
+def test_process_that_loses_another_says_so_in_one_line(tmp_path: Path) -> None:
+    said = tmp_path / "said.txt"
+    with pytest.raises(mp.ProcessExitedException, match="SIGKILL"):
+        mp.start_processes(one_dies, (unused_port(), str(said)), 2, start_method="fork")
+    text = said.read_text()
+    assert text.startswith("process 0 has lost another process of this run")
+    assert "Connection " in text  # closed or reset, by the system's mood
+    assert "resume_from_checkpoint=True" in text
+    assert len(text.splitlines()) == 1
+
+
+def test_error_of_ones_own_stays_what_it_is() -> None:
+    on_ranks(1, raises_its_own)
+
+
+def raises_its_own() -> None:
+    with pytest.raises(RuntimeError, match="mine"), process_group(torch.device("cpu")):
+        raise RuntimeError("mine")

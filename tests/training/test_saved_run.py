@@ -7,6 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from qst_tune.errors import UserError
+from qst_tune.training import saved_run as module
 from qst_tune.training.batches import BatchLoader
 from qst_tune.training.checkpoint_store import CheckpointStore
 from qst_tune.training.saved_run import (
@@ -25,11 +26,13 @@ CONFIG = {
     "seed": None,
     "epochs": 1,
     "device": "cpu",
+    "batch_size": 4,
+    "gradient_accumulation_steps": 2,
 }
 STATE: dict[str, Any] = {
     "format_version": 2,
     "config": CONFIG,
-    "data": {},
+    "data": {"processes": 1},
     "seed": 7,
     "progress": {"step": 5},
     "history": {},
@@ -101,6 +104,50 @@ def test_change_of_what_is_trained_is_refused(
         find(tmp_path, changes)
 
 
+@pytest.mark.parametrize(
+    ("processes", "changes"),
+    [
+        (1, {"batch_size": 2, "gradient_accumulation_steps": 4}),
+        (2, {"batch_size": 2}),
+        (4, {"batch_size": 2, "gradient_accumulation_steps": None}),
+        (8, {"batch_size": 1, "gradient_accumulation_steps": 1}),
+    ],
+)
+def test_a_steps_rows_may_be_spread_otherwise(
+    processes: int,
+    changes: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    save(tmp_path)
+    monkeypatch.setattr(module, "rank_and_world_size", lambda: (0, processes))
+    assert find(tmp_path, changes) is not None
+    assert f"1 processes when saved, {processes} now: each step has the same rows" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("processes", "changes"),
+    [(2, {}), (1, {"batch_size": 2}), (1, {"gradient_accumulation_steps": 3})],
+)
+def test_another_number_of_rows_a_step_is_refused(
+    processes: int, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path)
+    monkeypatch.setattr(module, "rank_and_world_size", lambda: (0, processes))
+    with pytest.raises(UserError, match="rows a step: it was 4 x 2 x 1 when saved"):
+        find(tmp_path, changes)
+
+
+def test_processes_started_again_by_torchrun_go_on_by_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path)
+    for count, goes_on in [("0", False), ("1", True)]:
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+        assert (find(tmp_path, {"resume_from_checkpoint": False}) is not None) is goes_on
+
+
 def test_all_refusals_are_told_at_once(tmp_path: Path) -> None:
     save(tmp_path)
     with pytest.raises(UserError) as error:
@@ -145,8 +192,6 @@ def test_data_is_told_apart_by_number_and_content(tmp_path: Path) -> None:
         check_same_data(saved, describe_data(loader([7, *rows[1:]])))
     with pytest.raises(UserError, match="it has 0 held-out rows, this run 1"):
         check_same_data(saved, describe_data(loader(rows), loader([1])))
-    with pytest.raises(UserError, match="it has 1 processes, this run 2"):
-        check_same_data(saved, {**description, "processes": 2})
 
 
 def test_other_held_out_rows_are_told(tmp_path: Path) -> None:

@@ -1,0 +1,142 @@
+"""What each of several processes holds of a run, and what it receives in a step.
+
+Notation: N processes, B bytes of the backbone, R of them in the group that is whole during a step
+(:func:`~qst_tune.training.sharding.group_bytes`), L the largest other group, S bytes of what
+trains.
+"""
+
+from dataclasses import dataclass
+
+from omegaconf import DictConfig
+from torchtune.modules import TransformerDecoder
+
+from qst_tune.modules.peqa_decoder import PEQADecoder
+from qst_tune.training.memory import GIB, tensor_bytes
+from qst_tune.training.sharding import group_bytes
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a run is spread.
+
+    Args:
+        num_processes (int): N; with ``mode`` "node", of one node.
+        mode (str | None): ``backbone_sharding``.
+        accumulation (int): batches a step.
+    """
+
+    num_processes: int
+    mode: str | None
+    accumulation: int = 1
+
+    @classmethod
+    def of_config(cls, cfg: DictConfig, num_processes: int) -> "Spread":
+        """Read a training config.
+
+        Args:
+            cfg (DictConfig): may have ``backbone_sharding`` and ``gradient_accumulation_steps``.
+            num_processes (int): N.
+
+        Returns:
+            Spread: of that run.
+        """
+        accumulation = cfg.get("gradient_accumulation_steps") or 1
+        return cls(num_processes, cfg.get("backbone_sharding"), accumulation)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the processes share one backbone."""
+        return self.mode is not None and self.num_processes > 1
+
+    def backbone_bytes(self, model: TransformerDecoder) -> int:
+        r"""Bytes that a process keeps of the backbone.
+
+        .. math:: \lceil B / N \rceil
+
+        Args:
+            model (TransformerDecoder): of ours; may be on meta.
+
+        Returns:
+            int: without a row more or less of each tensor.
+        """
+        groups, rest = group_bytes(model)
+        whole = sum(groups) + rest
+        return -(-whole // self.num_processes) if self.is_sharded else whole
+
+    def peak_bytes(self, model: TransformerDecoder, whole_peak: int) -> int:
+        r"""Peak of a process, from above.
+
+        .. math:: P - B + \lceil B / N \rceil + R + 2 L
+
+        for a peak P with the backbone whole: while a group runs, FSDP2 gathers the next one.
+
+        Args:
+            model (TransformerDecoder): of ours; may be on meta.
+            whole_peak (int): P.
+
+        Returns:
+            int: bytes.
+        """
+        if not self.is_sharded:
+            return whole_peak
+        groups, rest = group_bytes(model)
+        gathered = rest + 2 * max(groups)
+        return whole_peak - sum(groups) - rest + self.backbone_bytes(model) + gathered
+
+    def gathered_bytes(self, model: TransformerDecoder) -> int:
+        r"""Bytes of frozen weights that a process receives in a step.
+
+        .. math:: A \frac{N-1}{N} (B + E)
+
+        with A batches a step. E are the bytes of the layers for PEQA, whose backward pass needs
+        them again, and 0 for a side network.
+
+        Args:
+            model (TransformerDecoder): of ours; may be on meta.
+
+        Returns:
+            int: 0 if each process has its own backbone.
+        """
+        if not self.is_sharded:
+            return 0
+        groups, rest = group_bytes(model)
+        again = sum(groups[-len(model.layers) :]) if isinstance(model, PEQADecoder) else 0
+        return self.accumulation * self._from_others(sum(groups) + rest + again)
+
+    def gradient_bytes(self, model: TransformerDecoder) -> int:
+        r"""Bytes of gradients that a process receives in a step, if they are summed in a ring.
+
+        .. math:: 2 \frac{N-1}{N} S
+
+        Args:
+            model (TransformerDecoder): may be on meta.
+
+        Returns:
+            int: bytes.
+        """
+        trained = sum(tensor_bytes(p) for p in model.parameters() if p.requires_grad)
+        return self._from_others(2 * trained)
+
+    def _from_others(self, num_bytes: int) -> int:
+        return num_bytes * (self.num_processes - 1) // self.num_processes
+
+
+def spread_line(spread: Spread, model: TransformerDecoder, whole_peak: int) -> str:
+    """Say in one line what each process holds and receives.
+
+    Args:
+        spread (Spread): of the run.
+        model (TransformerDecoder): of ours; may be on meta.
+        whole_peak (int): peak of a process with the backbone whole, bytes.
+
+    Returns:
+        str: one line; GiB and MiB are 2^30 and 2^20 bytes.
+    """
+    held, peak = spread.backbone_bytes(model) / GIB, spread.peak_bytes(model, whole_peak) / GIB
+    most = "at most " if spread.is_sharded else ""
+    return (
+        f"each of {spread.num_processes} processes, backbone_sharding="
+        f"{spread.mode or 'null'}: backbone {held:.2f} GiB, peak {most}{peak:.2f} GiB; receives a "
+        f"step {spread.gathered_bytes(model) / GIB:.2f} GiB of frozen weights and "
+        f"{spread.gradient_bytes(model) / 2**20:.1f} MiB of gradients"
+    )

@@ -1,0 +1,124 @@
+"""A frozen backbone as plain tensors, so that FSDP shards it whatever they stand for.
+
+FSDP2 shards parameters along their first dimension. A quantised weight is one tensor to a module
+but several to the memory, and cannot be cut between any two rows: torchao's own sharding of NF4
+wants the number of second-level blocks to be a multiple of the number of processes, which a 576 x
+576 weight has not. Its codes, absmax codes and factors as parameters of their own can be cut
+anywhere.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from qst_tune.modules.peqa_linear import PEQALinear
+from qst_tune.quantization.parts import join_parts, parts_of
+
+_SMALL = 16  # numbers, such as the levels of NF4: every process keeps them
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a module keeps a tensor.
+
+    Args:
+        owner (nn.Module): the module.
+        name (str): of its parameter or buffer.
+    """
+
+    owner: nn.Module
+    name: str
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """What is there."""
+        tensor: torch.Tensor = getattr(self.owner, self.name)
+        return tensor
+
+    def put(self, tensor: torch.Tensor) -> None:
+        """Exchange it.
+
+        Args:
+            tensor (torch.Tensor): becomes a parameter where one was, trained if that was.
+        """
+        before = self.tensor
+        if isinstance(before, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=before.requires_grad)
+        setattr(self.owner, self.name, tensor)
+
+
+def plain_parts(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return what a checkpoint fills of a module, without its children, as plain tensors.
+
+    Args:
+        module (nn.Module): any of a backbone, not changed by :func:`expose_parts`.
+
+    Returns:
+        dict[str, torch.Tensor]: not copied. The parts of a quantised ``weight`` are called
+        ``weight/quantized_data`` and so on.
+    """
+    parts: dict[str, torch.Tensor] = {}
+    for name, tensor in module.named_parameters(recurse=False):
+        inner = parts_of(tensor)
+        parts.update({f"{name}/{key}": part for key, part in inner.items()} or {name: tensor})
+    if isinstance(module, PEQALinear):
+        parts.update(module.named_buffers(recurse=False))
+    return parts
+
+
+def expose_parts(module: nn.Module) -> dict[str, Place]:
+    """Make the parts of a module, in place, frozen parameters of their own.
+
+    It computes as before: a quantised weight is put together from its parts when it is asked for.
+
+    Args:
+        module (nn.Module): without children or one of them; typically on meta.
+
+    Returns:
+        dict[str, Place]: where each of the :func:`plain_parts` is now.
+    """
+    places: dict[str, Place] = {}
+    for name, tensor in list(module.named_parameters(recurse=False)):
+        places.update(_expose(module, name, tensor) or {name: Place(module, name)})
+    if isinstance(module, PEQALinear):
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            delattr(module, name)
+            module.register_parameter(name, nn.Parameter(buffer, requires_grad=False))
+            places[name] = Place(module, name)
+    return places
+
+
+def _expose(module: nn.Module, name: str, tensor: torch.Tensor) -> dict[str, Place]:
+    """Of a quantised tensor; a plain one has no parts."""
+    parts = parts_of(tensor)
+    if not parts:
+        return {}
+    joined = _Join(tensor)
+    parametrize.register_parametrization(module, name, joined, unsafe=True)
+    originals: Any = module.parametrizations[name]  # type: ignore[index]
+    places = {part: Place(joined, part) for part in parts if part not in joined.large}
+    places |= {p: Place(originals, f"original{i}") for i, p in enumerate(joined.large)}
+    return {f"{name}/{part}": place for part, place in places.items()}
+
+
+class _Join(nn.Module):
+    """A parametrisation: a quantised tensor of its large parts, which become parameters."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        super().__init__()
+        self._like = [tensor]  # in a list: neither parameter nor buffer
+        self.large = [name for name, part in parts_of(tensor).items() if part.numel() > _SMALL]
+        for name, part in parts_of(tensor).items():
+            if name not in self.large:
+                self.register_buffer(name, part)
+
+    def forward(self, *large: torch.Tensor) -> torch.Tensor:
+        parts = dict(zip(self.large, large, strict=True))
+        return join_parts({**parts, **dict(self.named_buffers())}, self._like[0])
+
+    def right_inverse(self, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        parts = parts_of(tensor)
+        return tuple(parts[name] for name in self.large)

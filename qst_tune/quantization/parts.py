@@ -1,0 +1,48 @@
+"""The plain tensors that a quantised one consists of."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torchao.dtypes.nf4tensor import NF4Tensor
+
+
+def parts_of(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Take a quantised tensor apart.
+
+    Args:
+        tensor (torch.Tensor): of a type that wraps others, as torchao's ``NF4Tensor`` (codes,
+            absmax codes, their factors and mean, and the 16 levels), or a plain one.
+
+    Returns:
+        dict[str, torch.Tensor]: by the names that the type gives them, not copied; nothing of a
+        plain tensor.
+    """
+    if not is_traceable_wrapper_subclass(tensor):
+        return {}
+    names, _ = tensor.__tensor_flatten__()
+    return {name: getattr(tensor, name) for name in names}
+
+
+def join_parts(parts: Mapping[str, torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """Put a quantised tensor together again; the inverse of :func:`parts_of`.
+
+    Args:
+        parts (Mapping[str, torch.Tensor]): all on one device; not copied.
+        like (torch.Tensor): a quantised tensor of the same shape and format, perhaps on another
+            device.
+
+    Returns:
+        torch.Tensor: of the type of ``like``; an NF4 one has the dtype of its levels.
+    """
+    quantized: type = type(like)
+    names, context = like.__tensor_flatten__()  # type: ignore[attr-defined]
+    if isinstance(like, NF4Tensor):
+        device, dtype = parts[names[0]].device, parts["nf4"].dtype
+        layout = dataclasses.replace(context["tensor_meta"], device=device, dtype=dtype)
+        context = {**context, "tensor_meta": layout}
+    joined: torch.Tensor = quantized.__tensor_unflatten__(  # type: ignore[attr-defined]
+        dict(parts), context, like.shape, like.stride()
+    )
+    return joined
