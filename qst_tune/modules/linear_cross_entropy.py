@@ -127,10 +127,8 @@ def _plain_weight(head: Head) -> torch.Tensor | None:
         weight: torch.Tensor = head.tied_module.weight
         return weight
     # A sharded table is a parametrised weight, which gives its module a type of its own.
-    is_linear = isinstance(head, nn.Module) and type_before_parametrizations(head) is nn.Linear
-    if is_linear and head.bias is None:  # type: ignore[attr-defined]
-        own: torch.Tensor = head.weight  # type: ignore[attr-defined]
-        return own
+    if isinstance(head, nn.Linear) and type_before_parametrizations(head) is nn.Linear:
+        return head.weight if head.bias is None else None
     return None
 
 

@@ -59,8 +59,8 @@ def parameter_bytes(module: nn.Module) -> int:
     """Bytes of all parameters and buffers below a module, each storage once.
 
     Args:
-        module (nn.Module): quantised weights count as they are stored, sharded ones by this process's
-            part.
+        module (nn.Module): quantised weights count as they are stored, of sharded ones this
+            process's part.
 
     Returns:
         int: bytes.

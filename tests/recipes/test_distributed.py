@@ -257,6 +257,10 @@ def test_two_nodes_meet_by_the_documented_command(root: Path, tmp_path: Path) ->
         )
         for _ in range(2)
     ]
-    told = [agent.communicate(timeout=300)[0] for agent in agents]
+    try:
+        told = [agent.communicate(timeout=300)[0] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
     assert [agent.returncode for agent in agents] == [0, 0], told
     assert_same_run("qst", FinetuneResult(tmp_path / "run"), alone(root, "qst"))

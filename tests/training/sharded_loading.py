@@ -1,4 +1,4 @@
-"""Memory that loading takes of each process: the backbone whole, and shared by 2, 4 and 8.
+"""Memory that loading takes of each process: the backbone whole, and shared by 2 and by 4.
 
 Makes a Llama of 8 layers, 2048 wide, in bf16 (four files, 0.86 GB) and loads it as NF4 on so many
 forked processes. ``RssAnon`` of Linux is sampled every 5 ms: memory that is the process's own, not
@@ -118,7 +118,7 @@ def main() -> None:
             f"bf16 checkpoint {dense / MIB:.0f} MiB, its largest weight {largest / MIB:.0f} MiB, "
             f"a layer in NF4 {max(groups) / MIB:.0f} MiB"
         )
-        for size in (1, 2, 4, 8):
+        for size in (1, 2, 4):
             on_ranks(size, load, folder)
 
 
