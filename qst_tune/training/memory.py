@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -143,7 +144,9 @@ def peak_memory_bytes(device: torch.device) -> int:
 def _plain_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
     """Parameters and buffers, a quantised or sharded one as the plain tensors that are here."""
     for tensor in [*module.parameters(), *module.buffers()]:
-        if is_traceable_wrapper_subclass(tensor):
+        if isinstance(tensor, DTensor):
+            yield tensor.to_local()
+        elif is_traceable_wrapper_subclass(tensor):
             yield from (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
         else:
             yield tensor

@@ -226,7 +226,7 @@ def test_torchrun_starts_a_killed_run_again_where_it_was(
         *("--config", path, *SETTINGS, f"output_dir={tmp_path / 'run'}"),
         *("batch_size=4", "backbone_sharding=full", "save_every_n_steps=1"),
         "loss._component_=tests.recipes.faults.SignalledLoss",
-        *("loss.call=30", f"loss.marker={tmp_path / 'killed'}", "loss.signal_name=SIGKILL"),
+        *("loss.call=15", f"loss.marker={tmp_path / 'killed'}", "loss.signal_name=SIGKILL"),
         cwd=tmp_path,
     )
     assert result.returncode == 0, result.stderr
