@@ -111,20 +111,22 @@ class QSTEstimateRecipe:
 
     def _spread_lines(self, name: str, method: Method, cost: StepCost) -> list[str]:
         """What each of several processes has of it; nothing for one process or others' methods."""
+        if self.spread.num_processes == 1:
+            return []
         model = method.build(self.choices).model
-        if self.spread.num_processes == 1 or not isinstance(model, QSTDecoder | PEQADecoder):
+        if not isinstance(model, QSTDecoder | PEQADecoder):
             return []
         return [f"{name}, {spread_line(self.spread, model, cost.memory.num_bytes)}"]
 
     def _largest_batch(self, method: Method) -> LargestBatch:
         assert self.fit_gib is not None
 
-        model = method.build(self.choices).model
-        shares = isinstance(model, QSTDecoder | PEQADecoder)
+        model = method.build(self.choices).model if self.spread.is_sharded else None
 
         def peak_bytes(batch_size: int) -> int:
             peak = self._cost(method, Shape(batch_size, self.shape.seq_len)).memory.num_bytes
-            return self.spread.peak_bytes(model, peak) if shares else peak
+            is_ours = isinstance(model, QSTDecoder | PEQADecoder)
+            return self.spread.peak_bytes(model, peak) if is_ours else peak
 
         return largest_batch(
             peak_bytes,

@@ -47,6 +47,8 @@ MODELS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "peqa, zero points": ("llama", peqa_from_hf, {"train_zero_points": True}),
 }
 
+SLOW = {"fp4, tied", "int4", "int8, capped head", "nf4 embedding, tied", "peqa, zero points"}
+
 
 def build(folder: Path, kind: str) -> Any:
     _, builder, arguments = MODELS[kind]
@@ -132,7 +134,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in SLOW)) for kind in MODELS]
+)
 def test_sharded_model_and_its_gradients_are_those_of_a_whole_one_to_the_last_bit(
     kind: str, folder: Path
 ) -> None:
