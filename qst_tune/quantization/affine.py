@@ -207,20 +207,18 @@ def centred_codes(
     return codes_OGg.to(signed).sub_(zero_point.to(signed).unsqueeze(-1))
 
 
-def row_parts(
-    num_rows: int, in_dim: int, weights_at_once: int = _WEIGHTS_AT_ONCE
-) -> Iterator[slice]:
+def row_parts(num_rows: int, in_dim: int, weights_at_once: int | None = None) -> Iterator[slice]:
     """Cut a weight into parts of few rows, so that a temporary for one of them stays small.
 
     Args:
         num_rows (int): O.
         in_dim (int): I.
-        weights_at_once (int): the most in a part, but for a single row.
+        weights_at_once (int | None): the most in a part, but for a single row; None: 2^22.
 
     Yields:
         slice: of rows.
     """
-    step = max(1, weights_at_once // in_dim)
+    step = max(1, (weights_at_once or _WEIGHTS_AT_ONCE) // in_dim)
     for start in range(0, num_rows, step):
         yield slice(start, min(start + step, num_rows))
 

@@ -90,7 +90,9 @@ def dequantize_nf4(weight: NF4Tensor) -> torch.Tensor:
     Returns:
         torch.Tensor: ``[out_dim, in_dim]`` in ``weight.dtype``.
     """
-    decoded = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    # Where the codes are: an estimate's fake weight says that it is elsewhere.
+    device = weight.quantized_data.device
+    decoded = torch.empty(weight.shape, dtype=weight.dtype, device=device)
     _decode(weight.quantized_data, _absmax(weight), weight, out=decoded)
     return decoded
 
@@ -113,7 +115,7 @@ def decoded_rows(weight: NF4Tensor) -> Iterator[torch.Tensor]:
     codes, absmax = weight.quantized_data.view(out_dim, -1), _absmax(weight).view(out_dim, -1)
     for start in range(0, out_dim, rows):
         part = slice(start, min(start + rows, out_dim))
-        decoded = torch.empty(part.stop - start, in_dim, dtype=weight.dtype, device=weight.device)
+        decoded = torch.empty(part.stop - start, in_dim, dtype=weight.dtype, device=codes.device)
         _decode(codes[part].flatten(), absmax[part].flatten(), weight, out=decoded)
         yield decoded
 
