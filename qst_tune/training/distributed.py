@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 
 from qst_tune.errors import USER_ERROR_STATUS, UserError
 
@@ -37,7 +38,7 @@ def process_group(device: torch.device) -> Iterator[None]:
         yield
         return
     # Counters of held-out rows may lie on the CPU, whatever the model is on.
-    dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo")
+    _join("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo")
     try:
         yield
     except RuntimeError as error:
@@ -50,6 +51,22 @@ def process_group(device: torch.device) -> Iterator[None]:
         ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _join(backend: str) -> None:
+    """Make the process group.
+
+    Processes that torchrun has started again on one machine meet in the store of the first start
+    (torch 2.13), where Gloo finds the addresses of the dead. So they keep apart what is theirs. On
+    several machines the number of restarts is each agent's own, and cannot do that.
+    """
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts == "0" or os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
+        dist.init_process_group(backend)
+        return
+    store, rank, world_size = next(rendezvous("env://"))
+    own = dist.PrefixStore(f"restart_{restarts}", store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=own, rank=rank, world_size=world_size)
 
 
 def _is_lost_process(error: RuntimeError) -> bool:

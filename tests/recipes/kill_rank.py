@@ -46,9 +46,10 @@ def _fork(run: Callable[[], None], rank: int, port: str, log: Path) -> int:
         return process
     status = 1
     try:
-        with log.open("ab") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
+        # Python's streams too: under pytest they write elsewhere.
+        sys.stdout = sys.stderr = file = log.open("a", buffering=1)
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
         os.environ |= rank_environment(rank, RANKS, port)
         with one_thread():
             run()
