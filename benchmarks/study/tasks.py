@@ -158,4 +158,5 @@ def _with_answer(prompt: list[int], answer: list[int]) -> Row:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    # Not splitlines(), which also splits at separators that stand within JSON's strings.
+    return [json.loads(line) for line in path.read_text().split("\n") if line]

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from qst_tune.modules.peqa_linear import PEQALinear
-from qst_tune.quantization.parts import join_parts, parts_of
+from qst_tune.quantization.parts import join_parts, named_parts, parts_of
 
 _SMALL = 16  # numbers, such as the levels of NF4: every process keeps them
 
@@ -62,8 +62,7 @@ def plain_parts(module: nn.Module) -> dict[str, torch.Tensor]:
     """
     parts: dict[str, torch.Tensor] = {}
     for name, tensor in module.named_parameters(recurse=False):
-        inner = parts_of(tensor)
-        parts.update({f"{name}/{key}": part for key, part in inner.items()} or {name: tensor})
+        parts.update(named_parts(name, tensor))
     if isinstance(module, PEQALinear):
         parts.update(module.named_buffers(recurse=False))
     return parts

@@ -193,6 +193,7 @@ class QSTDecoder(TransformerDecoder):
     def _both(
         self, tokens: torch.Tensor, *, mask: _MaskType | None, input_pos: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        # A method of its own: FSDP wraps with_reference, and forward must not enter it twice.
         h_BTD = self._embed(tokens, mask=mask, input_pos=input_pos)
         g_BTS = self.side.start(h_BTD)
         block_beside = {layer: block for block, layer in enumerate(self.side.layers)}

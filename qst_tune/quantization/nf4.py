@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torchao.dtypes.nf4tensor import NF4Tensor, SubclassTensorArgs, get_block_absmax, to_nf4
 
+from qst_tune.quantization.affine import row_parts
+
 BLOCK_SIZE = 64
 SCALER_BLOCK_SIZE = 256
 
@@ -108,14 +110,15 @@ def decoded_rows(weight: NF4Tensor) -> Iterator[torch.Tensor]:
         blocks do not end with a row.
     """
     out_dim, in_dim = weight.shape
-    rows = max(1, _AT_ONCE // in_dim)
-    if rows >= out_dim or in_dim % weight.block_size:
+    parts = list(row_parts(out_dim, in_dim, _AT_ONCE))
+    if len(parts) == 1 or in_dim % weight.block_size:
         yield dequantize_nf4(weight)
         return
     codes, absmax = weight.quantized_data.view(out_dim, -1), _absmax(weight).view(out_dim, -1)
-    for start in range(0, out_dim, rows):
-        part = slice(start, min(start + rows, out_dim))
-        decoded = torch.empty(part.stop - start, in_dim, dtype=weight.dtype, device=codes.device)
+    for part in parts:
+        decoded = torch.empty(
+            part.stop - part.start, in_dim, dtype=weight.dtype, device=codes.device
+        )
         _decode(codes[part].flatten(), absmax[part].flatten(), weight, out=decoded)
         yield decoded
 

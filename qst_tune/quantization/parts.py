@@ -25,6 +25,21 @@ def parts_of(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     return {name: getattr(tensor, name) for name in names}
 
 
+def named_parts(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Name the plain tensors of any tensor, as files and sharding do.
+
+    Args:
+        name (str): of the tensor.
+        tensor (torch.Tensor): quantised or plain.
+
+    Returns:
+        dict[str, torch.Tensor]: not copied; of a quantised one ``name/quantized_data`` and so on, a
+        plain one under its own name.
+    """
+    parts = parts_of(tensor)
+    return {f"{name}/{part}": value for part, value in parts.items()} or {name: tensor}
+
+
 def join_parts(parts: Mapping[str, torch.Tensor], like: torch.Tensor) -> torch.Tensor:
     """Put a quantised tensor together again; the inverse of :func:`parts_of`.
 

@@ -18,7 +18,7 @@ from qst_tune import __version__
 from qst_tune.modules.embedding_quantization import quantization_of_backbone
 from qst_tune.modules.peqa_linear import PEQALinear
 from qst_tune.modules.rotary_caches import build_rotary_caches
-from qst_tune.quantization.parts import join_parts, parts_of
+from qst_tune.quantization.parts import join_parts, named_parts
 from qst_tune.training.backbone_loading import SIDE_PREFIX
 from qst_tune.training.distributed import rank_and_world_size
 from qst_tune.training.hf_checkpointer import HFCheckpointer
@@ -150,7 +150,7 @@ def _all_parts(model: TransformerDecoder) -> dict[str, torch.Tensor]:
     """The plain tensors of the whole backbone."""
     parts: dict[str, torch.Tensor] = {}
     for name, tensor in _tensors(model).items():
-        parts.update(_parts(name, tensor))
+        parts.update(named_parts(name, tensor))
     return parts
 
 
@@ -164,12 +164,6 @@ def _tensors(model: TransformerDecoder) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _parts(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The plain tensors that a tensor consists of."""
-    inner = parts_of(tensor)
-    return {f"{name}/{part}": value for part, value in inner.items()} or {name: tensor}
-
-
 def _check(file: Any, parts: Mapping[str, torch.Tensor]) -> None:
     expected = {key: list(part.shape) for key, part in parts.items()}
     found = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
@@ -180,7 +174,7 @@ def _check(file: Any, parts: Mapping[str, torch.Tensor]) -> None:
 def _replace(file: Any, model: TransformerDecoder) -> None:
     for name, tensor in _tensors(model).items():
         # A copy on a CPU: there the source is a view of the memory-mapped file.
-        parts = {key: file.get_tensor(key).clone() for key in _parts(name, tensor)}
+        parts = {key: file.get_tensor(key).clone() for key in named_parts(name, tensor)}
         owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         if name in parts:
             filled = parts[name]

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from qst_tune.quantization.parts import named_parts
 
 GIB = 1024**3
 
@@ -146,7 +147,5 @@ def _plain_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
     for tensor in [*module.parameters(), *module.buffers()]:
         if isinstance(tensor, DTensor):
             yield tensor.to_local()
-        elif is_traceable_wrapper_subclass(tensor):
-            yield from (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
         else:
-            yield tensor
+            yield from named_parts("", tensor).values()
