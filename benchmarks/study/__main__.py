@@ -12,12 +12,14 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks.methods import default_config, ignore_known_warnings
+from benchmarks.study.costs import measure_in_new_process
 from benchmarks.study.experiment import Run, execute
 from benchmarks.study.learners import METHODS
 from benchmarks.study.page import write_page
-from benchmarks.study.tasks import TASKS, Task, load_task
+from benchmarks.study.tasks import BATCH_SIZE, TASKS, Task, folder_of, load_task
 
 RESULTS = Path(__file__).parent.parent / "results" / "study.jsonl"
+COSTS = RESULTS.with_name("study_costs.jsonl")
 DOCS = Path(__file__).parent.parent.parent / "docs"
 
 
@@ -37,23 +39,44 @@ def main(arguments: list[str] | None = None) -> int:
     if not (checkpoint / "tokenizer.json").is_file():
         print(f"error: no model in {checkpoint}: run `make quickstart` first", file=sys.stderr)
         return 2
-    missing = [name for name in options.tasks if not (Path(options.data) / name).is_dir()]
+    folders = [folder_of(name, Path(options.data)) for name in options.tasks]
+    missing = [folder.name for folder in folders if not folder.is_dir()]
     if missing:
         print(f"error: --data {options.data} has no folder {missing[0]}", file=sys.stderr)
         return 2
+    if options.costs:
+        return _measure_costs(options, checkpoint)
     done = read_results(options.results)
     tasks: dict[str, Task] = {}
     for run in _runs(options):
         if any(asdict(run).items() <= line.items() for line in done):
             continue
         if run.task not in tasks:
-            tasks = {run.task: _load(run.task, Path(options.data), checkpoint)}
+            tasks = {run.task: _load(run.task, options)}
         line = execute(run, tasks[run.task], checkpoint, options.states)
         _append(options.results, line)
         print({k: v for k, v in line.items() if k != "curve"}, flush=True)
     if options.results == RESULTS:
-        write_page(read_results(RESULTS), DOCS)
+        write_page(read_results(RESULTS), read_results(COSTS), DOCS)
     return 0
+
+
+def _measure_costs(options: argparse.Namespace, checkpoint: Path) -> int:
+    for name in options.tasks:
+        size, task = options.batch_size or BATCH_SIZE[name], _load(name, options)
+        made = measure_in_new_process(task, options.methods, size, options.costs, checkpoint)
+        new = [asdict(cost) for cost in made]
+        measured = {(c["task"], c["method"], c["batch_size"]): c for c in read_results(COSTS) + new}
+        COSTS.write_text("".join(json.dumps(cost) + "\n" for cost in measured.values()))
+        for cost in new:
+            print(cost, flush=True)
+    write_page(read_results(RESULTS), read_results(COSTS), DOCS)
+    return 0
+
+
+def _load(name: str, options: argparse.Namespace) -> Task:
+    tokenizer = AutoTokenizer.from_pretrained(options.checkpoint)
+    return load_task(name, Path(options.data), tokenizer)
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
@@ -83,17 +106,8 @@ def _runs(options: argparse.Namespace) -> Iterator[Run]:
                 method = METHODS[name]
                 rates = options.rates or [method.rates.get(task, method.rate)]
                 for rate in rates:
-                    yield Run(task, name, rate, options.steps, seed)
-
-
-def _load(name: str, data: Path, checkpoint: Path) -> Task:
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-
-    def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-        return ids
-
-    return load_task(name, data, encode)
+                    size = options.batch_size or BATCH_SIZE[task]
+                    yield Run(task, name, rate, options.steps, seed, size)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -105,12 +119,19 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rates", type=lambda text: [float(r) for r in text.split(",")])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, help="rows a step; default: by task, 4 to 16")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
         "--states",
         type=Path,
         help="keep the frozen backbone's states in this folder (gigabytes): variants of QST on the "
-        "same data then take a few minutes each, and their time is not recorded",
+        "same data then take a few minutes each",
+    )
+    parser.add_argument(
+        "--costs",
+        type=int,
+        metavar="ROUNDS",
+        help="train nothing; measure time and memory of a step of every method, by turns",
     )
     parser.add_argument("--results", type=Path, default=RESULTS)
     return parser.parse_args(arguments)

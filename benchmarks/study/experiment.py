@@ -1,7 +1,6 @@
 """One run of the study: train a method on a task, then measure it on the held-out rows."""
 
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ class Run:
         rate (float): peak learning rate.
         steps (int): optimizer steps.
         seed (int): of the trained weights and of the order of the rows.
+        batch_size (int): rows a step.
     """
 
     task: str
@@ -37,6 +37,7 @@ class Run:
     rate: float
     steps: int
     seed: int
+    batch_size: int
 
 
 def execute(run: Run, task: Task, checkpoint: Path, states: Path | None = None) -> dict[str, Any]:
@@ -46,25 +47,23 @@ def execute(run: Run, task: Task, checkpoint: Path, states: Path | None = None) 
         run (Run): what to do; 0 steps measure the method's model before training.
         task (Task): its rows.
         checkpoint (Path): folder of SmolLM2-135M-Instruct.
-        states (Path | None): folder where the states of frozen backbones are kept; the seconds of
-            such a run are not those of the method.
+        states (Path | None): folder where the states of frozen backbones are kept.
 
     Returns:
         dict[str, Any]: the run, ``held_out`` (the task's metric), ``held_out_loss`` and
-        ``train_loss`` (mean of the last quarter) in nats a label, ``tokens``, ``seconds`` of
-        training, ``trained`` parameters, and the loss ``curve``.
+        ``train_loss`` (mean of the last quarter) in nats a label, ``tokens``, ``trained``
+        parameters, and the loss ``curve``.
     """
     torch.manual_seed(run.seed)
     learner = METHODS[run.method].build(checkpoint)
     if states and isinstance(learner.model, QSTDecoder):
         learner.states = FrozenStates(learner.model, states / checkpoint.name)
-    batches = task.batches(run.seed)
-    start, tokens, curve = time.perf_counter(), 0, []
+    batches = task.batches(run.seed, run.batch_size)
+    tokens, curve = 0, []
     with fast_decoding():
         for loss, size in _train(learner, batches, run):
             curve.append(loss)
             tokens += size
-    seconds = time.perf_counter() - start
     last = curve[-max(1, len(curve) // 4) :]
     with fast_decoding():
         measured = evaluate(learner, task)
@@ -73,7 +72,6 @@ def execute(run: Run, task: Task, checkpoint: Path, states: Path | None = None) 
         **measured,
         "train_loss": sum(last) / len(last) if last else None,
         "tokens": tokens,
-        "seconds": None if learner.states else round(seconds, 1),
         "trained": learner.num_trained,
         "curve": [round(loss, 4) for loss in curve],
     }
@@ -83,23 +81,52 @@ def _train(
     learner: Learner, batches: Iterator[dict[str, torch.Tensor]], run: Run
 ) -> Iterator[tuple[float, int]]:
     """AdamW, warm-up, then linear decay to 0; yields each step's loss and number of tokens."""
-    optimizer = torch.optim.AdamW(learner.groups, lr=run.rate)
+    optimizer = optimizer_of(learner, run.rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / WARMUP, max(0.0, 1 - step / max(1, run.steps)))
     )
-    trained = [p for group in learner.groups for p in group["params"]]
     for _ in tqdm(
         range(run.steps), desc=f"{run.task} {run.method} seed {run.seed}", mininterval=10
     ):
         batch = next(batches)
-        total, count = label_losses(learner, batch)
-        loss = total.sum() / count
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        loss = train_step(learner, optimizer, batch)
         schedule.step()
-        yield loss.item(), batch["tokens"].numel()
+        yield loss, batch["tokens"].numel()
+
+
+def optimizer_of(learner: Learner, rate: float) -> torch.optim.Optimizer:
+    """Make the optimizer that all methods share.
+
+    Args:
+        learner (Learner): whose trained parameters it steps.
+        rate (float): peak learning rate.
+
+    Returns:
+        torch.optim.Optimizer: AdamW.
+    """
+    return torch.optim.AdamW(learner.groups, lr=rate)
+
+
+def train_step(
+    learner: Learner, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor]
+) -> float:
+    """Take one step on the mean loss of the labels.
+
+    Args:
+        learner (Learner): the model.
+        optimizer (torch.optim.Optimizer): of its trained parameters.
+        batch (dict[str, torch.Tensor]): ``tokens`` and ``labels``, ``[B, T]``.
+
+    Returns:
+        float: the loss before the step, nats a label.
+    """
+    total, count = label_losses(learner, batch)
+    loss = total.sum() / count
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(learner.trained, MAX_GRAD_NORM)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.item()
 
 
 def label_losses(learner: Learner, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:

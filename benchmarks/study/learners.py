@@ -18,10 +18,17 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import training
+from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.modules.peft import LoRALinear, get_adapter_params, set_trainable_params
 
 from benchmarks.backbones import DTYPE
-from benchmarks.methods import CPU, LORA_RANK, default_config, model_arguments
+from benchmarks.methods import (
+    CPU,
+    LORA_RANK,
+    default_config,
+    model_arguments,
+    recomputes_by_default,
+)
 from benchmarks.study.frozen_states import FrozenStates
 from qst_tune.estimation.peers import add_lora
 from qst_tune.models import peqa_decoder, qst_decoder, smollm2_135m
@@ -50,9 +57,14 @@ class Learner:
     states: FrozenStates | None = None
 
     @property
+    def trained(self) -> list[torch.Tensor]:
+        """The trained parameters."""
+        return [p for group in self.groups for p in group["params"]]
+
+    @property
     def num_trained(self) -> int:
         """Number of trained parameters."""
-        return sum(p.numel() for group in self.groups for p in group["params"])
+        return sum(p.numel() for p in self.trained)
 
     def hidden(self, tokens: torch.Tensor) -> torch.Tensor:
         """Run everything but the LM head.
@@ -108,7 +120,7 @@ def _full(folder: Path) -> Learner:
     return Learner(model, [{"params": list(model.parameters()), "weight_decay": 0.0}])
 
 
-def _lora(folder: Path, *, quantize: bool) -> Learner:
+def _lora(folder: Path, *, quantize: bool, checkpointing: bool = False) -> Learner:
     with training.set_default_dtype(DTYPE):
         model = smollm2_135m()
         add_lora(model, rank=LORA_RANK, quantize=False)
@@ -119,6 +131,8 @@ def _lora(folder: Path, *, quantize: bool) -> Learner:
         parameter.data = parameter.data.float()
     if quantize:
         _quantize_lora_linears(model)
+    if checkpointing:
+        training.set_activation_checkpointing(model, {TransformerSelfAttentionLayer})
     return Learner(model, [{"params": list(adapters.values()), "weight_decay": WEIGHT_DECAY}])
 
 
@@ -136,6 +150,7 @@ def _qst(folder: Path, changes: dict[str, Any]) -> Learner:
         model = qst_decoder(smollm2_135m(), **{**shipped, **changes})
     _load(model, folder)
     model.initialize_side(CPU)
+    model.side.recompute = recomputes_by_default()
     model.train()
     return Learner(model, parameter_groups(model.side))
 
@@ -182,10 +197,14 @@ METHODS: dict[str, Method] = {
     "full": Method("full fine-tuning", _full, 2e-5),
     "lora": Method("LoRA, rank 16", partial(_lora, quantize=False), 3e-4),
     "qlora": Method("QLoRA, rank 16", partial(_lora, quantize=True), 3e-4),
+    "qlora_checkpointed": Method(
+        "QLoRA, rank 16, checkpointed", partial(_lora, quantize=True, checkpointing=True), 3e-4
+    ),
     "qst": qst("QST"),
     "qst_nf4": qst("QST over NF4", base_quantization="nf4"),
     "peqa": Method("PEQA, 4 bits, per channel", partial(_peqa, bits=4), 1e-3),
     "lst": qst("LST: QST over the unquantised model", base_quantization="none"),
+    "qst_r8": qst("QST, r = 8", reduction_factor=8, rate=2e-3),
     "qst_r4": qst("QST, r = 4", reduction_factor=4, rate=1e-3),
     "qst_paper": qst("QST, the paper's equations", variant="paper"),
     "qst_authors": qst("QST, the authors' code", variant="authors"),

@@ -17,6 +17,7 @@ _METRICS = {
     "rte": "accuracy, %",
     "wikitext2": "perplexity",
     "alpaca": "loss, nats a token",
+    "alpaca_chat": "loss, nats a token",
 }
 _HIGHER_IS_BETTER = ("sst2", "rte")
 _INTRODUCTION = """\
@@ -24,27 +25,31 @@ _INTRODUCTION = """\
 
 Written by `python -m benchmarks.study --data FOLDER`; do not edit. SmolLM2-135M-Instruct, for
 QLoRA in NF4, for QST in 8 bits (its config's) unless said otherwise; AdamW with warm-up and linear
-decay, the same rows in the same order for every method, one seed a run. Where several learning
-rates were tried, the table shows the best, chosen on the same held-out rows for every method.
-Speeds are in [benchmarks.md](benchmarks.md).
+decay, the same rows in the same order for every method. Several seeds: their mean (least to
+greatest). Where several learning rates were tried, the table shows the best, chosen on the same
+held-out rows for every method. Minutes are steps times the seconds of a step in the table of costs,
+and MiB the peak of a step, weights and optimizer included; a dash: not measured.
 """
 
 
-def write_page(lines: list[Line], docs: Path) -> None:
+def write_page(lines: list[Line], costs: list[Line], docs: Path) -> None:
     """Write ``study.md`` and ``study.png``.
 
     Args:
         lines (list[Line]): of the results file.
+        costs (list[Line]): what a step of each method takes.
         docs (Path): the folder of the documentation.
     """
+    by_method = {(c["task"], c["method"], c["batch_size"]): c for c in costs}
     parts = [_INTRODUCTION]
     for task in TASKS:
         groups = best_rates([line for line in lines if line["task"] == task], task)
         if groups:
-            parts.append(_table(task, groups))
+            parts.append(_table(task, groups, by_method))
     parts.append("![Training loss](study.png)\n")
+    parts.append(_cost_table(costs))
     (docs / "study.md").write_text("\n".join(parts))
-    _plot(lines, docs / "study.png")
+    _plot(lines, by_method, docs / "study.png")
 
 
 def best_rates(lines: list[Line], task: str) -> list[list[Line]]:
@@ -55,11 +60,11 @@ def best_rates(lines: list[Line], task: str) -> list[list[Line]]:
         task (str): its name.
 
     Returns:
-        list[list[Line]]: the seeds of each method and number of steps, best first.
+        list[list[Line]]: the seeds of each method, steps and rows a step, best first.
     """
-    by_rate: dict[tuple[str, int], dict[float, list[Line]]] = defaultdict(lambda: defaultdict(list))
+    by_rate: dict[Any, dict[float, list[Line]]] = defaultdict(lambda: defaultdict(list))
     for line in lines:
-        by_rate[line["method"], line["steps"]][line["rate"]].append(line)
+        by_rate[line["method"], line["steps"], line["batch_size"]][line["rate"]].append(line)
     sign = -1 if task in _HIGHER_IS_BETTER else 1
 
     def order(seeds: list[Line]) -> float:
@@ -68,43 +73,82 @@ def best_rates(lines: list[Line], task: str) -> list[list[Line]]:
     return sorted((min(rates.values(), key=order) for rates in by_rate.values()), key=order)
 
 
-def _table(task: str, groups: list[list[Line]]) -> str:
+def _table(task: str, groups: list[list[Line]], costs: dict[Any, Line]) -> str:
     rows = [
-        f"## {task}, {BATCH_SIZE[task]} rows a step\n",
+        f"## {task}, {BATCH_SIZE[task]} rows a step unless said otherwise\n",
         f"| method | trained | learning rate | steps | {_METRICS[task]} | seeds "
-        "| held-out loss | tokens |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| held-out loss | tokens | minutes | MiB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for seeds in groups:
         first = seeds[0]
         values = [line["held_out"] for line in seeds]
         digits = 1 if task in _HIGHER_IS_BETTER else 3
         spread = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if seeds[1:] else ""
-        title = METHODS[first["method"]].title
         rows.append(
-            f"| {title if first['steps'] else title + ', before training'} "
-            f"| {first['trained']:,} | {first['rate']:g} | {first['steps']} "
+            f"| {_title(first)} | {first['trained']:,} | {first['rate']:g} | {first['steps']} "
             f"| {mean(values):.{digits}f}{spread} | {len(seeds)} "
             f"| {mean(line['held_out_loss'] for line in seeds):.4f} "
-            f"| {first['tokens']:,} |"
+            f"| {first['tokens']:,} | {_minutes_and_memory(first, costs)} |"
         )
     return "\n".join(rows) + "\n"
 
 
-def _plot(lines: list[Line], path: Path) -> None:
-    """Smoothed training losses, the first seed of the eight best methods of each task."""
+def _title(line: Line) -> str:
+    title = METHODS[line["method"]].title
+    if not line["steps"]:
+        return f"{title}, before training"
+    size = line["batch_size"]
+    return title if size == BATCH_SIZE[line["task"]] else f"{title}, {size} rows a step"
+
+
+def _cost_of(line: Line, costs: dict[Any, Line]) -> Line | None:
+    return costs.get((line["task"], line["method"], line["batch_size"]))
+
+
+def _minutes_and_memory(line: Line, costs: dict[Any, Line]) -> str:
+    cost = _cost_of(line, costs)
+    if cost is None or not line["steps"]:
+        return "- | -"
+    return f"{line['steps'] * cost['seconds'] / 60:.1f} | {cost['peak_bytes'] / 2**20:,.0f}"
+
+
+def _cost_table(costs: list[Line]) -> str:
+    """Each task's methods beside the first of them, which took their steps in turn with it."""
+    rows = [
+        "## What a step takes\n",
+        "Median of steps that the methods of a task took in turn on the same batches.\n",
+        "| task | method | rows | tokens | seconds | peak, MiB |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for cost in costs:
+        rows.append(
+            f"| {cost['task']} | {METHODS[cost['method']].title} | {cost['batch_size']} "
+            f"| {cost['tokens']:,.0f} | {cost['seconds']:.2f} "
+            f"| {cost['peak_bytes'] / 2**20:,.0f} |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def _plot(lines: list[Line], costs: dict[Any, Line], path: Path) -> None:
+    """Smoothed training losses of the methods' first seeds against tokens and, below, minutes."""
     tasks = [task for task in TASKS if any(line["task"] == task for line in lines)]
-    figure = Figure(figsize=(5 * len(tasks), 4), layout="constrained")
-    axes = figure.subplots(1, len(tasks), squeeze=False)
-    for axis, task in zip(axes[0], tasks, strict=True):
+    figure = Figure(figsize=(5 * len(tasks), 8), layout="constrained")
+    axes = figure.subplots(2, len(tasks), squeeze=False)
+    for by_tokens, by_minutes, task in zip(*axes, tasks, strict=True):
         of_task = [line for line in lines if line["task"] == task and line["curve"]]
         for seeds in best_rates(of_task, task)[:8]:
             line = seeds[0]
+            curve, cost = _smooth(line["curve"]), _cost_of(line, costs)
+            done = range(1, 1 + line["steps"])
             per_step = line["tokens"] / line["steps"] / 1000
-            tokens = [per_step * (i + 1) for i in range(line["steps"])]
-            axis.plot(tokens, _smooth(line["curve"]), label=METHODS[line["method"]].title)
-        axis.set(title=task, xlabel="thousand tokens", ylabel="training loss, nats a label")
-        axis.legend(fontsize=7)
+            (drawn,) = by_tokens.plot([per_step * i for i in done], curve, label=_title(line))
+            if cost:
+                minutes = [cost["seconds"] / 60 * i for i in done]
+                by_minutes.plot(minutes, curve, color=drawn.get_color(), label=_title(line))
+        by_tokens.set(title=task, xlabel="thousand tokens", ylabel="training loss, nats a label")
+        by_minutes.set(xlabel="minutes", ylabel="training loss, nats a label")
+        by_tokens.legend(fontsize=7)
     figure.savefig(path, dpi=100)
 
 

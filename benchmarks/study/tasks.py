@@ -12,11 +12,11 @@ from torchtune.data import padded_collate_sft
 IGNORE = -100
 MAX_TOKENS = 256
 # Every task is cut to as much as two CPU cores can do in minutes.
-MAX_EVALUATED = {"sst2": 872, "rte": 277, "wikitext2": 80, "alpaca": 160}
-BATCH_SIZE = {"sst2": 16, "rte": 8, "wikitext2": 4, "alpaca": 4}
+MAX_EVALUATED = {"sst2": 872, "rte": 277, "wikitext2": 80, "alpaca": 160, "alpaca_chat": 160}
+BATCH_SIZE = {"sst2": 16, "rte": 8, "wikitext2": 4, "alpaca": 4, "alpaca_chat": 4}
 
-Encode = Callable[[str], list[int]]
 Row = dict[str, list[int]]
+Encode = Callable[[str], list[int]]
 
 
 @dataclass(frozen=True)
@@ -42,21 +42,21 @@ class Task:
             return "accuracy"
         return "perplexity" if self.name == "wikitext2" else "loss"
 
-    def batches(self, seed: int) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield training batches without end; their order depends on the seed alone.
+    def batches(self, seed: int, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield training batches without end; the order of rows depends on the seed alone.
 
         Args:
             seed (int): of the shuffling.
+            batch_size (int): rows a batch.
 
         Yields:
             dict[str, torch.Tensor]: ``tokens`` and ``labels``, ``[B, T]``.
         """
         generator = torch.Generator().manual_seed(seed)
-        size = BATCH_SIZE[self.name]
         while True:
             order = torch.randperm(len(self.train), generator=generator).tolist()
-            for start in range(0, len(order) - size + 1, size):
-                yield collate([self.train[i] for i in order[start : start + size]])
+            for start in range(0, len(order) - batch_size + 1, batch_size):
+                yield collate([self.train[i] for i in order[start : start + batch_size]])
 
     def held_out_batches(self) -> Iterator[dict[str, torch.Tensor]]:
         """Yield the held-out rows once, rows of like length together.
@@ -82,34 +82,49 @@ def collate(rows: list[Row]) -> dict[str, torch.Tensor]:
     return batch
 
 
-def load_task(name: str, folder: Path, encode: Encode) -> Task:
+def folder_of(name: str, data: Path) -> Path:
+    """Tell where a task's rows are.
+
+    Args:
+        name (str): a key of :data:`TASKS`.
+        data (Path): holds a folder for each dataset.
+
+    Returns:
+        Path: of its dataset.
+    """
+    return data / name.removesuffix("_chat")
+
+
+def load_task(name: str, data: Path, tokenizer: Any) -> Task:
     """Read a task.
 
     Args:
         name (str): a key of :data:`TASKS`.
-        folder (Path): holds a folder for each task.
-        encode (Encode): text to token ids, without special tokens.
+        data (Path): holds a folder for each dataset.
+        tokenizer (Any): the model's, of transformers.
 
     Returns:
         Task: its held-out rows cut to :data:`MAX_EVALUATED`.
     """
-    train, held_out, answers = TASKS[name](folder, encode)
+    train, held_out, answers = TASKS[name](folder_of(name, data), tokenizer)
     return Task(name, train, held_out[: MAX_EVALUATED[name]], answers)
 
 
-def _sst2(folder: Path, encode: Encode) -> tuple[list[Row], list[Row], list[int]]:
+def _sst2(folder: Path, tokenizer: Any) -> tuple[list[Row], list[Row], list[int]]:
+    encode = _encoder(tokenizer)
     words = {0: " negative", 1: " positive"}
 
     def row(record: dict[str, Any]) -> Row:
         text = f"Review: {record['sentence'].strip()}\nSentiment:"
         return _with_answer(encode(text), encode(words[record["label"]]))
 
-    train = [row(r) for r in _read(folder / "sst2" / "train_sentences.jsonl")]
-    held_out = [row(r) for r in _read(folder / "sst2" / "dev.jsonl")]
+    train = [row(r) for r in _read(folder / "train_sentences.jsonl")]
+    held_out = [row(r) for r in _read(folder / "dev.jsonl")]
     return train, held_out, [encode(word)[0] for word in words.values()]
 
 
-def _rte(folder: Path, encode: Encode) -> tuple[list[Row], list[Row], list[int]]:
+def _rte(folder: Path, tokenizer: Any) -> tuple[list[Row], list[Row], list[int]]:
+    encode = _encoder(tokenizer)
     words = {"entailment": " yes", "not_entailment": " no"}
 
     def row(record: dict[str, Any]) -> Row:
@@ -117,37 +132,63 @@ def _rte(folder: Path, encode: Encode) -> tuple[list[Row], list[Row], list[int]]
         text = f"{premise}\nQuestion: does it follow that {hypothesis}\nAnswer:"
         return _with_answer(encode(text), encode(words[record["label"]]))
 
-    train = [row(r) for r in _read(folder / "rte" / "train.jsonl")]
-    held_out = [row(r) for r in _read(folder / "rte" / "dev.jsonl")]
+    train = [row(r) for r in _read(folder / "train.jsonl")]
+    held_out = [row(r) for r in _read(folder / "dev.jsonl")]
     return train, held_out, [encode(word)[0] for word in words.values()]
 
 
-def _wikitext2(folder: Path, encode: Encode) -> tuple[list[Row], list[Row], list[int]]:
+def _wikitext2(folder: Path, tokenizer: Any) -> tuple[list[Row], list[Row], list[int]]:
+    encode = _encoder(tokenizer)
+
     def rows(path: Path) -> list[Row]:
         ids = encode(path.read_text())
         windows = [ids[i : i + MAX_TOKENS] for i in range(0, len(ids) - MAX_TOKENS + 1, MAX_TOKENS)]
         return [{"tokens": window, "labels": window} for window in windows]
 
-    return rows(folder / "wikitext2" / "train.raw"), rows(folder / "wikitext2" / "test.raw"), []
+    return rows(folder / "train.raw"), rows(folder / "test.raw"), []
 
 
-def _alpaca(folder: Path, encode: Encode) -> tuple[list[Row], list[Row], list[int]]:
+def _alpaca(folder: Path, tokenizer: Any) -> tuple[list[Row], list[Row], list[int]]:
+    encode = _encoder(tokenizer)
+
     def row(record: dict[str, Any]) -> Row:
         extra = f"\n{record['input']}" if record["input"] else ""
         prompt = encode(f"Instruction: {record['instruction']}{extra}\nResponse:")
         return _with_answer(prompt, encode(" " + record["output"]))
 
-    train = [row(r) for r in _read(folder / "alpaca" / "train.jsonl")]
-    held_out = [row(r) for r in _read(folder / "alpaca" / "heldout.jsonl")]
+    train = [row(r) for r in _read(folder / "train.jsonl")]
+    held_out = [row(r) for r in _read(folder / "heldout.jsonl")]
     return train, held_out, []
 
 
-TASKS: dict[str, Callable[[Path, Encode], tuple[list[Row], list[Row], list[int]]]] = {
+def _alpaca_chat(folder: Path, tokenizer: Any) -> tuple[list[Row], list[Row], list[int]]:
+    """The same rows as the recipes give them to a model that has a chat template."""
+    encode = _encoder(tokenizer)
+
+    def row(record: dict[str, Any]) -> Row:
+        extra = f"\n{record['input']}" if record["input"] else ""
+        message = {"role": "user", "content": record["instruction"] + extra}
+        prompt = tokenizer.apply_chat_template(
+            [message], tokenize=False, add_generation_prompt=True
+        )
+        return _with_answer(encode(prompt), encode(record["output"]))
+
+    train = [row(r) for r in _read(folder / "train.jsonl")]
+    held_out = [row(r) for r in _read(folder / "heldout.jsonl")]
+    return train, held_out, []
+
+
+TASKS: dict[str, Callable[[Path, Any], tuple[list[Row], list[Row], list[int]]]] = {
     "sst2": _sst2,
     "rte": _rte,
     "wikitext2": _wikitext2,
     "alpaca": _alpaca,
+    "alpaca_chat": _alpaca_chat,
 }
+
+
+def _encoder(tokenizer: Any) -> Encode:
+    return lambda text: tokenizer.encode(text, add_special_tokens=False)
 
 
 def _with_answer(prompt: list[int], answer: list[int]) -> Row:

@@ -50,8 +50,8 @@ def test_evaluation_equals_one_row_at_a_time_without_padding(task):
 
 
 def test_a_run_learns_its_task_and_says_with_what(task):
-    before = execute(Run("rte", "qst", 1e-2, 0, 0), task, None)
-    after = execute(Run("rte", "qst", 1e-2, 60, 0), task, None)
+    before = execute(Run("rte", "qst", 1e-2, 0, 0, 8), task, None)
+    after = execute(Run("rte", "qst", 1e-2, 60, 0, 8), task, None)
     assert before["curve"] == []
     assert before["tokens"] == 0
     assert len(after["curve"]) == 60
@@ -60,6 +60,6 @@ def test_a_run_learns_its_task_and_says_with_what(task):
 
 
 def test_one_seed_gives_one_result(task):
-    runs = [execute(Run("rte", "qst", 1e-2, 4, 3), task, None) for _ in range(2)]
+    runs = [execute(Run("rte", "qst", 1e-2, 4, 3, 8), task, None) for _ in range(2)]
     assert runs[0]["curve"] == runs[1]["curve"]
     assert math.isfinite(runs[0]["held_out_loss"])

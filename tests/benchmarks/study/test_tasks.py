@@ -4,12 +4,29 @@ import math
 import pytest
 import torch
 
-from benchmarks.study.tasks import IGNORE, MAX_TOKENS, TASKS, load_task
+from benchmarks.study.tasks import BATCH_SIZE, IGNORE, MAX_TOKENS, TASKS, load_task
 
 
 def encode(text):
     """A word is a token, and its id the same in every text."""
     return [sum(word.encode()) for word in text.replace("\n", " ").split()]
+
+
+class WordTokenizer:
+    """Stands in for a Hugging Face tokenizer."""
+
+    def encode(self, text, *, add_special_tokens):
+        assert not add_special_tokens
+        return encode(text)
+
+    def apply_chat_template(self, messages, *, tokenize, add_generation_prompt):
+        assert not tokenize
+        assert add_generation_prompt
+        turns = [f"<{message['role']}> {message['content']}" for message in messages]
+        return " ".join([*turns, "<assistant>"])
+
+
+TOKENIZER = WordTokenizer()
 
 
 @pytest.fixture
@@ -47,7 +64,7 @@ def data(tmp_path):
 
 
 def test_a_classification_row_predicts_its_one_answer_word(data):
-    task = load_task("sst2", data, encode)
+    task = load_task("sst2", data, TOKENIZER)
     row = task.train[1]
     assert row["tokens"] == encode("Review: fine film 1\nSentiment: positive")
     assert row["labels"] == [IGNORE] * (len(row["tokens"]) - 1) + encode(" positive")
@@ -56,14 +73,30 @@ def test_a_classification_row_predicts_its_one_answer_word(data):
 
 
 def test_an_instruction_row_predicts_its_response_alone(data):
-    row = load_task("alpaca", data, encode).train[2]
+    row = load_task("alpaca", data, TOKENIZER).train[2]
     prompt = encode("Instruction: do this Response:")
     assert row["tokens"] == prompt + encode("done 2")
     assert row["labels"] == [IGNORE] * len(prompt) + encode("done 2")
 
 
+def test_an_instruction_as_chat_comes_in_the_models_own_template(data):
+    row = load_task("alpaca_chat", data, TOKENIZER).train[2]
+    prompt = encode("<user> do this <assistant>")
+    assert row["tokens"] == prompt + encode("done 2")
+    assert row["labels"] == [IGNORE] * len(prompt) + encode("done 2")
+
+
+def test_more_rows_a_step_are_the_same_rows_in_the_same_order(data):
+    task = load_task("alpaca", data, TOKENIZER)
+    task.train.extend(task.train * 7)
+    small, large = task.batches(3, 4), task.batches(3, 8)
+    for _ in range(3):
+        rows = [row for _ in range(2) for row in next(small)["tokens"].tolist()]
+        assert rows == next(large)["tokens"].tolist()
+
+
 def test_text_is_cut_into_windows_without_overlap_and_all_of_it_counts(data):
-    task = load_task("wikitext2", data, encode)
+    task = load_task("wikitext2", data, TOKENIZER)
     words = encode(" ".join(f"w{i}" for i in range(5 * MAX_TOKENS)))
     for rows in (task.train, task.held_out):
         assert [token for row in rows for token in row["tokens"]] == words
@@ -72,11 +105,11 @@ def test_text_is_cut_into_windows_without_overlap_and_all_of_it_counts(data):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_the_order_of_the_rows_depends_on_the_seed_alone(data, name):
-    task = load_task(name, data, encode)
+    task = load_task(name, data, TOKENIZER)
     task.train.extend(task.train * 20)
 
     def start(seed):
-        batches = task.batches(seed)
+        batches = task.batches(seed, BATCH_SIZE[name])
         return [next(batches) for _ in range(math.ceil(len(task.train) / 16) + 1)]
 
     for one, other in zip(start(0), start(0), strict=True):
@@ -88,7 +121,7 @@ def test_the_order_of_the_rows_depends_on_the_seed_alone(data, name):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_every_held_out_row_is_measured_once(data, name):
-    task = load_task(name, data, encode)
+    task = load_task(name, data, TOKENIZER)
     measured = [
         [token for token in row if token]
         for batch in task.held_out_batches()

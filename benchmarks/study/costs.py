@@ -1,0 +1,120 @@
+"""What a step of each method of the study takes: time by turns on the same batches, and memory."""
+
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.costs import peak_of_profile
+from benchmarks.methods import ignore_known_warnings
+from benchmarks.study.experiment import optimizer_of, train_step
+from benchmarks.study.learners import METHODS, Learner, fast_decoding
+from benchmarks.study.tasks import Task
+from qst_tune.training.memory import optimizer_bytes, parameter_bytes
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What a step of a method takes.
+
+    Args:
+        task (str): name.
+        method (str): name.
+        batch_size (int): rows a step.
+        tokens (float): mean of the batches, padding included.
+        seconds (float): median of a step.
+        peak_bytes (int): most that torch's allocator had given out at once, weights and optimizer
+            included, over the batches.
+    """
+
+    task: str
+    method: str
+    batch_size: int
+    tokens: float
+    seconds: float
+    peak_bytes: int
+
+
+def measure_in_new_process(
+    task: Task, methods: list[str], batch_size: int, rounds: int, checkpoint: Path
+) -> list[StepCost]:
+    """Train all methods at once, step by step in turn, on the same batches.
+
+    Args:
+        task (Task): whose rows.
+        methods (list[str]): names.
+        batch_size (int): rows a step.
+        rounds (int): steps of each that are timed, after one that is not.
+        checkpoint (Path): folder of SmolLM2-135M-Instruct.
+
+    Returns:
+        list[StepCost]: one for each method.
+    """
+    # torch's profiler announces itself on stderr unless this is there before torch is imported.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        threads = torch.get_num_threads()
+        return pool.submit(
+            _measure, threads, task, methods, batch_size, rounds, checkpoint
+        ).result()
+
+
+def _measure(threads: int, *settings: Any) -> list[StepCost]:
+    torch.set_num_threads(threads)
+    ignore_known_warnings()
+    return list(measure(*settings))
+
+
+def measure(
+    task: Task, methods: list[str], batch_size: int, rounds: int, checkpoint: Path
+) -> Iterator[StepCost]:
+    """Do the same in this process; see :func:`measure_in_new_process`.
+
+    Args:
+        task (Task): whose rows.
+        methods (list[str]): names.
+        batch_size (int): rows a step.
+        rounds (int): steps of each that are timed, after one that is not.
+        checkpoint (Path): folder of SmolLM2-135M-Instruct.
+
+    Yields:
+        StepCost: one for each method.
+    """
+    batches = list(islice(task.batches(0, batch_size), 1 + rounds))
+    learners = [METHODS[name].build(checkpoint) for name in methods]
+    optimizers = [
+        optimizer_of(learner, METHODS[name].rate)
+        for learner, name in zip(learners, methods, strict=True)
+    ]
+    pairs = list(zip(learners, optimizers, strict=True))
+    seconds: list[list[float]] = [[] for _ in pairs]
+    with fast_decoding():
+        for turn, batch in enumerate(batches):
+            for i in range(len(pairs)):
+                which = (turn + i) % len(pairs)  # nobody is always the first
+                start = time.perf_counter()
+                train_step(*pairs[which], batch)
+                seconds[which].append(time.perf_counter() - start)
+        peaks = [max(_peak_bytes(*pair, batch) for batch in batches[1:]) for pair in pairs]
+    tokens = sum(batch["tokens"].numel() for batch in batches[1:]) / rounds
+    for name, times, peak in zip(methods, seconds, peaks, strict=True):
+        yield StepCost(task.name, name, batch_size, tokens, median(times[1:]), peak)
+
+
+def _peak_bytes(learner: Learner, optimizer: torch.optim.Optimizer, batch: Batch) -> int:
+    """The peak of a step; what the other methods hold is not counted."""
+    held = parameter_bytes(learner.model) + optimizer_bytes(optimizer)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        train_step(learner, optimizer, batch)
+    return held + peak_of_profile(profiler)

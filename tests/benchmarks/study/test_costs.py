@@ -1,0 +1,46 @@
+"""What a step takes, on tiny models."""
+
+import pytest
+import torch
+
+from benchmarks.study import costs
+from benchmarks.study.costs import measure
+from benchmarks.study.learners import Learner, Method
+from benchmarks.study.tasks import Task
+from qst_tune.models import qst_decoder
+from qst_tune.training.memory import parameter_bytes
+from qst_tune.training.parameter_groups import parameter_groups
+from tests.helpers import TINY, TINY_REDUCTION, tiny_backbone
+
+
+def build(*, whole: bool) -> Learner:
+    model = qst_decoder(tiny_backbone(tied=True), reduction_factor=TINY_REDUCTION)
+    if whole:
+        model.requires_grad_(True)
+        return Learner(model, [{"params": list(model.parameters())}])
+    return Learner(model, parameter_groups(model.side))
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> dict:
+    monkeypatch.setitem(costs.METHODS, "full", Method("", lambda _: build(whole=True), 1e-3))
+    monkeypatch.setitem(costs.METHODS, "qst", Method("", lambda _: build(whole=False), 1e-3))
+    tokens = torch.arange(3, TINY["vocab_size"]).tolist()[:24]
+    rows = [{"tokens": tokens, "labels": tokens} for _ in range(12)]
+    task = Task("alpaca", rows, rows, [])
+    return {cost.method: cost for cost in measure(task, ["full", "qst"], 2, 3, None)}
+
+
+def test_every_method_is_measured_on_the_same_batches(measured: dict) -> None:
+    assert set(measured) == {"full", "qst"}
+    for cost in measured.values():
+        assert (cost.task, cost.batch_size, cost.tokens) == ("alpaca", 2, 48)
+        assert cost.seconds > 0
+
+
+def test_a_peak_holds_what_its_method_must_hold_and_nothing_of_the_others(measured: dict) -> None:
+    whole = parameter_bytes(build(whole=True).model)
+    # AdamW's two moments and the gradients of all that trains.
+    assert measured["full"].peak_bytes > 4 * whole
+    # As much again would be the other model.
+    assert whole < measured["qst"].peak_bytes < 2 * whole + (1 << 20)
