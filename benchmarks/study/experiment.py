@@ -162,18 +162,28 @@ def evaluate(learner: Learner, task: Task) -> dict[str, float]:
         task (Task): its rows and metric.
 
     Returns:
-        dict[str, float]: ``held_out_loss``, nats a label, and ``held_out``, the task's metric:
-        per cent of right answers among the task's words, perplexity, or the loss again.
+        dict[str, float]: ``held_out_loss``, nats a label, ``first_label_loss``, the same of each
+        row's first label alone, and ``held_out``, the task's metric: per cent of right answers
+        among the task's words, perplexity, or the loss again.
     """
     learner.model.eval()
-    total, right, count = 0.0, 0, 0
+    total, right, count, first, rows = 0.0, 0, 0, 0.0, 0
     answers = torch.tensor(task.answers, dtype=torch.long)
     for batch in task.held_out_batches():
         logits, labels = _label_logits(learner, batch)
-        total += F.cross_entropy(logits, labels, reduction="sum").item()
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        chosen = batch["labels"][:, 1:] != IGNORE
+        is_first = chosen.cumsum(1)[chosen] == 1
+        total += losses.sum().item()
         count += len(labels)
+        first += losses[is_first].sum().item()
+        rows += int(is_first.sum())
         if task.answers:
             right += int((answers[logits[:, answers].argmax(-1)] == labels).sum())
     loss = total / count
     metric = {"accuracy": 100 * right / count, "perplexity": math.exp(loss), "loss": loss}
-    return {"held_out_loss": loss, "held_out": metric[task.metric]}
+    return {
+        "held_out_loss": loss,
+        "first_label_loss": first / rows,
+        "held_out": metric[task.metric],
+    }

@@ -19,7 +19,7 @@ from torch import nn
 from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import training
 from torchtune.modules import TransformerSelfAttentionLayer
-from torchtune.modules.peft import LoRALinear, get_adapter_params, set_trainable_params
+from torchtune.modules.peft import LoRALinear, get_adapter_params
 
 from benchmarks.backbones import DTYPE
 from benchmarks.methods import (
@@ -120,20 +120,24 @@ def _full(folder: Path) -> Learner:
     return Learner(model, [{"params": list(model.parameters()), "weight_decay": 0.0}])
 
 
-def _lora(folder: Path, *, quantize: bool, checkpointing: bool = False) -> Learner:
+def _lora(
+    folder: Path, *, quantize: bool, checkpointing: bool = False, last: int | None = None
+) -> Learner:
+    """LoRA in all layers, or in the last ones alone, so that no gradient goes deeper."""
     with training.set_default_dtype(DTYPE):
         model = smollm2_135m()
         add_lora(model, rank=LORA_RANK, quantize=False)
     _load(model, folder)
-    adapters = get_adapter_params(model)
-    set_trainable_params(model, adapters)
-    for parameter in adapters.values():
+    model.requires_grad_(False)
+    adapters = list(get_adapter_params(model.layers[-last:] if last else model).values())
+    for parameter in adapters:
         parameter.data = parameter.data.float()
+        parameter.requires_grad_(True)
     if quantize:
         _quantize_lora_linears(model)
     if checkpointing:
         training.set_activation_checkpointing(model, {TransformerSelfAttentionLayer})
-    return Learner(model, [{"params": list(adapters.values()), "weight_decay": WEIGHT_DECAY}])
+    return Learner(model, [{"params": adapters, "weight_decay": WEIGHT_DECAY}])
 
 
 def _quantize_lora_linears(model: nn.Module) -> None:
@@ -196,6 +200,12 @@ def qst(title: str, rate: float = 3e-3, **changes: Any) -> Method:
 METHODS: dict[str, Method] = {
     "full": Method("full fine-tuning", _full, 2e-5),
     "lora": Method("LoRA, rank 16", partial(_lora, quantize=False), 3e-4),
+    "lora_last_6": Method(
+        "LoRA in the last 6 of 30 layers", partial(_lora, quantize=False, last=6), 3e-4
+    ),
+    "lora_last_15": Method(
+        "LoRA in the last 15 of 30 layers", partial(_lora, quantize=False, last=15), 3e-4
+    ),
     "qlora": Method("QLoRA, rank 16", partial(_lora, quantize=True), 3e-4),
     "qlora_checkpointed": Method(
         "QLoRA, rank 16, checkpointed", partial(_lora, quantize=True, checkpointing=True), 3e-4

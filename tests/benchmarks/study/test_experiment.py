@@ -46,7 +46,24 @@ def test_evaluation_equals_one_row_at_a_time_without_padding(task):
     measured = evaluate(learner, task)
     # bf16 logits of about 4 are 0.03 apart.
     assert measured["held_out_loss"] == pytest.approx(total / len(task.held_out), abs=0.03)
+    assert measured["first_label_loss"] == pytest.approx(measured["held_out_loss"])  # one a row
     assert measured["held_out"] == pytest.approx(100 * right / len(task.held_out), abs=13)
+
+
+def test_the_first_label_is_the_first_of_each_row():
+    rows = [
+        {"tokens": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]},
+        {"tokens": [9, 4, 3, 2, 1], "labels": [-100, 4, 3, 2, 1]},
+    ]
+    task, learner = Task("alpaca", rows, rows, []), tiny_learner()
+    cut = [
+        {**rows[0], "labels": [-100, -100, 7, -100]},
+        {**rows[1], "labels": [-100, 4, *[-100] * 3]},
+    ]
+    measured = evaluate(learner, task)
+    alone = evaluate(learner, Task("alpaca", cut, cut, []))
+    assert measured["first_label_loss"] == pytest.approx(alone["held_out_loss"], abs=1e-6)
+    assert measured["first_label_loss"] != pytest.approx(measured["held_out_loss"], abs=1e-3)
 
 
 def test_a_run_learns_its_task_and_says_with_what(task):
