@@ -12,7 +12,7 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks.methods import default_config, ignore_known_warnings
-from benchmarks.study.costs import measure_in_new_process
+from benchmarks.study.costs import Plan, measure_in_new_process
 from benchmarks.study.experiment import Run, execute
 from benchmarks.study.learners import METHODS
 from benchmarks.study.page import write_page
@@ -64,8 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _measure_costs(options: argparse.Namespace, checkpoint: Path) -> int:
     for name in options.tasks:
         size, task = options.batch_size or BATCH_SIZE[name], _load(name, options)
-        made = measure_in_new_process(task, options.methods, size, options.costs, checkpoint)
-        new = [asdict(cost) for cost in made]
+        plan = Plan(task, options.methods, size, options.costs, checkpoint)
+        new = [asdict(cost) for cost in measure_in_new_process(plan)]
         measured = {(c["task"], c["method"], c["batch_size"]): c for c in read_results(COSTS) + new}
         COSTS.write_text("".join(json.dumps(cost) + "\n" for cost in measured.values()))
         for cost in new:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -46,10 +45,9 @@ class StepCost:
     peak_bytes: int
 
 
-def measure_in_new_process(
-    task: Task, methods: list[str], batch_size: int, rounds: int, checkpoint: Path
-) -> list[StepCost]:
-    """Train all methods at once, step by step in turn, on the same batches.
+@dataclass(frozen=True)
+class Plan:
+    """What to measure: all methods train at once, step by step in turn, on the same batches.
 
     Args:
         task (Task): whose rows.
@@ -57,6 +55,20 @@ def measure_in_new_process(
         batch_size (int): rows a step.
         rounds (int): steps of each that are timed, after one that is not.
         checkpoint (Path): folder of SmolLM2-135M-Instruct.
+    """
+
+    task: Task
+    methods: list[str]
+    batch_size: int
+    rounds: int
+    checkpoint: Path
+
+
+def measure_in_new_process(plan: Plan) -> list[StepCost]:
+    """Measure in a process of its own, with as many threads as this one.
+
+    Args:
+        plan (Plan): what to measure.
 
     Returns:
         list[StepCost]: one for each method.
@@ -64,40 +76,26 @@ def measure_in_new_process(
     # torch's profiler announces itself on stderr unless this is there before torch is imported.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        threads = torch.get_num_threads()
-        return pool.submit(
-            _measure, threads, task, methods, batch_size, rounds, checkpoint
-        ).result()
+        return pool.submit(_measure_with_threads, torch.get_num_threads(), plan).result()
 
 
-def _measure(threads: int, *settings: Any) -> list[StepCost]:
+def _measure_with_threads(threads: int, plan: Plan) -> list[StepCost]:
     torch.set_num_threads(threads)
     ignore_known_warnings()
-    return list(measure(*settings))
+    return list(measure(plan))
 
 
-def measure(
-    task: Task, methods: list[str], batch_size: int, rounds: int, checkpoint: Path
-) -> Iterator[StepCost]:
-    """Do the same in this process; see :func:`measure_in_new_process`.
+def measure(plan: Plan) -> Iterator[StepCost]:
+    """Measure in this process.
 
     Args:
-        task (Task): whose rows.
-        methods (list[str]): names.
-        batch_size (int): rows a step.
-        rounds (int): steps of each that are timed, after one that is not.
-        checkpoint (Path): folder of SmolLM2-135M-Instruct.
+        plan (Plan): what to measure.
 
     Yields:
         StepCost: one for each method.
     """
-    batches = list(islice(task.batches(0, batch_size), 1 + rounds))
-    learners = [METHODS[name].build(checkpoint) for name in methods]
-    optimizers = [
-        optimizer_of(learner, METHODS[name].rate)
-        for learner, name in zip(learners, methods, strict=True)
-    ]
-    pairs = list(zip(learners, optimizers, strict=True))
+    batches = list(islice(plan.task.batches(0, plan.batch_size), 1 + plan.rounds))
+    pairs = [_start(name, plan.checkpoint) for name in plan.methods]
     seconds: list[list[float]] = [[] for _ in pairs]
     with fast_decoding():
         for turn, batch in enumerate(batches):
@@ -107,9 +105,14 @@ def measure(
                 train_step(*pairs[which], batch)
                 seconds[which].append(time.perf_counter() - start)
         peaks = [max(_peak_bytes(*pair, batch) for batch in batches[1:]) for pair in pairs]
-    tokens = sum(batch["tokens"].numel() for batch in batches[1:]) / rounds
-    for name, times, peak in zip(methods, seconds, peaks, strict=True):
-        yield StepCost(task.name, name, batch_size, tokens, median(times[1:]), peak)
+    tokens = sum(batch["tokens"].numel() for batch in batches[1:]) / plan.rounds
+    for name, times, peak in zip(plan.methods, seconds, peaks, strict=True):
+        yield StepCost(plan.task.name, name, plan.batch_size, tokens, median(times[1:]), peak)
+
+
+def _start(name: str, checkpoint: Path) -> tuple[Learner, torch.optim.Optimizer]:
+    learner = METHODS[name].build(checkpoint)
+    return learner, optimizer_of(learner, METHODS[name].rate)
 
 
 def _peak_bytes(learner: Learner, optimizer: torch.optim.Optimizer, batch: Batch) -> int:

@@ -114,7 +114,6 @@ def _minutes_and_memory(line: Line, costs: dict[Any, Line]) -> str:
 
 
 def _cost_table(costs: list[Line]) -> str:
-    """Each task's methods beside the first of them, which took their steps in turn with it."""
     rows = [
         "## What a step takes\n",
         "Median of steps that the methods of a task took in turn on the same batches.\n",
@@ -142,10 +141,11 @@ def _plot(lines: list[Line], costs: dict[Any, Line], path: Path) -> None:
             curve, cost = _smooth(line["curve"]), _cost_of(line, costs)
             done = range(1, 1 + line["steps"])
             per_step = line["tokens"] / line["steps"] / 1000
-            (drawn,) = by_tokens.plot([per_step * i for i in done], curve, label=_title(line))
+            label = f"{_title(line)}, {line['steps']} steps"  # a method stands there more than once
+            (drawn,) = by_tokens.plot([per_step * i for i in done], curve, label=label)
             if cost:
                 minutes = [cost["seconds"] / 60 * i for i in done]
-                by_minutes.plot(minutes, curve, color=drawn.get_color(), label=_title(line))
+                by_minutes.plot(minutes, curve, color=drawn.get_color())
         by_tokens.set(title=task, xlabel="thousand tokens", ylabel="training loss, nats a label")
         by_minutes.set(xlabel="minutes", ylabel="training loss, nats a label")
         by_tokens.legend(fontsize=7)

@@ -151,31 +151,36 @@ def _wikitext2(folder: Path, tokenizer: Any) -> tuple[list[Row], list[Row], list
 def _alpaca(folder: Path, tokenizer: Any) -> tuple[list[Row], list[Row], list[int]]:
     encode = _encoder(tokenizer)
 
-    def row(record: dict[str, Any]) -> Row:
-        extra = f"\n{record['input']}" if record["input"] else ""
-        prompt = encode(f"Instruction: {record['instruction']}{extra}\nResponse:")
-        return _with_answer(prompt, encode(" " + record["output"]))
+    def row(instruction: str, output: str) -> Row:
+        prompt = encode(f"Instruction: {instruction}\nResponse:")
+        return _with_answer(prompt, encode(" " + output))
 
-    train = [row(r) for r in _read(folder / "train.jsonl")]
-    held_out = [row(r) for r in _read(folder / "heldout.jsonl")]
-    return train, held_out, []
+    return _instructions(folder, row)
 
 
 def _alpaca_chat(folder: Path, tokenizer: Any) -> tuple[list[Row], list[Row], list[int]]:
-    """The same rows as the recipes give them to a model that has a chat template."""
+    """The same rows in the model's own chat template, up to the end of the answer's text."""
     encode = _encoder(tokenizer)
 
-    def row(record: dict[str, Any]) -> Row:
-        extra = f"\n{record['input']}" if record["input"] else ""
-        message = {"role": "user", "content": record["instruction"] + extra}
+    def row(instruction: str, output: str) -> Row:
         prompt = tokenizer.apply_chat_template(
-            [message], tokenize=False, add_generation_prompt=True
+            [{"role": "user", "content": instruction}], tokenize=False, add_generation_prompt=True
         )
-        return _with_answer(encode(prompt), encode(record["output"]))
+        return _with_answer(encode(prompt), encode(output))
 
-    train = [row(r) for r in _read(folder / "train.jsonl")]
-    held_out = [row(r) for r in _read(folder / "heldout.jsonl")]
-    return train, held_out, []
+    return _instructions(folder, row)
+
+
+def _instructions(
+    folder: Path, row: Callable[[str, str], Row]
+) -> tuple[list[Row], list[Row], list[int]]:
+    def rows(name: str) -> list[Row]:
+        return [
+            row(r["instruction"] + (f"\n{r['input']}" if r["input"] else ""), r["output"])
+            for r in _read(folder / name)
+        ]
+
+    return rows("train.jsonl"), rows("heldout.jsonl"), []
 
 
 TASKS: dict[str, Callable[[Path, Any], tuple[list[Row], list[Row], list[int]]]] = {

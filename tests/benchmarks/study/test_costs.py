@@ -1,10 +1,12 @@
 """What a step takes, on tiny models."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from benchmarks.study import costs
-from benchmarks.study.costs import measure
+from benchmarks.study.costs import Plan, measure
 from benchmarks.study.learners import Learner, Method
 from benchmarks.study.tasks import Task
 from qst_tune.models import qst_decoder
@@ -28,7 +30,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> dict:
     tokens = torch.arange(3, TINY["vocab_size"]).tolist()[:24]
     rows = [{"tokens": tokens, "labels": tokens} for _ in range(12)]
     task = Task("alpaca", rows, rows, [])
-    return {cost.method: cost for cost in measure(task, ["full", "qst"], 2, 3, None)}
+    return {cost.method: cost for cost in measure(Plan(task, ["full", "qst"], 2, 3, Path()))}
 
 
 def test_every_method_is_measured_on_the_same_batches(measured: dict) -> None:
