@@ -26,7 +26,12 @@ from qst_tune.training.training_run import run_training
 
 REQUIRED_KEYS = TRAINING_REQUIRED
 OPTIONAL_KEYS = TRAINING_OPTIONAL
-NO_OFFLOADING = "is not supported; set it to False and use enable_activation_checkpointing=True"
+REFUSED = {
+    "enable_activation_offloading": "is not supported; set it to False and use "
+    "enable_activation_checkpointing=True",
+    "hidden_state_cache": "is for QST: PEQA trains inside the model, whose hidden states change "
+    "with every step; set it to null",
+}
 
 
 def main(cfg: DictConfig) -> None:
@@ -49,7 +54,7 @@ def main(cfg: DictConfig) -> None:
         build_task=build_language_modelling,
         load_method=load_peqa,
         describe=describe,
-        offloading=NO_OFFLOADING,
+        refused=REFUSED,
     )
 
 

@@ -21,7 +21,7 @@ from qst_tune.training.cli import run_recipe
 from qst_tune.training.config_keys import TRAINING_OPTIONAL, TRAINING_REQUIRED
 from qst_tune.training.model_setup import build_on_meta
 from qst_tune.training.preference import build_preference_learning
-from qst_tune.training.qst_method import NO_OFFLOADING, load_qst
+from qst_tune.training.qst_method import REFUSED, load_qst
 from qst_tune.training.trainer_setup import TrainingData
 from qst_tune.training.training_run import run_training
 
@@ -67,7 +67,7 @@ def main(cfg: DictConfig) -> None:
         build_task=build_preference_learning,
         load_method=load_qst,
         describe=describe,
-        offloading=NO_OFFLOADING,
+        refused=REFUSED,
     )
 
 

@@ -28,7 +28,7 @@ from qst_tune.training.config_keys import TRAINING_OPTIONAL, TRAINING_REQUIRED
 from qst_tune.training.language_modelling import build_language_modelling
 from qst_tune.training.method import Task
 from qst_tune.training.model_setup import build_on_meta
-from qst_tune.training.qst_method import NO_OFFLOADING, load_qst
+from qst_tune.training.qst_method import REFUSED, load_qst
 from qst_tune.training.trainer_setup import TrainingData, build_data
 from qst_tune.training.training_run import run_training
 
@@ -98,7 +98,7 @@ def main(cfg: DictConfig) -> None:
         build_task=build_task,
         load_method=load_qst,
         describe=describe,
-        offloading=NO_OFFLOADING,
+        refused=REFUSED,
     )
 
 

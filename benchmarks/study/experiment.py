@@ -1,6 +1,7 @@
 """One run of the study: train a method on a task, then measure it on the held-out rows."""
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from benchmarks.study.frozen_states import FrozenStates
 from benchmarks.study.learners import METHODS, Learner, fast_decoding
 from benchmarks.study.tasks import IGNORE, Task
+from qst_tune.modules.base_quantization import quantization_of
+from qst_tune.modules.hidden_state_cache import HiddenStateCache
 from qst_tune.modules.qst_decoder import QSTDecoder
 
 WARMUP = 10
@@ -57,7 +59,7 @@ def execute(run: Run, task: Task, checkpoint: Path, states: Path | None = None) 
     torch.manual_seed(run.seed)
     learner = METHODS[run.method].build(checkpoint)
     if states and isinstance(learner.model, QSTDecoder):
-        learner.states = FrozenStates(learner.model, states / checkpoint.name)
+        learner.model.hidden_state_cache = _kept_states(learner.model, states / checkpoint.name)
     batches = task.batches(run.seed, run.batch_size)
     tokens, curve = 0, []
     with fast_decoding():
@@ -75,6 +77,13 @@ def execute(run: Run, task: Task, checkpoint: Path, states: Path | None = None) 
         "trained": learner.num_trained,
         "curve": [round(loss, 4) for loss in curve],
     }
+
+
+def _kept_states(model: QSTDecoder, folder: Path) -> HiddenStateCache:
+    """Variants of the side network share what they read of the same weights and layers."""
+    layers: Any = model.layers
+    what = f"{quantization_of(layers)}, {model.side.reads} of {model.side.layers}"
+    return HiddenStateCache(folder / re.sub(r"\W+", "_", what).strip("_"))
 
 
 def _train(

@@ -6,7 +6,7 @@ autocast, as ours are, and 4-bit weights are decoded by our table (the same bits
 
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,6 @@ from benchmarks.methods import (
     model_arguments,
     recomputes_by_default,
 )
-from benchmarks.study.frozen_states import FrozenStates
 from qst_tune.estimation.peers import add_lora
 from qst_tune.models import peqa_decoder, qst_decoder, smollm2_135m
 from qst_tune.modules.peqa_decoder import PEQADecoder
@@ -49,12 +48,10 @@ class Learner:
     Args:
         model (Any): a torchtune decoder.
         groups (list[dict[str, Any]]): for the optimizer.
-        states (FrozenStates | None): where the states of a frozen backbone are kept.
     """
 
     model: Any
     groups: list[dict[str, Any]]
-    states: FrozenStates | None = None
 
     @property
     def trained(self) -> list[torch.Tensor]:
@@ -75,8 +72,7 @@ class Learner:
         Returns:
             torch.Tensor: ``[B, T, D]``.
         """
-        kept = self.states.of(tokens) if self.states else nullcontext()
-        with torch.autocast("cpu", dtype=DTYPE), _without_head(self.model), kept:
+        with torch.autocast("cpu", dtype=DTYPE), _without_head(self.model):
             hidden: torch.Tensor = self.model(tokens)
         return hidden
 

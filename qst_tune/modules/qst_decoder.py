@@ -1,6 +1,6 @@
 """The QST model: a frozen decoder that only runs forward, and a side network that trains."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, get_args
 
 import torch
@@ -11,6 +11,7 @@ from torchtune.modules import TransformerDecoder
 from torchtune.modules.attention_utils import _MaskType
 
 from qst_tune.modules.decoder_parts import decoder_parts
+from qst_tune.modules.hidden_state_cache import HiddenStateCache
 from qst_tune.modules.learned_positions import LearnedPositionEmbedding
 from qst_tune.modules.side_init import SideInit, initialize_from_backbone
 from qst_tune.modules.side_network import SideNetwork
@@ -61,6 +62,8 @@ class QSTDecoder(TransformerDecoder):
         # Tokens that go through a frozen layer at once: enough for its matrix products to run at
         # full speed and to pay for decoding its weights again for each part.
         self.frozen_chunk_tokens = 4096
+        # Set where batches come again: the backbone then runs on each of them once.
+        self.hidden_state_cache: HiddenStateCache | None = None
 
     def train(self, mode: bool = True) -> "QSTDecoder":
         """Switch the side network between training and evaluation; the backbone always evaluates.
@@ -196,16 +199,25 @@ class QSTDecoder(TransformerDecoder):
         # A method of its own: FSDP wraps with_reference, and forward must not enter it twice.
         h_BTD = self._embed(tokens, mask=mask, input_pos=input_pos)
         g_BTS = self.side.start(h_BTD)
-        block_beside = {layer: block for block, layer in enumerate(self.side.layers)}
-        for index, layer in enumerate(self.layers):
-            block = block_beside.get(index)
-            if block is not None and self.side.reads == "input":
-                g_BTS = self.side.step(block, h_BTD, g_BTS, mask=mask, input_pos=input_pos)
-            h_BTD = self._frozen(layer, h_BTD, mask=mask, input_pos=input_pos)
-            if block is not None and self.side.reads == "output":
-                g_BTS = self.side.step(block, h_BTD, g_BTS, mask=mask, input_pos=input_pos)
-        f_BTD = self._frozen(self.norm, h_BTD)
+        states = self._states(h_BTD, mask=mask, input_pos=input_pos)
+        if self.hidden_state_cache is not None and not self.caches_are_enabled():
+            states = self.hidden_state_cache(states, tokens, mask=mask, input_pos=input_pos)
+        del h_BTD
+        for block in range(len(self.side.layers)):
+            g_BTS = self.side.step(block, next(states), g_BTS, mask=mask, input_pos=input_pos)
+        (f_BTD,) = states
         return self.side.finish(f_BTD, g_BTS), f_BTD
+
+    def _states(self, h_BTD: torch.Tensor, **per_row: Any) -> Iterator[torch.Tensor]:
+        """What each side block reads, then f; a layer runs when what follows it is asked for."""
+        beside = set(self.side.layers)
+        for index, layer in enumerate(self.layers):
+            if index in beside and self.side.reads == "input":
+                yield h_BTD
+            h_BTD = self._frozen(layer, h_BTD, **per_row)
+            if index in beside and self.side.reads == "output":
+                yield h_BTD
+        yield self._frozen(self.norm, h_BTD)
 
     def _backbone_only(
         self, tokens: torch.Tensor, *, mask: _MaskType | None, input_pos: torch.Tensor | None

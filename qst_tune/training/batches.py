@@ -32,6 +32,8 @@ class BatchLoader:
         drop_last (bool): deal equally many whole batches to each process, and leave out the rest;
             False deals each row exactly once.
         num_workers (int): processes that read rows; 0 reads them in this one.
+        same_batches (bool): make the batches of the first epoch again in every other, in a new
+            order, instead of new ones.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class BatchLoader:
         seed: int | None,
         drop_last: bool = True,
         num_workers: int = 0,
+        same_batches: bool = False,
     ) -> None:
         self.dataset = dataset
         self.collate = collate
@@ -50,6 +53,7 @@ class BatchLoader:
         self.seed = seed
         self.drop_last = drop_last
         self.num_workers = num_workers
+        self.same_batches = same_batches
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -68,15 +72,20 @@ class BatchLoader:
         Returns:
             list[list[int]]: indices into the dataset.
         """
-        num_rows = len(self.dataset)
-        order = torch.arange(num_rows)
-        if self.seed is not None:
-            # As torch's DistributedSampler does, whose order torchtune's recipes train in.
-            generator = torch.Generator().manual_seed(self.seed + epoch)
-            order = torch.randperm(num_rows, generator=generator)
+        order = self._order(len(self.dataset), 0 if self.same_batches else epoch)
         rank, world_size = rank_and_world_size()
         share = order[rank::world_size].split(self.batch_size)
-        return [batch.tolist() for batch in share[: len(self)]]
+        batches = [batch.tolist() for batch in share[: len(self)]]
+        if self.same_batches and epoch > 0:
+            batches = [batches[i] for i in self._order(len(batches), epoch)]
+        return batches
+
+    def _order(self, number: int, epoch: int) -> torch.Tensor:
+        if self.seed is None:
+            return torch.arange(number)
+        # As torch's DistributedSampler does, whose order torchtune's recipes train in.
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        return torch.randperm(number, generator=generator)
 
     def batches(self, epoch: int = 0, *, start: int = 0) -> Iterator[Batch]:
         """Read the batches of an epoch.

@@ -45,6 +45,7 @@ TRAINING_OPTIONAL = (
     "low_cpu_ram",
     "backbone_sharding",
     "fsdp_cpu_offload",
+    "hidden_state_cache",
 )
 # Kind and least value; null, where a key is optional, is always allowed.
 TRAINING_NUMBERS: dict[str, tuple[type, int]] = {

@@ -1,24 +1,29 @@
 """Quantized Side Tuning as the training loop sees it."""
 
-from dataclasses import dataclass, replace
+import hashlib
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from omegaconf import DictConfig
+from torchtune import utils
 
+from qst_tune.modules.hidden_state_cache import HiddenStateCache
 from qst_tune.modules.output_mix import AlphaMix, SigmoidMix
 from qst_tune.modules.qst_decoder import QSTDecoder
-from qst_tune.training.distributed import broadcast_tensors
+from qst_tune.training.distributed import broadcast_tensors, rank_and_world_size
 from qst_tune.training.model_setup import load_frozen_backbone, provenance_of
 from qst_tune.training.parameter_groups import parameter_groups
 from qst_tune.training.side_checkpoint import load_side_network, side_network_files
-from qst_tune.training.tuned_folder import Provenance
+from qst_tune.training.tuned_folder import BackboneId, Provenance
 
-# Of enable_activation_offloading.
-NO_OFFLOADING = (
-    "has nothing to offload, since QST keeps no activation of the backbone; set it to False"
-)
+REFUSED = {
+    "enable_activation_offloading": "has nothing to offload, since QST keeps no activation of the "
+    "backbone; set it to False",
+}
+
+log = utils.get_logger("INFO")
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,27 @@ def load_qst(
     model.initialize_side(device)
     broadcast_tensors(model.side)
     model.side.recompute = cfg.get("enable_activation_checkpointing", False)
+    if cfg.get("hidden_state_cache"):
+        model.hidden_state_cache = _hidden_state_cache(model, cfg, backbone, dtype, device)
     if cfg.get("compile"):
         for module in [*model.layers, *model.side.blocks]:
             module.compile()
     return QSTMethod(model, provenance_of(cfg, backbone))
+
+
+def _hidden_state_cache(
+    model: QSTDecoder,
+    cfg: DictConfig,
+    backbone: BackboneId,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> HiddenStateCache:
+    """The folder for this backbone, on this kind of device, and for what is read of it."""
+    side: Any = model.side
+    described = (asdict(backbone), str(dtype), device.type, side.reads, side.layers)
+    key = hashlib.sha256(repr(described).encode()).hexdigest()[:16]
+    folder = Path(cfg.hidden_state_cache) / f"{backbone.name}-{key}"
+    if rank_and_world_size()[0] == 0:
+        size = (len(side.layers) + 1) * side.upsample.out_features * dtype.itemsize
+        log.info(f"hidden states are kept in {folder}: {size / 1000:.1f} kB a token")
+    return HiddenStateCache(folder)

@@ -31,6 +31,7 @@ _FIXED = {
     "collate_fn": "the batches would be others",
     "max_steps_per_epoch": "it decides where an epoch ends",
     "shuffle": "the order of the rows would be another",
+    "hidden_state_cache": "the batches would be others",
     "seed": "the order of the rows would be another",
     "optimizer": "its state, which holds its settings, is the saved one",
     "lr_scheduler": "its state is the saved one",
@@ -180,6 +181,8 @@ def _compare(state: dict[str, Any], cfg: DictConfig) -> None:
             continue
         change = f"{key}: {before.get(key)} when saved, {now.get(key)} now"
         reason = _reason_to_refuse(key)
+        if key == "hidden_state_cache" and before.get(key) and now.get(key):
+            reason = None  # what the folder holds is found by its content
         if reason:
             refused.append(f"cannot resume with {change}: {reason}")
         else:

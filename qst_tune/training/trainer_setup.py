@@ -125,6 +125,7 @@ def build_data(
         batch_size=cfg.batch_size,
         seed=seed if cfg.get("shuffle", True) else None,
         num_workers=num_workers,
+        same_batches=cfg.get("hidden_state_cache") is not None,
     )
     schedule_of(cfg, train)  # fails early, before the model loads
     if held_out_rows is None:

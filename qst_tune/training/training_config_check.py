@@ -1,6 +1,7 @@
 """What must hold between the keys of a training config, and on this machine, before a run."""
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +63,17 @@ def check_training_config(cfg: DictConfig, further: list[Problem] | None = None)
     raise_problems([*problems, *(further or [])])
 
 
-def offloading_problems(cfg: DictConfig, reason: str) -> list[Problem]:
-    """Refuse ``enable_activation_offloading``, which no method of ours has.
+def refused_keys(cfg: DictConfig, refused: Mapping[str, str]) -> list[Problem]:
+    """Refuse what a method does not have, wherever it is switched on.
 
     Args:
         cfg (DictConfig): the merged config.
-        reason (str): what the method says of it, and what to do instead.
+        refused (Mapping[str, str]): for a key what the method says of it, and what to do instead.
 
     Returns:
         list[Problem]: for :func:`check_training_config`.
     """
-    key = "enable_activation_offloading"
-    return [Problem(key, f"{key}=True {reason}")] if cfg.get(key) else []
+    return [Problem(key, f"{key}={cfg[key]} {why}") for key, why in refused.items() if cfg.get(key)]
 
 
 def _switch_problems(cfg: DictConfig) -> Iterator[Problem]:
@@ -98,6 +98,10 @@ def _range_problems(cfg: DictConfig) -> Iterator[Problem]:
     if mode not in (None, *_DETERMINISTIC_MODES) or isinstance(mode, bool):
         text = f"cudnn_deterministic_mode={mode} must be null or {_one_of(_DETERMINISTIC_MODES)}"
         yield Problem("cudnn_deterministic_mode", text)
+    cache = cfg.get("hidden_state_cache")
+    if not isinstance(cache, str | None) or cache == "":
+        text = f"hidden_state_cache={cache} must be a folder, or null to keep nothing"
+        yield Problem("hidden_state_cache", text)
     collate = cfg.get("collate_fn")
     if not isinstance(collate, str | None):
         text = f"collate_fn={collate} must be the dotted name of a function"
@@ -126,6 +130,13 @@ def _sharding_problems(cfg: DictConfig) -> Iterator[Problem]:
         yield Problem(key, text)
     if mode is not None and cfg.get("compile"):
         yield Problem("compile", f"compile=True does not go with {key}={mode}: set one to null")
+    cache = cfg.get("hidden_state_cache")
+    if mode is not None and cache is not None:
+        text = (
+            f"hidden_state_cache={cache} does not go with {key}={mode}: a process that reads its "
+            "states would leave the others waiting for its part of the backbone; set one to null"
+        )
+        yield Problem("hidden_state_cache", text)
     if mode is None and cfg.get("fsdp_cpu_offload"):
         text = f"fsdp_cpu_offload=True offloads the parts of a sharded backbone: set {key}=full"
         yield Problem("fsdp_cpu_offload", text)
@@ -150,10 +161,21 @@ def _file_problems(cfg: DictConfig) -> Iterator[Problem]:
         value = cfg.tokenizer.get(key)
         if value and not Path(str(value)).exists():
             yield Problem(f"tokenizer.{key}", f"tokenizer: {key}={value} does not exist")
+    yield from _cache_problems(cfg.get("hidden_state_cache"))
     for name in ("dataset", "dataset_val"):
         for path, block in _blocks(cfg, name):
             yield from _streaming_problems(path, block)
             yield from _data_file_problems(path, block)
+
+
+def _cache_problems(folder: Any) -> Iterator[Problem]:
+    if not folder or not isinstance(folder, str):
+        return
+    path = Path(folder).absolute()
+    there = next(place for place in (path, *path.parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        text = f"hidden_state_cache={folder} cannot be written: {there} is no folder of yours"
+        yield Problem("hidden_state_cache", text)
 
 
 def _blocks(cfg: DictConfig, name: str) -> list[tuple[str, DictConfig]]:

@@ -1,6 +1,6 @@
 """What every training recipe does, in this order: what can fail cheaply fails first."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from qst_tune.training.method import Method, Task
 from qst_tune.training.run_environment import run_environment
 from qst_tune.training.saved_run import find_saved_run, set_run_seed
 from qst_tune.training.trainer_setup import TrainingData, build_trainer
-from qst_tune.training.training_config_check import check_training_config, offloading_problems
+from qst_tune.training.training_config_check import check_training_config, refused_keys
 
 
 def run_training(
@@ -24,7 +24,7 @@ def run_training(
     build_task: Callable[..., tuple[Task, TrainingData]],
     load_method: Callable[..., Method],
     describe: Callable[[Any, TrainingData, torch.device, torch.dtype], None],
-    offloading: str,
+    refused: Mapping[str, str],
 ) -> None:
     """Train, or with ``dry_run`` say what would be done.
 
@@ -36,13 +36,13 @@ def run_training(
         load_method (Callable[..., Method]): from model and config, with ``dtype`` and ``device``.
         describe (Callable[[Any, TrainingData, torch.device, torch.dtype], None]): tells of the run
             of a model that would begin now; called on the main process.
-        offloading (str): what the method says of ``enable_activation_offloading``, and what to do
-            instead.
+        refused (Mapping[str, str]): keys that the method does not have, each with what it says of
+            it and what to do instead.
 
     Raises:
         UserError: for a wrong config, checkpoint or dataset.
     """
-    check_training_config(cfg, offloading_problems(cfg, offloading))
+    check_training_config(cfg, refused_keys(cfg, refused))
     with run_environment(cfg) as (device, dtype):
         saved = find_saved_run(cfg)
         seed = set_run_seed(cfg, saved)

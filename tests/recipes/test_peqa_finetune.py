@@ -100,6 +100,7 @@ def test_bfloat16_trains_fp32_scales(config: Config, tmp_path: Path) -> None:
         ("model.group_size=0", "model: group_size=0 must be at least 1"),
         ("model._component_=torchtune.models.llama3_2.llama3_2", "does not build a PEQA model"),
         ("enable_activation_offloading=True", "enable_activation_offloading=True is not supported"),
+        ("hidden_state_cache=states", "hidden_state_cache=states is for QST: .* set it to null"),
     ],
 )
 def test_a_mistake_is_named(override: str, message: str, config: Config, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from torchtune.models.llama3_2 import llama3_2
 
 from qst_tune.data import hf_chat_tokenizer
 from qst_tune.models import VARIANTS
+from qst_tune.modules import QSTDecoder
 from tests.checkpoints import (
     LLAMA3_SIZES,
     SIZES,
@@ -270,6 +271,48 @@ def test_activation_checkpointing_gives_the_same_run_and_keeps_less(
     assert_same_run(run, plain_sgd)
     kept = "activations kept"
     assert run.summary["memory_gib"][kept] < plain_sgd.summary["memory_gib"][kept] / 2
+
+
+def test_kept_hidden_states_give_the_same_run_without_the_backbone(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first run keeps them, in two epochs; the second has nothing left to compute."""
+    settings = ["epochs=2", f"hidden_state_cache={tmp_path / 'states'}", "dtype=bf16"]
+    first = finetune(config, tmp_path / "first", *settings)
+    ran = []
+    frozen = QSTDecoder._frozen
+    monkeypatch.setattr(
+        QSTDecoder, "_frozen", lambda self, m, x, **r: ran.append(m) or frozen(self, m, x, **r)
+    )
+    second = finetune(config, tmp_path / "second", *settings)
+    assert torch.equal(second.train_loss, first.train_loss)
+    assert all(torch.equal(second.weights[name], first.weights[name]) for name in first.weights)
+    assert second.held_out_loss == first.held_out_loss
+    assert ran
+    assert all(isinstance(module, torch.nn.Embedding) for module in ran)
+
+
+def test_first_epoch_of_a_run_that_keeps_hidden_states_is_that_of_any_run(
+    config: Config, tmp_path: Path
+) -> None:
+    kept = finetune(config, tmp_path / "kept", "epochs=1", f"hidden_state_cache={tmp_path / 's'}")
+    plain = finetune(config, tmp_path / "plain", "epochs=1")
+    assert torch.equal(kept.train_loss, plain.train_loss)
+    assert kept.held_out_loss == plain.held_out_loss
+
+
+@pytest.mark.parametrize(
+    "change", ["model.base_quantization=int8", "model.num_side_blocks=2", "dtype=bf16"]
+)
+def test_what_another_backbone_or_other_layers_gave_is_not_read(
+    change: str, config: Config, tmp_path: Path
+) -> None:
+    kept = f"hidden_state_cache={tmp_path / 'states'}"
+    finetune(config, tmp_path / "before", "epochs=1", kept)
+    run = finetune(config, tmp_path / "kept", "epochs=1", kept, change)
+    plain = finetune(config, tmp_path / "plain", "epochs=1", change)
+    assert torch.equal(run.train_loss, plain.train_loss)
+    assert len(list((tmp_path / "states").iterdir())) == 2
 
 
 @pytest.mark.slow  # compiles each layer: about 100 s

@@ -253,6 +253,7 @@ REFUSED = {
     "optimizer.lr=0.5": ["optimizer.lr: 0.01 when saved, 0.5 now"],
     "max_steps_per_epoch=2": ["max_steps_per_epoch: None when saved, 2 now"],
     "dataset_val=null": ["dataset_val", "best step"],
+    "hidden_state_cache=states": ["hidden_state_cache: None when saved, states now", "batches"],
 }
 
 
@@ -298,6 +299,13 @@ def test_rows_may_have_moved(config: Config, whole: FinetuneResult, tmp_path: Pa
     folder = cut(whole, tmp_path / "run", 4)
     run = finetune(config, folder, *SETTINGS, RESUME, f"dataset.data_files={path}")
     assert_identical(run, whole)
+
+
+def test_kept_hidden_states_may_have_moved_or_be_lost(config: Config, tmp_path: Path) -> None:
+    kept = [f"hidden_state_cache={tmp_path / name}" for name in ("first", "second")]
+    whole = finetune(config, tmp_path / "whole", *SETTINGS, kept[0])
+    resumed = finetune(config, cut(whole, tmp_path / "cut", 4), *SETTINGS, kept[1], RESUME)
+    assert_identical(resumed, whole)
 
 
 def test_new_run_in_an_old_folder_sets_the_old_checkpoints_aside(

@@ -203,6 +203,17 @@ MISTAKES = [
         ["compile=True does not go with backbone_sharding=full"],
     ),
     Mistake(
+        "kept states and a sharded backbone",
+        ["backbone_sharding=full", "hidden_state_cache=states"],
+        ["hidden_state_cache=states does not go with backbone_sharding=full", "one to null"],
+    ),
+    Mistake("cache of a number", ["hidden_state_cache=3"], ["cache=3 must be a folder, or null"]),
+    Mistake(
+        "cache below a file",
+        ["hidden_state_cache={root}/val.jsonl/x"],
+        ["hidden_state_cache=", "cannot be written", "val.jsonl is no folder"],
+    ),
+    Mistake(
         "nothing to offload",
         ["fsdp_cpu_offload=True"],
         ["fsdp_cpu_offload=True offloads", "set backbone_sharding=full"],

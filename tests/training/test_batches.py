@@ -90,3 +90,24 @@ def test_held_out_rows_come_exactly_once(world_size: int, monkeypatch: pytest.Mo
         shares.append(rows_of(loader))
         assert len(loader) == len(shares[-1])
     assert sorted(flat(flat(shares))) == ROWS
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_same_batches_come_again_in_another_order(
+    world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank in range(world_size):
+        settings = {"seed": 3, "same_batches": True}
+        again = loader_of(rank, world_size, monkeypatch, **settings)
+        anew = loader_of(rank, world_size, monkeypatch, seed=3)
+        assert rows_of(again) == rows_of(anew)
+        orders = [rows_of(again, epoch) for epoch in range(6)]
+        assert all(sorted(order) == sorted(orders[0]) for order in orders)
+        assert len({str(order) for order in orders}) > 1
+        assert rows_of(again, 5) == orders[5]
+        assert rows_of(anew, 1) != orders[1]
+
+
+def test_same_batches_in_the_order_of_the_file_stay_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = loader_of(0, 1, monkeypatch, same_batches=True)
+    assert flat(rows_of(loader, 2)) == ROWS

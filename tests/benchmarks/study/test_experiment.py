@@ -76,6 +76,15 @@ def test_a_run_learns_its_task_and_says_with_what(task):
     assert after["trained"] == sum(p.numel() for p in tiny_learner().model.side.parameters())
 
 
+def test_kept_states_change_no_number(task, tmp_path):
+    run = Run("rte", "qst", 1e-2, 3, 0, 8)
+    plain = execute(run, task, tmp_path / "model")
+    for _ in range(2):
+        assert execute(run, task, tmp_path / "model", tmp_path / "states") == plain
+    batches = 3 + len(list(task.held_out_batches()))
+    assert len(list((tmp_path / "states" / "model").glob("*/*.safetensors"))) == batches
+
+
 def test_one_seed_gives_one_result(task):
     runs = [execute(Run("rte", "qst", 1e-2, 4, 3, 8), task, None) for _ in range(2)]
     assert runs[0]["curve"] == runs[1]["curve"]

@@ -1,0 +1,113 @@
+"""Keep what a frozen backbone computes: epochs after the first run the side network alone."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torchtune import utils
+from torchtune.modules.attention_utils import _MaskType
+
+# Left free on the disk: the checkpoints of the run want room too.
+RESERVED_BYTES = 2 * 1024**3
+
+log = utils.get_logger("INFO")
+
+
+class HiddenStateCache:
+    """Hidden states of the batches that a backbone has run on, a safetensors file for each batch.
+
+    No gradient enters the backbone of QST and nothing in it trains, so it makes the same of a batch
+    in every epoch; here it runs on each batch once. What is read is bit for bit what was computed.
+    A batch is found by its content: another batch, or one whose file is damaged, is computed. When
+    the disk has no room no more is kept, and said so once.
+
+    Not in the paper. LoRA cannot do this: what its layers compute changes with every step.
+
+    Args:
+        folder (Path): of one backbone and of the layers that are read; made when needed. Several
+            processes and runs may share it, and its files may be deleted at any time.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.is_full = False
+
+    def __call__(
+        self,
+        computed: Iterator[torch.Tensor],
+        tokens: torch.Tensor,
+        *,
+        mask: _MaskType | None,
+        input_pos: torch.Tensor | None,
+    ) -> Iterator[torch.Tensor]:
+        """Give the states of a batch, from its file or as they are computed.
+
+        Args:
+            computed (Iterator[torch.Tensor]): the states, not begun if there is a file.
+            tokens (torch.Tensor): ``[B, T]`` of the batch.
+            mask (_MaskType | None): of the batch.
+            input_pos (torch.Tensor | None): of the batch.
+
+        Yields:
+            torch.Tensor: the states in order, one at a time, on the device of ``tokens``. They are
+            kept when the caller has taken all.
+        """
+        path = self.folder / f"{_digest(tokens, mask, input_pos)}.safetensors"
+        file = _open(path, tokens.device)
+        if file is not None:
+            with file:
+                yield from (file.get_tensor(str(i)) for i in range(len(file.keys())))
+            return
+        states: list[torch.Tensor] = []
+        for state in computed:
+            if not self.is_full:
+                states.append(state.detach().cpu().contiguous())
+            yield state
+        if states:
+            self._keep(states, path)
+
+    def _keep(self, states: list[torch.Tensor], path: Path) -> None:
+        """Write a file that is whole or absent, whenever the process dies."""
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            room = shutil.disk_usage(self.folder).free - RESERVED_BYTES
+            if sum(state.nbytes for state in states) > room:
+                raise OSError(f"the disk has less than {RESERVED_BYTES / 1024**3:.0f} GiB left")
+            save_file({str(i): state for i, state in enumerate(states)}, aside)
+            aside.replace(path)
+        except (OSError, SafetensorError) as error:
+            self.is_full = True
+            log.warning(f"no more hidden states are kept in {self.folder}: {error}")
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+def _open(path: Path, device: torch.device) -> Any | None:
+    """A file that can be read, or None."""
+    try:
+        return safe_open(path, "pt", device=str(device))
+    except (OSError, SafetensorError):  # there is none, or it is damaged
+        return None
+
+
+def _digest(tokens: torch.Tensor, mask: _MaskType | None, input_pos: torch.Tensor | None) -> str:
+    """Name a batch by all that its hidden states depend on.
+
+    A BlockMask, which stands for the samples of a pack, has no content to hash; but the positions
+    begin anew with each sample, so they say the same.
+    """
+    digest = hashlib.sha256()
+    for part in (tokens, mask, input_pos):
+        if isinstance(part, torch.Tensor):
+            digest.update(repr((part.dtype, part.shape)).encode())
+            digest.update(part.cpu().contiguous().numpy().tobytes())
+        else:
+            digest.update(type(part).__name__.encode())
+    return digest.hexdigest()[:32]

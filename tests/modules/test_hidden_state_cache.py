@@ -1,0 +1,218 @@
+"""States that were kept are those that would be computed, bit for bit, and no others are taken."""
+
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask
+from torchtune.generation import generate
+
+from qst_tune.models import qst_decoder
+from qst_tune.modules import hidden_state_cache as module
+from qst_tune.modules.hidden_state_cache import HiddenStateCache
+from qst_tune.modules.qst_decoder import QSTDecoder
+from tests.helpers import TINY_REDUCTION, random_tokens, randomize_, tiny_backbone
+
+MODELS = {
+    "default": {"num_side_blocks": 2},
+    "a block for every layer": {"variant": "paper"},
+    "authors": {"variant": "authors"},
+    "reads inputs": {"side_reads": "input", "num_side_blocks": 2},
+    "one block": {"num_side_blocks": 1},
+}
+
+
+def tiny_model(kind: str = "default", dtype=torch.float32) -> QSTDecoder:
+    torch.manual_seed(0)
+    backbone = tiny_backbone(dtype=dtype)
+    model = qst_decoder(backbone, reduction_factor=TINY_REDUCTION, **MODELS[kind])
+    randomize_(model.side)
+    return model
+
+
+def pair(kind: str, folder: Path, dtype=torch.float32) -> tuple[QSTDecoder, QSTDecoder]:
+    """The same model without a cache and with one."""
+    plain, cached = tiny_model(kind, dtype), tiny_model(kind, dtype)
+    cached.hidden_state_cache = HiddenStateCache(folder)
+    return plain, cached
+
+
+def outcome(model: QSTDecoder, tokens: torch.Tensor, **where) -> list[torch.Tensor]:
+    """Logits, and the gradient of every trained parameter."""
+    model.zero_grad()
+    logits = model(tokens, **where)
+    logits.square().mean().backward()
+    return [logits.detach(), *(p.grad.clone() for p in model.side.parameters())]
+
+
+def assert_equal(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    assert len(actual) == len(expected)
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+def count_runs(model: QSTDecoder) -> list[nn.Module]:
+    """Modules of the backbone in the order in which they run from now on."""
+    ran: list[nn.Module] = []
+    for layer in [*model.layers, model.norm]:
+        layer.register_forward_hook(lambda this, args, out: ran.append(this))
+    return ran
+
+
+def block_diagonal(batch: int = 2, length: int = 11, first: int = 5) -> dict[str, torch.Tensor]:
+    """Rows that are packs of two samples."""
+    sample = (torch.arange(length) >= first).int()
+    mask = (sample[:, None] == sample[None, :]) & torch.ones(length, length).tril().bool()
+    positions = torch.cat([torch.arange(first), torch.arange(length - first)])
+    return {
+        "mask": mask.expand(batch, length, length).contiguous(),
+        "input_pos": positions.expand(batch, length).contiguous(),
+    }
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", MODELS)
+def test_kept_states_are_the_computed_ones_bit_for_bit(
+    kind: str, dtype: torch.dtype, packed: bool, tmp_path: Path
+) -> None:
+    plain, cached = pair(kind, tmp_path / "cache", dtype)
+    tokens, where = random_tokens(), block_diagonal() if packed else {}
+    expected = outcome(plain, tokens, **where)
+    ran = count_runs(cached)
+    assert_equal(outcome(cached, tokens, **where), expected)
+    assert len(ran) == len(cached.layers) + 1
+    assert_equal(outcome(cached, tokens, **where), expected)
+    assert len(ran) == len(cached.layers) + 1, "the backbone ran again"
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_states_belong_to_the_backbone_and_not_to_the_side_network(tmp_path: Path) -> None:
+    plain, cached = pair("default", tmp_path)
+    tokens = random_tokens()
+    outcome(cached, tokens)
+    randomize_(cached.side)
+    plain.side.load_state_dict(cached.side.state_dict())
+    assert_equal(outcome(cached, tokens), outcome(plain, tokens))
+
+
+def test_preference_learning_reads_both_models_from_the_same_states(tmp_path: Path) -> None:
+    plain, cached = pair("default", tmp_path)
+    tokens = random_tokens()
+    expected = [tensor.detach() for tensor in plain.with_reference(tokens)]
+    for _ in range(2):
+        assert_equal([tensor.detach() for tensor in cached.with_reference(tokens)], expected)
+
+
+def changed(what: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A batch that differs in one thing."""
+    torch.manual_seed(0)
+    tokens, where = random_tokens(), block_diagonal()
+    if what == "token":
+        tokens[1, 3] = tokens[1, 3] % 60 + 1
+    elif what == "mask":
+        where["mask"][0, 7, 6] = False
+    elif what == "position":
+        where["input_pos"][1, 10] += 1
+    elif what == "shape":
+        tokens, where = tokens.flip(0), block_diagonal()
+    elif what == "no mask":
+        where.pop("mask")
+    return tokens, where
+
+
+@pytest.mark.parametrize("what", ["token", "mask", "position", "shape", "no mask"])
+def test_another_batch_is_computed(what: str, tmp_path: Path) -> None:
+    plain, cached = pair("default", tmp_path)
+    tokens, where = changed("nothing")
+    outcome(cached, tokens, **where)
+    tokens, where = changed(what)
+    assert_equal(outcome(cached, tokens, **where), outcome(plain, tokens, **where))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_packs_on_a_gpu_are_told_apart_by_their_positions() -> None:
+    """Their mask, a BlockMask, has no content to compare."""
+    tokens = random_tokens()
+    mask = create_block_mask(lambda b, h, q, kv: q >= kv, 2, None, 11, 11, device="cpu")
+    names = {
+        module._digest(tokens, mask, block_diagonal(first=first)["input_pos"])
+        for first in (4, 5, 5)
+    }
+    assert len(names) == 2
+
+
+@pytest.mark.parametrize("size", [0, 100, 2000])
+def test_a_damaged_file_is_computed_and_written_anew(size: int, tmp_path: Path) -> None:
+    plain, cached = pair("default", tmp_path)
+    tokens = random_tokens()
+    expected = outcome(plain, tokens)
+    outcome(cached, tokens)
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(whole[:size])
+    assert_equal(outcome(cached, tokens), expected)
+    assert path.read_bytes() == whole
+
+
+def test_a_forward_that_was_cut_short_keeps_nothing(tmp_path: Path) -> None:
+    _, cached = pair("default", tmp_path / "cache")
+
+    def fail(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    cached.layers[-1].register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        cached(random_tokens())
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_full_disk_is_said_once_and_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain, cached = pair("default", tmp_path)
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(module.RESERVED_BYTES))
+    monkeypatch.setattr(module.log, "propagate", True)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        tokens = random_tokens()
+        assert_equal(outcome(cached, tokens), outcome(plain, tokens))
+    assert not list(tmp_path.iterdir())
+    assert caplog.text.count("no more hidden states are kept") == 1
+    assert "2 GiB" in caplog.text
+
+
+def test_what_was_kept_before_the_disk_was_full_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, cached = pair("default", tmp_path)
+    tokens = random_tokens()
+    outcome(cached, tokens)
+    ran = count_runs(cached)
+    cached.hidden_state_cache.is_full = True
+    outcome(cached, tokens)
+    assert not ran
+
+
+def test_generation_does_not_read_or_write_it(tmp_path: Path) -> None:
+    plain, cached = pair("default", tmp_path / "cache")
+    expected, _ = generate(plain.eval(), random_tokens(1, 4), max_generated_tokens=5, top_k=1)
+    prompt = expected[:, :4]
+    for model in (plain, cached):
+        model.setup_caches(1, torch.float32, decoder_max_seq_len=12)
+    results = [
+        generate(model.eval(), prompt, max_generated_tokens=5, top_k=1)[0]
+        for model in (plain, cached)
+    ]
+    assert torch.equal(*results)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_no_memory_is_held_between_batches(tmp_path: Path) -> None:
+    _, cached = pair("default", tmp_path)
+    tokens = random_tokens()
+    outcome(cached, tokens)
+    assert set(vars(cached.hidden_state_cache)) == {"folder", "is_full"}
