@@ -3,8 +3,9 @@
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from benchmarks.study.costs import Plan, measure_in_new_process
 from benchmarks.study.experiment import Run, execute
 from benchmarks.study.learners import METHODS
 from benchmarks.study.page import write_page
-from benchmarks.study.tasks import BATCH_SIZE, TASKS, Task, folder_of, load_task
+from benchmarks.study.tasks import BATCH_SIZE, STEPS, TASKS, Task, folder_of, load_task
 
 RESULTS = Path(__file__).parent.parent / "results" / "study.jsonl"
 COSTS = RESULTS.with_name("study_costs.jsonl")
+QUICK = 10
+DEFAULT_METHODS = ["full", "lora", "qlora", "lst", "qst", "peqa"]
 DOCS = Path(__file__).parent.parent.parent / "docs"
 
 
@@ -56,8 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
         line = execute(run, tasks[run.task], checkpoint, options.states)
         _append(options.results, line)
         print({k: v for k, v in line.items() if k != "curve"}, flush=True)
-    if options.results == RESULTS:
-        write_page(read_results(RESULTS), read_results(COSTS), DOCS)
+    docs = DOCS if options.results == RESULTS else options.results.parent
+    write_page(read_results(options.results), read_results(COSTS), docs)
+    print(f"{docs / 'study.md'}")
     return 0
 
 
@@ -76,7 +80,10 @@ def _measure_costs(options: argparse.Namespace, checkpoint: Path) -> int:
 
 def _load(name: str, options: argparse.Namespace) -> Task:
     tokenizer = AutoTokenizer.from_pretrained(options.checkpoint)
-    return load_task(name, Path(options.data), tokenizer)
+    task = load_task(name, Path(options.data), tokenizer)
+    if options.quick:
+        return replace(task, held_out=task.held_out[: len(task.held_out) // QUICK])
+    return task
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
@@ -105,9 +112,12 @@ def _runs(options: argparse.Namespace) -> Iterator[Run]:
             for name in options.methods:
                 method = METHODS[name]
                 rates = options.rates or [method.rates.get(task, method.rate)]
+                steps = STEPS[task] if options.steps is None else options.steps
+                if options.quick:
+                    steps = -(-steps // QUICK)
                 for rate in rates:
                     size = options.batch_size or BATCH_SIZE[task]
-                    yield Run(task, name, rate, options.steps, seed, size)
+                    yield Run(task, name, rate, steps, seed, size)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -115,10 +125,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="has sst2/, rte/, wikitext2/, alpaca/")
     parser.add_argument("--checkpoint", default=default_config().checkpointer.checkpoint_dir)
     parser.add_argument("--tasks", type=_names(TASKS), default=list(TASKS))
-    parser.add_argument("--methods", type=_names(METHODS), default=["qlora", "qst"])
+    parser.add_argument("--methods", type=_names(METHODS), default=DEFAULT_METHODS)
     parser.add_argument("--rates", type=lambda text: [float(r) for r in text.split(",")])
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--steps", type=int, help="default: by task, 50 to 200")
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, help="rows a step; default: by task, 4 to 16")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
@@ -133,8 +143,17 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="ROUNDS",
         help="train nothing; measure time and memory of a step of every method, by turns",
     )
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    return parser.parse_args(arguments)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the page goes beside it")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"one seed, a {QUICK}th of the steps and of the held-out rows; results in a temporary "
+        "folder: does it run?",
+    )
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.seeds, options.results = 1, Path(tempfile.mkdtemp()) / RESULTS.name
+    return options
 
 
 def _names(known: Any) -> Any:
