@@ -162,6 +162,12 @@ def _peqa(folder: Path, *, bits: int) -> Learner:
     return Learner(model, [{"params": list(model.task().values()), "weight_decay": 0.0}])
 
 
+# The best of those tried for seed 0 (docs/study.md has all), on the same held-out rows for all.
+LORA_RATES = {"wikitext2": 3e-3}
+QST_RATES = {"sst2": 1e-3, "rte": 1e-3, "wikitext2": 1e-2}
+QST_WIDE_RATES = {"sst2": 1e-3, "rte": 1e-3, "alpaca": 1e-3, "alpaca_chat": 1e-3}
+
+
 @dataclass(frozen=True)
 class Method:
     """One line of the tables.
@@ -179,40 +185,46 @@ class Method:
     rates: dict[str, float] = field(default_factory=dict)
 
 
-def qst(title: str, rate: float = 3e-3, **changes: Any) -> Method:
+def qst(title: str, rates: dict[str, float] = QST_RATES, **changes: Any) -> Method:
     """Describe a variant of ours.
 
     Args:
         title (str): for people.
-        rate (float): learning rate.
+        rates (dict[str, float]): learning rates by task.
         **changes (Any): arguments of ``qst_decoder`` that differ from the shipped config.
 
     Returns:
         Method: a line of the tables.
     """
-    return Method(title, partial(_qst, changes=changes), rate)
+    return Method(title, partial(_qst, changes=changes), 3e-3, rates)
 
 
 METHODS: dict[str, Method] = {
     "full": Method("full fine-tuning", _full, 2e-5),
-    "lora": Method("LoRA, rank 16", partial(_lora, quantize=False), 3e-4),
+    "lora": Method("LoRA, rank 16", partial(_lora, quantize=False), 1e-3, LORA_RATES),
     "lora_last_6": Method(
-        "LoRA in the last 6 of 30 layers", partial(_lora, quantize=False, last=6), 3e-4
+        "LoRA in the last 6 of 30 layers", partial(_lora, quantize=False, last=6), 1e-3, LORA_RATES
     ),
     "lora_last_15": Method(
-        "LoRA in the last 15 of 30 layers", partial(_lora, quantize=False, last=15), 3e-4
+        "LoRA in the last 15 of 30 layers",
+        partial(_lora, quantize=False, last=15),
+        1e-3,
+        LORA_RATES,
     ),
-    "qlora": Method("QLoRA, rank 16", partial(_lora, quantize=True), 3e-4),
+    "qlora": Method("QLoRA, rank 16", partial(_lora, quantize=True), 1e-3, LORA_RATES),
     "qlora_checkpointed": Method(
-        "QLoRA, rank 16, checkpointed", partial(_lora, quantize=True, checkpointing=True), 3e-4
+        "QLoRA, rank 16, checkpointed",
+        partial(_lora, quantize=True, checkpointing=True),
+        1e-3,
+        LORA_RATES,
     ),
     "qst": qst("QST"),
     "qst_nf4": qst("QST over NF4", base_quantization="nf4"),
-    "peqa": Method("PEQA, 4 bits, per channel", partial(_peqa, bits=4), 1e-3),
+    "peqa": Method("PEQA, 4 bits, per channel", partial(_peqa, bits=4), 3e-3),
     "lst": qst("LST: QST over the unquantised model", base_quantization="none"),
     "qst_r32": qst("QST, r = 32", reduction_factor=32),
-    "qst_r8": qst("QST, r = 8", reduction_factor=8, rate=2e-3),
-    "qst_r4": qst("QST, r = 4", reduction_factor=4, rate=1e-3),
+    "qst_r8": qst("QST, r = 8", reduction_factor=8),
+    "qst_r4": qst("QST, r = 4", QST_WIDE_RATES, reduction_factor=4),
     "qst_paper": qst("QST, the paper's equations", variant="paper"),
     "qst_authors": qst("QST, the authors' code", variant="authors"),
     # One change of the default each.
@@ -240,7 +252,7 @@ METHODS: dict[str, Method] = {
     "alpha_mix": qst("QST, the paper's output mix", output_mix="alpha"),
     "sigmoid_mix": qst("QST, the authors' output mix", output_mix="sigmoid"),
     "heads_4": qst("QST, side heads 4 wide", min_head_dim=4),
-    "heads_36": qst("QST, one side head", min_head_dim=36),
+    "heads_12": qst("QST, side heads 12 wide", min_head_dim=12),
     "inputs": qst("QST, reads the inputs of layers", side_reads="input"),
     "bits_4": qst("QST, hidden states kept in 4 bits", hidden_bits=4),
     "fp4": qst("QST over FP4", base_quantization="fp4"),

@@ -44,7 +44,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "initial_gamma": 0.0,
         "share_first_downsample": False,
         "downsample_norm": True,
-        "min_head_dim": 12,
+        "min_head_dim": 32,
     },
     # The equations of arXiv 2401.07159.
     "paper": {

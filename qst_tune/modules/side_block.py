@@ -56,9 +56,9 @@ def side_shape(
     Args:
         layer (TransformerSelfAttentionLayer): a layer of the backbone, of width D.
         reduction_factor (int): r.
-        min_head_dim (int): least width of a head, where the side network is as wide as that. The
-            time of attention grows with the number of heads: at width 36, 3 heads of 12 instead of
-            9 of 4 nearly halve the time of a side network's step.
+        min_head_dim (int): least width of a head, where the side network is as wide as that.
+            Narrow heads learn badly (docs/results.md), and the time of attention grows with their
+            number: at width 36, 3 heads of 12 take nearly half the time of 9 of 4.
 
     Returns:
         SideShape: sizes of the side block, width ``D // r``.

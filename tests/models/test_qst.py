@@ -25,9 +25,9 @@ from qst_tune.quantization.table import QuantizedTable
 from tests.helpers import TINY, dense_weight, random_tokens, randomize_, tiny_backbone
 
 D, S, N, HIDDEN, R = 96, 24, 3, 25, 5  # TINY at reduction factor 4, rank 5
-KV = 12
-# Attention, MLP and the two norms of one side block.
-BLOCK = 2 * S * S + 2 * S * KV + 3 * S * HIDDEN + 2 * S
+# Attention, MLP and the two norms of one side block: 6 heads and 3 of keys and values, or one.
+BLOCK_OF_SIX = 2 * S * S + 2 * S * (S // 2) + 3 * S * HIDDEN + 2 * S
+BLOCK = BLOCK_OF_SIX + 2 * S * (S // 2)
 LOW_RANK = D * R + R * S
 TAIL = S + S * D + D  # side norm, upsampler with bias
 
@@ -47,8 +47,8 @@ def side_count(model):
         ({}, N * (BLOCK + 1) + (N + 1) * (LOW_RANK + 2 * S) + TAIL),
         ({"num_side_blocks": 2}, 2 * (BLOCK + 1) + 3 * (LOW_RANK + 2 * S) + TAIL),
         ({"downsample": "projection"}, N * (BLOCK + 1) + (N + 1) * (R * S + 2 * S) + TAIL),
-        ({"variant": "paper"}, N * (BLOCK + 1) + (N + 1) * LOW_RANK + TAIL + 1),
-        ({"variant": "authors"}, N * (BLOCK + S + LOW_RANK + 2 * S) + TAIL + D),
+        ({"variant": "paper"}, N * (BLOCK_OF_SIX + 1) + (N + 1) * LOW_RANK + TAIL + 1),
+        ({"variant": "authors"}, N * (BLOCK_OF_SIX + S + LOW_RANK + 2 * S) + TAIL + D),
         ({"downsample": "linear"}, N * (BLOCK + 1) + (N + 1) * D * S + TAIL),
         ({"downsample": "lora"}, N * (BLOCK + 1) + (N + 1) * LOW_RANK + TAIL),
         ({"downsample": "maxpool"}, N * (BLOCK + 1) + TAIL),
@@ -66,7 +66,7 @@ MIXES = {"residual": ResidualMix, "alpha": AlphaMix, "sigmoid": SigmoidMix}
 DEEP = 8  # layers, so that the default's 6 side blocks show
 # Written out from the documentation, not read from VARIANTS.
 PRESETS = {
-    "default": ("adapter", 16, "residual", False, False, 0.0, False, True, 12, 6, True),
+    "default": ("adapter", 16, "residual", False, False, 0.0, False, True, 24, 6, True),
     "paper": ("adapter", 16, "alpha", False, False, 0.0, False, False, 4, DEEP, False),
     "authors": ("adapter", 16, "sigmoid", True, True, 0.5, True, True, 4, DEEP, False),
 }
@@ -81,7 +81,8 @@ def settings_of(model):
     assert per_channel or gamma.numel() == 1
     shares_first = len(side.downsample) == len(side.blocks)
     has_norm = isinstance(side.downsample[0].norm, nn.LayerNorm)
-    head_dim = side.blocks[0].attn.head_dim  # 4 keeps the backbone's 6 heads at width 24
+    # Of width 24: 4 keeps the backbone's 6 heads, and the default's 32 leaves one.
+    head_dim = side.blocks[0].attn.head_dim
     down = side.downsample[0]
     kind = "projection" if isinstance(down, ProjectionDownsample) else "adapter"
     rank = down.expand.in_features

@@ -18,7 +18,7 @@ from tests.folders import side_network_folder
 
 SUMMARY = {
     "train_loss": {"1": 3.0},
-    "trainable_parameters": 173778,
+    "trainable_parameters": 184146,
     "tokens_per_second": 895.2,
     "memory_gib": {"peak": 1.34},
 }
@@ -79,7 +79,7 @@ def test_the_card_is_written_from_the_run(shared: Path) -> None:
         "| data | train.jsonl |",
         "| lr | 0.01 |",
         "| held-out loss at step 8 | 1.25 |",
-        "| trainable parameters | 173,778 |",
+        "| trainable parameters | 184,146 |",
         "| memory, GiB: peak | 1.34 |",
     ):
         assert row in card
