@@ -56,6 +56,10 @@ def test_every_answer_is_that_of_a_model_that_reads_everything_anew(model, token
 
 
 def test_a_turn_runs_its_own_tokens_only(model, tokenizer) -> None:
+    # The answers are "zzzz": what random weights say may be tokenized otherwise than it was made.
+    (letter,) = tokenizer.encode("z", add_bos=False, add_eos=False)
+    favour = torch.zeros(320).index_fill(0, torch.tensor(letter), 1e4)
+    model.output.register_forward_hook(lambda module, args, out: out + favour)
     conversation = Conversation(model, tokenizer, max_new_tokens=4)
     counted = Counter()
     model.tok_embeddings.register_forward_hook(
