@@ -3,7 +3,7 @@
 #   make check       what CI runs: tests, style, types, the wheel
 #   make quickstart  train and sample a real small model  ARGS="..." passes on to it
 #   make benchmark   QST beside torchtune's methods        ARGS=--quick, ARGS=losses, ARGS=--help
-#   make study       what each method learns              ARGS="--data FOLDER ...", ARGS=--help
+#   make study       what each method learns              ARGS="--data FOLDER --quick", ARGS=--help
 PYTHON ?= python3
 VENV ?= .venv
 # The exact versions that CI runs. `make CONSTRAINTS=/dev/null test` takes the newest that fit.
@@ -46,7 +46,7 @@ quickstart: $(STAMP)
 benchmark: $(STAMP)
 	$(BIN)/python -m benchmarks $(ARGS)
 
-# Hours for all tasks and methods; goes on where it stopped.
+# Half a day for all tasks and methods, half an hour with --quick; goes on where it stopped.
 study: $(STAMP)
 	$(BIN)/python -m benchmarks.study $(ARGS)
 

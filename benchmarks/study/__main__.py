@@ -21,6 +21,7 @@ from benchmarks.study.tasks import BATCH_SIZE, STEPS, TASKS, Task, folder_of, lo
 
 RESULTS = Path(__file__).parent.parent / "results" / "study.jsonl"
 COSTS = RESULTS.with_name("study_costs.jsonl")
+# --quick runs this part of the steps and of the held-out rows.
 QUICK = 10
 DEFAULT_METHODS = ["full", "lora", "qlora", "lst", "qst", "peqa"]
 DOCS = Path(__file__).parent.parent.parent / "docs"
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         print({k: v for k, v in line.items() if k != "curve"}, flush=True)
     docs = DOCS if options.results == RESULTS else options.results.parent
     write_page(read_results(options.results), read_results(COSTS), docs)
-    print(f"{docs / 'study.md'}")
+    print(docs / "study.md")
     return 0
 
 

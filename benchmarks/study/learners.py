@@ -162,7 +162,7 @@ def _peqa(folder: Path, *, bits: int) -> Learner:
     return Learner(model, [{"params": list(model.task().values()), "weight_decay": 0.0}])
 
 
-# The best of those tried for seed 0 (docs/study.md has all), on the same held-out rows for all.
+# The best of those tried with seed 0 (results/study.jsonl has all), on the same held-out rows.
 LORA_RATES = {"wikitext2": 3e-3}
 QST_RATES = {"sst2": 1e-3, "rte": 1e-3, "wikitext2": 1e-2}
 QST_WIDE_RATES = {"sst2": 1e-3, "rte": 1e-3, "alpaca": 1e-3, "alpaca_chat": 1e-3}
