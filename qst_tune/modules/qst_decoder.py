@@ -39,8 +39,8 @@ class QSTDecoder(TransformerDecoder):
             Default: "random".
 
     Raises:
-        ValueError: if a side block stands beside a layer that is not there, or ``side_init`` is
-            unknown.
+        ValueError: if a side block stands beside a layer that is not there, ``side_init`` is
+            unknown, or the backbone's heads are too narrow to cut the side network's out of them.
     """
 
     def __init__(
@@ -54,6 +54,8 @@ class QSTDecoder(TransformerDecoder):
                 f"a side block stands beside layer {max(side.layers)}, but the backbone has only "
                 f"layers 0 to {len(backbone.layers) - 1}"
             )
+        if side_init != "random":
+            _check_heads_can_be_cut(side, backbone, side_init)
         super().__init__(**decoder_parts(backbone))
         self.requires_grad_(False)
         self.side = side
@@ -276,3 +278,12 @@ def _rows(per_row: dict[str, Any], start: int, stop: int, batch_size: int) -> di
         else value
         for name, value in per_row.items()
     }
+
+
+def _check_heads_can_be_cut(side: Any, backbone: Any, side_init: SideInit) -> None:
+    own, source = side.blocks[0].attn.head_dim, backbone.layers[0].attn.head_dim
+    if own > source:
+        raise ValueError(
+            f"side_init={side_init!r} cuts the side network's heads, {own} wide, out of the "
+            f"backbone's, which are {source} wide: set min_head_dim to at most {source}"
+        )

@@ -9,7 +9,7 @@ import torch
 
 from qst_tune.training.described_model import build_any_described, checkpointer_of, folder_format
 from qst_tune.training.model_setup import identify_backbone
-from qst_tune.training.side_checkpoint import SIDE_NETWORK
+from qst_tune.training.side_checkpoint import SIDE_NETWORK, read_side_network
 from qst_tune.training.tuned_folder import BackboneId, load_tuned, read_description, read_tensors
 
 
@@ -35,6 +35,7 @@ def inspect_folder(folder: Path) -> str:
         "fingerprint": backbone["fingerprint"],
         "made with": f"qst_tune {description['qst_tune_version']}",
         **{f"model.{name}": value for name, value in description["model"].items()},
+        **{f"structure.{name}": value for name, value in description["structure"].items()},
         **{name: f"{value:.4g}" for name, value in description["results"].items()},
         **_sizes(tensors),
     }
@@ -93,6 +94,8 @@ def verify_folder(folder: Path, backbone_folder: Path) -> BackboneId:
     model = build_any_described(folder, form, torch.float32, backbone_folder)
     with checkpointer_of(folder, backbone_folder) as cfg:
         backbone = identify_backbone(model, cfg)
-    expected = model.side.state_dict() if form is SIDE_NETWORK else model.task()
-    load_tuned(form, folder, expected, backbone=backbone)
+    if form is SIDE_NETWORK:
+        read_side_network(folder, model.side, backbone=backbone)
+    else:
+        load_tuned(form, folder, model.task(), backbone=backbone)
     return backbone

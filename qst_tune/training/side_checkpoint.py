@@ -3,7 +3,8 @@
 ==============================  ===================================================================
 ``side_network.safetensors``    the tensors, under the names of ``model.side``: fp32 if trained
                                 here, else as they were imported
-``qst_config.json``             method, format, model block, the backbone's name and fingerprint
+``qst_config.json``             method, format, model block, structure, the backbone's name and
+                                fingerprint
 ``config.json``                 what transformers wants to know (``qst_tune.transformers``): the
                                 type of model, and where the backbone is
 ``recipe_config.yaml``          the config of the run that made it
@@ -15,10 +16,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
 
 from qst_tune import __version__
+from qst_tune.modules.side_network import SideNetwork
 from qst_tune.training.atomic_folder import write_folder
+from qst_tune.training.side_structure import side_structure
 from qst_tune.training.tuned_folder import (
     BackboneId,
     Provenance,
@@ -38,11 +41,11 @@ SIDE_NETWORK = TunedFormat(
 )
 
 
-def side_network_files(side: nn.Module, provenance: Provenance) -> dict[str, bytes]:
+def side_network_files(side: SideNetwork, provenance: Provenance) -> dict[str, bytes]:
     """Return the folder's files by name.
 
     Args:
-        side (nn.Module): the side network.
+        side (SideNetwork): the side network.
         provenance (Provenance): how it came to be.
 
     Returns:
@@ -56,7 +59,9 @@ runs beside {backbone.name} ({backbone.quantization}), whose weights have the fi
 `{backbone.fingerprint[:16]}...`, and is loaded with
 `tune run {_usage(provenance.model_block)}`."""
     # A wrapped module (recomputation, compile) adds prefixes to named_parameters, not to these.
-    files = tuned_files(SIDE_NETWORK, side.state_dict(), provenance, about=about)
+    files = tuned_files(
+        SIDE_NETWORK, side.state_dict(), provenance, about=about, structure=side_structure(side)
+    )
     return files | _transformers_files(provenance)
 
 
@@ -92,12 +97,12 @@ def _usage(model_block: dict[str, Any]) -> str:
     return f'qst_generate {where} prompt="..."'
 
 
-def save_side_network(folder: Path, side: nn.Module, **provenance: Any) -> None:
+def save_side_network(folder: Path, side: SideNetwork, **provenance: Any) -> None:
     """Write the folder, whole or not at all.
 
     Args:
         folder (Path): replaced if it exists.
-        side (nn.Module): the side network.
+        side (SideNetwork): the side network.
         **provenance (Any): fields of :class:`~qst_tune.training.tuned_folder.Provenance`.
 
     Raises:
@@ -106,16 +111,38 @@ def save_side_network(folder: Path, side: nn.Module, **provenance: Any) -> None:
     write_folder(folder, side_network_files(side, Provenance(**provenance)))
 
 
-def load_side_network(folder: Path, side: nn.Module, *, backbone: BackboneId) -> None:
+def load_side_network(folder: Path, side: SideNetwork, *, backbone: BackboneId) -> None:
     """Load a folder into a side network, after checking that it belongs to this backbone.
 
     Args:
         folder (Path): written by :func:`save_side_network`.
-        side (nn.Module): receives the tensors.
+        side (SideNetwork): receives the tensors.
         backbone (BackboneId): what ``side`` sits on now.
 
     Raises:
         UserError: if the folder is missing, damaged, of another method or version, was trained on
-            another backbone, or holds other tensors than ``side``.
+            another backbone, or holds other tensors than ``side`` or those of another structure.
     """
-    side.load_state_dict(load_tuned(SIDE_NETWORK, folder, side.state_dict(), backbone=backbone))
+    side.load_state_dict(read_side_network(folder, side, backbone=backbone))
+
+
+def read_side_network(
+    folder: Path, side: SideNetwork, *, backbone: BackboneId
+) -> dict[str, torch.Tensor]:
+    """Read a folder's tensors, after the checks of :func:`load_side_network`.
+
+    Args:
+        folder (Path): written by :func:`save_side_network`.
+        side (SideNetwork): what they shall fit; may be on the meta device.
+        backbone (BackboneId): what ``side`` sits on.
+
+    Returns:
+        dict[str, torch.Tensor]: by name, on the CPU.
+
+    Raises:
+        UserError: as for :func:`load_side_network`.
+    """
+    structure = side_structure(side)
+    return load_tuned(
+        SIDE_NETWORK, folder, side.state_dict(), backbone=backbone, structure=structure
+    )

@@ -11,8 +11,8 @@ from qst_tune.modules.embedding_quantization import quantization_of_backbone
 from qst_tune.training.architecture_check import check_architecture
 from qst_tune.training.backbone_loading import SIDE_PREFIX, read_backbone
 from qst_tune.training.described_model import build_described
-from qst_tune.training.side_checkpoint import SIDE_NETWORK
-from qst_tune.training.tuned_folder import BackboneId, load_tuned
+from qst_tune.training.side_checkpoint import read_side_network
+from qst_tune.training.tuned_folder import BackboneId
 
 
 class TunedCheckpointer:
@@ -57,8 +57,6 @@ class TunedCheckpointer:
         weights, fingerprint = read_backbone(model, self._base)
         name = self.checkpoint_dir.resolve().name
         backbone = BackboneId(name, fingerprint, quantization_of_backbone(model))
-        side = load_tuned(
-            SIDE_NETWORK, self.side_network, model.side.state_dict(), backbone=backbone
-        )
+        side = read_side_network(self.side_network, model.side, backbone=backbone)
         tuned = {SIDE_PREFIX + name: value for name, value in side.items()}
         return {training.MODEL_KEY: weights | tuned}

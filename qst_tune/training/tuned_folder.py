@@ -1,9 +1,9 @@
 """What a run leaves: a folder of trained tensors that can be shared, checked and loaded safely.
 
 Every method writes the same four files: the trained tensors (safetensors), their description (JSON:
-method, format, model block, the backbone's name and fingerprint), the run's config and a model
-card. It never holds a weight of the backbone or a pickle, and no ``adapter_config.json``, which
-PEFT would misread.
+method, format, model block, structure, the backbone's name and fingerprint), the run's config and a
+model card. It never holds a weight of the backbone or a pickle, and no ``adapter_config.json``,
+which PEFT would misread.
 """
 
 import json
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save
 from qst_tune import __version__
 from qst_tune.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no structure
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,12 @@ class Provenance:
 
 
 def tuned_files(
-    form: TunedFormat, tensors: Mapping[str, torch.Tensor], provenance: Provenance, *, about: str
+    form: TunedFormat,
+    tensors: Mapping[str, torch.Tensor],
+    provenance: Provenance,
+    *,
+    about: str,
+    structure: dict[str, Any] | None = None,
 ) -> dict[str, bytes]:
     """Return the folder's files by name.
 
@@ -86,6 +91,8 @@ def tuned_files(
         tensors (Mapping[str, torch.Tensor]): what was trained, by name.
         provenance (Provenance): how.
         about (str): first paragraph of the model card.
+        structure (dict[str, Any] | None): what the tensors' names and shapes leave open of the
+            model, of what JSON has; None: nothing.
 
     Returns:
         dict[str, bytes]: contents.
@@ -96,6 +103,7 @@ def tuned_files(
         "qst_tune_version": __version__,
         "backbone": asdict(provenance.backbone),
         "model": provenance.model_block,
+        "structure": structure or {},
         "results": provenance.results,
     }
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
@@ -113,6 +121,7 @@ def load_tuned(
     expected: Mapping[str, torch.Tensor],
     *,
     backbone: BackboneId,
+    structure: dict[str, Any] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Read a folder's tensors, after checking that they belong to this model and backbone.
 
@@ -121,18 +130,20 @@ def load_tuned(
         folder (Path): with the files of :func:`tuned_files`.
         expected (Mapping[str, torch.Tensor]): the model's own, for their names and shapes.
         backbone (BackboneId): the model's.
+        structure (dict[str, Any] | None): the model's, as given to :func:`tuned_files`.
 
     Returns:
         dict[str, torch.Tensor]: by name, on the CPU.
 
     Raises:
         UserError: if the folder is missing, damaged, of another method or version, was trained on
-            another backbone, or holds other tensors than ``expected``.
+            another backbone, holds other tensors than ``expected`` or is of another ``structure``.
     """
     description = read_description(folder, form)
     _check_backbone(folder, description, backbone)
     tensors = read_tensors(folder, form)
     _check_tensors(form, folder, tensors, expected)
+    _check_structure(form, folder, description.get("structure") or {}, structure or {})
     return tensors
 
 
@@ -228,6 +239,22 @@ def _check_tensors(
         f"{wanted.get(example, 'absent')} in the model; use the model block of its "
         f"{form.config_file}"
     )
+
+
+def _check_structure(
+    form: TunedFormat, folder: Path, found: dict[str, Any], wanted: dict[str, Any]
+) -> None:
+    differing = [
+        f"{key} {found.get(key)!r} there, {wanted.get(key)!r} here"
+        for key in wanted | found
+        if found.get(key) != wanted.get(key)
+    ]
+    if differing:
+        raise UserError(
+            f"{folder} holds tensors of this shape for another model: {'; '.join(differing)}; use "
+            f"the model block of its {form.config_file}, and for what that leaves to a default "
+            "the values there"
+        )
 
 
 def _model_card(form: TunedFormat, provenance: Provenance, about: str) -> str:

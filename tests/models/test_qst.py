@@ -170,6 +170,13 @@ def test_an_unknown_name_is_refused_with_the_known_ones(name):
         build(**{name: "nonsense"})
 
 
+@pytest.mark.parametrize("side_init", ["slice", "prune"])
+def test_heads_wider_than_the_backbones_cannot_be_cut_out_of_it(side_init):
+    with pytest.raises(ValueError, match=r"heads, 24 wide, .* are 16 wide: set min_head_dim"):
+        qst_decoder(tiny_backbone(), reduction_factor=4, side_init=side_init)
+    assert qst_decoder(tiny_backbone(), reduction_factor=4, side_init=side_init, min_head_dim=12)
+
+
 def test_an_odd_weight_is_refused_only_if_it_is_quantised():
     def odd_backbone():
         backbone = tiny_backbone()

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from qst_tune.errors import UserError
-from qst_tune.models import peqa_decoder
+from qst_tune.models import peqa_decoder, qst_decoder
 from qst_tune.training.atomic_folder import write_folder
 from qst_tune.training.scales_checkpoint import SCALES, load_scales, scales_files
 from qst_tune.training.side_checkpoint import load_side_network
 from qst_tune.training.tuned_folder import BackboneId, Provenance, read_description
-from tests.helpers import random_tokens, tiny_backbone
+from tests.helpers import TINY_REDUCTION, random_tokens, tiny_backbone
 
 BACKBONE = BackboneId("tiny", "0123456789abcdef" * 4, "int4, per channel, rtn")
 MODEL_BLOCK = {"_component_": "tests.tiny", "bits": 4}
@@ -96,8 +96,9 @@ def test_another_shape_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_the_folder_of_another_method_is_refused(tmp_path: Path) -> None:
     folder = save(tmp_path / "scales", tuned(1.1))
+    side = qst_decoder(tiny_backbone(), reduction_factor=TINY_REDUCTION).side
     with pytest.raises(UserError, match=r"it has no qst_config\.json"):
-        load_side_network(folder, torch.nn.Identity(), backbone=BACKBONE)
+        load_side_network(folder, side, backbone=BACKBONE)
     content = json.loads((folder / "peqa_config.json").read_text())
     (folder / "peqa_config.json").write_text(json.dumps({**content, "method": "qst"}))
     with pytest.raises(UserError, match="does not describe a set of PEQA scales"):

@@ -19,6 +19,7 @@ from qst_tune.training.side_checkpoint import (
     load_side_network,
     save_side_network,
 )
+from qst_tune.training.side_structure import side_structure
 from qst_tune.training.tuned_folder import BackboneId, read_description
 from tests.helpers import TINY_REDUCTION, randomize_, tiny_backbone
 
@@ -34,9 +35,9 @@ FILES = {
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def side_network(**settings):
+def side_network(sizes=None, **settings):
     settings = {"reduction_factor": TINY_REDUCTION, "rank": 4, **settings}
-    side = qst_decoder(tiny_backbone(), **settings).side
+    side = qst_decoder(tiny_backbone(**(sizes or {})), **settings).side
     randomize_(side)
     return side
 
@@ -90,10 +91,11 @@ def test_folder_holds_the_documented_files(saved: Path) -> None:
 def test_description_says_what_it_was_trained_on(saved: Path) -> None:
     assert read_description(saved, SIDE_NETWORK) == {
         "method": "qst",
-        "format_version": 1,
+        "format_version": 2,
         "qst_tune_version": __version__,
         "backbone": {"name": "tiny", "fingerprint": BACKBONE.fingerprint, "quantization": "nf4"},
         "model": MODEL_BLOCK,
+        "structure": side_structure(side_network()),
         "results": {"held-out loss": 1.25},
     }
 
@@ -236,8 +238,16 @@ DAMAGES = {
         "does not describe a QST side network",
     ),
     "newer format": (
-        lambda f: edit_description(f, format_version=2, qst_tune_version="9.9"),
-        r"has format 2, this qst_tune .* reads format 1: install the qst_tune .* \(9\.9\)",
+        lambda f: edit_description(f, format_version=3, qst_tune_version="9.9"),
+        r"has format 3, this qst_tune .* reads format 2: install the qst_tune .* \(9\.9\)",
+    ),
+    "older format": (
+        lambda f: edit_description(f, format_version=1),
+        "has format 1, this qst_tune .* reads format 2",
+    ),
+    "no structure": (
+        lambda f: edit_description(f, structure=None),
+        "for another model: reads None there, 'output' here; .* num_heads None there, 1 here",
     ),
     "no format": (lambda f: edit_description(f, format_version=None), "has format None"),
     "no backbone": (lambda f: edit_description(f, backbone=None), "trained on another backbone"),
@@ -294,6 +304,13 @@ def test_other_quantisation_is_refused(saved: Path) -> None:
 
 def test_renamed_checkpoint_folder_is_the_same_backbone(saved: Path) -> None:
     load_side_network(saved, side_network(), backbone=replace(BACKBONE, name="renamed"))
+
+
+def test_other_heads_of_the_same_tensors_are_refused(tmp_path: Path) -> None:
+    ungrouped = {"num_kv_heads": 6}
+    save(tmp_path / "side", side_network(ungrouped, min_head_dim=12))
+    with pytest.raises(UserError, match=r"for another model: num_heads 2 there, 1 here; .*; use"):
+        load_side_network(tmp_path / "side", side_network(ungrouped), backbone=BACKBONE)
 
 
 @pytest.mark.parametrize("settings", [{"reduction_factor": 8}, {"rank": 8}, {"variant": "paper"}])
