@@ -129,7 +129,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--methods", type=_names(METHODS), default=DEFAULT_METHODS)
     parser.add_argument("--rates", type=lambda text: [float(r) for r in text.split(",")])
     parser.add_argument("--steps", type=int, help="default: by task, 50 to 200")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, help="default: 3; with --quick 1")
     parser.add_argument("--batch-size", type=int, help="rows a step; default: by task, 4 to 16")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
@@ -144,16 +144,22 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="ROUNDS",
         help="train nothing; measure time and memory of a step of every method, by turns",
     )
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the page goes beside it")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        help="the page goes beside it; default: those in the repository, with --quick a temporary "
+        "folder",
+    )
     parser.add_argument(
         "--quick",
         action="store_true",
-        help=f"one seed, a {QUICK}th of the steps and of the held-out rows; results in a temporary "
-        "folder: does it run?",
+        help=f"a {QUICK}th of the steps and of the held-out rows: does it run?",
     )
     options = parser.parse_args(arguments)
-    if options.quick:
-        options.seeds, options.results = 1, Path(tempfile.mkdtemp()) / RESULTS.name
+    if options.seeds is None:
+        options.seeds = 1 if options.quick else 3
+    if options.results is None:
+        options.results = Path(tempfile.mkdtemp()) / RESULTS.name if options.quick else RESULTS
     return options
 
 

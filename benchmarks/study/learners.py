@@ -155,6 +155,13 @@ def _qst(folder: Path, changes: dict[str, Any]) -> Learner:
     return Learner(model, parameter_groups(model.side))
 
 
+def _qst_in_bf16(folder: Path) -> Learner:
+    """Trained parameters and their optimizer's state in bf16, not fp32."""
+    learner = _qst(folder, {})
+    learner.model.side.to(DTYPE)
+    return learner
+
+
 def _peqa(folder: Path, *, bits: int) -> Learner:
     with training.set_default_dtype(DTYPE), torch.device("meta"):
         model = peqa_decoder(smollm2_135m(), bits=bits)
@@ -254,6 +261,7 @@ METHODS: dict[str, Method] = {
     "heads_4": qst("QST, side heads 4 wide", min_head_dim=4),
     "heads_12": qst("QST, side heads 12 wide", min_head_dim=12),
     "inputs": qst("QST, reads the inputs of layers", side_reads="input"),
+    "bf16": Method("QST, trained in bf16", _qst_in_bf16, 3e-3, QST_RATES),
     "bits_4": qst("QST, hidden states kept in 4 bits", hidden_bits=4),
     "fp4": qst("QST over FP4", base_quantization="fp4"),
 }

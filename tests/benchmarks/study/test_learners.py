@@ -15,7 +15,18 @@ CHECKPOINT = Path(default_config().checkpointer.checkpoint_dir)
 @pytest.mark.skipif(not CHECKPOINT.is_dir(), reason="`make quickstart` fetches SmolLM2")
 @pytest.mark.parametrize(
     "name",
-    ["full", "lora", "qlora", "qlora_checkpointed", "lora_last_6", "qst", "qst_nf4", "lst", "peqa"],
+    [
+        "full",
+        "lora",
+        "qlora",
+        "qlora_checkpointed",
+        "lora_last_6",
+        "qst",
+        "qst_nf4",
+        "bf16",
+        "lst",
+        "peqa",
+    ],
 )
 def test_what_trains_gets_a_gradient_and_nothing_else_does(name: str) -> None:
     torch.manual_seed(0)

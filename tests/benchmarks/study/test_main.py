@@ -41,6 +41,9 @@ def test_the_quick_form_runs_everything_once_and_leaves_the_results_alone() -> N
     assert all(0 < r.steps <= STEPS[r.task] // 10 for r in runs)
     assert options.results.parent != study.RESULTS.parent
     assert not options.results.exists()
+    options, runs = planned("--quick", "--seeds", "2", "--results", "mine.jsonl")
+    assert options.results == Path("mine.jsonl")
+    assert {run.seed for run in runs} == {0, 1}
 
 
 @pytest.mark.parametrize("missing", ["model", "data"])
