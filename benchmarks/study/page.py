@@ -24,11 +24,12 @@ _INTRODUCTION = """\
 # Study: what each method learns
 
 Written by `python -m benchmarks.study --data FOLDER`; do not edit. SmolLM2-135M-Instruct, for
-QLoRA in NF4, for QST in 8 bits (its config's) unless said otherwise; AdamW with warm-up and linear
-decay, the same rows in the same order for every method. Several seeds: their mean (least to
-greatest). Where several learning rates were tried, the table shows the best, chosen on the same
-held-out rows for every method. Minutes are steps times the seconds of a step in the table of costs,
-and MiB the peak of a step, weights and optimizer included; a dash: not measured.
+QLoRA in NF4, for QST in 8 bits (its config's) unless said otherwise, for PEQA in 4-bit integers,
+for the others as it is; AdamW with warm-up and linear decay, the same rows in the same order for
+every method. Several seeds: their mean (least to greatest). Where several learning rates were
+tried, the table shows the best, chosen on the same held-out rows for every method. Minutes are
+steps times the seconds of a step in the table of costs, and MiB the peak of a step,
+weights and optimizer included; a dash: not measured.
 """
 
 
