@@ -28,14 +28,14 @@ def inspect_folder(folder: Path) -> str:
     form = folder_format(folder)
     description = read_description(folder, form)
     tensors = read_tensors(folder, form)
-    backbone = description["backbone"]
+    backbone, structure = description["backbone"], description.get("structure") or {}
     facts = {
         "what": form.title,
         "backbone": f"{backbone['name']} ({backbone['quantization']})",
         "fingerprint": backbone["fingerprint"],
         "made with": f"qst_tune {description['qst_tune_version']}",
         **{f"model.{name}": value for name, value in description["model"].items()},
-        **{f"structure.{name}": value for name, value in description["structure"].items()},
+        **{f"structure.{name}": value for name, value in structure.items()},
         **{name: f"{value:.4g}" for name, value in description["results"].items()},
         **_sizes(tensors),
     }

@@ -9,12 +9,11 @@ from qst_tune.models import qst_decoder
 from qst_tune.training.side_structure import side_structure
 from tests.helpers import TINY_REDUCTION, random_tokens, randomize_, tiny_backbone
 
-SAME = {"num_kv_heads": 6}  # as many as query heads: any number of heads has the same tensors
-
 
 def model_with(**settings):
     torch.manual_seed(0)
-    backbone = tiny_backbone(**SAME)
+    # As many as query heads: any number of side heads has the same tensors.
+    backbone = tiny_backbone(num_kv_heads=6)
     settings = {"reduction_factor": TINY_REDUCTION, "rank": 4, "quantize_base": False, **settings}
     return qst_decoder(backbone, **settings).eval()
 
@@ -55,7 +54,7 @@ def test_the_layers_beside_the_blocks_are_told() -> None:
     [{"dropout": 0.5}, {"initial_gamma": "mean"}, {"quantize_base": True}, {"hidden_bits": 8}],
     ids=lambda settings: next(iter(settings)),
 )
-def test_what_acts_in_training_alone_is_not_told(settings) -> None:
+def test_what_is_not_of_the_side_networks_function_is_not_told(settings) -> None:
     assert side_structure(model_with(**settings).side) == side_structure(model_with().side)
 
 
