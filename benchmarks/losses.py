@@ -43,6 +43,7 @@ from benchmarks.methods import (
 from qst_tune.models import qst_decoder, smollm2_135m
 from qst_tune.modules import nf4_linear
 from qst_tune.modules.qst_decoder import QSTDecoder
+from qst_tune.training.labels import align_labels
 from qst_tune.training.loss import connect_loss, next_token_loss
 from qst_tune.training.validation import held_out_loss
 
@@ -291,7 +292,9 @@ def _split(tokens: torch.Tensor) -> tuple[list[Batch], torch.Tensor]:
     """Held-out batches from the end of the text, and all rows before them."""
     num_held_out = HELD_OUT_BATCHES * BATCH_SIZE
     held_out = tokens[-num_held_out:].split(BATCH_SIZE)
-    return [{"tokens": rows, "labels": rows.clone()} for rows in held_out], tokens[:-num_held_out]
+    return [{"tokens": rows, "labels": align_labels(rows)} for rows in held_out], tokens[
+        :-num_held_out
+    ]
 
 
 def _batches(rows: torch.Tensor, seed: int) -> Iterator[Batch]:
@@ -299,7 +302,7 @@ def _batches(rows: torch.Tensor, seed: int) -> Iterator[Batch]:
     generator = torch.Generator().manual_seed(seed)
     while True:
         for chosen in torch.randperm(len(rows), generator=generator).split(BATCH_SIZE)[:-1]:
-            yield {"tokens": rows[chosen], "labels": rows[chosen]}
+            yield {"tokens": rows[chosen], "labels": align_labels(rows[chosen])}
 
 
 # Backbone and text.

@@ -33,6 +33,7 @@ from qst_tune.modules.qst_decoder import QSTDecoder
 from qst_tune.quantization.nf4 import dequantize_nf4
 from qst_tune.training.backbone_loading import load_backbone
 from qst_tune.training.cli import instantiate
+from qst_tune.training.labels import align_labels
 from qst_tune.training.loss import connect_loss, next_token_loss
 from qst_tune.training.parameter_groups import parameter_groups
 
@@ -110,7 +111,7 @@ def random_batch(backbone: Backbone, batch_size: int, num_tokens: int, seed: int
     generator = torch.Generator().manual_seed(seed)
     size = (batch_size, num_tokens)
     tokens = torch.randint(backbone.vocab_size, size, generator=generator)
-    return {"tokens": tokens, "labels": tokens.clone()}
+    return {"tokens": tokens, "labels": align_labels(tokens)}
 
 
 @cache

@@ -22,6 +22,7 @@ from benchmarks.methods import (
     qst_model,
     qst_trainee,
 )
+from qst_tune.training.labels import align_labels
 from qst_tune.training.preference import PreferenceTask
 
 
@@ -42,7 +43,7 @@ def random_pairs(vocab_size: int, num_pairs: int, num_tokens: int, num_prompt: i
     tokens[num_pairs:, :num_prompt] = tokens[:num_pairs, :num_prompt]
     labels = tokens.clone()
     labels[:, :num_prompt] = -100
-    return {"tokens": tokens, "labels": labels}
+    return {"tokens": tokens, "labels": align_labels(labels)}
 
 
 def preference_step(trainee: Trainee, task: PreferenceTask, batch: Batch) -> float:

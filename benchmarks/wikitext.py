@@ -31,6 +31,7 @@ from qst_tune.models import peqa_decoder, smollm2_135m
 from qst_tune.modules import LinearCrossEntropyLoss
 from qst_tune.modules.peqa_decoder import PEQADecoder
 from qst_tune.training.backbone_loading import load_backbone
+from qst_tune.training.labels import align_labels
 from qst_tune.training.loss import next_token_loss
 
 RESULTS = Path(__file__).parent / "results" / "wikitext.json"
@@ -354,7 +355,7 @@ def _loss_function(
 
     def loss_of(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.autocast("cpu", dtype=DTYPE):
-            return next_token_loss(model, loss, {"tokens": tokens, "labels": tokens})
+            return next_token_loss(model, loss, {"tokens": tokens, "labels": align_labels(tokens)})
 
     return loss_of
 

@@ -61,7 +61,7 @@ class LinearCrossEntropyLoss(nn.Module):
 
         Args:
             hidden (torch.Tensor): y, input of the head, ``[..., D]``.
-            labels (torch.Tensor): ``[...]`` token ids, shifted, ``ignore_index`` where there is no
+            labels (torch.Tensor): ``[...]`` token ids, aligned, ``ignore_index`` where there is no
                 loss.
 
         Returns:

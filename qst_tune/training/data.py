@@ -1,9 +1,6 @@
 """Datasets and their batches as torchtune's recipes build them, with mistakes made readable."""
 
-import inspect
-import sys
 from collections.abc import Sized
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig, ListConfig
 from torchtune.config._utils import _get_component_from_path
-from torchtune.datasets import ConcatDataset, PackedDataset
+from torchtune.datasets import ConcatDataset
 
 from qst_tune.errors import UserError
 from qst_tune.training.batches import Collate
 from qst_tune.training.cli import instantiate
+from qst_tune.training.labels import align_labels
 from qst_tune.training.method import Batch
+from qst_tune.training.packing import align_packs, is_packed, split_off_packing
 from qst_tune.training.rows import CheckedRows, SkippingRows, too_long
 
 LENGTH_MULTIPLE = 16
@@ -52,9 +51,9 @@ def build_dataset(
             build_dataset(part, f"{name}[{i}]", tokenizer, **settings)
             for i, part in enumerate(block)
         ]
-        return ConcatDataset(datasets=parts)
+        return _concatenate(parts, name)
     source = block.get("data_files") or block.get("source") or block.get("_component_")
-    pack = _split_off_packing(block)
+    pack = split_off_packing(block)
     try:
         dataset = instantiate(pack.block if pack else block, name, tokenizer)
     except UserError as error:
@@ -64,45 +63,19 @@ def build_dataset(
     if isinstance(dataset, Sized) and len(dataset) == 0:
         raise UserError(f"{name}: {source} has no rows")
     if is_packed(dataset):  # by the user's own code
-        return dataset
+        return align_packs(dataset, name)
     rows = CheckedRows(dataset, name=name, source=str(source), max_seq_len=max_seq_len)
     good_rows = SkippingRows(rows, name) if skip_bad_rows else rows
     good_rows[0]
     return rows if pack is None else pack.apply(good_rows, tokenizer, name)
 
 
-@dataclass(frozen=True)
-class _Packing:
-    """The block without its packing, and what packing it asked for."""
-
-    block: DictConfig
-    split_across_pack: bool
-
-    def apply(self, rows: Any, tokenizer: Any, name: str) -> PackedDataset:
-        """Pack as torchtune's builders do, but of checked rows: a bad one is named."""
-        if getattr(tokenizer, "max_seq_len", None) is None:
-            raise UserError(
-                f"{name}: packed=True needs tokenizer.max_seq_len, the length of a pack"
-            )
-        try:
-            return PackedDataset(
-                rows, max_seq_len=tokenizer.max_seq_len, split_across_pack=self.split_across_pack
-            )
-        except UserError:
-            sys.stderr.write("\n")  # the packer's progress bar has not ended its line
-            raise
-
-
-def _split_off_packing(block: DictConfig) -> _Packing | None:
-    if not block.get("packed") or not str(block.get("_component_")).startswith("torchtune."):
-        return None
-    parameters = inspect.signature(_get_component_from_path(block._component_)).parameters
-    unpacked = DictConfig({**block, "packed": False})
-    split = block.get("split_across_pack")
-    if split is None:
-        default = parameters.get("split_across_pack")
-        split = False if default is None else default.default
-    return _Packing(unpacked, bool(split))
+def _concatenate(parts: list[Any], name: str) -> ConcatDataset:
+    concatenation = ConcatDataset(datasets=parts)
+    concatenation.packed = all(map(is_packed, parts))  # torchtune knows its own packs only
+    if not concatenation.packed and any(map(is_packed, parts)):
+        raise UserError(f"{name}: packed must be the same for all datasets of the list")
+    return concatenation
 
 
 def build_collate(
@@ -121,7 +94,8 @@ def build_collate(
         component (str): dotted name of a collate function of torchtune's form.
 
     Returns:
-        Collate: maps rows to ``tokens`` and ``labels`` ``[B, T]``.
+        Collate: maps rows to ``tokens`` and ``labels`` ``[B, T]``, the labels in the place of the
+        token that predicts them.
 
     Raises:
         UserError: if there is no such component.
@@ -141,20 +115,11 @@ def _collate_and_pad(
     batch = collate(rows)
     length = batch["tokens"].shape[1]
     missing = max(0, min(length + -length % LENGTH_MULTIPLE, max_seq_len) - length)
-    padded = {key: F.pad(batch[key], (0, missing), value=value) for key, value in fill.items()}
-    return {**batch, **padded}
-
-
-def is_packed(dataset: Any) -> bool:
-    """Tell whether rows are packs of several samples.
-
-    Args:
-        dataset (Any): from :func:`build_dataset`.
-
-    Returns:
-        bool: True for packs.
-    """
-    return isinstance(dataset, PackedDataset) or bool(getattr(dataset, "packed", False))
+    labels = align_labels(
+        batch["labels"], ignore_index=fill["labels"], input_pos=batch.get("input_pos")
+    )
+    parts = {"tokens": batch["tokens"], "labels": labels}
+    return batch | {key: F.pad(part, (0, missing), value=fill[key]) for key, part in parts.items()}
 
 
 def check_length(tokens: torch.Tensor, max_seq_len: int) -> None:

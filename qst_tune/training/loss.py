@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import nn
 from torchtune.modules import TransformerDecoder
@@ -58,15 +57,14 @@ def next_token_loss(
     Args:
         model (nn.Module): connected to ``loss`` by :func:`connect_loss`.
         loss (Any): takes the model's output and labels; has ``ignore_index``.
-        batch (dict[str, torch.Tensor]): ``tokens`` and ``labels`` ``[B, T]``, optionally ``mask``
-            and ``input_pos``.
+        batch (dict[str, torch.Tensor]): ``tokens`` and ``labels`` ``[B, T]``, aligned
+            (:mod:`~qst_tune.training.labels`); optionally ``mask`` and ``input_pos``.
 
     Returns:
         tuple[torch.Tensor, torch.Tensor]: the mean loss, and the int64 number of labels in it.
     """
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    # Shifting the labels and padding them costs nothing; slicing the logits would copy them.
-    labels = F.pad(batch["labels"][:, 1:], (0, 1), value=loss.ignore_index)
+    labels = batch["labels"]
     output = model(**inputs)
     num_labels = (labels != loss.ignore_index).sum()
     takes_tokens = hasattr(loss, "set_model_output") or isinstance(output, list)

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from omegaconf import DictConfig
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_dpo
 from torchtune.modules import TransformerDecoder
@@ -20,6 +19,7 @@ from qst_tune.modules.qst_decoder import QSTDecoder
 from qst_tune.training.cli import instantiate
 from qst_tune.training.data import check_length
 from qst_tune.training.distributed import sum_or_fail
+from qst_tune.training.labels import align_labels
 from qst_tune.training.method import Batch
 from qst_tune.training.trainer_setup import TrainingData, build_data
 from qst_tune.training.validation import visit
@@ -103,7 +103,7 @@ class PreferenceTask:
         self, model: TransformerDecoder, batch: Batch
     ) -> tuple[torch.Tensor, torch.Tensor]:
         check_length(batch["tokens"], model.max_seq_len)
-        labels = F.pad(batch["labels"][:, 1:], (0, 1), value=CROSS_ENTROPY_IGNORE_IDX)
+        labels = batch["labels"]
         policy, reference = model.with_reference(batch["tokens"])
         log_probabilities = [
             *answer_log_probabilities(policy, labels, model.output).chunk(2),
@@ -118,7 +118,7 @@ def answer_log_probabilities(hidden: torch.Tensor, labels: torch.Tensor, head: A
 
     Args:
         hidden (torch.Tensor): input of the LM head, ``[B, T, D]``.
-        labels (torch.Tensor): shifted token ids, ``[B, T]``, -100 where none counts.
+        labels (torch.Tensor): aligned token ids, ``[B, T]``, -100 where none counts.
         head (Any): the frozen LM head.
 
     Returns:
@@ -138,10 +138,10 @@ def collate_preferences(rows: list[Any], *, pad_id: int) -> Batch:
         pad_id (int): token of the padding.
 
     Returns:
-        Batch: ``tokens`` and ``labels`` ``[2B, T]``, the chosen answers first.
+        Batch: ``tokens`` and aligned ``labels`` ``[2B, T]``, the chosen answers first.
     """
     tokens, labels = padded_collate_dpo(rows, padding_idx=pad_id)
-    return {"tokens": tokens, "labels": labels}
+    return {"tokens": tokens, "labels": align_labels(labels)}
 
 
 def build_preference_learning(

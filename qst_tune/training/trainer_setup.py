@@ -15,9 +15,10 @@ from qst_tune.training.batches import BatchLoader, Collate
 from qst_tune.training.checkpoint_store import CheckpointStore
 from qst_tune.training.checkpointing import Checkpointing
 from qst_tune.training.cli import instantiate
-from qst_tune.training.data import DEFAULT_COLLATE, build_collate, build_dataset, is_packed
+from qst_tune.training.data import DEFAULT_COLLATE, build_collate, build_dataset
 from qst_tune.training.distributed import rank_and_world_size
 from qst_tune.training.method import Method, Task
+from qst_tune.training.packing import is_packed
 from qst_tune.training.parameter_groups import scale_rates
 from qst_tune.training.rows import SkippingRows, hold_out
 from qst_tune.training.run_log import RunLog

@@ -20,7 +20,7 @@ def test_pairs_share_their_prompt_which_has_no_label() -> None:
     assert torch.equal(chosen[:, :4], rejected[:, :4])
     assert not torch.equal(chosen[:, 4:], rejected[:, 4:])
     assert (batch["labels"] == -100).sum() == 6 * 4
-    assert torch.equal(batch["labels"][:, 4:], batch["tokens"][:, 4:])
+    assert torch.equal(batch["labels"][:, 3:-1], batch["tokens"][:, 4:])
 
 
 def test_steps_learn_to_prefer() -> None:

@@ -12,7 +12,6 @@ from qst_tune.training.data import (
     build_collate,
     build_dataset,
     check_length,
-    is_packed,
 )
 
 PAD, IGNORED = 0, -100
@@ -47,7 +46,7 @@ def test_rows_are_padded_to_a_multiple_of_16_but_never_past_the_model() -> None:
     batch = collate()(rows)
     assert batch["tokens"].shape == batch["labels"].shape == (2, 16)
     assert batch["tokens"][1].tolist() == [5] * 5 + [PAD] * 11
-    assert batch["labels"][0].tolist() == [3] * 3 + [IGNORED] * 13
+    assert batch["labels"][0].tolist() == [3] * 2 + [IGNORED] * 14
     assert collate(max_seq_len=7)(rows)["tokens"].shape == (2, 7)
     assert collate(max_seq_len=4)(rows)["tokens"].shape == (2, 5), "too long: told elsewhere"
 
@@ -82,13 +81,6 @@ def test_dataset_or_list_of_datasets_is_built() -> None:
 def test_dataset_that_cannot_be_used_is_told(block, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_dataset(block, "dataset", None)
-
-
-def test_packed_is_recognised_also_in_a_concatenation() -> None:
-    assert not is_packed(Rows())
-    packed = Rows()
-    packed.packed = True
-    assert is_packed(packed)
 
 
 def test_length_limit_is_inclusive() -> None:

@@ -23,10 +23,12 @@ def test_the_task_is_the_cross_entropy_of_each_labelled_token_given_those_before
     load_qst(model, cfg, dtype=torch.float32, device=CPU)
     batch = next(iter(data.train.batches(0, start=0)))
     total, count = task.loss(model, batch)
-    labels = batch["labels"][:, 1:]
+    labels = batch["labels"]
     hidden = model(batch["tokens"])  # connected to the loss, it stops before the head
     assert hidden.shape == (*batch["tokens"].shape, model.tok_embeddings.embedding_dim)
-    logits = model.output(hidden)[:, :-1]
+    logits = model.output(hidden)
     expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
     assert count == (labels != -100).sum()
+    learnt = labels[:, :-1] != -100
+    assert torch.equal(labels[:, :-1][learnt], batch["tokens"][:, 1:][learnt])
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from qst_tune.errors import UserError
+from qst_tune.training.labels import align_labels
 from qst_tune.training.next_token import NextTokenTask
 from tests.helpers import TINY, random_tokens, tiny_backbone
 
@@ -19,7 +20,7 @@ def test_loss_is_the_sum_over_the_labels(task: NextTokenTask) -> None:
     model, tokens = tiny_backbone(), random_tokens(2, 9)
     labels = tokens.clone()
     labels[0, :4] = -100
-    total, count = task.loss(model, {"tokens": tokens, "labels": labels})
+    total, count = task.loss(model, {"tokens": tokens, "labels": align_labels(labels)})
     logits = model(tokens)[:, :-1].flatten(0, 1)
     expected = F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
     torch.testing.assert_close(total, expected, rtol=1e-6, atol=0)
@@ -29,7 +30,7 @@ def test_loss_is_the_sum_over_the_labels(task: NextTokenTask) -> None:
 def test_evaluation_is_the_mean_over_all_batches(task: NextTokenTask) -> None:
     model = tiny_backbone()
     batches = [
-        {"tokens": t, "labels": t.clone()} for t in (random_tokens(3, 9), random_tokens(1, 4))
+        {"tokens": t, "labels": align_labels(t)} for t in (random_tokens(3, 9), random_tokens(1, 4))
     ]
     sums = [task.loss(model, dict(batch)) for batch in batches]
     expected = sum(total.item() for total, _ in sums) / sum(count.item() for _, count in sums)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from omegaconf import OmegaConf
 from torchtune import rlhf
 from torchtune.rlhf.loss import DPOLoss
@@ -51,10 +52,11 @@ def batch() -> dict[str, torch.Tensor]:
 
 def two_model_loss(model: QSTDecoder, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """As torchtune's recipe: logits of the policy, then of the reference, its own log probs."""
-    policy = rlhf.get_batch_log_probs(model(batch["tokens"]), batch["labels"])
+    labels = F.pad(batch["labels"][:, :-1], (1, 0), value=-100)  # torchtune aligns them itself
+    policy = rlhf.get_batch_log_probs(model(batch["tokens"]), labels)
     model.side.disabled = True
     with torch.no_grad():
-        reference = rlhf.get_batch_log_probs(model(batch["tokens"]), batch["labels"])
+        reference = rlhf.get_batch_log_probs(model(batch["tokens"]), labels)
     model.side.disabled = False
     return DPOLoss(beta=0.3)(*policy.chunk(2), *reference.chunk(2))
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from qst_tune.errors import UserError
 from qst_tune.models import qst_decoder
+from qst_tune.training.labels import align_labels
 from qst_tune.training.validation import held_out_loss
 from tests.helpers import TINY, TINY_REDUCTION, random_tokens, randomize_, tiny_backbone
 
@@ -23,14 +24,14 @@ def model():
 
 def batch(num_rows: int, length: int) -> dict[str, torch.Tensor]:
     tokens = random_tokens(num_rows, length)
-    return {"tokens": tokens, "labels": tokens.clone()}
+    return {"tokens": tokens, "labels": align_labels(tokens)}
 
 
 def test_every_label_weighs_the_same(model) -> None:
     batches = [batch(3, 12), batch(1, 3)]
     with torch.no_grad():
         log_probabilities = [
-            model(b["tokens"])[:, :-1].log_softmax(-1).gather(-1, b["labels"][:, 1:, None])
+            model(b["tokens"])[:, :-1].log_softmax(-1).gather(-1, b["tokens"][:, 1:, None])
             for b in batches
         ]
     expected = -torch.cat([p.flatten() for p in log_probabilities]).double().mean()

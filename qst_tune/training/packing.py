@@ -1,0 +1,183 @@
+"""Packs of several rows, in which each row learns its own labels and nothing of its neighbours.
+
+torchtune 0.6.1 shifts the labels of a whole pack at once, so the last token of each row learns to
+predict the first one of the row behind it, which it cannot see (torchtune issue 2613). Here labels
+are aligned row by row before packing.
+"""
+
+import inspect
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torchtune.config._utils import _get_component_from_path
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
+from torchtune.datasets import PackedDataset
+
+from qst_tune.errors import UserError
+
+_OWN_COMPONENTS = ("torchtune.", "qst_tune.")
+
+
+@dataclass(frozen=True)
+class Packing:
+    """A dataset block without its packing, and what packing it asked for.
+
+    Args:
+        block (DictConfig): builds the rows.
+        split_across_pack (bool): let a row continue in the next pack instead of beginning there.
+    """
+
+    block: DictConfig
+    split_across_pack: bool
+
+    def apply(self, rows: Any, tokenizer: Any, name: str) -> "AlignedPacks":
+        """Pack checked rows.
+
+        Args:
+            rows (Any): reading a bad row raises UserError.
+            tokenizer (Any): its ``max_seq_len`` is the length of a pack.
+            name (str): the config's key, for messages.
+
+        Returns:
+            AlignedPacks: map-style.
+
+        Raises:
+            UserError: if there is no length, or for a bad row.
+        """
+        if getattr(tokenizer, "max_seq_len", None) is None:
+            raise UserError(
+                f"{name}: packed=True needs tokenizer.max_seq_len, the length of a pack"
+            )
+        try:
+            return _pack(
+                rows, max_seq_len=tokenizer.max_seq_len, split_across_pack=self.split_across_pack
+            )
+        except UserError:
+            sys.stderr.write("\n")  # the packer's progress bar has not ended its line
+            raise
+
+
+def split_off_packing(block: DictConfig) -> Packing | None:
+    """Take the packing out of a dataset block, so that rows are checked before they are packed.
+
+    Args:
+        block (DictConfig): of the config.
+
+    Returns:
+        Packing | None: None if it does not pack, or is of the user's own code.
+    """
+    if not block.get("packed") or not str(block.get("_component_")).startswith(_OWN_COMPONENTS):
+        return None
+    parameters = inspect.signature(_get_component_from_path(block._component_)).parameters
+    unpacked = DictConfig({**block, "packed": False})
+    split = block.get("split_across_pack")
+    if split is None:
+        default = parameters.get("split_across_pack")
+        split = False if default is None else default.default
+    return Packing(unpacked, bool(split))
+
+
+def is_packed(dataset: Any) -> bool:
+    """Report whether the items of a dataset are packs of several rows.
+
+    Args:
+        dataset (Any): map-style.
+
+    Returns:
+        bool: True for packs.
+    """
+    return isinstance(dataset, PackedDataset) or bool(getattr(dataset, "packed", False))
+
+
+def align_packs(packs: Any, name: str) -> "AlignedPacks":
+    """Align the labels of packs that the user's own code made.
+
+    Args:
+        packs (Any): map-style; each item has ``tokens``, ``labels``, ``input_pos`` ``[T]`` and
+            ``seq_lens``, as torchtune's PackedDataset makes them.
+        name (str): the config's key, for messages.
+
+    Returns:
+        AlignedPacks: map-style.
+    """
+    if type(packs) is PackedDataset and packs.split_across_pack:
+        # Where a row continues in the next pack, its last label here is known to the rows alone.
+        return _pack(
+            packs.ds,
+            max_seq_len=packs.max_seq_len,
+            split_across_pack=True,
+            padding_idx=packs.padding_idx,
+            max_packs=packs.max_packs,
+        )
+    return AlignedPacks(packs, name, is_aligned=False)
+
+
+def _pack(rows: Any, **settings: Any) -> "AlignedPacks":
+    return AlignedPacks(PackedDataset(_AlignedRows(rows), **settings), "", is_aligned=True)
+
+
+class _AlignedRows:
+    """Rows whose labels are aligned, in the order in which they are read."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        for row in self.rows:
+            labels = [*row["labels"][1:], CROSS_ENTROPY_IGNORE_IDX]
+            yield {"tokens": list(row["tokens"]), "labels": labels}
+
+
+class AlignedPacks:
+    """Packs whose labels are aligned within each row.
+
+    Args:
+        packs (Any): map-style, of the form of torchtune's PackedDataset.
+        name (str): the config's key, for messages.
+        is_aligned (bool): the labels of ``packs`` are aligned already.
+
+    Attributes:
+        packed (bool): True, by which :func:`is_packed` knows them.
+    """
+
+    packed = True
+
+    def __init__(self, packs: Any, name: str, *, is_aligned: bool) -> None:
+        self.packs = packs
+        self.name = name
+        self.is_aligned = is_aligned
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        pack = self.packs[index]
+        if self.is_aligned:
+            # torchtune numbers a row modulo the length of a pack: in a row that is longer, the
+            # numbers fall back to 0 amid tokens that see each other.
+            return {**pack, "input_pos": _positions(pack["seq_lens"])}
+        missing = {"tokens", "labels", "input_pos", "seq_lens"} - set(pack)
+        if missing:
+            raise UserError(
+                f"{self.name}: pack {index} has no {', '.join(sorted(missing))}, which "
+                "torchtune.datasets.PackedDataset gives to each pack"
+            )
+        return {**pack, "labels": _align_pack(pack["labels"], pack["seq_lens"])}
+
+
+def _positions(seq_lens: torch.Tensor) -> torch.Tensor:
+    return torch.cat([torch.arange(int(length)) for length in seq_lens])
+
+
+def _align_pack(labels: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
+    aligned = labels.roll(-1)
+    lengths = torch.as_tensor(seq_lens)
+    aligned[lengths[lengths > 0].cumsum(0) - 1] = CROSS_ENTROPY_IGNORE_IDX
+    return aligned
