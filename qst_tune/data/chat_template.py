@@ -1,4 +1,4 @@
-"""Renders a conversation with the chat template that a Hugging Face model brings along.
+"""Renders a conversation with the chat template of a Hugging Face model.
 
 transformers does this too, but importing it for one jinja template takes a second (version 5.23);
 the tests compare this file with it.
@@ -15,10 +15,15 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import Node, Scope
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from torchtune.data import Message
 
-# Hugging Face templates know the return of a tool call under another name than torchtune.
-_HF_ROLES = {"ipython": "tool"}
+from qst_tune.data.chat_messages import with_text_arguments
+from qst_tune.errors import UserError
+
+Messages = Sequence[Mapping[str, Any]]
+Tools = Sequence[Mapping[str, Any]]
+
+# What a template raises of its own, and what Python raises for None + "text" inside it.
+_REFUSALS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
 
 
 class ChatTemplate:
@@ -27,35 +32,60 @@ class ChatTemplate:
     Args:
         source (str): the template.
         special_tokens (Mapping[str, str]): what the template sees by name, such as ``bos_token``.
+        tool_source (str | None): the template for conversations with tools; None: ``source``.
+
+    Attributes:
+        date (datetime): what ``strftime_now`` writes: the day this object was made, so that all
+            epochs of a run have the same rows; a resumed run sets it to its first day.
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+    def __init__(
+        self, source: str, special_tokens: Mapping[str, str], *, tool_source: str | None = None
+    ) -> None:
         self.source = source
         self.special_tokens = dict(special_tokens)
+        self.tool_source = tool_source
+        self.date = datetime.now()
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
+    def render(
+        self, messages: Messages, *, tools: Tools | None = None, add_generation_prompt: bool = False
+    ) -> str:
         """Return the conversation as the text that the model was trained on.
 
         Args:
-            messages (Sequence[Message]): the conversation, text only.
+            messages (Messages): from :func:`~qst_tune.data.chat_messages.check_messages`.
+            tools (Tools | None): JSON schemas of what the model may call.
             add_generation_prompt (bool): end with the header of an assistant message.
 
         Returns:
             str: the rendered text, special tokens spelled out.
 
         Raises:
-            ValueError: if a message has an image, or the template refuses the conversation.
+            UserError: if the template refuses the conversation.
         """
+        source = self.tool_source if tools and self.tool_source else self.source
+        settings = {
+            "tools": tools or None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            "strftime_now": self.date.strftime,
+            **self.special_tokens,
+        }
         try:
-            return _compile(self.source).render(
-                messages=[_to_dict(message) for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self.special_tokens,
-            )
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template refuses this conversation: {error}") from error
+            return _render(source, messages, settings)
+        except _REFUSALS as error:
+            raise UserError(f"the chat template refuses this conversation: {error}") from error
+
+
+def _render(source: str, messages: Messages, settings: Mapping[str, Any]) -> str:
+    template = _compile(source)
+    try:
+        return template.render(messages=list(messages), **settings)
+    except TypeError:
+        # DeepSeek's templates append arguments as text, as OpenAI's rows have them.
+        if not any("tool_calls" in message for message in messages):
+            raise
+        return template.render(messages=with_text_arguments(messages), **settings)
 
 
 class _GenerationTag(Extension):
@@ -80,27 +110,21 @@ def _compile(source: str) -> jinja2.Template:
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
     return environment.from_string(source)
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     # jinja's own filter escapes HTML.
-    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
-
-
-def _strftime_now(date_format: str) -> str:
-    return datetime.now().strftime(date_format)
-
-
-def _to_dict(message: Message) -> dict[str, str]:
-    if message.contains_media:
-        raise ValueError(
-            f"a {message.role} message contains an image; this tokenizer is for text, use the "
-            "model's own torchtune transform"
-        )
-    return {"role": _HF_ROLES.get(message.role, message.role), "content": message.text_content}

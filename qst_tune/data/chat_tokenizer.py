@@ -1,18 +1,23 @@
 """A torchtune model tokenizer for any Hugging Face folder, with the model's own chat template."""
 
 import json
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 from torchtune.data import Message, truncate
 from torchtune.modules.transforms import Transform
 from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
-from qst_tune.data.chat_template import ChatTemplate
-
-Span = tuple[int, int]
+from qst_tune.data.chat_messages import check_messages, from_torchtune
+from qst_tune.data.chat_template import ChatTemplate, Messages, Tools
+from qst_tune.data.learnt_spans import find_learnt_spans
+from qst_tune.data.rendered_chat import RenderedChat, Span
+from qst_tune.data.turn_end import TurnEnd, find_turn_end, special_pattern
+from qst_tune.errors import UserError
 
 _NAMED_TOKENS = (
     "bos_token",
@@ -70,7 +75,6 @@ class HFChatTokenizer(ModelTokenizer, Transform):
         self.max_seq_len = max_seq_len
         added = tokenizer.get_added_tokens_decoder()
         self.special_tokens = {t.content: i for i, t in added.items() if t.special}
-        self._special_ids = frozenset(self.special_tokens.values())
         eos_id = self._named_token_id("eos_token")
         if eos_id is None:
             raise ValueError(
@@ -121,10 +125,38 @@ class HFChatTokenizer(ModelTokenizer, Transform):
     def tokenize_messages(
         self, messages: Sequence[Message], *, add_end_tokens: bool = True
     ) -> tuple[list[int], list[bool]]:
+        """Tokenize a conversation of torchtune's messages; see :meth:`tokenize_conversation`.
+
+        Args:
+            messages (Sequence[Message]): text only; loss is taken where ``masked`` is False.
+            add_end_tokens (bool): False for generation.
+
+        Returns:
+            tuple[list[int], list[bool]]: token ids, and for each True where no loss is taken.
+        """
+        return self.tokenize_conversation(
+            from_torchtune(messages),
+            learnt=[not message.masked for message in messages],
+            add_end_tokens=add_end_tokens,
+        )
+
+    def tokenize_conversation(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        learnt: Sequence[bool] | None = None,
+        add_end_tokens: bool = True,
+    ) -> tuple[list[int], list[bool]]:
         """Tokenize a conversation.
 
         Args:
-            messages (Sequence[Message]): the conversation, text only.
+            messages (Sequence[Mapping[str, Any]]): as transformers' ``apply_chat_template`` takes
+                them: ``role``, ``content`` (text, text parts or None), ``tool_calls``, ``name``,
+                ``reasoning_content`` and whatever else the template reads.
+            tools (Sequence[Mapping[str, Any]] | None): JSON schemas, given to the template.
+            learnt (Sequence[bool] | None): for each message whether it takes loss; None: the
+                assistant's do.
             add_end_tokens (bool): True for training. False for generation: the text ends with the
                 header of an assistant message, followed by the content of a last assistant
                 message, if there is one, for the model to continue.
@@ -135,19 +167,23 @@ class HFChatTokenizer(ModelTokenizer, Transform):
                 without loss, as in torchtune's tokenizers.
 
         Raises:
-            ValueError: if there is no message, a message has an image, the template refuses the
-                conversation, or it renders the start of the conversation differently on its own.
+            UserError: if there is no message, one is malformed, the template refuses the
+                conversation or leaves out what is to be learnt.
         """
-        if not messages:
-            raise ValueError("the conversation has no message; at least one is needed")
-        if add_end_tokens:
-            text = self._chat_template.render(messages)
-        else:
-            text = self._render_for_generation(messages)
+        checked = check_messages(messages)
+        if learnt is None:
+            learnt = [message["role"] == "assistant" for message in checked]
+        if len(learnt) != len(checked):
+            raise UserError(f"learnt has {len(learnt)} values for {len(checked)} messages")
+        if not add_end_tokens:
+            text = self._render_for_generation(checked, tools)
+            tokens = self._tokenizer.encode(text, add_special_tokens=False).ids
+            return self._truncate(list(tokens), [True] * len(tokens), add_end_tokens)
+        text = self._chat_template.render(checked, tools=tools)
+        chat = RenderedChat(self._chat_template, checked, tools, text, self._turn_end)
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        spans = self._loss_spans(messages, text) if add_end_tokens else []
-        tokens = list(encoding.ids)
-        return self._truncate(tokens, self._mask(encoding, text, spans), add_end_tokens)
+        mask = _mask(encoding.offsets, find_learnt_spans(chat, learnt))
+        return self._truncate(list(encoding.ids), mask, add_end_tokens)
 
     def __call__(self, sample: dict[str, Any], inference: bool = False) -> Mapping[str, Any]:
         """Replace the sample's ``messages`` by ``tokens`` and ``mask``, in place.
@@ -176,67 +212,16 @@ class HFChatTokenizer(ModelTokenizer, Transform):
             raise ValueError(f"{name} {token!r} is not in the tokenizer's vocabulary; correct it")
         return int(token_id)
 
-    def _render_for_generation(self, messages: Sequence[Message]) -> str:
+    @cached_property
+    def _turn_end(self) -> TurnEnd:
+        return find_turn_end(self._chat_template, special_pattern(self.special_tokens))
+
+    def _render_for_generation(self, messages: Messages, tools: Tools | None) -> str:
         # torchtune's generate recipe ends its prompt with an empty assistant message.
         start = ""
-        if messages[-1].role == "assistant":
-            messages, start = messages[:-1], messages[-1].text_content
-        return self._chat_template.render(messages, add_generation_prompt=True) + start
-
-    def _loss_spans(self, messages: Sequence[Message], text: str) -> list[Span]:
-        """Return the character ranges of ``text`` that messages to be learnt take up."""
-        return [
-            (self._start(messages, i, text), self._end(messages, i, text))
-            for i, message in enumerate(messages)
-            if not message.masked
-        ]
-
-    def _start(self, messages: Sequence[Message], index: int, text: str) -> int:
-        if index == 0:
-            return 0
-        before = messages[:index]
-        if messages[index].role == "assistant":
-            prompt = self._chat_template.render(before, add_generation_prompt=True)
-            # Some templates prompt with more than the header, such as an opening <think> tag.
-            if text.startswith(prompt):
-                return len(prompt)
-        return self._length_of_prefix(before, messages, text)
-
-    def _end(self, messages: Sequence[Message], index: int, text: str) -> int:
-        if index == len(messages) - 1:
-            return len(text)
-        return self._length_of_prefix(messages[: index + 1], messages, text)
-
-    def _length_of_prefix(
-        self, prefix: Sequence[Message], messages: Sequence[Message], text: str
-    ) -> int:
-        rendered = self._chat_template.render(prefix)
-        if not text.startswith(rendered):
-            raise ValueError(
-                f"the chat template renders the first {len(prefix)} of {len(messages)} messages "
-                "differently on their own than inside the conversation, so it cannot be told "
-                "which tokens to learn; use single-turn data or another template"
-            )
-        return len(rendered)
-
-    def _mask(self, encoding: Encoding, text: str, spans: Sequence[Span]) -> list[bool]:
-        """Return True for every token without loss, by the place of its first character."""
-        mask = [True] * len(encoding.ids)
-        for start, end in spans:
-            inside = [i for i, (first, _) in enumerate(encoding.offsets) if start <= first < end]
-            for i in self._without_separator(inside, encoding, text):
-                mask[i] = False
-        return mask
-
-    def _without_separator(self, inside: list[int], encoding: Encoding, text: str) -> list[int]:
-        """Drop the white space that follows a message's end token: generation stops before it."""
-        for count, i in reversed(list(enumerate(inside, start=1))):
-            if encoding.ids[i] in self._special_ids:
-                return inside[:count]
-            first, last = encoding.offsets[i]
-            if text[first:last].strip():
-                break
-        return inside
+        if messages[-1]["role"] == "assistant":
+            messages, start = messages[:-1], messages[-1].get("content", "")
+        return self._chat_template.render(messages, tools=tools, add_generation_prompt=True) + start
 
     def _truncate(
         self, tokens: list[int], mask: list[bool], add_end_tokens: bool
@@ -248,6 +233,16 @@ class HFChatTokenizer(ModelTokenizer, Transform):
             truncate(tokens, self.max_seq_len, eos_id),
             truncate(mask, self.max_seq_len, eos_mask),
         )
+
+
+def _mask(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
+    """Return True for every token without loss, by the place of its first character."""
+    mask = [True] * len(offsets)
+    starts = [first for first, _ in offsets]
+    for start, end in spans:
+        first, last = bisect_left(starts, start), bisect_left(starts, end)
+        mask[first:last] = [False] * (last - first)
+    return mask
 
 
 def hf_chat_tokenizer(

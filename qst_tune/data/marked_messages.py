@@ -1,0 +1,181 @@
+"""Marks around the texts of messages, which show where a chat template puts each of them.
+
+A mark is one private-use character that no text has. It is no white space, so templates that trim
+a content trim the same; and a rendering without its marks is compared with the real one.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# Two planes of private use; the second for texts that have characters of the first.
+_PLANES = (0xF0000, 0x100000)
+_PLANE_SIZE = 0xFFFD
+_THOUGHT_END = "</think>"
+
+Wrap = Callable[[str, str], str]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A mark in a rendering.
+
+    Args:
+        owner (int): index of the message; the number of messages for the tools.
+        in_call (bool): whether it is in a tool call.
+        place (int): how many characters of the text are before it.
+    """
+
+    owner: int
+    in_call: bool
+    place: int
+
+
+@dataclass(frozen=True)
+class Marked:
+    """A rendering with its marks.
+
+    Args:
+        text (str): without the marks.
+        marks (list[Mark]): in the order of the text.
+    """
+
+    text: str
+    marks: list[Mark]
+
+    def of(self, owner: int) -> list[Mark]:
+        """Return the marks of a message."""
+        return [mark for mark in self.marks if mark.owner == owner]
+
+    def after(self, owner: int) -> tuple[int, str]:
+        """Return where the last mark of a message is, and the text up to the next mark."""
+        index = max(i for i, mark in enumerate(self.marks) if mark.owner == owner)
+        start = self.marks[index].place
+        is_last = index + 1 == len(self.marks)
+        return start, self.text[start : None if is_last else self.marks[index + 1].place]
+
+
+class Marker:
+    """Marks messages and tools, and reads the marks in a rendering.
+
+    Args:
+        text (str): the real rendering, which must have none of the marks.
+        num_messages (int): of the conversation.
+        wrap (Wrap): puts marks into a text; one of :data:`WRAPS`.
+    """
+
+    def __init__(self, text: str, num_messages: int, wrap: Wrap) -> None:
+        self._num_messages = num_messages
+        self._wrap = wrap
+        used = {ord(character) for character in text}
+        free = (b for b in _PLANES if not any(b <= code <= b + _PLANE_SIZE for code in used))
+        self._base = next(free, None)
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether there are enough characters that the text does not have."""
+        return self._base is not None and 2 * self._num_messages < _PLANE_SIZE
+
+    def mark(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Return copies of the messages with marks in contents, thoughts and tool calls."""
+        return [self._mark_message(i, message) for i, message in enumerate(messages)]
+
+    def mark_tools(
+        self, tools: Sequence[Mapping[str, Any]] | None
+    ) -> Sequence[Mapping[str, Any]] | None:
+        """Return copies of the tools with marks in their names."""
+        mark = self._character(self._num_messages)
+        return tools and [self._mark_tool(tool, mark) for tool in tools]
+
+    def num_in_calls(self, message: Mapping[str, Any], index: int) -> int:
+        """Return how many marks the tool calls of a marked message have."""
+        calls = json.dumps(message.get("tool_calls"), ensure_ascii=False)
+        return calls.count(self._character(index, in_call=True))
+
+    def read(self, rendering: str) -> Marked:
+        """Take the marks out of a rendering."""
+        base = self._base or 0
+        pieces, marks, start, length = [], [], 0, 0
+        for place, character in enumerate(rendering):
+            code = ord(character) - base
+            if 0 <= code <= _PLANE_SIZE:
+                pieces.append(rendering[start:place])
+                length += place - start
+                marks.append(Mark(code // 2, bool(code % 2), length))
+                start = place + 1
+        return Marked("".join([*pieces, rendering[start:]]), marks)
+
+    def _character(self, owner: int, *, in_call: bool = False) -> str:
+        return chr((self._base or 0) + 2 * owner + in_call)
+
+    def _mark_message(self, index: int, message: Mapping[str, Any]) -> dict[str, Any]:
+        marked = dict(message)
+        for key in ("content", "reasoning_content", "thinking"):
+            if isinstance(marked.get(key), str):
+                marked[key] = self._wrap(marked[key], self._character(index))
+        if "tool_calls" in marked:
+            mark = self._character(index, in_call=True)
+            marked["tool_calls"] = [self._mark_call(call, mark) for call in marked["tool_calls"]]
+        return marked
+
+    def _mark_call(self, call: Mapping[str, Any], mark: str) -> dict[str, Any]:
+        function = call["function"]
+        name = self._wrap(function["name"], mark)
+        arguments = self._mark_value(function["arguments"], mark)
+        return {**call, "function": {**function, "name": name, "arguments": arguments}}
+
+    def _mark_value(self, value: Any, mark: str) -> Any:
+        if isinstance(value, str):
+            return self._wrap(value, mark)
+        if isinstance(value, Mapping):
+            return {self._wrap(k, mark): self._mark_value(v, mark) for k, v in value.items()}
+        if isinstance(value, list):
+            return [self._mark_value(item, mark) for item in value]
+        return value
+
+    def _mark_tool(self, tool: Mapping[str, Any], mark: str) -> dict[str, Any]:
+        # OpenAI's form has the function in a dict of its own; some templates take its keys alone.
+        if isinstance(tool.get("function"), Mapping):
+            return {**tool, "function": self._mark_tool(tool["function"], mark)}
+        if isinstance(tool.get("name"), str):
+            return {**tool, "name": self._wrap(tool["name"], mark)}
+        return dict(tool)
+
+
+def _around(text: str, mark: str) -> str:
+    return _inside_space(text, lambda body: mark + _answer_marked(body, mark) + mark)
+
+
+def _answer_only(text: str, mark: str) -> str:
+    """Templates ask whether a content begins with a thought; a mark before it hides that."""
+    return _inside_space(text, lambda body: _answer_marked(body, mark) + mark)
+
+
+def _end_only(text: str, mark: str) -> str:
+    return _inside_space(text, lambda body: body + mark)
+
+
+def _start_only(text: str, mark: str) -> str:
+    return _inside_space(text, lambda body: mark + body)
+
+
+# Tried in turn, until the rendering without marks is the real one.
+WRAPS: tuple[Wrap, ...] = (_around, _answer_only, _end_only, _start_only)
+
+
+def _inside_space(text: str, wrap: Callable[[str], str]) -> str:
+    body = text.strip()
+    if not body:
+        return text
+    start = text.index(body)
+    return text[:start] + wrap(body) + text[start + len(body) :]
+
+
+def _answer_marked(body: str, mark: str) -> str:
+    """Mark the begin of what follows a thought: templates drop thoughts of earlier turns."""
+    thought, end, answer = body.rpartition(_THOUGHT_END)
+    bare = answer.lstrip()
+    if not end or not bare:
+        return body
+    return thought + end + answer[: len(answer) - len(bare)] + mark + bare

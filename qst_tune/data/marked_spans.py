@@ -1,0 +1,164 @@
+"""Finds messages in a rendering by marks around their texts."""
+
+from qst_tune.data.marked_messages import WRAPS, Marked, Marker
+from qst_tune.data.rendered_chat import RenderedChat, Span
+from qst_tune.errors import UserError
+
+
+class MarkedSpans:
+    """A rendering in which the place of every text is known.
+
+    Args:
+        marked_chat (RenderedChat): with marks in its messages and in its text.
+        chat (RenderedChat): without.
+        marker (Marker): that made the marks.
+    """
+
+    def __init__(self, marked_chat: RenderedChat, chat: RenderedChat, marker: Marker) -> None:
+        self._marked_chat = marked_chat
+        self._chat = chat
+        self._marker = marker
+        self._whole = marker.read(marked_chat.text)
+        self._prompt_ends: list[str] = []
+
+    @classmethod
+    def of(cls, chat: RenderedChat) -> "MarkedSpans | None":
+        """Mark a conversation; None if its template does not keep the marks apart from the text."""
+        for wrap in WRAPS:
+            marker = Marker(chat.text, len(chat.messages), wrap)
+            if not marker.is_usable:
+                return None
+            marked = chat.rerender(marker.mark(chat.messages), marker.mark_tools(chat.tools))
+            if marked is not None and marker.read(marked.text).text == chat.text:
+                return cls(marked, chat, marker)
+        return None
+
+    def dropped(self, index: int) -> str | None:
+        """Return what of a message the rendering lacks: ``content``, ``tool_calls`` or None."""
+        message, marks = self._marked_chat.messages[index], self._whole.of(index)
+        in_calls = sum(mark.in_call for mark in marks)
+        if in_calls < self._marker.num_in_calls(message, index):
+            return "tool_calls"
+        has_text = bool(self._chat.messages[index].get("content", "").strip())
+        return "content" if has_text and in_calls == len(marks) else None
+
+    @property
+    def drops_tools(self) -> bool:
+        """Whether the rendering lacks the names of the tools."""
+        return bool(self._chat.tools) and not self._whole.of(len(self._chat.messages))
+
+    def span(self, index: int) -> Span:
+        """Find a message.
+
+        Args:
+            index (int): of the message. Ask for the last one first: its prompt is the model's at
+                inference, and those of earlier answers mostly end alike and need no rendering.
+
+        Returns:
+            Span: a character range.
+
+        Raises:
+            UserError: if neither its begin nor its end can be told.
+        """
+        start = self._start(index)
+        end = self._end(index, start)
+        if end < start:
+            raise self._chat.lost(index, "it would end before it begins")
+        return self._chat.without_space(start, end)
+
+    def _start(self, index: int) -> int:
+        known = self._start_by_known_end(index)
+        if known is not None:
+            return known
+        prompt = self._read(self._marked_chat.prompt(index))
+        start = None
+        if prompt is not None and prompt.marks:
+            start = self._start_by_prompt(prompt, index)
+        elif prompt is not None and self._chat.text.startswith(prompt.text):
+            start = len(prompt.text)
+        if start is None and self._whole.of(index):
+            # The prompt opens a thought that the template drops from this answer.
+            start = self._whole.of(index)[0].place
+        if start is None:
+            raise self._chat.lost(index, "the template writes nothing of it")
+        return start
+
+    def _start_by_known_end(self, index: int) -> int | None:
+        if not index or not self._whole.of(index - 1):
+            return None
+        place, after = self._whole.after(index - 1)
+        if self._chat.messages[index]["role"] != "assistant":
+            return None
+        known = [end for end in self._prompt_ends if after.startswith(end)]
+        return place + max(map(len, known)) if known else None
+
+    def _start_by_prompt(self, prompt: Marked, index: int) -> int | None:
+        mark = prompt.marks[-1]
+        end = prompt.text[mark.place :]
+        if not self._whole.of(mark.owner):
+            return None
+        place, after = self._whole.after(mark.owner)
+        if not after.startswith(end):
+            return None
+        if self._chat.messages[index]["role"] == "assistant" and mark.owner == index - 1:
+            self._prompt_ends.append(end)
+        return place + len(end)
+
+    def _end(self, index: int, start: int) -> int:
+        place, after = self._after(index, start)
+        closing = self._chat.turn_end.closing.strip()
+        begin = after.find(closing) if closing else -1
+        if begin >= 0 and not after[:begin].strip():
+            return place + begin + len(closing)
+        if index + 1 == len(self._chat.messages):
+            return len(self._chat.text.removesuffix(self._chat.turn_end.tail))
+        alone = self._read(self._marked_chat.up_to(index + 1))
+        end = alone.text[alone.marks[-1].place :] if alone and alone.marks else ""
+        if alone and alone.marks and alone.marks[-1].owner == index and after.startswith(end):
+            return place + len(end)
+        return place + self._first_end(after, end)
+
+    def _after(self, index: int, start: int) -> tuple[int, str]:
+        """Return the place behind the message's last text, and what follows up to another's."""
+        if self._whole.of(index):
+            return self._whole.after(index)
+        later = (m.place for m in self._whole.marks if m.owner > index and m.place >= start)
+        return start, self._chat.text[start : min(later, default=len(self._chat.text))]
+
+    def _first_end(self, after: str, alone: str) -> int:
+        """Return where an answer ends that ends otherwise at the end of a conversation."""
+        ends = [match.end() for match in self._chat.turn_end.special.finditer(after)]
+        shared = [end for end in ends if alone.startswith(after[:end])]
+        if shared:
+            return shared[-1]
+        return ends[0] if ends else 0
+
+    def _read(self, rendering: str | None) -> Marked | None:
+        return None if rendering is None else self._marker.read(rendering)
+
+
+def check_rendering(spans: MarkedSpans, chat: RenderedChat, learnt: list[int]) -> list[str]:
+    """Refuse a rendering that lacks what must be in it.
+
+    Args:
+        spans (MarkedSpans): of the conversation.
+        chat (RenderedChat): the conversation.
+        learnt (list[int]): messages that take loss.
+
+    Returns:
+        list[str]: the names of other messages whose content is not rendered.
+
+    Raises:
+        UserError: if a learnt content, any tool call or the tools are not rendered.
+    """
+    other = "use a template that does (tokenizer.chat_template), or leave them out of the rows"
+    if spans.drops_tools:
+        raise UserError(f"the chat template does not render the tools; {other}")
+    dropped = {index: spans.dropped(index) for index in range(len(chat.messages))}
+    for index, what in dropped.items():
+        if what == "tool_calls":
+            name = chat.name(index)
+            raise UserError(f"the chat template does not render all tool_calls of {name}; {other}")
+        if what and index in learnt:
+            raise chat.lost(index, "the template does not render its content")
+    return [chat.name(index) for index, what in dropped.items() if what]

@@ -1,0 +1,110 @@
+"""What a chat template writes behind an answer, found by rendering a conversation."""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qst_tune.data.chat_template import ChatTemplate
+from qst_tune.errors import UserError
+
+_WORDS = ("Firstquestion", "Firstanswer", "Secondquestion", "Secondanswer")
+_CALL = {
+    "id": "call12345",  # Mistral's templates want nine characters
+    "type": "function",
+    "function": {"name": "firstcall", "arguments": {"place": "somewhere"}},
+}
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "firstcall",
+        "description": "A tool.",
+        "parameters": {"type": "object", "properties": {"place": {"type": "string"}}},
+    },
+}
+
+
+@dataclass(frozen=True)
+class TurnEnd:
+    """The end of an answer.
+
+    Args:
+        special (re.Pattern[str]): finds special tokens in text.
+        closing (str): written behind every answer, up to its end-of-turn token.
+        tail (str): what the template writes behind that, after white space, at the end of a
+            conversation only (Phi-3: eos).
+    """
+
+    special: re.Pattern[str]
+    closing: str = ""
+    tail: str = ""
+
+
+def special_pattern(tokens: Collection[str]) -> re.Pattern[str]:
+    """Return a pattern that finds special tokens in text, the longest one first."""
+    ordered = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, ordered)) if ordered else r"(?!)")
+
+
+def find_turn_end(template: ChatTemplate, special: re.Pattern[str]) -> TurnEnd:
+    """Find how a template ends an answer.
+
+    Args:
+        template (ChatTemplate): the template.
+        special (re.Pattern[str]): from :func:`special_pattern`.
+
+    Returns:
+        TurnEnd: empty for a template that refuses a plain conversation.
+    """
+    roles = ("user", "assistant") * 2
+    messages = [{"role": r, "content": w} for r, w in zip(roles, _WORDS, strict=True)]
+    text = _try_render(template, messages)
+    places = [text.rfind(word) for word in _WORDS]
+    if min(places) < 0:
+        text = _try_render(template, messages[:2])
+        last = middle = text.rpartition(_WORDS[1])[2]
+    else:
+        middle = text[places[1] + len(_WORDS[1]) : places[2]]
+        last = text[places[3] + len(_WORDS[3]) :]
+    closing = _closing(last, middle, special)
+    return TurnEnd(special, closing, last[len(closing) :].lstrip())
+
+
+def find_stop_strings(template: ChatTemplate, turn_end: TurnEnd) -> list[str]:
+    """Find the special tokens with which a template ends an answer, and an answer with a tool call.
+
+    Args:
+        template (ChatTemplate): the template.
+        turn_end (TurnEnd): of the template.
+
+    Returns:
+        list[str]: none for a template that ends turns with plain text.
+    """
+    found = turn_end.special.findall(turn_end.closing)[:1]
+    question = {"role": "user", "content": _WORDS[0]}
+    call = {"role": "assistant", "tool_calls": [_CALL]}
+    text = _try_render(template, [question, call], tools=[_TOOL])
+    if "somewhere" in text:
+        behind = text.removesuffix(turn_end.tail).rpartition("somewhere")[2]
+        found += turn_end.special.findall(behind)[-1:]
+    return list(dict.fromkeys(found))
+
+
+def _closing(last: str, middle: str, special: re.Pattern[str]) -> str:
+    ends = [match.end() for match in special.finditer(last)]
+    shared = [end for end in ends if middle.startswith(last[:end])]
+    if ends:
+        return last[: shared[-1] if shared else ends[0]]
+    plain = last.rstrip()
+    return plain if middle.startswith(plain) else ""
+
+
+def _try_render(
+    template: ChatTemplate,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+) -> str:
+    try:
+        return template.render(messages, tools=tools)
+    except UserError:
+        return ""
