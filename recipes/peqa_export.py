@@ -19,6 +19,7 @@ from qst_tune.training.cli import run_recipe
 from qst_tune.training.config_check import check_checkpoint_dir, check_config
 from qst_tune.training.config_keys import TRAINING_OPTIONAL, TRAINING_REQUIRED
 from qst_tune.training.export import check_export_format, export_model
+from qst_tune.training.hub_models import fetch_models
 from qst_tune.training.model_setup import (
     build_peqa_on_meta,
     choose_device,
@@ -42,6 +43,7 @@ def main(cfg: DictConfig) -> None:
     known = [*OPTIONAL_KEYS, *TRAINING_REQUIRED, *TRAINING_OPTIONAL]
     check_config(cfg, known=known, required=REQUIRED_KEYS)
     form = check_export_format(cfg.get("format", "dense"))
+    fetch_models(cfg)
     checkpoint_dir = check_checkpoint_dir(cfg.checkpointer)
     device = choose_device(cfg)
     dtype = choose_dtype(cfg, device)

@@ -26,6 +26,7 @@ from qst_tune.modules import QSTClassifier
 from qst_tune.training.cli import instantiate, run_recipe
 from qst_tune.training.config_check import check_checkpoint_dir, check_config, check_numbers
 from qst_tune.training.config_keys import TRAINING_NUMBERS, TRAINING_OPTIONAL, TRAINING_REQUIRED
+from qst_tune.training.hub_models import fetch_models
 from qst_tune.training.model_setup import (
     build_on_meta,
     choose_device,
@@ -146,6 +147,7 @@ def main(cfg: DictConfig) -> None:
     check_config(cfg, known=[*REQUIRED_KEYS, *OPTIONAL_KEYS], required=REQUIRED_KEYS)
     check_numbers(cfg, {key: TRAINING_NUMBERS[key] for key in ("batch_size", "batch_size_val")})
     check_checkpoint_dir(cfg.checkpointer)
+    fetch_models(cfg)
     device = choose_device(cfg)
     with output_folder(Path(cfg.output_dir)) as folder:
         dataset = read_rows(cfg)

@@ -22,6 +22,7 @@ from qst_tune.training.authors_conversion import export_authors, import_authors
 from qst_tune.training.cli import run_recipe
 from qst_tune.training.config_check import check_checkpoint_dir, check_config
 from qst_tune.training.config_keys import TRAINING_OPTIONAL, TRAINING_REQUIRED
+from qst_tune.training.hub_models import fetch_models, with_hub_names
 from qst_tune.training.model_setup import identify_backbone
 from qst_tune.training.side_checkpoint import save_side_network
 
@@ -40,14 +41,16 @@ def import_folder(cfg: DictConfig, theirs: Path, ours: Path) -> None:
         ours (Path): made.
     """
     _check_new(ours, "side_network")
+    fetch_models(cfg)
     check_checkpoint_dir(cfg.checkpointer)
     model, block = import_authors(theirs, cfg)
+    plain = OmegaConf.to_container(OmegaConf.create({**cfg, "model": block}), resolve=True)
     save_side_network(
         ours,
         model.side,
         backbone=identify_backbone(model, cfg),
-        model_block=block,
-        recipe_config=OmegaConf.to_yaml({**cfg, "model": block}),
+        model_block=with_hub_names(block),
+        recipe_config=OmegaConf.to_yaml(OmegaConf.create(with_hub_names(plain))),
         results={},
     )
     found = ("variant", "reduction_factor", "rank", "num_labels")

@@ -34,6 +34,7 @@ from qst_tune.modules.peqa_decoder import PEQADecoder
 from qst_tune.training.cli import run_recipe
 from qst_tune.training.config_check import check_config
 from qst_tune.training.config_keys import TRAINING_OPTIONAL, TRAINING_REQUIRED
+from qst_tune.training.hub_models import fetch_models
 from qst_tune.training.memory import GIB
 from qst_tune.training.output_folder import output_folder
 
@@ -204,6 +205,7 @@ def main(cfg: DictConfig) -> None:
     """
     known = [*REQUIRED_KEYS, *OPTIONAL_KEYS, *UNUSED_KEYS]
     check_config(cfg, known=known, required=REQUIRED_KEYS)
+    fetch_models(cfg, "config")
     recipe = QSTEstimateRecipe(cfg)
     # Said once by torch of torchtune's own norms, whose weights are bf16 and inputs fp32.
     warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")

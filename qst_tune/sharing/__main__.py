@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from qst_tune.errors import USER_ERROR_STATUS, UserError
+from qst_tune.models.hf.hub import local_model
 from qst_tune.sharing.hub_folder import Publication, make_hub_folder
 from qst_tune.sharing.inspection import inspect_folder, verify_folder
 
@@ -35,7 +36,7 @@ def _answer(asked: argparse.Namespace) -> str:
     if asked.command == "inspect":
         return inspect_folder(asked.folder)
     if asked.command == "verify":
-        backbone = verify_folder(asked.folder, asked.backbone)
+        backbone = verify_folder(asked.folder, local_model(asked.backbone))
         return f"{asked.folder} belongs to {backbone.name} ({backbone.quantization}) and is whole"
     publication = Publication(asked.name, asked.base_model, asked.license, asked.data)
     make_hub_folder(asked.folder, asked.target, publication)
@@ -50,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     share = commands.add_parser("share", help="make a folder for a model hub")
     for command in (inspect, verify, share):
         command.add_argument("folder", type=Path, help="of a side network (or of scales)")
-    verify.add_argument("backbone", type=Path, help="Hugging Face folder of the backbone")
+    verify.add_argument("backbone", help="directory of the backbone, or its name on the hub")
     share.add_argument("target", type=Path, help="a new folder")
     share.add_argument("--name", required=True, help="under which others will load it")
     share.add_argument("--base-model", required=True, help="the backbone's name on the hub")

@@ -32,6 +32,7 @@ def inspect_folder(folder: Path) -> str:
     facts = {
         "what": form.title,
         "backbone": f"{backbone['name']} ({backbone['quantization']})",
+        **({"revision": backbone["revision"]} if backbone.get("revision") else {}),
         "fingerprint": backbone["fingerprint"],
         "made with": f"qst_tune {description['qst_tune_version']}",
         **{f"model.{name}": value for name, value in description["model"].items()},

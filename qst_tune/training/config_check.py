@@ -9,6 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qst_tune.errors import ConfigError, Problem, UserError
 from qst_tune.models.hf.folder import read_settings, weight_files
+from qst_tune.models.hf.hub import is_hub_name
 from qst_tune.training.component_check import component_problems
 from qst_tune.training.config_variables import variables_in
 from qst_tune.training.nearest import nearest
@@ -120,14 +121,15 @@ def _interpolation_problem(cfg: DictConfig) -> Problem | None:
     return None
 
 
-def check_checkpoint_dir(checkpointer: DictConfig) -> Path:
+def check_checkpoint_dir(checkpointer: DictConfig, *, may_lack_weights: bool = False) -> Path:
     """Check that the checkpoint's folder and files are there.
 
     Args:
         checkpointer (DictConfig): the ``checkpointer`` block.
+        may_lack_weights (bool): accept a model that was downloaded without any of its weights.
 
     Returns:
-        Path: the folder.
+        Path: the directory; a hub name, which ``fetch_models`` looks at, as it is.
 
     Raises:
         UserError: if the block names no folder, or the folder or one of its files is missing, or,
@@ -136,6 +138,8 @@ def check_checkpoint_dir(checkpointer: DictConfig) -> Path:
     if not checkpointer.get("checkpoint_dir"):
         raise UserError("config: checkpointer.checkpoint_dir is missing")
     folder = Path(checkpointer.checkpoint_dir)
+    if is_hub_name(str(folder)):
+        return folder
     if not folder.is_dir():
         raise UserError(
             f"checkpointer.checkpoint_dir={folder} does not exist; download the model there "
@@ -143,7 +147,8 @@ def check_checkpoint_dir(checkpointer: DictConfig) -> Path:
         )
     if str(checkpointer.get("_component_")).endswith(".HFCheckpointer"):  # it finds its own
         read_settings(folder)
-        weight_files(folder)
+        if not may_lack_weights or any([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+            weight_files(folder)
     files = checkpointer.get("checkpoint_files")
     missing = [
         str(name)

@@ -11,6 +11,7 @@ from torchtune.training.checkpointing._utils import safe_torch_load
 from qst_tune.errors import UserError
 from qst_tune.models.hf.families import read_architecture
 from qst_tune.models.hf.folder import weight_files
+from qst_tune.models.hf.hub import model_name
 from qst_tune.models.hf.weights import Weights
 
 
@@ -31,7 +32,7 @@ class HFCheckpointer:
             its next start; None keeps nothing.
 
     Attributes:
-        name (str): of the folder.
+        name (str): of the model, as the beginning of a file's name.
         cache_dir (Path | None): as given.
 
     Raises:
@@ -40,7 +41,7 @@ class HFCheckpointer:
 
     def __init__(self, checkpoint_dir: str, cache_dir: str | None = None) -> None:
         folder = Path(checkpoint_dir)
-        self.name = folder.resolve().name
+        self.name = model_name(folder)[0].replace("/", "--")
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         self._convert = read_architecture(folder).convert
         self._config = (folder / "config.json").read_bytes()

@@ -10,6 +10,7 @@ from torchtune import training, utils
 from torchtune.modules import TransformerDecoder
 
 from qst_tune.errors import UserError
+from qst_tune.models.hf.hub import hub_name, model_name
 from qst_tune.modules.embedding_quantization import quantization_of_backbone
 from qst_tune.modules.peqa_decoder import PEQADecoder
 from qst_tune.modules.qst_decoder import QSTDecoder
@@ -18,7 +19,10 @@ from qst_tune.training.backbone_cache import backbone_cache
 from qst_tune.training.backbone_loading import fingerprint_backbone, load_backbone
 from qst_tune.training.cli import instantiate
 from qst_tune.training.config_check import check_checkpoint_dir
+from qst_tune.training.config_keys import TRAINING_OPTIONAL, TRAINING_REQUIRED
+from qst_tune.training.config_variables import variables_in
 from qst_tune.training.distributed import rank_and_world_size
+from qst_tune.training.hub_models import with_hub_names
 from qst_tune.training.sharding import check_fits, choose_sharding, load_sharded_backbone
 from qst_tune.training.tuned_folder import BackboneId, Provenance
 
@@ -171,7 +175,8 @@ def load_frozen_backbone(
         )
     if rank_and_world_size()[0] == 0:
         log.info(f"backbone loaded in {time.perf_counter() - start:.1f} s")
-    return BackboneId(checkpoint_dir.resolve().name, fingerprint, quantization)
+    name, revision = model_name(checkpoint_dir)
+    return BackboneId(name, fingerprint, quantization, revision)
 
 
 def _load_whole(
@@ -205,7 +210,8 @@ def identify_backbone(model: QSTDecoder, cfg: DictConfig) -> BackboneId:
     check_architecture(model, checkpoint_dir)
     checkpointer = instantiate(cfg.checkpointer, "checkpointer")
     fingerprint = fingerprint_backbone(model, checkpointer)
-    return BackboneId(checkpoint_dir.resolve().name, fingerprint, quantization_of_backbone(model))
+    name, revision = model_name(checkpoint_dir)
+    return BackboneId(name, fingerprint, quantization_of_backbone(model), revision)
 
 
 def provenance_of(cfg: DictConfig, backbone: BackboneId) -> Provenance:
@@ -218,10 +224,17 @@ def provenance_of(cfg: DictConfig, backbone: BackboneId) -> Provenance:
     Returns:
         Provenance: without results.
     """
-    model_block: Any = OmegaConf.to_container(cfg.model, resolve=True)
+    plain = with_hub_names(OmegaConf.to_container(cfg, resolve=True))
+    for name in variables_in(cfg) - {*TRAINING_REQUIRED, *TRAINING_OPTIONAL}:
+        plain.pop(name, None)  # nothing refers to it any more: it would be an unknown key
     return Provenance(
         backbone,
-        dict(model_block),
-        OmegaConf.to_yaml(cfg, resolve=True),
-        backbone_path=str(Path(cfg.checkpointer.checkpoint_dir).resolve()),
+        dict(plain["model"]),
+        OmegaConf.to_yaml(OmegaConf.create(plain)),
+        backbone_path=_home_of(cfg.checkpointer.checkpoint_dir),
     )
+
+
+def _home_of(checkpoint_dir: str) -> str:
+    """Where another program finds the backbone: a name on the hub, or an absolute path."""
+    return hub_name(checkpoint_dir) or str(Path(checkpoint_dir).resolve())

@@ -128,7 +128,8 @@ def _hidden_state_cache(
     side: Any = model.side
     described = (asdict(backbone), str(dtype), device.type, side.reads, side.layers)
     key = hashlib.sha256(repr(described).encode()).hexdigest()[:16]
-    folder = Path(cfg.hidden_state_cache) / f"{backbone.name}-{key}"
+    name = backbone.name.replace("/", "--")
+    folder = Path(cfg.hidden_state_cache) / f"{name}-{key}"
     if rank_and_world_size()[0] == 0:
         size = (len(side.layers) + 1) * side.upsample.out_features * dtype.itemsize
         log.info(f"hidden states are kept in {folder}: {size / 1000:.1f} kB a token")

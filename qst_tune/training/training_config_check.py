@@ -10,6 +10,7 @@ from omegaconf import DictConfig, ListConfig
 from torch import nn
 
 from qst_tune.errors import Problem, UserError
+from qst_tune.models.hf.hub import is_hub_name
 from qst_tune.training.cli import instantiate
 from qst_tune.training.config_check import (
     check_checkpoint_dir,
@@ -154,18 +155,24 @@ def _packing_problems(cfg: DictConfig) -> Iterator[Problem]:
 
 def _file_problems(cfg: DictConfig) -> Iterator[Problem]:
     try:
-        check_checkpoint_dir(cfg.checkpointer)
+        check_checkpoint_dir(cfg.checkpointer, may_lack_weights=bool(cfg.get("dry_run")))
     except UserError as error:
         yield Problem("checkpointer", str(error).removeprefix("config: "))
     for key in ("path", "merges_file", "vocab_path"):
         value = cfg.tokenizer.get(key)
-        if value and not Path(str(value)).exists():
+        if value and not Path(str(value)).exists() and not _is_on_hub(str(value), cfg):
             yield Problem(f"tokenizer.{key}", f"tokenizer: {key}={value} does not exist")
     yield from _cache_problems(cfg.get("hidden_state_cache"))
     for name in ("dataset", "dataset_val"):
         for path, block in _blocks(cfg, name):
             yield from _streaming_problems(path, block)
             yield from _data_file_problems(path, block)
+
+
+def _is_on_hub(path: str, cfg: DictConfig) -> bool:
+    """A model's hub name, or a file in the model that the checkpointer names so."""
+    name = str(cfg.checkpointer.get("checkpoint_dir"))
+    return is_hub_name(path) or (is_hub_name(name) and path.startswith(f"{name}/"))
 
 
 def _cache_problems(folder: Any) -> Iterator[Problem]:

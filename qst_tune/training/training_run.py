@@ -1,6 +1,7 @@
 """What every training recipe does, in this order: what can fail cheaply fails first."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,8 +9,8 @@ from omegaconf import DictConfig
 
 from qst_tune.training.architecture_check import check_architecture
 from qst_tune.training.cli import instantiate
-from qst_tune.training.config_check import check_checkpoint_dir
 from qst_tune.training.distributed import rank_and_world_size
+from qst_tune.training.hub_models import fetch_models
 from qst_tune.training.method import Method, Task
 from qst_tune.training.run_environment import run_environment
 from qst_tune.training.saved_run import find_saved_run, set_run_seed
@@ -43,6 +44,7 @@ def run_training(
         UserError: for a wrong config, checkpoint or dataset.
     """
     check_training_config(cfg, refused_keys(cfg, refused))
+    fetch_models(cfg, "tokenizer" if cfg.get("dry_run") else "weights")
     with run_environment(cfg) as (device, dtype):
         saved = find_saved_run(cfg)
         seed = set_run_seed(cfg, saved)
@@ -50,7 +52,7 @@ def run_training(
         tokenizer = instantiate(cfg.tokenizer, "tokenizer")
         task, data = build_task(cfg, tokenizer, model, seed=seed, device=device)
         if cfg.get("dry_run"):
-            check_architecture(model, check_checkpoint_dir(cfg.checkpointer))
+            check_architecture(model, Path(cfg.checkpointer.checkpoint_dir))
             if rank_and_world_size()[0] == 0:
                 describe(model, data, device, dtype)
             return

@@ -7,6 +7,7 @@ import torch
 from torchtune import training
 from torchtune.config._utils import _get_component_from_path
 
+from qst_tune.models.hf.hub import model_name
 from qst_tune.modules.embedding_quantization import quantization_of_backbone
 from qst_tune.training.architecture_check import check_architecture
 from qst_tune.training.backbone_loading import SIDE_PREFIX, read_backbone
@@ -55,7 +56,7 @@ class TunedCheckpointer:
         model = build_described(self.side_network, torch.float32, self.checkpoint_dir)
         check_architecture(model, self.checkpoint_dir)
         weights, fingerprint = read_backbone(model, self._base)
-        name = self.checkpoint_dir.resolve().name
+        name, _ = model_name(self.checkpoint_dir)
         backbone = BackboneId(name, fingerprint, quantization_of_backbone(model))
         side = read_side_network(self.side_network, model.side, backbone=backbone)
         tuned = {SIDE_PREFIX + name: value for name, value in side.items()}

@@ -27,15 +27,17 @@ class BackboneId:
     """What a result was trained on.
 
     Args:
-        name (str): name of the checkpoint folder.
+        name (str): the model's hub name, or the name of its directory.
         fingerprint (str): of its weights, from ``load_backbone``.
         quantization (str): how it is stored, from ``quantization_of_backbone``: "nf4", "none",
             "int4, groups of 64, rtn", "nf4; embedding int8" and the like.
+        revision (str): commit of a hub name; "" for a directory.
     """
 
     name: str
     fingerprint: str
     quantization: str
+    revision: str = ""
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ def _check_backbone(folder: Path, description: dict[str, Any], backbone: Backbon
     differing = [
         f"{field} {trained_on.get(field)!r} there, {value!r} here"
         for field, value in asdict(backbone).items()
-        if field != "name" and trained_on.get(field) != value
+        if field in ("fingerprint", "quantization") and trained_on.get(field) != value
     ]
     if differing:
         raise UserError(

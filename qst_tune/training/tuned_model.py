@@ -17,6 +17,7 @@ from qst_tune.modules.qst_decoder import QSTDecoder
 from qst_tune.training.cli import instantiate
 from qst_tune.training.config_check import check_checkpoint_dir
 from qst_tune.training.config_keys import TRAINING_OPTIONAL, TRAINING_REQUIRED
+from qst_tune.training.hub_models import fetch_models
 from qst_tune.training.model_setup import (
     build_any_on_meta,
     choose_device,
@@ -91,6 +92,7 @@ def load_tuned_model(cfg: DictConfig) -> TunedModel:
         UserError: if the model is of neither method, or what is to be loaded does not fit it.
     """
     check_checkpoint_dir(cfg.checkpointer)
+    fetch_models(cfg)
     device = choose_device(cfg)
     dtype = choose_dtype(cfg, device)
     model = build_any_on_meta(cfg, dtype)

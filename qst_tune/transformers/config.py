@@ -3,17 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from transformers import PretrainedConfig
 
 from qst_tune.errors import UserError
-from qst_tune.training.side_checkpoint import TRANSFORMERS_MODEL_TYPE
+from qst_tune.models.hf.hub import Parts, fetch_model, is_hub_name
+from qst_tune.training.side_checkpoint import SIDE_NETWORK, TRANSFORMERS_MODEL_TYPE
 
 # How to fetch a folder; a revision is one of the side network's, not of its backbone's.
 FETCHING = {"cache_dir", "force_download", "local_files_only", "revision", "token"}
-# Weights as tensors, and the small files of models and tokenizers; no pickle and no code.
-_WANTED = ["*.safetensors", "*.json", "*.yaml", "*.jinja", "*.txt", "*.model"]
+_SIDE_NETWORK_FILES = (SIDE_NETWORK.weights_file, SIDE_NETWORK.config_file, "recipe_config.yaml")
 
 
 class QSTConfig(PretrainedConfig):
@@ -31,28 +29,45 @@ class QSTConfig(PretrainedConfig):
     backbone: str = ""
 
 
-def local_folder(name: str, beside: Path | None = None, **settings: Any) -> Path:
-    """Find a model's folder on this machine, or fetch it from the Hugging Face Hub.
+def side_network_folder(name: str, **settings: Any) -> Path:
+    """Find a side network's directory on this machine, or fetch it from the Hugging Face Hub.
 
     Args:
-        name (str): a folder, or a name on the hub.
-        beside (Path | None): a relative folder may also start here.
+        name (str): a directory, or a name on the hub.
         **settings (Any): how to fetch it, such as ``token`` and ``cache_dir``.
 
     Returns:
-        Path: the folder.
+        Path: the directory.
 
     Raises:
         UserError: if it is neither here nor to be had.
     """
-    for folder in [Path(name), *([beside / name] if beside else [])]:
-        if name and folder.is_dir():
-            return folder
-    try:
-        return Path(snapshot_download(name, allow_patterns=_WANTED, **settings))
-    except (OSError, HFValidationError) as error:  # the hub's errors are OSErrors
-        reason = " ".join(str(error).split())
+    return _local(name) or fetch_model(name, files=_SIDE_NETWORK_FILES, **settings)
+
+
+def backbone_folder(name: str, beside: Path, parts: Parts = "weights", **settings: Any) -> Path:
+    """Find the directory of a side network's backbone, or fetch it from the Hugging Face Hub.
+
+    Args:
+        name (str): a directory, or a name on the hub.
+        beside (Path): the side network's directory, where a relative one may also start.
+        parts (Parts): how much of it is needed.
+        **settings (Any): how to fetch it, such as ``token`` and ``cache_dir``.
+
+    Returns:
+        Path: the directory.
+
+    Raises:
+        UserError: if it is neither here nor to be had.
+    """
+    found = _local(name) or (_local(str(beside / name)) if name else None)
+    if found is None and not is_hub_name(name):
         raise UserError(
-            f"{name!r} is no folder here and cannot be fetched from the Hugging Face Hub "
-            f"({reason[:200]}); name the backbone's folder with backbone=<folder>"
-        ) from error
+            f"the backbone {name!r} is no directory here and no name on the Hugging Face Hub; name "
+            "its directory with backbone=<DIR>"
+        )
+    return found or fetch_model(name, parts, **settings)
+
+
+def _local(name: str) -> Path | None:
+    return Path(name) if name and Path(name).is_dir() else None

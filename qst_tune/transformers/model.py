@@ -18,7 +18,7 @@ from qst_tune.errors import UserError
 from qst_tune.generation.caches import attached, attentions, without_head
 from qst_tune.modules.qst_decoder import QSTDecoder
 from qst_tune.training.described_model import load_described
-from qst_tune.transformers.config import FETCHING, QSTConfig, local_folder
+from qst_tune.transformers.config import FETCHING, QSTConfig, backbone_folder, side_network_folder
 from qst_tune.transformers.masks import attention_mask_of, positions_of
 
 # What transformers passes along and is so in any case: nothing is loaded but tensors, and
@@ -100,10 +100,10 @@ class QSTForCausalLM(PreTrainedModel, GenerationMixin):
         if strange:
             raise UserError(f"{strange[0]}={settings[strange[0]]} has no meaning for a QST model")
         fetching = {k: v for k, v in settings.items() if k in FETCHING and v is not None}
-        folder = local_folder(str(pretrained_model_name_or_path), **fetching)
+        folder = side_network_folder(str(pretrained_model_name_or_path), **fetching)
         config = config or QSTConfig.from_pretrained(folder)
         fetching.pop("revision", None)
-        home = local_folder(backbone or config.backbone, folder, **fetching)
+        home = backbone_folder(backbone or config.backbone, folder, **fetching)
         decoder, _ = load_described(
             folder,
             home,

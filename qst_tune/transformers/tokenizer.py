@@ -4,7 +4,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from qst_tune.transformers.config import FETCHING, QSTConfig, local_folder
+from qst_tune.transformers.config import FETCHING, QSTConfig, backbone_folder, side_network_folder
 
 
 class BackboneTokenizer:
@@ -27,8 +27,8 @@ class BackboneTokenizer:
         own = ("backbone", "config", "revision", "subfolder")
         public = {k: v for k, v in settings.items() if not k.startswith("_") and k not in own}
         fetching = {k: v for k, v in settings.items() if k in FETCHING and v is not None}
-        home = local_folder(str(folder), **fetching)
+        home = side_network_folder(str(folder), **fetching)
         fetching.pop("revision", None)
         backbone = settings.get("backbone") or QSTConfig.from_pretrained(home).backbone
-        backbone_folder = local_folder(backbone, home, **fetching)
-        return AutoTokenizer.from_pretrained(backbone_folder, *args, **public)
+        of_backbone = backbone_folder(backbone, home, "tokenizer", **fetching)
+        return AutoTokenizer.from_pretrained(of_backbone, *args, **public)

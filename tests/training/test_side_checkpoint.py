@@ -93,7 +93,12 @@ def test_description_says_what_it_was_trained_on(saved: Path) -> None:
         "method": "qst",
         "format_version": 2,
         "qst_tune_version": __version__,
-        "backbone": {"name": "tiny", "fingerprint": BACKBONE.fingerprint, "quantization": "nf4"},
+        "backbone": {
+            "name": "tiny",
+            "fingerprint": BACKBONE.fingerprint,
+            "quantization": "nf4",
+            "revision": "",
+        },
         "model": MODEL_BLOCK,
         "structure": side_structure(side_network()),
         "results": {"held-out loss": 1.25},

@@ -251,7 +251,7 @@ def test_what_cannot_be_loaded_is_told(folder, tmp_path, monkeypatch):
     other = write_model_folder(tmp_path / "other", weights=random_weights(seed=1))
     with pytest.raises(UserError, match="was trained on another backbone"):
         load(folder, backbone=str(other))
-    with pytest.raises(UserError, match=r"'/not/there' is no folder here .* backbone=<folder>"):
+    with pytest.raises(UserError, match=r"'/not/there' is no directory here .* backbone=<DIR>"):
         load(folder, backbone="/not/there")
     with pytest.raises(UserError, match="load_in_4bit=True has no meaning"):
         load(folder, load_in_4bit=True)

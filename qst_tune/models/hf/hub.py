@@ -1,0 +1,210 @@
+"""Find a model by its name on the Hugging Face Hub, and fetch only what is needed of it."""
+
+import difflib
+import re
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from qst_tune.errors import UserError
+from qst_tune.models.hf.folder import weight_files
+
+# How much of a model: its config.json; that and the tokenizer; that and the weights.
+Parts = Literal["config", "tokenizer", "weights"]
+
+_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
+# The directory of a revision in huggingface_hub's cache.
+_CACHED = re.compile(
+    r"(?P<folder>.*/models--(?P<org>[^/]+?)--(?P<model>[^/]+)/snapshots/(?P<sha>\w+))"
+)
+_TOKENIZER = (
+    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja",
+    "chat_template.json",
+)  # fmt: skip
+# In the order that transformers takes them; the second format only where a model lacks the first.
+_FORMATS = (("model", "safetensors"), ("pytorch_model", "bin"))
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether it is ``org/name`` or ``org/name@revision``, and no directory of this machine."""
+    return _NAME.fullmatch(name) is not None and not Path(name).exists()
+
+
+def hub_name(path: str | Path) -> str | None:
+    """Return the name of a model in huggingface_hub's cache.
+
+    Args:
+        path (str | Path): a directory that :func:`fetch_model` returned, or a file in it.
+
+    Returns:
+        str | None: ``org/name@commit``, followed by the file's name if it is one; None for a path
+        outside the cache.
+    """
+    found = _CACHED.match(Path(path).absolute().as_posix())
+    if found is None:
+        return None
+    rest = Path(path).absolute().as_posix().removeprefix(found["folder"])
+    return f"{found['org']}/{found['model']}@{found['sha']}{rest}"
+
+
+def model_name(folder: Path) -> tuple[str, str]:
+    """Name a model for people and for results.
+
+    Args:
+        folder (Path): a local directory, or one that :func:`fetch_model` returned.
+
+    Returns:
+        tuple[str, str]: name on the hub and commit, or the directory's own name and "".
+    """
+    name, _, revision = (hub_name(folder) or folder.resolve().name).partition("@")
+    return name, revision
+
+
+def local_model(name: str, parts: Parts = "weights") -> Path:
+    """Return a model's directory: the one of that name, or the hub's, fetched if it must be.
+
+    Args:
+        name (str): a directory, or ``org/name`` or ``org/name@revision``.
+        parts (Parts): how much of it is needed.
+
+    Returns:
+        Path: the directory; whatever is no hub name as it is.
+
+    Raises:
+        UserError: as :func:`fetch_model`.
+    """
+    return fetch_model(name, parts) if is_hub_name(name) else Path(name)
+
+
+def fetch_model(
+    name: str, parts: Parts = "weights", *, files: Collection[str] = (), **settings: Any
+) -> Path:
+    """Find a model's directory in huggingface_hub's cache, and download what is missing.
+
+    Only tensors, JSON and text are fetched, never code; ``.bin`` weights only where the model has
+    no safetensors, and nothing of other formats (GGUF, ONNX, ``original/``). Of several processes
+    one downloads a file and the others wait for it (huggingface_hub locks each file).
+
+    Args:
+        name (str): ``org/name`` or ``org/name@revision``.
+        parts (Parts): how much of it.
+        files (Collection[str]): weight files, or others, that a config names; they replace the
+            weights that are found by their usual names.
+        **settings (Any): of ``snapshot_download``, such as ``token`` and ``cache_dir``.
+
+    Returns:
+        Path: the directory of that revision.
+
+    Raises:
+        UserError: if the model is not on the hub, is gated, lacks what is needed, or the hub cannot
+            be reached and the cache does not have it.
+    """
+    repo, _, revision = name.partition("@")
+    settings["revision"] = revision or settings.get("revision")
+    try:
+        return _fetch(repo, parts, files, settings)
+    except UserError:
+        raise
+    # Connection errors are of huggingface_hub's HTTP library, which differs between its versions.
+    except Exception as error:
+        raise UserError(f"{name}: {_reason(repo, revision, error)}") from error
+
+
+def _fetch(repo: str, parts: Parts, files: Collection[str], settings: dict[str, Any]) -> Path:
+    small = ["config.json", *(_TOKENIZER if parts != "config" else ())]
+    indices = [f"{stem}.{kind}.index.json" for stem, kind in _FORMATS]
+    wanted = [*small, *(indices if parts == "weights" else ())]
+    folder = Path(snapshot_download(repo, allow_patterns=wanted, **settings))
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{repo} has no config.json: it is not a model in Hugging Face's format")
+    if parts != "weights":
+        return folder
+    settings = {**settings, "revision": folder.name}  # the same commit for all files
+    for patterns in [list(files)] if files else _weight_patterns(folder):
+        snapshot_download(repo, allow_patterns=patterns, **settings)
+        if files or any(next(folder.glob(pattern), None) for pattern in patterns):
+            break
+    if not files:
+        _check_weights(repo, folder)
+    return folder
+
+
+def _weight_patterns(folder: Path) -> Iterator[list[str]]:
+    """What to look for, one format after the other; shards where there is an index of them."""
+    for stem, kind in _FORMATS:
+        is_indexed = (folder / f"{stem}.{kind}.index.json").is_file()
+        shards = f"{stem}-*-of-*.{kind}"
+        yield [shards] if is_indexed else [f"{stem}.{kind}", shards]
+
+
+def _check_weights(repo: str, folder: Path) -> None:
+    try:
+        weight_files(folder)
+    except UserError as error:
+        text = str(error).replace(str(folder), repo)
+        hint = f"; {_OFFLINE}" if constants.HF_HUB_OFFLINE else ""
+        raise UserError(f"{text}{hint}") from error
+
+
+_OFFLINE = "HF_HUB_OFFLINE=1 forbids to download: unset it, or name a local directory"
+
+
+def _reason(repo: str, revision: str, error: Exception) -> str:
+    """What is wrong, and what to do, in one line."""
+    page = f"{constants.ENDPOINT}/{repo}"
+    if isinstance(error, GatedRepoError):
+        return f"the model is gated: accept its terms at {page}, then log in with `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"neither a directory here nor a model on the Hugging Face Hub{_similar(repo)}; check "
+            "the name, or log in with `hf auth login` if the model is private"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return f"the model has no revision {revision!r}: see {page}/tree/main for its branches"
+    if isinstance(error, HFValidationError):
+        return f"no directory here, and no name of the Hugging Face Hub ({_one_line(error)})"
+    if isinstance(error, HfHubHTTPError):
+        return (
+            f"the Hugging Face Hub answered: {_one_line(error)}; a token is set by `hf auth login`"
+        )
+    if isinstance(error, LocalEntryNotFoundError) or not isinstance(error, OSError):
+        return _unreachable(repo)
+    return f"it cannot be downloaded to {constants.HF_HUB_CACHE}: {_one_line(error)}"
+
+
+def _unreachable(repo: str) -> str:
+    here = f"no directory here{_similar(repo)}, not complete in the cache of huggingface_hub"
+    if constants.HF_HUB_OFFLINE:
+        return f"{here}, and {_OFFLINE}"
+    return (
+        f"{here}, and {constants.ENDPOINT} cannot be reached: download it where that can "
+        f"(tune download {repo} --output-dir <DIR>) and name its directory"
+    )
+
+
+def _similar(name: str) -> str:
+    """The local directory that may have been meant."""
+    parent, wanted = Path(name).parent, Path(name).name
+    here = {path.name: path for place in (Path(), parent) for path in _directories(place)}
+    match = difflib.get_close_matches(wanted, list(here), n=1, cutoff=0.7)
+    return f" (did you mean the directory {here[match[0]]}?)" if match else ""
+
+
+def _directories(place: Path) -> Iterator[Path]:
+    if place.is_dir():
+        yield from (path for path in place.iterdir() if path.is_dir())
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,85 @@
+"""Put the local directories of models in the place of their hub names, at the edge of a recipe."""
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from huggingface_hub.utils.tqdm import disable_progress_bars
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
+
+from qst_tune.models.hf.hub import Parts, fetch_model, hub_name, is_hub_name
+
+# Only here does a text with one slash mean a model.
+_PLACES = ("checkpoint_dir", "model", "tokenizer", "checkpointer")
+_NAMED_BY = ("checkpoint_dir", "path")
+
+
+def fetch_models(cfg: DictConfig, parts: Parts = "weights") -> None:
+    """Download what a config names by a hub name, and let the config name the directory.
+
+    A directory of that name on this machine goes first. Call it when the config has been checked:
+    a download may take long.
+
+    Args:
+        cfg (DictConfig): the merged config; changed in place.
+        parts (Parts): how much of the models is needed.
+
+    Raises:
+        UserError: if a model cannot be fetched.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":  # one process of a machine shows the progress
+        disable_progress_bars()
+    for name in sorted(set(_hub_names(cfg))):
+        folder = fetch_model(name, parts, files=_files_of(cfg, name))
+        _replace(cfg, name, str(folder))
+
+
+def _hub_names(cfg: DictConfig) -> Iterator[str]:
+    for place in _PLACES:
+        block = cfg.get(place)
+        named = [block.get(key) for key in _NAMED_BY] if isinstance(block, DictConfig) else [block]
+        yield from (name for name in named if isinstance(name, str) and is_hub_name(name))
+
+
+def _files_of(cfg: DictConfig, name: str) -> list[str]:
+    """Files that the config names one by one: torchtune's checkpointers do not find their own."""
+    block = cfg.get("checkpointer") or {}
+    files = block.get("checkpoint_files")
+    if block.get("checkpoint_dir") != name or not files:
+        return []
+    if not isinstance(files, ListConfig):
+        files = FormattedCheckpointFiles.from_dict(dict(files)).build_checkpoint_filenames()
+    path = str(cfg.get("tokenizer", {}).get("path"))  # Llama 3's is original/tokenizer.model
+    inside = [path.removeprefix(f"{name}/")] if path.startswith(f"{name}/") else []
+    return [*map(str, files), *inside]
+
+
+def _replace(cfg: DictConfig, name: str, folder: str) -> None:
+    def moved(text: str) -> str:
+        is_of_it = text == name or text.startswith(f"{name}/")
+        return folder + text.removeprefix(name) if is_of_it else text
+
+    plain: Any = OmegaConf.to_container(cfg)
+    for place in cfg.keys() & set(_PLACES):
+        cfg[place] = _changed(plain[place], moved)
+
+
+def _changed(node: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(node, dict):
+        return {key: _changed(value, change) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_changed(value, change) for value in node]
+    return change(node) if isinstance(node, str) else node
+
+
+def with_hub_names(node: Any) -> Any:
+    """Undo :func:`fetch_models` in what is written for others.
+
+    Args:
+        node (Any): a config as plain dicts, lists and values.
+
+    Returns:
+        Any: a copy with ``org/name@commit`` in place of directories of huggingface_hub's cache.
+    """
+    return _changed(node, lambda text: hub_name(text) or text)
