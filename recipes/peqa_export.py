@@ -5,9 +5,7 @@ Examples::
     tune run peqa_export --config smollm2/135M_peqa_4bit
     tune run peqa_export --config smollm2/135M_peqa_4bit format=gptq export_dir=<FOLDER>
 
-It takes the config of the training run. Keys beside those: ``scales``, the folder that the run
-wrote (``<output_dir>/scales``; null: the rounded model without tuning), ``format`` (dense, gptq or
-gptq_v2) and ``export_dir`` (``<output_dir>/<format>``).
+It takes the config of the training run.
 """
 
 from pathlib import Path
@@ -17,7 +15,7 @@ from torchtune import utils
 
 from qst_tune.training.cli import run_recipe
 from qst_tune.training.config_check import check_checkpoint_dir, check_config
-from qst_tune.training.config_keys import TRAINING_OPTIONAL, TRAINING_REQUIRED
+from qst_tune.training.config_keys import Key, pick, setting
 from qst_tune.training.export import check_export_format, export_model
 from qst_tune.training.hub_models import fetch_models
 from qst_tune.training.model_setup import (
@@ -28,8 +26,20 @@ from qst_tune.training.model_setup import (
 )
 from qst_tune.training.scales_checkpoint import load_scales
 
-REQUIRED_KEYS = ("model", "checkpointer", "output_dir", "device", "dtype")
-OPTIONAL_KEYS = ("scales", "format", "export_dir")
+KEYS = {
+    **pick("model", "checkpointer", "output_dir", "device", "dtype"),
+    "scales": Key(
+        kind=Path,
+        meaning="of the run, <output_dir>/scales without the key; null: the untuned model",
+    ),
+    "format": Key(
+        kind=str,
+        default="dense",
+        choices=("dense", "gptq", "gptq_v2"),
+        meaning="dense is read by every program, gptq by programs with kernels for it",
+    ),
+    "export_dir": Key(kind=Path, meaning="directory to write; null: <output_dir>/<format>"),
+}
 
 log = utils.get_logger("INFO")
 
@@ -40,9 +50,8 @@ def main(cfg: DictConfig) -> None:
     Args:
         cfg (DictConfig): the merged config.
     """
-    known = [*OPTIONAL_KEYS, *TRAINING_REQUIRED, *TRAINING_OPTIONAL]
-    check_config(cfg, known=known, required=REQUIRED_KEYS)
-    form = check_export_format(cfg.get("format", "dense"))
+    check_config(cfg, KEYS)
+    form = check_export_format(setting(cfg, "format", KEYS))
     fetch_models(cfg)
     checkpoint_dir = check_checkpoint_dir(cfg.checkpointer)
     device = choose_device(cfg)

@@ -17,15 +17,14 @@ from omegaconf import DictConfig
 
 from qst_tune.estimation.dry_run import describe_run
 from qst_tune.training.cli import run_recipe
-from qst_tune.training.config_keys import TRAINING_OPTIONAL, TRAINING_REQUIRED
+from qst_tune.training.config_keys import TRAINING_KEYS
 from qst_tune.training.language_modelling import build_language_modelling
 from qst_tune.training.model_setup import build_peqa_on_meta
 from qst_tune.training.peqa_method import load_peqa
 from qst_tune.training.trainer_setup import TrainingData
 from qst_tune.training.training_run import run_training
 
-REQUIRED_KEYS = TRAINING_REQUIRED
-OPTIONAL_KEYS = TRAINING_OPTIONAL
+KEYS = TRAINING_KEYS
 REFUSED = {
     "enable_activation_offloading": "is not supported; set it to False and use "
     "enable_activation_checkpointing=True",

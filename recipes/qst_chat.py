@@ -18,18 +18,17 @@ from torchtune import training, utils
 
 from qst_tune.errors import UserError
 from qst_tune.generation.conversation import Conversation
-from qst_tune.generation.sequence import Sampling
+from qst_tune.generation.sampling import SAMPLING_KEYS, Sampling
 from qst_tune.training.cli import run_recipe
-from qst_tune.training.config_check import check_config, check_numbers
-from qst_tune.training.tuned_model import MODEL_OPTIONAL, MODEL_REQUIRED, load_tuned_model
+from qst_tune.training.config_check import check_config
+from qst_tune.training.config_keys import Key, setting
+from qst_tune.training.tuned_model import MODEL_KEYS, load_tuned_model
 
-REQUIRED_KEYS = MODEL_REQUIRED
-OPTIONAL_KEYS = ("system_prompt", "max_new_tokens", "temperature", "top_k", *MODEL_OPTIONAL)
-NUMBERS: dict[str, tuple[type, int]] = {
-    "max_new_tokens": (int, 1),
-    "temperature": (float, 0),
-    "top_k": (int, 1),
-    "seed": (int, 0),
+KEYS = {
+    "system_prompt": Key(kind=str, meaning="begins the conversation"),
+    "max_new_tokens": Key(kind=int, default=512, least=1, meaning="longest answer"),
+    **SAMPLING_KEYS,
+    **MODEL_KEYS,
 }
 
 log = utils.get_logger("INFO")
@@ -83,16 +82,15 @@ def main(cfg: DictConfig) -> None:
     Args:
         cfg (DictConfig): the merged config.
     """
-    check_config(cfg, known=[*REQUIRED_KEYS, *OPTIONAL_KEYS], required=REQUIRED_KEYS)
-    check_numbers(cfg, NUMBERS)
+    check_config(cfg, KEYS)
     training.set_seed(seed=cfg.get("seed"))
     tuned = load_tuned_model(cfg)
     conversation = Conversation(
         tuned.model,
         tuned.tokenizer,
         system_prompt=cfg.get("system_prompt"),
-        sampling=Sampling(cfg.get("temperature", 0.0), cfg.get("top_k")),
-        max_new_tokens=cfg.get("max_new_tokens", 512),
+        sampling=Sampling(setting(cfg, "temperature", KEYS), cfg.get("top_k"), cfg.get("top_p")),
+        max_new_tokens=setting(cfg, "max_new_tokens", KEYS),
     )
     what = tuned.title if tuned.is_tuned else "without anything tuned"
     log.info(f"{tuned.backbone.name}, {what}; /clear begins anew, /exit ends")

@@ -24,8 +24,8 @@ from qst_tune.data import ClassificationDataset, collate_classification
 from qst_tune.errors import UserError
 from qst_tune.modules import QSTClassifier
 from qst_tune.training.cli import instantiate, run_recipe
-from qst_tune.training.config_check import check_checkpoint_dir, check_config, check_numbers
-from qst_tune.training.config_keys import TRAINING_NUMBERS, TRAINING_OPTIONAL, TRAINING_REQUIRED
+from qst_tune.training.config_check import check_checkpoint_dir, check_config
+from qst_tune.training.config_keys import Key, pick
 from qst_tune.training.hub_models import fetch_models
 from qst_tune.training.model_setup import (
     build_on_meta,
@@ -36,20 +36,12 @@ from qst_tune.training.model_setup import (
 from qst_tune.training.output_folder import output_folder
 from qst_tune.training.side_checkpoint import load_side_network
 
-REQUIRED_KEYS = (
-    "model",
-    "tokenizer",
-    "checkpointer",
-    "dataset",
-    "batch_size",
-    "side_network",
-    "rows",
-    "output_dir",
-    "device",
-    "dtype",
-)
-# Of a training config; not read.
-OPTIONAL_KEYS = (*TRAINING_REQUIRED, *TRAINING_OPTIONAL)
+KEYS = {
+    "side_network": Key(kind=Path, required=True, meaning="directory of the trained classifier"),
+    "rows": Key(kind=Path, required=True, meaning="jsonl file, each line one text to classify"),
+    **pick("output_dir", "model", "tokenizer", "checkpointer", "dataset", "batch_size"),
+    **pick("batch_size_val", "device", "dtype"),
+}
 PREDICTIONS_FILE = "predictions.jsonl"
 
 log = utils.get_logger("INFO")
@@ -144,8 +136,7 @@ def main(cfg: DictConfig) -> None:
     Args:
         cfg (DictConfig): the merged config.
     """
-    check_config(cfg, known=[*REQUIRED_KEYS, *OPTIONAL_KEYS], required=REQUIRED_KEYS)
-    check_numbers(cfg, {key: TRAINING_NUMBERS[key] for key in ("batch_size", "batch_size_val")})
+    check_config(cfg, KEYS)
     check_checkpoint_dir(cfg.checkpointer)
     fetch_models(cfg)
     device = choose_device(cfg)

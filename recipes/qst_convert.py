@@ -21,13 +21,17 @@ from qst_tune.training.authors_checkpoint import write_authors_folder
 from qst_tune.training.authors_conversion import export_authors, import_authors
 from qst_tune.training.cli import run_recipe
 from qst_tune.training.config_check import check_checkpoint_dir, check_config
-from qst_tune.training.config_keys import TRAINING_OPTIONAL, TRAINING_REQUIRED
+from qst_tune.training.config_keys import Key, pick
 from qst_tune.training.hub_models import fetch_models, with_hub_names
 from qst_tune.training.model_setup import identify_backbone
 from qst_tune.training.side_checkpoint import save_side_network
 
-REQUIRED_KEYS = ("model", "checkpointer")
-OPTIONAL_KEYS = ("from_authors", "to_authors", "side_network")
+KEYS = {
+    **pick("model", "checkpointer"),
+    "side_network": Key(kind=Path, meaning="a directory of ours: to read, or a new one to write"),
+    "from_authors": Key(kind=Path, meaning="a directory of theirs to read"),
+    "to_authors": Key(kind=Path, meaning="a new directory to write, for their code"),
+}
 
 log = utils.get_logger("INFO")
 
@@ -87,8 +91,7 @@ def main(cfg: DictConfig) -> None:
     Raises:
         UserError: if the folders to convert between are not named, or cannot be converted.
     """
-    known = [*TRAINING_REQUIRED, *TRAINING_OPTIONAL, *OPTIONAL_KEYS]
-    check_config(cfg, known=known, required=REQUIRED_KEYS)
+    check_config(cfg, KEYS)
     source, target = cfg.get("from_authors"), cfg.get("to_authors")
     if not cfg.get("side_network") or bool(source) == bool(target):
         raise UserError(

@@ -18,15 +18,14 @@ from qst_tune.errors import UserError
 from qst_tune.estimation.dry_run import describe_run
 from qst_tune.modules import QSTClassifier, QSTDecoder
 from qst_tune.training.cli import run_recipe
-from qst_tune.training.config_keys import TRAINING_OPTIONAL, TRAINING_REQUIRED
+from qst_tune.training.config_keys import TRAINING_KEYS
 from qst_tune.training.model_setup import build_on_meta
 from qst_tune.training.preference import build_preference_learning
 from qst_tune.training.qst_method import REFUSED, load_qst
 from qst_tune.training.trainer_setup import TrainingData
 from qst_tune.training.training_run import run_training
 
-REQUIRED_KEYS = TRAINING_REQUIRED
-OPTIONAL_KEYS = TRAINING_OPTIONAL
+KEYS = TRAINING_KEYS
 
 
 def build_model(cfg: DictConfig, dtype: torch.dtype) -> QSTDecoder:

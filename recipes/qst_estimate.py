@@ -8,14 +8,11 @@ Examples::
 Neither weights nor tokenizer, data or GPU are needed: the model and the loss of the config run one
 training step on tensors that have shapes but no memory, and every allocation is counted. The same
 is done for PEQA and for torchtune's QLoRA, LoRA and full fine-tuning of the same backbone.
-
-Keys beside those of the training config: ``fit_gib`` (which batch fits?), ``methods`` (a list, or
-[all]), ``lora_rank``, ``attention`` (fused or plain), ``num_processes`` (that share the work; with
-``backbone_sharding=full`` the backbone too).
 """
 
 import warnings
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 from omegaconf import DictConfig
@@ -33,24 +30,32 @@ from qst_tune.modules import QSTDecoder
 from qst_tune.modules.peqa_decoder import PEQADecoder
 from qst_tune.training.cli import run_recipe
 from qst_tune.training.config_check import check_config
-from qst_tune.training.config_keys import TRAINING_OPTIONAL, TRAINING_REQUIRED
+from qst_tune.training.config_keys import Key, pick, setting
 from qst_tune.training.hub_models import fetch_models
 from qst_tune.training.memory import GIB
 from qst_tune.training.output_folder import output_folder
 
-REQUIRED_KEYS = (
-    "model",
-    "tokenizer",
-    "batch_size",
-    "optimizer",
-    "loss",
-    "output_dir",
-    "device",
-    "dtype",
-)
-OPTIONAL_KEYS = ("fit_gib", "methods", "lora_rank", "attention", "num_processes")
-# Of a training config; most are not read, since no weights, data or loggers are needed.
-UNUSED_KEYS = (*TRAINING_REQUIRED, *TRAINING_OPTIONAL)
+KEYS = {
+    "fit_gib": Key(kind=float, above=0, meaning="look for the largest batch within so many GiB"),
+    "methods": Key(
+        kind=list, meaning=f"rows of the table, or [all]; null: [{','.join(DEFAULT_METHODS)}]"
+    ),
+    "lora_rank": Key(
+        kind=int, default=16, least=1, meaning="of LoRA and QLoRA, on all linears of a layer"
+    ),
+    "attention": Key(
+        kind=str,
+        default="fused",
+        choices=get_args(Attention),
+        meaning="plain holds the scores, fused never does",
+    ),
+    "num_processes": Key(
+        kind=int, default=1, least=1, meaning="that share the work, as backbone_sharding has it"
+    ),
+    **pick("model", "tokenizer", "batch_size", "optimizer", "loss", "output_dir"),
+    **pick("device", "dtype", "clip_grad_norm", "enable_activation_checkpointing"),
+    **pick("backbone_sharding", "gradient_accumulation_steps"),
+}
 # Of the batches tried for fit_gib: the time of a trial grows with them (8 s for 7B).
 MAX_TRIAL_TOKENS = 65_536
 
@@ -67,18 +72,19 @@ class QSTEstimateRecipe:
     def __init__(self, cfg: DictConfig) -> None:
         self.cfg = cfg
         self.device = _device_type(str(cfg.device))
-        self.attention = _attention(str(cfg.get("attention", "fused")))
-        self.shape = Shape(_positive_int(cfg, "batch_size"), self._seq_len())
-        self.fit_gib = _fit_gib(cfg)
+        self.attention: Attention = setting(cfg, "attention", KEYS)
+        self.shape = Shape(cfg.batch_size, self._seq_len())
+        self.fit_gib: float | None = cfg.get("fit_gib")
         self.methods = choose_methods(list(cfg.get("methods") or DEFAULT_METHODS))
-        rank = {"lora_rank": _positive_int(cfg, "lora_rank")} if "lora_rank" in cfg else {}
-        self.choices = Choices(cfg, _dtype(str(cfg.dtype)), **rank)
-        processes = _positive_int(cfg, "num_processes") if cfg.get("num_processes") else 1
-        self.spread = Spread.of_config(cfg, processes)
+        self.choices = Choices(
+            cfg, _dtype(str(cfg.dtype)), lora_rank=setting(cfg, "lora_rank", KEYS)
+        )
+        self.spread = Spread.of_config(cfg, setting(cfg, "num_processes", KEYS))
 
     def _seq_len(self) -> int:
-        if self.cfg.tokenizer.get("max_seq_len") is not None:
-            return _positive_int(self.cfg.tokenizer, "max_seq_len")
+        length = self.cfg.tokenizer.get("max_seq_len")
+        if length is not None:
+            return _positive(length, "tokenizer.max_seq_len")
         log.info(
             f"tokenizer.max_seq_len is null, so rows have the length of the data: "
             f"estimating {DEFAULT_SEQ_LEN} tokens a row"
@@ -166,14 +172,6 @@ def _device_type(device: str) -> DeviceType:
     raise UserError(f"device={device} cannot be estimated: use cpu or cuda")
 
 
-def _attention(attention: str) -> Attention:
-    if attention == "fused":
-        return "fused"
-    if attention == "plain":
-        return "plain"
-    raise UserError(f"attention={attention} is unknown: use fused or plain")
-
-
 def _dtype(dtype: str) -> torch.dtype:
     dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
     if dtype not in dtypes:
@@ -181,20 +179,10 @@ def _dtype(dtype: str) -> torch.dtype:
     return dtypes[dtype]
 
 
-def _positive_int(block: DictConfig, key: str) -> int:
-    value = block[key]
+def _positive(value: Any, name: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{key}={value} must be a whole number of at least 1")
+        raise UserError(f"{name}={value} must be a whole number of at least 1")
     return value
-
-
-def _fit_gib(cfg: DictConfig) -> float | None:
-    value = cfg.get("fit_gib")
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-        raise UserError(f"fit_gib={value} must be a number of GiB above 0")
-    return float(value)
 
 
 def main(cfg: DictConfig) -> None:
@@ -203,8 +191,7 @@ def main(cfg: DictConfig) -> None:
     Args:
         cfg (DictConfig): the merged config.
     """
-    known = [*REQUIRED_KEYS, *OPTIONAL_KEYS, *UNUSED_KEYS]
-    check_config(cfg, known=known, required=REQUIRED_KEYS)
+    check_config(cfg, KEYS)
     fetch_models(cfg, "config")
     recipe = QSTEstimateRecipe(cfg)
     # Said once by torch of torchtune's own norms, whose weights are bf16 and inputs fp32.

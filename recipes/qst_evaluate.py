@@ -29,37 +29,37 @@ from qst_tune.generation.caches import without_head
 from qst_tune.modules import LinearCrossEntropyLoss
 from qst_tune.training.batches import BatchLoader
 from qst_tune.training.cli import instantiate, run_recipe
-from qst_tune.training.config_check import check_config, check_numbers
+from qst_tune.training.config_check import check_config
+from qst_tune.training.config_keys import Key, pick, setting
 from qst_tune.training.data import build_dataset
 from qst_tune.training.output_folder import output_folder
 from qst_tune.training.trainer_setup import text_collate
 from qst_tune.training.tuned_model import (
-    MODEL_OPTIONAL,
-    MODEL_REQUIRED,
+    MODEL_KEYS,
     TunedModel,
     load_tuned_model,
 )
 from qst_tune.training.validation import held_out_loss
 
-REQUIRED_KEYS = (*MODEL_REQUIRED, "output_dir")
-OPTIONAL_KEYS = (
-    "text",
-    "window",
-    "max_text_tokens",
-    "questions",
-    "examples",
-    "num_examples",
-    "limit",
-    *MODEL_OPTIONAL,
-)
-NUMBERS: dict[str, tuple[type, int]] = {
-    "batch_size": (int, 1),
-    "batch_size_val": (int, 1),
-    "window": (int, 1),
-    "max_text_tokens": (int, 2),
-    "num_examples": (int, 0),
-    "limit": (int, 1),
+KEYS = {
+    "text": Key(kind=Path, meaning="text file: perplexity and bits a byte"),
+    "window": Key(kind=int, default=1024, least=1, meaning="tokens of text that are run at once"),
+    "max_text_tokens": Key(kind=int, least=2, meaning="of the beginning of text; null: all"),
+    "questions": Key(
+        kind=Path, meaning="jsonl file with question, choices, answer and subject: accuracy"
+    ),
+    "examples": Key(kind=Path, meaning="jsonl file of answered questions to put before each"),
+    "num_examples": Key(
+        kind=int, default=5, least=0, meaning="answered questions of the same subject"
+    ),
+    "limit": Key(kind=int, least=1, meaning="questions, spread evenly over the file; null: all"),
+    **pick("dataset_val", "on_bad_row", "batch_size_val"),
+    **pick("batch_size", required=False),
+    **MODEL_KEYS,
+    **pick("output_dir"),
 }
+# Where the config has no batch_size.
+BATCH_SIZE = 8
 RESULT_FILE = "evaluation.json"
 
 # Measures a model as it is now.
@@ -78,7 +78,7 @@ def measures(cfg: DictConfig, tuned: TunedModel) -> Iterator[Measure]:
     Yields:
         Measure: gives figures by name.
     """
-    batch_size = cfg.get("batch_size_val") or cfg.get("batch_size") or 8
+    batch_size = cfg.get("batch_size_val") or cfg.get("batch_size") or BATCH_SIZE
     if cfg.get("dataset_val"):
         yield _held_out(cfg, tuned, batch_size)
     if cfg.get("text"):
@@ -112,7 +112,7 @@ def _held_out(cfg: DictConfig, tuned: TunedModel, batch_size: int) -> Measure:
 
 def _text(cfg: DictConfig, tuned: TunedModel, batch_size: int) -> Measure:
     tokens, num_bytes = read_text(Path(cfg.text), tuned.tokenizer, cfg.get("max_text_tokens"))
-    window = min(cfg.get("window") or 1024, tuned.model.max_seq_len)
+    window = min(setting(cfg, "window", KEYS), tuned.model.max_seq_len)
 
     def measure() -> dict[str, float]:
         score = score_text(tuned.model, tokens, num_bytes, window=window, batch_size=batch_size)
@@ -124,7 +124,7 @@ def _text(cfg: DictConfig, tuned: TunedModel, batch_size: int) -> Measure:
 def _questions(cfg: DictConfig, tuned: TunedModel, batch_size: int) -> Measure:
     questions = read_questions(Path(cfg.questions))
     examples = read_questions(Path(cfg.examples)) if cfg.get("examples") else []
-    num_examples = cfg.get("num_examples", 5) if examples else 0
+    num_examples = setting(cfg, "num_examples", KEYS) if examples else 0
     foreign = {question.subject for question in questions} - {e.subject for e in examples}
     if num_examples and foreign:
         raise UserError(f"examples={cfg.examples} has none of the subject {min(foreign)!r}")
@@ -176,8 +176,7 @@ def main(cfg: DictConfig) -> None:
     Raises:
         UserError: if there is nothing to measure, or something of it cannot be read.
     """
-    check_config(cfg, known=[*REQUIRED_KEYS, *OPTIONAL_KEYS], required=REQUIRED_KEYS)
-    check_numbers(cfg, NUMBERS)
+    check_config(cfg, KEYS)
     if not any(cfg.get(key) for key in ("dataset_val", "text", "questions")):
         raise UserError("nothing to measure: name a text, questions or a dataset_val")
     with output_folder(Path(cfg.output_dir)) as folder:

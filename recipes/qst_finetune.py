@@ -24,7 +24,7 @@ from qst_tune.estimation.dry_run import describe_run
 from qst_tune.modules import QSTClassifier, QSTDecoder
 from qst_tune.training.classification import build_classification_task
 from qst_tune.training.cli import run_recipe
-from qst_tune.training.config_keys import TRAINING_OPTIONAL, TRAINING_REQUIRED
+from qst_tune.training.config_keys import TRAINING_KEYS
 from qst_tune.training.language_modelling import build_language_modelling
 from qst_tune.training.method import Task
 from qst_tune.training.model_setup import build_on_meta
@@ -32,8 +32,7 @@ from qst_tune.training.qst_method import REFUSED, load_qst
 from qst_tune.training.trainer_setup import TrainingData, build_data
 from qst_tune.training.training_run import run_training
 
-REQUIRED_KEYS = TRAINING_REQUIRED
-OPTIONAL_KEYS = TRAINING_OPTIONAL
+KEYS = TRAINING_KEYS
 
 
 def build_task(

@@ -13,35 +13,27 @@ The config may also be that of the training run, of qst_finetune or of peqa_fine
 import time
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, ListConfig
 from torchtune import training, utils
-from torchtune.data import Message, left_pad_sequence
-from torchtune.generation import generate
-from torchtune.modules.common_utils import local_kv_cache
+from torchtune.data import Message
 
 from qst_tune.errors import UserError
+from qst_tune.generation.batch import answer_batch
 from qst_tune.generation.conversation import prompt_tokens
+from qst_tune.generation.sampling import SAMPLING_KEYS, Sampling
 from qst_tune.training.cli import run_recipe
-from qst_tune.training.config_check import check_config, check_numbers
-from qst_tune.training.tuned_model import MODEL_OPTIONAL, MODEL_REQUIRED, load_tuned_model
+from qst_tune.training.config_check import check_config
+from qst_tune.training.config_keys import Key, setting
+from qst_tune.training.tuned_model import MODEL_KEYS, load_tuned_model
 
-REQUIRED_KEYS = MODEL_REQUIRED
-OPTIONAL_KEYS = (
-    "prompt",
-    "prompts",
-    "system_prompt",
-    "compare_with_base",
-    "max_new_tokens",
-    "temperature",
-    "top_k",
-    *MODEL_OPTIONAL,
-)
-NUMBERS: dict[str, tuple[type, int]] = {
-    "max_new_tokens": (int, 1),
-    "temperature": (float, 0),
-    "top_k": (int, 1),
-    "seed": (int, 0),
+KEYS = {
+    "prompt": Key(kind=str, meaning="what to answer"),
+    "prompts": Key(kind=list, meaning="several prompts, answered in one batch"),
+    "system_prompt": Key(kind=str, meaning="precedes each prompt"),
+    "compare_with_base": Key(kind=bool, default=False, meaning="print the base model's answer too"),
+    "max_new_tokens": Key(kind=int, default=200, least=1, meaning="longest answer"),
+    **SAMPLING_KEYS,
+    **MODEL_KEYS,
 }
 
 log = utils.get_logger("INFO")
@@ -86,55 +78,27 @@ class QSTGenerateRecipe:
             list[list[int]]: for each prompt the ids that were generated, without a stop token.
         """
         encoded = [self._encode(prompt) for prompt in self.prompts]
-        # generate() takes every token equal to pad_id for padding, and in many chat templates the
-        # tokenizer's padding token also ends the turns of a prompt.
-        used = set().union(*encoded)
-        pad_id = next(token for token in range(len(used) + 1) if token not in used)
-        device = self.model.tok_embeddings.weight.device
-        prompts = left_pad_sequence(
-            [torch.tensor(tokens, device=device) for tokens in encoded],
-            batch_first=True,
-            padding_value=pad_id,
-        )
-        output = self._generate(prompts, pad_id=pad_id)
-        return [_until_stop(row, self.tokenizer.stop_tokens) for row in output.tolist()]
-
-    def _encode(self, prompt: str) -> list[int]:
-        message = Message(role="user", content=prompt, masked=True)
-        system_prompt = self.cfg.get("system_prompt")
-        return prompt_tokens(self.tokenizer, [message], system_prompt=system_prompt)
-
-    def _generate(self, prompts: torch.Tensor, *, pad_id: int) -> torch.Tensor:
-        """The generated tokens ``[B, T]``; whatever follows a row's first stop token is no text."""
-        budget = self.cfg.get("max_new_tokens", 200)
-        batch_size, longest = prompts.shape
+        budget = setting(self.cfg, "max_new_tokens", KEYS)
+        longest = max(map(len, encoded))
         if longest + budget > self.model.max_seq_len:
             raise UserError(
                 f"prompt ({longest} tokens) and max_new_tokens={budget} exceed the model's "
                 f"max_seq_len {self.model.max_seq_len}: shorten one of them"
             )
-        dtype = self.model.tok_embeddings.weight.dtype
-        with (
-            prompts.device,
-            local_kv_cache(
-                self.model,
-                batch_size=batch_size,
-                device=prompts.device,
-                dtype=dtype,
-                decoder_max_seq_len=longest + budget,
+        return answer_batch(
+            self.model,
+            encoded,
+            sampling=Sampling(
+                setting(self.cfg, "temperature", KEYS), self.cfg.get("top_k"), self.cfg.get("top_p")
             ),
-        ):
-            output, _ = generate(
-                self.model,
-                prompts,
-                max_generated_tokens=budget,
-                pad_id=pad_id,
-                temperature=self.cfg.get("temperature", 0.0) or 1.0,
-                top_k=self.cfg.get("top_k") if self.cfg.get("temperature") else 1,
-                stop_tokens=self.tokenizer.stop_tokens,
-            )
-        generated: torch.Tensor = output[:, longest:]
-        return generated
+            stop_tokens=self.tokenizer.stop_tokens,
+            max_new_tokens=budget,
+        )
+
+    def _encode(self, prompt: str) -> list[int]:
+        message = Message(role="user", content=prompt, masked=True)
+        system_prompt = self.cfg.get("system_prompt")
+        return prompt_tokens(self.tokenizer, [message], system_prompt=system_prompt)
 
 
 def read_prompts(cfg: DictConfig) -> list[str]:
@@ -161,19 +125,13 @@ def read_prompts(cfg: DictConfig) -> list[str]:
     return prompts
 
 
-def _until_stop(tokens: list[int], stop_tokens: list[int]) -> list[int]:
-    ends = (index for index, token in enumerate(tokens) if token in stop_tokens)
-    return tokens[: next(ends, len(tokens))]
-
-
 def main(cfg: DictConfig) -> None:
     """Run the recipe.
 
     Args:
         cfg (DictConfig): the merged config.
     """
-    check_config(cfg, known=[*REQUIRED_KEYS, *OPTIONAL_KEYS], required=REQUIRED_KEYS)
-    check_numbers(cfg, NUMBERS)
+    check_config(cfg, KEYS)
     QSTGenerateRecipe(cfg).run()
 
 

@@ -55,8 +55,7 @@ def test_config_has_no_mistake_that_its_recipe_knows_of(path: Path, cfg: DictCon
         pytest.skip("for a recipe of torchtune, which checks nothing")
     if "prompt" in cfg:
         cfg.prompt = "given on the command line"
-    known = [*recipe.REQUIRED_KEYS, *recipe.OPTIONAL_KEYS]
-    check_config(cfg, known=known, required=recipe.REQUIRED_KEYS)
+    check_config(cfg, recipe.KEYS)
 
 
 def test_torchtune_validates_config(cfg: DictConfig) -> None:

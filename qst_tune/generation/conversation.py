@@ -6,7 +6,8 @@ from typing import Any
 from torchtune.data import Message
 
 from qst_tune.errors import UserError
-from qst_tune.generation.sequence import CachedSequence, Sampling, continue_sequence
+from qst_tune.generation.sampling import Sampling
+from qst_tune.generation.sequence import CachedSequence, continue_sequence
 
 # What a decoder of bytes writes for a character of which not all bytes are there yet.
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"

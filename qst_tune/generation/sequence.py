@@ -1,13 +1,12 @@
 """One sequence of tokens that a model goes on with, never running a token twice."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torchtune.generation import sample
 
 from qst_tune.generation.caches import GrowingCache, attached, attentions, without_head
+from qst_tune.generation.sampling import Sampling
 
 
 class CachedSequence:
@@ -73,32 +72,6 @@ def _common_length(first: Sequence[int], second: Sequence[int]) -> int:
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen.
-
-    Args:
-        temperature (float): of the softmax; 0 takes the likeliest token.
-        top_k (int | None): choose among so many of the likeliest; None: all.
-    """
-
-    temperature: float = 0.0
-    top_k: int | None = None
-
-    def choose(self, logits: torch.Tensor) -> int:
-        """Choose a token.
-
-        Args:
-            logits (torch.Tensor): ``[V]``.
-
-        Returns:
-            int: its id.
-        """
-        if not self.temperature:
-            return int(logits.argmax())
-        return int(sample(logits[None], temperature=self.temperature, top_k=self.top_k))
-
-
 def continue_sequence(
     sequence: CachedSequence,
     prompt: Sequence[int],
@@ -122,7 +95,7 @@ def continue_sequence(
     tokens = list(prompt)
     longest = sequence.model.max_seq_len
     while len(tokens) <= longest and len(tokens) < len(prompt) + max_new_tokens:
-        token = sampling.choose(sequence.next_logits(tokens))
+        token = int(sampling.choose(sequence.next_logits(tokens)[None]))
         if token in stop_tokens:
             return
         yield token

@@ -15,7 +15,7 @@ from torchtune import config
 from torchtune.config._utils import _merge_yaml_and_cli_args
 
 from qst_tune.errors import USER_ERROR_STATUS, ConfigError, UserError
-from qst_tune.training.config_keys import TRAINING_OPTIONAL, TRAINING_REQUIRED
+from qst_tune.training.config_keys import TRAINING_KEYS
 from qst_tune.training.config_lines import lines_of
 from qst_tune.training.config_variables import variables_in
 
@@ -81,7 +81,7 @@ def parse_config(arguments: list[str]) -> DictConfig:
 def _remove_unused_variables(merged: DictConfig, settings: dict[str, Any]) -> None:
     """Drop what the file names for itself, as in ${cache}/runs, once overrides leave it unused."""
     used_before, used_now = variables_in(OmegaConf.create(settings)), variables_in(merged)
-    for name in used_before - used_now - {*TRAINING_REQUIRED, *TRAINING_OPTIONAL}:
+    for name in used_before - used_now - set(TRAINING_KEYS):
         if isinstance(settings.get(name), str):
             merged.pop(name, None)
 

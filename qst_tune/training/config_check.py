@@ -1,6 +1,6 @@
 """Find the mistakes of a config before anything heavy loads; report all of them at once."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,35 +11,22 @@ from qst_tune.errors import ConfigError, Problem, UserError
 from qst_tune.models.hf.folder import read_settings, weight_files
 from qst_tune.models.hf.hub import is_hub_name
 from qst_tune.training.component_check import component_problems
+from qst_tune.training.config_keys import TRAINING_KEYS, Key, Keys, required_keys
 from qst_tune.training.config_variables import variables_in
 from qst_tune.training.nearest import nearest
 
 
-def check_config(cfg: DictConfig, *, known: Iterable[str], required: Iterable[str]) -> None:
-    """Check keys, components and their arguments.
+def check_config(cfg: DictConfig, keys: Keys) -> None:
+    """Check the keys of a config, their values, its components and their arguments.
 
     Args:
         cfg (DictConfig): the merged config.
-        known (Iterable[str]): every top-level key that the recipe reads.
-        required (Iterable[str]): those it cannot do without.
+        keys (Keys): what the recipe reads; keys of a training config are accepted besides.
 
     Raises:
         UserError: one line for each mistake.
     """
-    raise_problems(config_problems(cfg, known=known, required=required))
-
-
-def check_numbers(cfg: DictConfig, limits: Mapping[str, tuple[type, int]]) -> None:
-    """Check that settings are numbers, and large enough; null is left to :func:`check_config`.
-
-    Args:
-        cfg (DictConfig): the merged config.
-        limits (Mapping[str, tuple[type, int]]): ``int`` or ``float``, and the least value, by key.
-
-    Raises:
-        UserError: one line for each setting that is not.
-    """
-    raise_problems(number_problems(cfg, limits))
+    raise_problems(config_problems(cfg, keys))
 
 
 def raise_problems(problems: list[Problem]) -> None:
@@ -55,20 +42,17 @@ def raise_problems(problems: list[Problem]) -> None:
         raise ConfigError(problems)
 
 
-def config_problems(
-    cfg: DictConfig, *, known: Iterable[str], required: Iterable[str]
-) -> list[Problem]:
-    """Find mistakes of keys, components and their arguments.
+def config_problems(cfg: DictConfig, keys: Keys) -> list[Problem]:
+    """Find mistakes of keys, values, components and their arguments.
 
     Args:
         cfg (DictConfig): the merged config.
-        known (Iterable[str]): every top-level key that the recipe reads.
-        required (Iterable[str]): those it cannot do without.
+        keys (Keys): what the recipe reads; keys of a training config are accepted besides.
 
     Returns:
         list[Problem]: in the order of the config.
     """
-    known = sorted(known)
+    known = sorted({*keys, *TRAINING_KEYS})
     # A key of the user's own is fine where another value refers to it, as in ${cache}/runs.
     variables = variables_in(cfg)
     problems = [
@@ -78,39 +62,80 @@ def config_problems(
     ]
     values: Any = OmegaConf.to_container(cfg, resolve=False)
     problems += [
-        Problem(key, f"key {key!r} is missing") for key in required if values.get(key) is None
+        Problem(key, f"key {key!r} is missing")
+        for key in required_keys(keys)
+        if values.get(key) is None
     ]
     interpolation = _interpolation_problem(cfg)
-    # Without a value behind every reference, arguments cannot be looked at.
-    return [*problems, interpolation] if interpolation else [*problems, *component_problems(cfg)]
+    if interpolation:  # without a value behind every reference, values cannot be looked at
+        return [*problems, interpolation]
+    return [*problems, *component_problems(cfg), *_value_problems(cfg, keys)]
 
 
-def number_problems(cfg: DictConfig, limits: Mapping[str, tuple[type, int]]) -> list[Problem]:
-    """Find settings that are not numbers, or too small.
-
-    Args:
-        cfg (DictConfig): the merged config.
-        limits (Mapping[str, tuple[type, int]]): ``int`` or ``float``, and the least value, by key.
-
-    Returns:
-        list[Problem]: in the order of ``limits``.
-    """
-    problems = []
-    for key, (kind, least) in limits.items():
-        value = cfg.get(key)
-        if value is not None and not _is_number(value, kind, least):
-            noun = "a whole number" if kind is int else "a number"
-            problems.append(Problem(key, f"{key}={value} must be {noun} of at least {least}"))
-    return problems
+def _value_problems(cfg: DictConfig, keys: Keys) -> Iterator[Problem]:
+    """Find values that a key does not take; null is a matter of what is required."""
+    for name, key in keys.items():
+        value = cfg.get(name)
+        if value is not None and not _takes(key, value):
+            yield Problem(name, f"{name}={value} must be {_values_of(key)}")
 
 
-def _is_number(value: Any, kind: type, least: int) -> bool:
-    if isinstance(value, bool) or (kind is int and not isinstance(value, int)):
+def _takes(key: Key, value: Any) -> bool:
+    if key.choices:
+        return value in key.choices and not isinstance(value, bool)
+    if key.kind in (int, float):
+        return _is_number(key, value)
+    if key.kind is bool:
+        return isinstance(value, bool)
+    if key.kind is Path:
+        return isinstance(value, str) and bool(value)
+    return True  # blocks and lists are looked into where they are used
+
+
+def _is_number(key: Key, value: Any) -> bool:
+    if isinstance(value, bool) or (key.kind is int and not isinstance(value, int)):
         return False
     try:
-        return bool(float(value) >= least)
+        number = float(value)
     except (TypeError, ValueError):
         return False
+    bounds = {
+        "least": key.least is None or number >= key.least,
+        "above": key.above is None or number > key.above,
+        "most": key.most is None or number <= key.most,
+        "below": key.below is None or number < key.below,
+    }
+    return number == number and all(bounds.values())
+
+
+def _values_of(key: Key) -> str:
+    """What a key takes, as the end of a sentence."""
+    if key.choices:
+        return one_of(key.choices if key.required else (*key.choices, "null"))
+    if key.kind not in (int, float):
+        return {bool: "True or False", Path: "a path"}[key.kind]
+    bounds = {
+        "of at least": key.least,
+        "above": key.above,
+        "of at most": key.most,
+        "below": key.below,
+    }
+    limits = [f"{words} {bound:g}" for words, bound in bounds.items() if bound is not None]
+    noun = "a whole number" if key.kind is int else "a number"
+    return " ".join([noun, " and ".join(limits)]).strip()
+
+
+def one_of(choices: Iterable[Any]) -> str:
+    """Name choices as a sentence does.
+
+    Args:
+        choices (Iterable[Any]): at least two.
+
+    Returns:
+        str: "a, b or c".
+    """
+    *others, last = map(str, choices)
+    return f"{', '.join(others)} or {last}"
 
 
 def _interpolation_problem(cfg: DictConfig) -> Problem | None:

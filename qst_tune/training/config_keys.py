@@ -1,78 +1,205 @@
-"""The keys of a training config, shared by every training recipe and by what reads its configs."""
+"""The top-level keys of configs: what each means, takes and defaults to, one table for all readers.
 
-TRAINING_REQUIRED = (
-    "model",
-    "tokenizer",
-    "checkpointer",
-    "dataset",
-    "batch_size",
-    "optimizer",
-    "loss",
-    "epochs",
-    "output_dir",
-    "metric_logger",
-    "device",
-    "dtype",
-)
-TRAINING_OPTIONAL = (
-    "seed",
-    "shuffle",
-    "num_workers",
-    "collate_fn",
-    "lr_scheduler",
-    "max_steps_per_epoch",
-    "gradient_accumulation_steps",
-    "clip_grad_norm",
-    "compile",
-    "dataset_val",
-    "batch_size_val",
-    "run_val_every_n_steps",
-    "log_every_n_steps",
-    "log_peak_memory_stats",
-    "enable_activation_checkpointing",
-    "enable_activation_offloading",
-    "profiler",
-    "resume_from_checkpoint",
-    "save_every_n_steps",
-    "keep_last_n_checkpoints",
-    "val_fraction",
-    "early_stopping_patience",
-    "skip_bad_steps",
-    "on_bad_row",
-    "dry_run",
-    "save_adapter_weights_only",
-    "cudnn_deterministic_mode",
-    "low_cpu_ram",
-    "backbone_sharding",
-    "fsdp_cpu_offload",
-    "hidden_state_cache",
-)
-# Kind and least value; null, where a key is optional, is always allowed.
-TRAINING_NUMBERS: dict[str, tuple[type, int]] = {
-    "batch_size": (int, 1),
-    "batch_size_val": (int, 1),
-    "epochs": (int, 1),
-    "max_steps_per_epoch": (int, 1),
-    "gradient_accumulation_steps": (int, 1),
-    "run_val_every_n_steps": (int, 1),
-    "log_every_n_steps": (int, 1),
-    "num_workers": (int, 0),
-    "save_every_n_steps": (int, 1),
-    "keep_last_n_checkpoints": (int, 1),
-    "early_stopping_patience": (int, 1),
-    "skip_bad_steps": (int, 0),
-    "val_fraction": (float, 0),
-    "seed": (int, 0),
-    "clip_grad_norm": (float, 0),
+``TRAINING_KEYS`` are those of the training recipes, whose configs every recipe accepts; a recipe
+names the keys that it reads in its own ``KEYS``. The checks, ``--help`` and the table in
+docs/training.md are made from them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """One top-level key.
+
+    Args:
+        meaning (str): one line of plain text.
+        kind (type): ``int``, ``float``, ``bool``, ``str``, ``list``, ``Path``, or ``dict`` for a
+            block with a ``_component_``. null is allowed wherever the key is not required.
+        default (Any): without the key; None is null.
+        required (bool): whether a recipe that reads the key can do without.
+        least (float | None): smallest number allowed.
+        above (float | None): numbers must be greater.
+        most (float | None): largest number allowed.
+        below (float | None): numbers must be smaller.
+        choices (tuple[Any, ...]): the only values allowed; empty: any of the kind.
+    """
+
+    meaning: str
+    kind: type
+    default: Any = None
+    required: bool = False
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+    choices: tuple[Any, ...] = ()
+
+
+Keys = Mapping[str, Key]
+
+TRAINING_KEYS: dict[str, Key] = {
+    "model": Key(kind=dict, required=True, meaning="a builder of qst_tune.models"),
+    "tokenizer": Key(kind=dict, required=True, meaning="a tokenizer of torchtune or qst_tune.data"),
+    "checkpointer": Key(
+        kind=dict, required=True, meaning="reads the weights of the frozen backbone"
+    ),
+    "output_dir": Key(kind=Path, required=True, meaning="directory of the run"),
+    "device": Key(kind=str, required=True, meaning="cpu, cuda or cuda:N"),
+    "dtype": Key(
+        kind=str, required=True, meaning="bf16 or fp32: of what is neither quantized nor trainable"
+    ),
+    "dataset": Key(
+        kind=dict, required=True, meaning="the training set: a dataset of torchtune, or a list"
+    ),
+    "batch_size": Key(kind=int, required=True, least=1, meaning="samples of a batch"),
+    "shuffle": Key(kind=bool, default=True, meaning="another order of the samples in each epoch"),
+    "seed": Key(
+        kind=int,
+        least=0,
+        # torchtune seeds each process with seed + rank, and NumPy takes 32 bits.
+        most=2**32 - 2**16,
+        meaning="of everything random; null: a new one, which is logged",
+    ),
+    "num_workers": Key(
+        kind=int, default=0, least=0, meaning="processes that read samples; their order stays"
+    ),
+    "collate_fn": Key(kind=str, meaning="dotted name of torchtune's or your own; null: padding"),
+    "on_bad_row": Key(
+        kind=str,
+        default="error",
+        choices=("error", "skip"),
+        meaning="skip replaces a sample that cannot be used by the next good one, with a warning",
+    ),
+    "epochs": Key(kind=int, required=True, least=1, meaning="passes over the training set"),
+    "max_steps_per_epoch": Key(kind=int, least=1, meaning="ends each epoch early; null: whole"),
+    "gradient_accumulation_steps": Key(
+        kind=int, default=1, least=1, meaning="batches of an optimizer step"
+    ),
+    "optimizer": Key(kind=dict, required=True, meaning="one of torch.optim or torchao.optim"),
+    "lr_scheduler": Key(
+        kind=dict, meaning="one of torchtune.training.lr_schedulers; null: constant optimizer.lr"
+    ),
+    "loss": Key(
+        kind=dict, required=True, meaning="qst_tune.modules.LinearCrossEntropyLoss or torchtune's"
+    ),
+    "clip_grad_norm": Key(
+        kind=float, least=0, meaning="largest norm of all gradients together; null: no clipping"
+    ),
+    "skip_bad_steps": Key(
+        kind=int,
+        default=0,
+        least=0,
+        meaning="skip at most this many steps with a loss or gradient that is not finite",
+    ),
+    "enable_activation_checkpointing": Key(
+        kind=bool,
+        default=False,
+        meaning="recompute in backward: the side network (QST), each layer (PEQA)",
+    ),
+    "enable_activation_offloading": Key(
+        kind=bool, default=False, meaning="accepted when False: no method here needs it"
+    ),
+    "compile": Key(kind=bool, default=False, meaning="torch.compile the layers"),
+    "hidden_state_cache": Key(
+        kind=Path,
+        meaning="QST: directory for the backbone's hidden states, which later epochs then read",
+    ),
+    "backbone_sharding": Key(
+        kind=str,
+        choices=("full", "node"),
+        meaning="processes share one backbone: all of them, or those of a node",
+    ),
+    "fsdp_cpu_offload": Key(
+        kind=bool, default=False, meaning="keep the shards of the backbone in CPU memory"
+    ),
+    "dataset_val": Key(kind=dict, meaning="the validation set; or use val_fraction"),
+    "val_fraction": Key(
+        kind=float, above=0, below=1, meaning="share of dataset to validate on, chosen by seed"
+    ),
+    "batch_size_val": Key(kind=int, least=1, meaning="of validation; null: batch_size"),
+    "run_val_every_n_steps": Key(
+        kind=int, least=1, meaning="validate also between the start and the end of an epoch"
+    ),
+    "early_stopping_patience": Key(
+        kind=int, least=1, meaning="stop after this many validations in a row without a best one"
+    ),
+    "resume_from_checkpoint": Key(
+        kind=bool, default=False, meaning="resume from the newest good checkpoint in output_dir"
+    ),
+    "save_every_n_steps": Key(
+        kind=int, least=1, meaning="checkpoints in addition to that of each epoch's end"
+    ),
+    "keep_last_n_checkpoints": Key(
+        kind=int, default=2, least=1, meaning="and the best one in any case; null: all"
+    ),
+    "dry_run": Key(
+        kind=bool,
+        default=False,
+        meaning="check everything, report steps and peak memory, write nothing",
+    ),
+    "metric_logger": Key(
+        kind=dict, required=True, meaning="one of torchtune.training.metric_logging"
+    ),
+    "log_every_n_steps": Key(kind=int, default=1, least=1, meaning="steps of a log entry"),
+    "log_peak_memory_stats": Key(kind=bool, default=False, meaning="peak memory in each log entry"),
+    "profiler": Key(kind=dict, meaning="torchtune.training.setup_torch_profiler"),
+    "cudnn_deterministic_mode": Key(
+        kind=str,
+        # What torch.set_deterministic_debug_mode takes.
+        choices=(0, 1, 2, "default", "warn", "error"),
+        meaning="torch's deterministic debug mode: 2 refuses kernels that vary from run to run",
+    ),
+    "save_adapter_weights_only": Key(
+        kind=bool, meaning="accepted, no effect: only trained weights are ever saved"
+    ),
+    "low_cpu_ram": Key(
+        kind=bool, meaning="accepted, no effect: weights are quantized one by one as they are read"
+    ),
 }
 
-TRAINING_SWITCHES = (
-    "shuffle",
-    "compile",
-    "log_peak_memory_stats",
-    "enable_activation_checkpointing",
-    "enable_activation_offloading",
-    "resume_from_checkpoint",
-    "dry_run",
-    "fsdp_cpu_offload",
-)
+
+def required_keys(keys: Keys) -> tuple[str, ...]:
+    """List the keys that a recipe cannot do without.
+
+    Args:
+        keys (Keys): of the recipe.
+
+    Returns:
+        tuple[str, ...]: in the order of the table.
+    """
+    return tuple(name for name, key in keys.items() if key.required)
+
+
+def pick(*names: str, required: bool | None = None) -> dict[str, Key]:
+    """Take keys of a training config over into a recipe that reads only some of them.
+
+    Args:
+        *names (str): of ``TRAINING_KEYS``.
+        required (bool | None): what the recipe needs; None: as for training.
+
+    Returns:
+        dict[str, Key]: by name.
+    """
+    keys = {name: TRAINING_KEYS[name] for name in names}
+    if required is None:
+        return keys
+    return {name: replace(key, required=required) for name, key in keys.items()}
+
+
+def setting(cfg: Mapping[Any, Any], name: str, keys: Keys) -> Any:
+    """Read a key; where it is absent or null, its default counts.
+
+    Args:
+        cfg (Mapping[Any, Any]): the merged config.
+        name (str): of the key.
+        keys (Keys): has the default.
+
+    Returns:
+        Any: the value.
+    """
+    value = cfg.get(name)
+    return keys[name].default if value is None else value

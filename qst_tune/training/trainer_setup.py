@@ -15,6 +15,7 @@ from qst_tune.training.batches import BatchLoader, Collate
 from qst_tune.training.checkpoint_store import CheckpointStore
 from qst_tune.training.checkpointing import Checkpointing
 from qst_tune.training.cli import instantiate
+from qst_tune.training.config_keys import TRAINING_KEYS
 from qst_tune.training.data import DEFAULT_COLLATE, build_collate, build_dataset
 from qst_tune.training.distributed import rank_and_world_size
 from qst_tune.training.method import Method, Task
@@ -31,7 +32,6 @@ from qst_tune.training.saved_run import (
 )
 from qst_tune.training.trainer import Schedule, Trainer
 
-DEFAULT_KEEP = 2
 NO_PROFILER = {"_component_": "torchtune.training.setup_torch_profiler", "enabled": False}
 
 log = utils.get_logger("INFO")
@@ -257,7 +257,8 @@ def _checkpointing(
     store = CheckpointStore(Path(cfg.output_dir) / CHECKPOINTS_FOLDER)
     if rank_and_world_size()[0] == 0:
         _make_way(store, saved)
-    keep = cfg.get("keep_last_n_checkpoints", DEFAULT_KEEP)
+    name = "keep_last_n_checkpoints"
+    keep = cfg.get(name, TRAINING_KEYS[name].default)  # null keeps all
     return Checkpointing(
         store=store,
         header={

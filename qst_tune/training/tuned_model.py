@@ -16,7 +16,7 @@ from qst_tune.modules.qst_classifier import QSTClassifier
 from qst_tune.modules.qst_decoder import QSTDecoder
 from qst_tune.training.cli import instantiate
 from qst_tune.training.config_check import check_checkpoint_dir
-from qst_tune.training.config_keys import TRAINING_OPTIONAL, TRAINING_REQUIRED
+from qst_tune.training.config_keys import Key, pick
 from qst_tune.training.hub_models import fetch_models
 from qst_tune.training.model_setup import (
     build_any_on_meta,
@@ -28,10 +28,19 @@ from qst_tune.training.scales_checkpoint import load_scales
 from qst_tune.training.side_checkpoint import load_side_network
 from qst_tune.training.tuned_folder import BackboneId
 
-# What a recipe that uses a tuned model needs of its config, and what it knows beside its own keys:
-# the config of the training run will do.
-MODEL_REQUIRED = ("model", "tokenizer", "checkpointer", "device", "dtype")
-MODEL_OPTIONAL = ("side_network", "scales", *TRAINING_REQUIRED, *TRAINING_OPTIONAL)
+# What a recipe that uses a tuned model reads of its config; that of the training run has it all.
+MODEL_KEYS = {
+    **pick("model", "tokenizer", "checkpointer", "device", "dtype"),
+    "side_network": Key(
+        kind=Path,
+        meaning="of a QST run, <output_dir>/side_network without the key; null: the base model",
+    ),
+    "scales": Key(
+        kind=Path,
+        meaning="of a PEQA run, <output_dir>/scales without the key; null: the base model",
+    ),
+    **pick("output_dir", required=False),
+}
 
 # Key of the config, which is also the folder's name in a run's output_dir.
 _KEYS: dict[type, str] = {QSTDecoder: "side_network", PEQADecoder: "scales"}
@@ -81,7 +90,7 @@ def load_tuned_model(cfg: DictConfig) -> TunedModel:
     """Load a model with its side network or its scales.
 
     Args:
-        cfg (DictConfig): with the keys of :data:`MODEL_REQUIRED`. ``side_network`` (QST) or
+        cfg (DictConfig): with the keys of :data:`MODEL_KEYS`. ``side_network`` (QST) or
             ``scales`` (PEQA) names the folder of what was tuned; null is the base model, and
             without the key it is where training writes it, in ``output_dir``.
 

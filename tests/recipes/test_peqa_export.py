@@ -70,7 +70,7 @@ def test_the_gptq_folder_says_what_it_is(config: Config, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["format=awq"], "format=awq is unknown: use dense, gptq, gptq_v2"),
+        (["format=awq"], "format=awq must be dense, gptq, gptq_v2 or null"),
         (["scales=absent"], r"absent is not a set of PEQA scales: it has no peqa_config\.json"),
         (["model.bits=4"], "was trained on another backbone .* 'int3, per channel, rtn' there"),
         (["formt=gptq"], "unknown key 'formt'; did you mean 'format'"),

@@ -187,6 +187,8 @@ def test_side_network_of_another_backbone_is_refused(
         (["max_new_tokens=120"], "exceed the model's max_seq_len 128: shorten one"),
         (["max_new_tokens=0"], "max_new_tokens=0 must be a whole number of at least 1"),
         (["temperature=-1"], "temperature=-1 must be a number of at least 0"),
+        (["top_p=0"], "top_p=0 must be a number above 0 and of at most 1"),
+        (["top_p=1.5"], "top_p=1.5 must be a number above 0 and of at most 1"),
         (["temprature=1"], "did you mean 'temperature'?"),
     ],
 )

@@ -14,6 +14,7 @@ from qst_tune.recipes import qst_finetune
 from safetensors.torch import load_file, save_file
 
 from qst_tune.training.cli import run_recipe
+from qst_tune.training.config_keys import required_keys
 from tests.checkpoints import (
     Config,
     colour_rows,
@@ -191,11 +192,11 @@ MISTAKES = [
         "learning rate in words", ["optimizer.lr=fast"], ["optimizer.lr=fast must be a number"]
     ),
     # What does not go together.
-    Mistake("unknown policy", ["on_bad_row=ignore"], ["on_bad_row=ignore", "error or skip"]),
+    Mistake("unknown policy", ["on_bad_row=ignore"], ["must be error, skip or null"]),
     Mistake(
         "unknown sharding",
         ["backbone_sharding=half"],
-        ["backbone_sharding=half must be null", "full or node"],
+        ["backbone_sharding=half must be full, node or null"],
     ),
     Mistake(
         "compiled and sharded",
@@ -207,7 +208,7 @@ MISTAKES = [
         ["backbone_sharding=full", "hidden_state_cache=states"],
         ["hidden_state_cache=states does not go with backbone_sharding=full", "one to null"],
     ),
-    Mistake("cache of a number", ["hidden_state_cache=3"], ["cache=3 must be a folder, or null"]),
+    Mistake("cache of a number", ["hidden_state_cache=3"], ["hidden_state_cache=3 must be a path"]),
     Mistake(
         "cache below a file",
         ["hidden_state_cache={root}/val.jsonl/x"],
@@ -222,12 +223,12 @@ MISTAKES = [
     Mistake(
         "everything held out",
         ["dataset_val=null", "val_fraction=1"],
-        ["val_fraction=1 must be above 0 and below 1"],
+        ["val_fraction=1 must be a number above 0 and below 1"],
     ),
     Mistake(
         "nothing held out",
         ["dataset_val=null", "val_fraction=0"],
-        ["val_fraction=0 must be above 0 and below 1"],
+        ["val_fraction=0 must be a number above 0 and below 1"],
     ),
     Mistake(
         "more held out than a step leaves",
@@ -246,8 +247,8 @@ MISTAKES = [
     ),
     Mistake("profiler of nothing", ["profiler.enabled=True"], ["profiler: _component_ is missing"]),
     Mistake("profiler that is a name", ["profiler=on"], ["profiler=True must be a block"]),
-    Mistake("mode of nothing", ["cudnn_deterministic_mode=3"], ["mode=3 must be null or 0, 1, 2"]),
-    Mistake("mode in words", ["cudnn_deterministic_mode=foo"], ["mode=foo must be null or 0"]),
+    Mistake("mode of nothing", ["cudnn_deterministic_mode=3"], ["mode=3 must be 0, 1, 2, "]),
+    Mistake("mode in words", ["cudnn_deterministic_mode=foo"], ["foo must be 0, 1, 2"]),
     Mistake("stream of rows", ["dataset.streaming=True"], ["dataset: streaming=True", "False"]),
     Mistake("collate of a number", ["collate_fn=3"], ["collate_fn=3 must be the dotted name"]),
     Mistake(
@@ -556,7 +557,7 @@ def test_empty_file_lacks_every_required_key(
     (root / "config.yaml").write_text("")
     assert run(root, Mistake("", [], []), monkeypatch) == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-    required = qst_finetune.REQUIRED_KEYS
+    required = required_keys(qst_finetune.KEYS)
     assert lines == [f"error: config: key {key!r} is missing" for key in required]
 
 

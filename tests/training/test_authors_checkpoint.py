@@ -11,7 +11,8 @@ from torchtune.models import convert_weights
 from torchtune.models.llama2 import llama2
 
 from qst_tune.errors import UserError
-from qst_tune.generation.sequence import CachedSequence, Sampling, continue_sequence
+from qst_tune.generation.sampling import Sampling
+from qst_tune.generation.sequence import CachedSequence, continue_sequence
 from qst_tune.models import opt_tune_to_hf, qst_decoder
 from qst_tune.modules import QSTClassifier
 from qst_tune.training.authors_checkpoint import (

@@ -9,17 +9,17 @@ from qst_tune.errors import UserError
 from qst_tune.training.config_check import (
     check_checkpoint_dir,
     check_config,
-    check_numbers,
 )
+from qst_tune.training.config_keys import Key
 from qst_tune.training.nearest import nearest
 
-KNOWN, REQUIRED = ["model", "batch_size", "dataset", "output_dir"], ["model"]
+KEYS = {"model": Key(kind=dict, meaning="", required=True)}
 MODEL = {"_component_": "torch.nn.Linear", "in_features": 1, "out_features": 1}
 
 
 def problems(config) -> list[str]:
     try:
-        check_config(OmegaConf.create(config), known=KNOWN, required=REQUIRED)
+        check_config(OmegaConf.create(config), KEYS)
     except UserError as error:
         return str(error).splitlines()
     return []
@@ -81,26 +81,54 @@ def test_component_that_is_none(component: str, message: str) -> None:
     ]
 
 
-@pytest.mark.parametrize("value", [1, 2, None])
-def test_whole_number_passes(value) -> None:
-    check_numbers(OmegaConf.create({"epochs": value}), {"epochs": (int, 1)})
+def problem_of(key: Key, value: object) -> str | None:
+    try:
+        check_config(OmegaConf.create({"key": value}), {"key": key})
+    except UserError as error:
+        return str(error).removeprefix(f"config: key={value} must be ")
+    return None
 
 
-@pytest.mark.parametrize("value", [0, -1, 1.5, "two", "1", True, [1], {"a": 1}])
-def test_anything_else_is_told(value) -> None:
-    with pytest.raises(UserError, match=r"config: epochs=.* must be a whole number of at least 1"):
-        check_numbers(OmegaConf.create({"epochs": value}), {"epochs": (int, 1)})
+COUNT = Key(kind=int, least=1, meaning="")
+SIZE = Key(kind=float, least=0, meaning="")
+SHARE = Key(kind=float, above=0, most=1, meaning="")
+PART = Key(kind=float, above=0, below=1, meaning="")
+SWITCH = Key(kind=bool, meaning="")
+MODE = Key(kind=str, choices=(0, "warn"), meaning="")
+PLACE = Key(kind=Path, meaning="")
 
 
-@pytest.mark.parametrize("value", [0, 0.5, float("inf"), "inf", "1e-3", None])
-def test_number_passes(value) -> None:
-    check_numbers(OmegaConf.create({"clip": value}), {"clip": (float, 0)})
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [
+        (COUNT, [1, 2, None]),
+        (SIZE, [0, 0.5, float("inf"), "inf", "1e-3", None]),
+        (SHARE, [1e-9, 1, None]),
+        (PART, [0.5, None]),
+        (SWITCH, [True, False, None]),
+        (MODE, [0, "warn", None]),
+        (PLACE, ["a", "/b c", None]),
+    ],
+)
+def test_values_that_a_key_takes_pass(key: Key, values: list[object]) -> None:
+    assert [problem_of(key, value) for value in values] == [None] * len(values)
 
 
-@pytest.mark.parametrize("value", [-0.1, "x", float("nan"), True, [1.0]])
-def test_what_is_no_number_is_told(value) -> None:
-    with pytest.raises(UserError, match=r"config: clip=.* must be a number of at least 0"):
-        check_numbers(OmegaConf.create({"clip": value}), {"clip": (float, 0)})
+@pytest.mark.parametrize(
+    ("key", "values", "rule"),
+    [
+        (COUNT, [0, -1, 1.5, "two", "1", True, [1], {"a": 1}], "a whole number of at least 1"),
+        (SIZE, [-0.1, "x", float("nan"), True, [1.0]], "a number of at least 0"),
+        (SHARE, [0, 1.1, -1], "a number above 0 and of at most 1"),
+        (PART, [0, 1, float("nan")], "a number above 0 and below 1"),
+        (Key(kind=float, meaning=""), ["x"], "a number"),
+        (SWITCH, [1, "True", "yes"], "True or False"),
+        (MODE, [1, False, "error"], "0, warn or null"),
+        (PLACE, [3, "", True, ["a"]], "a path"),
+    ],
+)
+def test_other_values_are_refused_with_the_rule(key: Key, values: list[object], rule: str) -> None:
+    assert [problem_of(key, value) for value in values] == [rule] * len(values)
 
 
 def test_nearest_name() -> None:

@@ -1,0 +1,86 @@
+"""Answers to several prompts at once, padded on the left, each the answer it gets alone."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from qst_tune.generation.caches import GrowingCache, attached, attentions, without_head
+from qst_tune.generation.sampling import Sampling
+
+
+def answer_batch(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    sampling: Sampling,
+    stop_tokens: Sequence[int],
+    max_new_tokens: int,
+) -> list[list[int]]:
+    """Generate an answer for each prompt.
+
+    Args:
+        model (Any): a ``QSTDecoder`` or ``PEQADecoder`` in evaluation mode, with positions for the
+            longest prompt and ``max_new_tokens``.
+        prompts (Sequence[Sequence[int]]): token ids, at least one each.
+        sampling (Sampling): how to choose.
+        stop_tokens (Sequence[int]): the first of them ends an answer and is not part of it.
+        max_new_tokens (int): length of the longest answer.
+
+    Returns:
+        list[list[int]]: the generated ids of each prompt.
+    """
+    answers: list[list[int]] = [[] for _ in prompts]
+    running = set(range(len(prompts)))
+    # Rows whose answer is complete run on, unread, until the last one's is.
+    for tokens in _choices(model, prompts, sampling, max_new_tokens):
+        running -= {row for row in running if tokens[row] in stop_tokens}
+        for row in running:
+            answers[row].append(tokens[row])
+        if not running:
+            break
+    return answers
+
+
+@torch.no_grad()
+def _choices(
+    model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, count: int
+) -> Iterator[list[int]]:
+    """Choose the next token of every row, ``count`` times."""
+    device = model.tok_embeddings.weight.device
+    tokens_BT, is_real_BT = _left_padded(prompts, device)
+    caches = [GrowingCache() for _ in attentions(model)]
+    new_BN = tokens_BT
+    for _ in range(count):
+        next_B = sampling.choose(_last_logits(model, caches, new_BN, is_real_BT))
+        yield next_B.tolist()
+        new_BN = next_B[:, None]
+        is_real_BT = torch.cat([is_real_BT, torch.ones_like(new_BN, dtype=torch.bool)], dim=1)
+
+
+def _left_padded(
+    prompts: Sequence[Sequence[int]], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids ``[B, T]``, and which of them are not padding."""
+    longest = max(map(len, prompts))
+    padding = [longest - len(prompt) for prompt in prompts]
+    ids = [[0] * n + list(prompt) for n, prompt in zip(padding, prompts, strict=True)]
+    start_B1 = torch.tensor(padding, device=device)[:, None]
+    return torch.tensor(ids, device=device), torch.arange(longest, device=device) >= start_B1
+
+
+def _last_logits(
+    model: Any, caches: Sequence[Any], new_BN: torch.Tensor, is_real_BT: torch.Tensor
+) -> torch.Tensor:
+    """Run the new tokens ``[B, N]``, the last N of T, and return the last one's logits, fp32."""
+    everywhere_T = torch.arange(is_real_BT.shape[1], device=new_BN.device)
+    here_N = everywhere_T[-new_BN.shape[1] :]
+    is_before_NT = here_N[:, None] >= everywhere_T
+    # Padding sees itself: a softmax over nothing would be NaN.
+    is_itself_NT = here_N[:, None] == everywhere_T
+    mask_BNT = is_before_NT & (is_real_BT[:, None] | is_itself_NT)
+    positions_BT = (is_real_BT.cumsum(-1) - 1).clamp(min=0)
+    with attached(model, caches), without_head(model):
+        head_input_BND = model(new_BN, mask=mask_BNT, input_pos=positions_BT[:, here_N])
+    logits_BV: torch.Tensor = model.output(head_input_BND[:, -1]).float()
+    return logits_BV

@@ -1,0 +1,79 @@
+"""How the next token is chosen: greedily, or drawn after temperature, top-k and top-p."""
+
+from dataclasses import dataclass
+
+import torch
+from torchtune.generation import sample
+
+from qst_tune.training.config_keys import Key, pick
+
+SAMPLING_KEYS = {
+    "temperature": Key(
+        kind=float, default=0.0, least=0, meaning="of the softmax; 0 takes the likeliest token"
+    ),
+    "top_k": Key(kind=int, least=1, meaning="draw among the k likeliest tokens; null: all"),
+    "top_p": Key(
+        kind=float,
+        above=0,
+        most=1,
+        meaning="draw among the likeliest tokens that together have this probability; null: all",
+    ),
+    **pick("seed"),
+}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    The filters apply in the order of transformers: temperature, then top-k, then top-p.
+
+    Args:
+        temperature (float): of the softmax; 0 takes the likeliest token.
+        top_k (int | None): draw among this many of the likeliest; None: all.
+        top_p (float | None): draw among the fewest of the likeliest tokens whose probabilities add
+            up to at least this; None: all. Source: Holtzman et al. 2020,
+            https://arxiv.org/abs/1904.09751, section 3.1.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def choose(self, logits_BV: torch.Tensor) -> torch.Tensor:
+        """Choose a token for each sequence.
+
+        Args:
+            logits_BV (torch.Tensor): ``[B, V]``.
+
+        Returns:
+            torch.Tensor: ids, ``[B]``.
+        """
+        if not self.temperature:
+            return logits_BV.argmax(-1)
+        drawn_B1: torch.Tensor = sample(self.filtered(logits_BV))
+        return drawn_B1[:, 0].long()
+
+    def filtered(self, logits_BV: torch.Tensor) -> torch.Tensor:
+        """Scale logits, and set those of tokens that cannot be drawn to minus infinity.
+
+        Args:
+            logits_BV (torch.Tensor): ``[B, V]``.
+
+        Returns:
+            torch.Tensor: ``[B, V]``.
+        """
+        logits_BV = logits_BV / self.temperature
+        if self.top_k is not None and self.top_k < logits_BV.shape[-1]:
+            least_B1 = logits_BV.topk(self.top_k).values[:, -1:]
+            logits_BV = logits_BV.masked_fill(logits_BV < least_B1, -torch.inf)
+        if self.top_p is not None and self.top_p < 1:
+            logits_BV = logits_BV.masked_fill(_beyond(logits_BV, self.top_p), -torch.inf)
+        return logits_BV
+
+
+def _beyond(logits_BV: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Whether the tokens that are likelier than each already have the probability ``top_p``."""
+    probabilities_BV, order_BV = logits_BV.softmax(-1).sort(descending=True, stable=True)
+    before_BV = probabilities_BV.cumsum(-1) - probabilities_BV
+    return torch.zeros_like(order_BV, dtype=torch.bool).scatter(-1, order_BV, before_BV >= top_p)
