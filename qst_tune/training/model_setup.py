@@ -19,7 +19,7 @@ from qst_tune.training.backbone_cache import backbone_cache
 from qst_tune.training.backbone_loading import fingerprint_backbone, load_backbone
 from qst_tune.training.cli import instantiate
 from qst_tune.training.config_check import check_checkpoint_dir
-from qst_tune.training.config_keys import TRAINING_OPTIONAL, TRAINING_REQUIRED
+from qst_tune.training.config_keys import TRAINING_KEYS
 from qst_tune.training.config_variables import variables_in
 from qst_tune.training.distributed import rank_and_world_size
 from qst_tune.training.hub_models import with_hub_names
@@ -225,7 +225,7 @@ def provenance_of(cfg: DictConfig, backbone: BackboneId) -> Provenance:
         Provenance: without results.
     """
     plain = with_hub_names(OmegaConf.to_container(cfg, resolve=True))
-    for name in variables_in(cfg) - {*TRAINING_REQUIRED, *TRAINING_OPTIONAL}:
+    for name in variables_in(cfg) - set(TRAINING_KEYS):
         plain.pop(name, None)  # nothing refers to it any more: it would be an unknown key
     return Provenance(
         backbone,
