@@ -1,4 +1,4 @@
-"""``python -m qst_tune.sharing``: inspect, verify or share what a run left.
+"""``python -m qst_tune.sharing``: inspect, verify, share or push what a run left.
 
 Examples::
 
@@ -6,6 +6,7 @@ Examples::
     python -m qst_tune.sharing verify runs/135M_qst/side_network SmolLM2-135M-Instruct
     python -m qst_tune.sharing share runs/135M_qst/side_network new_folder \
         --name me/pythonic --base-model HuggingFaceTB/SmolLM2-135M-Instruct --license apache-2.0
+    python -m qst_tune.sharing push new_folder me/pythonic --private
 """
 
 import argparse
@@ -14,8 +15,9 @@ from pathlib import Path
 
 from qst_tune.errors import USER_ERROR_STATUS, UserError
 from qst_tune.models.hf.hub import local_model
-from qst_tune.sharing.hub_folder import Publication, make_hub_folder
+from qst_tune.sharing.hub_folder import Publication, base_model_of, make_hub_folder
 from qst_tune.sharing.inspection import inspect_folder, verify_folder
+from qst_tune.sharing.push import push_folder
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -38,9 +40,15 @@ def _answer(asked: argparse.Namespace) -> str:
     if asked.command == "verify":
         backbone = verify_folder(asked.folder, local_model(asked.backbone))
         return f"{asked.folder} belongs to {backbone.name} ({backbone.quantization}) and is whole"
-    publication = Publication(asked.name, asked.base_model, asked.license, asked.data)
+    if asked.command == "push":
+        return push_folder(asked.folder, asked.name, private=asked.private)
+    base_model = asked.base_model or base_model_of(asked.folder)
+    publication = Publication(asked.name, base_model, asked.license, asked.data)
     make_hub_folder(asked.folder, asked.target, publication)
-    return f"{asked.target} is ready: read its README.md before you share it"
+    return (
+        f"{asked.target} is ready: read its README.md, then\n"
+        f"python -m qst_tune.sharing push {asked.target} {asked.name}"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,14 +57,17 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="provenance, sizes, gates")
     verify = commands.add_parser("verify", help="does it belong to this backbone?")
     share = commands.add_parser("share", help="make a folder for a model hub")
-    for command in (inspect, verify, share):
+    push = commands.add_parser("push", help="upload it to the Hugging Face Hub")
+    for command in (inspect, verify, share, push):
         command.add_argument("folder", type=Path, help="of a side network (or of scales)")
     verify.add_argument("backbone", help="directory of the backbone, or its name on the hub")
     share.add_argument("target", type=Path, help="a new folder")
     share.add_argument("--name", required=True, help="under which others will load it")
-    share.add_argument("--base-model", required=True, help="the backbone's name on the hub")
+    share.add_argument("--base-model", help="hub name of the backbone, unless the run used it")
     share.add_argument("--license", help="of the side network, such as apache-2.0")
     share.add_argument("--data", help="what it was trained on")
+    push.add_argument("name", help="org/name of the repository, made if it is not there")
+    push.add_argument("--private", action="store_true", help="make a new repository private")
     return parser
 
 

@@ -35,6 +35,27 @@ class Publication:
     data: str | None = None
 
 
+def base_model_of(folder: Path) -> str:
+    """Return the hub name by which the run had its backbone.
+
+    Args:
+        folder (Path): of the side network.
+
+    Returns:
+        str: ``org/name``.
+
+    Raises:
+        UserError: if it had it from a local directory.
+    """
+    backbone = read_description(folder, SIDE_NETWORK)["backbone"]
+    if not backbone.get("revision"):
+        raise UserError(
+            f"the run had {backbone['name']} from a local directory: name the model on the hub "
+            "with --base-model org/name"
+        )
+    return str(backbone["name"])
+
+
 def make_hub_folder(folder: Path, target: Path, publication: Publication) -> None:
     """Copy a side network with what others need to use it.
 
@@ -50,23 +71,31 @@ def make_hub_folder(folder: Path, target: Path, publication: Publication) -> Non
     if target.exists():
         raise UserError(f"{target} exists already: name a new folder")
     description = read_description(folder, SIDE_NETWORK)
+    public = _public_name(description["backbone"], publication.base_model)
     if "num_labels" in description["model"]:
         raise UserError(f"{folder} is a classifier, which transformers cannot load")
     read_tensors(folder, SIDE_NETWORK)  # whole?
-    cfg = _portable(folder / "recipe_config.yaml", publication)
-    portable = _without_paths(description, _renamed(description["model"], publication))
+    cfg = _portable(folder / "recipe_config.yaml", public)
+    home = str(description["model"].get("checkpoint_dir", ""))
+    portable = _without_paths(description, home, public)
     card = model_card(description, cfg, publication, summary=_summary(folder))
     files = {
         SIDE_NETWORK.weights_file: (folder / SIDE_NETWORK.weights_file).read_bytes(),
         SIDE_NETWORK.config_file: (json.dumps(portable, indent=2) + "\n").encode(),
         "recipe_config.yaml": OmegaConf.to_yaml(cfg).encode(),
-        "config.json": transformers_config(publication.base_model),
+        "config.json": transformers_config(public),
         "README.md": card.encode(),
     }
     write_folder(target, files)
 
 
-def _portable(path: Path, publication: Publication) -> DictConfig:
+def _public_name(backbone: dict[str, Any], base_model: str) -> str:
+    """With the commit, if the run had the model from the hub."""
+    is_from_there = backbone["name"] == base_model and backbone.get("revision")
+    return f"{base_model}@{backbone['revision']}" if is_from_there else base_model
+
+
+def _portable(path: Path, public: str) -> DictConfig:
     """The run's config with the names of files and folders in place of this machine's paths."""
     try:
         cfg = OmegaConf.load(path)
@@ -74,24 +103,32 @@ def _portable(path: Path, publication: Publication) -> DictConfig:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} cannot be read: {reason}") from error
     plain: Any = OmegaConf.to_container(cfg)
-    renamed = _renamed(plain["checkpointer"], publication)
-    portable: DictConfig = OmegaConf.create(_without_paths(plain, renamed))
+    home = str(plain["checkpointer"].get("checkpoint_dir", ""))
+    portable: DictConfig = OmegaConf.create(_without_paths(plain, home, public))
     return portable
 
 
-def _renamed(block: dict[str, Any], publication: Publication) -> dict[str, str]:
-    """The backbone's folder here, where a block names it, and its public name."""
-    name = publication.base_model.rpartition("/")[2]
-    return {str(block["checkpoint_dir"]): name} if "checkpoint_dir" in block else {}
+def _without_paths(node: Any, home: str, public: str) -> Any:
+    """A copy in which the backbone has its public name, and other absolute paths their last part.
 
+    Args:
+        node (Any): of plain dicts, lists and values.
+        home (str): the backbone's directory here.
+        public (str): its name on the hub.
 
-def _without_paths(node: Any, renamed: dict[str, str]) -> Any:
+    Returns:
+        Any: the copy.
+    """
     if isinstance(node, dict):
-        return {key: _without_paths(value, renamed) for key, value in node.items()}
+        return {key: _without_paths(value, home, public) for key, value in node.items()}
     if isinstance(node, list):
-        return [_without_paths(value, renamed) for value in node]
-    is_path = isinstance(node, str) and Path(node).is_absolute()
-    return renamed.get(node, Path(node).name) if is_path else node
+        return [_without_paths(value, home, public) for value in node]
+    if not isinstance(node, str):
+        return node
+    if home and (node == home or node.startswith(f"{home}/")):
+        return public + node.removeprefix(home)
+    is_path = Path(node).is_absolute() or node.startswith("~")
+    return Path(node).name if is_path else node
 
 
 def _summary(folder: Path) -> dict[str, Any]:
@@ -138,12 +175,15 @@ into that model, and works with no other weights than those of the fingerprint
 {_snippet(publication)}
 ```
 
-With torchtune, on a copy of `recipe_config.yaml` in which `checkpointer.checkpoint_dir` names the
-backbone's folder:
+The package is not on an index yet: `pip install -c constraints.txt .` in a clone of qst_tune
+installs it. With torchtune, in this directory:
 
 ```
-tune run qst_chat --config recipe_config.yaml side_network=<this folder>
+tune run qst_chat --config recipe_config.yaml side_network=.
 ```
+
+`recipe_config.yaml` names the backbone by its hub name; a local directory of that name is used
+instead if there is one.
 
 ## Training
 
@@ -176,7 +216,7 @@ def _front_matter(publication: Publication) -> str:
 
 def _snippet(publication: Publication) -> str:
     return f"""\
-import qst_tune.transformers  # pip install qst_tune
+import qst_tune.transformers
 from transformers import pipeline
 
 chat = pipeline("text-generation", model="{publication.name}")

@@ -1,18 +1,20 @@
 """The folder for a hub: what is in it, what is not, and that its own snippet runs."""
 
+import io
 import json
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from qst_tune.recipes import qst_chat
 
 from qst_tune.errors import UserError
 from qst_tune.sharing.__main__ import main
 from qst_tune.sharing.hub_folder import Publication, make_hub_folder
+from qst_tune.training.cli import parse_config
 from qst_tune.training.side_checkpoint import SIDE_NETWORK
 from tests.folders import side_network_folder
 
@@ -48,7 +50,8 @@ def test_nothing_in_it_names_a_path_of_this_machine(folder: Path, shared: Path) 
     assert len(texts) == 4
     assert not any(str(folder.parent) in text for text in texts)
     config = OmegaConf.load(shared / "recipe_config.yaml")
-    assert config.checkpointer.checkpoint_dir == "tiny-model"
+    assert config.checkpointer.checkpoint_dir == "some/tiny-model"
+    assert config.tokenizer.path == "some/tiny-model"
     assert config.dataset.data_files == "train.jsonl"
     assert json.loads((shared / "config.json").read_text())["backbone"] == "some/tiny-model"
     name = "side_network.safetensors"
@@ -65,7 +68,7 @@ def test_a_model_that_is_built_from_a_folder_names_the_public_one(
     (here / SIDE_NETWORK.config_file).write_text(json.dumps(described))
     make_hub_folder(here, tmp_path / "hub", Publication("me/side", "some/tiny-model"))
     shared = json.loads((tmp_path / "hub" / SIDE_NETWORK.config_file).read_text())
-    assert shared["model"].pop("checkpoint_dir") == "tiny-model"
+    assert shared["model"].pop("checkpoint_dir") == "some/tiny-model"
     del described["model"]["checkpoint_dir"]
     assert shared == described
 
@@ -85,13 +88,25 @@ def test_the_card_is_written_from_the_run(shared: Path) -> None:
         assert row in card
 
 
-def test_the_snippet_of_the_card_runs_as_it_stands(shared: Path) -> None:
+def test_the_snippet_of_the_card_runs_as_it_stands(
+    shared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", (shared / "README.md").read_text(), re.DOTALL)
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=shared.parent, timeout=300
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip()
+    monkeypatch.chdir(shared.parent)
+    exec(code, {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_command_of_the_card_runs_as_it_stands(
+    shared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = (shared / "README.md").read_text()
+    (command,) = re.findall(r"^tune run qst_chat (.*)$", card, re.MULTILINE)
+    (shared / "some").symlink_to(shared.parent / "some")  # a local directory of the hub's name
+    monkeypatch.chdir(shared)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("what is it\n"))
+    qst_chat.main(parse_config([*command.split(), "max_new_tokens=3"]))
+    assert capsys.readouterr().out.strip()
 
 
 def test_what_cannot_be_shared_is_told(folder: Path, tmp_path: Path) -> None:

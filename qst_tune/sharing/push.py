@@ -1,0 +1,114 @@
+"""Upload a result's directory to the Hugging Face Hub, after a look at what is in it."""
+
+import re
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError
+
+from qst_tune.errors import UserError
+from qst_tune.training.described_model import folder_format
+from qst_tune.training.tuned_folder import TunedFormat, read_description, read_tensors
+
+_LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
+_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+# An absolute path of at least two parts, or one below a home directory; no part of a URL.
+_MACHINE_PATH = re.compile(r"(?<![\w:/.~-])(?:~/|/[\w.-]+/)[\w./-]+|\b[A-Za-z]:\\\\?\w+")
+
+
+def push_folder(folder: Path, name: str, *, private: bool = False) -> str:
+    """Upload a side network or a set of scales; the repository is made if it is not there.
+
+    The token is the one that huggingface_hub finds; nothing of it is kept or shown.
+
+    Args:
+        folder (Path): of the result.
+        name (str): ``org/name`` of the repository.
+        private (bool): make a new repository private; otherwise it is as the account's settings
+            have it, public by default.
+
+    Returns:
+        str: address of the repository.
+
+    Raises:
+        UserError: if the directory is no whole result, has other files or paths of this machine,
+            or the hub cannot be reached or refuses.
+    """
+    if not _NAME.fullmatch(name):
+        raise UserError(f"{name!r} is not of the form org/name")
+    files = _check(folder)
+    token = _token()
+    try:
+        api = HfApi(token=token)
+        address = api.create_repo(name, private=private or None, exist_ok=True)
+        api.upload_folder(
+            repo_id=name,
+            folder_path=folder,
+            allow_patterns=files,
+            commit_message="Upload a result of qst_tune",
+        )
+    # Connection errors are of huggingface_hub's HTTP library, which differs between its versions.
+    except Exception as error:
+        raise UserError(f"{name}: {_reason(error)}") from error
+    return str(address)
+
+
+def _check(folder: Path) -> list[str]:
+    """Names of the files to upload, all of which were looked at."""
+    form = folder_format(folder)
+    description = read_description(folder, form)
+    broken = [
+        name for name, t in read_tensors(folder, form).items() if not bool(t.isfinite().all())
+    ]
+    if broken:
+        raise UserError(f"{folder}: {len(broken)} tensors are not finite, such as {broken[0]}")
+    allowed = _known_files(form)
+    strange = sorted(path.name for path in folder.iterdir() if path.name not in allowed)
+    if strange:
+        raise UserError(
+            f"{folder} has files that are no part of a result, such as {strange[0]}: move them, or "
+            "make a clean copy with `python -m qst_tune.sharing share`"
+        )
+    files = sorted(path.name for path in folder.iterdir())
+    for name in (name for name in files if name != form.weights_file):
+        _check_text(folder / name)
+    if "num_labels" in description["model"]:
+        raise UserError(f"{folder} is a classifier, which transformers cannot load")
+    return files
+
+
+def _known_files(form: TunedFormat) -> set[str]:
+    return {form.weights_file, form.config_file, "recipe_config.yaml", "config.json", "README.md"}
+
+
+def _check_text(path: Path) -> None:
+    found = _MACHINE_PATH.search(path.read_text(encoding="utf-8"))
+    if found:
+        raise UserError(
+            f"{path} has a path of this machine, {found.group()}: make a directory without with "
+            "`python -m qst_tune.sharing share`, and push that"
+        )
+
+
+def _token() -> str:
+    if constants.HF_HUB_OFFLINE:
+        raise UserError("HF_HUB_OFFLINE=1 forbids to upload: unset it")
+    token = huggingface_hub.get_token()
+    if not token:
+        raise UserError(f"there is no token of the Hugging Face Hub: {_LOGIN}")
+    return str(token)
+
+
+def _reason(error: Exception) -> str:
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if status == 401:
+        return f"the Hugging Face Hub does not accept the token: {_LOGIN}"
+    if status == 403:
+        return (
+            "the token may not write there: check the name of the organisation, and that the "
+            "token has write access (hf auth whoami)"
+        )
+    if status is None and not isinstance(error, OSError | ValueError):
+        return f"{constants.ENDPOINT} cannot be reached ({type(error).__name__}); try again later"
+    return f"the upload failed: {' '.join(str(error).split())[:200]}"
