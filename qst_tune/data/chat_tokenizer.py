@@ -1,10 +1,8 @@
 """A torchtune model tokenizer for any Hugging Face folder, with the model's own chat template."""
 
-import json
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -16,18 +14,9 @@ from qst_tune.data.chat_messages import check_messages, from_torchtune
 from qst_tune.data.chat_template import ChatTemplate, Messages, Tools
 from qst_tune.data.learnt_spans import find_learnt_spans
 from qst_tune.data.rendered_chat import RenderedChat, Span
-from qst_tune.data.turn_end import TurnEnd, find_turn_end, special_pattern
+from qst_tune.data.template_source import no_template
+from qst_tune.data.turn_end import TurnEnd, find_stop_strings, find_turn_end, special_pattern
 from qst_tune.errors import UserError
-
-_NAMED_TOKENS = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
 
 
 class HFChatTokenizer(ModelTokenizer, Transform):
@@ -45,9 +34,11 @@ class HFChatTokenizer(ModelTokenizer, Transform):
 
     Args:
         tokenizer (Tokenizer): the fast tokenizer.
-        chat_template (ChatTemplate): the model's template and named special tokens.
+        special_tokens (Mapping[str, str]): those with a name, such as ``eos_token``.
+        chat_template (ChatTemplate | None): the model's template; None: only plain text.
         max_seq_len (int | None): longer conversations are cut; None for no limit.
-        extra_stop_tokens (Sequence[int]): token ids that end generation beside ``eos_id``.
+        extra_stop_tokens (Sequence[int]): token ids that end generation in addition to ``eos_id``
+            and to those with which the template ends an answer.
         pad_token (str | None): padding token in place of the model's own.
 
     Attributes:
@@ -55,59 +46,74 @@ class HFChatTokenizer(ModelTokenizer, Transform):
         bos_id (int | None): begin-of-sequence token, None if the model has none.
         eos_id (int): end-of-sequence token.
         pad_id (int): padding token; ``eos_id`` if the model has none.
-        stop_tokens (list[int]): tokens that end generation, ``eos_id`` first.
 
     Raises:
-        ValueError: if the model names no ``eos_token``, or names a token its vocabulary lacks.
+        UserError: if the model names no ``eos_token``, or names a token its vocabulary lacks.
     """
 
     def __init__(
         self,
         tokenizer: Tokenizer,
-        chat_template: ChatTemplate,
+        special_tokens: Mapping[str, str],
+        chat_template: ChatTemplate | None,
         *,
         max_seq_len: int | None = None,
         extra_stop_tokens: Sequence[int] = (),
         pad_token: str | None = None,
     ) -> None:
         self._tokenizer = tokenizer
-        self._chat_template = chat_template
+        self.chat_template = chat_template
         self.max_seq_len = max_seq_len
-        added = tokenizer.get_added_tokens_decoder()
-        self.special_tokens = {t.content: i for i, t in added.items() if t.special}
-        eos_id = self._named_token_id("eos_token")
+        self._extra_stop_tokens = tuple(extra_stop_tokens)
+        self.special_tokens = special_ids(tokenizer)
+        eos_id = self._token_id("eos_token", special_tokens.get("eos_token"))
         if eos_id is None:
-            raise ValueError(
+            raise UserError(
                 "the tokenizer names no eos_token; add one to tokenizer_config.json, training "
                 "needs a token to stop with"
             )
         self.eos_id = eos_id
-        self.bos_id = self._named_token_id("bos_token")
-        named = chat_template.special_tokens.get("pad_token")
-        pad_id = self._token_id("pad_token", pad_token or named)
+        self.bos_id = self._token_id("bos_token", special_tokens.get("bos_token"))
+        pad_id = self._token_id("pad_token", pad_token or special_tokens.get("pad_token"))
         self.pad_id = eos_id if pad_id is None else pad_id
-        self.stop_tokens = list(dict.fromkeys((self.eos_id, *extra_stop_tokens)))
 
     @property
     def vocab_size(self) -> int:
         """Number of tokens, special ones included."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
+    @cached_property
+    def stop_tokens(self) -> list[int]:
+        """Tokens that end generation: ``eos_id``, then those of the template and of the model."""
+        ends = find_stop_strings(self.chat_template, self._turn_end) if self.chat_template else []
+        of_template = [self.special_tokens[end] for end in ends]
+        return list(dict.fromkeys((self.eos_id, *of_template, *self._extra_stop_tokens)))
+
     def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> list[int]:
         """Encode plain text, without the chat template.
 
         Args:
             text (str): the text.
-            add_bos (bool): prepend ``bos_id`` if the model has one.
+            add_bos (bool): begin as the tokenizer's post-processor does: Llama's and Gemma's put
+                ``bos_id`` there, those of SmolLM2 and Qwen nothing.
             add_eos (bool): append ``eos_id``.
 
         Returns:
             list[int]: token ids.
         """
         ids = list(self._tokenizer.encode(text, add_special_tokens=False).ids)
-        if add_bos and self.bos_id is not None:
-            ids = [self.bos_id, *ids]
+        if add_bos:
+            ids = [*self._first_ids, *ids]
         return [*ids, self.eos_id] if add_eos else ids
+
+    @cached_property
+    def _first_ids(self) -> list[int]:
+        """What the post-processor puts before a text."""
+        alone = self._tokenizer.encode("a", add_special_tokens=False).ids
+        whole = self._tokenizer.encode("a", add_special_tokens=True).ids
+        starts = range(len(whole) - len(alone) + 1)
+        start = next((i for i in starts if whole[i : i + len(alone)] == alone), 0)
+        return list(whole[:start])
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Decode token ids; does not stop at ``eos_id``, which may also end a prompt's turns.
@@ -170,17 +176,20 @@ class HFChatTokenizer(ModelTokenizer, Transform):
             UserError: if there is no message, one is malformed, the template refuses the
                 conversation or leaves out what is to be learnt.
         """
+        template = self.chat_template
+        if template is None:
+            raise no_template()
         checked = check_messages(messages)
         if learnt is None:
             learnt = [message["role"] == "assistant" for message in checked]
         if len(learnt) != len(checked):
             raise UserError(f"learnt has {len(learnt)} values for {len(checked)} messages")
         if not add_end_tokens:
-            text = self._render_for_generation(checked, tools)
+            text = _render_for_generation(template, checked, tools)
             tokens = self._tokenizer.encode(text, add_special_tokens=False).ids
             return self._truncate(list(tokens), [True] * len(tokens), add_end_tokens)
-        text = self._chat_template.render(checked, tools=tools)
-        chat = RenderedChat(self._chat_template, checked, tools, text, self._turn_end)
+        text = template.render(checked, tools=tools)
+        chat = RenderedChat(template, checked, tools, text, self._turn_end)
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         mask = _mask(encoding.offsets, find_learnt_spans(chat, learnt))
         return self._truncate(list(encoding.ids), mask, add_end_tokens)
@@ -201,9 +210,6 @@ class HFChatTokenizer(ModelTokenizer, Transform):
         )
         return sample
 
-    def _named_token_id(self, name: str) -> int | None:
-        return self._token_id(name, self._chat_template.special_tokens.get(name))
-
     def _token_id(self, name: str, token: str | None) -> int | None:
         if token is None:
             return None
@@ -214,14 +220,9 @@ class HFChatTokenizer(ModelTokenizer, Transform):
 
     @cached_property
     def _turn_end(self) -> TurnEnd:
-        return find_turn_end(self._chat_template, special_pattern(self.special_tokens))
-
-    def _render_for_generation(self, messages: Messages, tools: Tools | None) -> str:
-        # torchtune's generate recipe ends its prompt with an empty assistant message.
-        start = ""
-        if messages[-1]["role"] == "assistant":
-            messages, start = messages[:-1], messages[-1].get("content", "")
-        return self._chat_template.render(messages, tools=tools, add_generation_prompt=True) + start
+        if self.chat_template is None:
+            raise no_template()
+        return find_turn_end(self.chat_template, special_pattern(self.special_tokens))
 
     def _truncate(
         self, tokens: list[int], mask: list[bool], add_end_tokens: bool
@@ -235,6 +236,20 @@ class HFChatTokenizer(ModelTokenizer, Transform):
         )
 
 
+def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+    """Return every special token of a tokenizer and its id."""
+    added = tokenizer.get_added_tokens_decoder()
+    return {token.content: index for index, token in added.items() if token.special}
+
+
+def _render_for_generation(template: ChatTemplate, messages: Messages, tools: Tools | None) -> str:
+    # torchtune's generate recipe ends its prompt with an empty assistant message.
+    start = ""
+    if messages[-1]["role"] == "assistant":
+        messages, start = messages[:-1], messages[-1].get("content", "")
+    return template.render(messages, tools=tools, add_generation_prompt=True) + start
+
+
 def _mask(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
     """Return True for every token without loss, by the place of its first character."""
     mask = [True] * len(offsets)
@@ -243,104 +258,3 @@ def _mask(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
         first, last = bisect_left(starts, start), bisect_left(starts, end)
         mask[first:last] = [False] * (last - first)
     return mask
-
-
-def hf_chat_tokenizer(
-    path: str,
-    max_seq_len: int | None = None,
-    chat_template: str | None = None,
-    pad_token: str | None = None,
-) -> HFChatTokenizer:
-    """Build a tokenizer from a local Hugging Face folder; never touches the network.
-
-    In a torchtune config::
-
-        tokenizer:
-          _component_: qst_tune.data.hf_chat_tokenizer
-          path: ${checkpoint_dir}
-          max_seq_len: 2048
-
-    Args:
-        path (str): folder with ``tokenizer.json`` (or ``vocab.json`` and ``merges.txt``),
-            ``tokenizer_config.json`` and, if the template is not in the latter,
-            ``chat_template.jinja``.
-        max_seq_len (int | None): longer conversations are cut; None for no limit.
-        chat_template (str | None): Jinja template in place of the folder's; base models have none.
-        pad_token (str | None): padding token in place of the folder's. In many chat models that is
-            a token of the template, which torchtune's ``generate`` would then mask in a prompt.
-
-    Returns:
-        HFChatTokenizer: the tokenizer.
-
-    Raises:
-        ValueError: if the folder, its ``tokenizer.json`` or a chat template is absent.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise ValueError(f"tokenizer folder {folder} does not exist; download the model first")
-    tokenizer = _read_tokenizer(folder)
-    config = _read_json(folder / "tokenizer_config.json")
-    special_tokens = _named_special_tokens(
-        {**_read_json(folder / "special_tokens_map.json"), **config}
-    )
-    # The file may carry the settings of whoever saved it; they would cut or pad every text.
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return HFChatTokenizer(
-        tokenizer,
-        ChatTemplate(chat_template or _read_template(folder, config), special_tokens),
-        max_seq_len=max_seq_len,
-        extra_stop_tokens=_generation_stop_tokens(folder),
-        pad_token=pad_token,
-    )
-
-
-def _read_tokenizer(folder: Path) -> Tokenizer:
-    if (folder / "tokenizer.json").is_file():
-        return Tokenizer.from_file(str(folder / "tokenizer.json"))
-    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        # The older format of GPT-2 and OPT. Imported here: it takes seconds, and few need it.
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True).backend_tokenizer
-    raise ValueError(
-        f"{folder} has no tokenizer.json; save the tokenizer in the fast format, or use a "
-        "torchtune tokenizer"
-    )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-
-
-def _named_special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    tokens = {name: config.get(name) for name in _NAMED_TOKENS}
-    # A token is a string, or a dict with its stripping rules beside its content.
-    return {
-        name: token["content"] if isinstance(token, dict) else str(token)
-        for name, token in tokens.items()
-        if token is not None
-    }
-
-
-def _read_template(folder: Path, config: Mapping[str, Any]) -> str:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        # Several templates by name; the others are for tool use and retrieval.
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    if not template:
-        raise ValueError(
-            f"{folder} has no chat template; add one (chat_template.jinja), name one with "
-            "tokenizer.chat_template, or use a torchtune tokenizer"
-        )
-    return str(template)
-
-
-def _generation_stop_tokens(folder: Path) -> list[int]:
-    eos = _read_json(folder / "generation_config.json").get("eos_token_id")
-    if eos is None:
-        return []
-    return list(eos) if isinstance(eos, list) else [eos]

@@ -233,7 +233,7 @@ def test_ids_and_plain_text(tmp_path: Path) -> None:
     folder = build_folder(tmp_path / "model")
     (folder / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
     tokenizer, oracle = hf_chat_tokenizer(str(folder)), hf_tokenizer(folder)
-    ids = tokenizer.encode("hello day")
+    ids = tokenizer.encode("hello day")  # no post-processor, so nothing before it
 
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (
         oracle.bos_token_id,
@@ -242,10 +242,9 @@ def test_ids_and_plain_text(tmp_path: Path) -> None:
     )
     assert tokenizer.vocab_size == len(oracle)
     assert tokenizer.stop_tokens == [tokenizer.eos_id, 0]
-    assert ids[1:-1] == oracle.encode("hello day", add_special_tokens=False)
-    assert (ids[0], ids[-1]) == (tokenizer.bos_id, tokenizer.eos_id)
+    assert ids == [*oracle("hello day").input_ids, tokenizer.eos_id]
     assert tokenizer.decode(ids) == "hello day"
-    assert tokenizer.decode(ids, skip_special_tokens=False) == "<|endoftext|>hello day<|im_end|>"
+    assert tokenizer.decode(ids, skip_special_tokens=False) == "hello day<|im_end|>"
     assert tokenizer.special_tokens == {
         token: oracle.convert_tokens_to_ids(token)
         for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
@@ -338,12 +337,6 @@ def test_opts_folder_and_a_template_of_the_config_give_transformers_tokens(tmp_p
     assert tokenizer.decode(learnt, skip_special_tokens=False) == answer + "</s>"
 
 
-def test_the_configs_template_wins_over_the_folders(tmp_path: Path) -> None:
-    messages = to_messages([("user", "a"), ("assistant", "b")])
-    tokenizer = hf_chat_tokenizer(str(build_folder(tmp_path / "m")), chat_template="{{ 'hello' }}")
-    assert tokenizer.tokenize_messages(messages[:1])[0] == tokenizer.encode("hello", False, False)
-
-
 def test_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         hf_chat_tokenizer(str(tmp_path / "absent"))
@@ -354,19 +347,20 @@ def test_missing_tokenizer_json(tmp_path: Path) -> None:
         hf_chat_tokenizer(str(tmp_path))
 
 
-def test_missing_template(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has no chat template; add one"):
-        hf_chat_tokenizer(str(build_folder(tmp_path / "model", None)))
+def test_without_a_template_plain_text_is_encoded_and_messages_name_the_fix(
+    tmp_path: Path,
+) -> None:
+    folder = build_folder(tmp_path / "model", None)
+    tokenizer = hf_chat_tokenizer(str(folder))
+    assert tokenizer.encode("hello", add_eos=False) == hf_tokenizer(folder)("hello").input_ids
+    assert tokenizer.stop_tokens == [tokenizer.eos_id]
+    with pytest.raises(UserError, match=r"tokenizer\.chat_template=chatml \(or one of alpaca"):
+        tokenizer.tokenize_messages(to_messages(CONVERSATIONS["one turn"]))
 
 
 def test_missing_eos(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="names no eos_token"):
         hf_chat_tokenizer(str(build_folder(tmp_path / "model", eos_token=None)))
-
-
-def test_named_token_outside_vocabulary(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="pad_token '<nope>' is not in the tokenizer's vocabulary"):
-        hf_chat_tokenizer(str(build_folder(tmp_path / "model", pad_token="<nope>")))
 
 
 def test_a_content_that_the_template_changes_is_refused_by_name(tmp_path: Path) -> None:

@@ -1,0 +1,142 @@
+"""Which chat template a tokenizer has: by name, from a file, as text, or the directory's own."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torchtune import utils
+
+from qst_tune.data.chat_template import ChatTemplate
+from qst_tune.data.json_files import read_json
+from qst_tune.data.turn_end import find_turn_end
+from qst_tune.errors import UserError
+
+log = utils.get_logger("INFO")
+
+_NAMED = Path(__file__).parent / "chat_templates"
+
+
+def template_names() -> list[str]:
+    """Return the names that ``tokenizer.chat_template`` may have."""
+    return sorted(path.stem for path in _NAMED.glob("*.jinja"))
+
+
+def given_template(
+    value: str, special_tokens: Mapping[str, str], special: re.Pattern[str]
+) -> ChatTemplate:
+    """Build the template that a config names.
+
+    Args:
+        value (str): a name of :func:`template_names`, the path of a file, or a Jinja template.
+        special_tokens (Mapping[str, str]): that the template may refer to.
+        special (re.Pattern[str]): finds special tokens in text.
+
+    Returns:
+        ChatTemplate: renders a short conversation with all its words.
+
+    Raises:
+        UserError: if it is none of the three, or does not render messages.
+    """
+    name = value.strip()
+    if name in template_names():
+        return _named_template(name, special_tokens, special)
+    if "{{" in value or "{%" in value:
+        template, what = ChatTemplate(value, special_tokens), "tokenizer.chat_template"
+    else:
+        path = Path(name).expanduser()
+        template, what = ChatTemplate(_read_file(path, name), special_tokens), str(path)
+    _check(template, what)
+    return template
+
+
+def directory_template(directory: Path, special_tokens: Mapping[str, str]) -> ChatTemplate | None:
+    """Read a directory's own template, and that for tools where there are several.
+
+    Args:
+        directory (Path): with chat_template.jinja, additional_chat_templates or
+            tokenizer_config.json.
+        special_tokens (Mapping[str, str]): that the template may refer to.
+
+    Returns:
+        ChatTemplate | None: None for a base model.
+
+    Raises:
+        UserError: if there are several templates and none is called default.
+    """
+    templates = _file_templates(directory) or _config_templates(directory)
+    if not templates:
+        return None
+    if "default" not in templates:
+        raise UserError(
+            f"{directory} has the chat templates {', '.join(sorted(templates))} and none called "
+            "default; name a file with tokenizer.chat_template"
+        )
+    tool_source = templates.get("tool_use")
+    return ChatTemplate(templates["default"], special_tokens, tool_source=tool_source)
+
+
+def no_template() -> UserError:
+    """Return the error for messages without a chat template."""
+    return UserError(
+        "the tokenizer has no chat template, which messages need; set tokenizer.chat_template="
+        f"chatml (or one of {', '.join(template_names())}), or the path of a .jinja file"
+    )
+
+
+def _named_template(
+    name: str, special_tokens: Mapping[str, str], special: re.Pattern[str]
+) -> ChatTemplate:
+    source = (_NAMED / f"{name}.jinja").read_text("utf-8")
+    template = ChatTemplate(source, special_tokens)
+    closing = find_turn_end(template, special).closing
+    if special.search(closing):
+        return template
+    log.warning(
+        f"{closing!r}, with which chat_template={name} ends a turn, is no special token of this "
+        "tokenizer: it is spelt in several tokens, and eos_token follows each answer, for "
+        "generation to stop at"
+    )
+    return ChatTemplate("{% set turn_eos = eos_token %}" + source, special_tokens)
+
+
+def _read_file(path: Path, value: str) -> str:
+    if not path.is_file():
+        raise UserError(
+            f"tokenizer.chat_template={value} is no file, no Jinja template and no name; the names "
+            f"are {', '.join(template_names())}"
+        )
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"tokenizer.chat_template={value} cannot be read: {error}") from error
+
+
+def _check(template: ChatTemplate, what: str) -> None:
+    words = {"user": "Somequestion", "assistant": "Someanswer"}
+    try:
+        text = template.render([{"role": r, "content": word} for r, word in words.items()])
+    except UserError as error:
+        raise UserError(f"{what} is no chat template: {error}") from error
+    missing = [role for role, word in words.items() if word not in text]
+    if missing:
+        raise UserError(
+            f"{what} is no chat template: it does not render the content of {missing[0]} messages; "
+            "write {{ message['content'] }} in a loop over messages"
+        )
+
+
+def _file_templates(directory: Path) -> dict[str, str]:
+    files = {path.stem: path for path in (directory / "additional_chat_templates").glob("*.jinja")}
+    if (directory / "chat_template.jinja").is_file():
+        files["default"] = directory / "chat_template.jinja"
+    return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
+
+
+def _config_templates(directory: Path) -> dict[str, str]:
+    found: Any = read_json(directory / "tokenizer_config.json").get("chat_template")
+    if isinstance(found, list):  # as saved; the others are for tool use and retrieval
+        found = {entry["name"]: entry["template"] for entry in found}
+    if isinstance(found, str) and found:
+        found = {"default": found}
+    return {str(name): str(source) for name, source in (found or {}).items()}

@@ -1,0 +1,74 @@
+"""Loads the fast tokenizer of a Hugging Face directory."""
+
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from qst_tune.data.json_files import read_json
+from qst_tune.data.special_tokens import read_special_tokens
+from qst_tune.errors import UserError
+
+# Classes that take tokenizer.json as it is. transformers 5 builds the others anew, with rules of
+# their own for white space, and it reads files without tokenizer.json (OPT, sentencepiece).
+_PLAIN_CLASSES = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
+
+
+def read_tokenizer(directory: Path) -> tuple[Tokenizer, dict[str, str]]:
+    """Load a tokenizer whose tokens are those of transformers' ``AutoTokenizer``.
+
+    A class that takes tokenizer.json as it is loads without transformers, whose import takes
+    1.4 s and whose loading one second more (5.23, two cores).
+
+    Args:
+        directory (Path): with tokenizer.json, or other files that transformers knows.
+
+    Returns:
+        tuple[Tokenizer, dict[str, str]]: the tokenizer, and the special tokens that have a name.
+
+    Raises:
+        UserError: if there is no tokenizer, or one that needs code from its directory.
+    """
+    has_file = (directory / "tokenizer.json").is_file()
+    config = read_json(directory / "tokenizer_config.json")
+    tokenizer_class = config.get("tokenizer_class")
+    if has_file and (tokenizer_class in _PLAIN_CLASSES or "auto_map" in config):
+        tokenizer = _from_file(directory / "tokenizer.json")
+        special_tokens = read_special_tokens(directory, tokenizer)
+    else:
+        tokenizer, special_tokens = _from_transformers(directory)
+    # The file may carry the settings of whoever saved it; they would cut or pad every text.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer, special_tokens
+
+
+def _from_file(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises no narrower class
+        raise UserError(f"{path} cannot be read: {error}; download it anew") from error
+
+
+def _from_transformers(directory: Path) -> tuple[Tokenizer, dict[str, str]]:
+    # Imported here: it takes seconds, and few need it.
+    from transformers import AutoTokenizer
+
+    try:
+        loaded: Any = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # of many kinds: files absent or damaged, libraries not installed
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{directory} has no tokenizer.json that can be used as it is, and transformers cannot "
+            f"load its tokenizer ({reason}); add tokenizer.json, or use a torchtune tokenizer"
+        ) from error
+    backend = getattr(loaded, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise UserError(
+            f"the tokenizer of {directory}, {type(loaded).__name__}, has no fast form; save one "
+            "with transformers (tokenizer.json), or use a torchtune tokenizer"
+        )
+    special = {name: token for name, token in loaded.special_tokens_map.items()}
+    return backend, {name: token for name, token in special.items() if isinstance(token, str)}
