@@ -1,5 +1,6 @@
 """Datasets and tokenizers that torchtune lacks, named in configs as ``qst_tune.data.<name>``."""
 
+from qst_tune.data.auto_dataset import AutoDataset, auto_dataset
 from qst_tune.data.chat_template import ChatTemplate
 from qst_tune.data.chat_tokenizer import HFChatTokenizer
 from qst_tune.data.classification import (
@@ -12,9 +13,11 @@ from qst_tune.data.hf_tokenizer import hf_chat_tokenizer
 
 __all__ = [
     "GLUE_TASKS",
+    "AutoDataset",
     "ChatTemplate",
     "ClassificationDataset",
     "HFChatTokenizer",
+    "auto_dataset",
     "classification_dataset",
     "collate_classification",
     "glue_dataset",

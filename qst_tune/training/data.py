@@ -16,7 +16,8 @@ from qst_tune.training.cli import instantiate
 from qst_tune.training.labels import align_labels
 from qst_tune.training.method import Batch
 from qst_tune.training.packing import align_packs, is_packed, split_off_packing
-from qst_tune.training.rows import CheckedRows, SkippingRows, too_long
+from qst_tune.training.rows import CheckedRows, too_long
+from qst_tune.training.survey import Survey, survey_rows
 
 LENGTH_MULTIPLE = 16
 DEFAULT_COLLATE = "torchtune.data.padded_collate_sft"
@@ -29,23 +30,29 @@ def build_dataset(
     *,
     max_seq_len: int | None = None,
     skip_bad_rows: bool = False,
+    surveys: list[Survey] | None = None,
 ) -> Any:
-    """Build one dataset, or the concatenation of a list of them.
+    """Build one dataset, or the concatenation of a list of them, and read every row once.
 
     Args:
         block (DictConfig | ListConfig): the ``dataset`` block of the config.
         name (str): its key, for error messages.
         tokenizer (Any): torchtune model tokenizer.
         max_seq_len (int | None): a longer row is a bad one; None for no limit.
-        skip_bad_rows (bool): leave bad rows out of packs, and do not mind if the first row is bad.
+        skip_bad_rows (bool): leave rows out that cannot be used.
+        surveys (list[Survey] | None): gets the figures of each dataset.
 
     Returns:
-        Any: a map-style dataset; reading a bad row of it raises UserError.
+        Any: a map-style dataset of rows that can be used.
 
     Raises:
-        UserError: if it cannot be built, has no rows, or its first row cannot be read.
+        UserError: if it cannot be built, has no rows, or for a row that cannot be used.
     """
-    settings: dict[str, Any] = {"max_seq_len": max_seq_len, "skip_bad_rows": skip_bad_rows}
+    settings: dict[str, Any] = {
+        "max_seq_len": max_seq_len,
+        "skip_bad_rows": skip_bad_rows,
+        "surveys": surveys,
+    }
     if isinstance(block, ListConfig):
         parts = [
             build_dataset(part, f"{name}[{i}]", tokenizer, **settings)
@@ -59,15 +66,17 @@ def build_dataset(
     except UserError as error:
         if isinstance(error.__cause__, StopIteration):  # from datasets, for a file without a row
             raise UserError(f"{name}: {source} has no rows") from error
-        raise
+        prefix = "" if str(error).startswith(name) else f"{name}: "
+        raise UserError(f"{prefix}{error}") from error
     if isinstance(dataset, Sized) and len(dataset) == 0:
         raise UserError(f"{name}: {source} has no rows")
     if is_packed(dataset):  # by the user's own code
         return align_packs(dataset, name)
     rows = CheckedRows(dataset, name=name, source=str(source), max_seq_len=max_seq_len)
-    good_rows = SkippingRows(rows, name) if skip_bad_rows else rows
-    good_rows[0]
-    return rows if pack is None else pack.apply(good_rows, tokenizer, name)
+    good_rows, survey = survey_rows(rows, tokenizer, skip_bad_rows=skip_bad_rows)
+    if surveys is not None:
+        surveys.append(survey)
+    return good_rows if pack is None else pack.apply(good_rows, tokenizer, name)
 
 
 def _concatenate(parts: list[Any], name: str) -> ConcatDataset:

@@ -8,6 +8,7 @@ from torchtune.modules import TransformerDecoder
 
 from qst_tune.training.loss import build_loss, connect_loss
 from qst_tune.training.next_token import NextTokenTask
+from qst_tune.training.row_kind import TEXT_KEY, check_rows
 from qst_tune.training.trainer_setup import TrainingData, build_data, text_collate
 
 
@@ -34,5 +35,6 @@ def build_language_modelling(
         cfg, tokenizer, ignore_index=loss.ignore_index, max_seq_len=model.max_seq_len
     )
     data = build_data(cfg, tokenizer, collate, seed=seed, max_seq_len=model.max_seq_len)
+    check_rows(data, TEXT_KEY)
     connect_loss(loss, model)
     return NextTokenTask(loss, device), data

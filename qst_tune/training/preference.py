@@ -21,6 +21,7 @@ from qst_tune.training.data import check_length
 from qst_tune.training.distributed import sum_or_fail
 from qst_tune.training.labels import align_labels
 from qst_tune.training.method import Batch
+from qst_tune.training.row_kind import PAIR_KEY, check_rows
 from qst_tune.training.trainer_setup import TrainingData, build_data
 from qst_tune.training.validation import visit
 
@@ -166,7 +167,7 @@ def build_preference_learning(
     loss = instantiate(cfg.loss, "loss")
     _try_loss(loss, cfg.loss._component_)
     data = build_data(cfg, tokenizer, collate, seed=seed, max_seq_len=model.max_seq_len)
-    _check_pairs(data)
+    check_rows(data, PAIR_KEY)
     return PreferenceTask(loss, device), data
 
 
@@ -179,11 +180,3 @@ def _try_loss(loss: Any, name: str) -> None:
             f"loss: {name} does not learn from pairs: use torchtune.rlhf.loss.DPOLoss or another "
             "that takes four log probabilities"
         ) from error
-
-
-def _check_pairs(data: TrainingData) -> None:
-    if "chosen_input_ids" not in data.train.dataset[0]:
-        raise UserError(
-            "dataset: rows need a chosen and a rejected answer: use "
-            "torchtune.datasets.preference_dataset"
-        )

@@ -1,4 +1,4 @@
-"""Rows of a dataset: bad ones are named or skipped, and some can be held out."""
+"""Rows of a dataset: bad ones are named, and some can be held out."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -6,11 +6,8 @@ from typing import Any
 
 import torch
 from torch.utils.data import Subset
-from torchtune import utils
 
 from qst_tune.errors import UserError
-
-log = utils.get_logger("INFO")
 
 
 class CheckedRows:
@@ -43,7 +40,7 @@ class CheckedRows:
         except Exception as error:  # a missing column, or a conversation that a template refuses
             problem = " ".join(f"{type(error).__name__}: {error}".split())
         if problem:
-            raise UserError(f"{self.name}: {self._place(index)} cannot be used: {problem}")
+            raise UserError(f"{self.name}: {self.place(index)} cannot be used: {problem}")
         return row
 
     def __iter__(self) -> Iterator[Any]:
@@ -56,9 +53,27 @@ class CheckedRows:
             return too_long(length, self.max_seq_len)
         return None if length else "it has no tokens"
 
-    def _place(self, index: int) -> str:
+    def place(self, index: int) -> str:
+        """Return where a row is, for messages.
+
+        Args:
+            index (int): of the row.
+
+        Returns:
+            str: its number, source and, in a file of lines, its line.
+        """
+        if hasattr(self.rows, "place"):  # a dataset of ours
+            return str(self.rows.place(index))
         line = _line_of_row(Path(self.source), index, len(self))
         return f"row {index} of {self.source}" + (f" (line {line})" if line else "")
+
+    def describe(self) -> str:
+        """Describe where the rows come from.
+
+        Returns:
+            str: one line.
+        """
+        return str(self.rows.describe()) if hasattr(self.rows, "describe") else self.source
 
 
 def _length(row: Any) -> int:
@@ -83,38 +98,6 @@ def too_long(length: int, max_seq_len: int) -> str:
     )
 
 
-class SkippingRows:
-    """A dataset, or a part of one, that gives the next good row of its own for a bad one.
-
-    Args:
-        rows (Any): map-style; reading a bad row raises :class:`~qst_tune.errors.UserError`.
-        name (str): the config's key, for messages.
-    """
-
-    def __init__(self, rows: Any, name: str) -> None:
-        self.rows = rows
-        self.name = name
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Any:
-        for offset in range(len(self)):
-            try:
-                return self.rows[(index + offset) % len(self)]
-            except UserError as error:
-                log.warning(f"{error}; the next row is taken instead")
-        raise UserError(f"{self.name}: none of its {len(self)} rows can be used")
-
-    def __iter__(self) -> Iterator[Any]:
-        """The good rows only."""
-        for index in range(len(self)):
-            try:
-                yield self.rows[index]
-            except UserError as error:
-                log.warning(f"{error}; left out")
-
-
 def hold_out(rows: Any, fraction: float, seed: int) -> tuple[Subset[Any], Subset[Any]]:
     """Split rows at random into those that train and those that are held out.
 
@@ -132,17 +115,19 @@ def hold_out(rows: Any, fraction: float, seed: int) -> tuple[Subset[Any], Subset
 
 
 def row_numbers(rows: Any, indices: Sequence[int]) -> list[int]:
-    """Return where rows stand in the whole dataset.
+    """Return the numbers that rows have in the whole dataset.
 
     Args:
-        rows (Any): the dataset, or a part of it from :func:`hold_out`, which may skip bad rows.
+        rows (Any): the dataset, or a part of it.
         indices (Sequence[int]): into ``rows``.
 
     Returns:
         list[int]: numbers that a user can look up.
     """
-    part = rows.rows if isinstance(rows, SkippingRows) else rows
-    return [part.indices[i] for i in indices] if isinstance(part, Subset) else list(indices)
+    if isinstance(rows, Subset):
+        return row_numbers(rows.dataset, [rows.indices[i] for i in indices])
+    numbers = getattr(rows, "numbers", None)  # of rows of which some are left out
+    return list(indices) if numbers is None else [numbers[i] for i in indices]
 
 
 def _line_of_row(path: Path, index: int, num_rows: int) -> int | None:

@@ -1,11 +1,13 @@
 """From a training config to a :class:`~qst_tune.training.trainer.Trainer`, for every recipe."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch.utils.data import Subset
 from torchtune import config, utils
 from torchtune.data import padded_collate_packed
 
@@ -18,10 +20,11 @@ from qst_tune.training.cli import instantiate
 from qst_tune.training.config_keys import TRAINING_KEYS
 from qst_tune.training.data import DEFAULT_COLLATE, build_collate, build_dataset
 from qst_tune.training.distributed import rank_and_world_size
+from qst_tune.training.label_check import check_labels
 from qst_tune.training.method import Method, Task
 from qst_tune.training.packing import is_packed
 from qst_tune.training.parameter_groups import scale_rates
-from qst_tune.training.rows import SkippingRows, hold_out
+from qst_tune.training.rows import hold_out
 from qst_tune.training.run_log import RunLog
 from qst_tune.training.saved_run import (
     CHECKPOINTS_FOLDER,
@@ -30,6 +33,8 @@ from qst_tune.training.saved_run import (
     check_same_data,
     describe_data,
 )
+from qst_tune.training.step_size import describe_step, fit_step
+from qst_tune.training.survey import Survey
 from qst_tune.training.trainer import Schedule, Trainer
 
 NO_PROFILER = {"_component_": "torchtune.training.setup_torch_profiler", "enabled": False}
@@ -45,11 +50,31 @@ class TrainingData:
         train (BatchLoader): training rows.
         held_out (BatchLoader | None): held-out rows.
         seed (int): of the run.
+        surveys (Sequence[Survey]): figures of the datasets of the training rows.
+        held_out_surveys (Sequence[Survey]): of the validation rows, if they are datasets of
+            their own.
+        notes (Sequence[str]): what a user must know of them, one line each.
     """
 
     train: BatchLoader
     held_out: BatchLoader | None
     seed: int
+    surveys: Sequence[Survey] = ()
+    held_out_surveys: Sequence[Survey] = ()
+    notes: Sequence[str] = ()
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Digests of the content of all rows, by the names of ``saved_run.describe_data``."""
+        surveys = {
+            "training rows": self.surveys,
+            "held-out rows": self.held_out_surveys or self.surveys,
+        }
+        return {
+            name: " ".join(survey.digest for survey in some)
+            for name, some in surveys.items()
+            if some
+        }
 
 
 def text_collate(
@@ -101,37 +126,40 @@ def build_data(
         max_seq_len (int | None): the model's; a longer row is a bad one.
 
     Returns:
-        TrainingData: nothing is read yet but the first row of each dataset.
+        TrainingData: every row was read once.
 
     Raises:
-        UserError: if a dataset cannot be built or does not fill one step.
+        UserError: if a dataset cannot be built or has nothing to learn.
     """
-    skip_bad_rows = cfg.get("on_bad_row") == "skip"
-    settings = {"max_seq_len": max_seq_len, "skip_bad_rows": skip_bad_rows}
-    rows = build_dataset(cfg.dataset, "dataset", tokenizer, **settings)
+    settings = {"max_seq_len": max_seq_len, "skip_bad_rows": cfg.get("on_bad_row") == "skip"}
+    surveys: list[Survey] = []
+    held_out_surveys: list[Survey] = []
+    rows = build_dataset(cfg.dataset, "dataset", tokenizer, surveys=surveys, **settings)
     train_collate = _collate_of(rows, collate)
     held_out_rows, held_out_collate = None, train_collate
     if cfg.get("dataset_val"):
-        held_out_rows = build_dataset(cfg.dataset_val, "dataset_val", tokenizer, **settings)
+        held_out_rows = build_dataset(
+            cfg.dataset_val, "dataset_val", tokenizer, surveys=held_out_surveys, **settings
+        )
         held_out_collate = _collate_of(held_out_rows, collate)
     elif cfg.get("val_fraction"):
         rows, held_out_rows = hold_out(rows, float(cfg.val_fraction), seed)
-    if skip_bad_rows:  # after the split: a training row never gives way to a held-out one
-        rows = SkippingRows(rows, "dataset")
-        held_out_rows = held_out_rows and SkippingRows(held_out_rows, "the held-out rows")
+    notes = [
+        *_label_warning("dataset", surveys, rows),
+        *_label_warning("validation rows", held_out_surveys or surveys, held_out_rows),
+        *filter(None, [describe_step(cfg, len(rows), noun=_noun(rows))]),
+    ]
     num_workers = cfg.get("num_workers") or 0
     train = BatchLoader(
         rows,
         train_collate,
-        batch_size=cfg.batch_size,
+        batch_size=fit_step(cfg, len(rows))[0],
         seed=seed if cfg.get("shuffle", True) else None,
         num_workers=num_workers,
         same_batches=cfg.get("hidden_state_cache") is not None,
     )
     schedule_of(cfg, train)  # fails early, before the model loads
-    if held_out_rows is None:
-        return TrainingData(train, None, seed)
-    held_out = BatchLoader(
+    held_out = held_out_rows and BatchLoader(
         held_out_rows,
         held_out_collate,
         batch_size=cfg.get("batch_size_val") or cfg.batch_size,
@@ -139,7 +167,7 @@ def build_data(
         drop_last=False,
         num_workers=num_workers,
     )
-    return TrainingData(train, held_out, seed)
+    return TrainingData(train, held_out, seed, surveys, held_out_surveys, notes)
 
 
 def build_trainer(
@@ -166,7 +194,7 @@ def build_trainer(
     Raises:
         UserError: if a component cannot be built, or the saved run was another one.
     """
-    description = describe_data(data.train, data.held_out)
+    description = describe_data(data.train, data.held_out, data.digests)
     if saved is not None:
         check_same_data(saved, description)
         method.load(saved.checkpoint.folder / method.result_name)
@@ -231,16 +259,10 @@ def schedule_of(cfg: DictConfig, train: BatchLoader) -> Schedule:
         Schedule: in optimizer steps.
 
     Raises:
-        UserError: if the rows do not fill one step.
+        UserError: if there are fewer rows than processes.
     """
-    accumulation = cfg.get("gradient_accumulation_steps") or 1
+    _, accumulation = fit_step(cfg, len(train.dataset))
     steps = len(train) // accumulation
-    if not steps:
-        raise UserError(
-            f"dataset: {len(train.dataset)} rows do not fill one step of "
-            f"batch_size={cfg.batch_size} x gradient_accumulation_steps={accumulation}: lower one "
-            "of them"
-        )
     return Schedule(
         epochs=cfg.epochs,
         steps_per_epoch=min(steps, cfg.get("max_steps_per_epoch") or steps),
@@ -284,6 +306,20 @@ def _make_way(store: CheckpointStore, saved: SavedRun | None) -> None:
             f"{store.folder} of an earlier run is now {renamed.name}; resume_from_checkpoint=True "
             "would have gone on with it"
         )
+
+
+def _label_warning(name: str, surveys: Sequence[Survey], rows: Any) -> Iterator[str]:
+    """A warning if some rows have nothing to learn; packs are judged by all of their rows."""
+    if rows is None or not surveys:  # no such rows, or packs of the user's own code
+        return
+    part = rows.indices if isinstance(rows, Subset) and not is_packed(rows.dataset) else None
+    warning = check_labels(name, surveys, part)
+    if warning:
+        yield f"warning: {warning}"
+
+
+def _noun(rows: Any) -> str:
+    return "packs" if is_packed(rows.dataset if isinstance(rows, Subset) else rows) else "rows"
 
 
 def _collate_of(rows: Any, collate: Collate) -> Collate:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 
 from qst_tune.errors import UserError
 from qst_tune.training.checkpoint_store import CheckpointStore
+from qst_tune.training.row_store import RowStore
 from qst_tune.training.rows import CheckedRows, row_numbers
 from qst_tune.training.run_summary import RunSummary
 from qst_tune.training.side_checkpoint import SIDE_NETWORK
@@ -558,38 +560,60 @@ def bad_rows(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_bad_row_is_named_and_the_steps_before_it_are_saved(
-    num_workers: int, bad_rows: Path, config: Config, tmp_path: Path
+def test_bad_row_is_named_before_the_first_step(
+    bad_rows: Path, config: Config, tmp_path: Path
 ) -> None:
-    settings = [f"dataset.data_files={bad_rows}", "shuffle=False", f"num_workers={num_workers}"]
     with pytest.raises(UserError) as error:
-        finetune(config, tmp_path / "run", *SETTINGS, *settings, "save_every_n_steps=100")
+        finetune(config, tmp_path / "run", f"dataset.data_files={bad_rows}")
     message = str(error.value)
     assert message.startswith(f"dataset: row 7 of {bad_rows} (line 9) cannot be used: "), message
     assert len(message.splitlines()) == 1
-    assert steps_of(tmp_path / "run") == [1]
+    assert not (tmp_path / "run").exists()
 
 
-def test_bad_held_out_row_costs_no_step_either(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is found before the first step, unless the file changes under the run."""
-    rows = CheckedRows.__getitem__
+@pytest.fixture
+def unkept_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are read again for each batch, as those of a dataset that memory cannot hold."""
+    monkeypatch.setattr(RowStore, "get", lambda store, index: None)
+
+
+def fail_after(
+    monkeypatch: pytest.MonkeyPatch, name: str, num_reads: int
+) -> Callable[[CheckedRows, int], Any]:
+    """Let reading a row of a dataset fail from some read on; returns what worked."""
+    read = CheckedRows.__getitem__
     reads = iter(range(10**6))
 
     def fail_late(dataset: CheckedRows, index: int) -> Any:
-        if (
-            dataset.name == "dataset_val" and next(reads) > 13
-        ):  # twice five are read before the first step
-            raise UserError("dataset_val: row 3 cannot be used")
-        return rows(dataset, index)
+        if dataset.name == name and next(reads) >= num_reads:
+            raise UserError(f"{name}: row 3 cannot be used")
+        return read(dataset, index)
 
     monkeypatch.setattr(CheckedRows, "__getitem__", fail_late)
+    return read
+
+
+@pytest.mark.usefixtures("unkept_rows")
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_row_that_goes_bad_under_the_run_costs_no_complete_step(
+    num_workers: int, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_after(monkeypatch, "dataset", 12 + 6)  # all are read before the first step
+    settings = [*SETTINGS, f"num_workers={num_workers}", "save_every_n_steps=100"]
+    with pytest.raises(UserError, match=r"^dataset: row 3 cannot be used$"):
+        finetune(config, tmp_path / "run", *settings)
+    assert steps_of(tmp_path / "run") == [1]
+
+
+@pytest.mark.usefixtures("unkept_rows")
+def test_bad_held_out_row_costs_no_step_either(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = fail_after(monkeypatch, "dataset_val", 5 + 5 + 3)  # survey, first and second validation
     with pytest.raises(UserError, match=r"^dataset_val: row 3"):
         finetune(config, tmp_path / "run", *SETTINGS, "save_every_n_steps=100")
     assert steps_of(tmp_path / "run") == [2]
-    monkeypatch.setattr(CheckedRows, "__getitem__", rows)
+    monkeypatch.setattr(CheckedRows, "__getitem__", read)
     run = finetune(config, tmp_path / "run", *SETTINGS, RESUME)
     assert 2 in run.held_out_loss, "the validation that failed is made up for"
 
@@ -597,7 +621,7 @@ def test_bad_held_out_row_costs_no_step_either(
 def test_bad_row_can_be_skipped(bad_rows: Path, config: Config, tmp_path: Path) -> None:
     settings = [f"dataset.data_files={bad_rows}", "on_bad_row=skip"]
     run = finetune(config, tmp_path / "run", *settings)
-    assert len(run.train_loss) == 10
+    assert len(run.train_loss) == 9  # of 39 rows, 4 a step
     packed = finetune(config, tmp_path / "packed", *settings, "dataset.packed=True")
     assert packed.train_loss.isfinite().all()
 

@@ -231,11 +231,6 @@ MISTAKES = [
         ["val_fraction=0 must be a number above 0 and below 1"],
     ),
     Mistake(
-        "more held out than a step leaves",
-        ["dataset_val=null", "val_fraction=0.9"],
-        ["1 rows do not fill one step"],
-    ),
-    Mistake(
         "patience without held-out rows",
         ["dataset_val=null", "early_stopping_patience=2"],
         ["early_stopping_patience needs held-out data", "val_fraction=0.05"],
@@ -396,20 +391,16 @@ MISTAKES = [
         lambda root: write_jsonl(root / "train.jsonl", LONG_ROWS),
     ),
     Mistake(
+        "held-out row longer than the model",
+        ["tokenizer.max_seq_len=null"],
+        ["tokens is longer than the model's max_seq_len 128", "tokenizer.max_seq_len=128"],
+        lambda root: write_jsonl(root / "val.jsonl", colour_rows(3) + LONG_ROWS),
+    ),
+    Mistake(
         "data without the columns",
         [],
         ["dataset", "input"],
         write("train.jsonl", '{"a": "b"}\n' * 8),
-    ),
-    Mistake(
-        "fewer rows than a batch",
-        ["batch_size=16"],
-        ["8 rows do not fill one step of batch_size=16", "lower one"],
-    ),
-    Mistake(
-        "fewer rows than a step",
-        ["gradient_accumulation_steps=4"],
-        ["8 rows", "gradient_accumulation_steps=4"],
     ),
     Mistake(
         "packing without a length",
@@ -421,15 +412,6 @@ MISTAKES = [
 ]
 if not torch.cuda.is_available():
     MISTAKES.append(Mistake("device not there", ["device=cuda"], ["device=cuda", "cannot be used"]))
-# Found only while the data are read, when the log has begun.
-LATE_MISTAKES = [
-    Mistake(
-        "held-out row longer than the model",
-        ["tokenizer.max_seq_len=null"],
-        ["tokens is longer than the model's max_seq_len 128", "tokenizer.max_seq_len=128"],
-        lambda root: write_jsonl(root / "val.jsonl", colour_rows(3) + LONG_ROWS),
-    ),
-]
 
 
 @pytest.fixture(scope="module")
@@ -477,18 +459,6 @@ def test_mistake_is_one_helpful_line_and_leaves_nothing(
     assert_helpful(capfd.readouterr().err, mistake)
     assert status == 2
     assert {path.name for path in root.iterdir()} - before <= {"cache"}
-
-
-@pytest.mark.parametrize("mistake", LATE_MISTAKES, ids=lambda mistake: mistake.name)
-def test_mistake_in_the_data_is_one_helpful_line(
-    mistake: Mistake,
-    root: Path,
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    assert run(root, mistake, monkeypatch) == 2
-    assert_helpful(capfd.readouterr().err, mistake)
-    assert not (root / "run" / "side_network").exists()
 
 
 def test_mistakes_of_a_file_are_all_told_with_their_lines(

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from qst_tune.errors import UserError
-from qst_tune.training.rows import CheckedRows, SkippingRows, hold_out, row_numbers
+from qst_tune.training.rows import CheckedRows, hold_out, row_numbers
 
 
 class Rows(list):
@@ -57,34 +57,6 @@ def test_error_of_the_dataset_itself_gets_the_row_number_too() -> None:
         rows[0]
 
 
-def test_bad_row_can_give_way_to_the_next_good_one() -> None:
-    rows = SkippingRows(checked(), "dataset")
-    assert [rows[index]["tokens"] for index in range(5)] == [GOOD, [3], [3], [3], [3]]
-    assert [row["tokens"] for row in rows] == [GOOD, [3]]
-
-
-def test_last_row_gives_way_to_the_first() -> None:
-    rows = SkippingRows(CheckedRows(Rows([GOOD, []]), name="dataset", source="rows"), "dataset")
-    assert rows[1] == {"tokens": GOOD}
-
-
-def test_dataset_of_bad_rows_alone_is_told() -> None:
-    rows = CheckedRows(Rows([[], []]), name="dataset", source="rows")
-    with pytest.raises(UserError, match=r"^dataset: none of its 2 rows can be used$"):
-        SkippingRows(rows, "dataset")[0]
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_bad_row_gives_way_to_one_of_its_own_part(seed: int) -> None:
-    every_other = Rows([[n] if n % 2 else [] for n in range(20)])
-    rows = CheckedRows(every_other, name="dataset", source="rows")
-    train, held_out = (SkippingRows(part, "dataset") for part in hold_out(rows, 0.5, seed))
-    trained = {train[index]["tokens"][0] for index in range(len(train))}
-    measured = {held_out[index]["tokens"][0] for index in range(len(held_out))}
-    assert not trained & measured
-    assert trained | measured == set(range(1, 20, 2))
-
-
 @pytest.mark.parametrize(
     ("name", "text", "place"),
     [
@@ -124,5 +96,26 @@ def test_row_numbers_are_those_of_the_whole_dataset() -> None:
     rows = list(range(10))
     train, _ = hold_out(rows, 0.3, seed=0)
     assert [rows[i] for i in row_numbers(train, range(7))] == list(train)
-    assert row_numbers(SkippingRows(train, "dataset"), range(7)) == row_numbers(train, range(7))
     assert row_numbers(rows, [3, 1]) == [3, 1]
+
+
+class Kept(list):
+    numbers = (4, 7, 9)
+
+
+def test_row_numbers_count_rows_that_were_left_out() -> None:
+    kept = Kept("abc")
+    assert row_numbers(kept, [2, 0]) == [9, 4]
+    part, _ = hold_out(kept, 0.3, seed=0)
+    assert row_numbers(part, [0, 1]) == [kept.numbers[i] for i in part.indices]
+
+
+class Placed(Rows):
+    def place(self, index: int) -> str:
+        return f"the {index}th"
+
+
+def test_dataset_may_know_the_places_of_its_rows() -> None:
+    rows = CheckedRows(Placed([GOOD, KeyError("input")]), name="dataset", source="rows")
+    with pytest.raises(UserError, match=r"^dataset: the 1th cannot be used: KeyError"):
+        rows[1]

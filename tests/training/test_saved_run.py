@@ -30,7 +30,7 @@ CONFIG = {
     "gradient_accumulation_steps": 2,
 }
 STATE: dict[str, Any] = {
-    "format_version": 2,
+    "format_version": 3,
     "config": CONFIG,
     "data": {"processes": 1},
     "seed": 7,
@@ -158,7 +158,7 @@ def test_all_refusals_are_told_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({**STATE, "format_version": 1}, "its format is 1, this qst_tune reads 2"),
+        ({**STATE, "format_version": 1}, "its format is 1, this qst_tune reads 3"),
         ([], "its format is None"),
         (3, "its format is None"),
         ({k: v for k, v in STATE.items() if k != "seed"}, "its state has no 'seed'"),

@@ -1,0 +1,233 @@
+"""Rows of one's own, in whatever usual form they are: the default dataset of the configs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.utils.data import Dataset
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
+
+from qst_tune.data.conversation import Conversation
+from qst_tune.data.forms import Form, Pair, Text, find_form, read_row, with_system
+from qst_tune.data.hub_rows import HubRows, read_hub
+from qst_tune.data.local_files import FORMATS, LocalRows, read_local_files
+from qst_tune.data.nearest_form import check_column_map, no_form
+from qst_tune.data.tokenized import tokenize_conversation, tokenize_text
+from qst_tune.errors import UserError
+
+Row = dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What rows are given besides their own columns.
+
+    Args:
+        system_prompt (str | None): of conversations that have none of their own.
+        new_system_prompt (str | None): of all conversations, in the place of their own.
+        train_on_input (bool): learn every message, not the assistant's alone.
+    """
+
+    system_prompt: str | None = None
+    new_system_prompt: str | None = None
+    train_on_input: bool = False
+
+    def apply(self, sample: Conversation | Pair | Text) -> Conversation | Pair | Text:
+        """Change a sample accordingly.
+
+        Args:
+            sample (Conversation | Pair | Text): of a row.
+
+        Returns:
+            Conversation | Pair | Text: what is learnt.
+        """
+        prompt = self.new_system_prompt or self.system_prompt
+        if prompt:
+            sample = with_system(sample, prompt, replace=bool(self.new_system_prompt))
+        if self.train_on_input and isinstance(sample, Conversation):
+            return Conversation(sample.messages, [True] * len(sample.messages), sample.tools)
+        return sample
+
+
+class AutoDataset(Dataset[Row]):
+    """Rows of one form as tokens and labels.
+
+    Args:
+        tokenizer (Any): torchtune model tokenizer; its ``max_seq_len`` limits the rows.
+        rows (LocalRows | HubRows): with columns; at least one.
+        column_map (Mapping[str, str]): columns of the rows by the names of a form.
+        prompts (Prompts): what rows are given besides.
+
+    Attributes:
+        form (Form): of the rows, known by the columns of the first one.
+
+    Raises:
+        UserError: if the columns fit no form.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        rows: LocalRows | HubRows,
+        *,
+        column_map: Mapping[str, str],
+        prompts: Prompts,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.rows = rows
+        self.column_map = dict(column_map)
+        self.prompts = prompts
+        first = self._first_readable()
+        check_column_map(self.column_map, list(first))
+        form = find_form(self._renamed(first), self.column_map)
+        if form is None:
+            raise no_form(first)
+        self.form: Form = form
+        self._unread = [c for c in self._renamed(first) if c not in form.columns]
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Row:
+        """Tokenize a row.
+
+        Args:
+            index (int): which one.
+
+        Returns:
+            Row: ``tokens`` and ``labels``; of a preference ``chosen_input_ids``,
+            ``chosen_labels``, ``rejected_input_ids`` and ``rejected_labels``.
+
+        Raises:
+            UserError: if it cannot be used, naming the column.
+        """
+        sample = self.prompts.apply(read_row(self.form, self._renamed(self.rows[index])))
+        if isinstance(sample, Text):
+            tokens = tokenize_text(self.tokenizer, sample.text)
+            return {"tokens": tokens, "labels": list(tokens)}
+        if isinstance(sample, Pair):
+            return {
+                **self._side("chosen", sample.chosen),
+                **self._side("rejected", sample.rejected),
+            }
+        tokens, labels = self._encode(sample)
+        return {"tokens": tokens, "labels": labels}
+
+    def place(self, index: int) -> str:
+        """Return where a row is, for messages.
+
+        Args:
+            index (int): of the row.
+
+        Returns:
+            str: number, file and line.
+        """
+        return self.rows.place(index)
+
+    def describe(self) -> str:
+        """Describe where the rows come from and how they are read.
+
+        Returns:
+            str: one line.
+        """
+        mapped = ", ".join(f"{name} from {column}" for name, column in self.column_map.items())
+        unread = f"; not read: {', '.join(self._unread)}" if self._unread else ""
+        return f"{self.rows.name}: form {self.form.name}{f' ({mapped})' * bool(mapped)}{unread}"
+
+    def _first_readable(self) -> Mapping[str, Any]:
+        """The first row that is one: whether others are skipped is decided elsewhere."""
+        error: UserError | None = None
+        for index in range(len(self.rows)):
+            try:
+                return self.rows[index]
+            except UserError as caught:
+                error = error or UserError(f"{self.place(index)} cannot be used: {caught}")
+        raise error or UserError(f"{self.rows.name} has no rows")
+
+    def _renamed(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        used = {*self.column_map, *self.column_map.values()}
+        mapped = {name: row[column] for name, column in self.column_map.items() if column in row}
+        return {**mapped, **{column: v for column, v in row.items() if column not in used}}
+
+    def _side(self, name: str, conversation: Conversation) -> Row:
+        tokens, labels = self._encode(conversation)
+        return {f"{name}_input_ids": tokens, f"{name}_labels": labels}
+
+    def _encode(self, conversation: Conversation) -> tuple[list[int], list[int]]:
+        tokens, mask = tokenize_conversation(self.tokenizer, conversation)
+        labels = [
+            CROSS_ENTROPY_IGNORE_IDX if is_masked else token
+            for token, is_masked in zip(tokens, mask, strict=True)
+        ]
+        return tokens, labels
+
+
+def auto_dataset(  # noqa: PLR0913 - a component of the config, whose keys these are
+    tokenizer: Any,
+    *,
+    data_files: str | Sequence[str] | None = None,
+    source: str | None = None,
+    split: str = "train",
+    column_map: Mapping[str, str] | None = None,
+    system_prompt: str | None = None,
+    new_system_prompt: str | None = None,
+    train_on_input: bool = False,
+    packed: bool = False,
+    split_across_pack: bool = False,
+    name: str | None = None,
+    data_dir: str | None = None,
+    revision: str | None = None,
+) -> AutoDataset:
+    """Load rows of any usual form, from local files or the hub.
+
+    In a torchtune config::
+
+        dataset:
+          _component_: qst_tune.data.auto_dataset
+          data_files: my.jsonl
+
+    The columns of the first row tell the form (docs/data.md): ``messages``, ``conversations``,
+    ``instruction`` and ``output``, ``prompt`` and ``completion``, ``input`` and ``output``,
+    ``text``, or ``chosen`` and ``rejected``.
+
+    Args:
+        tokenizer (Any): torchtune model tokenizer.
+        data_files (str | Sequence[str] | None): local files or glob patterns: JSONL, JSON, CSV,
+            TSV or Parquet, the text ones also as ``.gz``. They go before ``source``.
+        source (str | None): name of a dataset on the hub; or the format of ``data_files`` (json,
+            csv, tsv, parquet) where their ending does not say it.
+        split (str): of the source, or a part such as ``train[:1000]``.
+        column_map (Mapping[str, str] | None): columns of the rows by the names of a form.
+        system_prompt (str | None): of conversations that have none of their own.
+        new_system_prompt (str | None): of all conversations, in the place of their own.
+        train_on_input (bool): learn every message, not the assistant's alone.
+        packed (bool): several rows in each sample. A recipe does it; here it must be False.
+        split_across_pack (bool): with ``packed``, let a row continue in the next pack.
+        name (str | None): of the source's configuration, as in ``datasets.load_dataset``.
+        data_dir (str | None): of the source, as in ``datasets.load_dataset``.
+        revision (str | None): of the source, as in ``datasets.load_dataset``.
+
+    Returns:
+        AutoDataset: rows are read and tokenized when they are asked for.
+
+    Raises:
+        UserError: if there are no rows, they cannot be read or fit no form.
+    """
+    if packed or split_across_pack:
+        # Rows are checked before they are packed: training/packing.py takes these two away.
+        raise UserError("packed and split_across_pack go together, in the config of a recipe")
+    if system_prompt and new_system_prompt:
+        raise UserError(
+            "system_prompt (for conversations without one) and new_system_prompt (in the place of "
+            "all) exclude each other: remove one"
+        )
+    rows: LocalRows | HubRows
+    if data_files:
+        rows = read_local_files(data_files, source=source, split=split)
+    elif source is None or source in FORMATS.values():
+        raise UserError("there are no rows: set dataset.data_files=my.jsonl, or dataset.source")
+    else:
+        rows = read_hub(source, split, name=name, data_dir=data_dir, revision=revision)
+    prompts = Prompts(system_prompt, new_system_prompt, train_on_input)
+    return AutoDataset(tokenizer, rows, column_map=column_map or {}, prompts=prompts)

@@ -1,0 +1,79 @@
+"""Rows of a CSV or TSV file, all of whose values are text: an answer of "007" stays "007"."""
+
+import csv
+import io
+
+from qst_tune.data.file_text import FileText
+from qst_tune.data.json_rows import decode
+from qst_tune.errors import UserError
+
+csv.field_size_limit(2**31 - 1)  # 131,072 characters by default: long documents are longer
+
+
+class CsvRows:
+    """Rows below a header.
+
+    Args:
+        text (FileText): the file.
+        delimiter (str): between fields.
+
+    Raises:
+        UserError: if the file is not UTF-8, its quotes do not close or its header is not one.
+    """
+
+    def __init__(self, text: FileText, delimiter: str) -> None:
+        self.path = text.path
+        records = _records(text, delimiter)
+        _, self.header = records[0] if records else (0, [])
+        self._records = records[1:]
+        _check_header(self.header, text, delimiter)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, str]:
+        _, values = self._records[index]
+        if len(values) != len(self.header):
+            raise UserError(
+                f"it has {len(values)} fields and the header {len(self.header)} "
+                f"({', '.join(self.header)}): put quotes around values with a delimiter"
+            )
+        return dict(zip(self.header, values, strict=True))
+
+    def place(self, index: int) -> str:
+        """Return where a row is, for messages.
+
+        Args:
+            index (int): of the row.
+
+        Returns:
+            str: file and line.
+        """
+        return f"{self.path} (line {self._records[index][0]})"
+
+
+def _records(text: FileText, delimiter: str) -> list[tuple[int, list[str]]]:
+    """Fields of each record, with the line where it ends; blank lines are none."""
+    try:
+        content = decode(text.read())
+    except UserError as error:
+        raise UserError(f"{text.path}: {error}") from error
+    reader = csv.reader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
+    try:
+        return [(reader.line_num, record) for record in reader if record]
+    except csv.Error as error:
+        raise UserError(
+            f"{text.path} is not CSV at line {reader.line_num}: {error}; quotes inside a value are "
+            "doubled"
+        ) from error
+
+
+def _check_header(header: list[str], text: FileText, delimiter: str) -> None:
+    twice = next((name for name in header if header.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"{text.path}: the header names {twice!r} twice; rename one")
+    if len(header) == 1 and delimiter == "," and (";" in header[0] or "\t" in header[0]):
+        raise UserError(
+            f"{text.path}: the header {header[0]!r} has one column; separate columns by commas, or "
+            "by tabs in a .tsv file"
+        )

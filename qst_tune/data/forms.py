@@ -1,0 +1,220 @@
+"""The forms of rows that are known by their columns, and what each row of them means."""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qst_tune.data.conversation import Conversation, kind_of, read_conversation, read_tools, text_of
+from qst_tune.errors import UserError
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text without roles, learnt as a whole.
+
+    Args:
+        text (str): of the row.
+    """
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two conversations that begin alike, the first with the better answer.
+
+    Args:
+        chosen (Conversation): the better one.
+        rejected (Conversation): the other one.
+    """
+
+    chosen: Conversation
+    rejected: Conversation
+
+
+@dataclass(frozen=True)
+class Form:
+    """One form of rows.
+
+    Args:
+        needed (tuple[str, ...]): columns that every row has.
+        optional (tuple[str, ...]): columns that a row may have.
+        read (Callable[[Row], Conversation | Pair | Text]): what a row means.
+    """
+
+    needed: tuple[str, ...]
+    optional: tuple[str, ...]
+    read: Callable[[Row], Conversation | Pair | Text]
+
+    @property
+    def name(self) -> str:
+        """The needed columns."""
+        return ", ".join(self.needed)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All columns that are read."""
+        return (*self.needed, *self.optional)
+
+    def fits(self, columns: Collection[str], wanted: Collection[str] = ()) -> bool:
+        """Report whether rows with these columns have this form.
+
+        Args:
+            columns (Collection[str]): of the rows.
+            wanted (Collection[str]): that must be read.
+
+        Returns:
+            bool: True if they have.
+        """
+        return set(self.needed) <= set(columns) and set(wanted) <= set(self.columns)
+
+
+def read_row(form: Form, row: Row) -> Conversation | Pair | Text:
+    """Return what a row means.
+
+    Args:
+        form (Form): of all rows.
+        row (Row): columns under the names of the form.
+
+    Returns:
+        Conversation | Pair | Text: with the row's system prompt and tools.
+
+    Raises:
+        UserError: if a value is missing or of a wrong type, naming it.
+    """
+    missing = [column for column in form.needed if column not in row]
+    if missing:
+        raise UserError(f"it has no column {missing[0]!r}: its columns are {', '.join(row)}")
+    sample = form.read(row)
+    system = row.get("system") if "system" in form.columns else None
+    if not system:
+        return sample
+    return with_system(sample, text_of(system, "column 'system'"), replace=False)
+
+
+def with_system(
+    sample: Conversation | Pair | Text, prompt: str, *, replace: bool
+) -> Conversation | Pair | Text:
+    """Begin a conversation with a system prompt.
+
+    Args:
+        sample (Conversation | Pair | Text): text has none, and stays as it is.
+        prompt (str): the system prompt.
+        replace (bool): drop those of the row; False lets a row keep its own.
+
+    Returns:
+        Conversation | Pair | Text: a copy.
+    """
+    if isinstance(sample, Pair):
+        return Pair(*(_begin(side, prompt, replace) for side in (sample.chosen, sample.rejected)))
+    return sample if isinstance(sample, Text) else _begin(sample, prompt, replace)
+
+
+def _begin(conversation: Conversation, prompt: str, replace: bool) -> Conversation:
+    has_own = [message["role"] == "system" for message in conversation.messages]
+    if any(has_own) and not replace:
+        return conversation
+    kept = [i for i, is_system in enumerate(has_own) if not is_system]
+    messages = [conversation.messages[i] for i in kept]
+    learnt = [conversation.learnt[i] for i in kept]
+    system = {"role": "system", "content": prompt}
+    return Conversation([system, *messages], [False, *learnt], conversation.tools)
+
+
+def _column(row: Row, column: str) -> str:
+    return text_of(row[column], f"column {column!r}")
+
+
+def _optional(row: Row, column: str) -> str:
+    value = row.get(column)
+    return "" if value is None else text_of(value, f"column {column!r}")
+
+
+def _turn(prompt: str, answer: str, tools: Any = None) -> Conversation:
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    return Conversation(messages, [False, True], read_tools(tools))
+
+
+def _instruction(row: Row) -> Conversation:
+    """One user turn: the model's own chat template is the prompt, not Alpaca's sentences."""
+    parts = (_column(row, "instruction"), _optional(row, "input"))
+    return _turn("\n\n".join(part for part in parts if part), _column(row, "output"))
+
+
+def _prompt_completion(row: Row) -> Conversation:
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return _turn(prompt, completion, row.get("tools"))
+    return _joined(row, "completion")
+
+
+def _joined(row: Row, answer: str) -> Conversation:
+    """A prompt and an answer, each text or messages; only the answer is learnt."""
+    tools = row.get("tools")
+    after = _as_conversation(row[answer], answer, "assistant")
+    if row.get("prompt") is None or after.messages[0]["role"] != "assistant":
+        return Conversation(after.messages, after.learnt, read_tools(tools))  # a whole conversation
+    before = _as_conversation(row["prompt"], "prompt", "user")
+    learnt = [False] * len(before.messages) + after.learnt
+    return Conversation([*before.messages, *after.messages], learnt, read_tools(tools))
+
+
+def _as_conversation(value: Any, column: str, role: str) -> Conversation:
+    if isinstance(value, str):
+        return Conversation([{"role": role, "content": value}], [role == "assistant"])
+    if not isinstance(value, list):
+        raise UserError(
+            f"column {column!r} is {kind_of(value)}: it must be text or a list of messages"
+        )
+    return read_conversation(value, column)
+
+
+def _preference(row: Row) -> Pair:
+    has_text = isinstance(row["chosen"], str) or isinstance(row["rejected"], str)
+    if has_text and row.get("prompt") is None:
+        raise UserError("'chosen' and 'rejected' are text, so it needs a column 'prompt'")
+    chosen, rejected = _joined(row, "chosen"), _joined(row, "rejected")
+    for name, side in (("chosen", chosen), ("rejected", rejected)):
+        if not any(side.learnt):
+            raise UserError(f"column {name!r} has no answer: it must end with an assistant message")
+    return Pair(chosen, rejected)
+
+
+def _messages(column: str) -> Callable[[Row], Conversation]:
+    def read(row: Row) -> Conversation:
+        return read_conversation(row[column], column, row.get("tools"))
+
+    return read
+
+
+_CONTEXT = ("system", "tools")
+# The first that fits: rows that hold several are richer than the later ones say.
+FORMS = (
+    Form(("chosen", "rejected"), ("prompt", *_CONTEXT), _preference),
+    Form(("messages",), _CONTEXT, _messages("messages")),
+    Form(("conversations",), _CONTEXT, _messages("conversations")),
+    Form(("instruction", "output"), ("input", "system"), _instruction),
+    Form(("prompt", "completion"), _CONTEXT, _prompt_completion),
+    Form(
+        ("input", "output"),
+        ("system",),
+        lambda row: _turn(_column(row, "input"), _column(row, "output")),
+    ),
+    Form(("text",), (), lambda row: Text(_column(row, "text"))),
+)
+PREFERENCE = FORMS[0]
+
+
+def find_form(columns: Collection[str], wanted: Collection[str] = ()) -> Form | None:
+    """Find the form of rows.
+
+    Args:
+        columns (Collection[str]): under the names of the forms.
+        wanted (Collection[str]): that must be read, since the user named them.
+
+    Returns:
+        Form | None: None if none fits.
+    """
+    return next((form for form in FORMS if form.fits(columns, wanted)), None)

@@ -1,0 +1,243 @@
+"""Rows of a JSON file: one object a line (JSONL), one list of objects, or a list inside an object.
+
+``datasets`` reads these too, but fits all rows into one Arrow schema: a value of another type in
+row 7,000 fails without its row, and an object that lacks a key gets it with null, also inside tool
+calls. Here each row is what its own text is, and a mistake has its line.
+"""
+
+import json
+from array import array
+from pathlib import Path
+from typing import Any, NoReturn
+
+from qst_tune.data.conversation import kind_of
+from qst_tune.data.file_text import FileText
+from qst_tune.data.forms import FORMS
+from qst_tune.errors import UserError
+
+# A single object with these is a row of one conversation, not a file around a list of rows.
+_MESSAGE_KEYS = ({"role", "content"}, {"from", "value"})
+
+
+class JsonLines:
+    """Rows of a file with one JSON object a line; a line is parsed when its row is read.
+
+    Args:
+        text (FileText): the file.
+    """
+
+    def __init__(self, text: FileText) -> None:
+        self.text = text
+        self._starts = array("q")
+        self._numbers = array("q")  # lines, counted from 1
+        for number, (start, line) in enumerate(text.lines(), start=1):
+            if line.strip():
+                self._starts.append(start)
+                self._numbers.append(number)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return as_row(parse(decode(self.line(index)).rstrip()))
+
+    def line(self, index: int) -> bytes:
+        """Return the line of a row.
+
+        Args:
+            index (int): of the row.
+
+        Returns:
+            bytes: JSON, if the file is right.
+        """
+        return self.text.line_at(self._starts[index])
+
+    def place(self, index: int) -> str:
+        """Return where a row is, for messages.
+
+        Args:
+            index (int): of the row.
+
+        Returns:
+            str: file and line.
+        """
+        return f"{self.text.path} (line {self._numbers[index]})"
+
+
+class JsonList:
+    """Rows of a file that is one JSON document.
+
+    Args:
+        path (Path): the file, for messages.
+        rows (list[Any]): what should be objects.
+    """
+
+    def __init__(self, path: Path, rows: list[Any]) -> None:
+        self.path = path
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return as_row(self.rows[index])
+
+    def place(self, index: int) -> str:
+        """Return where a row is, for messages.
+
+        Args:
+            index (int): of the row.
+
+        Returns:
+            str: the file.
+        """
+        return str(self.path)
+
+
+def read_json(text: FileText) -> JsonLines | JsonList:
+    """Find out how a JSON file holds its rows.
+
+    Args:
+        text (FileText): the file.
+
+    Returns:
+        JsonLines | JsonList: its rows.
+
+    Raises:
+        UserError: if it is one JSON document that is damaged or has several lists of rows.
+    """
+    lines = JsonLines(text)
+    if _begins_document(lines):
+        return JsonList(text.path, _rows_of(_whole(text), text.path))
+    first = _document(lines.line(0)) if len(lines) == 1 else None
+    rows = _rows_of(first, text.path) if isinstance(first, dict | list) else None
+    # A damaged line, or one that is no object, is reported when its row is read, with its number.
+    return lines if rows is None or rows == [first] else JsonList(text.path, rows)
+
+
+def _begins_document(lines: JsonLines) -> bool:
+    """Whether the first of several lines begins a document instead of being one."""
+    if len(lines) < 2 or _document(lines.line(0)) is not None:
+        return False
+    first, second = (lines.line(index).strip()[:1] for index in (0, 1))
+    return first == b"[" or (first == b"{" and second != b"{")
+
+
+def _whole(text: FileText) -> Any:
+    try:
+        return _loads(decode(text.read()))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{text.path} is not JSON at line {error.lineno}, column {error.colno}: {error.msg}; "
+            "mend it there, or write one object a line"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{text.path}: {error}") from error
+
+
+def _document(line: bytes) -> Any:
+    """The value of a line; None if it is not JSON."""
+    try:
+        return _loads(decode(line))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _rows_of(document: Any, path: Path) -> list[Any]:
+    """The list of rows that a document is or contains, or a document as the only row."""
+    if isinstance(document, list):
+        return document
+    if not isinstance(document, dict):
+        return [document]
+    is_row = any(form.columns[0] in document for form in FORMS)
+    lists = {} if is_row else {k: v for k, v in document.items() if _is_list_of_rows(v)}
+    if len(lists) > 1:
+        raise UserError(
+            f"{path} has several lists of rows ({', '.join(lists)}): save the one to use as a file "
+            "of its own"
+        )
+    (rows,) = lists.values() if len(lists) == 1 else ([document],)
+    return list(rows)
+
+
+def _is_list_of_rows(value: Any) -> bool:
+    if not isinstance(value, list) or not value or not all(isinstance(v, dict) for v in value):
+        return False
+    return not any(keys <= value[0].keys() for keys in _MESSAGE_KEYS)
+
+
+def parse(text: str) -> Any:
+    """Parse one row.
+
+    Args:
+        text (str): JSON.
+
+    Returns:
+        Any: its value.
+
+    Raises:
+        UserError: if it is not JSON, has a key twice, or a number that JSON does not have.
+    """
+    try:
+        return _loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"it is not JSON at column {error.colno}: {error.msg}; mend or delete the line"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(str(error)) from error
+
+
+def _loads(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} is there twice in one object: delete one of them")
+    return result
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no value of JSON: write null, or delete it")
+
+
+def as_row(value: Any) -> dict[str, Any]:
+    """Return what is a row, with columns.
+
+    Args:
+        value (Any): of JSON.
+
+    Returns:
+        dict[str, Any]: the same.
+
+    Raises:
+        UserError: if it is not an object.
+    """
+    if not isinstance(value, dict):
+        raise UserError(f'it is {kind_of(value)}, not an object of columns: {{"text": "..."}}')
+    return value
+
+
+def decode(line: bytes) -> str:
+    """Decode UTF-8.
+
+    Args:
+        line (bytes): of a file.
+
+    Returns:
+        str: the text.
+
+    Raises:
+        UserError: if it is in another encoding.
+    """
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"it is not UTF-8 (byte 0x{line[error.start]:02x} at {error.start}): save the file as "
+            "UTF-8"
+        ) from error

@@ -1,0 +1,176 @@
+"""Rows of local files: JSONL, JSON, CSV, TSV and Parquet, the text ones also as ``.gz``."""
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from glob import glob
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Protocol
+
+from datasets import ReadInstruction
+
+from qst_tune.data.csv_rows import CsvRows
+from qst_tune.data.file_text import FileText
+from qst_tune.data.json_rows import read_json
+from qst_tune.data.parquet_rows import ParquetRows
+from qst_tune.errors import UserError
+
+# Names under which `datasets` and torchtune's configs know the formats, as in source=json.
+FORMATS = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+}
+
+
+class Rows(Protocol):
+    """Rows with columns, each with a place that a user can look up."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+
+    def place(self, index: int) -> str:
+        """Return where a row is: its file and, where there is one, its line."""
+
+
+class LocalRows:
+    """Rows of one file after the other.
+
+    Args:
+        files (Sequence[tuple[Path, Rows]]): rows of each file.
+        selection (Sequence[int] | None): numbers of the rows to use; None for all.
+
+    Attributes:
+        name (str): the files.
+    """
+
+    def __init__(
+        self, files: Sequence[tuple[Path, Rows]], selection: Sequence[int] | None = None
+    ) -> None:
+        paths = [str(path) for path, _ in files]
+        self.name = ", ".join(paths[:3]) + f" and {len(paths) - 3} files more" * (len(paths) > 3)
+        self._parts = [rows for _, rows in files]
+        self._ends = list(accumulate(len(rows) for rows in self._parts))
+        self._selection = range(self._ends[-1]) if selection is None else selection
+
+    def __len__(self) -> int:
+        return len(self._selection)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        part, number = self._find(index)
+        return part[number]
+
+    def place(self, index: int) -> str:
+        """Return where a row is, for messages.
+
+        Args:
+            index (int): of the row.
+
+        Returns:
+            str: number in the file, file and, where there is one, line.
+        """
+        part, number = self._find(index)
+        return f"row {number} of {part.place(number)}"
+
+    def _find(self, index: int) -> tuple[Rows, int]:
+        row = self._selection[index]
+        part = bisect_right(self._ends, row)
+        return self._parts[part], row - (self._ends[part - 1] if part else 0)
+
+
+def read_local_files(
+    data_files: str | Sequence[str], *, source: str | None = None, split: str = "train"
+) -> LocalRows:
+    """Read local files.
+
+    Args:
+        data_files (str | Sequence[str]): paths or glob patterns; a path that exists is taken
+            literally, whatever brackets it has.
+        source (str | None): ``json``, ``csv``, ``tsv`` or ``parquet`` for a file without a usual
+            ending.
+        split (str): ``train``, or a part of it such as ``train[:1000]`` or ``train[90%:]``.
+
+    Returns:
+        LocalRows: in the order of the files.
+
+    Raises:
+        UserError: if a file is missing, damaged or of another format, or there is no such split.
+    """
+    names = [data_files] if isinstance(data_files, str) else [str(name) for name in data_files]
+    paths = list(dict.fromkeys(path for name in names for path in find_files(name)))
+    files = [(path, _read(path, source)) for path in paths]
+    number = sum(len(rows) for _, rows in files)
+    return LocalRows(files, _select(split, number))
+
+
+def find_files(name: str) -> list[Path]:
+    """Find the files of a path or a glob pattern.
+
+    Args:
+        name (str): a path that exists is taken literally.
+
+    Returns:
+        list[Path]: at least one.
+
+    Raises:
+        UserError: if there is none, or it is a directory.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        raise UserError(f"data_files={name} is a directory: name its files, as in {path}/*.jsonl")
+    if path.exists():
+        return [path]
+    found = sorted(file for file in map(Path, glob(str(path), recursive=True)) if file.is_file())
+    if not found:
+        is_pattern = any(mark in name for mark in "*?[")
+        raise UserError(
+            f"data_files={name} "
+            + ("matches no file" if is_pattern else "does not exist")
+            + f" (looked from {Path.cwd()})"
+        )
+    return found
+
+
+def format_of(path: Path) -> str | None:
+    """Return the format that a file's ending says.
+
+    Args:
+        path (Path): ``.gz`` is looked through.
+
+    Returns:
+        str | None: ``json``, ``csv``, ``tsv`` or ``parquet``; None for another ending.
+    """
+    name = path.with_suffix("") if path.suffix.lower() == ".gz" else path
+    return FORMATS.get(name.suffix.lower())
+
+
+def _read(path: Path, source: str | None) -> Rows:
+    file_format = format_of(path) or (source if source in FORMATS.values() else None)
+    if file_format == "json":
+        return read_json(FileText(path))
+    if file_format in ("csv", "tsv"):
+        return CsvRows(FileText(path), "," if file_format == "csv" else "\t")
+    if file_format == "parquet":
+        return ParquetRows(path)
+    raise UserError(
+        f"data_files={path}: its ending is none of {', '.join(FORMATS)} (also .gz): convert it, or "
+        "name its format with source=json"
+    )
+
+
+def _select(split: str, number: int) -> Sequence[int] | None:
+    """Numbers of the rows of a split, in the notation of ``datasets``."""
+    if split == "train":
+        return None
+    try:
+        parts = ReadInstruction.from_spec(split).to_absolute({"train": number})
+    except (AssertionError, ValueError, KeyError) as error:
+        raise UserError(
+            f"split={split} is not of a local file: use train, or a part such as train[:1000] or "
+            "train[90%:]"
+        ) from error
+    return [row for part in parts for row in range(part.from_, part.to)]

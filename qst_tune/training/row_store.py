@@ -1,0 +1,70 @@
+"""Tokenized rows in memory, four bytes a token, so that training does not tokenize them again."""
+
+from array import array
+from typing import Any
+
+# 2^27 tokens with their labels. Rows behind that are read and tokenized again when a batch needs
+# them, as all rows were before there was a store.
+MAX_BYTES = 2**30
+
+
+class RowStore:
+    """Rows whose values are lists of whole numbers, or numbers.
+
+    Args:
+        max_bytes (int): of all lists together; rows that come later are not kept.
+
+    Attributes:
+        num_bytes (int): of all lists together.
+    """
+
+    def __init__(self, max_bytes: int = MAX_BYTES) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self._keys: tuple[str, ...] = ()
+        self._rows: list[tuple[Any, ...]] = []
+        self._is_full = False
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Keep a row, unless one was not kept before: rows are found by their number.
+
+        Args:
+            row (dict[str, Any]): with the same keys each time.
+        """
+        self._keys = self._keys or tuple(row)
+        if self._is_full or tuple(row) != self._keys:
+            self._is_full = True
+            return
+        try:
+            values = tuple(map(_compact, row.values()))
+        except (TypeError, OverflowError):  # not lists of numbers: of the user's own code
+            self._is_full = True
+            return
+        size = sum(v.itemsize * len(v) for v in values if isinstance(v, array))
+        if self.num_bytes + size > self.max_bytes:
+            self._is_full = True
+            return
+        self.num_bytes += size
+        self._rows.append(values)
+
+    def get(self, index: int) -> dict[str, Any] | None:
+        """Return a row.
+
+        Args:
+            index (int): in the order of :meth:`add`.
+
+        Returns:
+            dict[str, Any] | None: None if it was not kept.
+        """
+        if index >= len(self._rows):
+            return None
+        values = (v.tolist() if isinstance(v, array) else v for v in self._rows[index])
+        return dict(zip(self._keys, values, strict=True))
+
+
+def _compact(value: Any) -> Any:
+    if isinstance(value, int | float):
+        return value
+    if not isinstance(value, list):
+        raise TypeError
+    return array("i", value)
