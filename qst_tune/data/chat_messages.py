@@ -1,7 +1,7 @@
 """Messages as chat templates take them: dicts with role, content, tool calls and thoughts."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torchtune.data import Message
@@ -57,19 +57,37 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     return [_check_message(index, message) for index, message in enumerate(messages)]
 
 
-def with_text_arguments(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the messages with the arguments of tool calls as JSON text, for some templates."""
+def call_variants(messages: Sequence[Mapping[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Yield the messages in the forms that templates want tool calls in.
 
-    def as_text(call: Mapping[str, Any]) -> dict[str, Any]:
-        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
-        return {**call, "function": {**call["function"], "arguments": arguments}}
+    Most take a dict of arguments and no content; DeepSeek's append arguments as text, as OpenAI's
+    rows have them, and ask whether content is None; some append the content in any case.
 
-    return [
-        {**message, "tool_calls": [as_text(call) for call in message["tool_calls"]]}
-        if "tool_calls" in message
-        else dict(message)
-        for message in messages
-    ]
+    Args:
+        messages (Sequence[Mapping[str, Any]]): from :func:`check_messages`.
+
+    Yields:
+        list[dict[str, Any]]: as they are first; only once if there is no tool call.
+    """
+    yield [dict(message) for message in messages]
+    if any("tool_calls" in message for message in messages):
+        yield [_variant(message, as_text=True) for message in messages]
+        for empty in (None, ""):
+            for as_text in (False, True):
+                yield [_variant(m, as_text=as_text, content=empty) for m in messages]
+
+
+def _variant(message: Mapping[str, Any], *, as_text: bool, **filled: Any) -> dict[str, Any]:
+    calls = message.get("tool_calls")
+    if not calls:
+        return dict(message)
+    calls = [_as_text(call) for call in calls] if as_text else calls
+    return {**filled, **message, "tool_calls": calls}
+
+
+def _as_text(call: Mapping[str, Any]) -> dict[str, Any]:
+    arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+    return {**call, "function": {**call["function"], "arguments": arguments}}
 
 
 def _check_message(index: int, message: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from jinja2.nodes import Node, Scope
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from qst_tune.data.chat_messages import with_text_arguments
+from qst_tune.data.chat_messages import call_variants
 from qst_tune.errors import UserError
 
 Messages = Sequence[Mapping[str, Any]]
@@ -47,6 +47,11 @@ class ChatTemplate:
         self.tool_source = tool_source
         self.date = datetime.now()
 
+    @property
+    def writes_date(self) -> bool:
+        """Whether the template may write today's date."""
+        return "strftime_now" in self.source + (self.tool_source or "")
+
     def render(
         self, messages: Messages, *, tools: Tools | None = None, add_generation_prompt: bool = False
     ) -> str:
@@ -71,21 +76,13 @@ class ChatTemplate:
             "strftime_now": self.date.strftime,
             **self.special_tokens,
         }
-        try:
-            return _render(source, messages, settings)
-        except _REFUSALS as error:
-            raise UserError(f"the chat template refuses this conversation: {error}") from error
-
-
-def _render(source: str, messages: Messages, settings: Mapping[str, Any]) -> str:
-    template = _compile(source)
-    try:
-        return template.render(messages=list(messages), **settings)
-    except TypeError:
-        # DeepSeek's templates append arguments as text, as OpenAI's rows have them.
-        if not any("tool_calls" in message for message in messages):
-            raise
-        return template.render(messages=with_text_arguments(messages), **settings)
+        refusal: Exception | None = None
+        for variant in call_variants(messages):
+            try:
+                return _compile(source).render(messages=variant, **settings)
+            except _REFUSALS as error:
+                refusal = refusal or error
+        raise UserError(f"the chat template refuses this conversation: {refusal}") from refusal
 
 
 class _GenerationTag(Extension):

@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from functools import cached_property
 from typing import Any
 
@@ -81,6 +82,17 @@ class HFChatTokenizer(ModelTokenizer, Transform):
     def vocab_size(self) -> int:
         """Number of tokens, special ones included."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def date(self) -> datetime | None:
+        """What the template writes as today's date; None if it writes none."""
+        template = self.chat_template
+        return template.date if template is not None and template.writes_date else None
+
+    @date.setter
+    def date(self, date: datetime) -> None:
+        if self.chat_template is not None:
+            self.chat_template.date = date
 
     @cached_property
     def stop_tokens(self) -> list[int]:

@@ -48,9 +48,19 @@ class Marked:
         """Return the marks of a message."""
         return [mark for mark in self.marks if mark.owner == owner]
 
-    def after(self, owner: int) -> tuple[int, str]:
-        """Return where the last mark of a message is, and the text up to the next mark."""
-        index = max(i for i, mark in enumerate(self.marks) if mark.owner == owner)
+    def after(self, owner: int, count: int | None = None) -> tuple[int, str]:
+        """Return the place of a message's last mark, and the text up to the next mark.
+
+        Args:
+            owner (int): index of the message; it has marks.
+            count (int | None): take its mark of this number, from 1, where it has so many: some
+                templates write the name of a called function once more with the answer to it.
+
+        Returns:
+            tuple[int, str]: number of characters before, and the text behind.
+        """
+        own = [i for i, mark in enumerate(self.marks) if mark.owner == owner]
+        index = own[-1] if count is None else own[min(count, len(own)) - 1]
         start = self.marks[index].place
         is_last = index + 1 == len(self.marks)
         return start, self.text[start : None if is_last else self.marks[index + 1].place]

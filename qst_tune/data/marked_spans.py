@@ -1,5 +1,7 @@
 """Finds messages in a rendering by marks around their texts."""
 
+import re
+
 from qst_tune.data.marked_messages import WRAPS, Marked, Marker
 from qst_tune.data.rendered_chat import RenderedChat, Span
 from qst_tune.errors import UserError
@@ -70,53 +72,56 @@ class MarkedSpans:
         known = self._start_by_known_end(index)
         if known is not None:
             return known
+        marks = self._whole.of(index)
         prompt = self._read(self._marked_chat.prompt(index))
-        start = None
-        if prompt is not None and prompt.marks:
-            start = self._start_by_prompt(prompt, index)
-        elif prompt is not None and self._chat.text.startswith(prompt.text):
-            start = len(prompt.text)
-        if start is None and self._whole.of(index):
-            # The prompt opens a thought that the template drops from this answer.
-            start = self._whole.of(index)[0].place
-        if start is None:
-            raise self._chat.lost(index, "the template writes nothing of it")
-        return start
+        if prompt is None or not self._follows(prompt):
+            if prompt is not None and self._chat.text.startswith(prompt.text):
+                return len(prompt.text)
+            if not marks:
+                raise self._chat.lost(index, "the template writes nothing of it")
+            return marks[0].place
+        place, after, end = self._behind_last_mark(prompt)
+        if after.startswith(end):
+            if prompt.marks[-1].owner == index - 1:
+                self._prompt_ends.append(end)
+            return place + len(end)
+        # The prompt opens a thought that the template leaves out of this answer.
+        if marks and not marks[0].in_call:
+            return marks[0].place
+        return place + _common_lines(after, end, self._chat.turn_end.special)
 
     def _start_by_known_end(self, index: int) -> int | None:
-        if not index or not self._whole.of(index - 1):
+        """Begin of an answer to a message behind which a known end of a prompt follows."""
+        if self._chat.messages[index]["role"] != "assistant" or not self._whole.of(index - 1):
             return None
         place, after = self._whole.after(index - 1)
-        if self._chat.messages[index]["role"] != "assistant":
-            return None
-        known = [end for end in self._prompt_ends if after.startswith(end)]
-        return place + max(map(len, known)) if known else None
-
-    def _start_by_prompt(self, prompt: Marked, index: int) -> int | None:
-        mark = prompt.marks[-1]
-        end = prompt.text[mark.place :]
-        if not self._whole.of(mark.owner):
-            return None
-        place, after = self._whole.after(mark.owner)
-        if not after.startswith(end):
-            return None
-        if self._chat.messages[index]["role"] == "assistant" and mark.owner == index - 1:
-            self._prompt_ends.append(end)
-        return place + len(end)
+        known = [len(end) for end in self._prompt_ends if after.startswith(end)]
+        return place + max(known) if known else None
 
     def _end(self, index: int, start: int) -> int:
-        place, after = self._after(index, start)
-        closing = self._chat.turn_end.closing.strip()
-        begin = after.find(closing) if closing else -1
-        if begin >= 0 and not after[:begin].strip():
-            return place + begin + len(closing)
+        marks = self._whole.of(index)
+        if not any(mark.in_call for mark in marks):
+            end = self._end_by_closing(index, start)
+            if end is not None:
+                return end
         if index + 1 == len(self._chat.messages):
             return len(self._chat.text.removesuffix(self._chat.turn_end.tail))
         alone = self._read(self._marked_chat.up_to(index + 1))
-        end = alone.text[alone.marks[-1].place :] if alone and alone.marks else ""
-        if alone and alone.marks and alone.marks[-1].owner == index and after.startswith(end):
+        if alone is None or not self._follows(alone):
+            place, after = self._after(index, start)
+            return place + self._first_end(after, "")
+        place, after, end = self._behind_last_mark(alone)
+        if after.startswith(end):
             return place + len(end)
         return place + self._first_end(after, end)
+
+    def _end_by_closing(self, index: int, start: int) -> int | None:
+        """End of a content that the template closes as it closes all answers."""
+        place, after = self._after(index, start)
+        closing = self._chat.turn_end.closing.strip()
+        begin = after.find(closing) if closing else -1
+        is_next = not after[:begin].strip() or not self._whole.of(index)
+        return place + begin + len(closing) if begin >= 0 and is_next else None
 
     def _after(self, index: int, start: int) -> tuple[int, str]:
         """Return the place behind the message's last text, and what follows up to another's."""
@@ -126,15 +131,38 @@ class MarkedSpans:
         return start, self._chat.text[start : min(later, default=len(self._chat.text))]
 
     def _first_end(self, after: str, alone: str) -> int:
-        """Return where an answer ends that ends otherwise at the end of a conversation."""
+        """Return where a message ends that ends otherwise at the end of a conversation."""
+        common = _num_common(after, alone)
         ends = [match.end() for match in self._chat.turn_end.special.finditer(after)]
-        shared = [end for end in ends if alone.startswith(after[:end])]
-        if shared:
-            return shared[-1]
-        return ends[0] if ends else 0
+        return next((end for end in ends if end > common), common)
+
+    def _follows(self, prefix: Marked) -> bool:
+        """Whether the last mark of the first messages' rendering is in the whole, too."""
+        return bool(prefix.marks and self._whole.of(prefix.marks[-1].owner))
+
+    def _behind_last_mark(self, prefix: Marked) -> tuple[int, str, str]:
+        """Return the same mark's place in the whole, and what follows it there and here."""
+        mark = prefix.marks[-1]
+        place, after = self._whole.after(mark.owner, len(prefix.of(mark.owner)))
+        return place, after, prefix.text[mark.place :]
 
     def _read(self, rendering: str | None) -> Marked | None:
         return None if rendering is None else self._marker.read(rendering)
+
+
+def _num_common(one: str, other: str) -> int:
+    """Return the number of characters with which both texts begin."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _common_lines(one: str, other: str, special: re.Pattern[str]) -> int:
+    """Return the length of the common begin, cut behind a line break or special token."""
+    common = one[: _num_common(one, other)]
+    if common == one:
+        return len(one)
+    ends = [match.end() for match in special.finditer(common)]
+    return max(common.rfind("\n") + 1, *ends, 0)
 
 
 def check_rendering(spans: MarkedSpans, chat: RenderedChat, learnt: list[int]) -> list[str]:

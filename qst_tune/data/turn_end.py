@@ -62,7 +62,7 @@ def find_turn_end(template: ChatTemplate, special: re.Pattern[str]) -> TurnEnd:
     places = [text.rfind(word) for word in _WORDS]
     if min(places) < 0:
         text = _try_render(template, messages[:2])
-        last = middle = text.rpartition(_WORDS[1])[2]
+        last = middle = text.rpartition(_WORDS[1])[2] if _WORDS[1] in text else ""
     else:
         middle = text[places[1] + len(_WORDS[1]) : places[2]]
         last = text[places[3] + len(_WORDS[3]) :]
@@ -85,8 +85,8 @@ def find_stop_strings(template: ChatTemplate, turn_end: TurnEnd) -> list[str]:
     call = {"role": "assistant", "tool_calls": [_CALL]}
     text = _try_render(template, [question, call], tools=[_TOOL])
     if "somewhere" in text:
-        behind = text.removesuffix(turn_end.tail).rpartition("somewhere")[2]
-        found += turn_end.special.findall(behind)[-1:]
+        text = text.removesuffix(turn_end.tail).rstrip()
+        found += [end for end in turn_end.special.findall(text)[-1:] if text.endswith(end)]
     return list(dict.fromkeys(found))
 
 

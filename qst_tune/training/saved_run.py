@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,23 @@ def set_run_seed(cfg: DictConfig, saved: SavedRun | None) -> int:
     seed = cfg.get("seed") if saved is None else saved.state["seed"]
     chosen: int = training.set_seed(seed=seed, debug_mode=cfg.get("cudnn_deterministic_mode"))
     return chosen
+
+
+def set_run_date(tokenizer: Any, saved: SavedRun | None) -> str | None:
+    """Let chat templates write the date of the run's first day, also in a resumed run.
+
+    Args:
+        tokenizer (Any): changed in place if its rows may have a date.
+        saved (SavedRun | None): what is resumed.
+
+    Returns:
+        str | None: ISO format; None for a tokenizer without dates.
+    """
+    if not isinstance(getattr(tokenizer, "date", None), datetime):
+        return None
+    if saved is not None and saved.state.get("date"):
+        tokenizer.date = datetime.fromisoformat(saved.state["date"])
+    return str(tokenizer.date.isoformat())
 
 
 def describe_data(

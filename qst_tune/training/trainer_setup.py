@@ -177,6 +177,8 @@ def build_trainer(
     data: TrainingData,
     device: torch.device,
     saved: SavedRun | None,
+    *,
+    date: str | None = None,
 ) -> Trainer:
     """Build what is left, optimizer, schedules and loggers, and go where the saved run stood.
 
@@ -187,6 +189,7 @@ def build_trainer(
         data (TrainingData): from :func:`build_data`.
         device (torch.device): the model's.
         saved (SavedRun | None): from ``find_saved_run``.
+        date (str | None): from ``set_run_date``.
 
     Returns:
         Trainer: call ``fit``.
@@ -223,7 +226,7 @@ def build_trainer(
         clip_grad_norm=None if clip is None else float(clip),
         seed=data.seed,
         device=device,
-        checkpointing=_checkpointing(cfg, schedule, description, saved),
+        checkpointing=_checkpointing(cfg, schedule, {"data": description, "date": date}, saved),
         run_log=_run_log(cfg, device),
         profiler=profiler,
     )
@@ -274,7 +277,7 @@ def schedule_of(cfg: DictConfig, train: BatchLoader) -> Schedule:
 
 
 def _checkpointing(
-    cfg: DictConfig, schedule: Schedule, description: dict[str, Any], saved: SavedRun | None
+    cfg: DictConfig, schedule: Schedule, about_run: dict[str, Any], saved: SavedRun | None
 ) -> Checkpointing:
     store = CheckpointStore(Path(cfg.output_dir) / CHECKPOINTS_FOLDER)
     if rank_and_world_size()[0] == 0:
@@ -287,7 +290,7 @@ def _checkpointing(
             "format_version": FORMAT_VERSION,
             "versions": {"qst_tune": __version__, "torch": torch.__version__},
             "config": OmegaConf.to_container(cfg, resolve=True),
-            "data": description,
+            **about_run,
         },
         steps_per_epoch=schedule.steps_per_epoch,
         every=cfg.get("save_every_n_steps"),

@@ -13,7 +13,7 @@ from qst_tune.training.distributed import rank_and_world_size
 from qst_tune.training.hub_models import fetch_models
 from qst_tune.training.method import Method, Task
 from qst_tune.training.run_environment import run_environment
-from qst_tune.training.saved_run import find_saved_run, set_run_seed
+from qst_tune.training.saved_run import find_saved_run, set_run_date, set_run_seed
 from qst_tune.training.survey_report import report_data
 from qst_tune.training.trainer_setup import TrainingData, build_trainer
 from qst_tune.training.training_config_check import check_training_config, refused_keys
@@ -51,6 +51,7 @@ def run_training(
         seed = set_run_seed(cfg, saved)
         model = build_model(cfg, dtype)
         tokenizer = instantiate(cfg.tokenizer, "tokenizer")
+        date = set_run_date(tokenizer, saved)
         task, data = build_task(cfg, tokenizer, model, seed=seed, device=device)
         report_data(data, tokenizer)
         if cfg.get("dry_run"):
@@ -59,4 +60,4 @@ def run_training(
                 describe(model, data, device, dtype)
             return
         method = load_method(model, cfg, dtype=dtype, device=device)
-        build_trainer(cfg, method, task, data, device, saved).fit()
+        build_trainer(cfg, method, task, data, device, saved, date=date).fit()
