@@ -101,9 +101,9 @@ class MarkedSpans:
     def _end(self, index: int, start: int) -> int:
         marks = self._whole.of(index)
         if not any(mark.in_call for mark in marks):
-            end = self._end_by_closing(index, start)
-            if end is not None:
-                return end
+            closed = self._end_by_closing(index, start)
+            if closed is not None:
+                return closed
         if index + 1 == len(self._chat.messages):
             return len(self._chat.text.removesuffix(self._chat.turn_end.tail))
         alone = self._read(self._marked_chat.up_to(index + 1))
