@@ -173,9 +173,9 @@ def _device_type(device: str) -> DeviceType:
 
 
 def _dtype(dtype: str) -> torch.dtype:
-    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     if dtype not in dtypes:
-        raise UserError(f"dtype={dtype} is not supported: use bf16 or fp32")
+        raise UserError(f"dtype={dtype} is not supported: use bf16, fp16 or fp32")
     return dtypes[dtype]
 
 

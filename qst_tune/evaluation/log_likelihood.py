@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from qst_tune.errors import UserError
 from qst_tune.generation.caches import without_head
+from qst_tune.training.precision import check_finite
 
 # Rows of logits at once: 512 x 128,256 in fp32 are a quarter of a GiB.
 _LOGITS_AT_ONCE = 512
@@ -52,7 +53,7 @@ def log_likelihoods(
         list[float]: nats, in the order of ``continuations``.
 
     Raises:
-        UserError: if one is longer than the model can see.
+        UserError: if one is longer than the model can see, or a logit is not finite.
     """
     by_row: dict[tuple[int, ...], list[int]] = {}
     for number, continuation in enumerate(continuations):
@@ -68,6 +69,7 @@ def log_likelihoods(
                 target = continuations[number].target
                 places = hidden_TD[len(row) - len(target) : len(row)]
                 found[number] = _log_probability(model, places, target)
+    check_finite(torch.tensor(found), model, "log probabilities")
     return found
 
 

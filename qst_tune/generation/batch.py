@@ -7,6 +7,7 @@ import torch
 
 from qst_tune.generation.caches import GrowingCache, attached, attentions, without_head
 from qst_tune.generation.sampling import Sampling
+from qst_tune.training.precision import check_finite
 
 
 def answer_batch(
@@ -83,4 +84,5 @@ def _last_logits(
     with attached(model, caches), without_head(model):
         head_input_BND = model(new_BN, mask=mask_BNT, input_pos=positions_BT[:, here_N])
     logits_BV: torch.Tensor = model.output(head_input_BND[:, -1]).float()
+    check_finite(logits_BV, model, "logits")
     return logits_BV

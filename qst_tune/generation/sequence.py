@@ -7,6 +7,7 @@ import torch
 
 from qst_tune.generation.caches import GrowingCache, attached, attentions, without_head
 from qst_tune.generation.sampling import Sampling
+from qst_tune.training.precision import check_finite
 
 
 class CachedSequence:
@@ -38,6 +39,7 @@ class CachedSequence:
 
         Raises:
             ValueError: if there are more tokens than the model has positions.
+            UserError: if a logit is not finite.
         """
         if len(tokens) > self.model.max_seq_len:
             raise ValueError(
@@ -50,6 +52,7 @@ class CachedSequence:
         for cache in self._caches:
             cache.cut(kept)
         logits = self._run(tokens[kept:], start=kept)
+        check_finite(logits, self.model, "logits")
         self.tokens = list(tokens)
         return logits
 

@@ -145,14 +145,15 @@ class PEQALinear(nn.Module):
         """Apply the layer.
 
         Args:
-            x (torch.Tensor): ``[..., I]``, bf16, fp32 or fp64. (Not fp16: a product with codes,
-                before its scale, can leave that range.)
+            x (torch.Tensor): ``[..., I]``, floating point.
 
         Returns:
             torch.Tensor: ``[..., O]`` in the dtype of ``x``.
         """
         # A trained zero point is no whole number, so codes minus it would be rounded in bf16.
         per_channel = self.layout.num_groups == 1 and not self.train_zero_points
+        # A product with codes, before its scale, can leave the range of fp16, which ends at 65504.
+        per_channel = per_channel and x.dtype != torch.float16
         function: Any = _PerChannel if per_channel else _Grouped
         y: torch.Tensor = function.apply(
             x, self.weight_scale, self.zero_point, self.codes, self.layout
@@ -277,6 +278,8 @@ def _group_sums(
     plain = torch.empty_like(weighted)
     for rows in row_parts(len(codes), layout.in_dim):
         grad_OGg = to_groups(grad_NO[:, rows].T @ x_NI, layout.group_size)
+        if grad_OGg.dtype == torch.float16:  # times a code it could exceed 65504
+            grad_OGg = grad_OGg.float()
         centred_OGg = centred_codes(codes[rows], zero_point[rows], layout)
         weighted[rows] = (grad_OGg * centred_OGg).sum(-1, dtype=dtype)
         plain[rows] = grad_OGg.sum(-1, dtype=dtype)

@@ -134,8 +134,7 @@ class QuantizedTable(torch.Tensor):
         """Multiply with every row: ``x W^T``.
 
         Args:
-            x (torch.Tensor): ``[..., D]``, bf16, fp32 or fp64. (Not fp16: a product with codes,
-                before its scale, can leave that range.)
+            x (torch.Tensor): ``[..., D]``, floating point.
 
         Returns:
             torch.Tensor: ``[..., V]`` in the dtype of ``x``.
@@ -194,7 +193,9 @@ class QuantizedTable(torch.Tensor):
     def _factors(self, rows: slice, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
         """A weight ``[R, D]`` and what is left to multiply each of its rows with, ``[R]``."""
         codes, scale = self.codes[rows], self.row_scale[rows]
-        if scale.shape[1] == 1:
+        # In fp16 a product with codes, before its scale, can exceed 65504, and a share of a
+        # probability times a scale vanishes below 6e-8: the weight is decoded first.
+        if scale.shape[1] == 1 and dtype != torch.float16:
             return _FORMATS[self.form].decode(codes, self.dtype).to(dtype), scale.squeeze(1)
         return self._scaled(codes, scale, dtype), None
 

@@ -191,7 +191,7 @@ instead if there is one.
 
 {_table("result", {name: f"{value:.4g}" for name, value in description["results"].items()})}
 
-{_table("measured", dict(_measured(summary)))}
+{_verdict(description)}{_table("measured", dict(_measured(summary)))}
 
 The whole config is `recipe_config.yaml`. Made with qst_tune {description["qst_tune_version"]}; this
 card was written beside {", ".join(f"{name} {version(name)}" for name in _PACKAGES)}.
@@ -201,6 +201,11 @@ card was written beside {", ".join(f"{name} {version(name)}" for name in _PACKAG
 It has the knowledge, the biases and the terms of use of `{publication.base_model}`, and was tuned
 on the data above and on nothing else. The figures are of the run; nothing more was measured.
 """
+
+
+def _verdict(description: dict[str, Any]) -> str:
+    verdict = description.get("verdict")
+    return f"**Validation**: {verdict}.\n\n" if verdict else ""
 
 
 def _front_matter(publication: Publication) -> str:

@@ -15,6 +15,7 @@ from qst_tune.training.method import Method
 from qst_tune.training.run_log import RunLog
 from qst_tune.training.run_state import Progress
 from qst_tune.training.state_file import pack_state
+from qst_tune.training.tuned_folder import add_verdict
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,16 @@ class Checkpointing:
             return
         step = progress.step if progress.best_step is None else progress.best_step
         files = _read(self.store.checkpoint(step).folder / method.result_name)
+        if run_log.summary.verdict:
+            files = add_verdict(files, run_log.summary.verdict)
         folder = run_log.folder / method.result_name
         write_folder(folder, files)
         for leftover in folder.parent.glob(f".{folder.name}.*"):  # of a write that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         size = sum(map(len, files.values())) / 1e6
         which = "the last step" if progress.best_step is None else "the best on held-out data"
+        if run_log.summary.verdict:
+            which = "the best of the validated steps"
         run_log.say(f"{folder}: step {step} of {progress.step}, {which} ({size:.1f} MB)")
 
     def _prune(self, progress: Progress) -> None:

@@ -50,7 +50,9 @@ TRAINING_KEYS: dict[str, Key] = {
     "output_dir": Key(kind=Path, required=True, meaning="directory of the run"),
     "device": Key(kind=str, required=True, meaning="cpu, cuda or cuda:N"),
     "dtype": Key(
-        kind=str, required=True, meaning="bf16 or fp32: of what is neither quantized nor trainable"
+        kind=str,
+        required=True,
+        meaning="bf16, fp16 or fp32: of what is neither quantized nor trainable",
     ),
     "dataset": Key(
         kind=dict, required=True, meaning="the training set: a dataset of torchtune, or a list"

@@ -61,21 +61,23 @@ def choose_dtype(cfg: DictConfig, device: torch.device) -> torch.dtype:
     """Return the dtype of the backbone.
 
     Args:
-        cfg (DictConfig): has ``dtype``, "bf16" or "fp32".
+        cfg (DictConfig): has ``dtype``, "bf16", "fp16" or "fp32".
         device (torch.device): must support it.
 
     Returns:
-        torch.dtype: bfloat16 or float32.
+        torch.dtype: bfloat16, float16 or float32.
 
     Raises:
         UserError: if it is another one or the device cannot compute in it.
     """
-    if cfg.dtype not in ("bf16", "fp32"):
-        raise UserError(f"dtype={cfg.dtype} is not supported: use bf16 or fp32")
+    if cfg.dtype not in ("bf16", "fp16", "fp32"):
+        raise UserError(f"dtype={cfg.dtype} is not supported: use bf16, fp16 or fp32")
     try:
         dtype: torch.dtype = training.get_dtype(cfg.dtype, device=device)
     except RuntimeError as error:
-        raise UserError(f"dtype={cfg.dtype} cannot be used on {device}: use fp32") from error
+        raise UserError(
+            f"dtype={cfg.dtype} cannot be used on {device}: use fp16 or fp32"
+        ) from error
     return dtype
 
 

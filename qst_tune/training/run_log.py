@@ -10,7 +10,9 @@ from tqdm import tqdm
 
 from qst_tune.training.distributed import rank_and_world_size
 from qst_tune.training.memory import GIB, peak_memory_bytes
+from qst_tune.training.method import Task
 from qst_tune.training.run_summary import RunSummary
+from qst_tune.training.verdict import verdict
 
 log = utils.get_logger("INFO")
 
@@ -24,6 +26,7 @@ class RunLog:
         device (torch.device): whose memory is shown.
         every (int): steps between two entries of the metric logger.
         memory (bool): log peak memory too.
+        before (str): what validation at step 0 measures.
     """
 
     def __init__(
@@ -34,12 +37,14 @@ class RunLog:
         device: torch.device,
         every: int = 1,
         memory: bool = False,
+        before: str = "quantised base model",
     ) -> None:
         self.metric_logger = metric_logger
         self.folder = folder
         self.device = device
         self.every = every
         self.memory = memory
+        self.before = before
         self.summary = RunSummary()
         self.is_main = rank_and_world_size()[0] == 0
 
@@ -104,11 +109,28 @@ class RunLog:
                 self.summary.held_out_loss[step] = value
             else:
                 self.summary.metrics.setdefault(name, {})[step] = value
-        where = "quantised base model" if step == 0 else f"step {step}"
+        where = self.before if step == 0 else f"step {step}"
         texts = {"val_loss": "held-out loss"}
         for name, value in figures.items():
             self.say(f"{texts.get(name, name)}, {where}: {value:.4f}")
         self._log(figures, step)
+
+    def judge(self, task: Task, best_step: int | None) -> None:
+        """Warn of a run that made the model no better, here and in the summary.
+
+        Args:
+            task (Task): names the figure that decides.
+            best_step (int | None): the step of the result.
+        """
+        self.summary.verdict = verdict(
+            self.summary.figure(task.monitor),
+            best_step,
+            name=task.monitor,
+            higher_is_better=task.higher_is_better,
+            before=self.before,
+        )
+        if self.summary.verdict:
+            self.say(f"warning: {self.summary.verdict}")
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar.

@@ -22,6 +22,7 @@ class Progress:
         num_tokens (int): tokens seen by this process, padding included.
         step_seconds (float): time spent in steps.
         skipped_steps (int): steps whose gradients were not finite.
+        empty_steps (int): steps in which no row had a label.
         best_step (int | None): with the best held-out figure so far; step 0 is not counted.
         best_value (float | None): that figure.
         validations_since_best (int): how often a validation has not been the best since.
@@ -32,6 +33,7 @@ class Progress:
     num_tokens: int = 0
     step_seconds: float = 0.0
     skipped_steps: int = 0
+    empty_steps: int = 0
     best_step: int | None = None
     best_value: float | None = None
     validations_since_best: int = 0

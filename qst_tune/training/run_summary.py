@@ -21,6 +21,9 @@ class RunSummary:
         metrics (dict[str, dict[int, float]]): other figures of held-out data, by name and step.
         best_step (int | None): whose result was exported, by held-out data; None without any.
         skipped_steps (int): left out because their loss or gradient was not finite.
+        empty_steps (int): in which no row had a label.
+        verdict (str | None): that the run made the model no better, measured by validation; None
+            if it did, or nothing was measured.
         tokens_per_second (float): over all steps, padding included, for one device.
         trainable_parameters (int): number of parameters that train.
         memory_gib (dict[str, float]): peak, and the parts it consists of.
@@ -32,6 +35,8 @@ class RunSummary:
     metrics: dict[str, dict[int, float]] = field(default_factory=dict)
     best_step: int | None = None
     skipped_steps: int = 0
+    empty_steps: int = 0
+    verdict: str | None = None
     tokens_per_second: float = 0.0
     trainable_parameters: int = 0
     memory_gib: dict[str, float] = field(default_factory=dict)
@@ -67,6 +72,17 @@ class RunSummary:
         for name in _HISTORY:
             setattr(self, name, history[name])
 
+    def figure(self, name: str) -> dict[int, float]:
+        """Return one figure of validation.
+
+        Args:
+            name (str): as a task names it.
+
+        Returns:
+            dict[int, float]: by step; empty if it was never measured.
+        """
+        return self.held_out_loss if name == "val_loss" else self.metrics.get(name, {})
+
     def write(self, folder: Path) -> None:
         """Write ``summary.json``, ``summary.md`` and ``loss.png``.
 
@@ -89,6 +105,10 @@ class RunSummary:
         rows |= {name: f"{value:.4f}" for name, value in self.results().items()}
         if self.best_step is not None:
             rows["step of the result"] = str(self.best_step)
+        if self.verdict is not None:
+            rows["validation"] = self.verdict
+        if self.empty_steps:
+            rows["steps without a label"] = str(self.empty_steps)
         rows["trainable parameters"] = f"{self.trainable_parameters:,}"
         rows["tokens/s"] = f"{self.tokens_per_second:.0f}"
         rows["seconds"] = f"{self.seconds:.0f}"

@@ -17,37 +17,17 @@ from qst_tune.training.checkpointing import Checkpointing
 from qst_tune.training.distributed import gather_lists, sum_gradients, sum_or_fail
 from qst_tune.training.memory import count_saved_activations, memory_parts
 from qst_tune.training.method import Batch, Method, Task
+from qst_tune.training.precision import overflow_hint
 from qst_tune.training.rows import row_numbers
 from qst_tune.training.run_log import RunLog
 from qst_tune.training.run_state import Progress, seed_step
+from qst_tune.training.schedule import Schedule
 from qst_tune.training.sharding import take_part
 from qst_tune.training.stop_signals import StopSignals
 
-
-@dataclass(frozen=True)
-class Schedule:
-    """When what happens, in optimizer steps.
-
-    Args:
-        epochs (int): passes over the data.
-        steps_per_epoch (int): optimizer steps of each.
-        accumulation (int): batches a step.
-        validate_every (int | None): beside the start and the end of each epoch, which always do.
-        patience (int | None): stop after so many validations in a row without a best one.
-        max_bad_steps (int): leave out so many steps whose loss or gradient is not finite.
-    """
-
-    epochs: int
-    steps_per_epoch: int
-    accumulation: int = 1
-    validate_every: int | None = None
-    patience: int | None = None
-    max_bad_steps: int = 0
-
-    @property
-    def num_steps(self) -> int:
-        """Of the whole run."""
-        return self.epochs * self.steps_per_epoch
+NO_LABEL = (
+    "raise tokenizer.max_seq_len if prompts fill it, and check which messages the dataset masks"
+)
 
 
 @dataclass(kw_only=True)
@@ -112,7 +92,7 @@ class Trainer:
                 while not self._is_finished():
                     self._run_epoch(profiler)
                 self._save()
-                self._say_why_it_stopped()
+                self._report_end()
                 self.checkpointing.export(self.method, self.progress, self.run_log)
             self._summarise(time.perf_counter() - start)
         self.stop.exit_if_requested()
@@ -173,7 +153,10 @@ class Trainer:
             "lr": float(self.optimizer.param_groups[0]["lr"]),
             "grad_norm": norm.item(),
         }
-        if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
+        if not num_labels:
+            self._report_empty_step()
+            metrics["loss"] = math.nan  # no loss was measured; 0 would read as a perfect one
+        elif math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
             self._update(norm)
         else:
             self._skip_or_stop(metrics)
@@ -241,10 +224,9 @@ class Trainer:
 
     def _skip_or_stop(self, metrics: dict[str, float]) -> None:
         """Leave out a step whose loss or gradient is not finite, or stop the run there."""
-        rows = gather_lists(self._rows_of_step())
         what = (
             f"step {self.progress.step + 1}: the loss is {metrics['loss']} and the gradient's norm "
-            f"{metrics['grad_norm']} (rows {', '.join(map(str, rows))} of the dataset)"
+            f"{metrics['grad_norm']} (rows {self._rows_of_step()} of the dataset)"
         )
         if self.progress.skipped_steps < self.schedule.max_bad_steps:
             self.progress.skipped_steps += 1
@@ -257,14 +239,26 @@ class Trainer:
         raise UserError(
             f"{what}: stopped before it; lower optimizer.lr, set clip_grad_norm, mend those rows, "
             "or set skip_bad_steps=<how many> to leave such steps out"
+            f"{overflow_hint(self.method.model)}"
         )
 
-    def _rows_of_step(self) -> list[int]:
-        """Rows that this process reads in the current step."""
+    def _report_empty_step(self) -> None:
+        """Count a step without a label, which changes nothing; name the rows of the first one."""
+        self.progress.empty_steps += 1
+        if self.progress.empty_steps == 1:
+            self.run_log.say(
+                f"warning: step {self.progress.step + 1} learns nothing, since none of its rows "
+                f"({self._rows_of_step()} of the dataset) has a label: {NO_LABEL}"
+            )
+
+    def _rows_of_step(self) -> str:
+        """Numbers of the rows of the current step, of all processes. Collective."""
         epoch, index = divmod(self.progress.step, self.schedule.steps_per_epoch)
         first = index * self.schedule.accumulation
         batches = self.train_data.rows(epoch)[first : first + self.schedule.accumulation]
-        return [row for batch in batches for row in row_numbers(self.train_data.dataset, batch)]
+        dataset = self.train_data.dataset
+        rows = gather_lists([row for batch in batches for row in row_numbers(dataset, batch)])
+        return ", ".join(map(str, rows))
 
     # Validation, saving, the end.
 
@@ -284,11 +278,13 @@ class Trainer:
             raise
         self.run_log.evaluation(self.progress.step, figures)
         self.progress.validated_step = self.progress.step
+        value = figures[self.task.monitor]
+        if not math.isfinite(value):
+            hint = overflow_hint(self.method.model)
+            self.run_log.say(f"warning: {self.task.monitor} is {value}, never the best{hint}")
         if self.progress.step == 0:
             return False
-        return self.progress.record(
-            figures[self.task.monitor], higher_is_better=self.task.higher_is_better
-        )
+        return self.progress.record(value, higher_is_better=self.task.higher_is_better)
 
     def _save(self) -> None:
         results = self.run_log.summary.results()
@@ -302,7 +298,8 @@ class Trainer:
         except UserError as error:
             self.run_log.say(str(error))
 
-    def _say_why_it_stopped(self) -> None:
+    def _report_end(self) -> None:
+        """Report why the run stopped, and what of it does not deserve to be taken for a success."""
         done = f"after step {self.progress.step} of {self.schedule.num_steps}"
         if self.is_stopping:
             self.run_log.say(
@@ -311,6 +308,15 @@ class Trainer:
         elif self.progress.step < self.schedule.num_steps:
             count = self.progress.validations_since_best
             self.run_log.say(f"stopped {done}: no better for {count} validations")
+        empty = self.progress.empty_steps
+        if empty and empty == self.progress.step:
+            raise UserError(f"dataset: no step had a label, so nothing was learnt: {NO_LABEL}")
+        if empty:
+            self.run_log.say(
+                f"warning: {empty} of {self.progress.step} steps had no label and changed "
+                f"nothing: {NO_LABEL}"
+            )
+        self.run_log.judge(self.task, self.progress.best_step)
 
     def _summarise(self, seconds: float) -> None:
         summary = self.run_log.summary
@@ -322,4 +328,5 @@ class Trainer:
         summary.seconds = seconds
         summary.best_step = self.progress.best_step
         summary.skipped_steps = self.progress.skipped_steps
+        summary.empty_steps = self.progress.empty_steps
         self.run_log.finish()

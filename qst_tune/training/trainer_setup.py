@@ -33,9 +33,10 @@ from qst_tune.training.saved_run import (
     check_same_data,
     describe_data,
 )
+from qst_tune.training.schedule import Schedule
 from qst_tune.training.step_size import describe_step, fit_step
 from qst_tune.training.survey import Survey
-from qst_tune.training.trainer import Schedule, Trainer
+from qst_tune.training.trainer import Trainer
 
 NO_PROFILER = {"_component_": "torchtune.training.setup_torch_profiler", "enabled": False}
 

@@ -20,6 +20,8 @@ from qst_tune import __version__
 from qst_tune.errors import UserError
 
 FORMAT_VERSION = 2  # 1 had no structure
+CARD_FILE = "README.md"
+DESCRIPTION_FILES = ("qst_config.json", "peqa_config.json")
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,28 @@ def tuned_files(
         form.weights_file: save(plain, metadata={"format": "pt"}),
         form.config_file: (json.dumps(description, indent=2) + "\n").encode(),
         "recipe_config.yaml": provenance.recipe_config.encode(),
-        "README.md": _model_card(form, provenance, about).encode(),
+        CARD_FILE: _model_card(form, provenance, about).encode(),
     }
+
+
+def add_verdict(files: Mapping[str, bytes], verdict: str) -> dict[str, bytes]:
+    """Write into a folder's card and description that the run made the model no better.
+
+    Args:
+        files (Mapping[str, bytes]): from :func:`tuned_files`.
+        verdict (str): of the run's validation.
+
+    Returns:
+        dict[str, bytes]: contents by name.
+    """
+    changed = dict(files)
+    for name, content in files.items():
+        if name == CARD_FILE:
+            changed[name] = content + f"\n**Validation**: {verdict}.\n".encode()
+        elif name in DESCRIPTION_FILES:
+            description = {**json.loads(content), "verdict": verdict}
+            changed[name] = (json.dumps(description, indent=2) + "\n").encode()
+    return changed
 
 
 def load_tuned(

@@ -90,10 +90,10 @@ def held_out_loss(
         device (torch.device): the model's.
 
     Returns:
-        float: nats a token; NaN if there is no label.
+        float: nats a token.
 
     Raises:
-        UserError: if a row is longer than the model can see.
+        UserError: if a row is longer than the model can see, or none has a label.
     """
     total = torch.zeros(2, dtype=torch.float64)
 
@@ -106,4 +106,9 @@ def held_out_loss(
     error = visit(model, batches, device, add)
     on_device = total.to(device if device.type == "cuda" else "cpu")
     summed, count = sum_or_fail(on_device, error).tolist()
-    return summed / count if count else float("nan")
+    if not count:
+        raise UserError(
+            "validation: none of its rows has a label, so nothing can be measured: raise "
+            "tokenizer.max_seq_len if prompts fill it, and check which messages the dataset masks"
+        )
+    return float(summed / count)

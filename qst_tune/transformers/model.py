@@ -265,8 +265,9 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
         dtype = getattr(torch, dtype, None)
     if dtype is None:
         return torch.bfloat16
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise UserError(f"dtype={dtype} is not supported: use torch.float32 or torch.bfloat16")
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        known = "torch.bfloat16, torch.float16 or torch.float32"
+        raise UserError(f"dtype={dtype} is not supported: use {known}")
     return dtype
 
 

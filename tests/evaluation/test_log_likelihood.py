@@ -5,6 +5,7 @@ import torch
 
 from qst_tune.errors import UserError
 from qst_tune.evaluation.log_likelihood import Continuation, log_likelihoods
+from qst_tune.generation.sequence import CachedSequence
 from qst_tune.models import qst_decoder
 from qst_tune.models.peqa import peqa_decoder
 from tests.helpers import TINY, TINY_REDUCTION, random_tokens, randomize_, tiny_backbone
@@ -64,3 +65,14 @@ def test_a_text_that_is_too_long_is_told() -> None:
     too_long = Continuation(tuple([1] * TINY["max_seq_len"]), (1, 2))
     with pytest.raises(UserError, match="65 tokens is longer than the model's max_seq_len 64"):
         log_likelihoods(qst_model(), [too_long], batch_size=1)
+
+
+def test_model_that_overflows_is_refused() -> None:
+    model = tiny_backbone(dtype=torch.float16)
+    for linear in (model.layers[1].mlp.w1, model.layers[1].mlp.w2, model.layers[1].mlp.w3):
+        linear.weight.data.normal_(std=1e3)
+    model = peqa_decoder(model, bits=8).eval()
+    with pytest.raises(UserError, match=r"^log probabilities of the model are not finite; dtype=f"):
+        log_likelihoods(model, [Continuation((1, 2), (3,))], batch_size=1)
+    with pytest.raises(UserError, match=r"^logits of the model are not finite; dtype=fp16"):
+        CachedSequence(model).next_logits([1, 2])

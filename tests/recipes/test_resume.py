@@ -473,7 +473,7 @@ def test_best_step_is_the_one_that_is_exported(
     for step in store.steps():
         saved = store.checkpoint(step).folder / "side_network" / SIDE_NETWORK.weights_file
         assert (saved.read_bytes() == exported) == (step == best)
-    assert f"step {best} of {NUM_STEPS}, the best on held-out data" in capfd.readouterr().out
+    assert f"step {best} of {NUM_STEPS}, the best of the validated steps" in capfd.readouterr().out
 
 
 def test_training_stops_when_validation_gets_no_better(

@@ -257,8 +257,7 @@ MISTAKES = [
         ["optimizer: torch.optim.SparseAdam cannot train this model", "dense"],
     ),
     # The machine.
-    Mistake("fp16", ["dtype=fp16"], ["dtype=fp16", "bf16 or fp32"]),
-    Mistake("dtype of nothing", ["dtype=fp7"], ["dtype=fp7", "bf16 or fp32"]),
+    Mistake("dtype of nothing", ["dtype=fp7"], ["dtype=fp7", "bf16, fp16 or fp32"]),
     Mistake("device of nothing", ["device=abacus"], ["device=abacus", "cannot be used"]),
     Mistake("offloading", ["enable_activation_offloading=True"], ["offload", "set it to False"]),
     # The output folder; root may write anywhere, but not below a file.

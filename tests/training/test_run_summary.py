@@ -16,6 +16,7 @@ def test_figures_and_plot_are_written(held_out: dict[int, float], tmp_path: Path
         metrics={"accuracy": {2: 0.5}},
         best_step=2,
         skipped_steps=1,
+        empty_steps=2,
         tokens_per_second=12.5,
         trainable_parameters=7,
         memory_gib={"peak": 0.5},
@@ -29,6 +30,8 @@ def test_figures_and_plot_are_written(held_out: dict[int, float], tmp_path: Path
         "metrics": {"accuracy": {"2": 0.5}},
         "best_step": 2,
         "skipped_steps": 1,
+        "empty_steps": 2,
+        "verdict": None,
         "tokens_per_second": 12.5,
         "trainable_parameters": 7,
         "memory_gib": {"peak": 0.5},
@@ -63,6 +66,11 @@ def test_table_has_a_row_for_each_figure() -> None:
         "| seconds | 0 |",
         "| memory, peak, GiB | 0.500 |",
     ]
+
+
+def test_table_reports_what_did_not_go_well() -> None:
+    lines = RunSummary(empty_steps=3, verdict="no better").table().splitlines()
+    assert lines[3:5] == ["| validation | no better |", "| steps without a label | 3 |"]
 
 
 def test_history_comes_back() -> None:

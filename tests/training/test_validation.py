@@ -1,7 +1,5 @@
 """Held-out loss is the mean over labels, not over batches."""
 
-import math
-
 import pytest
 import torch
 from torch import nn
@@ -39,10 +37,11 @@ def test_every_label_weighs_the_same(model) -> None:
     assert actual == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_without_a_label_it_is_nan(model) -> None:
+def test_rows_without_a_label_are_passed_over_and_refused_alone(model) -> None:
     empty = batch(1, 5)
     empty["labels"].fill_(-100)
-    assert math.isnan(held_out_loss(model, nn.CrossEntropyLoss(), [empty], CPU))
+    with pytest.raises(UserError, match=r"^validation: none of its rows has a label"):
+        held_out_loss(model, nn.CrossEntropyLoss(), [empty], CPU)
     full = batch(1, 5)
     alone = held_out_loss(model, nn.CrossEntropyLoss(), [full], CPU)
     assert held_out_loss(model, nn.CrossEntropyLoss(), [empty, full], CPU) == alone
