@@ -63,9 +63,10 @@ def test_run_that_makes_the_model_worse_is_reported_as_that_everywhere(
 def test_run_in_which_no_step_has_a_label_ends_with_an_error(
     config: Config, tmp_path: Path
 ) -> None:
-    rows = with_rows(config, [LONG, LONG])
+    rows = with_rows(config, [LONG, *colour_rows(1)])
+    settings = ["batch_size=1", "shuffle=False", "max_steps_per_epoch=1", "dataset_val=null"]
     with pytest.raises(UserError, match=r"^dataset: no step had a label, so nothing was learnt"):
-        finetune(rows, tmp_path / "run", "batch_size=1", "epochs=1", "dataset_val=null")
+        finetune(rows, tmp_path / "run", *settings, "epochs=1")
     assert not (tmp_path / "run" / "side_network").exists()
 
 
