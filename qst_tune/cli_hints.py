@@ -1,8 +1,9 @@
-"""Hints of ``tune run`` and ``tune cp`` for misspelt recipes and configs of ours.
+"""Hints of ``tune run`` and ``tune cp`` for misspelt recipes and configs of ours, and ``--help``.
 
 torchtune 0.6.1 takes any unknown recipe for a user's module and any unknown config for a user's
 file, so a typing error ends in a traceback of ``runpy`` or OmegaConf. Here the names are checked
-first: a hint is one line of the command's own error message, with exit status 2.
+first: a hint is one line of the command's own error message, with exit status 2. torchtune demands
+``--config`` of everything, so ``tune run RECIPE --help`` is answered here, by the recipe itself.
 
 Only our names are touched: torchtune's recipes, and users' own files and modules, pass unchecked.
 ``plugin.py`` calls :func:`add_to` when torchtune's command line is imported.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import difflib
 import functools
 import os
+import runpy
 import sys
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -72,12 +74,18 @@ def _with_check(method: Callable[..., None], check: Check, ours: Collection[str]
 
 
 def _check_run(args: argparse.Namespace, ours: Collection[str]) -> str | None:
-    """Return a hint if ``tune run`` names a recipe of ours wrongly, or a config for one of ours."""
+    """Return a hint if ``tune run`` names a recipe of ours wrongly, or a config for one of ours.
+
+    ``--help`` of a recipe of ours prints its help and exits.
+    """
     recipes = {recipe.name: recipe for recipe in get_all_recipes()}
+    if args.recipe in recipes and args.recipe not in ours:
+        return None
     if args.recipe in recipes:
-        return (
-            _check_config(recipes[args.recipe], args.recipe_args) if args.recipe in ours else None
-        )
+        recipe = recipes[args.recipe]
+        if not {"-h", "--help"}.isdisjoint(args.recipe_args):
+            _print_help(recipe)
+        return _check_config(recipe, args.recipe_args)
     near = _nearest(args.recipe, recipes)
     if near not in ours or _is_users_own(args.recipe):
         return None
@@ -87,7 +95,7 @@ def _check_run(args: argparse.Namespace, ours: Collection[str]) -> str | None:
 def _check_config(recipe: Any, recipe_args: list[str]) -> str | None:
     """Return a hint if the value of ``--config`` is neither a registered config nor a file."""
     if "--config" not in recipe_args:
-        return None  # torchtune says that it is required
+        return _missing_config(recipe, recipe_args)
     values = recipe_args[recipe_args.index("--config") + 1 :]
     if not values:
         return f"--config needs a value: a config of {recipe.name!r} from `tune ls`, or a YAML file"
@@ -100,6 +108,25 @@ def _check_config(recipe: Any, recipe_args: list[str]) -> str | None:
         f"no config {values[0]!r}{question} --config takes a name from `tune ls` or a YAML file, "
         f"and {os.getcwd()!r} has no such file"
     )
+
+
+def _missing_config(recipe: Any, recipe_args: list[str]) -> str:
+    """Say as torchtune does that --config is required, and what to write."""
+    written = next((arg for arg in recipe_args if arg.startswith("--config=")), None)
+    if written is not None:
+        return f"write --config {written.removeprefix('--config=')}, with a space instead of '='"
+    names = [config.name for config in recipe.configs]
+    example = next((name for name in names if name.startswith("auto/")), "CONFIG")
+    return (
+        f"The '--config' argument is required: `tune run {recipe.name} --config {example} ...`; "
+        f"`tune ls` lists the configs, `tune run {recipe.name} --help` the keys"
+    )
+
+
+def _print_help(recipe: Any) -> None:
+    """Let the recipe print its help, and exit."""
+    sys.argv = [recipe.file_path, "--help"]
+    runpy.run_path(recipe.file_path, run_name="__main__")
 
 
 def _check_cp(args: argparse.Namespace, ours: Collection[str]) -> str | None:

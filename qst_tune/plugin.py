@@ -16,6 +16,10 @@ that imports torch:
 - no exception leaves it: a failure becomes a warning, and torchtune is then the stock one;
 - ``QST_TUNE_PLUGIN=0`` turns it off.
 
+A program of ours is prepared here as well, since nothing else of ours runs before torchtune imports
+torchao: known routine lines are hidden (``terminal.py``), and a dependency that has moved out of
+its range ends the program with one line instead of a traceback (``versions.py``).
+
 What it costs, in microseconds, with torch's own line for comparison (autoloading is off because
 ``-X importtime`` does not see imports made by entry points)::
 
@@ -79,7 +83,7 @@ _STOCK_RECIPES = {"generate": ("stock_generate",), "eleuther_eval": ("stock_eleu
 def install() -> None:
     """Arrange that torchtune's registry gets our recipes, now or when it is first imported.
 
-    Never raises. Calling it again changes nothing.
+    Never raises, except SystemExit in a program of ours. Calling it again changes nothing.
     """
     try:
         if os.environ.get("QST_TUNE_PLUGIN") == "0":
@@ -88,6 +92,8 @@ def install() -> None:
         installed = any(isinstance(finder, _PatchingFinder) for finder in sys.meta_path)
         if waiting and not installed:
             sys.meta_path.insert(0, _PatchingFinder(waiting))
+        if _is_ours(getattr(sys, "argv", [])):
+            _prepare()
     except Exception as error:
         report(error)
 
@@ -102,6 +108,26 @@ def report(error: Exception) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     except RuntimeWarning:
         sys.stderr.write(message + "\n")
+
+
+# A program of ours.
+
+
+def _is_ours(argv: Sequence[str]) -> bool:
+    """Whether this is ``tune run`` of a recipe of ours, its file, or one of our modules."""
+    if not argv:
+        return False
+    program = Path(argv[0])
+    is_tune_run = list(argv[1:2]) == ["run"] and not _RECIPES.keys().isdisjoint(argv[2:])
+    return is_tune_run or program.stem in _RECIPES or Path(__file__).parent in program.parents
+
+
+def _prepare() -> None:
+    """Hide routine lines of other packages, and end if a dependency is outside its range."""
+    from qst_tune import terminal, versions  # here, since other programs do not need them
+
+    terminal.hide_routine_lines()
+    versions.exit_if_outside()
 
 
 # The import hook.

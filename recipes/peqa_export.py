@@ -30,7 +30,8 @@ KEYS = {
     **pick("model", "checkpointer", "output_dir", "device", "dtype"),
     "scales": Key(
         kind=Path,
-        meaning="of the run, <output_dir>/scales without the key; null: the untuned model",
+        default="<output_dir>/scales",
+        meaning="directory of the run's result; null: the untuned model",
     ),
     "format": Key(
         kind=str,
@@ -68,4 +69,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main)
+    run_recipe(main, KEYS, __doc__)

@@ -1,4 +1,4 @@
-"""Compare a tuned model with its base on files of this machine, as a table.
+r"""Compare a tuned model with its base on files of this machine, as a table.
 
 Examples::
 
@@ -193,4 +193,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main)
+    run_recipe(main, KEYS, __doc__)

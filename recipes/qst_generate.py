@@ -136,4 +136,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main)
+    run_recipe(main, KEYS, __doc__)

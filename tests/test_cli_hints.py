@@ -61,11 +61,32 @@ def test_config_without_a_value_is_said_so() -> None:
     assert hint.startswith("--config needs a value")
 
 
+def test_without_a_config_the_next_command_is_named() -> None:
+    hint = check_run(RECIPE, "epochs=1")
+    assert hint is not None
+    assert "`tune run qst_finetune --config auto/qst ...`" in hint
+    assert "`tune run qst_finetune --help`" in hint
+    assert "write --config auto/qst, with a space" in str(check_run(RECIPE, "--config=auto/qst"))
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("--config", CONFIG, "-h"), ("-h", "x=1")])
+def test_help_is_the_recipes_own_with_and_without_a_config(
+    arguments: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as info:
+        tune(monkeypatch, "run", "--nproc_per_node", "2", RECIPE, *arguments)
+    assert info.value.code == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: tune run qst_finetune --config CONFIG")
+    assert "  epochs: whole number\n      passes over the training set [required]\n" in shown
+
+
 def test_existing_names_and_files_pass(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").touch()
     assert check_run(RECIPE, "--config", CONFIG, "epochs=1") is None
     assert check_run(RECIPE, "--config", "mine.yaml") is None
-    assert check_run(RECIPE) is None  # torchtune itself says that --config is required
 
 
 @pytest.mark.parametrize(

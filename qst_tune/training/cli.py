@@ -2,7 +2,6 @@
 
 import argparse
 import errno
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -12,26 +11,42 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from torchtune import config
-from torchtune.config._utils import _merge_yaml_and_cli_args
 
 from qst_tune.errors import USER_ERROR_STATUS, ConfigError, UserError
-from qst_tune.training.config_keys import TRAINING_KEYS
+from qst_tune.terminal import hide_routine_lines, safe_streams
+from qst_tune.training.config_help import help_text
+from qst_tune.training.config_keys import TRAINING_KEYS, Keys
 from qst_tune.training.config_lines import lines_of
+from qst_tune.training.config_overrides import merge_overrides
 from qst_tune.training.config_variables import variables_in
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 TRACEBACK_VARIABLE = "QST_TUNE_TRACEBACK"
 
 
-def run_recipe(recipe_main: Callable[[DictConfig], None]) -> None:
+def run_recipe(
+    recipe_main: Callable[[DictConfig], None], keys: Keys = TRAINING_KEYS, doc: str | None = None
+) -> None:
     """Run a recipe's main function on ``--config FILE key=value ...`` and exit.
 
     A :class:`~qst_tune.errors.UserError` is printed as it is, with exit status 2 and no traceback
     (set ``QST_TUNE_TRACEBACK=1`` to see one); any other exception is a defect and keeps its own.
+    ``--help`` and ``-h`` print the recipe's purpose and keys.
 
     Args:
         recipe_main (Callable[[DictConfig], None]): the recipe.
+        keys (Keys): what it reads.
+        doc (str | None): docstring of its module.
     """
+    hide_routine_lines()
+    with safe_streams():
+        if not {"-h", "--help"}.isdisjoint(sys.argv[1:]):
+            sys.stdout.write(help_text(Path(sys.argv[0]).stem, doc or "", keys))
+            sys.exit(0)
+        _run(recipe_main)
+
+
+def _run(recipe_main: Callable[[DictConfig], None]) -> None:
     try:
         recipe_main(parse_config(sys.argv[1:]))
     except UserError as error:
@@ -67,15 +82,12 @@ def parse_config(arguments: list[str]) -> DictConfig:
             raise UserError(f"override {override!r} is not of the form key=value or ~key")
     settings = _read_yaml(known.config)
     try:
-        # torchtune splits at every "="; a value may hold one, so it is put back afterwards.
-        literal = [_protect_equal_signs(_quote_text(text, settings)) for text in overrides]
-        merged = _merge_yaml_and_cli_args(argparse.Namespace(**settings), literal)
+        merged = merge_overrides(settings, overrides)
     except Exception as error:  # OmegaConf and YAML raise many types for a malformed override
         raise UserError(f"overrides {' '.join(overrides)}: {_first_line(error)}") from error
-    restored: DictConfig = _restore_equal_signs(merged)
-    _remove_null_blocks(restored)
-    _remove_unused_variables(restored, settings)
-    return restored
+    _remove_null_blocks(merged)
+    _remove_unused_variables(merged, settings)
+    return merged
 
 
 def _remove_unused_variables(merged: DictConfig, settings: dict[str, Any]) -> None:
@@ -147,36 +159,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError(f"config {path} is not a mapping of names to values")
     return {str(key): value for key, value in content.items()}
-
-
-def _quote_text(override: str, settings: dict[str, Any]) -> str:
-    """Take an override literally where the file has text: a prompt may hold a colon."""
-    key, _, value = override.partition("=")
-    current: Any = settings
-    for part in key.split("."):
-        current = current.get(part) if isinstance(current, dict) else None
-    is_text = isinstance(current, str) and value not in ("null", "None", "")
-    quoted = json.dumps(value, ensure_ascii=False)  # YAML does not know JSON's surrogate pairs
-    return f"{key}={quoted}" if is_text and not value.startswith("${") else override
-
-
-_EQUALS = "\ue000"  # of the private use area: nobody types it, and YAML takes it
-
-
-def _protect_equal_signs(override: str) -> str:
-    key, separator, value = override.partition("=")
-    return key + separator + value.replace("=", _EQUALS)
-
-
-def _restore_equal_signs(node: Any) -> Any:
-    if isinstance(node, DictConfig):
-        plain = OmegaConf.to_container(node, resolve=False)
-        return OmegaConf.create(_restore_equal_signs(plain))
-    if isinstance(node, dict):
-        return {key: _restore_equal_signs(value) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_restore_equal_signs(value) for value in node]
-    return node.replace(_EQUALS, "=") if isinstance(node, str) else node
 
 
 def _remove_null_blocks(cfg: DictConfig) -> None:

@@ -12,6 +12,7 @@ from torchtune.config._utils import _get_component_from_path
 
 from qst_tune.errors import Problem
 from qst_tune.training.nearest import nearest
+from qst_tune.training.other_names import other_name_hint
 
 # Block -> how many positional arguments the recipe gives, and which keyword arguments.
 _GIVEN: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -96,7 +97,8 @@ def _unknown_arguments(path: str, node: DictConfig, parameters: _Parameters) -> 
     return [
         Problem(
             f"{path}.{key}",
-            f"{path}: {node['_component_']} takes no argument {key!r}{nearest(key, parameters)}",
+            f"{path}: {node['_component_']} takes no argument {key!r}"
+            f"{nearest(key, parameters) or other_name_hint(key)}",
         )
         for key in map(str, node)
         if key != "_component_" and key not in parameters

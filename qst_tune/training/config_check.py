@@ -14,6 +14,7 @@ from qst_tune.training.component_check import component_problems
 from qst_tune.training.config_keys import TRAINING_KEYS, Key, Keys, required_keys
 from qst_tune.training.config_variables import variables_in
 from qst_tune.training.nearest import nearest
+from qst_tune.training.other_names import other_name_hint
 
 
 def check_config(cfg: DictConfig, keys: Keys) -> None:
@@ -56,9 +57,9 @@ def config_problems(cfg: DictConfig, keys: Keys) -> list[Problem]:
     # A key of the user's own is fine where another value refers to it, as in ${cache}/runs.
     variables = variables_in(cfg)
     problems = [
-        Problem(str(key), f"unknown key {key!r}{nearest(str(key), known)}")
-        for key in cfg
-        if str(key) not in known and str(key) not in variables
+        Problem(str(key), f"unknown key {key!r}{other_name_hint(key) or nearest(key, known)}")
+        for key in map(str, cfg)
+        if key not in known and key not in variables
     ]
     values: Any = OmegaConf.to_container(cfg, resolve=False)
     problems += [

@@ -155,6 +155,10 @@ TRAINING_KEYS: dict[str, Key] = {
         choices=(0, 1, 2, "default", "warn", "error"),
         meaning="torch's deterministic debug mode: 2 refuses kernels that vary from run to run",
     ),
+    "fsdp": Key(
+        kind=dict,
+        meaning="torchtune's block, accepted with cpu_offload: False; see fsdp_cpu_offload",
+    ),
     "save_adapter_weights_only": Key(
         kind=bool, meaning="accepted, no effect: only trained weights are ever saved"
     ),

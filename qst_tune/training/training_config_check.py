@@ -42,6 +42,7 @@ def check_training_config(cfg: DictConfig, further: list[Problem] | None = None)
             *_packing_problems(cfg),
             *_file_problems(cfg),
             *_sharding_problems(cfg),
+            *_fsdp_block_problems(cfg),
             *_trial_problems(cfg),
         ]
     raise_problems([*problems, *(further or [])])
@@ -99,6 +100,15 @@ def _sharding_problems(cfg: DictConfig) -> Iterator[Problem]:
     if mode is None and cfg.get("fsdp_cpu_offload"):
         text = f"fsdp_cpu_offload=True offloads the parts of a sharded backbone: set {key}=full"
         yield Problem("fsdp_cpu_offload", text)
+
+
+def _fsdp_block_problems(cfg: DictConfig) -> Iterator[Problem]:
+    """Torchtune's llama2/7B_qlora and 70B_qlora have the block, with cpu_offload: False."""
+    block: Any = cfg.get("fsdp") or {}
+    for name, value in block.items():
+        if name != "cpu_offload" or value:
+            text = f"fsdp.{name}={value}: use backbone_sharding=full and fsdp_cpu_offload={value}"
+            yield Problem(f"fsdp.{name}", text)
 
 
 def _packing_problems(cfg: DictConfig) -> Iterator[Problem]:

@@ -33,11 +33,13 @@ MODEL_KEYS = {
     **pick("model", "tokenizer", "checkpointer", "device", "dtype"),
     "side_network": Key(
         kind=Path,
-        meaning="of a QST run, <output_dir>/side_network without the key; null: the base model",
+        default="<output_dir>/side_network",
+        meaning="directory of a QST run's result; null: the base model",
     ),
     "scales": Key(
         kind=Path,
-        meaning="of a PEQA run, <output_dir>/scales without the key; null: the base model",
+        default="<output_dir>/scales",
+        meaning="directory of a PEQA run's result; null: the base model",
     ),
     **pick("output_dir", required=False),
 }

@@ -1,12 +1,16 @@
 """The command line: torchtune's rules, and texts that arrive as they were typed."""
 
 import errno
+import io
+import re
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
+from qst_tune import plugin
 from qst_tune.errors import UserError
 from qst_tune.training.cli import instantiate, parse_config, run_recipe
 
@@ -87,6 +91,32 @@ def test_interpolation_follows_overrides(file: Path) -> None:
 def test_component_is_changed_by_the_name_of_its_block(file: Path) -> None:
     cfg = parse(file, "model=torch.nn.Bilinear")
     assert cfg.model == {"_component_": "torch.nn.Bilinear", "in_features": 2, "out_features": 3}
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("~/a b", "/h/a b"),
+        ("~/x=1,[2]?", "/h/x=1,[2]?"),
+        ("a~b", "a~b"),
+        ("/a/", "/a/"),
+    ],
+)
+def test_a_path_may_begin_with_the_home_directory(
+    written: str, read: str, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the file and behind "=", in blocks, lists and what other values refer to."""
+    monkeypatch.setenv("HOME", "/h")
+    file.write_text(f"{YAML}\nin_file: {{data_files: ['{written}', b]}}\n")
+    cfg = parse(file, f"folder={written}", f"nested.cache_dir={written}")
+    assert cfg.in_file.data_files == [read, "b"]
+    assert (cfg.folder, cfg.path, cfg.nested.cache_dir) == (read, f"{read}/train.jsonl", read)
+
+
+def test_a_prompt_is_no_path(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/h")
+    cfg = parse(file, "prompt=~/x?", "new.prompts=['~']", "new.system_prompt=~/y")
+    assert (cfg.prompt, cfg.new.prompts[0], cfg.new.system_prompt) == ("~/x?", "~", "~/y")
 
 
 def test_key_is_removed(file: Path) -> None:
@@ -197,3 +227,28 @@ def test_a_variable_that_overrides_leave_without_use_is_gone_and_a_key_of_recipe
     )
     assert set(parse(file)) == {"cache", "output_dir", "logs", "mine"}
     assert set(parse(file, "output_dir=/y", "logs=/z")) == {"output_dir", "logs", "mine"}
+
+
+@pytest.mark.parametrize("recipe", sorted(plugin._RECIPES))
+def test_help_of_every_recipe_fits_the_terminal_and_names_every_key(
+    recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = import_module(f"qst_tune.recipes.{recipe}")
+    monkeypatch.setattr(sys, "argv", [f"/x/{recipe}.py", "-h"])
+    with pytest.raises(SystemExit) as info:
+        run_recipe(module.main, module.KEYS, module.__doc__)
+    assert info.value.code == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == f"usage: tune run {recipe} --config CONFIG [key=value ...]"
+    assert max(map(len, shown)) <= 100
+    listed = [line.strip().partition(":")[0] for line in shown if re.match(r"  \w+: ", line)]
+    assert listed == list(module.KEYS)
+
+
+def test_a_character_that_stdout_lacks_is_replaced(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252"))
+    run(lambda cfg: sys.stdout.write("caf\u00e9 \N{GRINNING FACE}"), file, monkeypatch)
+    assert written.getvalue() == "caf\u00e9 ?".encode("cp1252")

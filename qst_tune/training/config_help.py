@@ -1,0 +1,86 @@
+"""The keys of a recipe for its reader: ``--help`` in the terminal, and the table in the docs.
+
+``python -m qst_tune.training.config_help`` prints the table of docs/training.md.
+"""
+
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from qst_tune.training.config_keys import TRAINING_KEYS, Keys
+
+WIDTH = 96
+_KINDS = {
+    int: "whole number",
+    float: "number",
+    bool: "True or False",
+    str: "text",
+    Path: "path",
+    list: "list",
+    dict: "block",
+}
+_EPILOGUE = """\
+A value follows the config file's key: batch_size=8 tokenizer.max_seq_len=1024. ~key removes a key.
+`tune ls` lists the configs; `tune cp CONFIG FILE` copies one to change. Keys of a training config
+that are not listed are accepted and not read."""
+
+
+def help_text(recipe: str, doc: str, keys: Keys) -> str:
+    """Describe a recipe: its purpose, usage and keys.
+
+    Args:
+        recipe (str): name, as ``tune ls`` has it.
+        doc (str): docstring of the recipe's module.
+        keys (Keys): what it reads.
+
+    Returns:
+        str: lines of at most 100 columns.
+    """
+    usage = f"usage: tune run {recipe} --config CONFIG [key=value ...]"
+    lines = [line for name in keys for line in _lines_of(name, keys)]
+    purpose = doc.strip().replace("``", "`")
+    return "\n".join([usage, "", purpose, "", "keys:", *lines, "", _EPILOGUE, ""])
+
+
+def _lines_of(name: str, keys: Keys) -> list[str]:
+    """Name and values of a key, then its meaning and default, indented."""
+    key = keys[name]
+    choices = [str(choice) for choice in key.choices]
+    values = "|".join(choices) if choices else _KINDS[key.kind]
+    # No break in it: textwrap breaks lines at ASCII whitespace only.
+    end = "required" if key.required else f"default:\xa0{_shown(key.default)}"
+    return [f"  {name}: {values}", *_wrapped(f"{key.meaning} [{end}]")]
+
+
+def _wrapped(text: str) -> list[str]:
+    indent = " " * 6
+    lines = textwrap.wrap(
+        text, WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+    )
+    return [line.replace("\xa0", " ") for line in lines]
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+def markdown_table(keys: Keys) -> str:
+    """Describe keys as a table.
+
+    Args:
+        keys (Keys): of a recipe.
+
+    Returns:
+        str: Markdown.
+    """
+    rows = [
+        f"| `{name}` | {'required' if key.required else f'`{_shown(key.default)}`'} "
+        f"| {key.meaning.replace('<', '&lt;')} |"
+        for name, key in keys.items()
+    ]
+    return "\n".join(["| key | default | meaning |", "| --- | --- | --- |", *rows])
+
+
+if __name__ == "__main__":
+    sys.stdout.write(markdown_table(TRAINING_KEYS) + "\n")
