@@ -83,7 +83,9 @@ TRAINING_KEYS: dict[str, Key] = {
     ),
     "optimizer": Key(kind=dict, required=True, meaning="one of torch.optim or torchao.optim"),
     "lr_scheduler": Key(
-        kind=dict, meaning="one of torchtune.training.lr_schedulers; null: constant optimizer.lr"
+        kind=dict,
+        meaning="qst_tune.training.lr_schedulers.cosine_with_warmup, or one of torchtune's; null: "
+        "constant optimizer.lr",
     ),
     "loss": Key(
         kind=dict, required=True, meaning="qst_tune.modules.LinearCrossEntropyLoss or torchtune's"

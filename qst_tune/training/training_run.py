@@ -14,8 +14,9 @@ from qst_tune.training.hub_models import fetch_models
 from qst_tune.training.method import Method, Task
 from qst_tune.training.run_environment import run_environment
 from qst_tune.training.saved_run import find_saved_run, set_run_date, set_run_seed
+from qst_tune.training.schedule_check import report_schedule
 from qst_tune.training.survey_report import report_data
-from qst_tune.training.trainer_setup import TrainingData, build_trainer
+from qst_tune.training.trainer_setup import TrainingData, build_trainer, schedule_of
 from qst_tune.training.training_config_check import check_training_config, refused_keys
 
 
@@ -54,6 +55,7 @@ def run_training(
         date = set_run_date(tokenizer, saved)
         task, data = build_task(cfg, tokenizer, model, seed=seed, device=device)
         report_data(data, tokenizer)
+        report_schedule(cfg, schedule_of(cfg, data.train).num_steps)
         if cfg.get("dry_run"):
             check_architecture(model, Path(cfg.checkpointer.checkpoint_dir))
             if rank_and_world_size()[0] == 0:

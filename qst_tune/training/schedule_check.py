@@ -1,0 +1,110 @@
+"""Whether a learning-rate schedule fits the run it is for."""
+
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+from torchtune import utils
+
+from qst_tune.errors import UserError
+from qst_tune.training.cli import instantiate
+from qst_tune.training.distributed import rank_and_world_size
+
+# One of at most so many steps is looked at: 0.1 s. A warm-up that is too long for a longer run has
+# thousands of steps, and nobody writes that by mistake.
+_LONGEST = 10_000
+_OWN = "qst_tune.training.lr_schedulers.cosine_with_warmup"
+_FIX = f"use lr_scheduler._component_={_OWN}, whose warm-up is a share of the run"
+
+log = utils.get_logger("INFO")
+
+
+def report_schedule(cfg: DictConfig, num_steps: int) -> None:
+    """Log what :func:`check_schedule` finds, once.
+
+    Args:
+        cfg (DictConfig): as there.
+        num_steps (int): of the whole run.
+    """
+    warnings = check_schedule(cfg, num_steps)
+    if rank_and_world_size()[0] == 0:
+        for warning in warnings:
+            log.warning(warning)
+
+
+def check_schedule(cfg: DictConfig, num_steps: int) -> list[str]:
+    """Look for steps that a schedule wastes.
+
+    Args:
+        cfg (DictConfig): has ``optimizer``, may have ``lr_scheduler``.
+        num_steps (int): of the whole run.
+
+    Returns:
+        list[str]: warnings.
+
+    Raises:
+        UserError: if every step has a rate of 0.
+    """
+    if not cfg.get("lr_scheduler") or num_steps > _LONGEST:
+        return []
+    block = cfg.lr_scheduler
+    full, rates = learning_rates(cfg, num_steps)
+    if full and not any(rates):
+        raise UserError(
+            f"lr_scheduler: {block._component_} gives each of the run's {num_steps} steps a "
+            f"learning rate of 0: {_FIX}, or set lr_scheduler=null"
+        )
+    return [*_long_warmup(block, full, rates), *_first_rate(block, rates)]
+
+
+def learning_rates(cfg: DictConfig, num_steps: int) -> tuple[float, list[float]]:
+    """Compute the rate of each step of a run.
+
+    Args:
+        cfg (DictConfig): has ``optimizer`` and ``lr_scheduler``.
+        num_steps (int): of the whole run.
+
+    Returns:
+        tuple[float, list[float]]: the optimizer's own rate, and those of the steps.
+    """
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer: Any = instantiate(cfg.optimizer, "optimizer", [parameter])
+    full = float(optimizer.param_groups[0]["lr"])
+    settings = {"num_training_steps": num_steps, "last_epoch": -1}
+    # Of an optimizer that is never stepped: torch would warn of the order of the two.
+    plain = torch.optim.SGD([parameter], lr=full)
+    scheduler: Any = instantiate(cfg.lr_scheduler, "lr_scheduler", plain, **settings)
+    rates = []
+    for _ in range(num_steps):
+        rates.append(float(plain.param_groups[0]["lr"]))
+        plain.step()
+        scheduler.step()
+    return full, rates
+
+
+def _long_warmup(block: DictConfig, full: float, rates: list[float]) -> list[str]:
+    """Warn of a warm-up of more than half of the run."""
+    num_steps, asked = len(rates), block.get("num_warmup_steps")
+    highest = max(rates)
+    named = "" if asked is None else f"num_warmup_steps={asked}, and "
+    if block._component_ == _OWN and asked is not None and asked > num_steps // 2:
+        return [
+            f"lr_scheduler: {named}the run has {num_steps} steps: the warm-up is shortened to "
+            f"{num_steps // 2}"
+        ]
+    if num_steps < 2 or rates[0] == highest or 2 * rates.index(highest) <= num_steps:
+        return []
+    return [
+        f"lr_scheduler: {named}the run has {num_steps} steps: its learning rate rises up to step "
+        f"{rates.index(highest) + 1}, to {highest:.3g} of optimizer.lr={full:.3g}; {_FIX}"
+    ]
+
+
+def _first_rate(block: DictConfig, rates: list[float]) -> list[str]:
+    if rates[0] or not any(rates):
+        return []
+    return [
+        f"lr_scheduler: {block._component_} gives step 1 of {len(rates)} a learning rate of 0, so "
+        f"it learns nothing; {_FIX.partition(',')[0]}"
+    ]
