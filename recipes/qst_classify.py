@@ -35,6 +35,7 @@ from qst_tune.training.model_setup import (
 )
 from qst_tune.training.output_folder import output_folder
 from qst_tune.training.side_checkpoint import load_side_network
+from qst_tune.training.vocabulary import check_ids
 
 KEYS = {
     "side_network": Key(kind=Path, required=True, meaning="directory of the trained classifier"),
@@ -117,9 +118,9 @@ def answers(
     """
     for start in tqdm(range(0, len(dataset), batch_size), desc="classifying"):
         rows = [dataset.rows[i] for i in range(start, min(start + batch_size, len(dataset)))]
-        batch = collate_classification(
-            [{"tokens": dataset.encode(row), "labels": 0} for row in rows], pad_id=0
-        )
+        encoded = [dataset.encode(row) for row in rows]
+        check_ids(model, encoded)
+        batch = collate_classification([{"tokens": ids, "labels": 0} for ids in encoded], pad_id=0)
         inputs = {name: batch[name].to(device) for name in ("tokens", "padding_mask")}
         logits = model(**inputs)
         if dataset.labels is None:

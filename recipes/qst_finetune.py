@@ -31,6 +31,7 @@ from qst_tune.training.model_setup import build_on_meta
 from qst_tune.training.qst_method import REFUSED, load_qst
 from qst_tune.training.trainer_setup import TrainingData, build_data
 from qst_tune.training.training_run import run_training
+from qst_tune.training.vocabulary import vocabulary_of
 
 KEYS = TRAINING_KEYS
 
@@ -69,10 +70,10 @@ def build_classification(
     Returns:
         tuple[Task, TrainingData]: what is learnt and from what.
     """
-    collate = partial(
-        collate_classification, pad_id=tokenizer.pad_id, max_seq_len=model.max_seq_len
-    )
-    data = build_data(cfg, tokenizer, collate, seed=seed, max_seq_len=model.max_seq_len)
+    vocabulary = vocabulary_of(model, tokenizer)
+    limits: dict[str, Any] = {"max_seq_len": model.max_seq_len}
+    collate = partial(collate_classification, pad_id=vocabulary.pad_id, **limits)
+    data = build_data(cfg, tokenizer, collate, seed=seed, vocabulary=vocabulary, **limits)
     datasets = [loader.dataset for loader in (data.train, data.held_out) if loader]
     return build_classification_task(cfg, model, datasets, device), data
 

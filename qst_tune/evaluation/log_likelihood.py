@@ -11,6 +11,7 @@ from tqdm import tqdm
 from qst_tune.errors import UserError
 from qst_tune.generation.caches import without_head
 from qst_tune.training.precision import check_finite
+from qst_tune.training.vocabulary import check_ids
 
 # Rows of logits at once: 512 x 128,256 in fp32 are a quarter of a GiB.
 _LOGITS_AT_ONCE = 512
@@ -53,13 +54,15 @@ def log_likelihoods(
         list[float]: nats, in the order of ``continuations``.
 
     Raises:
-        UserError: if one is longer than the model can see, or a logit is not finite.
+        UserError: if one is longer than the model can see or has a token that it has
+            no row for, or a logit is not finite.
     """
     by_row: dict[tuple[int, ...], list[int]] = {}
     for number, continuation in enumerate(continuations):
         by_row.setdefault(continuation.row, []).append(number)
     rows = sorted(by_row, key=len, reverse=True)  # little padding, and the largest batch first
     _check_length(rows, model.max_seq_len)
+    check_ids(model, (c.context + c.target for c in continuations))
     found = [0.0] * len(continuations)
     for start in tqdm(range(0, len(rows), batch_size), desc=name):
         batch = rows[start : start + batch_size]

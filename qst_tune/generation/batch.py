@@ -8,6 +8,7 @@ import torch
 from qst_tune.generation.caches import GrowingCache, attached, attentions, without_head
 from qst_tune.generation.sampling import Sampling
 from qst_tune.training.precision import check_finite
+from qst_tune.training.vocabulary import check_ids
 
 
 def answer_batch(
@@ -31,6 +32,7 @@ def answer_batch(
     Returns:
         list[list[int]]: the generated ids of each prompt.
     """
+    check_ids(model, prompts)
     answers: list[list[int]] = [[] for _ in prompts]
     running = set(range(len(prompts)))
     # Rows whose answer is complete run on, unread, until the last one's is.

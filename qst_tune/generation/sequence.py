@@ -8,6 +8,7 @@ import torch
 from qst_tune.generation.caches import GrowingCache, attached, attentions, without_head
 from qst_tune.generation.sampling import Sampling
 from qst_tune.training.precision import check_finite
+from qst_tune.training.vocabulary import check_ids
 
 
 class CachedSequence:
@@ -39,7 +40,7 @@ class CachedSequence:
 
         Raises:
             ValueError: if there are more tokens than the model has positions.
-            UserError: if a logit is not finite.
+            UserError: if the model has no row for a token, or a logit is not finite.
         """
         if len(tokens) > self.model.max_seq_len:
             raise ValueError(
@@ -47,6 +48,7 @@ class CachedSequence:
                 f"{self.model.max_seq_len}"
             )
         kept = min(_common_length(self.tokens, tokens), len(tokens) - 1)
+        check_ids(self.model, [tokens[kept:]])
         # Not after the pass: it may be interrupted when some layers have their new keys.
         self.tokens = list(tokens[:kept])
         for cache in self._caches:

@@ -18,6 +18,7 @@ from qst_tune.training.method import Batch
 from qst_tune.training.packing import align_packs, is_packed, split_off_packing
 from qst_tune.training.rows import CheckedRows, too_long
 from qst_tune.training.survey import Survey, survey_rows
+from qst_tune.training.vocabulary import Vocabulary
 
 LENGTH_MULTIPLE = 16
 DEFAULT_COLLATE = "torchtune.data.padded_collate_sft"
@@ -31,6 +32,7 @@ def build_dataset(
     max_seq_len: int | None = None,
     skip_bad_rows: bool = False,
     surveys: list[Survey] | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> Any:
     """Build one dataset, or the concatenation of a list of them, and read every row once.
 
@@ -41,6 +43,7 @@ def build_dataset(
         max_seq_len (int | None): a longer row is a bad one; None for no limit.
         skip_bad_rows (bool): leave rows out that cannot be used.
         surveys (list[Survey] | None): gets the figures of each dataset.
+        vocabulary (Vocabulary | None): a row with other ids is a bad one; None takes any.
 
     Returns:
         Any: a map-style dataset of rows that can be used.
@@ -52,6 +55,7 @@ def build_dataset(
         "max_seq_len": max_seq_len,
         "skip_bad_rows": skip_bad_rows,
         "surveys": surveys,
+        "vocabulary": vocabulary,
     }
     if isinstance(block, ListConfig):
         parts = [
@@ -71,8 +75,14 @@ def build_dataset(
     if isinstance(dataset, Sized) and len(dataset) == 0:
         raise UserError(f"{name}: {source} has no rows")
     if is_packed(dataset):  # by the user's own code
-        return align_packs(dataset, name)
-    rows = CheckedRows(dataset, name=name, source=str(source), max_seq_len=max_seq_len)
+        return align_packs(dataset, name, vocabulary)
+    rows = CheckedRows(
+        dataset,
+        name=name,
+        source=str(source),
+        max_seq_len=max_seq_len,
+        vocabulary=vocabulary,
+    )
     good_rows, survey = survey_rows(rows, tokenizer, skip_bad_rows=skip_bad_rows)
     if surveys is not None:
         surveys.append(survey)
@@ -88,7 +98,7 @@ def _concatenate(parts: list[Any], name: str) -> ConcatDataset:
 
 
 def build_collate(
-    tokenizer: Any, *, ignore_index: int, max_seq_len: int, component: str = DEFAULT_COLLATE
+    vocabulary: Vocabulary, *, max_seq_len: int, component: str = DEFAULT_COLLATE
 ) -> Collate:
     """Build the function that makes a batch of unpacked rows.
 
@@ -97,8 +107,7 @@ def build_collate(
     SmolLM2-135M.
 
     Args:
-        tokenizer (Any): gives the padding id.
-        ignore_index (int): label of padding.
+        vocabulary (Vocabulary): gives the padding id and the label of padding.
         max_seq_len (int): the model's, which padding does not exceed.
         component (str): dotted name of a collate function of torchtune's form.
 
@@ -109,12 +118,13 @@ def build_collate(
     Raises:
         UserError: if there is no such component.
     """
-    padding = {"padding_idx": tokenizer.pad_id, "ignore_idx": ignore_index}
+    pad_id, ignore_index = vocabulary.pad_id, vocabulary.ignore_index
+    padding = {"padding_idx": pad_id, "ignore_idx": ignore_index}
     try:
         collate = partial(_get_component_from_path(component), **padding)
     except Exception as error:  # importing a user's own module may raise anything
         raise UserError(f"collate_fn={component} cannot be imported") from error
-    fill = {"tokens": tokenizer.pad_id, "labels": ignore_index}
+    fill = {"tokens": pad_id, "labels": ignore_index}
     return partial(_collate_and_pad, collate=collate, fill=fill, max_seq_len=max_seq_len)
 
 

@@ -10,6 +10,7 @@ from qst_tune.training.loss import build_loss, connect_loss
 from qst_tune.training.next_token import NextTokenTask
 from qst_tune.training.row_kind import TEXT_KEY, check_rows
 from qst_tune.training.trainer_setup import TrainingData, build_data, text_collate
+from qst_tune.training.vocabulary import vocabulary_of
 
 
 def build_language_modelling(
@@ -31,10 +32,10 @@ def build_language_modelling(
         UserError: if the loss or a dataset cannot be built or used.
     """
     loss = build_loss(cfg.loss)
-    collate = text_collate(
-        cfg, tokenizer, ignore_index=loss.ignore_index, max_seq_len=model.max_seq_len
-    )
-    data = build_data(cfg, tokenizer, collate, seed=seed, max_seq_len=model.max_seq_len)
+    vocabulary = vocabulary_of(model, tokenizer, loss.ignore_index)
+    limits: dict[str, Any] = {"max_seq_len": model.max_seq_len}
+    collate = text_collate(cfg, vocabulary, **limits)
+    data = build_data(cfg, tokenizer, collate, seed=seed, vocabulary=vocabulary, **limits)
     check_rows(data, TEXT_KEY)
     connect_loss(loss, model)
     return NextTokenTask(loss, device), data

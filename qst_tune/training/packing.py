@@ -18,6 +18,7 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.datasets import PackedDataset
 
 from qst_tune.errors import UserError
+from qst_tune.training.vocabulary import Vocabulary
 
 _OWN_COMPONENTS = ("torchtune.", "qst_tune.")
 
@@ -54,7 +55,10 @@ class Packing:
             )
         try:
             return _pack(
-                rows, max_seq_len=tokenizer.max_seq_len, split_across_pack=self.split_across_pack
+                rows,
+                name,
+                max_seq_len=tokenizer.max_seq_len,
+                split_across_pack=self.split_across_pack,
             )
         except UserError:
             sys.stderr.write("\n")  # the packer's progress bar has not ended its line
@@ -93,13 +97,14 @@ def is_packed(dataset: Any) -> bool:
     return isinstance(dataset, PackedDataset) or bool(getattr(dataset, "packed", False))
 
 
-def align_packs(packs: Any, name: str) -> "AlignedPacks":
+def align_packs(packs: Any, name: str, vocabulary: Vocabulary | None = None) -> "AlignedPacks":
     """Align the labels of packs that the user's own code made.
 
     Args:
         packs (Any): map-style; each item has ``tokens``, ``labels``, ``input_pos`` ``[T]`` and
             ``seq_lens``, as torchtune's PackedDataset makes them.
         name (str): the config's key, for messages.
+        vocabulary (Vocabulary | None): ids that the model has rows for; None takes any.
 
     Returns:
         AlignedPacks: map-style.
@@ -108,16 +113,21 @@ def align_packs(packs: Any, name: str) -> "AlignedPacks":
         # Where a row continues in the next pack, its last label here is known to the rows alone.
         return _pack(
             packs.ds,
+            name,
+            vocabulary,
             max_seq_len=packs.max_seq_len,
             split_across_pack=True,
             padding_idx=packs.padding_idx,
             max_packs=packs.max_packs,
         )
-    return AlignedPacks(packs, name, is_aligned=False)
+    return AlignedPacks(packs, name, vocabulary, is_aligned=False)
 
 
-def _pack(rows: Any, **settings: Any) -> "AlignedPacks":
-    return AlignedPacks(PackedDataset(_AlignedRows(rows), **settings), "", is_aligned=True)
+def _pack(
+    rows: Any, name: str, vocabulary: Vocabulary | None = None, **settings: Any
+) -> "AlignedPacks":
+    packs = PackedDataset(_AlignedRows(rows), **settings)
+    return AlignedPacks(packs, name, vocabulary, is_aligned=True)
 
 
 class _AlignedRows:
@@ -141,6 +151,7 @@ class AlignedPacks:
     Args:
         packs (Any): map-style, of the form of torchtune's PackedDataset.
         name (str): the config's key, for messages.
+        vocabulary (Vocabulary | None): ids that the model has rows for; None takes any.
         is_aligned (bool): the labels of ``packs`` are aligned already.
 
     Attributes:
@@ -149,9 +160,12 @@ class AlignedPacks:
 
     packed = True
 
-    def __init__(self, packs: Any, name: str, *, is_aligned: bool) -> None:
+    def __init__(
+        self, packs: Any, name: str, vocabulary: Vocabulary | None = None, *, is_aligned: bool
+    ) -> None:
         self.packs = packs
         self.name = name
+        self.vocabulary = vocabulary
         self.is_aligned = is_aligned
 
     def __len__(self) -> int:
@@ -159,6 +173,9 @@ class AlignedPacks:
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         pack = self.packs[index]
+        problem = self.vocabulary.problem(pack) if self.vocabulary else None
+        if problem:
+            raise UserError(f"{self.name}: pack {index} cannot be used: {problem}")
         if self.is_aligned:
             # torchtune numbers a row modulo the length of a pack: in a row that is longer, the
             # numbers fall back to 0 amid tokens that see each other.

@@ -24,6 +24,7 @@ from qst_tune.training.method import Batch
 from qst_tune.training.row_kind import PAIR_KEY, check_rows
 from qst_tune.training.trainer_setup import TrainingData, build_data
 from qst_tune.training.validation import visit
+from qst_tune.training.vocabulary import vocabulary_of
 
 
 @dataclass(frozen=True)
@@ -163,10 +164,12 @@ def build_preference_learning(
     Raises:
         UserError: if the loss or a dataset cannot be built or used.
     """
-    collate = partial(collate_preferences, pad_id=tokenizer.pad_id)
+    vocabulary = vocabulary_of(model, tokenizer)
+    collate = partial(collate_preferences, pad_id=vocabulary.pad_id)
     loss = instantiate(cfg.loss, "loss")
     _try_loss(loss, cfg.loss._component_)
-    data = build_data(cfg, tokenizer, collate, seed=seed, max_seq_len=model.max_seq_len)
+    limits: dict[str, Any] = {"max_seq_len": model.max_seq_len, "vocabulary": vocabulary}
+    data = build_data(cfg, tokenizer, collate, seed=seed, **limits)
     check_rows(data, PAIR_KEY)
     return PreferenceTask(loss, device), data
 

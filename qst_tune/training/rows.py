@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import Subset
 
 from qst_tune.errors import UserError
+from qst_tune.training.vocabulary import Vocabulary
 
 
 class CheckedRows:
@@ -18,15 +19,23 @@ class CheckedRows:
         name (str): the config's key, for messages.
         source (str): the file or repository they come from.
         max_seq_len (int | None): a row with more tokens is bad; None for no limit.
+        vocabulary (Vocabulary | None): a row with other ids is bad; None takes any.
     """
 
     def __init__(
-        self, rows: Any, *, name: str, source: str, max_seq_len: int | None = None
+        self,
+        rows: Any,
+        *,
+        name: str,
+        source: str,
+        max_seq_len: int | None = None,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         self.rows = rows
         self.name = name
         self.source = source
         self.max_seq_len = max_seq_len
+        self.vocabulary = vocabulary
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -51,7 +60,9 @@ class CheckedRows:
         length = _length(row)
         if self.max_seq_len is not None and length > self.max_seq_len:
             return too_long(length, self.max_seq_len)
-        return None if length else "it has no tokens"
+        if not length:
+            return "it has no tokens"
+        return self.vocabulary.problem(row) if self.vocabulary else None
 
     def place(self, index: int) -> str:
         """Return where a row is, for messages.

@@ -37,6 +37,7 @@ from qst_tune.training.schedule import Schedule
 from qst_tune.training.step_size import describe_step, fit_step
 from qst_tune.training.survey import Survey
 from qst_tune.training.trainer import Trainer
+from qst_tune.training.vocabulary import Vocabulary
 
 NO_PROFILER = {"_component_": "torchtune.training.setup_torch_profiler", "enabled": False}
 
@@ -78,15 +79,12 @@ class TrainingData:
         }
 
 
-def text_collate(
-    cfg: DictConfig, tokenizer: Any, *, ignore_index: int, max_seq_len: int
-) -> Collate:
+def text_collate(cfg: DictConfig, vocabulary: Vocabulary, *, max_seq_len: int) -> Collate:
     """Build the collate function of rows of text, after checking that they can fit the model.
 
     Args:
         cfg (DictConfig): may have ``collate_fn``.
-        tokenizer (Any): gives the padding id.
-        ignore_index (int): label of padding.
+        vocabulary (Vocabulary): gives the padding id and the label of padding.
         max_seq_len (int): the model's.
 
     Returns:
@@ -95,15 +93,14 @@ def text_collate(
     Raises:
         UserError: if the tokenizer may give rows that are longer than the model can see.
     """
-    longest = getattr(tokenizer, "max_seq_len", None)
+    longest = getattr(vocabulary.tokenizer, "max_seq_len", None)
     if longest and longest > max_seq_len:
         raise UserError(
             f"tokenizer.max_seq_len={longest} is longer than the model's max_seq_len "
             f"{max_seq_len}: lower it"
         )
     return build_collate(
-        tokenizer,
-        ignore_index=ignore_index,
+        vocabulary,
         max_seq_len=max_seq_len,
         component=cfg.get("collate_fn") or DEFAULT_COLLATE,
     )
@@ -116,6 +113,7 @@ def build_data(
     *,
     seed: int,
     max_seq_len: int | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> TrainingData:
     """Build the datasets and say which rows make which batch.
 
@@ -125,6 +123,7 @@ def build_data(
         collate (Collate): makes a batch of unpacked rows.
         seed (int): of the order.
         max_seq_len (int | None): the model's; a longer row is a bad one.
+        vocabulary (Vocabulary | None): the model's; a row with other ids is a bad one.
 
     Returns:
         TrainingData: every row was read once.
@@ -132,17 +131,21 @@ def build_data(
     Raises:
         UserError: if a dataset cannot be built or has nothing to learn.
     """
-    settings = {"max_seq_len": max_seq_len, "skip_bad_rows": cfg.get("on_bad_row") == "skip"}
+    settings: dict[str, Any] = {
+        "max_seq_len": max_seq_len,
+        "skip_bad_rows": cfg.get("on_bad_row") == "skip",
+        "vocabulary": vocabulary,
+    }
     surveys: list[Survey] = []
     held_out_surveys: list[Survey] = []
     rows = build_dataset(cfg.dataset, "dataset", tokenizer, surveys=surveys, **settings)
-    train_collate = _collate_of(rows, collate)
+    train_collate = collate_of(rows, collate)
     held_out_rows, held_out_collate = None, train_collate
     if cfg.get("dataset_val"):
         held_out_rows = build_dataset(
             cfg.dataset_val, "dataset_val", tokenizer, surveys=held_out_surveys, **settings
         )
-        held_out_collate = _collate_of(held_out_rows, collate)
+        held_out_collate = collate_of(held_out_rows, collate)
     elif cfg.get("val_fraction"):
         rows, held_out_rows = hold_out(rows, float(cfg.val_fraction), seed)
     notes = [
@@ -326,7 +329,16 @@ def _noun(rows: Any) -> str:
     return "packs" if is_packed(rows.dataset if isinstance(rows, Subset) else rows) else "rows"
 
 
-def _collate_of(rows: Any, collate: Collate) -> Collate:
+def collate_of(rows: Any, collate: Collate) -> Collate:
+    """Choose the collate function of a dataset.
+
+    Args:
+        rows (Any): from ``build_dataset``.
+        collate (Collate): of unpacked rows.
+
+    Returns:
+        Collate: torchtune's own for packs.
+    """
     return padded_collate_packed if is_packed(rows) else collate
 
 

@@ -83,6 +83,12 @@ def test_batch_sizes_do_not_change_the_scores(config: Config) -> None:
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
 
 
+def test_packed_rows_have_the_loss_of_the_rows_alone(config: Config, root: Path, made) -> None:
+    only = ["text=null", "questions=null", "dataset_val.packed=True"]
+    found = evaluate(config, *only)[TUNED]["held-out loss"]
+    assert found == pytest.approx(held_out_loss(made[1], root), rel=1e-5)
+
+
 def test_without_anything_tuned_there_is_one_column(config: Config) -> None:
     both = evaluate(config, "questions=null", "limit=4")
     alone = evaluate({**config, "side_network": None, "questions": None})

@@ -13,6 +13,7 @@ from qst_tune.training.data import (
     build_dataset,
     check_length,
 )
+from qst_tune.training.vocabulary import Vocabulary
 
 PAD, IGNORED = 0, -100
 
@@ -37,8 +38,11 @@ class Tokenizer:
     pad_id = PAD
 
 
+VOCABULARY = Vocabulary(100, 100, Tokenizer(), IGNORED)
+
+
 def collate(max_seq_len: int = 64):
-    return build_collate(Tokenizer(), ignore_index=IGNORED, max_seq_len=max_seq_len)
+    return build_collate(VOCABULARY, max_seq_len=max_seq_len)
 
 
 def test_rows_are_padded_to_a_multiple_of_16_but_never_past_the_model() -> None:
@@ -53,9 +57,7 @@ def test_rows_are_padded_to_a_multiple_of_16_but_never_past_the_model() -> None:
 
 def test_unknown_collate_function_is_told() -> None:
     with pytest.raises(UserError, match=r"collate_fn=torchtune\.data\.none cannot be imported"):
-        build_collate(
-            Tokenizer(), ignore_index=IGNORED, max_seq_len=8, component="torchtune.data.none"
-        )
+        build_collate(VOCABULARY, max_seq_len=8, component="torchtune.data.none")
 
 
 def dataset_block(**settings):

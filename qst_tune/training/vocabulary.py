@@ -1,0 +1,125 @@
+"""Token ids that a model has rows for, in its embedding and in its LM head.
+
+A tokenizer may know more tokens than the model: one was added to it without resizing the embedding,
+or it is another model's. An index outside an embedding is a traceback on a CPU, and on a GPU an
+assertion that ends the process.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
+from torchtune.modules import TransformerDecoder
+
+from qst_tune.errors import UserError
+
+# Fields of a row that hold ids, of texts and of preferences; a class is no list.
+_TOKENS = ("tokens", "chosen_input_ids", "rejected_input_ids")
+_LABELS = ("labels", "chosen_labels", "rejected_labels")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The ids that may occur in a row.
+
+    Args:
+        size (int): rows of the embedding.
+        num_logits (int): rows of the LM head.
+        tokenizer (Any): names tokens, and gives the padding id.
+        ignore_index (int): label of a token without loss.
+    """
+
+    size: int
+    num_logits: int
+    tokenizer: Any
+    ignore_index: int = CROSS_ENTROPY_IGNORE_IDX
+
+    @property
+    def pad_id(self) -> int:
+        """The tokenizer's padding id, or 0 where the embedding has no row for it.
+
+        Any row does: padding is neither seen by a token of the text nor learnt.
+        """
+        pad_id = getattr(self.tokenizer, "pad_id", None)
+        return pad_id if isinstance(pad_id, int) and 0 <= pad_id < self.size else 0
+
+    def problem(self, row: dict[str, Any]) -> str | None:
+        """Name the first id of a row that the model has no row for.
+
+        Args:
+            row (dict[str, Any]): of a dataset, of any kind, or a pack.
+
+        Returns:
+            str | None: None if there is none.
+        """
+        for name in (*_TOKENS, *_LABELS):
+            is_token = name in _TOKENS
+            limit = self.size if is_token else self.num_logits
+            ignored = None if is_token else self.ignore_index
+            for outside in _outside(row.get(name), limit, ignored):
+                place = f"the embedding {limit}" if is_token else f"the LM head {limit}"
+                kind = "token" if is_token else "label"
+                return f"{kind} {self._named(outside)} {self._sizes(place)}"
+        return None
+
+    def _named(self, token: int) -> str:
+        try:
+            text = self.tokenizer.decode([token], skip_special_tokens=False)
+        except Exception:  # any tokenizer may be here; only some take the argument, or the id
+            return str(token)
+        return f"{text!r} ({token})" if text else str(token)
+
+    def _sizes(self, place: str) -> str:
+        known = getattr(self.tokenizer, "vocab_size", None)
+        tokenizer = f"the tokenizer has {known} tokens, " if isinstance(known, int) else ""
+        return (
+            f"is outside the model: {tokenizer}{place} rows: use the model's own "
+            "tokenizer, or add the token to the model before tuning it (resize_token_embeddings)"
+        )
+
+
+def _outside(ids: Any, limit: int, ignored: int | None) -> Iterator[int]:
+    """Ids that are no number of a row; none where ``ids`` is a class, or absent."""
+    if hasattr(ids, "__len__"):
+        values = ids.tolist() if hasattr(ids, "tolist") else ids
+        yield from (i for i in values if not 0 <= i < limit and i != ignored)
+
+
+def vocabulary_of(
+    model: TransformerDecoder, tokenizer: Any, ignore_index: int = CROSS_ENTROPY_IGNORE_IDX
+) -> Vocabulary:
+    """Return the ids that a model has rows for.
+
+    Args:
+        model (TransformerDecoder): may be on meta.
+        tokenizer (Any): torchtune model tokenizer.
+        ignore_index (int): of the loss.
+
+    Returns:
+        Vocabulary: for :func:`~qst_tune.training.trainer_setup.build_data`.
+    """
+    size = model.tok_embeddings.num_embeddings
+    # A head that is tied, whatever is around it, has the embedding's rows.
+    num_logits = getattr(model.output, "out_features", size)
+    return Vocabulary(size, num_logits, tokenizer, ignore_index)
+
+
+def check_ids(model: TransformerDecoder, texts: Iterable[Sequence[int]]) -> None:
+    """Refuse texts with a token that the model has no row for, before it runs on them.
+
+    Args:
+        model (TransformerDecoder): about to run.
+        texts (Iterable[Sequence[int]]): token ids.
+
+    Raises:
+        UserError: naming the first such id.
+    """
+    size = model.tok_embeddings.num_embeddings
+    for text in texts:
+        if text and not 0 <= min(text) <= max(text) < size:
+            outside = next(token for token in text if not 0 <= token < size)
+            raise UserError(
+                f"token {outside} of the text is outside the model, whose embedding has {size} "
+                "rows: use the model's own tokenizer"
+            )
