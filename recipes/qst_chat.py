@@ -5,8 +5,8 @@ Example::
     tune run qst_chat --config smollm2/135M_qst_chat
 
 The config may also be that of the training run, of qst_finetune or of peqa_finetune. The text
-appears as it is generated; Ctrl-C breaks an answer off, /clear begins a new conversation, and
-Ctrl-D or /exit ends the program. Each turn runs the new tokens only.
+appears as it is generated. Ctrl-C breaks an answer off, Ctrl-D ends the program, and /help lists
+the commands. Each turn runs the new tokens only.
 """
 
 import sys
@@ -31,6 +31,15 @@ KEYS = {
     **MODEL_KEYS,
 }
 
+HELP = """\
+/clear        begin a new conversation
+/undo         forget the last question and its answer
+/system TEXT  begin a new conversation with this system prompt; without TEXT with none
+/exit         end the program, as Ctrl-D does
+/help         list the commands
+//...         send a text that begins with a slash: //etc sends /etc
+Ctrl-C        break an answer off"""
+
 log = utils.get_logger("INFO")
 
 
@@ -41,10 +50,10 @@ def chat(conversation: Conversation) -> None:
         conversation (Conversation): goes on from what it has.
     """
     for text in _typed_lines():
-        if text == "/clear":
-            conversation.clear()
+        if text.startswith("/") and not text.startswith("//"):
+            _obey(conversation, text)
         elif text:
-            _answer(conversation, text)
+            _answer(conversation, text.removeprefix("/"))
 
 
 def _typed_lines() -> Iterator[str]:
@@ -58,6 +67,23 @@ def _typed_lines() -> Iterator[str]:
         if text == "/exit":
             return
         yield text
+
+
+def _obey(conversation: Conversation, text: str) -> None:
+    """Do what a command says; none of them reaches the model."""
+    command, _, rest = text.partition(" ")
+    if command == "/help":
+        print(HELP)
+    elif command == "/clear":
+        conversation.clear()
+    elif command == "/undo":
+        conversation.undo()
+    elif command == "/system":
+        conversation.system_prompt = rest.strip() or None
+        conversation.clear()
+    else:
+        hint = f"/help lists the commands, /{text} sends this text to the model"
+        print(f"error: unknown command {command!r}; {hint}", file=sys.stderr)
 
 
 def _answer(conversation: Conversation, text: str) -> None:
@@ -93,7 +119,7 @@ def main(cfg: DictConfig) -> None:
         max_new_tokens=setting(cfg, "max_new_tokens", KEYS),
     )
     what = tuned.title if tuned.is_tuned else "without anything tuned"
-    log.info(f"{tuned.backbone.name}, {what}; /clear begins anew, /exit ends")
+    log.info(f"{tuned.backbone.name}, {what}; /help lists the commands")
     with nullcontext() if tuned.is_tuned else tuned.untuned():
         chat(conversation)
 

@@ -30,6 +30,7 @@ class Conversation:
 
     Attributes:
         messages (list[Message]): all turns so far.
+        system_prompt (str | None): first message; may be changed between two turns.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Conversation:
         self.sampling = sampling or Sampling()
         self.max_new_tokens = max_new_tokens
         self.messages: list[Message] = []
-        self._system_prompt = system_prompt
+        self.system_prompt = system_prompt
         self._sequence = CachedSequence(model)
 
     @property
@@ -56,6 +57,10 @@ class Conversation:
     def clear(self) -> None:
         """Begin anew, with the system prompt alone."""
         self.messages = []
+
+    def undo(self) -> None:
+        """Forget the last turn of the user and the model's answer to it."""
+        self.messages = self.messages[:-2]
 
     def ask(self, text: str) -> Generator[str, None, None]:
         """Add a turn of the user and generate the model's.
@@ -73,7 +78,7 @@ class Conversation:
             UserError: if the conversation leaves no room for an answer; it is then as before.
         """
         turns = [*self.messages, Message(role="user", content=text, masked=True)]
-        prompt = prompt_tokens(self.tokenizer, turns, system_prompt=self._system_prompt)
+        prompt = prompt_tokens(self.tokenizer, turns, system_prompt=self.system_prompt)
         self._check_room(len(prompt))
         tokens = continue_sequence(
             self._sequence,

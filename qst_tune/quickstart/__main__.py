@@ -14,6 +14,7 @@ from typing import Any
 
 from qst_tune.quickstart.python_docs import build_python_docs, demo_question
 from qst_tune.quickstart.smollm2 import FetchError, default_cache_dir, fetch_smollm2
+from qst_tune.terminal import safe_streams
 
 TRAIN_CONFIG = "smollm2/135M_qst"
 GENERATE_CONFIG = "smollm2/135M_qst_generate"
@@ -87,4 +88,5 @@ Ask it something of your own:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with safe_streams():
+        sys.exit(main())

@@ -18,6 +18,7 @@ from qst_tune.models.hf.hub import local_model
 from qst_tune.sharing.hub_folder import Publication, base_model_of, make_hub_folder
 from qst_tune.sharing.inspection import inspect_folder, verify_folder
 from qst_tune.sharing.push import push_folder
+from qst_tune.terminal import safe_streams
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -27,11 +28,12 @@ def main(arguments: list[str] | None = None) -> None:
         arguments (list[str] | None): of the command line; None: this program's.
     """
     asked = _parser().parse_args(arguments)
-    try:
-        print(_answer(asked))
-    except UserError as error:
-        sys.stderr.writelines(f"error: {line}\n" for line in str(error).splitlines())
-        sys.exit(USER_ERROR_STATUS)
+    with safe_streams():
+        try:
+            print(_answer(asked))
+        except UserError as error:
+            sys.stderr.writelines(f"error: {line}\n" for line in str(error).splitlines())
+            sys.exit(USER_ERROR_STATUS)
 
 
 def _answer(asked: argparse.Namespace) -> str:

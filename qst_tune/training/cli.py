@@ -19,6 +19,7 @@ from qst_tune.training.config_keys import TRAINING_KEYS, Keys
 from qst_tune.training.config_lines import lines_of
 from qst_tune.training.config_overrides import merge_overrides
 from qst_tune.training.config_variables import variables_in
+from qst_tune.training.progress_bars import hide_bars_of_small_files
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 TRACEBACK_VARIABLE = "QST_TUNE_TRACEBACK"
@@ -48,7 +49,9 @@ def run_recipe(
 
 def _run(recipe_main: Callable[[DictConfig], None]) -> None:
     try:
-        recipe_main(parse_config(sys.argv[1:]))
+        cfg = parse_config(sys.argv[1:])
+        hide_bars_of_small_files(cfg)
+        recipe_main(cfg)
     except UserError as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise

@@ -127,6 +127,18 @@ def memory_parts(
     return {name: size / GIB for name, size in parts.items()}
 
 
+def memory_kind(device: torch.device) -> str:
+    """Name what :func:`peak_memory_bytes` counts.
+
+    Args:
+        device (torch.device): where the model is.
+
+    Returns:
+        str: for people.
+    """
+    return "CUDA allocator" if device.type == "cuda" else "resident process memory"
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Peak of this run so far: the allocator's on CUDA, the process's resident set elsewhere.
 

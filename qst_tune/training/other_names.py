@@ -13,6 +13,7 @@ _CLIP = "clip_grad_norm=..."
 _ACCUMULATION = "gradient_accumulation_steps=..."
 _SAVE = "save_every_n_steps=..."
 _SAMPLES = "max_new_tokens=..."
+_NO_DISTILLATION = "none: no recipe here distills a teacher"
 
 OTHER_NAMES: dict[str, str] = {
     "adam_beta1": "optimizer.betas=[0.9,0.999]",
@@ -29,7 +30,8 @@ OTHER_NAMES: dict[str, str] = {
     "data_path": _DATA,
     "dataloader_num_workers": "num_workers=...",
     "dataset_path": _DATA,
-    "datasets": _DATA,
+    "dataloader": "batch_size=..., shuffle=... and num_workers=...",
+    "datasets": "dataset, one block or a list of them, each with data_files",
     "deepspeed": "backbone_sharding=full with tune run --nproc_per_node N",
     "do_sample": "temperature=... (0 is greedy)",
     "early_stopping": "early_stopping_patience=...",
@@ -38,6 +40,8 @@ OTHER_NAMES: dict[str, str] = {
     "fp16": "dtype=fp16",
     "gradient_checkpointing": "enable_activation_checkpointing=True",
     "group_by_length": "none; dataset.packed=True wastes no padding",
+    "kd_loss": _NO_DISTILLATION,
+    "kd_ratio": _NO_DISTILLATION,
     "learning_rate": _RATE,
     "load_in_4bit": _NF4,
     "load_in_8bit": "model.base_quantization=int8",
@@ -72,6 +76,7 @@ OTHER_NAMES: dict[str, str] = {
     "pad_token": "tokenizer.pad_token=...",
     "per_device_eval_batch_size": "batch_size_val=...",
     "per_device_train_batch_size": _BATCH,
+    "quantizer": "none: the backbone is quantized as model.base_quantization=... has it",
     "r": _NO_LORA,
     "report_to": "metric_logger=torchtune.training.metric_logging.WandBLogger or another",
     "sample_packing": "dataset.packed=True",
@@ -79,6 +84,8 @@ OTHER_NAMES: dict[str, str] = {
     "save_total_limit": "keep_last_n_checkpoints=...",
     "sequence_len": _LENGTH,
     "target_modules": _NO_LORA,
+    "teacher_checkpointer": _NO_DISTILLATION,
+    "teacher_model": _NO_DISTILLATION,
     "torch_dtype": "dtype=...",
     "train_batch_size": _BATCH,
     "train_file": _DATA,

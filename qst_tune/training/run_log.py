@@ -9,7 +9,7 @@ from torchtune import utils
 from tqdm import tqdm
 
 from qst_tune.training.distributed import rank_and_world_size
-from qst_tune.training.memory import GIB, peak_memory_bytes
+from qst_tune.training.memory import GIB, memory_kind, peak_memory_bytes
 from qst_tune.training.method import Task
 from qst_tune.training.run_summary import RunSummary
 from qst_tune.training.verdict import verdict
@@ -44,6 +44,8 @@ class RunLog:
         self.device = device
         self.every = every
         self.memory = memory
+        # Of the progress bar, where there is little room.
+        self.memory_name = "peak_cuda" if device.type == "cuda" else "peak_rss"
         self.before = before
         self.summary = RunSummary()
         self.is_main = rank_and_world_size()[0] == 0
@@ -84,12 +86,12 @@ class RunLog:
         if not self.is_main:
             return
         memory = peak_memory_bytes(self.device) / GIB
-        self.bar.set_postfix(
-            loss=f"{metrics['loss']:.3f}",
-            tokens_per_s=f"{metrics['tokens_per_second_per_gpu']:.0f}",
-            mem=f"{memory:.2f}GiB",
-            refresh=False,
-        )
+        figures = {
+            "loss": f"{metrics['loss']:.3f}",
+            "tokens_per_s": f"{metrics['tokens_per_second_per_gpu']:.0f}",
+            self.memory_name: f"{memory:.2f}GiB",
+        }
+        self.bar.set_postfix(figures, refresh=False)
         self.bar.update(1)
         if self.is_due(step):
             extra = {"peak_memory_gib": memory} if self.memory else {}
@@ -146,7 +148,7 @@ class RunLog:
         if self.is_main:
             self.summary.write(self.folder)
             sizes = ", ".join(f"{k} {v:.3f}" for k, v in self.summary.memory_gib.items())
-            log.info(f"memory, GiB: {sizes}")
+            log.info(f"memory, GiB (peak: {memory_kind(self.device)}): {sizes}")
             log.info(f"{self.summary.tokens_per_second:.0f} tokens/s; {self.folder}/loss.png")
 
     def close(self) -> None:

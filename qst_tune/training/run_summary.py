@@ -27,6 +27,7 @@ class RunSummary:
         tokens_per_second (float): over all steps, padding included, for one device.
         trainable_parameters (int): number of parameters that train.
         memory_gib (dict[str, float]): peak, and the parts it consists of.
+        memory_kind (str): what the peak counts.
         seconds (float): duration of training, validation included.
     """
 
@@ -40,6 +41,7 @@ class RunSummary:
     tokens_per_second: float = 0.0
     trainable_parameters: int = 0
     memory_gib: dict[str, float] = field(default_factory=dict)
+    memory_kind: str = ""
     seconds: float = 0.0
 
     def results(self) -> dict[str, float]:
@@ -112,7 +114,11 @@ class RunSummary:
         rows["trainable parameters"] = f"{self.trainable_parameters:,}"
         rows["tokens/s"] = f"{self.tokens_per_second:.0f}"
         rows["seconds"] = f"{self.seconds:.0f}"
-        rows |= {f"memory, {name}, GiB": f"{size:.3f}" for name, size in self.memory_gib.items()}
+        kinds = {"peak": f" ({self.memory_kind})"} if self.memory_kind else {}
+        rows |= {
+            f"memory, {name}{kinds.get(name, '')}, GiB": f"{size:.3f}"
+            for name, size in self.memory_gib.items()
+        }
         lines = [f"| {name} | {value} |" for name, value in rows.items()]
         return "\n".join(["| figure | value |", "| --- | --- |", *lines, ""])
 

@@ -111,6 +111,8 @@ def set_run_seed(cfg: DictConfig, saved: SavedRun | None) -> int:
     """
     seed = cfg.get("seed") if saved is None else saved.state["seed"]
     chosen: int = training.set_seed(seed=seed, debug_mode=cfg.get("cudnn_deterministic_mode"))
+    if seed is None:
+        _say([f"seed={chosen} was drawn: with it the run can be repeated"])
     return chosen
 
 

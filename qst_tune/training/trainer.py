@@ -15,7 +15,7 @@ from qst_tune.errors import UserError
 from qst_tune.training.batches import BatchLoader
 from qst_tune.training.checkpointing import Checkpointing
 from qst_tune.training.distributed import gather_lists, sum_gradients, sum_or_fail
-from qst_tune.training.memory import count_saved_activations, memory_parts
+from qst_tune.training.memory import count_saved_activations, memory_kind, memory_parts
 from qst_tune.training.method import Batch, Method, Task
 from qst_tune.training.precision import overflow_hint
 from qst_tune.training.rows import row_numbers
@@ -324,6 +324,7 @@ class Trainer:
         summary.memory_gib = memory_parts(
             self.method.model, self.optimizer, self.activation_bytes, self.device
         )
+        summary.memory_kind = memory_kind(self.device)
         summary.tokens_per_second = self.progress.num_tokens / max(self.progress.step_seconds, 1e-9)
         summary.seconds = seconds
         summary.best_step = self.progress.best_step

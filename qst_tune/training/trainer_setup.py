@@ -1,6 +1,8 @@
 """From a training config to a :class:`~qst_tune.training.trainer.Trainer`, for every recipe."""
 
+import io
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -342,10 +344,18 @@ def collate_of(rows: Any, collate: Collate) -> Collate:
     return padded_collate_packed if is_packed(rows) else collate
 
 
+def _metric_logger(cfg: DictConfig) -> Any:
+    printed = io.StringIO()
+    is_disk = str(cfg.metric_logger.get("_component_")).endswith(".DiskLogger")
+    # It prints "Writing logs to", which the config says.
+    with redirect_stdout(printed) if is_disk else nullcontext():
+        return instantiate(cfg.metric_logger, "metric_logger")
+
+
 def _run_log(cfg: DictConfig, device: torch.device) -> RunLog:
     metric_logger = None
     if rank_and_world_size()[0] == 0:
-        metric_logger = instantiate(cfg.metric_logger, "metric_logger")
+        metric_logger = _metric_logger(cfg)
         metric_logger.log_config(cfg)
     return RunLog(
         metric_logger,

@@ -10,6 +10,7 @@ from importlib import import_module
 
 import transformers
 
+from qst_tune.terminal import safe_streams
 from qst_tune.transformers import QSTForCausalLM
 
 
@@ -18,7 +19,8 @@ def main() -> None:
     sys.argv[0] = "transformers"
     # `serve` of transformers 5.23 asks no registry: it looks the class up here by its name.
     transformers.QSTForCausalLM = QSTForCausalLM  # type: ignore[attr-defined]
-    import_module("transformers.cli.transformers").main()
+    with safe_streams():
+        import_module("transformers.cli.transformers").main()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """Chatting through the real `tune`, with a pipe for the keyboard, and through main()."""
 
+import inspect
 import io
+import re
 import sys
 from pathlib import Path
 
@@ -88,3 +90,42 @@ def test_ctrl_c_breaks_an_answer_off_and_not_the_chat(
     out, _ = typed(config, monkeypatch, capsys, BOXES[1], "/clear", BOXES[4])
     assert len(out[0]) < len(ANSWERS[1])
     assert out[1] == ANSWERS[4]
+
+
+def test_commands_are_listed_and_never_reach_the_model(
+    config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[tuple[str | None, int, str]] = []
+
+    class Recorded(qst_chat.Conversation):
+        def ask(self, text):
+            asked.append((self.system_prompt, len(self.messages), text))
+            yield from super().ask(text)
+
+    monkeypatch.setattr(qst_chat, "Conversation", Recorded)
+    out, err = typed(
+        config, monkeypatch, capsys,
+        "/help", BOXES[1], "why", "/undo", BOXES[2], "/system be kind", "a", "/system", "b",
+        "/halp me", "//etc", "/exit", "never", max_new_tokens=2,
+    )  # fmt: skip
+    assert out[: len(qst_chat.HELP.splitlines())] == qst_chat.HELP.splitlines()
+    assert asked == [
+        (None, 0, BOXES[1]),
+        (None, 2, "why"),
+        (None, 2, BOXES[2]),
+        ("be kind", 0, "a"),
+        (None, 0, "b"),
+        (None, 2, "/etc"),
+    ]
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert line == (
+        "error: unknown command '/halp'; /help lists the commands, //halp me sends this text to "
+        "the model"
+    )
+
+
+def test_every_command_is_in_the_help() -> None:
+    source = inspect.getsource(qst_chat)
+    commands = set(re.findall(r'== "(/\w+)"', source))
+    assert len(commands) == 5
+    assert commands <= set(re.findall(r"^/\w+", qst_chat.HELP, flags=re.MULTILINE))

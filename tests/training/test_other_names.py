@@ -1,5 +1,6 @@
 """Names of other programs' settings get the name that they have here."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -51,8 +52,5 @@ def test_no_name_of_ours_is_taken_for_another_programs() -> None:
 def test_every_key_that_is_named_exists() -> None:
     """The first word of each hint: a key of a training config, of a recipe, or "none"."""
     recipe_keys = {"none", "temperature", "max_new_tokens", "checkpoint_dir"}
-    named = {
-        hint.split("=")[0].split(".")[0].split(":")[0].split(";")[0].split(" ")[0]
-        for hint in OTHER_NAMES.values()
-    }
+    named = {re.split(r"\W", hint)[0] for hint in OTHER_NAMES.values()}
     assert named <= {*TRAINING_KEYS, *recipe_keys}

@@ -20,6 +20,7 @@ def test_figures_and_plot_are_written(held_out: dict[int, float], tmp_path: Path
         tokens_per_second=12.5,
         trainable_parameters=7,
         memory_gib={"peak": 0.5},
+        memory_kind="CUDA allocator",
         seconds=1.5,
     )
     summary.write(tmp_path)
@@ -35,6 +36,7 @@ def test_figures_and_plot_are_written(held_out: dict[int, float], tmp_path: Path
         "tokens_per_second": 12.5,
         "trainable_parameters": 7,
         "memory_gib": {"peak": 0.5},
+        "memory_kind": "CUDA allocator",
         "seconds": 1.5,
     }
     assert (tmp_path / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -52,6 +54,7 @@ def test_table_has_a_row_for_each_figure() -> None:
         best_step=2,
         trainable_parameters=1234,
         memory_gib={"peak": 0.5},
+        memory_kind="resident process memory",
     )
     assert summary.table().splitlines() == [
         "| figure | value |",
@@ -64,7 +67,7 @@ def test_table_has_a_row_for_each_figure() -> None:
         "| trainable parameters | 1,234 |",
         "| tokens/s | 0 |",
         "| seconds | 0 |",
-        "| memory, peak, GiB | 0.500 |",
+        "| memory, peak (resident process memory), GiB | 0.500 |",
     ]
 
 
