@@ -11,6 +11,7 @@ The config may also be that of the training run, of qst_finetune or of peqa_fine
 """
 
 import time
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig
@@ -21,6 +22,7 @@ from qst_tune.errors import UserError
 from qst_tune.generation.batch import answer_batch
 from qst_tune.generation.conversation import prompt_tokens
 from qst_tune.generation.sampling import SAMPLING_KEYS, Sampling
+from qst_tune.generation.tools import read_tool_file
 from qst_tune.training.cli import run_recipe
 from qst_tune.training.config_check import check_config
 from qst_tune.training.config_keys import Key, setting
@@ -30,6 +32,9 @@ KEYS = {
     "prompt": Key(kind=str, meaning="what to answer"),
     "prompts": Key(kind=list, meaning="several prompts, answered in one batch"),
     "system_prompt": Key(kind=str, meaning="precedes each prompt"),
+    "tools": Key(
+        kind=Path, meaning="JSON file with schemas of the functions that the model may call"
+    ),
     "compare_with_base": Key(kind=bool, default=False, meaning="print the base model's answer too"),
     "max_new_tokens": Key(kind=int, default=200, least=1, meaning="longest answer"),
     **SAMPLING_KEYS,
@@ -52,6 +57,7 @@ class QSTGenerateRecipe:
         self.prompts = read_prompts(cfg)
         self.tuned = load_tuned_model(cfg)
         self.model, self.tokenizer = self.tuned.model, self.tuned.tokenizer
+        self.tools = read_tool_file(cfg.tools, self.tokenizer) if cfg.get("tools") else None
 
     def run(self) -> None:
         """Print the answers, and the base model's before them if ``compare_with_base``."""
@@ -67,7 +73,7 @@ class QSTGenerateRecipe:
         elapsed = time.perf_counter() - start
         for prompt, tokens in zip(self.prompts, answers, strict=True):
             heading = title if len(self.prompts) == 1 else f"{title}: {prompt}"
-            print(f"\n--- {heading} ---\n{self.tokenizer.decode(tokens).strip()}\n")
+            print(f"\n--- {heading} ---\n{self._text(tokens).strip()}\n")
         count = sum(map(len, answers))
         log.info(f"{count} tokens in {elapsed:.1f} s, {count / elapsed:.1f} tokens/s")
 
@@ -98,7 +104,14 @@ class QSTGenerateRecipe:
     def _encode(self, prompt: str) -> list[int]:
         message = Message(role="user", content=prompt, masked=True)
         system_prompt = self.cfg.get("system_prompt")
-        return prompt_tokens(self.tokenizer, [message], system_prompt=system_prompt)
+        return prompt_tokens(
+            self.tokenizer, [message], system_prompt=system_prompt, tools=self.tools
+        )
+
+    def _text(self, tokens: list[int]) -> str:
+        # In many templates special tokens are what tells a call from text.
+        text: str = self.tokenizer.decode(tokens, skip_special_tokens=self.tools is None)
+        return text
 
 
 def read_prompts(cfg: DictConfig) -> list[str]:

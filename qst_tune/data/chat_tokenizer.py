@@ -259,7 +259,10 @@ def _render_for_generation(template: ChatTemplate, messages: Messages, tools: To
     start = ""
     if messages[-1]["role"] == "assistant":
         messages, start = messages[:-1], messages[-1].get("content", "")
-    return template.render(messages, tools=tools, add_generation_prompt=True) + start
+    text = template.render(messages, tools=tools, add_generation_prompt=True)
+    if tools and text == template.render(messages, add_generation_prompt=True):
+        raise UserError("the chat template does not render the tools; leave them out")
+    return text + start
 
 
 def _mask(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:

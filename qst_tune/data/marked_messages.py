@@ -5,13 +5,16 @@ a content trim the same; and a rendering without its marks is compared with the 
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# Two planes of private use; the second for texts that have characters of the first.
-_PLANES = (0xF0000, 0x100000)
 _PLANE_SIZE = 0xFFFD
+# Unicode's planes for private use; the second for texts that have characters of the first.
+_PLANES = {
+    base: re.compile(f"[{chr(base)}-{chr(base + _PLANE_SIZE)}]") for base in (0xF0000, 0x100000)
+}
 _THOUGHT_END = "</think>"
 
 Wrap = Callable[[str, str], str]
@@ -73,19 +76,17 @@ class Marker:
         text (str): the real rendering, which must have none of the marks.
         num_messages (int): of the conversation.
         wrap (Wrap): puts marks into a text; one of :data:`WRAPS`.
+
+    Attributes:
+        is_usable (bool): whether there are enough characters that the text does not have.
     """
 
     def __init__(self, text: str, num_messages: int, wrap: Wrap) -> None:
         self._num_messages = num_messages
         self._wrap = wrap
-        used = {ord(character) for character in text}
-        free = (b for b in _PLANES if not any(b <= code <= b + _PLANE_SIZE for code in used))
-        self._base = next(free, None)
-
-    @property
-    def is_usable(self) -> bool:
-        """Whether there are enough characters that the text does not have."""
-        return self._base is not None and 2 * self._num_messages < _PLANE_SIZE
+        free = [base for base, pattern in _PLANES.items() if not pattern.search(text)]
+        self.is_usable = bool(free) and 2 * num_messages < _PLANE_SIZE
+        self._base = free[0] if free else 0
 
     def mark(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Return copies of the messages with marks in contents, thoughts and tool calls."""
@@ -100,24 +101,21 @@ class Marker:
 
     def num_in_calls(self, message: Mapping[str, Any], index: int) -> int:
         """Return how many marks the tool calls of a marked message have."""
-        calls = json.dumps(message.get("tool_calls"), ensure_ascii=False)
+        if "tool_calls" not in message:
+            return 0
+        calls = json.dumps(message["tool_calls"], ensure_ascii=False)
         return calls.count(self._character(index, in_call=True))
 
     def read(self, rendering: str) -> Marked:
         """Take the marks out of a rendering."""
-        base = self._base or 0
-        pieces, marks, start, length = [], [], 0, 0
-        for place, character in enumerate(rendering):
-            code = ord(character) - base
-            if 0 <= code <= _PLANE_SIZE:
-                pieces.append(rendering[start:place])
-                length += place - start
-                marks.append(Mark(code // 2, bool(code % 2), length))
-                start = place + 1
-        return Marked("".join([*pieces, rendering[start:]]), marks)
+        marks: list[Mark] = []
+        for found in _PLANES[self._base].finditer(rendering):
+            code = ord(found.group()) - self._base
+            marks.append(Mark(code // 2, bool(code % 2), found.start() - len(marks)))
+        return Marked(_PLANES[self._base].sub("", rendering), marks)
 
     def _character(self, owner: int, *, in_call: bool = False) -> str:
-        return chr((self._base or 0) + 2 * owner + in_call)
+        return chr(self._base + 2 * owner + in_call)
 
     def _mark_message(self, index: int, message: Mapping[str, Any]) -> dict[str, Any]:
         marked = dict(message)

@@ -156,6 +156,6 @@ def score_questions(
 
 def _encode(tokenizer: Any, context: str, target: str) -> Continuation:
     # Together, since a blank belongs to the token behind it.
-    alone = tokenizer.encode(context, add_bos=False, add_eos=False)
-    whole = tokenizer.encode(context + target, add_bos=False, add_eos=False)
+    alone = tokenizer.encode(context, add_bos=True, add_eos=False)
+    whole = tokenizer.encode(context + target, add_bos=True, add_eos=False)
     return Continuation(tuple(whole[: len(alone)]), tuple(whole[len(alone) :]))

@@ -69,7 +69,7 @@ def read_text(path: Path, tokenizer: Any, max_tokens: int | None = None) -> tupl
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"text={path} cannot be read: {error}") from error
-    tokens: list[int] = tokenizer.encode(text, add_bos=False, add_eos=False)
+    tokens: list[int] = tokenizer.encode(text, add_bos=True, add_eos=False)
     if max_tokens is not None and max_tokens < len(tokens):
         tokens = tokens[:max_tokens]
         text = tokenizer.decode(tokens)

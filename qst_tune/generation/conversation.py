@@ -105,7 +105,11 @@ class Conversation:
 
 
 def prompt_tokens(
-    tokenizer: Any, messages: Sequence[Message], *, system_prompt: str | None = None
+    tokenizer: Any,
+    messages: Sequence[Message],
+    *,
+    system_prompt: str | None = None,
+    tools: Sequence[Any] | None = None,
 ) -> list[int]:
     """Tokenize a conversation up to where the model's answer begins.
 
@@ -113,17 +117,19 @@ def prompt_tokens(
         tokenizer (Any): torchtune model tokenizer.
         messages (Sequence[Message]): the last one is the user's.
         system_prompt (str | None): put before them.
+        tools (Sequence[Any] | None): JSON schemas, for a tokenizer of ours.
 
     Returns:
         list[int]: token ids.
     """
     system = [Message(role="system", content=system_prompt, masked=True)] if system_prompt else []
     # torchtune's tokenizers open the answer's turn for an empty assistant message.
-    answer = Message(role="assistant", content="")
-    tokens: list[int] = tokenizer({"messages": [*system, *messages, answer]}, inference=True)[
-        "tokens"
-    ]
-    return tokens
+    turns = [*system, *messages, Message(role="assistant", content="")]
+    if tools:
+        dicts = [{"role": turn.role, "content": turn.text_content} for turn in turns]
+        with_tools = tokenizer.tokenize_conversation(dicts, tools=tools, add_end_tokens=False)
+        return list(with_tools[0])
+    return list(tokenizer({"messages": turns}, inference=True)["tokens"])
 
 
 def text_pieces(tokens: Iterable[int], decode: Callable[[list[int]], str]) -> Iterator[str]:

@@ -80,3 +80,67 @@ GPT_OSS = (
     "{%- endif %}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant' }}{%- endif %}"
 )
+# A date, tools in the first question, one call an answer under another key.
+LLAMA3_1 = (
+    "{{- bos_token }}{%- if not date_string is defined %}"
+    "{%- if strftime_now is defined %}{%- set date_string = strftime_now('%d %b %Y') %}"
+    "{%- else %}{%- set date_string = '26 Jul 2024' %}{%- endif %}{%- endif %}"
+    "{%- if messages[0]['role'] == 'system' %}{%- set system = messages[0]['content'] | trim %}"
+    "{%- set messages = messages[1:] %}{%- else %}{%- set system = '' %}{%- endif %}"
+    "{{- '<|im_start|>system\n\nToday Date: ' + date_string + '\n\n' + system + '<|im_end|>' }}"
+    "{%- if tools is not none %}{%- set first = messages[0]['content'] | trim %}"
+    "{%- set messages = messages[1:] %}{{- '<|im_start|>user\n\nAnswer with a call of:\n\n' }}"
+    "{%- for t in tools %}{{- t | tojson(indent=4) }}{{- '\n\n' }}{%- endfor %}"
+    "{{- first + '<|im_end|>' }}{%- endif %}"
+    "{%- for m in messages %}{%- if 'tool_calls' in m %}"
+    "{%- if m.tool_calls | length != 1 %}{{- raise_exception('only single tool-calls') }}"
+    "{%- endif %}{%- set call = m.tool_calls[0].function %}"
+    "{{- '<|im_start|>assistant\n\n' + '{\"name\": \"' + call.name + '\", \"parameters\": ' }}"
+    "{{- call.arguments | tojson + '}<|im_end|>' }}"
+    "{%- elif m.role == 'tool' %}"
+    "{{- '<|im_start|>ipython\n\n' + (m.content | tojson) + '<|im_end|>' }}"
+    "{%- else %}{{- '<|im_start|>' + m.role + '\n\n' + m.content | trim + '<|im_end|>' }}"
+    "{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n\n' }}{%- endif %}"
+)
+# Mistral's later kind: tools before the last question, calls as one list, ids of nine characters.
+TEKKEN = (
+    "{{- bos_token }}{%- set ns = namespace(last=-1) %}{%- for m in messages %}"
+    "{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}"
+    "{%- for m in messages %}{%- if m.role == 'user' %}"
+    "{%- if tools is not none and loop.index0 == ns.last %}"
+    "{{- '[TOOLS]' + (tools | tojson) + '[/TOOLS]' }}{%- endif %}"
+    "{{- '[INST]' + m.content + '[/INST]' }}"
+    "{%- elif m.tool_calls is defined and m.tool_calls is not none %}{{- '[CALLS][' }}"
+    "{%- for call in m.tool_calls %}{%- if call.id | length != 9 %}"
+    "{{- raise_exception('ids have nine characters') }}{%- endif %}"
+    "{{- call.function | tojson + (', ' if not loop.last else ']' + eos_token) }}{%- endfor %}"
+    "{%- elif m.role == 'tool' %}{{- '[RESULT]' + m.content | string + '[/RESULT]' }}"
+    "{%- else %}{{- m.content + eos_token }}{%- endif %}{%- endfor %}"
+)
+# DeepSeek's calls: arguments are appended as text, and content must be None.
+TEXT_CALLS = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' and m['content'] is none %}"
+    "{% for call in m['tool_calls'] %}{{ '<|call|>' + call['function']['name'] + ' ' + "
+    "call['function']['arguments'] }}{% endfor %}{{ eos_token }}"
+    "{% elif m['role'] == 'assistant' %}{{ '<|Assistant|>' + m['content'] + eos_token }}"
+    "{% else %}{{ '<|User|>' + m['content'] }}{% endif %}{% endfor %}"
+    "{{ tools | tojson if tools else '' }}"
+)
+# No system prompt; the assistant has another name.
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}{% for m in messages %}"
+    "{{ '<start>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' }}"
+    "{{ m['content'] | trim + '<end>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start>model\n' }}{% endif %}"
+)
+# The prompt has an empty thought unless thoughts are wanted; so have answers; a generation tag.
+SMOLLM3 = (
+    "{%- for m in messages %}{%- if m.role == 'assistant' %}{% generation %}"
+    "{{- '<|im_start|>assistant\n' + m.content.lstrip('\n') + '<|im_end|>\n' }}{% endgeneration %}"
+    "{%- else %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endif %}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n<think>\n\n</think>\n' }}"
+    "{%- endif %}"
+)

@@ -18,7 +18,7 @@ from qst_tune.quickstart.python_docs import (
     choose_heldout,
     demo_question,
 )
-from tests.data.test_chat_tokenizer import build_folder
+from tests.data.chat_folders import build_folder
 
 TOPIC = """\
 The "frob" statement

@@ -1,0 +1,36 @@
+"""Tools that a model may call, given to its chat template."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qst_tune.data.conversation import read_tools
+from qst_tune.errors import UserError
+
+
+def read_tool_file(path: str, tokenizer: Any) -> list[Any]:
+    """Read JSON schemas in OpenAI's form.
+
+    Args:
+        path (str): a JSON file with a list of schemas.
+        tokenizer (Any): that gives them to its template.
+
+    Returns:
+        list[Any]: at least one.
+
+    Raises:
+        UserError: if it is no such file, or the tokenizer cannot take tools.
+    """
+    if not hasattr(tokenizer, "tokenize_conversation"):
+        raise UserError(
+            f"tools={path}: {type(tokenizer).__name__} takes no tools; use the tokenizer "
+            "qst_tune.data.hf_chat_tokenizer"
+        )
+    try:
+        content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"tools={path} cannot be read: {error}") from error
+    tools = read_tools(content)
+    if not tools:
+        raise UserError(f"tools={path} has no tool; write a list of JSON schemas")
+    return tools
