@@ -141,11 +141,11 @@ def _check_call(what: str, call: Any) -> dict[str, Any]:
             f'{what} is {str(call)[:80]!r}; write {{"type": "function", "function": {{"name": '
             '"f", "arguments": {}}}'
         )
-    rest = {key: value for key, value in call.items() if value is not None and key != "function"}
+    named = {**function, "arguments": _arguments(what, function.get("arguments"))}
     if function is call:
-        rest = {key: value for key, value in rest.items() if key not in ("name", "arguments")}
-    arguments = _arguments(what, function.get("arguments"))
-    return {"type": "function", **rest, "function": {**function, "arguments": arguments}}
+        named = {key: named[key] for key in ("name", "arguments")}
+    rest = {key: value for key, value in call.items() if value is not None and key not in named}
+    return {"type": "function", **rest, "function": named}
 
 
 def _arguments(what: str, arguments: Any) -> dict[str, Any]:

@@ -38,18 +38,19 @@ def read_special_tokens(directory: Path, tokenizer: Tokenizer) -> dict[str, str]
         dict[str, str]: such as ``bos_token``, each with its text.
     """
     config = read_json(directory / "tokenizer_config.json")
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     decoder = config.get("added_tokens_decoder")
+    given: dict[str, Any] = {}
     if decoder is None:
         given = read_json(directory / "special_tokens_map.json")
         _report_conflicts(config, given)
-        config = {**config, **given}
-        extra = [*extra, *(given.get("extra_special_tokens") or [])]
-        decoder = _older_decoder(directory, config, extra)
-    named = {name: token for name, token in config.items() if _is_named(name, token)}
+    named = {name: token for name, token in {**config, **given}.items() if _is_named(name, token)}
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     if isinstance(extra, Mapping):
         named.update(extra)
         extra = []
+    extra = [*extra, *(given.get("extra_special_tokens") or [])]
+    if decoder is None:
+        decoder = _older_decoder(directory, [*named.values(), *extra])
     _add_tokens(tokenizer, decoder, [*named.values(), *extra])
     return {name: _content(token) for name, token in named.items()}
 
@@ -76,12 +77,11 @@ def _report_conflicts(config: Mapping[str, Any], given: Mapping[str, Any]) -> No
             )
 
 
-def _older_decoder(directory: Path, config: Mapping[str, Any], extra: Any) -> dict[str, Any]:
+def _older_decoder(directory: Path, special: list[Any]) -> dict[str, Any]:
     """Bring added_tokens.json into the form of ``added_tokens_decoder``."""
-    special = {_content(config[name]) for name in NAMES if config.get(name) is not None}
-    special |= {_content(token) for token in extra}
+    contents = {_content(token) for token in special}
     return {
-        str(index): {"content": token, "special": token in special, "normalized": False}
+        str(index): {"content": token, "special": token in contents, "normalized": False}
         for token, index in read_json(directory / "added_tokens.json").items()
     }
 

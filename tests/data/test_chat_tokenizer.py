@@ -1,14 +1,12 @@
 """Tokens and masks of HFChatTokenizer against transformers' apply_chat_template."""
 
-import json
 import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from torchtune.data import Message
-from transformers import AutoTokenizer
 
 from qst_tune.data import HFChatTokenizer, hf_chat_tokenizer
 from qst_tune.errors import UserError
@@ -228,17 +226,6 @@ def test_pad_falls_back_to_eos(tmp_path: Path) -> None:
     assert tokenizer.encode("a", add_eos=False) == tokenizer.encode("a", False, False)
 
 
-def test_template_file_wins_and_named_templates_are_read(tmp_path: Path) -> None:
-    messages = to_messages(CONVERSATIONS["one turn"])
-    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": CHATML}]
-    folder = build_folder(tmp_path / "model", named)
-    expected = hf_chat_tokenizer(str(build_folder(tmp_path / "plain"))).tokenize_messages(messages)
-
-    assert hf_chat_tokenizer(str(folder)).tokenize_messages(messages) == expected
-    (folder / "chat_template.jinja").write_text(TRIMMED)
-    assert hf_chat_tokenizer(str(folder)).tokenize_messages(messages) != expected
-
-
 def test_saved_truncation_and_padding_are_switched_off(tmp_path: Path) -> None:
     folder = build_folder(tmp_path / "model")
     expected = hf_chat_tokenizer(str(folder)).encode("hello day")
@@ -264,57 +251,9 @@ def test_survives_pickling_after_use(tmp_path: Path) -> None:
     assert pickle.loads(pickle.dumps(tokenizer)).tokenize_messages(messages) == expected
 
 
-PLAIN = (
-    "{{ bos_token }}{% for message in messages %}{{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
-)
-
-
-def build_opt_folder(folder: Path) -> Path:
-    """As OPT is published: vocab.json and merges.txt, no tokenizer.json, no chat template."""
-    folder.mkdir()
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=290,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
-        show_progress=False,
-    )
-    raw.train_from_iterator(["hello good day to you all, good day"], trainer)
-    raw.model.save(str(folder))
-    named = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
-    config = {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True, **named}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (folder / "special_tokens_map.json").write_text(json.dumps(named))
-    (folder / "config.json").write_text(json.dumps({"model_type": "opt"}))
-    return folder
-
-
-def test_opts_folder_and_a_template_of_the_config_give_transformers_tokens(tmp_path: Path) -> None:
-    folder = build_opt_folder(tmp_path / "opt")
-    tokenizer = hf_chat_tokenizer(str(folder), chat_template=PLAIN)
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (2, 2, 1)
-    prompt, answer = "hello, good day\n", "to you all</s> "
-    tokens, mask = tokenizer.tokenize_messages(
-        to_messages([("user", prompt), ("assistant", answer)])
-    )
-    theirs = AutoTokenizer.from_pretrained(folder)
-    expected = theirs(prompt + answer)["input_ids"]
-    assert expected[0] == 2  # OPT begins every text with </s>
-    assert tokens == [*expected, 2]
-    learnt = [token for token, is_masked in zip(tokens, mask, strict=True) if not is_masked]
-    assert tokenizer.decode(learnt, skip_special_tokens=False) == answer + "</s>"
-
-
 def test_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         hf_chat_tokenizer(str(tmp_path / "absent"))
-
-
-def test_missing_tokenizer_json(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"has no tokenizer\.json"):
-        hf_chat_tokenizer(str(tmp_path))
 
 
 def test_without_a_template_plain_text_is_encoded_and_messages_name_the_fix(
@@ -343,19 +282,6 @@ def test_template_that_refuses(tmp_path: Path) -> None:
     tokenizer = hf_chat_tokenizer(str(build_folder(tmp_path / "model", INST)))
     with pytest.raises(ValueError, match="refuses this conversation: no role tool"):
         tokenizer.tokenize_messages(to_messages([("user", "a"), ("ipython", "b")]))
-
-
-def test_image_content(tmp_path: Path) -> None:
-    tokenizer = hf_chat_tokenizer(str(build_folder(tmp_path / "model")))
-    message = Message(role="user", content=[{"type": "image", "content": None}])
-    with pytest.raises(ValueError, match=r"message 0 \(user\) contains an image"):
-        tokenizer.tokenize_messages([message])
-
-
-def test_no_message(tmp_path: Path) -> None:
-    tokenizer = hf_chat_tokenizer(str(build_folder(tmp_path / "model")))
-    with pytest.raises(ValueError, match="has no message"):
-        tokenizer.tokenize_messages([])
 
 
 @pytest.mark.pretrained

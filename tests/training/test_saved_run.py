@@ -1,6 +1,8 @@
 """Whether a run may go on from a checkpoint, and what it is told."""
 
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from qst_tune.training.saved_run import (
     check_same_data,
     describe_data,
     find_saved_run,
+    set_run_date,
     set_run_seed,
 )
 from qst_tune.training.state_file import pack_state
@@ -66,6 +69,16 @@ def test_seed_of_null_is_that_of_the_saved_run(tmp_path: Path) -> None:
     save(tmp_path)
     assert set_run_seed(OmegaConf.create({"seed": None}), find(tmp_path)) == 7
     assert set_run_seed(OmegaConf.create({"seed": 3}), None) == 3
+
+
+def test_date_is_that_of_the_saved_runs_first_day(tmp_path: Path) -> None:
+    today, first = datetime(2026, 5, 4, 3), datetime(2026, 1, 2, 3)
+    tokenizer = SimpleNamespace(date=today)
+    assert set_run_date(tokenizer, None) == today.isoformat()
+    save(tmp_path, {**STATE, "date": first.isoformat()})
+    assert set_run_date(tokenizer, find(tmp_path)) == first.isoformat()
+    assert tokenizer.date == first
+    assert set_run_date(object(), find(tmp_path)) is None
 
 
 @pytest.mark.parametrize(
