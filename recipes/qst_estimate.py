@@ -28,6 +28,7 @@ from qst_tune.estimation.spread import Spread, spread_line
 from qst_tune.estimation.step import Shape, StepCost, estimate_step
 from qst_tune.modules import QSTDecoder
 from qst_tune.modules.peqa_decoder import PEQADecoder
+from qst_tune.training.automatic import AUTO, DTYPE_NAMES
 from qst_tune.training.cli import run_recipe
 from qst_tune.training.config_check import check_config
 from qst_tune.training.config_keys import Key, pick, setting
@@ -71,13 +72,13 @@ class QSTEstimateRecipe:
 
     def __init__(self, cfg: DictConfig) -> None:
         self.cfg = cfg
-        self.device = _device_type(str(cfg.device))
+        self.device = _device_type(str(setting(cfg, "device", KEYS)))
         self.attention: Attention = setting(cfg, "attention", KEYS)
         self.shape = Shape(cfg.batch_size, self._seq_len())
         self.fit_gib: float | None = cfg.get("fit_gib")
         self.methods = choose_methods(list(cfg.get("methods") or DEFAULT_METHODS))
         self.choices = Choices(
-            cfg, _dtype(str(cfg.dtype)), lora_rank=setting(cfg, "lora_rank", KEYS)
+            cfg, _dtype(str(setting(cfg, "dtype", KEYS))), lora_rank=setting(cfg, "lora_rank", KEYS)
         )
         self.spread = Spread.of_config(cfg, setting(cfg, "num_processes", KEYS))
 
@@ -145,7 +146,7 @@ class QSTEstimateRecipe:
     def _title(self) -> str:
         return (
             f"{self.cfg.model._component_}, {self.shape.batch_size} x {self.shape.seq_len} tokens, "
-            f"{self.cfg.dtype}, {self.device}"
+            f"{DTYPE_NAMES[self.choices.dtype]}, {self.device}"
         )
 
     def _settings(self) -> dict[str, object]:
@@ -153,7 +154,7 @@ class QSTEstimateRecipe:
             "model": str(self.cfg.model._component_),
             "batch_size": self.shape.batch_size,
             "seq_len": self.shape.seq_len,
-            "dtype": str(self.cfg.dtype),
+            "dtype": DTYPE_NAMES[self.choices.dtype],
             "device": self.device,
             "attention": self.attention,
             "lora_rank": self.choices.lora_rank,
@@ -167,13 +168,13 @@ def _device_type(device: str) -> DeviceType:
     kind = device.partition(":")[0]
     if kind == "cpu":
         return "cpu"
-    if kind == "cuda":
+    if kind in ("cuda", AUTO):  # a GPU to come, whatever this machine has: the title names it
         return "cuda"
     raise UserError(f"device={device} cannot be estimated: use cpu or cuda")
 
 
 def _dtype(dtype: str) -> torch.dtype:
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    dtypes = {AUTO: torch.bfloat16, **{name: dtype for dtype, name in DTYPE_NAMES.items()}}
     if dtype not in dtypes:
         raise UserError(f"dtype={dtype} is not supported: use bf16, fp16 or fp32")
     return dtypes[dtype]

@@ -90,7 +90,24 @@ def parse_config(arguments: list[str]) -> DictConfig:
         raise UserError(f"overrides {' '.join(overrides)}: {_first_line(error)}") from error
     _remove_null_blocks(merged)
     _remove_unused_variables(merged, settings)
+    _forget_source(merged, settings, overrides)
     return merged
+
+
+def _forget_source(merged: DictConfig, settings: dict[str, Any], overrides: list[str]) -> None:
+    """Drop the file's ``dataset.source`` once overrides name another component.
+
+    It is the example of ``auto_dataset``; ``dataset=torchtune.datasets.samsum_dataset`` has its
+    own.
+    """
+    for name in ("dataset", "dataset_val"):
+        before, now = settings.get(name), merged.get(name)
+        if not isinstance(before, dict) or not isinstance(now, DictConfig):
+            continue
+        is_given = any(text.startswith(f"{name}.source=") for text in overrides)
+        was_auto = str(before.get("_component_")).endswith(".auto_dataset")
+        if was_auto and now.get("_component_") != before["_component_"] and not is_given:
+            now.pop("source", None)
 
 
 def _remove_unused_variables(merged: DictConfig, settings: dict[str, Any]) -> None:

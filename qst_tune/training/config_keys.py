@@ -48,14 +48,16 @@ TRAINING_KEYS: dict[str, Key] = {
         kind=dict, required=True, meaning="reads the weights of the frozen backbone"
     ),
     "output_dir": Key(kind=Path, required=True, meaning="directory of the run"),
-    "device": Key(kind=str, required=True, meaning="cpu, cuda or cuda:N"),
+    "device": Key(kind=str, default="auto", meaning="auto (cuda, mps or cpu), cpu, cuda, cuda:N"),
     "dtype": Key(
         kind=str,
-        required=True,
-        meaning="bf16, fp16 or fp32: of what is neither quantized nor trainable",
+        default="auto",
+        meaning="auto, bf16, fp16 or fp32: of what is neither quantized nor trainable",
     ),
     "dataset": Key(
-        kind=dict, required=True, meaning="the training set: a dataset of torchtune, or a list"
+        kind=dict,
+        required=True,
+        meaning="the training set: qst_tune.data.auto_dataset, a dataset of torchtune, or a list",
     ),
     "batch_size": Key(kind=int, required=True, least=1, meaning="samples of a batch"),
     "shuffle": Key(kind=bool, default=True, meaning="another order of the samples in each epoch"),
@@ -74,7 +76,7 @@ TRAINING_KEYS: dict[str, Key] = {
         kind=str,
         default="error",
         choices=("error", "skip"),
-        meaning="skip replaces a sample that cannot be used by the next good one, with a warning",
+        meaning="skip leaves out samples that cannot be used, and reports how many and why",
     ),
     "epochs": Key(kind=int, required=True, least=1, meaning="passes over the training set"),
     "max_steps_per_epoch": Key(kind=int, least=1, meaning="ends each epoch early; null: whole"),
@@ -120,7 +122,10 @@ TRAINING_KEYS: dict[str, Key] = {
     "fsdp_cpu_offload": Key(
         kind=bool, default=False, meaning="keep the shards of the backbone in CPU memory"
     ),
-    "dataset_val": Key(kind=dict, meaning="the validation set; or use val_fraction"),
+    "dataset_val": Key(
+        kind=dict,
+        meaning="the validation set, with what it leaves open as in dataset; or use val_fraction",
+    ),
     "val_fraction": Key(
         kind=float, above=0, below=1, meaning="share of dataset to validate on, chosen by seed"
     ),

@@ -59,7 +59,9 @@ def _as_yaml(override: str, settings: dict[str, Any]) -> str:
     for part in key.split("."):
         current = current.get(part) if isinstance(current, dict) else None
     is_null = value in ("null", "None", "")
-    if isinstance(current, str) and not is_null and not value.startswith("${"):
+    # A path may begin like an alias or a list of YAML: *.jsonl, [v2].jsonl.
+    is_path = key.endswith(".data_files") and not (value[:1] == "[" and value[-1:] == "]")
+    if (isinstance(current, str) or is_path) and not is_null and not value.startswith("${"):
         return f"{key}={json.dumps(value, ensure_ascii=False)}"  # YAML knows no surrogate pairs
     if value == "None":
         return f"{key}=null"

@@ -18,6 +18,7 @@ from qst_tune.training.method import Batch
 from qst_tune.training.packing import align_packs, is_packed, split_off_packing
 from qst_tune.training.rows import CheckedRows, too_long
 from qst_tune.training.survey import Survey, survey_rows
+from qst_tune.training.torchtune_rows import with_literal_paths
 from qst_tune.training.vocabulary import Vocabulary
 
 LENGTH_MULTIPLE = 16
@@ -66,7 +67,8 @@ def build_dataset(
     source = block.get("data_files") or block.get("source") or block.get("_component_")
     pack = split_off_packing(block)
     try:
-        dataset = instantiate(pack.block if pack else block, name, tokenizer)
+        own_block = with_literal_paths(pack.block if pack else block)
+        dataset = instantiate(own_block, name, tokenizer)
     except UserError as error:
         if isinstance(error.__cause__, StopIteration):  # from datasets, for a file without a row
             raise UserError(f"{name}: {source} has no rows") from error

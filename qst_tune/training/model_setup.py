@@ -15,6 +15,7 @@ from qst_tune.modules.embedding_quantization import quantization_of_backbone
 from qst_tune.modules.peqa_decoder import PEQADecoder
 from qst_tune.modules.qst_decoder import QSTDecoder
 from qst_tune.training.architecture_check import check_architecture
+from qst_tune.training.automatic import AUTO, automatic_device, automatic_dtype
 from qst_tune.training.backbone_cache import backbone_cache
 from qst_tune.training.backbone_loading import fingerprint_backbone, load_backbone
 from qst_tune.training.cli import instantiate
@@ -35,7 +36,7 @@ def choose_device(cfg: DictConfig) -> torch.device:
     """Return the config's device.
 
     Args:
-        cfg (DictConfig): has ``device``.
+        cfg (DictConfig): may have ``device``; without it, or with "auto", what there is.
 
     Returns:
         torch.device: with this process's index under torchrun.
@@ -43,6 +44,8 @@ def choose_device(cfg: DictConfig) -> torch.device:
     Raises:
         UserError: if this machine does not have it.
     """
+    if cfg.get("device") in (None, AUTO):
+        return choose_device(OmegaConf.create({"device": automatic_device()}))
     try:
         device: torch.device = utils.get_device(device=cfg.device)
     except (AssertionError, AttributeError, RuntimeError, ValueError) as error:  # torch's own
@@ -61,7 +64,8 @@ def choose_dtype(cfg: DictConfig, device: torch.device) -> torch.dtype:
     """Return the dtype of the backbone.
 
     Args:
-        cfg (DictConfig): has ``dtype``, "bf16", "fp16" or "fp32".
+        cfg (DictConfig): may have ``dtype``, "bf16", "fp16" or "fp32"; without it, or with "auto",
+            what the device is best at.
         device (torch.device): must support it.
 
     Returns:
@@ -70,6 +74,8 @@ def choose_dtype(cfg: DictConfig, device: torch.device) -> torch.dtype:
     Raises:
         UserError: if it is another one or the device cannot compute in it.
     """
+    if cfg.get("dtype") in (None, AUTO):
+        return automatic_dtype(device)
     if cfg.dtype not in ("bf16", "fp16", "fp32"):
         raise UserError(f"dtype={cfg.dtype} is not supported: use bf16, fp16 or fp32")
     try:

@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import Subset
 
 from qst_tune.errors import UserError
+from qst_tune.training.torchtune_rows import check_chat_row
 from qst_tune.training.vocabulary import Vocabulary
 
 
@@ -42,6 +43,7 @@ class CheckedRows:
 
     def __getitem__(self, index: int) -> Any:
         try:
+            check_chat_row(self.rows, index)
             row = self.rows[index]
             problem = self._problem(row)
         except UserError as error:  # of a dataset of ours

@@ -169,11 +169,12 @@ def _streaming_problems(name: str, block: DictConfig) -> Iterator[Problem]:
 
 def _data_file_problems(name: str, block: DictConfig) -> Iterator[Problem]:
     files = block.get("data_files")
-    if block.get("source") not in _LOCAL_FORMATS or not files:
+    is_local = str(block.get("_component_")).endswith(".auto_dataset")
+    if not files or not (is_local or block.get("source") in _LOCAL_FORMATS):
         return
     for file in files if isinstance(files, ListConfig) else [files]:
-        is_plain = isinstance(file, str) and not any(mark in file for mark in ("://", "*", "["))
-        if is_plain and not Path(file).is_file():
+        is_plain = isinstance(file, str) and not any(mark in file for mark in ("://", *"*?["))
+        if is_plain and not Path(file).expanduser().exists():
             yield Problem(f"{name}.data_files", f"{name}: data_files={file} does not exist")
 
 

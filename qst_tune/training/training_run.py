@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from qst_tune.training.architecture_check import check_architecture
 from qst_tune.training.cli import instantiate
+from qst_tune.training.config_defaults import fill_in
 from qst_tune.training.distributed import rank_and_world_size
 from qst_tune.training.hub_models import fetch_models
 from qst_tune.training.method import Method, Task
@@ -45,6 +46,7 @@ def run_training(
     Raises:
         UserError: for a wrong config, checkpoint or dataset.
     """
+    fill_in(cfg)
     check_training_config(cfg, refused_keys(cfg, refused))
     fetch_models(cfg, "tokenizer" if cfg.get("dry_run") else "weights")
     with run_environment(cfg) as (device, dtype):

@@ -252,3 +252,36 @@ def test_a_character_that_stdout_lacks_is_replaced(
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252"))
     run(lambda cfg: sys.stdout.write("caf\u00e9 \N{GRINNING FACE}"), file, monkeypatch)
     assert written.getvalue() == "caf\u00e9 ?".encode("cp1252")
+
+
+DATASET = """
+dataset:
+  _component_: qst_tune.data.auto_dataset
+  data_files: null
+  source: hub/rows
+"""
+
+
+@pytest.mark.parametrize(
+    "path", ["*.jsonl", "[v2].x.jsonl", "a: b.jsonl", "?.jsonl", "{a}.jsonl", "~/#1.jsonl", "7"]
+)
+def test_path_of_data_files_arrives_as_typed(path: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(DATASET)
+    assert parse(tmp_path / "c.yaml", f"dataset.data_files={path}").dataset.data_files == path
+
+
+def test_data_files_may_be_a_list_or_null(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(DATASET)
+    cfg = parse(tmp_path / "c.yaml", "dataset.data_files=[a.jsonl,b.jsonl]")
+    assert cfg.dataset.data_files == ["a.jsonl", "b.jsonl"]
+    assert parse(tmp_path / "c.yaml", "dataset.data_files=null").dataset.data_files is None
+
+
+def test_another_dataset_has_its_own_source(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(DATASET)
+    samsum = "torchtune.datasets.samsum_dataset"
+    for override in (f"dataset={samsum}", f"dataset._component_={samsum}"):
+        assert "source" not in parse(tmp_path / "c.yaml", override).dataset
+        given = parse(tmp_path / "c.yaml", override, "dataset.source=json").dataset
+        assert given.source == "json"
+    assert parse(tmp_path / "c.yaml", "dataset.split=x").dataset.source == "hub/rows"

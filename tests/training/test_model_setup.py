@@ -44,7 +44,7 @@ def test_dtype_is_one_of_three() -> None:
     assert choose_dtype(OmegaConf.create({"dtype": "bf16"}), CPU) is torch.bfloat16
     assert choose_dtype(OmegaConf.create({"dtype": "fp32"}), CPU) is torch.float32
     assert choose_dtype(OmegaConf.create({"dtype": "fp16"}), CPU) is torch.float16
-    for name in ("fp64", "float32", "int8", None, 16):
+    for name in ("fp64", "float32", "int8", 16):
         with pytest.raises(UserError, match=f"dtype={name} is not supported: use bf16, fp16 or"):
             choose_dtype(OmegaConf.create({"dtype": name}), CPU)
 

@@ -1,0 +1,81 @@
+"""What a config leaves open is filled in before it is checked, and so is seen in every record."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from qst_tune.training.automatic import (
+    AUTO,
+    DTYPE_NAMES,
+    automatic_device,
+    automatic_dtype,
+)
+
+# What `datasets` calls the formats of local files, by their endings.
+LOCAL_FORMATS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+# Of a dataset block, what says which rows it has: another choice takes none of it over.
+_WHERE = ("data_files", "source", "name", "data_dir", "revision")
+_WHICH = (*_WHERE, "split")
+
+
+def fill_in(cfg: DictConfig) -> None:
+    """Fill in device, dtype, the format of local files and the settings of ``dataset_val``.
+
+    Args:
+        cfg (DictConfig): the merged config of a training recipe; changed in place.
+    """
+    if cfg.get("device") in (None, AUTO):
+        cfg.device = automatic_device()
+    if cfg.get("dtype") in (None, AUTO):
+        cfg.dtype = DTYPE_NAMES[automatic_dtype(torch.device(str(cfg.device).split(":")[0]))]
+    _inherit(cfg)
+    for name in ("dataset", "dataset_val"):
+        block = cfg.get(name)
+        for part in block if isinstance(block, ListConfig) else [block]:
+            if isinstance(part, DictConfig):
+                _name_format(part)
+
+
+def _inherit(cfg: DictConfig) -> None:
+    """Give ``dataset_val`` without a ``_component_`` the settings of ``dataset``."""
+    train, val = cfg.get("dataset"), cfg.get("dataset_val")
+    if not isinstance(train, DictConfig) or not isinstance(val, DictConfig):
+        return
+    if "_component_" in val or not any(val.get(key) for key in _WHICH):
+        return  # other rows must be named; what is missing is found by the check
+    dropped: tuple[str, ...] = _WHICH if any(val.get(key) for key in _WHERE) else ("split",)
+    if val.get("data_files") and train.get("source") in LOCAL_FORMATS.values():
+        dropped = tuple(key for key in dropped if key != "source")
+    taken: Any = OmegaConf.to_container(train, resolve=False)
+    kept = {key: value for key, value in taken.items() if key not in dropped}
+    cfg.dataset_val = OmegaConf.merge(kept, val)
+
+
+def _name_format(block: DictConfig) -> None:
+    """Let ``data_files`` go before a ``source`` on the hub, for components of `datasets`.
+
+    `datasets` would look for the files inside the source. Only local files that exist change it.
+    """
+    component = str(block.get("_component_"))
+    files = block.get("data_files")
+    if not files or not component.startswith(("torchtune.datasets.", "qst_tune.data.")):
+        return
+    if component.endswith(".auto_dataset") or block.get("source") in LOCAL_FORMATS.values():
+        return
+    paths = [Path(str(file)) for file in (files if isinstance(files, ListConfig) else [files])]
+    formats = {LOCAL_FORMATS.get(_ending(path)) for path in paths}
+    if len(formats) == 1 and None not in formats and all(path.is_file() for path in paths):
+        block.source = formats.pop()
+
+
+def _ending(path: Path) -> str:
+    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix
