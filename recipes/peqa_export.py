@@ -25,6 +25,7 @@ from qst_tune.training.model_setup import (
     load_frozen_backbone,
 )
 from qst_tune.training.scales_checkpoint import load_scales
+from qst_tune.training.start import tuned_directory
 
 KEYS = {
     **pick("model", "checkpointer", "output_dir", "device", "dtype"),
@@ -58,12 +59,12 @@ def main(cfg: DictConfig) -> None:
     device = choose_device(cfg)
     dtype = choose_dtype(cfg, device)
     output_dir = Path(cfg.output_dir)
-    scales = cfg.get("scales", str(output_dir / "scales"))
+    scales = tuned_directory(cfg, "scales")
     folder = Path(cfg.get("export_dir") or output_dir / form)
     model = build_peqa_on_meta(cfg, dtype)
     backbone = load_frozen_backbone(model, cfg, dtype=dtype, device=device)
     if scales:
-        load_scales(Path(scales), model, backbone=backbone)
+        load_scales(scales, model, backbone=backbone)
     export_model(model, checkpoint_dir, folder, form=form, dtype=dtype)
     log.info(f"{form} model written to {folder}")
 

@@ -26,6 +26,8 @@ from qst_tune.training.training_run import run_training
 
 KEYS = TRAINING_KEYS
 REFUSED = {
+    "reference": "is for qst_dpo; remove it",
+    "side_network": "is what QST starts from; use scales",
     "enable_activation_offloading": "is not supported; set it to False and use "
     "enable_activation_checkpointing=True",
     "hidden_state_cache": "is for QST: PEQA trains inside the model, whose hidden states change "

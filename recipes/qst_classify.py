@@ -35,6 +35,7 @@ from qst_tune.training.model_setup import (
 )
 from qst_tune.training.output_folder import output_folder
 from qst_tune.training.side_checkpoint import load_side_network
+from qst_tune.training.start import tuned_directory
 from qst_tune.training.vocabulary import check_ids
 
 KEYS = {
@@ -96,7 +97,11 @@ def load_model(cfg: DictConfig, device: torch.device) -> QSTClassifier:
         raise UserError(f"model: {cfg.model._component_} does not build a classifier")
     backbone = load_frozen_backbone(model, cfg, dtype=dtype, device=device)
     model.initialize_side(device)
-    load_side_network(Path(cfg.side_network), model.side, backbone=backbone)
+    load_side_network(
+        tuned_directory(cfg, "side_network") or Path(cfg.side_network),
+        model.side,
+        backbone=backbone,
+    )
     model.eval()
     return model
 

@@ -4,9 +4,11 @@ Example::
 
     tune run qst_dpo --config smollm2/135M_qst_dpo dataset.data_files=<PAIRS.jsonl>
 
-The reference model of DPO is the frozen backbone itself, so one pass through it serves the policy
-and the reference. Everything else, checkpoints, resuming, validation and the keys of a config, is
-that of ``qst_finetune`` (docs/training.md); the result is a side network like any other.
+The reference model of DPO is the frozen backbone; or, where the run starts from a side network
+(``side_network=DIR``: fine-tune first, then learn preferences), the model of the start. The key
+``reference`` chooses. One pass through the backbone serves the policy and the reference. Everything
+else, checkpoints, resuming, validation and the keys of a config, is that of ``qst_finetune``
+(docs/training.md); the result is a side network like any other.
 """
 
 from typing import Any
@@ -19,9 +21,10 @@ from qst_tune.estimation.dry_run import describe_run
 from qst_tune.modules import QSTClassifier, QSTDecoder
 from qst_tune.training.cli import run_recipe
 from qst_tune.training.config_keys import TRAINING_KEYS
+from qst_tune.training.memory import GIB, parameter_bytes
 from qst_tune.training.model_setup import build_on_meta
-from qst_tune.training.preference import build_preference_learning
-from qst_tune.training.qst_method import REFUSED, load_qst
+from qst_tune.training.preference import build_preference_learning, reference_of
+from qst_tune.training.qst_method import REFUSED, QSTMethod, load_qst
 from qst_tune.training.trainer_setup import TrainingData
 from qst_tune.training.training_run import run_training
 
@@ -47,6 +50,26 @@ def build_model(cfg: DictConfig, dtype: torch.dtype) -> QSTDecoder:
     return model
 
 
+def load_method(
+    model: QSTDecoder, cfg: DictConfig, *, dtype: torch.dtype, device: torch.device
+) -> QSTMethod:
+    """Load the model, and keep what it starts from if that is the reference.
+
+    Args:
+        model (QSTDecoder): from :func:`build_model`; changed in place.
+        cfg (DictConfig): as for ``load_qst``; may have ``reference``.
+        dtype (torch.dtype): of what is not quantised.
+        device (torch.device): where the model shall live.
+
+    Returns:
+        QSTMethod: ready to train.
+    """
+    method = load_qst(model, cfg, dtype=dtype, device=device)
+    if reference_of(cfg) == "start":
+        model.keep_reference()
+    return method
+
+
 def main(cfg: DictConfig) -> None:
     """Run the recipe.
 
@@ -57,14 +80,19 @@ def main(cfg: DictConfig) -> None:
         UserError: for a wrong config, checkpoint or dataset.
     """
 
-    def describe(_: Any, data: TrainingData, device: torch.device, dtype: torch.dtype) -> None:
+    def describe(model: Any, data: TrainingData, device: torch.device, dtype: torch.dtype) -> None:
         print(describe_run(cfg, None, data, device, dtype))
+        if reference_of(cfg) == "start":
+            size = parameter_bytes(model.side) / GIB
+            print(f"the reference, a frozen copy of the side network, takes {size:.3f} GiB")
+
+    reference_of(cfg)  # fails before anything loads
 
     run_training(
         cfg,
         build_model=build_model,
         build_task=build_preference_learning,
-        load_method=load_qst,
+        load_method=load_method,
         describe=describe,
         refused=REFUSED,
     )

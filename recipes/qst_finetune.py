@@ -98,7 +98,7 @@ def main(cfg: DictConfig) -> None:
         build_task=build_task,
         load_method=load_qst,
         describe=describe,
-        refused=REFUSED,
+        refused={**REFUSED, "reference": "is for qst_dpo; remove it"},
     )
 
 

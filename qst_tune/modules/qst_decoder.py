@@ -1,5 +1,6 @@
 """The QST model: a frozen decoder that only runs forward, and a side network that trains."""
 
+import copy
 from collections.abc import Iterable, Iterator
 from typing import Any, get_args
 
@@ -66,6 +67,7 @@ class QSTDecoder(TransformerDecoder):
         self.frozen_chunk_tokens = 4096
         # Set where batches come again: the backbone then runs on each of them once.
         self.hidden_state_cache: HiddenStateCache | None = None
+        self.reference_side: SideNetwork | None = None
 
     def train(self, mode: bool = True) -> "QSTDecoder":
         """Switch the side network between training and evaluation; the backbone always evaluates.
@@ -173,6 +175,16 @@ class QSTDecoder(TransformerDecoder):
         logits: torch.Tensor = self.output(y_BTD).float()
         return logits
 
+    def keep_reference(self) -> None:
+        """Let :meth:`with_reference` compare with the model as it is now, not with the backbone.
+
+        A frozen copy of the side network is kept; it reads the same hidden states.
+        """
+        reference = copy.deepcopy(self.side).eval().requires_grad_(False)
+        reference.recompute = False
+        # Not a submodule: it is neither trained nor saved.
+        object.__setattr__(self, "reference_side", reference)
+
     def with_reference(
         self,
         tokens: torch.Tensor,
@@ -180,9 +192,11 @@ class QSTDecoder(TransformerDecoder):
         mask: _MaskType | None = None,
         input_pos: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run both networks once: what the side network makes, and what the backbone alone would.
+        """Run both networks once: what the side network makes, and what the reference model would.
 
-        The second is the reference model of preference learning, for no more than its LM head.
+        The reference model of preference learning is the backbone alone, for no more than its LM
+        head; or, after :meth:`keep_reference`, the model of that moment, whose side network reads
+        the states of the same pass.
 
         Args:
             tokens (torch.Tensor): as for :meth:`forward`.
@@ -190,25 +204,42 @@ class QSTDecoder(TransformerDecoder):
             input_pos (torch.Tensor | None): as for :meth:`forward`.
 
         Returns:
-            tuple[torch.Tensor, torch.Tensor]: inputs of the LM head with the side network and
-            without it, ``[B, T, D]``.
+            tuple[torch.Tensor, torch.Tensor]: inputs of the LM head of the model and of the
+            reference model, ``[B, T, D]``.
         """
-        return self._both(tokens, mask=mask, input_pos=input_pos)
+        return self._both(
+            tokens, mask=mask, input_pos=input_pos, reference_side=self.reference_side
+        )
 
     def _both(
-        self, tokens: torch.Tensor, *, mask: _MaskType | None, input_pos: torch.Tensor | None
+        self,
+        tokens: torch.Tensor,
+        *,
+        mask: _MaskType | None,
+        input_pos: torch.Tensor | None,
+        reference_side: SideNetwork | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The head's input of the model, and that of the reference or of the backbone alone."""
         # A method of its own: FSDP wraps with_reference, and forward must not enter it twice.
+        sides = [self.side] if reference_side is None else [self.side, reference_side]
         h_BTD = self._embed(tokens, mask=mask, input_pos=input_pos)
-        g_BTS = self.side.start(h_BTD)
+        carried = [side.start(h_BTD) for side in sides]
         states = self._states(h_BTD, mask=mask, input_pos=input_pos)
         if self.hidden_state_cache is not None and not self.caches_are_enabled():
             states = self.hidden_state_cache(states, tokens, mask=mask, input_pos=input_pos)
         del h_BTD
         for block in range(len(self.side.layers)):
-            g_BTS = self.side.step(block, next(states), g_BTS, mask=mask, input_pos=input_pos)
+            h_BTD = next(states)
+            carried = [
+                side.step(block, h_BTD, g_BTS, mask=mask, input_pos=input_pos)
+                for side, g_BTS in zip(sides, carried, strict=True)
+            ]
+            del h_BTD
         (f_BTD,) = states
-        return self.side.finish(f_BTD, g_BTS), f_BTD
+        y_BTD, *reference = (
+            side.finish(f_BTD, g_BTS) for side, g_BTS in zip(sides, carried, strict=True)
+        )
+        return y_BTD, reference[0] if reference else f_BTD
 
     def _states(self, h_BTD: torch.Tensor, **per_row: Any) -> Iterator[torch.Tensor]:
         """What each side block reads, then f; a layer runs when what follows it is asked for."""

@@ -11,8 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from qst_tune.errors import UserError
 from qst_tune.training.atomic_folder import write_folder
+from qst_tune.training.lineage import describe_lineage
 from qst_tune.training.side_checkpoint import SIDE_NETWORK, transformers_config
-from qst_tune.training.tuned_folder import read_description, read_tensors
+from qst_tune.training.tuned_folder import read_description, read_tensors, shown
 
 _PACKAGES = ("torch", "torchtune", "torchao", "transformers")
 
@@ -189,9 +190,10 @@ instead if there is one.
 
 {_table("", _training(cfg, publication))}
 
-{_table("result", {name: f"{value:.4g}" for name, value in description["results"].items()})}
+{_table("result", {name: shown(value) for name, value in description["results"].items()})}
 
-{_verdict(description)}{_table("measured", dict(_measured(summary)))}
+{_verdict(description)}{describe_lineage(description.get("lineage") or ())}\
+{_table("measured", dict(_measured(summary)))}
 
 The whole config is `recipe_config.yaml`. Made with qst_tune {description["qst_tune_version"]}; this
 card was written beside {", ".join(f"{name} {version(name)}" for name in _PACKAGES)}.

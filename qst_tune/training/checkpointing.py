@@ -6,16 +6,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig, OmegaConf
+from torchtune import utils
 
+from qst_tune import __version__
 from qst_tune.errors import UserError
 from qst_tune.training.atomic_folder import write_folder
 from qst_tune.training.checkpoint_store import CheckpointStore
+from qst_tune.training.config_keys import TRAINING_KEYS
 from qst_tune.training.distributed import rank_and_world_size, sum_or_fail
 from qst_tune.training.method import Method
 from qst_tune.training.run_log import RunLog
 from qst_tune.training.run_state import Progress
+from qst_tune.training.saved_run import CHECKPOINTS_FOLDER, FORMAT_VERSION, SavedRun
+from qst_tune.training.schedule import Schedule
 from qst_tune.training.state_file import pack_state
 from qst_tune.training.tuned_folder import add_verdict
+
+log = utils.get_logger("INFO")
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,7 @@ class Checkpointing:
         if rank_and_world_size()[0] == 0 and progress.step not in (0, *self.store.steps()):
             try:
                 files = pack_state({**self.header, **state})
-                for name, content in method.files(results).items():
+                for name, content in method.files({"steps": progress.step, **results}).items():
                     files[f"{method.result_name}/{name}"] = content
                 self.store.save(progress.step, files)
                 self._prune(progress)
@@ -117,6 +125,52 @@ class Checkpointing:
         return (
             f"the last good checkpoint is step {steps[-1]}: make room, then go on with "
             "resume_from_checkpoint=True"
+        )
+
+
+def build_checkpointing(
+    cfg: DictConfig, schedule: Schedule, about_run: dict[str, Any], saved: SavedRun | None
+) -> Checkpointing:
+    """Build the checkpointing of a run, and keep those of another run out of its way.
+
+    Args:
+        cfg (DictConfig): the merged config.
+        schedule (Schedule): of the run.
+        about_run (dict[str, Any]): what every checkpoint records of the run besides its config.
+        saved (SavedRun | None): what is resumed.
+
+    Returns:
+        Checkpointing: in ``output_dir``.
+    """
+    store = CheckpointStore(Path(cfg.output_dir) / CHECKPOINTS_FOLDER)
+    if rank_and_world_size()[0] == 0:
+        _make_way(store, saved)
+    name = "keep_last_n_checkpoints"
+    keep = cfg.get(name, TRAINING_KEYS[name].default)  # null keeps all
+    return Checkpointing(
+        store=store,
+        header={
+            "format_version": FORMAT_VERSION,
+            "versions": {"qst_tune": __version__, "torch": torch.__version__},
+            "config": OmegaConf.to_container(cfg, resolve=True),
+            **about_run,
+        },
+        steps_per_epoch=schedule.steps_per_epoch,
+        every=cfg.get("save_every_n_steps"),
+        keep=keep,
+    )
+
+
+def _make_way(store: CheckpointStore, saved: SavedRun | None) -> None:
+    """Let no checkpoint of another run, or damaged one, be taken for one of this run."""
+    if saved is not None:
+        store.discard_after(saved.checkpoint.step)
+        return
+    renamed = store.set_aside()
+    if renamed is not None:
+        log.info(
+            f"{store.folder} of an earlier run is now {renamed.name}; resume_from_checkpoint=True "
+            "would have gone on with it"
         )
 
 

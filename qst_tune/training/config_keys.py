@@ -59,6 +59,13 @@ TRAINING_KEYS: dict[str, Key] = {
         required=True,
         meaning="the training set: qst_tune.data.auto_dataset, a dataset of torchtune, or a list",
     ),
+    "side_network": Key(kind=Path, meaning="QST: start from this result; null: a new side network"),
+    "scales": Key(kind=Path, meaning="PEQA: start from this result; null: the rounded model"),
+    "reference": Key(
+        kind=str,
+        choices=("start", "backbone"),
+        meaning="of qst_dpo; null: start if side_network is set, else backbone",
+    ),
     "batch_size": Key(kind=int, required=True, least=1, meaning="samples of a batch"),
     "shuffle": Key(kind=bool, default=True, meaning="another order of the samples in each epoch"),
     "seed": Key(

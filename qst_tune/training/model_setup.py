@@ -1,6 +1,7 @@
 """From a config to a model on its device: the steps that training and generation share."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -222,12 +223,15 @@ def identify_backbone(model: QSTDecoder, cfg: DictConfig) -> BackboneId:
     return BackboneId(name, fingerprint, quantization_of_backbone(model), revision)
 
 
-def provenance_of(cfg: DictConfig, backbone: BackboneId) -> Provenance:
+def provenance_of(
+    cfg: DictConfig, backbone: BackboneId, lineage: Sequence[dict[str, Any]] = ()
+) -> Provenance:
     """Return what the folder of a run's result says of it, but for figures.
 
     Args:
         cfg (DictConfig): the merged config.
         backbone (BackboneId): from :func:`load_frozen_backbone`.
+        lineage (Sequence[dict[str, Any]]): of what the run started from.
 
     Returns:
         Provenance: without results.
@@ -239,6 +243,7 @@ def provenance_of(cfg: DictConfig, backbone: BackboneId) -> Provenance:
         backbone,
         dict(plain["model"]),
         OmegaConf.to_yaml(OmegaConf.create(plain)),
+        lineage=lineage,
         backbone_path=_home_of(cfg.checkpointer.checkpoint_dir),
     )
 

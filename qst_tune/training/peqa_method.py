@@ -12,6 +12,7 @@ from torchtune.modules import TransformerSelfAttentionLayer
 from qst_tune.modules.peqa_decoder import PEQADecoder
 from qst_tune.training.model_setup import load_frozen_backbone, provenance_of
 from qst_tune.training.scales_checkpoint import load_scales, scales_files
+from qst_tune.training.start import find_start
 from qst_tune.training.tuned_folder import Provenance
 
 
@@ -68,6 +69,8 @@ def load_peqa(
 ) -> PEQAMethod:
     """Fill a model that was built on meta from its checkpoint, rounding weight by weight.
 
+    The scales start from those of the directory ``scales``, if the config has it.
+
     Args:
         model (PEQADecoder): from ``build_peqa_on_meta``; changed in place.
         cfg (DictConfig): has ``checkpointer`` and ``model``; ``compile`` and
@@ -79,13 +82,17 @@ def load_peqa(
         PEQAMethod: ready to train.
 
     Raises:
-        UserError: if the checkpoint is missing, damaged or not of this architecture.
+        UserError: if the checkpoint is missing, damaged or not of this architecture, or what the
+            run starts from does not fit.
     """
     backbone = load_frozen_backbone(model, cfg, dtype=dtype, device=device)
+    start = find_start(cfg)
+    if start is not None:
+        load_scales(start.folder, model, backbone=backbone)
     if cfg.get("compile"):
         for layer in model.layers:
             layer.compile()
     if cfg.get("enable_activation_checkpointing"):
         policy = {TransformerSelfAttentionLayer}
         training.set_activation_checkpointing(model, auto_wrap_policy=policy)
-    return PEQAMethod(model, provenance_of(cfg, backbone))
+    return PEQAMethod(model, provenance_of(cfg, backbone, start.lineage if start else ()))

@@ -36,8 +36,9 @@ class PreferenceTask:
             - \beta \log \frac{\pi(r)}{\pi_0(r)}\Big)
 
     for the chosen answer c and the rejected one r. The policy :math:`\pi` is the model with its
-    side network, the reference :math:`\pi_0` the backbone alone: one pass through the backbone
-    gives both, where others keep a second model or run it twice.
+    side network, the reference :math:`\pi_0` the backbone alone or with the side network that the
+    run started from: one pass through the backbone gives both, where others keep a second model or
+    run it twice.
 
     Source: DPO (https://arxiv.org/abs/2305.18290). The loss is torchtune's; any of
     ``torchtune.rlhf.loss`` that takes the four log probabilities will do.
@@ -58,8 +59,8 @@ class PreferenceTask:
         """Return the sum of the losses and the number of pairs.
 
         Args:
-            model (TransformerDecoder): a ``QSTDecoder``; the policy and, without its side network,
-                the reference.
+            model (TransformerDecoder): a ``QSTDecoder``; the policy, and the reference as
+                its ``with_reference`` gives it.
             batch (Batch): ``tokens`` and ``labels`` ``[2B, T]``, the chosen answers first.
 
         Returns:
@@ -172,6 +173,24 @@ def build_preference_learning(
     data = build_data(cfg, tokenizer, collate, seed=seed, **limits)
     check_rows(data, PAIR_KEY)
     return PreferenceTask(loss, device), data
+
+
+def reference_of(cfg: DictConfig) -> str:
+    """Return what the policy is compared with.
+
+    Args:
+        cfg (DictConfig): may have ``reference`` and ``side_network``.
+
+    Returns:
+        str: "start", what ``side_network`` names, or "backbone".
+
+    Raises:
+        UserError: if there is no start.
+    """
+    chosen = cfg.get("reference") or ("start" if cfg.get("side_network") else "backbone")
+    if chosen == "start" and not cfg.get("side_network"):
+        raise UserError("reference=start needs side_network, the result that the run starts from")
+    return str(chosen)
 
 
 def _try_loss(loss: Any, name: str) -> None:

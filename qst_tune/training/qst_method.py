@@ -16,9 +16,11 @@ from qst_tune.training.distributed import broadcast_tensors, rank_and_world_size
 from qst_tune.training.model_setup import load_frozen_backbone, provenance_of
 from qst_tune.training.parameter_groups import parameter_groups
 from qst_tune.training.side_checkpoint import load_side_network, side_network_files
+from qst_tune.training.start import find_start
 from qst_tune.training.tuned_folder import BackboneId, Provenance
 
 REFUSED = {
+    "scales": "is what PEQA starts from; use side_network",
     "enable_activation_offloading": "has nothing to offload, since QST keeps no activation of the "
     "backbone; set it to False",
 }
@@ -92,6 +94,8 @@ def load_qst(
 ) -> QSTMethod:
     """Fill a model that was built on meta: the backbone from its checkpoint, the side network anew.
 
+    The side network starts from what ``side_network`` names, if the config has it.
+
     Args:
         model (QSTDecoder): from ``build_on_meta``; changed in place.
         cfg (DictConfig): has ``checkpointer`` and ``model``; ``compile`` and
@@ -103,10 +107,14 @@ def load_qst(
         QSTMethod: ready to train.
 
     Raises:
-        UserError: if the checkpoint is missing, damaged or not of this architecture.
+        UserError: if the checkpoint is missing, damaged or not of this architecture, or what the
+            run starts from does not fit.
     """
     backbone = load_frozen_backbone(model, cfg, dtype=dtype, device=device)
     model.initialize_side(device)
+    start = find_start(cfg)
+    if start is not None:
+        load_side_network(start.folder, model.side, backbone=backbone)
     broadcast_tensors(model.side)
     model.side.recompute = cfg.get("enable_activation_checkpointing", False)
     if cfg.get("hidden_state_cache"):
@@ -114,7 +122,7 @@ def load_qst(
     if cfg.get("compile"):
         for module in [*model.layers, *model.side.blocks]:
             module.compile()
-    return QSTMethod(model, provenance_of(cfg, backbone))
+    return QSTMethod(model, provenance_of(cfg, backbone, start.lineage if start else ()))
 
 
 def _hidden_state_cache(

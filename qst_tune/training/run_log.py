@@ -11,7 +11,7 @@ from tqdm import tqdm
 from qst_tune.training.distributed import rank_and_world_size
 from qst_tune.training.memory import GIB, memory_kind, peak_memory_bytes
 from qst_tune.training.method import Task
-from qst_tune.training.run_summary import RunSummary
+from qst_tune.training.run_summary import BEFORE, RunSummary
 from qst_tune.training.verdict import verdict
 
 log = utils.get_logger("INFO")
@@ -26,7 +26,7 @@ class RunLog:
         device (torch.device): whose memory is shown.
         every (int): steps between two entries of the metric logger.
         memory (bool): log peak memory too.
-        before (str): what validation at step 0 measures.
+        before (str): what validation at step 0 measures, for people.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class RunLog:
         device: torch.device,
         every: int = 1,
         memory: bool = False,
-        before: str = "quantised base model",
+        before: str = BEFORE,
     ) -> None:
         self.metric_logger = metric_logger
         self.folder = folder
@@ -46,8 +46,7 @@ class RunLog:
         self.memory = memory
         # Of the progress bar, where there is little room.
         self.memory_name = "peak_cuda" if device.type == "cuda" else "peak_rss"
-        self.before = before
-        self.summary = RunSummary()
+        self.summary = RunSummary(before=before)
         self.is_main = rank_and_world_size()[0] == 0
 
     def progress(self, num_steps: int, done: int) -> Any:
@@ -111,7 +110,7 @@ class RunLog:
                 self.summary.held_out_loss[step] = value
             else:
                 self.summary.metrics.setdefault(name, {})[step] = value
-        where = self.before if step == 0 else f"step {step}"
+        where = self.summary.before if step == 0 else f"step {step}"
         texts = {"val_loss": "held-out loss"}
         for name, value in figures.items():
             self.say(f"{texts.get(name, name)}, {where}: {value:.4f}")
@@ -129,7 +128,7 @@ class RunLog:
             best_step,
             name=task.monitor,
             higher_is_better=task.higher_is_better,
-            before=self.before,
+            before=self.summary.before,
         )
         if self.summary.verdict:
             self.say(f"warning: {self.summary.verdict}")

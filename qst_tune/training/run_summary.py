@@ -8,6 +8,7 @@ from typing import Any
 SUMMARY_FILE = "summary.json"
 TABLE_FILE = "summary.md"
 PLOT_FILE = "loss.png"
+BEFORE = "quantised base model"
 _HISTORY = ("train_loss", "held_out_loss", "metrics")
 
 
@@ -17,8 +18,9 @@ class RunSummary:
 
     Args:
         train_loss (dict[int, float]): nats a token, by step.
-        held_out_loss (dict[int, float]): nats a token, by step; step 0 is the quantised base model.
+        held_out_loss (dict[int, float]): nats a token, by step; step 0 is before training.
         metrics (dict[str, dict[int, float]]): other figures of held-out data, by name and step.
+        before (str): what step 0 is.
         best_step (int | None): whose result was exported, by held-out data; None without any.
         skipped_steps (int): left out because their loss or gradient was not finite.
         empty_steps (int): in which no row had a label.
@@ -34,6 +36,7 @@ class RunSummary:
     train_loss: dict[int, float] = field(default_factory=dict)
     held_out_loss: dict[int, float] = field(default_factory=dict)
     metrics: dict[str, dict[int, float]] = field(default_factory=dict)
+    before: str = BEFORE
     best_step: int | None = None
     skipped_steps: int = 0
     empty_steps: int = 0
@@ -130,7 +133,7 @@ class RunSummary:
         axes.plot(list(self.train_loss), list(self.train_loss.values()), lw=0.8, label="training")
         if self.held_out_loss:
             steps, losses = list(self.held_out_loss), list(self.held_out_loss.values())
-            axes.plot(steps, losses, "o-", label="held out (step 0: quantised base model)")
+            axes.plot(steps, losses, "o-", label=f"held out (step 0: {self.before})")
         axes.set_xlabel("step")
         axes.set_ylabel("loss, nats a token")
         axes.legend()

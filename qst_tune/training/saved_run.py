@@ -16,6 +16,7 @@ from qst_tune.errors import UserError
 from qst_tune.training.batches import BatchLoader
 from qst_tune.training.checkpoint_store import Checkpoint, CheckpointStore
 from qst_tune.training.distributed import rank_and_world_size
+from qst_tune.training.start import Start
 from qst_tune.training.state_file import unpack_state
 
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -37,6 +38,9 @@ _FIXED = {
     "seed": "the order of the rows would be another",
     "optimizer": "its state, which holds its settings, is the saved one",
     "lr_scheduler": "its state is the saved one",
+    "side_network": "the run started from it",
+    "scales": "the run started from them",
+    "reference": "the losses so far would not be comparable",
     "loss": "the losses so far would not be comparable",
 }
 # Below those, where things lie may change: what lies there is checked by its content.
@@ -175,6 +179,24 @@ def check_same_data(saved: SavedRun, description: dict[str, Any]) -> None:
             raise UserError(f"{cannot}: it has {count} {name}, this run {now}; {_ANEW}")
         if before[name]["digest"] != description[name]["digest"]:
             raise UserError(f"{cannot}: the {name} have changed since it was written; {_ANEW}")
+
+
+def check_same_start(saved: SavedRun, start: Start | None) -> None:
+    """Refuse to resume where what the run started from has changed.
+
+    Args:
+        saved (SavedRun): what is resumed.
+        start (Start | None): of this config.
+
+    Raises:
+        UserError: if the tensors of the directory are others.
+    """
+    before = saved.state.get("start")
+    if before is not None and start is not None and before != start.digest:
+        raise UserError(
+            f"cannot resume from {saved.checkpoint.folder}: the tensors of {start.folder}, which "
+            f"it started from, have changed since it was written; {_ANEW}"
+        )
 
 
 _ANEW = "restore that, or begin anew with another output_dir"

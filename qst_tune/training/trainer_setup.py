@@ -13,13 +13,10 @@ from torch.utils.data import Subset
 from torchtune import config, utils
 from torchtune.data import padded_collate_packed
 
-from qst_tune import __version__
 from qst_tune.errors import UserError
 from qst_tune.training.batches import BatchLoader, Collate
-from qst_tune.training.checkpoint_store import CheckpointStore
-from qst_tune.training.checkpointing import Checkpointing
+from qst_tune.training.checkpointing import build_checkpointing
 from qst_tune.training.cli import instantiate
-from qst_tune.training.config_keys import TRAINING_KEYS
 from qst_tune.training.data import DEFAULT_COLLATE, build_collate, build_dataset
 from qst_tune.training.distributed import rank_and_world_size
 from qst_tune.training.label_check import check_labels
@@ -28,14 +25,15 @@ from qst_tune.training.packing import is_packed
 from qst_tune.training.parameter_groups import scale_rates
 from qst_tune.training.rows import hold_out
 from qst_tune.training.run_log import RunLog
+from qst_tune.training.run_summary import BEFORE
 from qst_tune.training.saved_run import (
-    CHECKPOINTS_FOLDER,
-    FORMAT_VERSION,
     SavedRun,
     check_same_data,
+    check_same_start,
     describe_data,
 )
 from qst_tune.training.schedule import Schedule
+from qst_tune.training.start import Start
 from qst_tune.training.step_size import describe_step, fit_step
 from qst_tune.training.survey import Survey
 from qst_tune.training.trainer import Trainer
@@ -185,6 +183,7 @@ def build_trainer(
     saved: SavedRun | None,
     *,
     date: str | None = None,
+    start: Start | None = None,
 ) -> Trainer:
     """Build what is left, optimizer, schedules and loggers, and go where the saved run stood.
 
@@ -196,6 +195,7 @@ def build_trainer(
         device (torch.device): the model's.
         saved (SavedRun | None): from ``find_saved_run``.
         date (str | None): from ``set_run_date``.
+        start (Start | None): from ``find_start``.
 
     Returns:
         Trainer: call ``fit``.
@@ -206,6 +206,7 @@ def build_trainer(
     description = describe_data(data.train, data.held_out, data.digests)
     if saved is not None:
         check_same_data(saved, description)
+        check_same_start(saved, start)
         method.load(saved.checkpoint.folder / method.result_name)
     schedule = schedule_of(cfg, data.train)
     optimizer = instantiate(cfg.optimizer, "optimizer", method.parameter_groups())
@@ -220,6 +221,7 @@ def build_trainer(
             last_epoch=-1,
         )
     clip = cfg.get("clip_grad_norm")
+    about_run = {"data": description, "date": date, "start": start and start.digest}
     profiler, _ = config.instantiate(cfg.get("profiler") or OmegaConf.create(NO_PROFILER))
     trainer = Trainer(
         method=method,
@@ -232,8 +234,8 @@ def build_trainer(
         clip_grad_norm=None if clip is None else float(clip),
         seed=data.seed,
         device=device,
-        checkpointing=_checkpointing(cfg, schedule, {"data": description, "date": date}, saved),
-        run_log=_run_log(cfg, device),
+        checkpointing=build_checkpointing(cfg, schedule, about_run, saved),
+        run_log=_run_log(cfg, device, "start" if start else BEFORE),
         profiler=profiler,
     )
     if saved is not None:
@@ -282,41 +284,6 @@ def schedule_of(cfg: DictConfig, train: BatchLoader) -> Schedule:
     )
 
 
-def _checkpointing(
-    cfg: DictConfig, schedule: Schedule, about_run: dict[str, Any], saved: SavedRun | None
-) -> Checkpointing:
-    store = CheckpointStore(Path(cfg.output_dir) / CHECKPOINTS_FOLDER)
-    if rank_and_world_size()[0] == 0:
-        _make_way(store, saved)
-    name = "keep_last_n_checkpoints"
-    keep = cfg.get(name, TRAINING_KEYS[name].default)  # null keeps all
-    return Checkpointing(
-        store=store,
-        header={
-            "format_version": FORMAT_VERSION,
-            "versions": {"qst_tune": __version__, "torch": torch.__version__},
-            "config": OmegaConf.to_container(cfg, resolve=True),
-            **about_run,
-        },
-        steps_per_epoch=schedule.steps_per_epoch,
-        every=cfg.get("save_every_n_steps"),
-        keep=keep,
-    )
-
-
-def _make_way(store: CheckpointStore, saved: SavedRun | None) -> None:
-    """Let no checkpoint of another run, or damaged one, be taken for one of this run."""
-    if saved is not None:
-        store.discard_after(saved.checkpoint.step)
-        return
-    renamed = store.set_aside()
-    if renamed is not None:
-        log.info(
-            f"{store.folder} of an earlier run is now {renamed.name}; resume_from_checkpoint=True "
-            "would have gone on with it"
-        )
-
-
 def _label_warning(name: str, surveys: Sequence[Survey], rows: Any) -> Iterator[str]:
     """A warning if some rows have nothing to learn; packs are judged by all of their rows."""
     if rows is None or not surveys:  # no such rows, or packs of the user's own code
@@ -352,7 +319,7 @@ def _metric_logger(cfg: DictConfig) -> Any:
         return instantiate(cfg.metric_logger, "metric_logger")
 
 
-def _run_log(cfg: DictConfig, device: torch.device) -> RunLog:
+def _run_log(cfg: DictConfig, device: torch.device, before: str) -> RunLog:
     metric_logger = None
     if rank_and_world_size()[0] == 0:
         metric_logger = _metric_logger(cfg)
@@ -363,4 +330,5 @@ def _run_log(cfg: DictConfig, device: torch.device) -> RunLog:
         device=device,
         every=cfg.get("log_every_n_steps") or 1,
         memory=bool(cfg.get("log_peak_memory_stats")),
+        before=before,
     )

@@ -16,6 +16,7 @@ from qst_tune.training.method import Method, Task
 from qst_tune.training.run_environment import run_environment
 from qst_tune.training.saved_run import find_saved_run, set_run_date, set_run_seed
 from qst_tune.training.schedule_check import report_schedule
+from qst_tune.training.start import find_start
 from qst_tune.training.survey_report import report_data
 from qst_tune.training.trainer_setup import TrainingData, build_trainer, schedule_of
 from qst_tune.training.training_config_check import check_training_config, refused_keys
@@ -51,6 +52,7 @@ def run_training(
     fetch_models(cfg, "tokenizer" if cfg.get("dry_run") else "weights")
     with run_environment(cfg) as (device, dtype):
         saved = find_saved_run(cfg)
+        start = find_start(cfg)
         seed = set_run_seed(cfg, saved)
         model = build_model(cfg, dtype)
         tokenizer = instantiate(cfg.tokenizer, "tokenizer")
@@ -64,4 +66,4 @@ def run_training(
                 describe(model, data, device, dtype)
             return
         method = load_method(model, cfg, dtype=dtype, device=device)
-        build_trainer(cfg, method, task, data, device, saved, date=date).fit()
+        build_trainer(cfg, method, task, data, device, saved, date=date, start=start).fit()

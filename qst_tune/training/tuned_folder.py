@@ -7,7 +7,7 @@ which PEFT would misread.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save
 
 from qst_tune import __version__
 from qst_tune.errors import UserError
+from qst_tune.training.lineage import describe_lineage
 
 FORMAT_VERSION = 2  # 1 had no structure
 CARD_FILE = "README.md"
@@ -70,6 +71,7 @@ class Provenance:
         model_block (dict[str, Any]): the ``model`` block of the config, which rebuilds the model.
         recipe_config (str): the run's config, YAML.
         results (dict[str, float]): figures for the model card, by name.
+        lineage (Sequence[dict[str, Any]]): results that it was tuned from, oldest first.
         backbone_path (str): folder of the backbone's checkpoint, where another program looks first.
     """
 
@@ -77,6 +79,7 @@ class Provenance:
     model_block: dict[str, Any]
     recipe_config: str
     results: dict[str, float] = field(default_factory=dict)
+    lineage: Sequence[dict[str, Any]] = ()
     backbone_path: str = ""
 
 
@@ -109,6 +112,7 @@ def tuned_files(
         "model": provenance.model_block,
         "structure": structure or {},
         "results": provenance.results,
+        **({"lineage": list(provenance.lineage)} if provenance.lineage else {}),
     }
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     return {
@@ -281,9 +285,21 @@ def _check_structure(
         )
 
 
+def shown(figure: float) -> str:
+    """Format a figure for people.
+
+    Args:
+        figure (float): a count, if it is an int.
+
+    Returns:
+        str: all digits of a count, four of a measurement.
+    """
+    return f"{figure:,}" if isinstance(figure, int) else f"{figure:.4g}"
+
+
 def _model_card(form: TunedFormat, provenance: Provenance, about: str) -> str:
     settings = "\n".join(f"| {k} | {v} |" for k, v in provenance.model_block.items())
-    results = "\n".join(f"| {k} | {v:.4g} |" for k, v in provenance.results.items())
+    results = "\n".join(f"| {k} | {shown(v)} |" for k, v in provenance.results.items())
     return f"""# A {form.title} for {provenance.backbone.name}
 
 {about}
@@ -296,5 +312,5 @@ def _model_card(form: TunedFormat, provenance: Provenance, about: str) -> str:
 | --- | --- |
 {results}
 
-The run's config is in `recipe_config.yaml`.
+{describe_lineage(provenance.lineage)}The run's config is in `recipe_config.yaml`.
 """

@@ -26,6 +26,7 @@ from qst_tune.training.model_setup import (
 )
 from qst_tune.training.scales_checkpoint import load_scales
 from qst_tune.training.side_checkpoint import load_side_network
+from qst_tune.training.start import tuned_directory
 from qst_tune.training.tuned_folder import BackboneId
 
 # What a recipe that uses a tuned model reads of its config; that of the training run has it all.
@@ -93,8 +94,9 @@ def load_tuned_model(cfg: DictConfig) -> TunedModel:
 
     Args:
         cfg (DictConfig): with the keys of :data:`MODEL_KEYS`. ``side_network`` (QST) or
-            ``scales`` (PEQA) names the folder of what was tuned; null is the base model, and
-            without the key it is where training writes it, in ``output_dir``.
+            ``scales`` (PEQA) names the directory of what was tuned; null is the base model, and
+            without the key it is where training writes it, in ``output_dir``. So it is where the
+            key names what that run started from.
 
     Returns:
         TunedModel: ready to use.
@@ -108,18 +110,18 @@ def load_tuned_model(cfg: DictConfig) -> TunedModel:
     dtype = choose_dtype(cfg, device)
     model = build_any_on_meta(cfg, dtype)
     key = _key_of(model, cfg)
-    tuned = cfg.get(key, f"{cfg.output_dir}/{key}" if cfg.get("output_dir") else None)
+    tuned = tuned_directory(cfg, key)
     tokenizer = instantiate(_without_limit(cfg.tokenizer), "tokenizer")
     backbone = load_frozen_backbone(model, cfg, dtype=dtype, device=device)
     untuned_scales = {}
     if isinstance(model, QSTDecoder):
         model.side.materialize(device)
         if tuned:
-            load_side_network(Path(tuned), model.side, backbone=backbone)
+            load_side_network(tuned, model.side, backbone=backbone)
     else:
         untuned_scales = {name: value.detach().clone() for name, value in model.task().items()}
         if tuned:
-            load_scales(Path(tuned), model, backbone=backbone)
+            load_scales(tuned, model, backbone=backbone)
     model.eval()
     return TunedModel(model, tokenizer, backbone, _TITLES[key], bool(tuned), untuned_scales)
 

@@ -78,6 +78,27 @@ def test_loss_and_gradient_equal_those_of_two_models(model: QSTDecoder) -> None:
     assert all(p.grad is None for n, p in model.named_parameters() if not n.startswith("side."))
 
 
+def test_start_as_the_reference_equals_that_of_two_models(model: QSTDecoder) -> None:
+    """The policy moves on; the reference stays what it was, in the backbone's only pass."""
+    pairs, names = batch(), list(model.state_dict())
+    labels = F.pad(pairs["labels"][:, :-1], (1, 0), value=-100)
+    with torch.no_grad():
+        reference = rlhf.get_batch_log_probs(model(pairs["tokens"]), labels)
+    model.keep_reference()
+    randomize_(model.side)
+    policy = rlhf.get_batch_log_probs(model(pairs["tokens"]), labels)
+    expected, _, _ = DPOLoss(beta=0.3)(*policy.chunk(2), *reference.chunk(2))
+    wanted = gradients(model, expected.sum())
+    passes = []
+    model.layers[0].register_forward_hook(lambda *_: passes.append(1))
+    actual, _ = PreferenceTask(DPOLoss(beta=0.3), CPU).loss(model, pairs)
+    assert len(passes) == 1
+    torch.testing.assert_close(actual, expected.sum(), rtol=2e-4, atol=1e-5)
+    torch.testing.assert_close(gradients(model, actual), wanted, rtol=1e-3, atol=1e-4)
+    assert list(model.state_dict()) == names, "the copy is not saved"
+    assert not any(p.requires_grad for p in model.reference_side.parameters())
+
+
 def test_model_with_a_fresh_side_network_is_its_own_reference() -> None:
     loss, count = PreferenceTask(DPOLoss(), CPU).loss(fresh_model(tied=True), batch())
     torch.testing.assert_close(loss / count, torch.tensor(2.0).log(), rtol=1e-6, atol=0)

@@ -29,6 +29,7 @@ def test_figures_and_plot_are_written(held_out: dict[int, float], tmp_path: Path
         "train_loss": {"1": 3.0, "2": 2.0},
         "held_out_loss": {str(step): loss for step, loss in held_out.items()},
         "metrics": {"accuracy": {"2": 0.5}},
+        "before": "quantised base model",
         "best_step": 2,
         "skipped_steps": 1,
         "empty_steps": 2,
