@@ -59,9 +59,10 @@ def _as_yaml(override: str, settings: dict[str, Any]) -> str:
     for part in key.split("."):
         current = current.get(part) if isinstance(current, dict) else None
     is_null = value in ("null", "None", "")
-    # A path may begin like an alias or a list of YAML: *.jsonl, [v2].jsonl.
-    is_path = key.endswith(".data_files") and not (value[:1] == "[" and value[-1:] == "]")
-    if (isinstance(current, str) or is_path) and not is_null and not value.startswith("${"):
+    # Texts that may begin like an alias, a list or a map of YAML: *.jsonl, [v2].jsonl, {% if %}.
+    is_list = value[:1] == "[" and value[-1:] == "]"
+    is_text = key.endswith((".data_files", ".chat_template")) and not is_list
+    if (isinstance(current, str) or is_text) and not is_null and not value.startswith("${"):
         return f"{key}={json.dumps(value, ensure_ascii=False)}"  # YAML knows no surrogate pairs
     if value == "None":
         return f"{key}=null"

@@ -262,6 +262,13 @@ dataset:
 """
 
 
+def test_template_arrives_as_typed_where_the_file_has_null(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("tokenizer: {_component_: a.b, chat_template: null}")
+    template = "{% for m in messages %}{{ '<|' + m.role + '|>' }}{% endfor %}"
+    cfg = parse(tmp_path / "c.yaml", f"tokenizer.chat_template={template}")
+    assert cfg.tokenizer.chat_template == template
+
+
 @pytest.mark.parametrize(
     "path", ["*.jsonl", "[v2].x.jsonl", "a: b.jsonl", "?.jsonl", "{a}.jsonl", "#1.jsonl", "7"]
 )
