@@ -30,6 +30,7 @@ from qst_tune.modules import LinearCrossEntropyLoss
 from qst_tune.training.batches import BatchLoader
 from qst_tune.training.cli import instantiate, run_recipe
 from qst_tune.training.config_check import check_config
+from qst_tune.training.config_defaults import fill_in
 from qst_tune.training.config_keys import Key, pick, setting
 from qst_tune.training.data import build_dataset
 from qst_tune.training.output_folder import output_folder
@@ -179,6 +180,7 @@ def main(cfg: DictConfig) -> None:
     Raises:
         UserError: if there is nothing to measure, or something of it cannot be read.
     """
+    fill_in(cfg)
     check_config(cfg, KEYS)
     if not any(cfg.get(key) for key in ("dataset_val", "text", "questions")):
         raise UserError("nothing to measure: name a text, questions or a dataset_val")
