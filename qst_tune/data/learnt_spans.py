@@ -32,7 +32,17 @@ def find_learnt_spans(chat: RenderedChat, learnt: Sequence[bool]) -> list[Span]:
     Raises:
         UserError: naming a message, tool call or the tools that the rendering lacks.
     """
-    indices = [index for index, is_learnt in enumerate(learnt) if is_learnt]
+    spans = _find(chat, [index for index, is_learnt in enumerate(learnt) if is_learnt])
+    if spans and not chat.ends_with_special(*spans[-1]):
+        _warn_once(
+            "the chat template ends answers without a special token, so the model does not learn "
+            "to stop and generation ends at max_new_tokens; another template "
+            "(tokenizer.chat_template) may suit this tokenizer"
+        )
+    return spans
+
+
+def _find(chat: RenderedChat, indices: list[int]) -> list[Span]:
     if len(indices) <= 1 and _is_plain(chat):
         span = span_by_prefix(chat, indices[0]) if indices else None
         if span is not None or not indices:

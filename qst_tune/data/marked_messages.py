@@ -79,6 +79,7 @@ class Marker:
 
     Attributes:
         is_usable (bool): whether there are enough characters that the text does not have.
+        marks_starts (bool): whether there is a mark before each text.
     """
 
     def __init__(self, text: str, num_messages: int, wrap: Wrap) -> None:
@@ -86,6 +87,7 @@ class Marker:
         self._wrap = wrap
         free = [base for base, pattern in _PLANES.items() if not pattern.search(text)]
         self.is_usable = bool(free) and 2 * num_messages < _PLANE_SIZE
+        self.marks_starts = wrap in (_around, _start_only)
         self._base = free[0] if free else 0
 
     def mark(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -105,6 +107,10 @@ class Marker:
             return 0
         calls = json.dumps(message["tool_calls"], ensure_ascii=False)
         return calls.count(self._character(index, in_call=True))
+
+    def num_in_content(self, message: Mapping[str, Any], index: int) -> int:
+        """Return how many marks the content of a marked message has."""
+        return str(message.get("content", "")).count(self._character(index))
 
     def read(self, rendering: str) -> Marked:
         """Take the marks out of a rendering."""

@@ -74,21 +74,25 @@ class MarkedSpans:
             return known
         marks = self._whole.of(index)
         prompt = self._read(self._marked_chat.prompt(index))
-        if prompt is None or not self._follows(prompt):
-            if prompt is not None and self._chat.text.startswith(prompt.text):
-                return len(prompt.text)
+        if prompt is None or not self._is_in_whole(prompt):
             if not marks:
                 raise self._chat.lost(index, "the template writes nothing of it")
             return marks[0].place
         place, after, end = self._behind_last_mark(prompt)
         if after.startswith(end):
-            if prompt.marks[-1].owner == index - 1:
+            if prompt.marks and prompt.marks[-1].owner == index - 1:
                 self._prompt_ends.append(end)
             return place + len(end)
         # The prompt opens a thought that the template leaves out of this answer.
-        if marks and not marks[0].in_call:
+        if self._has_first_mark(index):
             return marks[0].place
         return place + _common_lines(after, end, self._chat.turn_end.special)
+
+    def _has_first_mark(self, index: int) -> bool:
+        """Whether a message has a mark at its begin, and none of the content's is dropped."""
+        placed = self._marker.num_in_content(self._marked_chat.messages[index], index)
+        found = sum(not mark.in_call for mark in self._whole.of(index))
+        return self._marker.marks_starts and 0 < placed <= found
 
     def _start_by_known_end(self, index: int) -> int | None:
         """Begin of an answer to a message behind which a known end of a prompt follows."""
@@ -107,7 +111,7 @@ class MarkedSpans:
         if index + 1 == len(self._chat.messages):
             return len(self._chat.text.removesuffix(self._chat.turn_end.tail))
         alone = self._read(self._marked_chat.up_to(index + 1))
-        if alone is None or not self._follows(alone):
+        if alone is None or not self._is_in_whole(alone):
             place, after = self._after(index, start)
             return place + self._first_end(after, "")
         place, after, end = self._behind_last_mark(alone)
@@ -136,12 +140,18 @@ class MarkedSpans:
         ends = [match.end() for match in self._chat.turn_end.special.finditer(after)]
         return next((end for end in ends if end > common), common)
 
-    def _follows(self, prefix: Marked) -> bool:
+    def _is_in_whole(self, prefix: Marked) -> bool:
         """Whether the last mark of the first messages' rendering is in the whole, too."""
-        return bool(prefix.marks and self._whole.of(prefix.marks[-1].owner))
+        return not prefix.marks or bool(self._whole.of(prefix.marks[-1].owner))
 
     def _behind_last_mark(self, prefix: Marked) -> tuple[int, str, str]:
-        """Return the same mark's place in the whole, and what follows it there and here."""
+        """Return the same mark's place in the whole, and what follows it there and here.
+
+        Without a mark, where all contents so far are empty, that is the begin of the text.
+        """
+        if not prefix.marks:
+            first = [mark.place for mark in self._whole.marks[:1]]
+            return 0, self._chat.text[: first[0] if first else None], prefix.text
         mark = prefix.marks[-1]
         place, after = self._whole.after(mark.owner, len(prefix.of(mark.owner)))
         return place, after, prefix.text[mark.place :]

@@ -61,6 +61,12 @@ class RenderedChat:
             end = ends[-1]
         return start, end
 
+    def ends_with_special(self, start: int, end: int) -> bool:
+        """Whether the last characters of a range are a special token."""
+        # No special token is longer, and an answer may be long.
+        found = self.turn_end.special.finditer(self.text, max(start, end - 64), end)
+        return any(match.end() == end for match in found)
+
     def lost(self, index: int, why: str) -> UserError:
         """Return the error for a message that is not found in the rendering."""
         return UserError(

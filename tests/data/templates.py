@@ -144,3 +144,12 @@ SMOLLM3 = (
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n<think>\n\n</think>\n' }}"
     "{%- endif %}"
 )
+# The prompt has an empty thought, and so have no answers but the last.
+NO_THOUGHT = """
+{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' }}
+{%- if m.role == 'assistant' and '</think>' in m.content %}
+{{- '<think>\n' + m.content.split('</think>')[0].split('<think>')[-1] + '\n</think>\n\n' }}
+{{- m.content.split('</think>')[-1].lstrip('\n') + '<|im_end|>\n' }}
+{%- else %}{{- m.content | trim + '<|im_end|>\n' }}{%- endif %}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}{%- endif %}
+"""

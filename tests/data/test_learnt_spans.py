@@ -1,5 +1,6 @@
 """What is learnt of conversations that templates of many kinds render, against written answers."""
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ from jinja2 import TemplateError
 from torchtune.data import Message
 from transformers import AutoTokenizer
 
-from qst_tune.data import HFChatTokenizer, hf_chat_tokenizer
+from qst_tune.data import HFChatTokenizer, hf_chat_tokenizer, learnt_spans
 from qst_tune.errors import UserError
 from tests.data import templates
 from tests.data.chat_folders import CHATML, build_folder
@@ -51,6 +52,7 @@ def learnt(tokenizer: HFChatTokenizer, messages: Conversation, **settings: Any) 
 
 
 def folder_of(root: Path, template: str) -> Path:
+    root.mkdir(exist_ok=True)
     return build_folder(root / "m", template, eos_token="<|endoftext|>")
 
 
@@ -78,6 +80,14 @@ def folder_of(root: Path, template: str) -> Path:
             "well<|im_end|><think>\nhm\n</think>\n\nwell<|im_end|>",
         ),
         ("DEEPSEEK", [HELLO, THOUGHT, AND_YOU, THOUGHT], "well<|endoftext|>well<|endoftext|>"),
+        # A thought is all the content, where the prompt has opened and closed one.
+        (
+            "NO_THOUGHT",
+            [HELLO, {**FINE, "content": "so <think>hm</think>"}],
+            "hm\n</think>\n\n<|im_end|>",
+        ),
+        ("NO_THOUGHT", [{**HELLO, "content": " "}, {**FINE, "content": ""}, HELLO, FINE],
+         "<|im_end|>fine<|im_end|>"),
         (
             "QWEN3",
             [HELLO, {**FINE, "reasoning_content": "hm"}],
@@ -229,6 +239,17 @@ def test_a_content_that_is_left_out_of_a_prompt_is_reported_once(
     assert caplog.text.count("leaves out the content of message 0 (note)") == 1
 
 
+def test_answers_that_end_with_no_token_to_stop_at_are_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    learnt_spans._warn_once.cache_clear()
+    plain = "{% for m in messages %}{{ '### ' + m.role + ' ' + m.content + '\n' }}{% endfor %}"
+    learnt(hf_chat_tokenizer(str(folder_of(tmp_path / "a", CHATML))), TWO_TURNS)
+    assert "learn to stop" not in caplog.text
+    assert "fine" in learnt(hf_chat_tokenizer(str(folder_of(tmp_path, plain))), TWO_TURNS)
+    assert "the model does not learn to stop" in caplog.text
+
+
 def test_private_use_characters_in_a_text_are_kept(tmp_path: Path) -> None:
     tokenizer = hf_chat_tokenizer(str(folder_of(tmp_path, templates.QWEN3)))
     odd = {**FINE, "content": "a \U000f0001\U000f0002 b"}
@@ -244,3 +265,38 @@ def test_torchtunes_messages_are_learnt_where_they_are_not_masked(tmp_path: Path
     assert tokenizer.tokenize_messages(messages) == tokenizer.tokenize_conversation(
         TWO_TURNS, learnt=flags
     )
+
+
+PIECES = ["<think>", "</think>\n", "\n\n", "  ", "<|im_end|>", "<|im_start|>assistant\n", "[/INST]",
+          "</s>", "{{ x }}", "é🙂", "<tool_call>", '{"a": 1}', "<|channel|>", "None"]  # fmt: skip
+
+
+def some_content(choose: random.Random, word: str) -> str:
+    before, after = (choose.choices(PIECES, k=choose.randint(0, 3)) for _ in range(2))
+    return "".join([*before, word, *after])
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"LLAMA2"}))  # it alone has fixed roles
+def test_of_any_contents_all_words_of_answers_are_learnt_and_none_of_questions(
+    tmp_path: Path, name: str
+) -> None:
+    tokenizer = hf_chat_tokenizer(str(folder_of(tmp_path, NAMES[name])))
+    choose, dropped = random.Random(name), 0
+    for _ in range(12):
+        roles = ["user", "assistant"] * choose.randint(1, 3)
+        words = [f"{role[0]}{i}word" for i, role in enumerate(roles)]
+        messages = [
+            {"role": role, "content": some_content(choose, word)}
+            for role, word in zip(roles, words, strict=True)
+        ]
+        try:
+            tokens, mask = tokenizer.tokenize_conversation(messages)
+        except UserError:  # all of an answer is a thought, which the template drops
+            dropped += 1
+            continue
+        whole = tokenizer.decode(tokens, skip_special_tokens=False)
+        found = [t for t, is_masked in zip(tokens, mask, strict=True) if not is_masked]
+        text = tokenizer.decode(found, skip_special_tokens=False)
+        for role, word in zip(roles, words, strict=True):
+            assert text.count(word) == (whole.count(word) if role == "assistant" else 0), messages
+    assert dropped <= (3 if "</think>" in NAMES[name] else 0)
