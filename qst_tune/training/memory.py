@@ -117,9 +117,11 @@ def memory_parts(
         dict[str, float]: GiB by name.
     """
     trained = sum(tensor_bytes(p) for group in optimizer.param_groups for p in group["params"])
+    reference = getattr(model, "reference_side", None)  # of preference learning
+    frozen = parameter_bytes(model) - trained + (parameter_bytes(reference) if reference else 0)
     parts = {
         "peak": peak_memory_bytes(device),
-        "frozen weights": parameter_bytes(model) - trained,
+        "frozen weights": frozen,
         "trainable": trained,
         "optimizer": optimizer_bytes(optimizer),
         "activations kept": activation_bytes,

@@ -1,6 +1,7 @@
 """A run starts from what was tuned, records it, and its result is what is loaded afterwards."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +82,14 @@ def test_digest_sees_every_value_name_and_shape(first: FinetuneResult) -> None:
 def test_resumed_run_takes_its_checkpoint_and_is_the_one_that_was_never_stopped(
     config: Config, first: FinetuneResult, second: FinetuneResult, tmp_path: Path
 ) -> None:
-    settings = [*from_first(first), "epochs=3"]
-    finetune(config, tmp_path / "run", *from_first(first), "epochs=1", "lr_scheduler=null")
-    finetune(config, tmp_path / "whole", *settings, "lr_scheduler=null")
-    resumed = [*settings, "lr_scheduler=null", "resume_from_checkpoint=True"]
+    schedule = "lr_scheduler._component_=qst_tune.training.lr_schedulers.cosine_with_warmup"
+    settings = [*from_first(first), "epochs=3", schedule]
+    whole = finetune(config, tmp_path / "whole", *settings, "keep_last_n_checkpoints=3")
+    shutil.copytree(whole.folder / "checkpoints", tmp_path / "run" / "checkpoints")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000006")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000004")
+    resumed = [*settings, "resume_from_checkpoint=True"]
     run = finetune(config, tmp_path / "run", *resumed)
-    whole = FinetuneResult(tmp_path / "whole")
     assert torch.equal(run.train_loss, whole.train_loss)
     assert all(torch.equal(run.weights[n], w) for n, w in whole.weights.items())
     with pytest.raises(UserError, match=r"cannot resume with side_network: .* the run started"):
