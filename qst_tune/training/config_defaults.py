@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from qst_tune.errors import ConfigError, Problem
 from qst_tune.training.automatic import (
     AUTO,
     DTYPE_NAMES,
@@ -32,6 +33,9 @@ def fill_in(cfg: DictConfig) -> None:
 
     Args:
         cfg (DictConfig): the merged config of a training recipe; changed in place.
+
+    Raises:
+        ConfigError: if ``dataset_val`` has neither a component nor rows of its own.
     """
     if cfg.get("device") in (None, AUTO):
         cfg.device = automatic_device()
@@ -50,8 +54,14 @@ def _inherit(cfg: DictConfig) -> None:
     train, val = cfg.get("dataset"), cfg.get("dataset_val")
     if not isinstance(train, DictConfig) or not isinstance(val, DictConfig):
         return
-    if "_component_" in val or not any(val.get(key) for key in _WHICH):
-        return  # other rows must be named; what is missing is found by the check
+    if "_component_" in val:
+        return
+    if not any(val.get(key) for key in _WHICH):
+        text = (
+            "dataset_val names no rows, and would have those of dataset: set "
+            "dataset_val.data_files, dataset_val.split or val_fraction=0.05"
+        )
+        raise ConfigError([Problem("dataset_val", text)])
     dropped: tuple[str, ...] = _WHICH if any(val.get(key) for key in _WHERE) else ("split",)
     if val.get("data_files") and train.get("source") in LOCAL_FORMATS.values():
         dropped = tuple(key for key in dropped if key != "source")

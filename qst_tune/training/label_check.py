@@ -8,7 +8,7 @@ from qst_tune.training.survey import Survey
 
 def check_labels(
     name: str, surveys: Sequence[Survey], rows: Sequence[int] | None = None
-) -> str | None:
+) -> list[str]:
     """Refuse rows of which none has a label.
 
     Args:
@@ -17,24 +17,29 @@ def check_labels(
         rows (Sequence[int] | None): their numbers in all of these; None for all rows.
 
     Returns:
-        str | None: a warning, if some rows have none.
+        list[str]: warnings, if some rows have none, or no more than the end of an answer.
 
     Raises:
         UserError: if no row has a label, with the count and the cause.
     """
     labels = [count for survey in surveys for count in survey.labels]
     counts = labels if rows is None else [labels[row] for row in rows]
-    missing = counts.count(0)
-    if not missing:
-        return None
-    cause = _cause(surveys)
-    if missing == len(counts):
-        raise UserError(f"{name}: none of its {len(counts)} rows has a token to learn: {cause}")
-    places = [survey.without_labels for survey in surveys if survey.without_labels]
-    return (
-        f"{name}: {missing} of {len(counts)} rows have no token to learn, such as {places[0]}: "
-        f"{cause}"
-    )
+    missing, single, number = counts.count(0), counts.count(1), len(counts)
+    warnings = []
+    if missing:
+        cause = _cause(surveys)
+        if missing == number:
+            raise UserError(f"{name}: none of its {number} rows has a token to learn: {cause}")
+        places = [survey.without_labels for survey in surveys if survey.without_labels]
+        warnings.append(
+            f"{name}: {missing} of {number} rows have no token to learn, such as {places[0]}: "
+            f"{cause}"
+        )
+    if single and not any(survey.has_classes for survey in surveys):
+        warnings.append(
+            f"{name}: {single} of {number} rows have one token to learn, as an empty answer's end"
+        )
+    return warnings
 
 
 def _cause(surveys: Sequence[Survey]) -> str:
@@ -45,6 +50,6 @@ def _cause(surveys: Sequence[Survey]) -> str:
             "raise it, or shorten the prompts"
         )
     return (
-        "no assistant message is there, each is masked (weight 0, masked) or empty, or the chat "
-        "template does not mark where it begins"
+        "there is no assistant message or text, all are masked (weight 0) or empty, or the chat "
+        "template does not mark where answers begin"
     )

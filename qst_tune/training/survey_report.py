@@ -49,9 +49,10 @@ def report(survey: Survey, tokenizer: Any = None) -> str:
 
 def _figures(survey: Survey) -> Iterable[str]:
     share = survey.num_labels / max(1, survey.num_tokens)
+    to_learn = f", {_count(survey.num_labels, 'label')} to learn ({share:.0%})"
     yield (
         f"  {_count(len(survey.labels), 'row')}, {_count(survey.num_tokens, 'token')} (longest row "
-        f"{survey.longest:,}), {_count(survey.num_labels, 'label')} to learn ({share:.0%})"
+        f"{survey.longest:,}){'' if survey.has_classes else to_learn}"
     )
     if survey.num_cut:
         yield (

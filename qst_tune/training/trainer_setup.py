@@ -289,9 +289,7 @@ def _label_warning(name: str, surveys: Sequence[Survey], rows: Any) -> Iterator[
     if rows is None or not surveys:  # no such rows, or packs of the user's own code
         return
     part = rows.indices if isinstance(rows, Subset) and not is_packed(rows.dataset) else None
-    warning = check_labels(name, surveys, part)
-    if warning:
-        yield f"warning: {warning}"
+    yield from (f"warning: {warning}" for warning in check_labels(name, surveys, part))
 
 
 def _noun(rows: Any) -> str:

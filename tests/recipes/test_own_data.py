@@ -202,7 +202,7 @@ FILES = [
         "no answers at all",
         "r.jsonl",
         lines(*[{"messages": [TURN]}] * 3),
-        "dataset: none of its 3 rows has a token to learn: no assistant message is there",
+        "dataset: none of its 3 rows has a token to learn: there is no assistant message",
     ),
     Malformed(
         "row of a million characters",

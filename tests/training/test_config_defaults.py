@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+from qst_tune.errors import UserError
 from qst_tune.training.config_defaults import fill_in
 
 AUTO, CHAT = "qst_tune.data.auto_dataset", "torchtune.datasets.chat_dataset"
@@ -51,13 +52,17 @@ TRAIN = {
             },
         ),
         ({"_component_": CHAT, "source": "json"}, {"_component_": CHAT, "source": "json"}),
-        ({"packed": True}, {"packed": True}),  # the same rows: refused by the check
     ],
 )
 def test_validation_set_takes_settings_but_not_rows(
     val: dict[str, Any], expected: dict[str, Any]
 ) -> None:
     assert filled(dataset=TRAIN, dataset_val=val).dataset_val == expected
+
+
+def test_validation_set_without_rows_of_its_own_is_refused() -> None:
+    with pytest.raises(UserError, match="dataset_val names no rows, and would have those of data"):
+        filled(dataset=TRAIN, dataset_val={"packed": True})
 
 
 def test_validation_files_of_torchtunes_components_keep_the_format() -> None:

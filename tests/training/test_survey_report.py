@@ -59,6 +59,7 @@ def test_preference_shows_both_answers() -> None:
 def test_class_is_shown_and_long_text_is_shortened() -> None:
     row = {"tokens": [0] * 2000 + [1], "labels": 3}
     lines = report(survey(first=row), Letters()).splitlines()
+    assert lines[1] == "  2 rows, 1,200 tokens (longest row 700)"
     assert lines[2] == "  the first row, label 3:"
     assert "[... 1,401 characters ...]" in lines[3]
     assert lines[3].endswith("ab")
