@@ -76,15 +76,19 @@ class Marker:
         text (str): the real rendering, which must have none of the marks.
         num_messages (int): of the conversation.
         wrap (Wrap): puts marks into a text; one of :data:`WRAPS`.
+        answers_only (bool): mark the assistant's messages alone.
 
     Attributes:
         is_usable (bool): whether there are enough characters that the text does not have.
         marks_starts (bool): whether there is a mark before each text.
     """
 
-    def __init__(self, text: str, num_messages: int, wrap: Wrap) -> None:
+    def __init__(
+        self, text: str, num_messages: int, wrap: Wrap, *, answers_only: bool = False
+    ) -> None:
         self._num_messages = num_messages
         self._wrap = wrap
+        self._answers_only = answers_only
         free = [base for base, pattern in _PLANES.items() if not pattern.search(text)]
         self.is_usable = bool(free) and 2 * num_messages < _PLANE_SIZE
         self.marks_starts = wrap in (_around, _start_only)
@@ -125,6 +129,8 @@ class Marker:
 
     def _mark_message(self, index: int, message: Mapping[str, Any]) -> dict[str, Any]:
         marked = dict(message)
+        if self._answers_only and message["role"] != "assistant":
+            return marked
         for key in ("content", "reasoning_content", "thinking"):
             if isinstance(marked.get(key), str):
                 marked[key] = self._wrap(marked[key], self._character(index))

@@ -1,6 +1,7 @@
 """Finds messages in a rendering by marks around their texts."""
 
 import re
+from itertools import product
 
 from qst_tune.data.marked_messages import WRAPS, Marked, Marker
 from qst_tune.data.rendered_chat import RenderedChat, Span
@@ -26,8 +27,9 @@ class MarkedSpans:
     @classmethod
     def of(cls, chat: RenderedChat) -> "MarkedSpans | None":
         """Mark a conversation; None if its template does not keep the marks apart from the text."""
-        for wrap in WRAPS:
-            marker = Marker(chat.text, len(chat.messages), wrap)
+        # Some templates ask what a question begins and ends with (Qwen 3: <tool_response>).
+        for answers_only, wrap in product((False, True), WRAPS):
+            marker = Marker(chat.text, len(chat.messages), wrap, answers_only=answers_only)
             if not marker.is_usable:
                 return None
             marked = chat.rerender(marker.mark(chat.messages), marker.mark_tools(chat.tools))
@@ -41,8 +43,8 @@ class MarkedSpans:
         in_calls = sum(mark.in_call for mark in marks)
         if in_calls < self._marker.num_in_calls(message, index):
             return "tool_calls"
-        has_text = bool(self._chat.messages[index].get("content", "").strip())
-        return "content" if has_text and in_calls == len(marks) else None
+        is_marked = self._marker.num_in_content(message, index) > 0
+        return "content" if is_marked and in_calls == len(marks) else None
 
     @property
     def drops_tools(self) -> bool:

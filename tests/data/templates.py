@@ -3,7 +3,9 @@
 # Answers behind the last question get a thought; those of earlier turns lose theirs.
 QWEN3 = """
 {%- set ns = namespace(last=-1) %}
-{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}
+{%- for m in messages %}{%- if m.role == 'user' and not (
+    m.content.startswith('<tool_response>') and m.content.endswith('</tool_response>')) %}
+{%- set ns.last = loop.index0 %}{%- endif %}
 {%- endfor %}
 {%- if tools %}{{- '<|im_start|>system\nTools:' }}
 {%- for tool in tools %}{{- '\n' + tool | tojson }}{%- endfor %}{{- '<|im_end|>\n' }}{%- endif %}

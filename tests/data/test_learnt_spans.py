@@ -93,6 +93,12 @@ def folder_of(root: Path, template: str) -> Path:
             [HELLO, {**FINE, "reasoning_content": "hm"}],
             "<think>\nhm\n</think>\n\nfine<|im_end|>",
         ),
+        # The template asks what a question begins and ends with.
+        (
+            "QWEN3",
+            [HELLO, FINE, {**HELLO, "content": "<tool_response>1</tool_response>"}, FINE],
+            "<think>\n\n</think>\n\nfine<|im_end|>" * 2,
+        ),
         # Contents that are empty, equal to another's, or have outer white space.
         ("PHI3", [HELLO, {**FINE, "content": ""}, AND_YOU, FINE], "<|im_end|>fine<|im_end|>"),
         ("QWEN3", [HELLO, {**FINE, "content": ""}, HELLO, FINE],

@@ -30,7 +30,7 @@ _CACHED = re.compile(
 _TOKENIZER = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja",
-    "chat_template.json",
+    "chat_template.json", "additional_chat_templates/*.jinja",
 )  # fmt: skip
 # In the order that transformers takes them; the second format only where a model lacks the first.
 _FORMATS = (("model", "safetensors"), ("pytorch_model", "bin"))
