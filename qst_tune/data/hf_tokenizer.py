@@ -44,7 +44,7 @@ def hf_chat_tokenizer(
     """
     directory = Path(path)
     if not directory.is_dir():
-        raise UserError(f"tokenizer directory {directory} does not exist; download the model first")
+        raise UserError(f"tokenizer: {directory} does not exist; download the model first")
     tokenizer, special_tokens = read_tokenizer(directory)
     special = special_pattern(special_ids(tokenizer))
     template = (

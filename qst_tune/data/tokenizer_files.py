@@ -47,7 +47,7 @@ def _from_file(path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises no narrower class
-        raise UserError(f"{path} cannot be read: {error}; download it anew") from error
+        raise UserError(f"tokenizer: {path} cannot be read: {error}; download it anew") from error
 
 
 def _from_transformers(directory: Path) -> tuple[Tokenizer, dict[str, str]]:
@@ -61,13 +61,14 @@ def _from_transformers(directory: Path) -> tuple[Tokenizer, dict[str, str]]:
     except Exception as error:  # of many kinds: files absent or damaged, libraries not installed
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{directory} has no tokenizer.json that can be used as it is, and transformers cannot "
-            f"load its tokenizer ({reason}); add tokenizer.json, or use a torchtune tokenizer"
+            f"tokenizer: {directory} has no tokenizer.json that can be used as it is, and "
+            f"transformers cannot load its tokenizer ({reason}); add tokenizer.json, or use a "
+            "torchtune tokenizer"
         ) from error
     backend = getattr(loaded, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
         raise UserError(
-            f"the tokenizer of {directory}, {type(loaded).__name__}, has no fast form; save one "
+            f"tokenizer: {directory} has a {type(loaded).__name__} without a fast form; save one "
             "with transformers (tokenizer.json), or use a torchtune tokenizer"
         )
     special = {name: token for name, token in loaded.special_tokens_map.items()}

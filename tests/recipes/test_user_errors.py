@@ -329,7 +329,7 @@ MISTAKES = [
     ),
     # The tokenizer.
     Mistake(
-        "missing tokenizer folder",
+        "missing tokenizer directory",
         ["tokenizer.path={root}/absent"],
         ["tokenizer: ", "absent does not exist"],
     ),
@@ -342,7 +342,7 @@ MISTAKES = [
     Mistake(
         "damaged tokenizer",
         [],
-        ["tokenizer: qst_tune.data.hf_chat_tokenizer failed", "EOF"],
+        ["tokenizer: ", "tokenizer.json cannot be read", "EOF"],
         truncate("model/tokenizer.json", 100),
     ),
     # The data.
