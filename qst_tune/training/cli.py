@@ -3,6 +3,7 @@
 import argparse
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -135,8 +136,10 @@ def instantiate(block: DictConfig, name: str, *args: Any, **kwargs: Any) -> Any:
     """
     try:
         return config.instantiate(block, *args, **kwargs)
-    except UserError:
-        raise
+    except UserError as error:  # of a component of ours
+        if re.match(rf"{re.escape(name)}\b", str(error)):
+            raise
+        raise UserError(f"{name}: {error}") from error
     except (TypeError, ValueError) as error:
         raise UserError(f"{name}: {_first_line(error)}") from error
     except Exception as error:  # a component may be the user's own code

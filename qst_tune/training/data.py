@@ -72,8 +72,7 @@ def build_dataset(
     except UserError as error:
         if isinstance(error.__cause__, StopIteration):  # from datasets, for a file without a row
             raise UserError(f"{name}: {source} has no rows") from error
-        prefix = "" if str(error).startswith(name) else f"{name}: "
-        raise UserError(f"{prefix}{error}") from error
+        raise
     if isinstance(dataset, Sized) and len(dataset) == 0:
         raise UserError(f"{name}: {source} has no rows")
     if is_packed(dataset):  # by the user's own code
