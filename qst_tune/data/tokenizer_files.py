@@ -13,6 +13,8 @@ from qst_tune.errors import UserError
 # their own for white space, and it reads files without tokenizer.json (OPT, sentencepiece).
 _PLAIN_CLASSES = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
 
+_SMALLEST_VOCABULARY = 32
+
 
 def read_tokenizer(directory: Path) -> tuple[Tokenizer, dict[str, str]]:
     """Load a tokenizer whose tokens are those of transformers' ``AutoTokenizer``.
@@ -70,6 +72,11 @@ def _from_transformers(directory: Path) -> tuple[Tokenizer, dict[str, str]]:
         raise UserError(
             f"tokenizer: {directory} has a {type(loaded).__name__} without a fast form; save one "
             "with transformers (tokenizer.json), or use a torchtune tokenizer"
+        )
+    # Without any vocabulary file transformers makes a tokenizer of a few special tokens (5.23).
+    if backend.get_vocab_size(with_added_tokens=False) < _SMALLEST_VOCABULARY:
+        raise UserError(
+            f"tokenizer: {directory} has no tokenizer.json and no other vocabulary: download it"
         )
     special = {name: token for name, token in loaded.special_tokens_map.items()}
     return backend, {name: token for name, token in special.items() if isinstance(token, str)}

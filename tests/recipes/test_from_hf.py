@@ -197,7 +197,7 @@ def half_downloaded(folder: Path) -> None:
         ),
         (
             lambda f: (f / "tokenizer.json").unlink(),
-            "{folder} has no tokenizer.json; save the tokenizer in the fast format",
+            "tokenizer: {folder} has no tokenizer.json and no other vocabulary: download it",
         ),
     ],
 )
