@@ -26,6 +26,7 @@ from qst_tune.estimation.methods import Choices, Method, Setup
 from qst_tune.estimation.tracker import PeakMemory, StorageTracker
 from qst_tune.modules.rotary_caches import build_rotary_caches
 from qst_tune.training.cli import instantiate
+from qst_tune.training.labels import align_labels
 from qst_tune.training.loss import next_token_loss
 
 CUDA_GRANULARITY = 512  # bytes, of torch's caching allocator
@@ -152,7 +153,7 @@ def make_optimizer(setup: Setup, cfg: DictConfig, device: DeviceType) -> Optimiz
 
 
 def make_batch(model: TransformerDecoder, shape: Shape) -> dict[str, torch.Tensor]:
-    """Make a batch as a collate function does, every token of it with a label.
+    """Make a batch as a collate function does, every token but the first of a row a label.
 
     Args:
         model (TransformerDecoder): only its vocabulary matters.
@@ -165,7 +166,7 @@ def make_batch(model: TransformerDecoder, shape: Shape) -> dict[str, torch.Tenso
     size = (shape.batch_size, shape.seq_len)
     return {
         "tokens": torch.randint(vocabulary, size),
-        "labels": torch.randint(vocabulary, size),
+        "labels": align_labels(torch.randint(vocabulary, size)),
     }
 
 
