@@ -135,6 +135,8 @@ def _collate_and_pad(
     batch = collate(rows)
     length = batch["tokens"].shape[1]
     missing = max(0, min(length + -length % LENGTH_MULTIPLE, max_seq_len) - length)
+    if batch.keys() - fill.keys():  # a mask or positions of the user's own have this length
+        missing = 0
     labels = align_labels(
         batch["labels"], ignore_index=fill["labels"], input_pos=batch.get("input_pos")
     )

@@ -47,11 +47,16 @@ class Packing:
             AlignedPacks: map-style.
 
         Raises:
-            UserError: if there is no length, or for a bad row.
+            UserError: if there is no length, the rows are no texts, or for a bad row.
         """
         if getattr(tokenizer, "max_seq_len", None) is None:
             raise UserError(
                 f"{name}: packed=True needs tokenizer.max_seq_len, the length of a pack"
+            )
+        if not hasattr(rows[0].get("labels"), "__len__"):
+            raise UserError(
+                f"{name}: packed=True is for rows of text, not for preferences or classes: set it "
+                "to False"
             )
         try:
             return _pack(

@@ -46,11 +46,13 @@ def check_schedule(cfg: DictConfig, num_steps: int) -> list[str]:
     Raises:
         UserError: if every step has a rate of 0.
     """
-    if not cfg.get("lr_scheduler") or num_steps > _LONGEST:
+    block = cfg.get("lr_scheduler")
+    full, rates = learning_rates(cfg, num_steps if block and num_steps <= _LONGEST else 0)
+    if not full:
+        raise UserError("optimizer: lr=0 changes nothing in any step: set it above 0")
+    if not rates:
         return []
-    block = cfg.lr_scheduler
-    full, rates = learning_rates(cfg, num_steps)
-    if full and not any(rates):
+    if not any(rates):
         raise UserError(
             f"lr_scheduler: {block._component_} gives each of the run's {num_steps} steps a "
             f"learning rate of 0: {_FIX}, or set lr_scheduler=null"
@@ -62,8 +64,8 @@ def learning_rates(cfg: DictConfig, num_steps: int) -> tuple[float, list[float]]
     """Compute the rate of each step of a run.
 
     Args:
-        cfg (DictConfig): has ``optimizer`` and ``lr_scheduler``.
-        num_steps (int): of the whole run.
+        cfg (DictConfig): has ``optimizer``; and ``lr_scheduler``, unless ``num_steps`` is 0.
+        num_steps (int): of the whole run, or 0 for the optimizer's rate alone.
 
     Returns:
         tuple[float, list[float]]: the optimizer's own rate, and those of the steps.
@@ -71,6 +73,8 @@ def learning_rates(cfg: DictConfig, num_steps: int) -> tuple[float, list[float]]
     parameter = nn.Parameter(torch.zeros(1))
     optimizer: Any = instantiate(cfg.optimizer, "optimizer", [parameter])
     full = float(optimizer.param_groups[0]["lr"])
+    if not num_steps:
+        return full, []
     settings = {"num_training_steps": num_steps, "last_epoch": -1}
     # Of an optimizer that is never stepped: torch would warn of the order of the two.
     plain = torch.optim.SGD([parameter], lr=full)

@@ -48,17 +48,21 @@ def find_start(cfg: DictConfig) -> Start | None:
     """Find what a training run starts from.
 
     Args:
-        cfg (DictConfig): may have ``side_network`` or ``scales``.
+        cfg (DictConfig): has ``output_dir``, may have ``side_network`` or ``scales``.
 
     Returns:
         Start | None: None for a run that starts from the untuned model.
 
     Raises:
-        UserError: if the directory is no result of the method, or damaged.
+        UserError: if the directory is no result of the method, damaged, or this run's own.
     """
     for key, form in FORMATS.items():
         if cfg.get(key):
             folder = Path(str(cfg[key]))
+            if folder.resolve() == (Path(str(cfg.output_dir)) / key).resolve():
+                raise UserError(
+                    f"{key}={folder} is where this run writes its result: name another output_dir"
+                )
             description = read_description(folder, form)
             entry = {
                 "name": _name(folder),

@@ -55,6 +55,22 @@ def test_rows_are_padded_to_a_multiple_of_16_but_never_past_the_model() -> None:
     assert collate(max_seq_len=4)(rows)["tokens"].shape == (2, 5), "too long: told elsewhere"
 
 
+def flattened(rows: list[Any], *, padding_idx: int, ignore_idx: int) -> dict[str, torch.Tensor]:
+    """All rows in one, as a user's own function may have it; numbered row by row."""
+    tokens = torch.tensor([token for row in rows for token in row["tokens"]])
+    numbers = torch.tensor([n for row in rows for n in range(len(row["tokens"]))])
+    return {"tokens": tokens[None], "labels": tokens[None], "input_pos": numbers[None]}
+
+
+def test_own_collate_function_that_joins_rows_keeps_their_labels_apart() -> None:
+    name = "tests.training.test_data.flattened"
+    collate = build_collate(VOCABULARY, max_seq_len=64, component=name)
+    batch = collate([Rows()[2], Rows()[1]])
+    assert batch["tokens"].tolist() == [[3, 3, 3, 2, 2]]
+    assert batch["labels"].tolist() == [[3, 3, IGNORED, 2, IGNORED]]
+    assert batch["input_pos"].shape == batch["tokens"].shape
+
+
 def test_unknown_collate_function_is_told() -> None:
     with pytest.raises(UserError, match=r"collate_fn=torchtune\.data\.none cannot be imported"):
         build_collate(VOCABULARY, max_seq_len=8, component="torchtune.data.none")

@@ -154,6 +154,15 @@ def test_concatenation_of_packs_is_packed() -> None:
         build_dataset(OmegaConf.create([own, {"_component_": f"{name}Rows"}]), "dataset", None)
 
 
+@pytest.mark.parametrize("row", [{"chosen_input_ids": [1]}, {"tokens": [1], "labels": 0}])
+def test_rows_that_are_no_texts_are_not_packed(row: dict[str, Any]) -> None:
+    name = "torchtune.datasets.text_completion_dataset"
+    packing = split_off_packing(OmegaConf.create({"_component_": name, "packed": True}))
+    assert packing is not None
+    with pytest.raises(UserError, match=r"^dataset: packed=True is for rows of text"):
+        packing.apply([row], Tokenizer(), "dataset")
+
+
 def test_max_packs_of_a_users_packs_is_kept() -> None:
     assert len(build("own_packs", split=True, max_packs=3)) == 3
 

@@ -49,8 +49,16 @@ def test_run_in_which_every_rate_is_zero_is_refused() -> None:
     assert check_schedule(config(OWN), 1) == []
 
 
+@pytest.mark.parametrize("schedule", [None, {"_component_": OWN}])
+def test_rate_of_zero_is_refused(schedule) -> None:
+    cfg = config(OWN)
+    cfg.optimizer.lr, cfg.lr_scheduler = 0.0, schedule
+    with pytest.raises(UserError, match=r"^optimizer: lr=0 changes nothing in any step"):
+        check_schedule(cfg, 4)
+
+
 def test_what_is_not_looked_at_is_not_warned_of() -> None:
-    assert check_schedule(OmegaConf.create({"lr_scheduler": None}), 4) == []
+    assert check_schedule(OmegaConf.merge(config(OWN), {"lr_scheduler": None}), 4) == []
     assert check_schedule(config(TORCHTUNE, num_warmup_steps=10**6), 10**5) == []
 
 

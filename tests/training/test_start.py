@@ -63,7 +63,9 @@ def test_lineage_is_in_the_description_and_the_card(
     card = (second.folder / "side_network" / "README.md").read_text()
     line = f"| first/side_network | 4 | train.jsonl | `{entry['digest'][:16]}...` |"
     assert line in card.splitlines()
-    start = find_start(merged({"side_network": str(second.folder / "side_network")}))
+    start = find_start(
+        merged({"side_network": str(second.folder / "side_network"), "output_dir": "x"})
+    )
     assert start is not None
     assert [link["name"] for link in start.lineage] == ["first/side_network", "second/side_network"]
 
@@ -187,6 +189,12 @@ def test_wrong_start_is_one_line_before_anything_loads(
     assert not (tmp_path / "run").exists()
 
 
+def test_result_is_not_its_own_start(config: Config, first: FinetuneResult) -> None:
+    with pytest.raises(UserError, match=r"is where this run writes its result: name another outp"):
+        finetune(config, first.folder, *from_first(first))
+    assert (first.folder / "side_network" / "qst_config.json").exists()
+
+
 def test_side_network_of_another_shape_does_not_fit(
     config: Config, first: FinetuneResult, tmp_path: Path
 ) -> None:
@@ -200,7 +208,7 @@ def test_data_of_several_files_is_recorded(first: FinetuneResult) -> None:
     config = (folder / "recipe_config.yaml").read_text()
     (folder / "recipe_config.yaml").write_text(both)
     try:
-        start = find_start(merged({"side_network": str(folder)}))
+        start = find_start(merged({"side_network": str(folder), "output_dir": "x"}))
     finally:
         (folder / "recipe_config.yaml").write_text(config)
     assert start is not None
