@@ -5,6 +5,7 @@ that they have already: the run that resumes has the same config.
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,3 +57,26 @@ class SignalledLoss(_FaultyLoss):
         if self.is_due():
             os.kill(os.getpid(), self.signal)
         return super().forward(logits, labels)
+
+
+class FadingRows:
+    """Eight rows, one of which can be read once only; no memory keeps them, since they are tuples.
+
+    Args:
+        tokenizer (Any): not used.
+        bad (int): that row.
+    """
+
+    def __init__(self, tokenizer: Any, *, bad: int) -> None:
+        self.bad = bad
+        self.num_reads = 0
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, tuple[int, ...]]:
+        self.num_reads += index == self.bad
+        if index == self.bad and self.num_reads > 1:
+            raise KeyError("input")
+        tokens = tuple(range(10, 20 + index))
+        return {"tokens": tokens, "labels": tokens}

@@ -180,13 +180,15 @@ def test_run_goes_on_with_another_number_of_processes(root: Path, tmp_path: Path
 def test_bad_row_of_one_process_ends_a_sharded_run_with_one_line_and_a_checkpoint(
     bad: str, root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The other process waits for its part of the weights, and then for the sum."""
-    config = config_of(root)
-    rows = (root / "train.jsonl").read_text().splitlines()
-    rows[5] = '{"input": null, "output": "x"}'  # of the second process
-    broken = tmp_path / "broken.jsonl"
-    broken.write_text("\n".join(rows))
+    """The other process waits for its part of the weights, and then for the sum.
+
+    All rows are read before the run, so this one goes bad under it: row 5, of the second process.
+    """
     name = "dataset" if bad == "train" else "dataset_val"
+    config = {
+        **config_of(root),
+        name: {"_component_": "tests.recipes.faults.FadingRows", "bad": 5},
+    }
     with pytest.raises(ProcessExitedException) as exited:
         finetune_on(
             2,
@@ -196,7 +198,6 @@ def test_bad_row_of_one_process_ends_a_sharded_run_with_one_line_and_a_checkpoin
             "backbone_sharding=full",
             "shuffle=False",
             "save_every_n_steps=1",
-            f"{name}.data_files={broken}",
         )
     assert exited.value.exit_code == 2
     assert capfd.readouterr().err.count("error: ") == 1
