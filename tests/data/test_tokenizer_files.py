@@ -82,6 +82,18 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: str) -> Non
         hf_chat_tokenizer(str(folder))
 
 
+@pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "LlamaTokenizer", "Qwen2Tokenizer"])
+@pytest.mark.parametrize("model_type", ["qwen2", "llama"])
+def test_transformers_empty_vocabulary_is_refused(
+    tmp_path: Path, name: str, model_type: str
+) -> None:
+    folder = build_folder(tmp_path / "m", tokenizer_class=name)
+    (folder / "tokenizer.json").unlink()
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(UserError, match=r"has no tokenizer\.json (that|and no other vocabulary)"):
+        hf_chat_tokenizer(str(folder))
+
+
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(UserError, match=r"has no tokenizer\.json that can be used"):
