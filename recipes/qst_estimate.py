@@ -10,7 +10,6 @@ training step on tensors that have shapes but no memory, and every allocation is
 is done for PEQA and for torchtune's QLoRA, LoRA and full fine-tuning of the same backbone.
 """
 
-import warnings
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,21 +18,18 @@ from omegaconf import DictConfig
 from torchtune import utils
 
 from qst_tune.errors import UserError
+from qst_tune.estimation.comparison import Question, estimate_rows
 from qst_tune.estimation.dry_run import DEFAULT_SEQ_LEN
 from qst_tune.estimation.fake_device import Attention, DeviceType
-from qst_tune.estimation.largest_batch import LargestBatch, largest_batch
-from qst_tune.estimation.methods import DEFAULT_METHODS, Choices, Method, choose_methods
-from qst_tune.estimation.report import JSON_FILE, PLOT_FILE, Row, fit_line, table, write
-from qst_tune.estimation.spread import Spread, spread_line
-from qst_tune.estimation.step import Shape, StepCost, estimate_step
-from qst_tune.modules import QSTDecoder
-from qst_tune.modules.peqa_decoder import PEQADecoder
+from qst_tune.estimation.methods import DEFAULT_METHODS, Choices, choose_methods
+from qst_tune.estimation.report import JSON_FILE, PLOT_FILE, fit_line, table, write
+from qst_tune.estimation.spread import Spread
+from qst_tune.estimation.step import Shape
 from qst_tune.training.automatic import AUTO, DTYPE_NAMES
 from qst_tune.training.cli import run_recipe
 from qst_tune.training.config_check import check_config
 from qst_tune.training.config_keys import Key, pick, setting
 from qst_tune.training.hub_models import fetch_models
-from qst_tune.training.memory import GIB
 from qst_tune.training.output_folder import output_folder
 
 KEYS = {
@@ -57,8 +53,6 @@ KEYS = {
     **pick("device", "dtype", "clip_grad_norm", "enable_activation_checkpointing"),
     **pick("backbone_sharding", "gradient_accumulation_steps"),
 }
-# Of the batches tried for fit_gib: the time of a trial grows with them (8 s for 7B).
-MAX_TRIAL_TOKENS = 65_536
 
 log = utils.get_logger("INFO")
 
@@ -75,12 +69,18 @@ class QSTEstimateRecipe:
         self.device = _device_type(str(setting(cfg, "device", KEYS)))
         self.attention: Attention = setting(cfg, "attention", KEYS)
         self.shape = Shape(cfg.batch_size, self._seq_len())
-        self.fit_gib: float | None = cfg.get("fit_gib")
         self.methods = choose_methods(list(cfg.get("methods") or DEFAULT_METHODS))
         self.choices = Choices(
             cfg, _dtype(str(setting(cfg, "dtype", KEYS))), lora_rank=setting(cfg, "lora_rank", KEYS)
         )
-        self.spread = Spread.of_config(cfg, setting(cfg, "num_processes", KEYS))
+        self.question = Question(
+            self.choices,
+            self.shape,
+            device=self.device,
+            attention=self.attention,
+            spread=Spread.of_config(cfg, setting(cfg, "num_processes", KEYS)),
+            fit_gib=setting(cfg, "fit_gib", KEYS),
+        )
 
     def _seq_len(self) -> int:
         length = self.cfg.tokenizer.get("max_seq_len")
@@ -94,54 +94,18 @@ class QSTEstimateRecipe:
 
     def run(self) -> None:
         """Print the table and write it."""
-        rows: dict[str, Row] = {}
-        lines: list[str] = []
-        for name, method in self.methods.items():
-            cost = self._cost(method, self.shape)
-            batch = self._largest_batch(method) if self.fit_gib else None
-            rows[name] = Row(method.title, cost, batch)
-            lines += self._spread_lines(name, method, cost)
+        found = estimate_rows(self.question, list(self.methods))
+        rows = {name: row for name, (row, _) in found.items()}
         print(f"\n{self._title()}")
         print(
             f"peak memory of one training step and its parts, GiB (2^30 bytes)\n\n{table(rows)}\n"
         )
-        print("".join(f"{line}\n" for line in lines), end="")
-        if self.fit_gib:
-            print(fit_line(rows, self.fit_gib, self.shape.seq_len))
+        print("".join(f"{line}\n" for _, line in found.values() if line), end="")
+        if self.question.fit_gib:
+            print(fit_line(rows, self.question.fit_gib, self.shape.seq_len))
         folder = Path(self.cfg.output_dir)
         write(folder, rows, settings=self._settings(), title=self._title())
         print(f"{folder / JSON_FILE} and {PLOT_FILE} written")
-
-    def _cost(self, method: Method, shape: Shape) -> StepCost:
-        return estimate_step(
-            method, self.choices, shape, device=self.device, attention=self.attention
-        )
-
-    def _spread_lines(self, name: str, method: Method, cost: StepCost) -> list[str]:
-        """What each of several processes has of it; nothing for one process or others' methods."""
-        if self.spread.num_processes == 1:
-            return []
-        model = method.build(self.choices).model
-        if not isinstance(model, QSTDecoder | PEQADecoder):
-            return []
-        return [f"{name}, {spread_line(self.spread, model, cost.memory.num_bytes)}"]
-
-    def _largest_batch(self, method: Method) -> LargestBatch:
-        assert self.fit_gib is not None
-
-        model = method.build(self.choices).model if self.spread.is_sharded else None
-
-        def peak_bytes(batch_size: int) -> int:
-            peak = self._cost(method, Shape(batch_size, self.shape.seq_len)).memory.num_bytes
-            is_ours = isinstance(model, QSTDecoder | PEQADecoder)
-            return self.spread.peak_bytes(model, peak) if is_ours else peak
-
-        return largest_batch(
-            peak_bytes,
-            self.fit_gib * GIB,
-            start=self.shape.batch_size,
-            max_trial=MAX_TRIAL_TOKENS // self.shape.seq_len,
-        )
 
     def _title(self) -> str:
         return (
@@ -158,9 +122,9 @@ class QSTEstimateRecipe:
             "device": self.device,
             "attention": self.attention,
             "lora_rank": self.choices.lora_rank,
-            "fit_gib": self.fit_gib,
-            "num_processes": self.spread.num_processes,
-            "backbone_sharding": self.spread.mode,
+            "fit_gib": self.question.fit_gib,
+            "num_processes": self.question.spread.num_processes,
+            "backbone_sharding": self.question.spread.mode,
         }
 
 
@@ -195,8 +159,6 @@ def main(cfg: DictConfig) -> None:
     check_config(cfg, KEYS)
     fetch_models(cfg, "config")
     recipe = QSTEstimateRecipe(cfg)
-    # Said once by torch of torchtune's own norms, whose weights are bf16 and inputs fp32.
-    warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
     with output_folder(Path(cfg.output_dir)):
         recipe.run()
 

@@ -1,9 +1,7 @@
 """The largest batch whose training step fits into a given memory."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-
-_MAX_TRIALS = 3
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -23,6 +21,38 @@ class LargestBatch:
         return f"{'' if self.is_verified else 'about '}{self.batch_size or 'none'}"
 
 
+@dataclass
+class _Search:
+    """Peaks by batch size, each estimated once. A row more never takes less memory."""
+
+    peak_bytes: Callable[[int], int]
+    limit: float
+    known: dict[int, int] = field(default_factory=dict)
+
+    def fits(self, batch: int) -> bool:
+        if batch not in self.known:
+            self.known[batch] = self.peak_bytes(batch)
+        return self.known[batch] <= self.limit
+
+    def crossing(self, first: int, second: int) -> int:
+        """Largest batch size at which the line through two known ones is within the limit."""
+        slope = (self.known[second] - self.known[first]) / (second - first)
+        if slope <= 0:  # something else than the rows is the peak
+            return 2 * second
+        return first + int((self.limit - self.known[first]) / slope)
+
+    def between(self, low: int, high: int) -> int:
+        """The answer, between a batch size that fits and one that does not, both known."""
+        width = 2 * (high - low)
+        while high - low > 1:
+            guess = min(max(self.crossing(low, high), low + 1), high - 1)
+            if high - low > width / 2:  # where memory bends, lines lead on slowly
+                guess = (low + high) // 2
+            width = high - low
+            low, high = (guess, high) if self.fits(guess) else (low, guess)
+        return low
+
+
 def largest_batch(
     peak_bytes: Callable[[int], int], limit_bytes: float, *, start: int, max_trial: int
 ) -> LargestBatch:
@@ -36,23 +66,16 @@ def largest_batch(
         max_trial (int): largest batch size to try; larger ones are extrapolated.
 
     Returns:
-        LargestBatch: where memory is not quite affine it may not be the very largest.
+        LargestBatch: the same as of trying every batch size, except where it is extrapolated.
     """
-    known = {batch: peak_bytes(batch) for batch in (start, 2 * start)}
-    for _ in range(_MAX_TRIALS):
-        guess = _extrapolate(known, limit_bytes)
-        if guess > max(max_trial, *known):
+    search = _Search(peak_bytes, limit_bytes)
+    if not search.fits(start):
+        low = 1 if start > 1 and search.fits(1) else 0
+        return LargestBatch(search.between(low, start) if low else 0, is_verified=True)
+    low, high = start, 2 * start
+    while search.fits(high):
+        guess = search.crossing(low, high)
+        if guess > max(max_trial, high):
             return LargestBatch(guess, is_verified=False)
-        if guess in known or guess < 1:
-            break
-        known[guess] = peak_bytes(guess)
-    fitting = [batch for batch, peak in known.items() if peak <= limit_bytes]
-    return LargestBatch(max(fitting, default=0), is_verified=True)
-
-
-def _extrapolate(known: dict[int, int], limit_bytes: float) -> int:
-    """Where the line through the two points nearest to the limit meets it."""
-    nearest = sorted(known, key=lambda batch: abs(known[batch] - limit_bytes))[:2]
-    low, high = sorted(nearest)
-    slope = (known[high] - known[low]) / (high - low)
-    return low + int((limit_bytes - known[low]) // slope) if slope > 0 else high
+        low, high = high, max(guess, high + 1)
+    return LargestBatch(search.between(low, high), is_verified=True)

@@ -20,6 +20,8 @@ SAMPLING_KEYS = {
     ),
     **pick("seed"),
 }
+# Those that are arguments of Sampling.
+SAMPLING_NAMES = ("temperature", "top_k", "top_p")
 
 
 @dataclass(frozen=True)

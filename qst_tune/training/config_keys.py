@@ -221,5 +221,7 @@ def setting(cfg: Mapping[Any, Any], name: str, keys: Keys) -> Any:
     Returns:
         Any: the value.
     """
-    value = cfg.get(name)
-    return keys[name].default if value is None else value
+    value, key = cfg.get(name), keys[name]
+    if value is None:
+        return key.default
+    return float(value) if key.kind is float else value  # in YAML a number may be quoted
