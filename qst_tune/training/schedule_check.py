@@ -15,6 +15,9 @@ from qst_tune.training.distributed import rank_and_world_size
 # thousands of steps, and nobody writes that by mistake.
 _LONGEST = 10_000
 _OWN = "qst_tune.training.lr_schedulers.cosine_with_warmup"
+# Adam moves a weight by about its rate a step: in fewer steps than this a new side network hardly
+# leaves its start.
+_FEW_STEPS = 20
 _FIX = f"use lr_scheduler._component_={_OWN}, whose warm-up is a share of the run"
 
 log = utils.get_logger("INFO")
@@ -27,7 +30,7 @@ def report_schedule(cfg: DictConfig, num_steps: int) -> None:
         cfg (DictConfig): as there.
         num_steps (int): of the whole run.
     """
-    warnings = check_schedule(cfg, num_steps)
+    warnings = [*check_schedule(cfg, num_steps), *_few_steps(cfg, num_steps)]
     if rank_and_world_size()[0] == 0:
         for warning in warnings:
             log.warning(warning)
@@ -85,6 +88,17 @@ def learning_rates(cfg: DictConfig, num_steps: int) -> tuple[float, list[float]]
         plain.step()
         scheduler.step()
     return full, rates
+
+
+def _few_steps(cfg: DictConfig, num_steps: int) -> list[str]:
+    """Warn of a small file's run, unless it was made short on purpose."""
+    if num_steps >= _FEW_STEPS or cfg.get("max_steps_per_epoch"):
+        return []
+    epochs = -(-_FEW_STEPS * cfg.epochs // num_steps)
+    return [
+        f"the run has {num_steps} optimizer {'step' if num_steps == 1 else 'steps'}, too few to "
+        f"learn much: set epochs={epochs} or more, or lower gradient_accumulation_steps"
+    ]
 
 
 def _long_warmup(block: DictConfig, full: float, rates: list[float]) -> list[str]:

@@ -68,5 +68,27 @@ def test_rates_are_those_that_the_run_will_have() -> None:
 
 
 def test_warnings_are_logged(caplog: pytest.LogCaptureFixture) -> None:
-    report_schedule(config(TORCHTUNE, num_warmup_steps=100), 4)
-    assert [record.levelno for record in caplog.records] == [logging.WARNING] * 2
+    cfg = config(TORCHTUNE, num_warmup_steps=100)
+    cfg.epochs = 1
+    report_schedule(cfg, 4)
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] * 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "num_steps", "told"),
+    [
+        ({}, 1, "the run has 1 optimizer step, too few to learn much: set epochs=20 or more"),
+        ({"epochs": 3}, 12, "the run has 12 optimizer steps, too few to learn much: set epochs=5"),
+        ({}, 20, ""),
+        ({"max_steps_per_epoch": 2}, 2, ""),
+    ],
+)
+def test_run_of_a_few_steps_is_named_unless_it_is_asked_for(
+    changes, num_steps: int, told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = config(OWN)
+    cfg.update({"epochs": 1, **changes})
+    with caplog.at_level(logging.WARNING):
+        report_schedule(cfg, num_steps)
+    assert ("too few" in caplog.text) == bool(told)
+    assert told in caplog.text
