@@ -1,5 +1,6 @@
 """transformers' own server answers a chat request with a side network, on loopback."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -35,6 +36,7 @@ def address(folder: Path, tmp_path: Path) -> Iterator[str]:
             [sys.executable, "-m", "qst_tune.transformers", "serve", str(folder), "--host",
              "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"],
             stdout=file, stderr=file,
+            env={**os.environ, "HF_HOME": str(tmp_path / "no_cache"), "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
     try:
         deadline = time.monotonic() + PATIENCE_S
@@ -51,8 +53,12 @@ def address(folder: Path, tmp_path: Path) -> Iterator[str]:
         server.wait()
 
 
-def test_a_chat_request_is_answered(address: str, folder: Path) -> None:
+def test_a_chat_request_is_answered_by_the_model_that_is_listed(
+    address: str, folder: Path, tmp_path: Path
+) -> None:
     client = openai.OpenAI(base_url=address, api_key="none", timeout=PATIENCE_S, max_retries=0)
+    assert not (tmp_path / "no_cache/hub").exists()
+    assert [model.id for model in client.models.list()] == [str(folder)]
     answer = client.chat.completions.create(
         model=str(folder), messages=[{"role": "user", "content": "what is it"}], max_tokens=5
     )
