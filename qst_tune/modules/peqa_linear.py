@@ -112,6 +112,17 @@ class PEQALinear(nn.Module):
         """``[O, I]``."""
         return torch.Size((self.out_features, self.in_features))
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Quantise a dense weight here: torchtune's own recipes load a whole model at once."""
+        weight = state_dict.get(f"{prefix}weight")
+        if isinstance(weight, torch.Tensor):
+            device = weight.device if self.codes.is_meta else self.codes.device
+            self.quantize_(weight.to(device=device, dtype=torch.float32))
+            rest = {name: value for name, value in state_dict.items() if name != f"{prefix}weight"}
+            own = {f"{prefix}{name}": value for name, value in self.state_dict().items()}
+            state_dict = {**own, **rest}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def adapter_params(self) -> list[str]:
         """Names of what trains, by torchtune's adapter protocol.
 

@@ -26,7 +26,9 @@ def checkpointer(folder: Path, backbone: Path, **settings: object) -> TunedCheck
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("settings", [{}, {"embedding_quantization": "int8"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"embedding_quantization": "int8"}, {"base_quantization": "int8"}]
+)
 def test_a_model_that_loads_it_as_stock_recipes_do_is_the_tuned_one(
     settings: dict[str, str], tmp_path: Path
 ) -> None:
