@@ -14,6 +14,8 @@ from torchtune.config._utils import _has_component, _remove_key_by_dotpath
 
 # What a user writes to be read, and not to be looked up on a disk.
 _TEXTS = ("prompt", "prompts", "system_prompt", "new_system_prompt")
+# Those that are one text, also where the file has none: that of a training run has no prompt.
+_PROSE = ("prompt", "system_prompt")
 
 
 def merge_overrides(settings: dict[str, Any], overrides: Iterable[str]) -> DictConfig:
@@ -62,7 +64,8 @@ def _as_yaml(override: str, settings: dict[str, Any]) -> str:
     # Texts that may begin like an alias, a list or a map of YAML: *.jsonl, [v2].jsonl, {% if %}.
     is_list = value[:1] == "[" and value[-1:] == "]"
     is_text = key.endswith((".data_files", ".chat_template")) and not is_list
-    if (isinstance(current, str) or is_text) and not is_null and not value.startswith("${"):
+    is_text = is_text or isinstance(current, str) or key in _PROSE
+    if is_text and not is_null and not value.startswith("${"):
         return f"{key}={json.dumps(value, ensure_ascii=False)}"  # YAML knows no surrogate pairs
     if value == "None":
         return f"{key}=null"
