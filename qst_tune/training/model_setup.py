@@ -239,6 +239,7 @@ def provenance_of(
     plain = with_hub_names(OmegaConf.to_container(cfg, resolve=True))
     for name in variables_in(cfg) - set(TRAINING_KEYS):
         plain.pop(name, None)  # nothing refers to it any more: it would be an unknown key
+    _take_in_template(plain.get("tokenizer") or {})
     return Provenance(
         backbone,
         dict(plain["model"]),
@@ -246,6 +247,15 @@ def provenance_of(
         lineage=lineage,
         backbone_path=_home_of(cfg.checkpointer.checkpoint_dir),
     )
+
+
+def _take_in_template(tokenizer: dict[str, Any]) -> None:
+    """Put the text of a chat template's file in the place of its path, which is of this machine."""
+    template = tokenizer.get("chat_template")
+    if isinstance(template, str) and "{" not in template and Path(template).suffix:
+        file = Path(template).expanduser()
+        if file.is_file():
+            tokenizer["chat_template"] = file.read_text(encoding="utf-8")
 
 
 def _home_of(checkpoint_dir: str) -> str:

@@ -20,6 +20,7 @@ from qst_tune.modules.qst_decoder import QSTDecoder
 from qst_tune.training.described_model import load_described
 from qst_tune.transformers.config import FETCHING, QSTConfig, backbone_folder, side_network_folder
 from qst_tune.transformers.masks import attention_mask_of, positions_of
+from qst_tune.transformers.tuned_template import TunedTemplate, tuned_template
 
 # What transformers passes along and is so in any case: nothing is loaded but tensors, and
 # torchtune's attention chooses its own kernel.
@@ -111,7 +112,7 @@ class QSTForCausalLM(PreTrainedModel, GenerationMixin):
             device=_device(device_map),
         )
         model = cls(config, decoder)
-        model.generation_config = _generation_config(home)
+        model.generation_config = _generation_config(home, tuned_template(folder, home))
         model.eval()  # type: ignore[no-untyped-call]  # as transformers decorates it
         return model
 
@@ -282,9 +283,12 @@ def _device(device_map: Any) -> torch.device:
     return torch.device("cpu" if device_map is None else device_map)
 
 
-def _generation_config(backbone: Any) -> GenerationConfig:
-    """The backbone's: among other things it says which tokens end a text."""
+def _generation_config(backbone: Any, template: TunedTemplate | None) -> GenerationConfig:
+    """The backbone's, with the tokens that end an answer of the run's chat template."""
     try:
-        return GenerationConfig.from_pretrained(backbone)
+        config = GenerationConfig.from_pretrained(backbone)
     except OSError:
-        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(backbone))
+        config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(backbone))
+    if template is not None:
+        config.eos_token_id = template.stop_tokens
+    return config

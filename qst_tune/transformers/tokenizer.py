@@ -1,10 +1,11 @@
-"""The tokenizer of a side network is its backbone's."""
+"""The tokenizer of a side network is its backbone's, with the run's chat template."""
 
 from typing import Any
 
 from transformers import AutoTokenizer
 
 from qst_tune.transformers.config import FETCHING, QSTConfig, backbone_folder, side_network_folder
+from qst_tune.transformers.tuned_template import tuned_template
 
 
 class BackboneTokenizer:
@@ -31,4 +32,8 @@ class BackboneTokenizer:
         fetching.pop("revision", None)
         backbone = settings.get("backbone") or QSTConfig.from_pretrained(home).backbone
         of_backbone = backbone_folder(backbone, home, "tokenizer", **fetching)
-        return AutoTokenizer.from_pretrained(of_backbone, *args, **public)
+        tokenizer = AutoTokenizer.from_pretrained(of_backbone, *args, **public)
+        tuned = tuned_template(home, of_backbone)
+        if tuned is not None and tuned.source is not None:
+            tokenizer.chat_template = tuned.source
+        return tokenizer
