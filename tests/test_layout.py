@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     "quantization",
     "modules",
+    "backbone",
     "models",
     "training",
     "data",

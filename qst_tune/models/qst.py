@@ -1,4 +1,4 @@
-"""The generic QST builder: a side network for any torchtune decoder."""
+"""The generic QST builder: a side network for any decoder, torchtune's or transformers'."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -9,13 +9,17 @@ from torchtune import training
 from torchtune.modules import TransformerDecoder
 
 from qst_tune.models.builder import method_builder
-from qst_tune.modules.base_quantization import BaseQuantization, quantize_linears
+from qst_tune.backbone.qst_transformer import QSTTransformer
+from qst_tune.backbone.transformers import TransformersBackbone
+from qst_tune.modules.backbone import Backbone
+from qst_tune.modules.base_quantization import BaseQuantization
 from qst_tune.modules.downsample import Activation, DownsampleKind, build_downsample
-from qst_tune.modules.embedding_quantization import EmbeddingQuantization, quantize_embedding
+from qst_tune.modules.embedding_quantization import EmbeddingQuantization
 from qst_tune.modules.learned_positions import LearnedPositionDecoder
 from qst_tune.modules.output_mix import OutputMixKind, build_output_mix
 from qst_tune.modules.qst_decoder import QSTDecoder
-from qst_tune.modules.side_block import MIN_HEAD_DIM, build_side_blocks, resize_norm, side_shape
+from qst_tune.modules.qst_model import QSTModel
+from qst_tune.modules.side_block import MIN_HEAD_DIM
 from qst_tune.modules.side_init import SideInit
 from qst_tune.modules.side_network import (
     Gate,
@@ -26,6 +30,9 @@ from qst_tune.modules.side_network import (
     evenly_spaced_layers,
     initial_gammas,
 )
+from qst_tune.modules.torchtune_backbone import TorchtuneBackbone
+
+Decoder = TransformerDecoder | TransformersBackbone
 
 Variant = Literal["default", "paper", "authors"]
 
@@ -78,7 +85,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def qst_decoder(
-    backbone: TransformerDecoder,
+    backbone: Decoder,
     *,
     reduction_factor: int = 16,
     variant: Variant = "default",
@@ -103,11 +110,12 @@ def qst_decoder(
     dropout: float = 0.0,
     side_reads: Reads = "output",
     side_init: SideInit = "random",
-) -> QSTDecoder:
-    """Build a QST model from a torchtune decoder, which may be on the meta device or have weights.
+) -> QSTModel:
+    """Build a QST model from a decoder, which may be on the meta device or have weights.
 
     Args:
-        backbone (TransformerDecoder): taken over and frozen; the linears of its layers are
+        backbone (Decoder): torchtune's ``TransformerDecoder``, or a model of transformers as
+            ``TransformersBackbone``. Taken over and frozen; the linears of its layers are
             quantised, norms stay as they are.
         reduction_factor (int): r; the side network has width ``embed_dim // r``. Higher trains
             fewer parameters in less memory.
@@ -154,9 +162,10 @@ def qst_decoder(
             to size: "slice" takes its first channels, "prune" those with the largest weights.
 
     Returns:
-        QSTDecoder: fp32 side network, frozen backbone. With the "residual" mix, and the "alpha" mix
+        QSTModel: a ``QSTDecoder`` of a torchtune decoder, else a ``QSTTransformer``: fp32 side
+        network, frozen backbone. With the "residual" mix, and the "alpha" mix
         from 1, its logits equal the quantised backbone's bit for bit. Of a backbone on meta the
-        side network is on meta too: see ``QSTDecoder.initialize_side``.
+        side network is on meta too: see ``QSTModel.initialize_side``.
 
     Raises:
         ValueError: if a name is unknown, r does not fit the backbone, or a weight has no such
@@ -186,10 +195,11 @@ def qst_decoder(
     }
     settings = _variant_settings(variant, backbone)
     settings.update((name, value) for name, value in chosen.items() if value is not None)
-    device = backbone.tok_embeddings.weight.device
+    frozen = _as_backbone(backbone)
+    device = frozen.embedding.weight.device
     with training.set_default_dtype(torch.float32), device:
         side = _side_network(
-            backbone,
+            frozen,
             reduction_factor=reduction_factor,
             hidden_bits=hidden_bits,
             initial_mix=initial_mix,
@@ -199,18 +209,18 @@ def qst_decoder(
             side_reads=side_reads,
             **settings,
         )
-    quantize_linears(backbone.layers, base_quantization)
-    quantize_embedding(backbone, embedding_quantization)
-    model = QSTDecoder(backbone, side, side_init=side_init)
+    frozen.quantize(base_quantization, embedding_quantization)
+    model = _assemble(backbone, side, side_init)
     if device.type != "meta":
         model.initialize_side(device)
     return model
 
 
-def _variant_settings(variant: Variant, backbone: TransformerDecoder) -> dict[str, Any]:
-    settings, num_layers = dict(VARIANTS[variant]), len(backbone.layers)
+def _variant_settings(variant: Variant, backbone: Decoder) -> dict[str, Any]:
+    frozen = _as_backbone(backbone)
+    settings, num_layers = dict(VARIANTS[variant]), frozen.num_layers
     # The variant's, which a tiny backbone may be too narrow or too shallow for.
-    settings["rank"] = min(settings["rank"], backbone.layers[0].attn.embed_dim)
+    settings["rank"] = min(settings["rank"], frozen.width)
     settings["num_side_blocks"] = min(settings["num_side_blocks"] or num_layers, num_layers)
     if variant == "authors" and isinstance(backbone, LearnedPositionDecoder):
         # Their OPT code (modeling_opt_qst.py:1821) weighs the side network with sigmoid(z), their
@@ -220,7 +230,7 @@ def _variant_settings(variant: Variant, backbone: TransformerDecoder) -> dict[st
 
 
 def _side_network(
-    backbone: TransformerDecoder,
+    backbone: Backbone,
     *,
     reduction_factor: int,
     num_side_blocks: int,
@@ -241,9 +251,9 @@ def _side_network(
     dropout: float,
     side_reads: Reads,
 ) -> SideNetwork:
-    embed_dim = backbone.layers[0].attn.embed_dim
-    shape = side_shape(backbone.layers[0], reduction_factor, min_head_dim)
-    layers = evenly_spaced_layers(num_side_blocks, len(backbone.layers))
+    embed_dim = backbone.width
+    shape = backbone.side_shape(reduction_factor, min_head_dim)
+    layers = evenly_spaced_layers(num_side_blocks, backbone.num_layers)
     num_downsamplers = num_side_blocks if share_first_downsample else num_side_blocks + 1
     upsample_type = ZeroLinear if output_mix == "residual" else nn.Linear
     return SideNetwork(
@@ -265,8 +275,8 @@ def _side_network(
             Gate(shape.embed_dim if gate_per_channel else 1, gamma)
             for gamma in initial_gammas(initial_gamma, num_side_blocks)
         ),
-        blocks=build_side_blocks([backbone.layers[index] for index in layers], shape),
-        norm=resize_norm(backbone.norm, shape.embed_dim),
+        blocks=backbone.side_blocks(layers, shape),
+        norm=backbone.side_norm(shape.embed_dim),
         upsample=upsample_type(shape.embed_dim, embed_dim),
         output_mix=build_output_mix(output_mix, embed_dim if mix_per_channel else 1, initial_mix),
         reads=side_reads,
@@ -275,14 +285,25 @@ def _side_network(
     )
 
 
-def qst_builder(backbone_builder: Callable[..., TransformerDecoder]) -> Callable[..., QSTDecoder]:
-    """Turn a builder of a torchtune decoder into a builder of a QST model over it.
+def _as_backbone(decoder: Decoder) -> Backbone:
+    """The decoder behind the interface that a side network is built from."""
+    return TorchtuneBackbone(decoder) if isinstance(decoder, TransformerDecoder) else decoder
+
+
+def _assemble(backbone: Decoder, side: SideNetwork, side_init: SideInit) -> QSTModel:
+    if isinstance(backbone, TransformerDecoder):
+        return QSTDecoder(backbone, side, side_init=side_init)
+    return QSTTransformer(backbone, side, side_init=side_init)
+
+
+def qst_builder(backbone_builder: Callable[..., Decoder]) -> Callable[..., QSTModel]:
+    """Turn a builder of a decoder into a builder of a QST model over it.
 
     Args:
-        backbone_builder (Callable[..., TransformerDecoder]): a component or model builder.
+        backbone_builder (Callable[..., Decoder]): a component or model builder.
 
     Returns:
-        Callable[..., QSTDecoder]: takes the arguments of ``backbone_builder`` and those of
+        Callable[..., QSTModel]: takes the arguments of ``backbone_builder`` and those of
         :func:`qst_decoder`, all flat.
     """
     return method_builder("qst", qst_decoder, backbone_builder)

@@ -39,8 +39,9 @@ class QuantizedLinear(Protocol):
         """
 
 
-# Each makes a layer from a dense weight, which may be on the meta device, and a bias or None.
-_FORMATS: dict[str, Callable[[torch.Tensor, torch.Tensor | None], nn.Module]] = {
+MakeLinear = Callable[[torch.Tensor, torch.Tensor | None], nn.Module]
+
+_FORMATS: dict[str, MakeLinear] = {
     "nf4": NF4Linear,
     "fp4": partial(NF4Linear, quant_type="fp4"),
     # The linear of PEQA, whose scales stay frozen here.
@@ -59,23 +60,38 @@ def quantize_linears(module: nn.Module, base_quantization: BaseQuantization = "n
     Raises:
         ValueError: if the format is unknown or cannot hold a weight of this size.
     """
+    make = linear_format(base_quantization)
+    if make is not None:
+        replace_linears(module, make)
+
+
+def linear_format(base_quantization: BaseQuantization) -> MakeLinear | None:
+    """Look a format up.
+
+    Args:
+        base_quantization (BaseQuantization): its name.
+
+    Returns:
+        MakeLinear | None: makes a :class:`QuantizedLinear` from a dense weight, which may be on the
+        meta device, and a bias or None; None for "none".
+
+    Raises:
+        ValueError: if the format is unknown.
+    """
     if base_quantization not in get_args(BaseQuantization):
         known = ", ".join(get_args(BaseQuantization))
         raise ValueError(
             f"base_quantization={base_quantization!r} is unknown; choose one of {known}"
         )
-    if base_quantization != "none":
-        replace_linears(module, _FORMATS[base_quantization])
+    return _FORMATS.get(base_quantization)
 
 
-def replace_linears(
-    module: nn.Module, make: Callable[[torch.Tensor, torch.Tensor | None], nn.Module]
-) -> None:
+def replace_linears(module: nn.Module, make: MakeLinear) -> None:
     """Replace, in place, every ``nn.Linear`` below ``module``.
 
     Args:
         module (nn.Module): typically the layers of a backbone, on the meta device or with weights.
-        make (Callable[[torch.Tensor, torch.Tensor | None], nn.Module]): from weight and bias.
+        make (MakeLinear): from weight and bias.
     """
     for name, child in module.named_children():
         if type(child) is nn.Linear:

@@ -31,23 +31,36 @@ def quantize_embedding(
     """
     if embedding_quantization == "none":
         return
-    if embedding_quantization not in get_args(EmbeddingQuantization):
-        known = ", ".join(get_args(EmbeddingQuantization))
-        raise ValueError(
-            f"embedding_quantization={embedding_quantization!r} is unknown; choose one of {known}"
-        )
+    check_table_format(embedding_quantization, decoder.tok_embeddings)
     for owner in _owners(decoder):
         table = quantize_table(owner.weight, embedding_quantization)
         owner.weight = nn.Parameter(table, requires_grad=False)
 
 
-def _owners(decoder: TransformerDecoder) -> Iterator[nn.Embedding | nn.Linear]:
-    """The modules with a weight that has a row for each token."""
-    embedding = decoder.tok_embeddings
+def check_table_format(embedding_quantization: EmbeddingQuantization, embedding: nn.Module) -> None:
+    """Refuse a format or an embedding that is not supported.
+
+    Args:
+        embedding_quantization (EmbeddingQuantization): any format's name.
+        embedding (nn.Module): of tokens.
+
+    Raises:
+        ValueError: if the format is unknown, or ``embedding`` is not an ``nn.Embedding``.
+    """
+    if embedding_quantization not in get_args(EmbeddingQuantization):
+        known = ", ".join(get_args(EmbeddingQuantization))
+        raise ValueError(
+            f"embedding_quantization={embedding_quantization!r} is unknown; choose one of {known}"
+        )
     if not isinstance(embedding, nn.Embedding):
         raise ValueError(
             f"embedding_quantization takes an nn.Embedding, not {type(embedding).__name__}"
         )
+
+
+def _owners(decoder: TransformerDecoder) -> Iterator[nn.Embedding | nn.Linear]:
+    """The modules with a weight that has a row for each token."""
+    embedding: nn.Embedding = decoder.tok_embeddings
     yield embedding
     # A tied head is none of its own: it reads the embedding's weight at each call.
     head = decoder.output.modules() if isinstance(decoder.output, nn.Module) else ()

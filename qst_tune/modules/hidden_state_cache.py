@@ -38,42 +38,50 @@ class HiddenStateCache:
         self.folder = folder
         self.is_full = False
 
-    def __call__(
-        self,
-        computed: Iterator[torch.Tensor],
-        tokens: torch.Tensor,
-        *,
-        mask: _MaskType | None,
-        input_pos: torch.Tensor | None,
-    ) -> Iterator[torch.Tensor]:
-        """Give the states of a batch, from its file or as they are computed.
+    def read(
+        self, tokens: torch.Tensor, *, mask: _MaskType | None, input_pos: torch.Tensor | None
+    ) -> Iterator[torch.Tensor] | None:
+        """Find the states of a batch.
 
         Args:
-            computed (Iterator[torch.Tensor]): the states, not begun if there is a file.
             tokens (torch.Tensor): ``[B, T]`` of the batch.
             mask (_MaskType | None): of the batch.
             input_pos (torch.Tensor | None): of the batch.
 
-        Yields:
-            torch.Tensor: the states in order, one at a time, on the device of ``tokens``. They are
-            kept when the caller has taken all.
+        Returns:
+            Iterator[torch.Tensor] | None: the states in order, one at a time, on the device of
+            ``tokens``; None if they must be computed.
         """
-        path = self.folder / f"{_digest(tokens, mask, input_pos)}.safetensors"
-        file = _open(path, tokens.device)
-        if file is not None:
-            with file:
-                yield from (file.get_tensor(str(i)) for i in range(len(file.keys())))
-            return
-        states: list[torch.Tensor] = []
-        for state in computed:
-            if not self.is_full:
-                states.append(state.detach().cpu().contiguous())
-            yield state
-        if states:
-            self._keep(states, path)
+        file = _open(self._path(tokens, mask, input_pos), tokens.device)
+        return None if file is None else _tensors_of(file)
 
-    def _keep(self, states: list[torch.Tensor], path: Path) -> None:
-        """Write a file that is whole or absent, whenever the process dies."""
+    def recorder(
+        self, tokens: torch.Tensor, *, mask: _MaskType | None, input_pos: torch.Tensor | None
+    ) -> "Recorder":
+        """Begin to keep the states of a batch.
+
+        Args:
+            tokens (torch.Tensor): ``[B, T]`` of the batch.
+            mask (_MaskType | None): of the batch.
+            input_pos (torch.Tensor | None): of the batch.
+
+        Returns:
+            Recorder: add each state to it in order, then write.
+        """
+        return Recorder(self, self._path(tokens, mask, input_pos))
+
+    def _path(
+        self, tokens: torch.Tensor, mask: _MaskType | None, input_pos: torch.Tensor | None
+    ) -> Path:
+        return self.folder / f"{_digest(tokens, mask, input_pos)}.safetensors"
+
+    def keep(self, states: list[torch.Tensor], path: Path) -> None:
+        """Write a file that is whole or absent, whenever the process dies.
+
+        Args:
+            states (list[torch.Tensor]): in order, on the CPU.
+            path (Path): of the file.
+        """
         aside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -87,6 +95,38 @@ class HiddenStateCache:
             log.warning(f"no more hidden states are kept in {self.folder}: {error}")
         finally:
             aside.unlink(missing_ok=True)
+
+
+class Recorder:
+    """The states of one batch, copied to the host as they are computed.
+
+    Args:
+        cache (HiddenStateCache): where they are kept.
+        path (Path): of the batch's file.
+    """
+
+    def __init__(self, cache: HiddenStateCache, path: Path) -> None:
+        self._cache, self._path = cache, path
+        self._states: list[torch.Tensor] = []
+
+    def add(self, state: torch.Tensor) -> None:
+        """Copy the next state, unless the disk is full.
+
+        Args:
+            state (torch.Tensor): ``[B, T, D]``.
+        """
+        if not self._cache.is_full:
+            self._states.append(state.detach().cpu().contiguous())
+
+    def write(self) -> None:
+        """Write the batch's file; the last state must have been added."""
+        if self._states:
+            self._cache.keep(self._states, self._path)
+
+
+def _tensors_of(file: Any) -> Iterator[torch.Tensor]:
+    with file:
+        yield from (file.get_tensor(str(i)) for i in range(len(file.keys())))
 
 
 def _open(path: Path, device: torch.device) -> Any | None:

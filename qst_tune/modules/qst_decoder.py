@@ -1,34 +1,28 @@
-"""The QST model: a frozen decoder that only runs forward, and a side network that trains."""
+"""The QST model over a torchtune decoder."""
 
-import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, get_args
 
 import torch
-from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from torch.nn.attention.flex_attention import BlockMask
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.attention_utils import _MaskType
 
 from qst_tune.modules.decoder_parts import decoder_parts
-from qst_tune.modules.hidden_state_cache import HiddenStateCache
-from qst_tune.modules.learned_positions import LearnedPositionEmbedding
+from qst_tune.modules.qst_model import QSTModel
 from qst_tune.modules.side_init import SideInit, initialize_from_backbone
 from qst_tune.modules.side_network import SideNetwork
+from qst_tune.modules.torchtune_backbone import CHUNK_TOKENS, TorchtuneBackbone
 
 
-class QSTDecoder(TransformerDecoder):
+class QSTDecoder(QSTModel, TransformerDecoder):
     """Quantized Side Tuning over any torchtune decoder.
 
     The backbone's ``tok_embeddings``, ``layers``, ``norm`` and ``output`` keep torchtune's names
     and are frozen; ``side`` is added. So a stock checkpoint loads with exactly the ``side.`` keys
     missing, and torchtune's generation and chunked output see the model they know.
 
-    The backbone runs under ``no_grad``, one layer at a time and interleaved with the side network:
-    nothing of it is kept for backward except what a downsampler needs for its own gradient, and the
-    hidden states never lie in memory together. A batch of more than ``frozen_chunk_tokens`` tokens
-    goes through each frozen layer in parts, which bounds the memory of its intermediates.
+    A batch of more than ``frozen_chunk_tokens`` tokens goes through each frozen layer in parts,
+    which bounds the memory of its intermediates.
 
     Source: QST (https://arxiv.org/abs/2401.07159); equations in
     :class:`~qst_tune.modules.side_network.SideNetwork`.
@@ -50,38 +44,21 @@ class QSTDecoder(TransformerDecoder):
         if side_init not in get_args(SideInit):
             known = ", ".join(get_args(SideInit))
             raise ValueError(f"side_init={side_init!r} is unknown; choose one of {known}")
-        if max(side.layers) >= len(backbone.layers):
-            raise ValueError(
-                f"a side block stands beside layer {max(side.layers)}, but the backbone has only "
-                f"layers 0 to {len(backbone.layers) - 1}"
-            )
         if side_init != "random":
             _check_heads_can_be_cut(side, backbone, side_init)
-        super().__init__(**decoder_parts(backbone))
-        self.requires_grad_(False)
-        self.side = side
+        TransformerDecoder.__init__(self, **decoder_parts(backbone))
+        self.frozen_chunk_tokens = CHUNK_TOKENS
         self.side_init = side_init
-        self.skip_output_layer = False
-        # Tokens that go through a frozen layer at once: enough for its matrix products to run at
-        # full speed and to pay for decoding its weights again for each part.
-        self.frozen_chunk_tokens = 4096
-        # Set where batches come again: the backbone then runs on each of them once.
-        self.hidden_state_cache: HiddenStateCache | None = None
-        self.reference_side: SideNetwork | None = None
+        self.adopt(side)
 
-    def train(self, mode: bool = True) -> "QSTDecoder":
-        """Switch the side network between training and evaluation; the backbone always evaluates.
+    @property
+    def backbone(self) -> TorchtuneBackbone:
+        """The frozen decoder: this module's own parts, without the side network."""
+        return TorchtuneBackbone(self, self.frozen_chunk_tokens)
 
-        Args:
-            mode (bool): True for training. Default: True.
-
-        Returns:
-            QSTDecoder: itself.
-        """
-        super().train(False)
-        self.training = mode
-        self.side.train(mode)
-        return self
+    def caches_are_enabled(self) -> bool:
+        """Whether keys and values are cached, in torchtune's way."""
+        return bool(TransformerDecoder.caches_are_enabled(self))
 
     def initialize_side(self, device: torch.device) -> None:
         """Give the side network its first values, in place; the backbone must have its weights.
@@ -89,8 +66,7 @@ class QSTDecoder(TransformerDecoder):
         Args:
             device (torch.device): where the side network shall be, if it is on meta.
         """
-        if any(parameter.is_meta for parameter in self.side.parameters()):
-            self.side.materialize(device)
+        super().initialize_side(device)
         if self.side_init != "random":
             initialize_from_backbone(self.side, self, self.side_init)
 
@@ -163,152 +139,8 @@ class QSTDecoder(TransformerDecoder):
             encoder_mask=encoder_mask,
             input_pos=input_pos,
         )
-        if self.side.disabled:
-            y_BTD = self._backbone_only(tokens, mask=mask, input_pos=input_pos)
-        else:
-            y_BTD, _ = self._both(tokens, mask=mask, input_pos=input_pos)
-        if self.skip_output_layer:
-            return y_BTD
-        if self.num_output_chunks > 0:
-            chunks: list[torch.Tensor] = self.chunked_output(y_BTD)
-            return chunks
-        logits: torch.Tensor = self.output(y_BTD).float()
-        return logits
-
-    def keep_reference(self) -> None:
-        """Let :meth:`with_reference` compare with the model as it is now, not with the backbone.
-
-        A frozen copy of the side network is kept; it reads the same hidden states.
-        """
-        reference = copy.deepcopy(self.side).eval().requires_grad_(False)
-        reference.recompute = False
-        # Not a submodule: it is neither trained nor saved.
-        object.__setattr__(self, "reference_side", reference)
-
-    def with_reference(
-        self,
-        tokens: torch.Tensor,
-        *,
-        mask: _MaskType | None = None,
-        input_pos: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run both networks once: what the side network makes, and what the reference model would.
-
-        The reference model of preference learning is the backbone alone, for no more than its LM
-        head; or, after :meth:`keep_reference`, the model of that moment, whose side network reads
-        the states of the same pass.
-
-        Args:
-            tokens (torch.Tensor): as for :meth:`forward`.
-            mask (_MaskType | None): as for :meth:`forward`.
-            input_pos (torch.Tensor | None): as for :meth:`forward`.
-
-        Returns:
-            tuple[torch.Tensor, torch.Tensor]: inputs of the LM head of the model and of the
-            reference model, ``[B, T, D]``.
-        """
-        return self._both(
-            tokens, mask=mask, input_pos=input_pos, reference_side=self.reference_side
-        )
-
-    def _both(
-        self,
-        tokens: torch.Tensor,
-        *,
-        mask: _MaskType | None,
-        input_pos: torch.Tensor | None,
-        reference_side: SideNetwork | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The head's input of the model, and that of the reference or of the backbone alone."""
-        # A method of its own: FSDP wraps with_reference, and forward must not enter it twice.
-        sides = [self.side] if reference_side is None else [self.side, reference_side]
-        h_BTD = self._embed(tokens, mask=mask, input_pos=input_pos)
-        carried = [side.start(h_BTD) for side in sides]
-        states = self._states(h_BTD, mask=mask, input_pos=input_pos)
-        if self.hidden_state_cache is not None and not self.caches_are_enabled():
-            states = self.hidden_state_cache(states, tokens, mask=mask, input_pos=input_pos)
-        del h_BTD
-        for block in range(len(self.side.layers)):
-            h_BTD = next(states)
-            carried = [
-                side.step(block, h_BTD, g_BTS, mask=mask, input_pos=input_pos)
-                for side, g_BTS in zip(sides, carried, strict=True)
-            ]
-            del h_BTD
-        (f_BTD,) = states
-        y_BTD, *reference = (
-            side.finish(f_BTD, g_BTS) for side, g_BTS in zip(sides, carried, strict=True)
-        )
-        return y_BTD, reference[0] if reference else f_BTD
-
-    def _states(self, h_BTD: torch.Tensor, **per_row: Any) -> Iterator[torch.Tensor]:
-        """What each side block reads, then f; a layer runs when what follows it is asked for."""
-        beside = set(self.side.layers)
-        for index, layer in enumerate(self.layers):
-            if index in beside and self.side.reads == "input":
-                yield h_BTD
-            h_BTD = self._frozen(layer, h_BTD, **per_row)
-            if index in beside and self.side.reads == "output":
-                yield h_BTD
-        yield self._frozen(self.norm, h_BTD)
-
-    def _backbone_only(
-        self, tokens: torch.Tensor, *, mask: _MaskType | None, input_pos: torch.Tensor | None
-    ) -> torch.Tensor:
-        """The input of the LM head as the backbone alone gives it, ``[B, T, D]``."""
-        h_BTD = self._embed(tokens, mask=mask, input_pos=input_pos)
-        for layer in self.layers:
-            h_BTD = self._frozen(layer, h_BTD, mask=mask, input_pos=input_pos)
-        return self._frozen(self.norm, h_BTD)
-
-    def _embed(self, tokens: torch.Tensor, **where: Any) -> torch.Tensor:
-        """The backbone's embedding; only a learned one wants to know the tokens' positions."""
-        learned = isinstance(self.tok_embeddings, LearnedPositionEmbedding)
-        return self._frozen(self.tok_embeddings, tokens, **(where if learned else {}))
-
-    @torch.no_grad()
-    def _frozen(self, module: nn.Module, x: torch.Tensor, **per_row: Any) -> torch.Tensor:
-        """Run a module of the backbone, some rows of the batch at a time, keeping nothing.
-
-        Without gradient a layer's intermediates (several times the size of its input) are all that
-        a long batch costs here. Rows are independent, so doing few at a time bounds them. A module
-        that FSDP has sharded is gathered once for all of them, so that processes whose batches have
-        different sizes stay in step.
-        """
-        output = self._in_parts(module, x, **per_row)
-        if isinstance(module, FSDPModule):
-            module.reshard()
-        return output
-
-    def _in_parts(self, module: nn.Module, x: torch.Tensor, **per_row: Any) -> torch.Tensor:
-        num_rows = max(1, self.frozen_chunk_tokens // x.shape[1])
-        # A cache is written for all rows. A BlockMask (packed batches on CUDA) counts its rows from
-        # the first; flex_attention takes fewer rows without an error and masks them wrongly.
-        indivisible = self.caches_are_enabled() or isinstance(per_row.get("mask"), BlockMask)
-        if num_rows >= len(x) or indivisible:
-            whole: torch.Tensor = module(x, **per_row)
-            return whole
-        starts = range(0, len(x), num_rows)
-        first: torch.Tensor = module(x[:num_rows], **_rows(per_row, 0, num_rows, len(x)))
-        output = first.new_empty(len(x), *first.shape[1:])
-        output[:num_rows] = first
-        for start in starts[1:]:
-            stop = start + num_rows
-            output[start:stop] = module(x[start:stop], **_rows(per_row, start, stop, len(x)))
-        return output
-
-
-def _rows(per_row: dict[str, Any], start: int, stop: int, batch_size: int) -> dict[str, Any]:
-    """The same rows of a mask or of positions; what serves all rows is passed as it is.
-
-    So are positions ``[T]``, of which there may be as many as rows.
-    """
-    return {
-        name: value[start:stop]
-        if isinstance(value, torch.Tensor) and value.ndim > 1 and len(value) == batch_size
-        else value
-        for name, value in per_row.items()
-    }
+        y_BTD, _ = self._both(tokens, mask=mask, input_pos=input_pos)
+        return self.head_output(y_BTD)
 
 
 def _check_heads_can_be_cut(side: Any, backbone: Any, side_init: SideInit) -> None:

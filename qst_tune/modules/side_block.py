@@ -42,10 +42,48 @@ class SideShape:
         return self.embed_dim // self.num_heads
 
 
+@dataclass(frozen=True)
+class LayerSizes:
+    """Sizes of a backbone layer from which those of a side block follow.
+
+    Args:
+        embed_dim (int): D.
+        hidden_dim (int): width inside its MLP.
+        num_heads (int): query heads.
+        num_kv_heads (int): key and value heads.
+        is_rotary (bool): whether a side block turns pairs of channels: its heads have even width.
+    """
+
+    embed_dim: int
+    hidden_dim: int
+    num_heads: int
+    num_kv_heads: int
+    is_rotary: bool
+
+
+def layer_sizes(layer: TransformerSelfAttentionLayer) -> LayerSizes:
+    """Read the sizes of a torchtune layer.
+
+    Args:
+        layer (TransformerSelfAttentionLayer): a layer of the backbone.
+
+    Returns:
+        LayerSizes: its sizes.
+    """
+    attn = layer.attn
+    return LayerSizes(
+        embed_dim=attn.embed_dim,
+        hidden_dim=layer.mlp.w1.out_features,
+        num_heads=attn.num_heads,
+        num_kv_heads=attn.num_kv_heads,
+        is_rotary=attn.pos_embeddings is not None,
+    )
+
+
 def side_shape(
-    layer: TransformerSelfAttentionLayer, reduction_factor: int, min_head_dim: int = MIN_HEAD_DIM
+    sizes: LayerSizes, reduction_factor: int, min_head_dim: int = MIN_HEAD_DIM
 ) -> SideShape:
-    """Choose the sizes of a side block from a backbone layer and r.
+    """Choose the sizes of a side block from those of a backbone layer and r.
 
     Widths are the backbone's divided by r, rounded down. The side network keeps the backbone's
     number of heads, as the authors do, where that leaves a head_dim of at least ``min_head_dim``
@@ -54,7 +92,7 @@ def side_shape(
     key and value heads, and with it the number of parameters, where there is one.
 
     Args:
-        layer (TransformerSelfAttentionLayer): a layer of the backbone, of width D.
+        sizes (LayerSizes): of a layer of the backbone.
         reduction_factor (int): r.
         min_head_dim (int): least width of a head, where the side network is as wide as that.
             Narrow heads learn badly (docs/results.md), and the time of attention grows with their
@@ -66,21 +104,20 @@ def side_shape(
     Raises:
         ValueError: if no number of heads fits that width; the message names values of r that work.
     """
-    attn, mlp_dim = layer.attn, layer.mlp.w1.out_features
-    embed_dim = attn.embed_dim // reduction_factor if reduction_factor >= 1 else 0
-    num_heads = _num_side_heads(attn, embed_dim, min(min_head_dim, embed_dim))
+    embed_dim = sizes.embed_dim // reduction_factor if reduction_factor >= 1 else 0
+    num_heads = _num_side_heads(sizes, embed_dim, min(min_head_dim, embed_dim))
     if num_heads is None:
         raise ValueError(
             f"reduction_factor={reduction_factor} gives a side network of width {embed_dim} for a "
-            f"backbone of width {attn.embed_dim}, which cannot be split into heads of "
-            f"{'a' if attn.pos_embeddings is None else 'an even'} width of at least "
-            f"{MIN_HEAD_DIM}; values that work: {_working_factors(attn)}"
+            f"backbone of width {sizes.embed_dim}, which cannot be split into heads of "
+            f"{'an even' if sizes.is_rotary else 'a'} width of at least "
+            f"{MIN_HEAD_DIM}; values that work: {_working_factors(sizes)}"
         )
     return SideShape(
         embed_dim=embed_dim,
-        hidden_dim=max(1, mlp_dim // reduction_factor),
+        hidden_dim=max(1, sizes.hidden_dim // reduction_factor),
         num_heads=num_heads,
-        num_kv_heads=_num_side_kv_heads(num_heads, attn.num_heads, attn.num_kv_heads),
+        num_kv_heads=_num_side_kv_heads(num_heads, sizes.num_heads, sizes.num_kv_heads),
     )
 
 
@@ -195,17 +232,17 @@ def _side_rope(rope: nn.Module | None, head_dim: int) -> nn.Module | None:
 
 
 def _num_side_heads(
-    attn: MultiHeadAttention, embed_dim: int, min_head_dim: int = MIN_HEAD_DIM
+    sizes: LayerSizes, embed_dim: int, min_head_dim: int = MIN_HEAD_DIM
 ) -> int | None:
     """The largest fitting number of heads; first among those that keep the share of kv heads."""
     fitting = [
         heads
-        for heads in range(attn.num_heads, 0, -1)
+        for heads in range(sizes.num_heads, 0, -1)
         if embed_dim % heads == 0
-        and (attn.pos_embeddings is None or (embed_dim // heads) % 2 == 0)
+        and (not sizes.is_rotary or (embed_dim // heads) % 2 == 0)
         and embed_dim // heads >= max(min_head_dim, MIN_HEAD_DIM)
     ]
-    exact = [heads for heads in fitting if heads * attn.num_kv_heads % attn.num_heads == 0]
+    exact = [heads for heads in fitting if heads * sizes.num_kv_heads % sizes.num_heads == 0]
     return next(iter(exact or fitting), None)
 
 
@@ -215,7 +252,7 @@ def _num_side_kv_heads(side_heads: int, num_heads: int, num_kv_heads: int) -> in
     return next(n for n in range(wanted, 0, -1) if side_heads % n == 0)
 
 
-def _working_factors(attn: MultiHeadAttention) -> str:
-    factors = [r for r in (2, 4, 8, 12, 16, 24, 32, 48, 64) if r <= attn.embed_dim]
-    fits = [str(r) for r in factors if _num_side_heads(attn, attn.embed_dim // r)]
+def _working_factors(sizes: LayerSizes) -> str:
+    factors = [r for r in (2, 4, 8, 12, 16, 24, 32, 48, 64) if r <= sizes.embed_dim]
+    fits = [str(r) for r in factors if _num_side_heads(sizes, sizes.embed_dim // r)]
     return ", ".join(fits) or "none (the backbone is too narrow)"

@@ -735,8 +735,8 @@ def test_rows_under_a_block_mask_are_never_separated():
         sizes.append(len(x))
         return x
 
-    model._frozen(layer, torch.zeros(4, 128, 8), mask=mask)
-    model._frozen(layer, torch.zeros(4, 128, 8), mask=None)
+    model.backbone._frozen(layer, torch.zeros(4, 128, 8), mask=mask)
+    model.backbone._frozen(layer, torch.zeros(4, 128, 8), mask=None)
     assert sizes == [4, 1, 1, 1, 1]
 
 

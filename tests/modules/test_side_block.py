@@ -13,7 +13,13 @@ from torchtune.models.qwen2 import qwen2
 from torchtune.modules import TransformerSelfAttentionLayer
 
 from qst_tune.models import smollm2_1_7b, smollm2_135m, smollm2_360m
-from qst_tune.modules.side_block import SideShape, build_side_blocks, resize_norm, side_shape
+from qst_tune.modules.side_block import (
+    SideShape,
+    build_side_blocks,
+    layer_sizes,
+    resize_norm,
+    side_shape,
+)
 from tests.helpers import TINY, tiny_backbone
 from tests.opt_models import hf_opt, our_opt
 
@@ -44,7 +50,7 @@ def on_meta(builder, **arguments):
     ],
 )
 def test_sizes_for_real_models(builder, reduction_factor, expected):
-    shape = side_shape(on_meta(builder).layers[0], reduction_factor)
+    shape = side_shape(layer_sizes(on_meta(builder).layers[0]), reduction_factor)
     assert (shape.embed_dim, shape.hidden_dim, shape.num_heads, shape.num_kv_heads) == expected
     assert shape.head_dim * shape.num_heads == shape.embed_dim
     assert shape.head_dim >= 4
@@ -57,7 +63,7 @@ def test_query_heads_split_evenly_over_kv_heads_and_never_become_more(
     num_kv_heads, reduction_factor
 ):
     backbone = on_meta(tiny_backbone, num_heads=12, num_kv_heads=num_kv_heads)
-    shape = side_shape(backbone.layers[0], reduction_factor)
+    shape = side_shape(layer_sizes(backbone.layers[0]), reduction_factor)
     assert shape.num_heads % shape.num_kv_heads == 0
     assert shape.num_heads <= 12
     assert shape.num_kv_heads <= num_kv_heads
@@ -70,11 +76,11 @@ def test_query_heads_split_evenly_over_kv_heads_and_never_become_more(
 def test_a_factor_that_does_not_fit_is_refused_with_factors_that_do(reduction_factor):
     layer = on_meta(tiny_backbone).layers[0]
     with pytest.raises(ValueError, match=f"reduction_factor={reduction_factor} gives") as error:
-        side_shape(layer, reduction_factor)
+        side_shape(layer_sizes(layer), reduction_factor)
     listed = str(error.value).split("values that work: ")[1].split(", ")
     assert "4" in listed
     for factor in listed:
-        assert side_shape(layer, int(factor)).embed_dim == TINY["embed_dim"] // int(factor)
+        assert side_shape(layer_sizes(layer), int(factor)).embed_dim == TINY["embed_dim"] // int(factor)
 
 
 @pytest.mark.parametrize(
@@ -83,22 +89,22 @@ def test_a_factor_that_does_not_fit_is_refused_with_factors_that_do(reduction_fa
 )
 def test_a_refused_factor_asks_for_even_heads_only_where_rotary_pairs_need_them(backbone, width):
     with pytest.raises(ValueError, match=f"into heads of {width} of at least 4"):
-        side_shape(backbone().layers[0], 48)
+        side_shape(layer_sizes(backbone().layers[0]), 48)
 
 
 def test_a_backbone_too_narrow_for_any_factor_says_so():
     layer = on_meta(tiny_backbone, embed_dim=6, num_heads=1, num_kv_heads=1).layers[0]
     with pytest.raises(ValueError, match="none \\(the backbone is too narrow\\)"):
-        side_shape(layer, 2)
+        side_shape(layer_sizes(layer), 2)
 
 
 def test_a_very_wide_reduction_leaves_an_mlp():
     layer = on_meta(tiny_backbone, intermediate_dim=2).layers[0]
-    assert side_shape(layer, 8).hidden_dim == 1
+    assert side_shape(layer_sizes(layer), 8).hidden_dim == 1
 
 
 def blocks_of(backbone, reduction_factor=4):
-    shape = side_shape(backbone.layers[0], reduction_factor)
+    shape = side_shape(layer_sizes(backbone.layers[0]), reduction_factor)
     return build_side_blocks(backbone.layers, shape), shape
 
 

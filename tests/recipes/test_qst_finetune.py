@@ -17,7 +17,7 @@ from torchtune.models.llama3_2 import llama3_2
 
 from qst_tune.data import hf_chat_tokenizer
 from qst_tune.models import VARIANTS
-from qst_tune.modules import QSTDecoder
+from qst_tune.modules.torchtune_backbone import TorchtuneBackbone
 from tests.checkpoints import (
     LLAMA3_SIZES,
     SIZES,
@@ -280,9 +280,11 @@ def test_kept_hidden_states_give_the_same_run_without_the_backbone(
     settings = ["epochs=2", f"hidden_state_cache={tmp_path / 'states'}", "dtype=bf16"]
     first = finetune(config, tmp_path / "first", *settings)
     ran = []
-    frozen = QSTDecoder._frozen
+    frozen = TorchtuneBackbone._frozen
     monkeypatch.setattr(
-        QSTDecoder, "_frozen", lambda self, m, x, **r: ran.append(m) or frozen(self, m, x, **r)
+        TorchtuneBackbone,
+        "_frozen",
+        lambda self, m, x, **r: ran.append(m) or frozen(self, m, x, **r),
     )
     second = finetune(config, tmp_path / "second", *settings)
     assert torch.equal(second.train_loss, first.train_loss)

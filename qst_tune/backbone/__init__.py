@@ -1,0 +1,1 @@
+"""Frozen decoders of transformers, loaded quantised, for side networks to read."""

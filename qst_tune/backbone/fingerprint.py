@@ -1,0 +1,56 @@
+"""Identify a model by its weights, whatever reads them and in whatever precision."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from qst_tune.errors import UserError
+
+_SAMPLES = 64
+
+
+def weight_digest(weight: torch.Tensor) -> str:
+    """Hash a weight's shape and a few dozen evenly spaced values.
+
+    Args:
+        weight (torch.Tensor): a view of a memory-mapped file will do: little of it is read.
+
+    Returns:
+        str: the same for fp32 and for the fp16 or bf16 that it came from.
+    """
+    stride = max(1, weight.numel() // _SAMPLES)
+    sample = weight.detach().reshape(-1)[::stride].float().contiguous()
+    return hashlib.sha256(repr(tuple(weight.shape)).encode() + sample.numpy().tobytes()).hexdigest()
+
+
+def fingerprint_files(paths: Iterable[Path]) -> str:
+    """Identify the weights in files, under the names that they have there.
+
+    Args:
+        paths (Iterable[Path]): safetensors or ``.bin`` files.
+
+    Returns:
+        str: the same however the weights are spread over files.
+
+    Raises:
+        UserError: if a file cannot be read.
+    """
+    digests = {name: weight_digest(weight) for path in paths for name, weight in _weights(path)}
+    summary = "".join(f"{name}:{digests[name]};" for name in sorted(digests))
+    return hashlib.sha256(summary.encode()).hexdigest()
+
+
+def _weights(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118  # not a dict
+                    yield name, file.get_tensor(name)
+        else:
+            yield from torch.load(path, map_location="cpu", weights_only=True).items()
+    except Exception as error:  # each format has errors of its own
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{path} is damaged, or holds more than weights: {reason}") from error

@@ -1,0 +1,67 @@
+"""The LM head of a transformers model, with what its ``forward`` does to the logits."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+# What some models multiply their logits (or the head's input, which is the same) with, by the name
+# of the setting: Cohere, Falcon-H1, Granite, MiniCPM 3, Inkling. HyperCLOVA X multiplies where
+# Granite divides. ``check_head`` compares the result with the model's own logits.
+_FACTORS = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
+_OTHER_SIGN = {"hyperclovax": {"logits_scaling": 1}}
+
+
+class ScaledHead(nn.Module):
+    r"""Logits with a scale and a soft cap behind the matrix product.
+
+    .. math:: z = c\,\tanh(s\,W y / c)
+
+    Args:
+        linear (nn.Module): W, the model's own head; not owned here.
+        scale (float): s.
+        cap (float | None): c; None: no cap.
+    """
+
+    def __init__(self, linear: nn.Module, scale: float, cap: float | None) -> None:
+        super().__init__()
+        self._linear = (linear,)  # in a tuple, so that its weight has one name
+        self.scale, self.cap = scale, cap
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        """Compute logits.
+
+        Args:
+            y (torch.Tensor): ``[..., D]``.
+
+        Returns:
+            torch.Tensor: ``[..., V]``.
+        """
+        logits: torch.Tensor = self._linear[0](y)
+        if self.scale != 1:
+            logits = logits * self.scale
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+
+def head_of(model: Any, config: Any) -> nn.Module:
+    """Return a model's LM head; a plain linear layer stays one, which the loss is fast for.
+
+    Args:
+        model (Any): a causal language model of transformers.
+        config (Any): of its text.
+
+    Returns:
+        nn.Module: from f to logits.
+    """
+    linear: nn.Module = model.get_output_embeddings()
+    cap = getattr(config, "final_logit_softcapping", None)
+    scale = _scale(config)
+    return linear if cap is None and scale == 1 else ScaledHead(linear, scale, cap)
+
+
+def _scale(config: Any) -> float:
+    signs = {**_FACTORS, **_OTHER_SIGN.get(config.model_type, {})}
+    scale = 1.0
+    for name, sign in signs.items():
+        scale *= float(getattr(config, name, None) or 1.0) ** sign
+    return scale

@@ -1,0 +1,106 @@
+"""Our formats as a quantizer of transformers: each weight is quantised as it is read."""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from qst_tune.backbone.quantizers import is_quantized, quantize_text, set_quantized
+
+NAME = "qst_tune"
+
+
+@lru_cache(maxsize=1)
+def quantization_config_type() -> Any:
+    """Register our quantizer with transformers, once.
+
+    Returns:
+        Any: the type of its configuration; ``from_pretrained`` takes one as
+        ``quantization_config``.
+    """
+    # Here, since importing transformers' models takes a second, also of runs without them.
+    from transformers.core_model_loading import ConversionOps
+    from transformers.quantizers.auto import register_quantization_config, register_quantizer
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import get_module_from_name
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    @register_quantization_config(NAME)
+    class Config(QuantizationConfigMixin):  # type: ignore[misc]
+        def __init__(
+            self, base_quantization: Any = "none", device: torch.device | None = None
+        ) -> None:
+            self.quant_method = NAME
+            self.base_quantization, self.device = base_quantization, device
+
+        def to_dict(self) -> dict[str, Any]:
+            return {"quant_method": NAME, "base_quantization": self.base_quantization}
+
+    class Quantize(ConversionOps):  # type: ignore[misc]
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def convert(
+            self,
+            input_dict: dict[str, Any],
+            *,
+            model: Any,
+            missing_keys: set[str],
+            **_: Any,
+        ) -> dict[str, Any]:
+            for name, value in input_dict.items():
+                module, leaf = get_module_from_name(model, name)
+                weight = value[0] if isinstance(value, list) else value
+                set_quantized(module, leaf, weight.to(self.device))
+                module._is_hf_initialized = True
+                prefix = name.removesuffix(leaf)
+                # Codes, scales and zero points are there with the weight.
+                own = {n for n in missing_keys if n.startswith(prefix) and not n.endswith(".bias")}
+                missing_keys -= {name} if not _is_linear(module) else own
+            return {}
+
+    @register_quantizer(NAME)
+    class Quantizer(HfQuantizer):  # type: ignore[misc]
+        requires_calibration = False
+        is_trainable = False
+
+        def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+            return is_quantized(*get_module_from_name(model, param_name))
+
+        def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
+            text = drop_other_modalities(model)
+            quantize_text(text, self.quantization_config.base_quantization)
+            return model
+
+        def get_quantize_ops(self) -> Any:
+            return Quantize(self.quantization_config.device or torch.device("cpu"))
+
+        def is_serializable(self) -> bool:
+            return False
+
+    return Config
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or hasattr(module, "quantize_")
+
+
+def drop_other_modalities(model: Any) -> nn.ModuleList:
+    """Take away, in place, what a vision-language model has besides its language model.
+
+    Args:
+        model (Any): of transformers, on meta.
+
+    Returns:
+        nn.ModuleList: the layers of its text.
+    """
+    from qst_tune.backbone.transformers import decoder_of, layers_of
+
+    decoder = decoder_of(model)
+    base = getattr(model, "model", None)
+    if base is not None and base is not decoder:
+        for name, child in list(base.named_children()):
+            if child is not decoder:
+                delattr(base, name)
+    return layers_of(decoder, model.config.get_text_config(decoder=True))

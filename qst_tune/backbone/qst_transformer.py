@@ -1,0 +1,126 @@
+"""The QST model over a decoder of transformers."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from qst_tune.backbone.masks import causal_mask, positions
+from qst_tune.backbone.transformers import TransformersBackbone
+from qst_tune.errors import UserError
+from qst_tune.modules.backbone import Head
+from qst_tune.modules.qst_model import QSTModel
+from qst_tune.modules.side_init import SideInit
+from qst_tune.modules.side_network import SideNetwork
+
+
+class QSTTransformer(QSTModel):
+    """Quantized Side Tuning over any decoder that transformers can load.
+
+    Its parameters are those of the backbone, under ``frozen.model.`` and transformers' names, and
+    those of the side network, under ``side.``.
+
+    Args:
+        backbone (TransformersBackbone): taken over and frozen.
+        side (SideNetwork): its blocks belong to layers of the backbone.
+        side_init (SideInit): only "random": blocks of another type than the backbone's layers
+            cannot be cut out of them.
+
+    Raises:
+        UserError: if ``side_init`` is another one.
+        ValueError: if a side block belongs to a layer that is not there.
+    """
+
+    def __init__(
+        self, backbone: TransformersBackbone, side: SideNetwork, *, side_init: SideInit = "random"
+    ) -> None:
+        super().__init__()
+        if side_init != "random":
+            raise UserError(
+                f"side_init={side_init!r} cuts side blocks out of torchtune's layers; over "
+                f"model_type={backbone.config.model_type!r} use side_init=random"
+            )
+        self.frozen = backbone
+        self.side_init = side_init
+        self.adopt(side)
+
+    @property
+    def backbone(self) -> TransformersBackbone:
+        """The frozen decoder."""
+        frozen: Any = self.frozen
+        backbone: TransformersBackbone = frozen
+        return backbone
+
+    @property
+    def max_seq_len(self) -> int:
+        """The backbone's."""
+        return self.backbone.max_seq_len
+
+    @property
+    def output(self) -> Head:  # type: ignore[override]  # where torchtune has a module
+        """The LM head, with the model's own soft cap and scale."""
+        return self.backbone.head
+
+    @property
+    def tok_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.backbone.embedding
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The backbone's layers."""
+        return self.backbone.layers
+
+    def caches_are_enabled(self) -> bool:
+        """Whether keys and values are cached, so that a pass depends on those before it."""
+        return self.backbone.cache is not None
+
+    def set_num_output_chunks(self, num_output_chunks: int) -> None:
+        """Return logits in chunks, as torchtune's chunked loss takes them.
+
+        Args:
+            num_output_chunks (int): number of chunks along the tokens.
+        """
+        self.num_output_chunks = num_output_chunks
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        *,
+        mask: torch.Tensor | None = None,
+        input_pos: torch.Tensor | None = None,
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """Compute logits.
+
+        Args:
+            tokens (torch.Tensor): ``[B, T]`` token ids.
+            mask (torch.Tensor | None): ``[B, L]`` padding, false where there is some; or
+                ``[B, T, L]`` booleans of packed rows, True where a token may attend; None: causal.
+            input_pos (torch.Tensor | None): ``[B, T]`` positions; those of a packed row begin again
+                with each sample.
+
+        Returns:
+            torch.Tensor | list[torch.Tensor]: fp32 logits ``[B, T, V]``; chunks of logits after
+            ``set_num_output_chunks``; the head's input ``[B, T, D]`` if ``skip_output_layer``.
+        """
+        y_BTD, _ = self._both(tokens, mask=mask, input_pos=input_pos)
+        return self.head_output(y_BTD)
+
+    def side_where(self, tokens: torch.Tensor, **where: Any) -> dict[str, Any]:
+        """Return mask and positions for the side network, whose layers are torchtune's.
+
+        Args:
+            tokens (torch.Tensor): ``[B, T]``.
+            **where (Any): ``mask`` and ``input_pos`` as the backbone gets them.
+
+        Returns:
+            dict[str, Any]: the same, with padding as a mask ``[B, T, L]``.
+        """
+        padding = where.get("mask")
+        if not isinstance(padding, torch.Tensor) or padding.ndim != 2:
+            return where
+        num_new, input_pos = tokens.shape[1], where.get("input_pos")
+        return {
+            "mask": causal_mask(padding, num_new),
+            "input_pos": positions(padding, num_new) if input_pos is None else input_pos,
+        }

@@ -1,0 +1,106 @@
+"""Side blocks over a transformers backbone: torchtune's own layer, whatever the backbone's is."""
+
+from typing import Any
+
+from torch import nn
+from torchtune.modules import (
+    FeedForward,
+    MultiHeadAttention,
+    RMSNorm,
+    TransformerSelfAttentionLayer,
+)
+
+from qst_tune.backbone.rotary import TablelessRotary
+from qst_tune.modules.side_block import LayerSizes, SideShape
+
+_MLP_NAMES = ("intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner")
+_NORM_EPS = 1e-6
+
+
+def text_sizes(config: Any) -> LayerSizes:
+    """Read the sizes of a layer; where the MLP's is not given it is taken as 4 D.
+
+    Args:
+        config (Any): of the text, of any model type.
+
+    Returns:
+        LayerSizes: what a side block is cut down from.
+    """
+    width, heads = config.hidden_size, _first(config.num_attention_heads) or 1
+    hidden = next((_first(getattr(config, n, None)) for n in _MLP_NAMES if _has(config, n)), None)
+    return LayerSizes(
+        embed_dim=width,
+        hidden_dim=hidden or 4 * width,
+        num_heads=heads,
+        num_kv_heads=min(_first(getattr(config, "num_key_value_heads", None)) or heads, heads),
+        is_rotary=True,
+    )
+
+
+def _has(config: Any, name: str) -> bool:
+    return bool(_first(getattr(config, name, None)))
+
+
+def _first(value: Any) -> Any:
+    """Of a setting with a value for each layer the largest; one number as it is."""
+    return max(value) if isinstance(value, list | tuple) else value
+
+
+def plain_side_block(shape: SideShape, base: float) -> TransformerSelfAttentionLayer:
+    """Build a pre-norm layer of RMSNorm, rotary attention and a gated MLP, with random weights.
+
+    Args:
+        shape (SideShape): its sizes.
+        base (float): of the rotary embedding.
+
+    Returns:
+        TransformerSelfAttentionLayer: width ``shape.embed_dim``, without biases.
+    """
+    dim, kv_dim = shape.embed_dim, shape.num_kv_heads * shape.head_dim
+    return TransformerSelfAttentionLayer(
+        attn=MultiHeadAttention(
+            embed_dim=dim,
+            num_heads=shape.num_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            q_proj=nn.Linear(dim, dim, bias=False),
+            k_proj=nn.Linear(dim, kv_dim, bias=False),
+            v_proj=nn.Linear(dim, kv_dim, bias=False),
+            output_proj=nn.Linear(dim, dim, bias=False),
+            pos_embeddings=TablelessRotary(shape.head_dim, base),
+        ),
+        mlp=FeedForward(
+            gate_proj=nn.Linear(dim, shape.hidden_dim, bias=False),
+            down_proj=nn.Linear(shape.hidden_dim, dim, bias=False),
+            up_proj=nn.Linear(dim, shape.hidden_dim, bias=False),
+        ),
+        sa_norm=plain_side_norm(dim),
+        mlp_norm=plain_side_norm(dim),
+    )
+
+
+def plain_side_norm(dim: int) -> nn.Module:
+    """Build an RMSNorm.
+
+    Args:
+        dim (int): number of channels.
+
+    Returns:
+        nn.Module: starts as the identity of a normalised input.
+    """
+    norm: nn.Module = RMSNorm(dim, eps=_NORM_EPS)
+    return norm
+
+
+def rope_base(config: Any) -> float:
+    """Return the base of the model's rotary embedding, or 10,000 where it has none or several.
+
+    Args:
+        config (Any): of the text.
+
+    Returns:
+        float: b.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    base = parameters.get("rope_theta") or getattr(config, "rope_theta", None)
+    return float(base) if isinstance(base, int | float) else 10_000.0

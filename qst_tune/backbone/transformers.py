@@ -1,0 +1,366 @@
+"""A decoder of transformers as the frozen backbone of a side network."""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
+
+from qst_tune.backbone.head import head_of
+from qst_tune.backbone.masks import positions
+from qst_tune.backbone.quantizers import quantization_of_text, quantize_tables, quantize_text
+from qst_tune.backbone.side_blocks import (
+    plain_side_block,
+    plain_side_norm,
+    rope_base,
+    text_sizes,
+)
+from qst_tune.errors import UserError
+from qst_tune.modules.backbone import Head, Visit
+from qst_tune.modules.base_quantization import BaseQuantization
+from qst_tune.modules.embedding_quantization import EmbeddingQuantization
+from qst_tune.modules.side_block import SideShape, side_shape
+
+# Tokens of a batch that run together; more rows would only need more memory.
+CHUNK_TOKENS = 4096
+_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+# Models without positions have no limit of their own.
+_UNLIMITED = 2**20
+
+
+class TransformersBackbone(nn.Module):
+    """Runs a model of transformers forward and shows its hidden states.
+
+    The model's own code computes everything: masks, sliding windows, positions, caches. Hooks on
+    its layers hand each state on, at once; see :class:`~qst_tune.modules.backbone.Backbone`. Of a
+    vision-language model the language model inside is used.
+
+    A 2-d ``mask`` is padding, as transformers' ``attention_mask``. A 3-d one is that of packed rows
+    (or, with a cache, of what is cached): then ``input_pos`` must begin again with each sample,
+    which is what transformers tells packed samples apart by.
+
+    Args:
+        model (Any): a causal language model of transformers; taken over.
+        folder (str): the directory it is described in, for loading and for messages.
+        max_seq_len (int | None): the longest sequence; None: the model's.
+
+    Attributes:
+        cache (Any): a transformers cache that the next passes read and extend, or None.
+        chunk_tokens (int): a batch of more tokens runs in parts, some rows at a time.
+
+    Raises:
+        UserError: if the model's layers or its LM head cannot be found.
+    """
+
+    def __init__(self, model: Any, folder: str = "", max_seq_len: int | None = None) -> None:
+        super().__init__()
+        self.folder = folder
+        self.chunk_tokens = CHUNK_TOKENS
+        self.cache: Any = None
+        self._limit = max_seq_len
+        self.embedding_quantization: EmbeddingQuantization = "none"
+        self.base_quantization: BaseQuantization = "none"
+        self.take(model)
+
+    def take(self, model: Any) -> None:
+        """Replace the model, typically one on meta by one with weights.
+
+        Args:
+            model (Any): of the same configuration.
+
+        Raises:
+            UserError: as the class.
+        """
+        self.model = model.eval().requires_grad_(False)
+        self.config = model.config.get_text_config(decoder=True)
+        # In tuples: the modules belong to the model, where their parameters have their names.
+        self._decoder = (decoder_of(model),)
+        self._layers = (layers_of(self.decoder, self.config),)
+        self._head = (head_of(model, self.config),)
+        self._arguments = frozenset(inspect.signature(self.decoder.forward).parameters)
+
+    @property
+    def decoder(self) -> Any:
+        """The text model: everything but the LM head."""
+        return self._decoder[0]
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """Its layers."""
+        return self._layers[0]
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return int(self.config.hidden_size)
+
+    @property
+    def num_layers(self) -> int:
+        """N."""
+        return len(self.layers)
+
+    @property
+    def max_seq_len(self) -> int:
+        """As asked for, else the model's number of positions."""
+        return self._limit or longest_text(self.config)
+
+    @property
+    def head(self) -> Head:
+        """From f to logits, with the model's soft cap and scale."""
+        head: Head = self._head[0]
+        return head
+
+    @property
+    def embedding(self) -> nn.Module:
+        """The token embedding."""
+        embedding: nn.Module = self.model.get_input_embeddings()
+        return embedding
+
+    @property
+    def quantization(self) -> str:
+        """How layers and embedding are stored."""
+        return quantization_of_text(self.layers, self.embedding)
+
+    def quantize(
+        self, base_quantization: BaseQuantization, embedding_quantization: EmbeddingQuantization
+    ) -> None:
+        """Store layers and embedding in these formats, in place; remembered for loading.
+
+        Args:
+            base_quantization (BaseQuantization): of linears and experts of the layers.
+            embedding_quantization (EmbeddingQuantization): of embedding and LM head.
+        """
+        self.base_quantization = base_quantization
+        self.embedding_quantization = embedding_quantization
+        quantize_text(self.layers, base_quantization)
+        self.quantize_embedding()
+
+    def quantize_embedding(self) -> None:
+        """Store embedding and LM head in the format that was asked for, in place."""
+        quantize_tables(self.embedding, self.model, self.embedding_quantization)
+
+    def side_shape(self, reduction_factor: int, min_head_dim: int) -> SideShape:
+        """Choose the sizes of a side block.
+
+        Args:
+            reduction_factor (int): r.
+            min_head_dim (int): least width of a head.
+
+        Returns:
+            SideShape: of width D // r.
+        """
+        return side_shape(text_sizes(self.config), reduction_factor, min_head_dim)
+
+    def side_blocks(self, layers: Sequence[int], shape: SideShape) -> nn.ModuleList:
+        """Build torchtune's own layer at the width of the side network, once for each layer.
+
+        Args:
+            layers (Sequence[int]): indices.
+            shape (SideShape): from :meth:`side_shape`.
+
+        Returns:
+            nn.ModuleList: with random weights.
+        """
+        base = rope_base(self.config)
+        return nn.ModuleList(plain_side_block(shape, base) for _ in layers)
+
+    def side_norm(self, dim: int) -> nn.Module:
+        """Build an RMSNorm.
+
+        Args:
+            dim (int): S.
+
+        Returns:
+            nn.Module: over ``dim`` channels.
+        """
+        return plain_side_norm(dim)
+
+    def row_parts(self, tokens: torch.Tensor, mask: Any) -> list[slice]:
+        """Split a large batch into parts of whole rows.
+
+        Args:
+            tokens (torch.Tensor): ``[B, T]``.
+            mask (Any): a BlockMask cannot be split.
+
+        Returns:
+            list[slice]: of the batch dimension.
+        """
+        rows = max(1, self.chunk_tokens // tokens.shape[1])
+        if self.cache is not None or isinstance(mask, BlockMask):
+            rows = len(tokens)
+        return [slice(start, start + rows) for start in range(0, max(1, len(tokens)), rows)]
+
+    @torch.no_grad()
+    def embed(self, tokens: torch.Tensor, **where: Any) -> torch.Tensor:
+        """Compute h_0: run until the first layer begins.
+
+        Args:
+            tokens (torch.Tensor): ``[B, T]``.
+            **where (Any): ``mask`` and ``input_pos``.
+
+        Returns:
+            torch.Tensor: ``[B, T, D]``.
+        """
+
+        def stop(h_BTD: torch.Tensor) -> None:
+            raise _Reached(h_BTD)
+
+        try:
+            self.run(tokens, taps=[0], visit=stop, **where)
+        except _Reached as reached:
+            return reached.state
+        raise AssertionError("the first layer did not run")
+
+    def run(
+        self,
+        tokens: torch.Tensor,
+        *,
+        taps: Sequence[int],
+        visit: Visit,
+        mask: Any = None,
+        input_pos: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run forward without gradient, and show hidden states as they come.
+
+        Args:
+            tokens (torch.Tensor): ``[B, T]``.
+            taps (Sequence[int]): states to show.
+            visit (Visit): called for each, in the caller's gradient mode.
+            mask (Any): ``[B, L]`` padding, or ``[B, T, L]`` of packed rows.
+            input_pos (torch.Tensor | None): ``[B, T]`` positions.
+
+        Returns:
+            torch.Tensor: f, ``[B, T, D]``.
+        """
+        inputs = self._inputs(tokens, mask, input_pos)
+        gradient = torch.is_grad_enabled()
+
+        def show(state: torch.Tensor) -> None:
+            with torch.set_grad_enabled(gradient):
+                visit(_plain(state, tokens, self.config))
+
+        with torch.no_grad(), self._hooks(taps, show):
+            output = self.decoder(input_ids=tokens, **inputs)
+        f_BTD: torch.Tensor = output.last_hidden_state
+        return f_BTD
+
+    def _inputs(
+        self, tokens: torch.Tensor, mask: Any, input_pos: torch.Tensor | None
+    ) -> dict[str, Any]:
+        is_padding = isinstance(mask, torch.Tensor) and mask.ndim == 2
+        if is_padding and input_pos is None:
+            input_pos = positions(mask, tokens.shape[1])
+        inputs: dict[str, Any] = {"use_cache": self.cache is not None}
+        if self.cache is not None:
+            inputs["past_key_values"] = self.cache
+        if is_padding:
+            inputs["attention_mask"] = mask.long()
+        if input_pos is not None and "position_ids" in self._arguments:
+            inputs["position_ids"] = input_pos
+        return inputs
+
+    @contextmanager
+    def _hooks(self, taps: Sequence[int], show: Visit) -> Iterator[None]:
+        """Let each tapped state be shown as soon as it is there."""
+        with ExitStack() as stack:
+            for tap in sorted(set(taps)):
+                count = taps.count(tap)
+                handle = (
+                    self.layers[0].register_forward_pre_hook(
+                        lambda _, args, kwargs, n=count: _show(_input(args, kwargs), show, n),
+                        with_kwargs=True,
+                    )
+                    if tap == 0
+                    else self.layers[tap - 1].register_forward_hook(
+                        lambda _, args, output, n=count: _show(_output(output), show, n)
+                    )
+                )
+                stack.callback(handle.remove)
+            yield
+
+
+class _Reached(Exception):  # noqa: N818  # not an error: how a pass is left early
+    def __init__(self, state: torch.Tensor) -> None:
+        super().__init__()
+        self.state = state
+
+
+def _show(state: torch.Tensor, show: Visit, times: int) -> None:
+    for _ in range(times):
+        show(state)
+
+
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    state: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+    return state
+
+
+def _output(output: Any) -> torch.Tensor:
+    state: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return state
+
+
+def _plain(state: torch.Tensor, tokens: torch.Tensor, config: Any) -> torch.Tensor:
+    """``[B, T, D]``: of the versions that Gemma 3n carries, the one that its attention reads."""
+    if state.ndim == 4 and hasattr(config, "altup_active_idx"):
+        return state[config.altup_active_idx]
+    return state
+
+
+def longest_text(config: Any) -> int:
+    """Return the number of positions of a model.
+
+    Args:
+        config (Any): of the text.
+
+    Returns:
+        int: a large number if there is no limit.
+    """
+    found = [getattr(config, name, None) for name in _LENGTHS]
+    return next((int(n) for n in found if isinstance(n, int) and n > 0), _UNLIMITED)
+
+
+def decoder_of(model: Any) -> Any:
+    """Find the text model that turns token ids into f.
+
+    Args:
+        model (Any): a causal language model of transformers.
+
+    Returns:
+        Any: the module before the LM head.
+
+    Raises:
+        UserError: if there is none.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if decoder is None or decoder is model or model.get_output_embeddings() is None:
+        raise UserError(
+            f"model_type={model.config.model_type!r}: {type(model).__name__} has no decoder with "
+            "an LM head behind it, which a side network needs; it is not supported"
+        )
+    return decoder
+
+
+def layers_of(decoder: Any, config: Any) -> nn.ModuleList:
+    """Find the first list of as many modules as the model has layers.
+
+    Args:
+        decoder (Any): from :func:`decoder_of`.
+        config (Any): of the text.
+
+    Returns:
+        nn.ModuleList: the layers.
+
+    Raises:
+        UserError: if there is none.
+    """
+    for module in decoder.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
+            return module
+    raise UserError(
+        f"model_type={config.model_type!r}: {type(decoder).__name__} has no list of "
+        f"{config.num_hidden_layers} layers to read hidden states from; it is not supported"
+    )

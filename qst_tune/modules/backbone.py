@@ -1,0 +1,139 @@
+"""What a side network needs of a frozen backbone, whichever library the backbone comes from."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torchtune.modules.attention_utils import _MaskType
+
+from qst_tune.modules.side_block import SideShape
+
+Head = Callable[[torch.Tensor], torch.Tensor]
+# Takes one hidden state, [B, T, D], while the backbone is between two layers.
+Visit = Callable[[torch.Tensor], None]
+
+
+class Backbone(Protocol):
+    """A frozen decoder that only runs forward.
+
+    States are counted as transformers counts them: state 0 is the embedding h_0, the input of the
+    first layer, and state l the output of the l-th layer; f is the last one after the final norm,
+    the input of the LM head.
+    """
+
+    @property
+    def width(self) -> int:
+        """D, the width of the hidden states."""
+
+    @property
+    def num_layers(self) -> int:
+        """N, the number of layers."""
+
+    @property
+    def max_seq_len(self) -> int:
+        """The longest sequence that the model computes exactly."""
+
+    @property
+    def head(self) -> Head:
+        """From f to logits, with the model's own soft cap and scale."""
+
+    @property
+    def embedding(self) -> nn.Module:
+        """The token embedding; its weight has the backbone's device and dtype."""
+
+    @property
+    def quantization(self) -> str:
+        """How the weights are stored; a tuned side network belongs to it."""
+
+    def quantize(self, base_quantization: Any, embedding_quantization: Any) -> None:
+        """Store the linears of the layers and the embedding in these formats, in place.
+
+        Args:
+            base_quantization (Any): a ``BaseQuantization``.
+            embedding_quantization (Any): an ``EmbeddingQuantization``.
+        """
+
+    def side_shape(self, reduction_factor: int, min_head_dim: int) -> SideShape:
+        """Choose the sizes of a side block.
+
+        Args:
+            reduction_factor (int): r.
+            min_head_dim (int): least width of a head.
+
+        Returns:
+            SideShape: of width D // r.
+        """
+
+    def side_blocks(self, layers: Sequence[int], shape: SideShape) -> nn.ModuleList:
+        """Build one side block for each of these layers, with random weights.
+
+        Args:
+            layers (Sequence[int]): indices, counted from 0.
+            shape (SideShape): from :meth:`side_shape`.
+
+        Returns:
+            nn.ModuleList: ``[B, T, S]`` to ``[B, T, S]``, in torchtune's layer interface.
+        """
+
+    def side_norm(self, dim: int) -> nn.Module:
+        """Build the side network's final norm.
+
+        Args:
+            dim (int): S.
+
+        Returns:
+            nn.Module: over ``dim`` channels.
+        """
+
+    def row_parts(self, tokens: torch.Tensor, mask: _MaskType | None) -> list[slice]:
+        """Choose which rows of a batch run together: the memory of a layer grows with them.
+
+        Args:
+            tokens (torch.Tensor): ``[B, T]``.
+            mask (_MaskType | None): of the batch.
+
+        Returns:
+            list[slice]: of the batch dimension, in order.
+        """
+
+    def embed(
+        self,
+        tokens: torch.Tensor,
+        *,
+        mask: _MaskType | None = None,
+        input_pos: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Compute h_0 alone.
+
+        Args:
+            tokens (torch.Tensor): ``[B, T]``.
+            mask (_MaskType | None): as for :meth:`run`.
+            input_pos (torch.Tensor | None): as for :meth:`run`.
+
+        Returns:
+            torch.Tensor: ``[B, T, D]``.
+        """
+
+    def run(
+        self,
+        tokens: torch.Tensor,
+        *,
+        taps: Sequence[int],
+        visit: Visit,
+        mask: _MaskType | None = None,
+        input_pos: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run forward without gradient, and show hidden states as they come.
+
+        Args:
+            tokens (torch.Tensor): ``[B, T]``.
+            taps (Sequence[int]): states to show, ascending; one may be named twice.
+            visit (Visit): called once for each tap, in the caller's gradient mode, before the next
+                layer runs: so the hidden states never lie in memory together.
+            mask (_MaskType | None): which tokens see which; None: each sees those before it.
+            input_pos (torch.Tensor | None): ``[B, T]`` positions; None: counted from 0.
+
+        Returns:
+            torch.Tensor: f, ``[B, T, D]``.
+        """

@@ -1,0 +1,258 @@
+"""The QST model over any backbone: the backbone only runs forward, the side network trains."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from torchtune.modules.attention_utils import _MaskType
+
+from qst_tune.modules.backbone import Backbone
+from qst_tune.modules.hidden_state_cache import HiddenStateCache
+from qst_tune.modules.side_network import SideNetwork
+
+
+class QSTModel(nn.Module):
+    """Quantized Side Tuning over a :class:`~qst_tune.modules.backbone.Backbone`.
+
+    The backbone runs under ``no_grad``, interleaved with the side network: after each layer that
+    the side network reads, its next block runs. So nothing of the backbone is saved for backward
+    except what a downsampler needs for its own gradient, and the hidden states never lie in memory
+    together.
+
+    Source: QST (https://arxiv.org/abs/2401.07159); equations in
+    :class:`~qst_tune.modules.side_network.SideNetwork`.
+
+    This is what :class:`~qst_tune.modules.qst_decoder.QSTDecoder` (torchtune) and
+    :class:`~qst_tune.backbone.qst_transformer.QSTTransformer` (transformers) share; each says where
+    its parameters are.
+
+    Attributes:
+        side (SideNetwork): its blocks belong to layers of the backbone.
+        skip_output_layer (bool): return the LM head's input instead of logits.
+        num_output_chunks (int): return so many chunks of logits; 0: one tensor.
+        hidden_state_cache (HiddenStateCache | None): set where batches come again: the backbone
+            then runs on each of them once.
+    """
+
+    side: SideNetwork
+    skip_output_layer: bool
+    num_output_chunks: int
+    hidden_state_cache: HiddenStateCache | None
+    output: Any  # the LM head, with the model's own soft cap and scale
+
+    @property
+    def backbone(self) -> Backbone:
+        """The frozen decoder."""
+        raise NotImplementedError
+
+    def adopt(self, side: SideNetwork) -> None:
+        """Freeze what is there and add the side network.
+
+        Args:
+            side (SideNetwork): taken over.
+
+        Raises:
+            ValueError: if a side block belongs to a layer that is not there.
+        """
+        num_layers = self.backbone.num_layers
+        if max(side.layers) >= num_layers:
+            raise ValueError(
+                f"a side block stands beside layer {max(side.layers)}, but the backbone has only "
+                f"layers 0 to {num_layers - 1}"
+            )
+        self.requires_grad_(False)
+        self.side = side
+        self.skip_output_layer = False
+        self.num_output_chunks = 0
+        self.hidden_state_cache = None
+        self.reference_side: SideNetwork | None = None
+
+    def caches_are_enabled(self) -> bool:
+        """Whether keys and values are cached, so that a pass depends on those before it."""
+        raise NotImplementedError
+
+    def train(self, mode: bool = True) -> "QSTModel":
+        """Switch the side network between training and evaluation; the backbone always evaluates.
+
+        Args:
+            mode (bool): True for training. Default: True.
+
+        Returns:
+            QSTModel: itself.
+        """
+        super().train(False)
+        self.training = mode
+        self.side.train(mode)
+        return self
+
+    def initialize_side(self, device: torch.device) -> None:
+        """Give the side network its first values, in place.
+
+        Args:
+            device (torch.device): where the side network shall be, if it is on meta.
+        """
+        if any(parameter.is_meta for parameter in self.side.parameters()):
+            self.side.materialize(device)
+
+    def head_output(self, y_BTD: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+        """Return what the loss or the caller asked for: logits, chunks of them, or y itself.
+
+        Args:
+            y_BTD (torch.Tensor): the LM head's input.
+
+        Returns:
+            torch.Tensor | list[torch.Tensor]: fp32 logits ``[B, T, V]``; chunks of logits after
+            ``set_num_output_chunks``; ``y_BTD`` if ``skip_output_layer``.
+        """
+        if self.skip_output_layer:
+            return y_BTD
+        if self.num_output_chunks > 0:
+            return [self.output(y) for y in y_BTD.chunk(self.num_output_chunks, dim=1)]
+        logits: torch.Tensor = self.output(y_BTD).float()
+        return logits
+
+    def keep_reference(self) -> None:
+        """Let :meth:`with_reference` compare with the model as it is now, not with the backbone.
+
+        A frozen copy of the side network is kept; it reads the same hidden states.
+        """
+        reference = copy.deepcopy(self.side).eval().requires_grad_(False)
+        reference.recompute = False
+        # Not a submodule: it is neither trained nor saved.
+        object.__setattr__(self, "reference_side", reference)
+
+    def with_reference(
+        self,
+        tokens: torch.Tensor,
+        *,
+        mask: _MaskType | None = None,
+        input_pos: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run both networks once: what the side network makes, and what the reference model would.
+
+        The reference model of preference learning is the backbone alone, for no more than its LM
+        head; or, after :meth:`keep_reference`, the model of that moment, whose side network reads
+        the states of the same pass.
+
+        Args:
+            tokens (torch.Tensor): as for :meth:`forward`.
+            mask (_MaskType | None): as for :meth:`forward`.
+            input_pos (torch.Tensor | None): as for :meth:`forward`.
+
+        Returns:
+            tuple[torch.Tensor, torch.Tensor]: inputs of the LM head of the model and of the
+            reference model, ``[B, T, D]``.
+        """
+        return self._both(
+            tokens, mask=mask, input_pos=input_pos, reference_side=self.reference_side
+        )
+
+    def side_where(self, tokens: torch.Tensor, **where: Any) -> dict[str, Any]:
+        """Return mask and positions as the side network takes them.
+
+        Args:
+            tokens (torch.Tensor): ``[B, T]``.
+            **where (Any): ``mask`` and ``input_pos`` as the backbone takes them.
+
+        Returns:
+            dict[str, Any]: here the same.
+        """
+        return where
+
+    def _both(
+        self,
+        tokens: torch.Tensor,
+        *,
+        mask: _MaskType | None,
+        input_pos: torch.Tensor | None,
+        reference_side: SideNetwork | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The head's input of the model, and that of the reference or of the backbone alone.
+
+        A large batch runs in parts, if the backbone wants that.
+        """
+        # A method of its own: FSDP wraps with_reference, and forward must not enter it twice.
+        sides = [self.side] if reference_side is None else [self.side, reference_side]
+        parts = self.backbone.row_parts(tokens, mask)
+        if len(parts) == 1:
+            return self._rows(sides, tokens, mask=mask, input_pos=input_pos)
+        where = {"mask": mask, "input_pos": input_pos}
+        pairs = [self._rows(sides, tokens[rows], **_of(where, rows, len(tokens))) for rows in parts]
+        y, reference = zip(*pairs, strict=True)
+        return torch.cat(y), torch.cat(reference)
+
+    def _rows(
+        self, sides: list[SideNetwork], tokens: torch.Tensor, **where: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.side.disabled:
+            f_BTD = self.backbone.run(tokens, taps=(), visit=lambda h: None, **where)
+            return f_BTD, f_BTD
+        steps = _SideSteps(sides, where)
+        f_BTD = self._run(tokens, steps, **where)
+        y_BTD, *reference = steps.finish(f_BTD)
+        return y_BTD, reference[0] if reference else f_BTD
+
+    def _run(self, tokens: torch.Tensor, steps: "_SideSteps", **where: Any) -> torch.Tensor:
+        """Run the backbone, or read what it made of this batch before."""
+        after = int(self.side.reads == "output")
+        taps = [0, *(index + after for index in self.side.layers)]
+        if self.hidden_state_cache is None or self.caches_are_enabled():
+            return self.backbone.run(tokens, taps=taps, visit=steps, **where)
+        kept = self.hidden_state_cache.read(tokens, **where)
+        if kept is not None:
+            steps(self.backbone.embed(tokens, **where))
+            for _ in self.side.layers:
+                steps(next(kept))
+            (f_BTD,) = kept
+            return f_BTD
+        recorder = self.hidden_state_cache.recorder(tokens, **where)
+
+        def record(h_BTD: torch.Tensor) -> None:
+            if steps.have_begun:  # the embedding is cheaper computed than read
+                recorder.add(h_BTD)
+            steps(h_BTD)
+
+        f_BTD = self.backbone.run(tokens, taps=taps, visit=record, **where)
+        recorder.add(f_BTD)
+        recorder.write()
+        return f_BTD
+
+
+class _SideSteps:
+    """Side networks as they advance with the states they are shown: start, then their blocks."""
+
+    def __init__(self, sides: list[SideNetwork], where: dict[str, Any]) -> None:
+        self._sides, self._where = sides, where
+        self._states: list[Any] = []
+        self._block = 0
+
+    @property
+    def have_begun(self) -> bool:
+        """Whether the embedding was shown."""
+        return bool(self._states)
+
+    def __call__(self, h_BTD: torch.Tensor) -> None:
+        if not self._states:
+            self._states = [side.start(h_BTD) for side in self._sides]
+            return
+        self._states = [
+            side.step(self._block, h_BTD, state, **self._where)
+            for side, state in zip(self._sides, self._states, strict=True)
+        ]
+        self._block += 1
+
+    def finish(self, f_BTD: torch.Tensor) -> list[torch.Tensor]:
+        """The LM head's input of each."""
+        pairs = zip(self._sides, self._states, strict=True)
+        return [side.finish(f_BTD, state) for side, state in pairs]
+
+
+def _of(where: dict[str, Any], rows: slice, batch_size: int) -> dict[str, Any]:
+    """Rows of a mask and of positions; one that serves all rows stays whole."""
+    return {
+        name: value[rows]
+        if isinstance(value, torch.Tensor) and value.ndim > 1 and len(value) == batch_size
+        else value
+        for name, value in where.items()
+    }
