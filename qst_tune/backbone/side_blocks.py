@@ -26,7 +26,9 @@ def text_sizes(config: Any) -> LayerSizes:
     Returns:
         LayerSizes: what a side block is cut down from.
     """
-    width, heads = config.hidden_size, _first(config.num_attention_heads) or 1
+    width = config.hidden_size
+    # A model without attention (Mamba) leaves the number of heads to us.
+    heads = _first(getattr(config, "num_attention_heads", None)) or max(1, width // 64)
     hidden = next((_first(getattr(config, n, None)) for n in _MLP_NAMES if _has(config, n)), None)
     return LayerSizes(
         embed_dim=width,

@@ -11,6 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from qst_tune.backbone.head import head_of
 from qst_tune.backbone.masks import positions
+from qst_tune.backbone.packing import Packing, find_packing
 from qst_tune.backbone.quantizers import quantization_of_text, quantize_tables, quantize_text
 from qst_tune.backbone.side_blocks import (
     plain_side_block,
@@ -60,6 +61,7 @@ class TransformersBackbone(nn.Module):
         self.folder = folder
         self.chunk_tokens = CHUNK_TOKENS
         self.cache: Any = None
+        self._packing: Packing | None = None
         self._limit = max_seq_len
         self.embedding_quantization: EmbeddingQuantization = "none"
         self.base_quantization: BaseQuantization = "none"
@@ -80,6 +82,7 @@ class TransformersBackbone(nn.Module):
         self._decoder = (decoder_of(model),)
         self._layers = (layers_of(self.decoder, self.config),)
         self._head = (head_of(model, self.config),)
+        self._packing = None
         self._arguments = frozenset(inspect.signature(self.decoder.forward).parameters)
 
     @property
@@ -118,6 +121,12 @@ class TransformersBackbone(nn.Module):
         """The token embedding."""
         embedding: nn.Module = self.model.get_input_embeddings()
         return embedding
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        weight: Any = self.embedding.weight
+        return len(weight)
 
     @property
     def quantization(self) -> str:
@@ -235,29 +244,55 @@ class TransformersBackbone(nn.Module):
         Returns:
             torch.Tensor: f, ``[B, T, D]``.
         """
-        inputs = self._inputs(tokens, mask, input_pos)
+        packing = None
+        if self.cache is None and mask is not None and not _is_padding(mask):
+            packing = self._packing = self._packing or find_packing(self)
         gradient = torch.is_grad_enabled()
 
         def show(state: torch.Tensor) -> None:
             with torch.set_grad_enabled(gradient):
                 visit(_plain(state, tokens, self.config))
 
-        with torch.no_grad(), self._hooks(taps, show):
-            output = self.decoder(input_ids=tokens, **inputs)
-        f_BTD: torch.Tensor = output.last_hidden_state
+        with self._hooks(taps, show):
+            return self.text_state(tokens, mask=mask, input_pos=input_pos, packing=packing)
+
+    @torch.no_grad()
+    def text_state(
+        self,
+        tokens: torch.Tensor,
+        *,
+        mask: Any = None,
+        input_pos: torch.Tensor | None = None,
+        packing: Packing | None = None,
+    ) -> torch.Tensor:
+        """Run the model up to its LM head.
+
+        Args:
+            tokens (torch.Tensor): ``[B, T]``.
+            mask (Any): ``[B, L]`` padding; any other is not looked at.
+            input_pos (torch.Tensor | None): ``[B, T]`` positions.
+            packing (Packing | None): given for packed rows.
+
+        Returns:
+            torch.Tensor: f, ``[B, T, D]``.
+        """
+        inputs = self._inputs(tokens, mask if _is_padding(mask) else None, input_pos)
+        if packing is not None:
+            weight: Any = self.embedding.weight
+            inputs["attention_mask"] = packing(self.config, input_pos, weight.dtype)
+        f_BTD: torch.Tensor = self.decoder(input_ids=tokens, **inputs).last_hidden_state
         return f_BTD
 
     def _inputs(
-        self, tokens: torch.Tensor, mask: Any, input_pos: torch.Tensor | None
+        self, tokens: torch.Tensor, padding: torch.Tensor | None, input_pos: torch.Tensor | None
     ) -> dict[str, Any]:
-        is_padding = isinstance(mask, torch.Tensor) and mask.ndim == 2
-        if is_padding and input_pos is None:
-            input_pos = positions(mask, tokens.shape[1])
+        if padding is not None and input_pos is None:
+            input_pos = positions(padding, tokens.shape[1])
         inputs: dict[str, Any] = {"use_cache": self.cache is not None}
         if self.cache is not None:
             inputs["past_key_values"] = self.cache
-        if is_padding:
-            inputs["attention_mask"] = mask.long()
+        if padding is not None:
+            inputs["attention_mask"] = padding.long()
         if input_pos is not None and "position_ids" in self._arguments:
             inputs["position_ids"] = input_pos
         return inputs
@@ -280,6 +315,10 @@ class TransformersBackbone(nn.Module):
                 )
                 stack.callback(handle.remove)
             yield
+
+
+def _is_padding(mask: Any) -> bool:
+    return isinstance(mask, torch.Tensor) and mask.ndim == 2
 
 
 class _Reached(Exception):  # noqa: N818  # not an error: how a pass is left early
@@ -335,8 +374,12 @@ def decoder_of(model: Any) -> Any:
     Raises:
         UserError: if there is none.
     """
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    if decoder is None or decoder is model or model.get_output_embeddings() is None:
+    head = model.get_output_embeddings()
+    decoder = model.get_decoder()
+    # Llama 4's names a causal language model, or itself, as its decoder.
+    while getattr(decoder, "lm_head", None) is not None and hasattr(decoder, "model"):
+        decoder = decoder.model
+    if decoder is model or head is None:
         raise UserError(
             f"model_type={model.config.model_type!r}: {type(model).__name__} has no decoder with "
             "an LM head behind it, which a side network needs; it is not supported"

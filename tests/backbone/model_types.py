@@ -1,0 +1,105 @@
+"""Tiny models of transformers with random weights, of every model type that is tried."""
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 128,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "moe_intermediate_size": 32,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "shared_expert_intermediate_size": 32,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "linear_num_value_heads": 2,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "sliding_window": 16,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "n_embd": 64,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_positions": 256,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": 256,
+    "mamba_d_state": 16,
+    "mamba_d_head": 16,
+    "mamba_n_heads": 8,
+    "mamba_n_groups": 1,
+    "mamba_expand": 2,
+    "conv_dim": 64,
+    "block_dim": 64,
+    "altup_num_inputs": 2,
+    "laurel_rank": 8,
+    "num_kv_shared_layers": 0,
+    "global_head_dim": 16,
+}
+# What a type needs in addition or instead; None: its own default.
+MLA = {"head_dim": None, "num_key_value_heads": 4}
+SPECIAL: dict[str, dict[str, Any]] = {
+    "deepseek_v2": MLA,
+    "deepseek_v3": MLA,
+    "minicpm3": MLA,
+    "falcon": {"head_dim": None},
+    "gptj": {"rotary_dim": 8},
+    "codegen": {"rotary_dim": 8},
+    "gpt_neo": {"num_layers": 4, "num_heads": 4, "attention_types": [[["global", "local"], 2]]},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    "lfm2_moe": {
+        "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+        "num_dense_layers": 1,
+    },
+    "falcon_h1": {"mamba_d_ssm": 128},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "gemma4_text": {"head_dim": None},
+    "zamba2": {"layer_types": ["mamba", "hybrid", "mamba", "hybrid"], "hybrid_layer_ids": [1, 3]},
+}
+TYPES = """llama mistral qwen2 qwen3 gemma gemma2 phi3 opt gemma3_text gemma3n_text gemma4_text
+llama4_text qwen3_moe qwen3_next qwen3_5_text qwen3_5_moe_text mixtral ministral ministral3 gpt_oss
+smollm3 granite granitemoe granitemoehybrid olmo olmo2 olmo3 olmoe deepseek_v2 deepseek_v3 glm glm4
+glm4_moe cohere cohere2 exaone4 lfm2 lfm2_moe falcon falcon_h1 falcon_mamba gpt_neox gptj gpt2
+gpt_neo gpt_bigcode stablelm starcoder2 phi phimoe hunyuan_v1_dense hunyuan_v1_moe ernie4_5
+ernie4_5_moe seed_oss apertus nemotron bloom mamba mamba2 minimax arcee dots1 bitnet helium diffllama
+qwen2_moe persimmon codegen mpt xglm biogpt jamba zamba2 bamba nemotron_h flex_olmo vaultgemma
+minicpm3 hyperclovax""".split()
+
+
+def tiny_config(model_type: str) -> Any:
+    """A configuration of some thousand parameters."""
+    default = AutoConfig.for_model(model_type)
+    wanted = {**SIZES, **SPECIAL.get(model_type, {})}
+    known = {
+        name: value
+        for name, value in wanted.items()
+        if value is not None and (name in SPECIAL.get(model_type, {}) or hasattr(default, name))
+    }
+    return AutoConfig.for_model(model_type, **known)
+
+
+def tiny_model(model_type: str) -> Any:
+    """A model with random weights, in evaluation mode, fp32."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(tiny_config(model_type), dtype=torch.float32).eval()
