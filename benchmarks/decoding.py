@@ -17,14 +17,14 @@ import torch
 from benchmarks.backbones import BACKBONES
 from benchmarks.methods import CPU, SMOLLM2, ignore_known_warnings, qst_model
 from qst_tune.generation.caches import GrowingCache, attached, attentions
-from qst_tune.modules.qst_decoder import QSTDecoder
+from qst_tune.modules.qst_model import QSTModel
 
 
 class Decoding:
     """Some rows that are decoded behind a prompt.
 
     Args:
-        model (QSTDecoder): in evaluation mode.
+        model (QSTModel): in evaluation mode.
         prepare (Callable[[], object]): called before each pass; says what the model computes.
         num_rows (int): rows of the batch.
         num_prompt_tokens (int): tokens a row that are in the caches.
@@ -32,7 +32,7 @@ class Decoding:
 
     def __init__(
         self,
-        model: QSTDecoder,
+        model: QSTModel,
         prepare: Callable[[], object],
         *,
         num_rows: int,

@@ -42,7 +42,7 @@ from benchmarks.methods import (
 )
 from qst_tune.models import qst_decoder, smollm2_135m
 from qst_tune.modules import nf4_linear
-from qst_tune.modules.qst_decoder import QSTDecoder
+from qst_tune.modules.qst_model import QSTModel
 from qst_tune.training.labels import align_labels
 from qst_tune.training.loss import connect_loss, next_token_loss
 from qst_tune.training.validation import held_out_loss
@@ -59,13 +59,13 @@ class Source:
 
     Args:
         name (str): for people.
-        build (Callable[..., QSTDecoder]): makes the model from arguments of its model block; the
+        build (Callable[..., QSTModel]): makes the model from arguments of its model block; the
             side network is on the meta device.
         tokens (torch.Tensor): the text, ``[number of rows, T]``.
     """
 
     name: str
-    build: Callable[..., QSTDecoder]
+    build: Callable[..., QSTModel]
     tokens: torch.Tensor
 
 
@@ -366,9 +366,9 @@ def random_source(backbone: Backbone, row_tokens: int = 64) -> Source:
 
 def _build(
     backbone_builder: Callable[[], TransformerDecoder],
-    load: Callable[[QSTDecoder], None],
+    load: Callable[[QSTModel], None],
     **changes: Any,
-) -> QSTDecoder:
+) -> QSTModel:
     with training.set_default_dtype(DTYPE), torch.device("meta"):
         model = qst_decoder(backbone_builder(), **{**model_arguments(), **changes})
     load(model)

@@ -29,7 +29,7 @@ from torchtune.modules.peft import get_adapter_params, set_trainable_params
 from benchmarks.backbones import BACKBONES, DTYPE, Backbone, dense_backbone
 from qst_tune.models import qst_decoder, smollm2_135m
 from qst_tune.models.qst import VARIANTS
-from qst_tune.modules.qst_decoder import QSTDecoder
+from qst_tune.modules.qst_model import QSTModel
 from qst_tune.quantization.nf4 import dequantize_nf4
 from qst_tune.training.backbone_loading import load_backbone
 from qst_tune.training.cli import instantiate
@@ -180,22 +180,22 @@ def _qst(backbone: Backbone, **changes: Any) -> Trainee:
     return qst_trainee(model)
 
 
-def load_random_backbone(model: QSTDecoder, backbone: Backbone) -> None:
+def load_random_backbone(model: QSTModel, backbone: Backbone) -> None:
     """Fill a model on the meta device with the weights that all methods start from.
 
     Args:
-        model (QSTDecoder): its backbone is filled.
+        model (QSTModel): its backbone is filled.
         backbone (Backbone): its sizes.
     """
     weights = dense_backbone(backbone).state_dict()
     load_backbone(model, _InMemoryCheckpointer(weights), dtype=DTYPE, device=CPU)
 
 
-def load_smollm2(model: QSTDecoder) -> None:
+def load_smollm2(model: QSTModel) -> None:
     """Fill a model on the meta device with SmolLM2, which the quickstart has fetched.
 
     Args:
-        model (QSTDecoder): over ``smollm2_135m``; its backbone is filled.
+        model (QSTModel): over ``smollm2_135m``; its backbone is filled.
     """
     with TemporaryDirectory() as unused:  # torchtune would make the folder of a run
         block = OmegaConf.merge(default_config().checkpointer, {"output_dir": unused})
@@ -203,7 +203,7 @@ def load_smollm2(model: QSTDecoder) -> None:
         load_backbone(model, checkpointer, dtype=DTYPE, device=CPU)
 
 
-def qst_model(name: str, **changes: Any) -> QSTDecoder:
+def qst_model(name: str, **changes: Any) -> QSTModel:
     """Build a QST model whose side network is still on the meta device.
 
     Args:
@@ -211,7 +211,7 @@ def qst_model(name: str, **changes: Any) -> QSTDecoder:
         **changes (Any): keys of the config's model block.
 
     Returns:
-        QSTDecoder: its backbone has weights.
+        QSTModel: its backbone has weights.
     """
     backbone = BACKBONES.get(name)
     with training.set_default_dtype(DTYPE), torch.device("meta"):
@@ -224,11 +224,11 @@ def qst_model(name: str, **changes: Any) -> QSTDecoder:
     return model
 
 
-def qst_trainee(model: QSTDecoder) -> Trainee:
+def qst_trainee(model: QSTModel) -> Trainee:
     """Do what the recipe does once the backbone is loaded.
 
     Args:
-        model (QSTDecoder): with its side network on the meta device.
+        model (QSTModel): with its side network on the meta device.
 
     Returns:
         Trainee: with the config's loss and optimizer.

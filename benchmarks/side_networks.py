@@ -21,7 +21,7 @@ from benchmarks.backbones import BACKBONES, DTYPE, Backbone, dense_backbone
 from benchmarks.decoding import Decoding, milliseconds_by_turns
 from qst_tune.models import qst_decoder
 from qst_tune.models.llama import qst_llama3_2
-from qst_tune.modules.qst_decoder import QSTDecoder
+from qst_tune.modules.qst_model import QSTModel
 from qst_tune.modules.side_network import SideNetwork
 from qst_tune.modules.side_networks import share_backbone
 from qst_tune.training.memory import parameter_bytes
@@ -30,7 +30,7 @@ COUNTS = (1, 4, 16)
 _MIB = 2**20
 
 
-def build(backbone: Backbone, count: int) -> QSTDecoder:
+def build(backbone: Backbone, count: int) -> QSTModel:
     """Build a quantised backbone with random side networks, named by numbers.
 
     Args:
@@ -38,7 +38,7 @@ def build(backbone: Backbone, count: int) -> QSTDecoder:
         count (int): side networks.
 
     Returns:
-        QSTDecoder: in evaluation mode.
+        QSTModel: in evaluation mode.
     """
     model = qst_decoder(dense_backbone(backbone))
     networks: dict[str, SideNetwork] = {"0": model.side}
@@ -51,11 +51,11 @@ def build(backbone: Backbone, count: int) -> QSTDecoder:
     return model
 
 
-def ways(model: QSTDecoder, num_rows: int, num_prompt_tokens: int) -> dict[str, Callable[[], None]]:
+def ways(model: QSTModel, num_rows: int, num_prompt_tokens: int) -> dict[str, Callable[[], None]]:
     """Say what is timed.
 
     Args:
-        model (QSTDecoder): with at least as many side networks as the largest of ``COUNTS``.
+        model (QSTModel): with at least as many side networks as the largest of ``COUNTS``.
         num_rows (int): rows of a batch.
         num_prompt_tokens (int): tokens a row that are in the caches.
 
@@ -83,11 +83,11 @@ def _step_all(parts: list[Decoding]) -> None:
         part.step()
 
 
-def switch_microseconds(model: QSTDecoder, num_rows: int) -> tuple[float, float]:
+def switch_microseconds(model: QSTModel, num_rows: int) -> tuple[float, float]:
     """Time changing the side network in use, there and back.
 
     Args:
-        model (QSTDecoder): with at least two side networks.
+        model (QSTModel): with at least two side networks.
         num_rows (int): rows of a batch.
 
     Returns:

@@ -18,7 +18,8 @@ from omegaconf import DictConfig
 
 from qst_tune.errors import UserError
 from qst_tune.estimation.dry_run import describe_run
-from qst_tune.modules import QSTClassifier, QSTDecoder
+from qst_tune.modules import QSTClassifier
+from qst_tune.modules.qst_model import QSTModel
 from qst_tune.training.cli import run_recipe
 from qst_tune.training.config_keys import TRAINING_KEYS
 from qst_tune.training.memory import GIB, parameter_bytes
@@ -31,7 +32,7 @@ from qst_tune.training.training_run import run_training
 KEYS = TRAINING_KEYS
 
 
-def build_model(cfg: DictConfig, dtype: torch.dtype) -> QSTDecoder:
+def build_model(cfg: DictConfig, dtype: torch.dtype) -> QSTModel:
     """Build the model, without memory.
 
     Args:
@@ -39,7 +40,7 @@ def build_model(cfg: DictConfig, dtype: torch.dtype) -> QSTDecoder:
         dtype (torch.dtype): of what is not quantised.
 
     Returns:
-        QSTDecoder: one that writes text.
+        QSTModel: one that writes text.
 
     Raises:
         UserError: if it is a classifier.

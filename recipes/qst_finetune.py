@@ -21,7 +21,8 @@ from omegaconf import DictConfig
 
 from qst_tune.data import collate_classification
 from qst_tune.estimation.dry_run import describe_run
-from qst_tune.modules import QSTClassifier, QSTDecoder
+from qst_tune.modules.qst_classifier import QSTClassifier
+from qst_tune.modules.qst_model import QSTModel
 from qst_tune.training.classification import build_classification_task
 from qst_tune.training.cli import run_recipe
 from qst_tune.training.config_keys import TRAINING_KEYS
@@ -37,14 +38,14 @@ KEYS = TRAINING_KEYS
 
 
 def build_task(
-    cfg: DictConfig, tokenizer: Any, model: QSTDecoder, **where: Any
+    cfg: DictConfig, tokenizer: Any, model: QSTModel, **where: Any
 ) -> tuple[Task, TrainingData]:
     """Build what the model is for: to classify, or to continue a text.
 
     Args:
         cfg (DictConfig): the merged config.
         tokenizer (Any): torchtune model tokenizer.
-        model (QSTDecoder): the model.
+        model (QSTModel): the model.
         **where (Any): ``seed`` and ``device``.
 
     Returns:

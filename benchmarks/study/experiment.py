@@ -15,7 +15,7 @@ from benchmarks.study.learners import METHODS, Learner, fast_decoding
 from benchmarks.study.tasks import IGNORE, Task
 from qst_tune.modules.base_quantization import quantization_of
 from qst_tune.modules.hidden_state_cache import HiddenStateCache
-from qst_tune.modules.qst_decoder import QSTDecoder
+from qst_tune.modules.qst_model import QSTModel
 
 WARMUP = 10
 MAX_GRAD_NORM = 1.0
@@ -58,7 +58,7 @@ def execute(run: Run, task: Task, checkpoint: Path, states: Path | None = None) 
     """
     torch.manual_seed(run.seed)
     learner = METHODS[run.method].build(checkpoint)
-    if states and isinstance(learner.model, QSTDecoder):
+    if states and isinstance(learner.model, QSTModel):
         learner.model.hidden_state_cache = _kept_states(learner.model, states / checkpoint.name)
     batches = task.batches(run.seed, run.batch_size)
     tokens, curve = 0, []
@@ -79,7 +79,7 @@ def execute(run: Run, task: Task, checkpoint: Path, states: Path | None = None) 
     }
 
 
-def _kept_states(model: QSTDecoder, folder: Path) -> HiddenStateCache:
+def _kept_states(model: QSTModel, folder: Path) -> HiddenStateCache:
     """Variants of the side network share what they read of the same weights and layers."""
     layers: Any = model.layers
     what = f"{quantization_of(layers)}, {model.side.reads} of {model.side.layers}"

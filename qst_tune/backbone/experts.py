@@ -9,9 +9,16 @@ import torch
 from torch.utils._pytree import tree_map
 from torchao.dtypes.nf4tensor import NF4Tensor
 
-from qst_tune.quantization.nf4 import QuantType, dequantize_nf4, quantize_nf4
+from qst_tune.quantization.nf4 import (
+    QuantType,
+    dequantize_nf4,
+    nf4_from_parts,
+    quantize_nf4,
+)
 
 _aten = torch.ops.aten
+# Of torchao's NF4Tensor, in the order of its constructor; the last is the same for all experts.
+_PARTS = ("quantized_scalers", "quantization_factor", "scaler_mean", "quantized_data", "nf4")
 
 
 class QuantizedExperts(torch.Tensor):
@@ -20,25 +27,43 @@ class QuantizedExperts(torch.Tensor):
     transformers keeps the experts of a layer in one parameter and indexes it: ``weight[e]`` gives a
     dense ``[O, I]`` here, so one expert is dense at a time. Every other operation (Llama 4
     multiplies all experts at once) sees the dense weight of this layer, for as long as it runs. It
-    is frozen, and right under ``no_grad`` only.
+    is frozen: no gradient flows through it.
 
     Args:
-        experts (list[NF4Tensor]): E weights of one shape.
-        quant_type (QuantType): "nf4" or "fp4".
+        parts (list[torch.Tensor]): absmax codes, their factors, their means and codes, ``[E, ...]``
+            each, and the 16 levels.
+        shape (tuple[int, ...]): ``(E, O, I)``.
+        quantization (QuantType): "nf4" or "fp4".
     """
 
-    experts: list[NF4Tensor]
+    parts: list[torch.Tensor]
     quantization: QuantType
 
     @staticmethod
-    def __new__(cls, experts: list[NF4Tensor], quant_type: QuantType) -> "QuantizedExperts":
+    def __new__(
+        cls, parts: list[torch.Tensor], shape: tuple[int, ...], quantization: QuantType
+    ) -> "QuantizedExperts":
         """Make the tensor without memory of its own."""
-        first = experts[0]
+        levels = parts[-1]
         made: QuantizedExperts = torch.Tensor._make_wrapper_subclass(
-            cls, (len(experts), *first.shape), dtype=first.dtype, device=first.device
+            cls, shape, dtype=levels.dtype, device=levels.device
         )
-        made.experts, made.quantization = experts, quant_type
+        made.parts, made.quantization = parts, quantization
+        for name, part in zip(_PARTS, parts, strict=True):
+            setattr(made, name, part)
         return made
+
+    def expert(self, index: int) -> NF4Tensor:
+        """Return one expert's weight, as codes.
+
+        Args:
+            index (int): which.
+
+        Returns:
+            NF4Tensor: ``[O, I]``.
+        """
+        *own, levels = self.parts
+        return nf4_from_parts(self.shape[1:], [*(part[index] for part in own), levels])
 
     def dense(self) -> torch.Tensor:
         """Decode all experts.
@@ -46,20 +71,29 @@ class QuantizedExperts(torch.Tensor):
         Returns:
             torch.Tensor: ``[E, O, I]``.
         """
-        return torch.stack([dequantize_nf4(expert) for expert in self.experts])
+        return torch.stack([dequantize_nf4(self.expert(index)) for index in range(len(self))])
 
-    def __repr__(self) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]  # torch's takes an argument
         return f"QuantizedExperts(shape={tuple(self.shape)}, quantization={self.quantization!r})"
 
+    def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
+        return list(_PARTS), {"quantization": self.quantization}
+
+    @staticmethod
+    def __tensor_unflatten__(
+        parts: dict[str, torch.Tensor], context: dict[str, Any], shape: Any, stride: Any
+    ) -> "QuantizedExperts":
+        return QuantizedExperts([parts[name] for name in _PARTS], tuple(shape), **context)
+
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # torch declares the disabled one
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Decode one expert, or all where the operation is not an index."""
         if func is _aten.detach.default:
-            return cls(args[0].experts, args[0].quantization)
+            return cls(args[0].parts, tuple(args[0].shape), args[0].quantization)
         if func is _aten.select.int and args[1] == 0:
-            return dequantize_nf4(args[0].experts[args[2]])
+            return dequantize_nf4(args[0].expert(args[2]))
         decoded = tree_map(_dense, (args, kwargs or {}))
         return func(*decoded[0], **decoded[1])
 
@@ -78,4 +112,6 @@ def quantize_experts(weight: torch.Tensor, quant_type: QuantType) -> QuantizedEx
     Returns:
         QuantizedExperts: each expert as :func:`~qst_tune.quantization.nf4.quantize_nf4` makes it.
     """
-    return QuantizedExperts([quantize_nf4(expert, quant_type) for expert in weight], quant_type)
+    experts = [quantize_nf4(expert, quant_type) for expert in weight]
+    stacked = [torch.stack([getattr(e, name) for e in experts]) for name in _PARTS[:-1]]
+    return QuantizedExperts([*stacked, experts[0].nf4], tuple(weight.shape), quant_type)

@@ -27,28 +27,26 @@ def quantization_config_type() -> Any:
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
     @register_quantization_config(NAME)
-    class Config(QuantizationConfigMixin):  # type: ignore[misc]
-        def __init__(
-            self, base_quantization: Any = "none", device: torch.device | None = None
-        ) -> None:
-            self.quant_method = NAME
+    class Config(QuantizationConfigMixin):
+        def __init__(self, base_quantization: Any, device: torch.device) -> None:
+            self.quant_method: Any = NAME
             self.base_quantization, self.device = base_quantization, device
 
         def to_dict(self) -> dict[str, Any]:
             return {"quant_method": NAME, "base_quantization": self.base_quantization}
 
-    class Quantize(ConversionOps):  # type: ignore[misc]
+    class Quantize(ConversionOps):
         def __init__(self, device: torch.device) -> None:
             self.device = device
 
         def convert(
             self,
             input_dict: dict[str, Any],
-            *,
-            model: Any,
-            missing_keys: set[str],
-            **_: Any,
+            source_patterns: list[str],
+            target_patterns: list[str],
+            **context: Any,
         ) -> dict[str, Any]:
+            model, missing_keys = context["model"], context["missing_keys"]
             for name, value in input_dict.items():
                 module, leaf = get_module_from_name(model, name)
                 weight = value[0] if isinstance(value, list) else value
@@ -61,9 +59,10 @@ def quantization_config_type() -> Any:
             return {}
 
     @register_quantizer(NAME)
-    class Quantizer(HfQuantizer):  # type: ignore[misc]
+    class Quantizer(HfQuantizer):
         requires_calibration = False
         is_trainable = False
+        quantization_config: Any
 
         def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
             return is_quantized(*get_module_from_name(model, param_name))
@@ -74,7 +73,7 @@ def quantization_config_type() -> Any:
             return model
 
         def get_quantize_ops(self) -> Any:
-            return Quantize(self.quantization_config.device or torch.device("cpu"))
+            return Quantize(self.quantization_config.device)
 
         def is_serializable(self) -> bool:
             return False

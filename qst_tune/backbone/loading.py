@@ -1,6 +1,8 @@
 """Build and load decoders by transformers' own means."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,11 @@ import torch
 from torchtune import utils
 
 from qst_tune.backbone.hf_quantizer import drop_other_modalities, quantization_config_type
+from qst_tune.backbone.quantizers import quantize_tables, quantized_share
 from qst_tune.backbone.transformers import TransformersBackbone
 from qst_tune.errors import UserError
+
+_LITTLE = 0.5
 
 log = utils.get_logger("INFO")
 
@@ -58,30 +63,82 @@ def load_backbone(
         UserError: if the directory describes another model, a weight is missing or has another
             shape, or the LM head does something that is not known here.
     """
-    _check_same(backbone, folder)
-    config = _read_config(folder)
-    make_config = quantization_config_type()
-    try:
-        model, info = _model_type(config, folder).from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            quantization_config=make_config(backbone.base_quantization, device),
-            output_loading_info=True,
-        )
-    except UserError:
-        raise
-    except Exception as error:
-        raise _refused(folder, config, error) from error
+    check_same(backbone, folder)
+    model, info = _from_pretrained(backbone, folder, dtype=dtype, device=device)
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(
             f"{folder} lacks {len(missing)} of the model's weights, for example {missing[0]}"
         )
     move_dense_(model, device)
-    backbone.take(model)
-    backbone.quantize_embedding()
+    quantize_tables(model.get_input_embeddings(), model, backbone.embedding_quantization)
+    transplant_(backbone.model, model)
     check_head(backbone)
+    if backbone.base_quantization != "none":
+        _report_share(backbone)
+
+
+def _from_pretrained(
+    backbone: TransformersBackbone, folder: Path, **where: Any
+) -> tuple[Any, dict[str, Any]]:
+    config = _read_config(folder)
+    make_config = quantization_config_type()
+    with _without_progress_bars():
+        try:
+            model, info = _model_type(config, folder).from_pretrained(
+                folder,
+                config=config,
+                dtype=where["dtype"],
+                quantization_config=make_config(backbone.base_quantization, where["device"]),
+                output_loading_info=True,
+            )
+        except UserError:
+            raise
+        except Exception as error:
+            raise _refused(folder, config, error) from error
+    return model, info
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing a bar of its own between the lines of a log."""
+    from transformers.utils import logging
+
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()
+
+
+def _report_share(backbone: TransformersBackbone) -> None:
+    share = quantized_share(backbone.layers)
+    text = f"{100 * share:.0f} % of the layers' weights are stored as {backbone.base_quantization}"
+    if share < _LITTLE:
+        log.warning(f"{text}: model_type={backbone.config.model_type} keeps them in other layers")
+    else:
+        log.info(text)
+
+
+def transplant_(model: Any, loaded: Any) -> None:
+    """Give a model, in place, the weights of another one; its modules stay the ones they are.
+
+    The loss, for one, has taken the LM head of the model that was built on meta.
+
+    Args:
+        model (Any): on meta.
+        loaded (Any): of the same configuration and quantisation; not usable afterwards.
+    """
+    for name, source in loaded.named_modules():
+        target = model.get_submodule(name)
+        target._parameters.update(source._parameters)
+        target._buffers.update(source._buffers)
+        for key, value in vars(source).items():
+            if isinstance(value, torch.Tensor):
+                setattr(target, key, value)
+    model.requires_grad_(False)
 
 
 def move_dense_(model: Any, device: torch.device) -> None:
@@ -92,10 +149,9 @@ def move_dense_(model: Any, device: torch.device) -> None:
         device (torch.device): where to.
     """
     for module in model.modules():
-        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None and tensor.device != device:
+        for tensor in [*module._parameters.values(), *module._buffers.values()]:
+            if tensor is not None and tensor.device.type != device.type:
                 tensor.data = tensor.data.to(device)
-                del name
 
 
 @torch.no_grad()
@@ -121,10 +177,10 @@ def check_head(backbone: TransformersBackbone) -> None:
 
 
 def _read_config(folder: Path) -> Any:
-    """transformers' configuration; code of the directory is never run."""
+    """Transformers' configuration; code of the directory is never run."""
     from transformers import AutoConfig
 
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings = _settings(folder)
     if settings.get("quantization_config"):
         raise UserError(
             f"{folder / 'config.json'}: quantization_config: the model is quantised already; name "
@@ -137,6 +193,15 @@ def _read_config(folder: Path) -> Any:
         raise UserError(f"{folder / 'config.json'}: transformers cannot read it: {reason}") from (
             error
         )
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is missing or not valid JSON: {error}") from error
+    return settings
 
 
 def _model_type(config: Any, folder: Path) -> Any:
@@ -162,10 +227,19 @@ def _model_type(config: Any, folder: Path) -> Any:
     )
 
 
-def _check_same(backbone: TransformersBackbone, folder: Path) -> None:
+def check_same(backbone: TransformersBackbone, folder: Path) -> None:
+    """Refuse a directory that describes another model than the one that was built.
+
+    Args:
+        backbone (TransformersBackbone): built from a directory.
+        folder (Path): the directory of the weights.
+
+    Raises:
+        UserError: if their ``config.json`` differ.
+    """
     if not backbone.folder or Path(backbone.folder).resolve() == folder.resolve():
         return
-    built, found = (json.loads((Path(f) / "config.json").read_text()) for f in (backbone.folder, folder))
+    built, found = (_settings(Path(path)) for path in (backbone.folder, folder))
     if built != found:
         raise UserError(
             f"the config's model block names {backbone.folder}, which describes another model than "
@@ -176,5 +250,6 @@ def _check_same(backbone: TransformersBackbone, folder: Path) -> None:
 def _refused(folder: Path, config: Any, error: Exception) -> UserError:
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
     return UserError(
-        f"{folder}: transformers cannot load this model (model_type={config.model_type!r}): {reason}"
+        f"{folder}: transformers cannot load this model (model_type={config.model_type!r}): "
+        f"{reason}"
     )

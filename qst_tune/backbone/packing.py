@@ -17,7 +17,7 @@ _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.02, torch.float16: 0.005}
 
 
-def by_positions(config: Any, input_pos: torch.Tensor, dtype: torch.dtype) -> None:
+def by_positions(config: Any, input_pos: torch.Tensor, dtype: torch.dtype) -> Any:
     """Give no mask: most models tell samples apart by positions that begin again.
 
     Args:
@@ -115,7 +115,7 @@ def find_packing(backbone: Any) -> Packing:
 
 
 def carries_state(model: Any, config: Any) -> bool:
-    """Tell whether something but attention runs along the row: Mamba, linear attention, a convolution.
+    """Tell whether not only attention runs along the row: Mamba, linear attention, convolutions.
 
     Args:
         model (Any): of transformers, which marks some of them.

@@ -18,8 +18,12 @@ from qst_tune.modules.base_quantization import (
 from qst_tune.modules.embedding_quantization import EmbeddingQuantization, check_table_format
 from qst_tune.quantization.table import QuantizedTable, quantize_table
 
+# Plain linear layers under a name of their own.
+_ALIASES = ("FalconLinear",)
 # Linears that choose experts: a rounded choice is another expert.
 _ROUTERS = ("gate", "router", "shared_expert_gate")
+# Linears of which a model reads the weight itself: Mamba's step sizes.
+_READ_AS_WEIGHTS = ("dt_proj",)
 
 
 def quantize_text(layers: nn.ModuleList, base_quantization: BaseQuantization) -> None:
@@ -51,7 +55,10 @@ def _linears(layers: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
     """Linears to quantise. Two codes share a byte, so one with an odd number of weights stays."""
     for owner in layers.modules():
         for name, child in owner.named_children():
-            if type(child) is nn.Linear and name not in _ROUTERS and child.weight.numel() % 2 == 0:
+            is_plain = type(child) is nn.Linear or type(child).__name__ in _ALIASES
+            if not is_plain or name in (*_ROUTERS, *_READ_AS_WEIGHTS):
+                continue
+            if child.weight.numel() % 2 == 0:
                 yield owner, name, child
 
 
@@ -131,6 +138,25 @@ def set_quantized(module: Any, leaf: str, weight: torch.Tensor) -> None:
     """
     if isinstance(module, QuantizedLinear):
         module.quantize_(weight)
-        return
-    form = getattr(module, leaf).quantization
-    setattr(module, leaf, nn.Parameter(quantize_experts(weight, form), requires_grad=False))
+    else:
+        experts = quantize_experts(weight, getattr(module, leaf).quantization)
+        setattr(module, leaf, nn.Parameter(experts, requires_grad=False))
+    # Else the _init_weights of some models (Mamba's) would fill it with random numbers.
+    getattr(module, leaf)._is_hf_initialized = True
+
+
+def quantized_share(layers: nn.Module) -> float:
+    """Return how much of the layers' weights is quantised.
+
+    Args:
+        layers (nn.Module): quantised by :func:`quantize_text`.
+
+    Returns:
+        float: from 0 to 1, of the number of weights.
+    """
+    total = quantized = 0
+    for module in layers.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            total += weight.numel()
+            quantized += weight.numel() if is_quantized(module, name) else 0
+    return quantized / max(1, total)

@@ -14,7 +14,7 @@ from qst_tune.backbone.rotary import TablelessRotary
 from qst_tune.modules.side_block import LayerSizes, SideShape
 
 _MLP_NAMES = ("intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner")
-_NORM_EPS = 1e-6
+_NORM_EPS = 1e-5
 
 
 def text_sizes(config: Any) -> LayerSizes:

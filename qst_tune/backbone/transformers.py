@@ -65,24 +65,12 @@ class TransformersBackbone(nn.Module):
         self._limit = max_seq_len
         self.embedding_quantization: EmbeddingQuantization = "none"
         self.base_quantization: BaseQuantization = "none"
-        self.take(model)
-
-    def take(self, model: Any) -> None:
-        """Replace the model, typically one on meta by one with weights.
-
-        Args:
-            model (Any): of the same configuration.
-
-        Raises:
-            UserError: as the class.
-        """
         self.model = model.eval().requires_grad_(False)
         self.config = model.config.get_text_config(decoder=True)
         # In tuples: the modules belong to the model, where their parameters have their names.
         self._decoder = (decoder_of(model),)
         self._layers = (layers_of(self.decoder, self.config),)
         self._head = (head_of(model, self.config),)
-        self._packing = None
         self._arguments = frozenset(inspect.signature(self.decoder.forward).parameters)
 
     @property
@@ -117,16 +105,14 @@ class TransformersBackbone(nn.Module):
         return head
 
     @property
-    def embedding(self) -> nn.Module:
+    def embedding(self) -> Any:
         """The token embedding."""
-        embedding: nn.Module = self.model.get_input_embeddings()
-        return embedding
+        return self.model.get_input_embeddings()
 
     @property
     def vocab_size(self) -> int:
         """Rows of the embedding."""
-        weight: Any = self.embedding.weight
-        return len(weight)
+        return len(self.embedding.weight)
 
     @property
     def quantization(self) -> str:
@@ -145,11 +131,7 @@ class TransformersBackbone(nn.Module):
         self.base_quantization = base_quantization
         self.embedding_quantization = embedding_quantization
         quantize_text(self.layers, base_quantization)
-        self.quantize_embedding()
-
-    def quantize_embedding(self) -> None:
-        """Store embedding and LM head in the format that was asked for, in place."""
-        quantize_tables(self.embedding, self.model, self.embedding_quantization)
+        quantize_tables(self.embedding, self.model, embedding_quantization)
 
     def side_shape(self, reduction_factor: int, min_head_dim: int) -> SideShape:
         """Choose the sizes of a side block.
@@ -277,9 +259,9 @@ class TransformersBackbone(nn.Module):
             torch.Tensor: f, ``[B, T, D]``.
         """
         inputs = self._inputs(tokens, mask if _is_padding(mask) else None, input_pos)
-        if packing is not None:
-            weight: Any = self.embedding.weight
-            inputs["attention_mask"] = packing(self.config, input_pos, weight.dtype)
+        if packing is not None and input_pos is not None:
+            dtype = self.embedding.weight.dtype
+            inputs["attention_mask"] = packing(self.config, input_pos, dtype)
         f_BTD: torch.Tensor = self.decoder(input_ids=tokens, **inputs).last_hidden_state
         return f_BTD
 

@@ -26,14 +26,14 @@ from qst_tune.models import peqa_decoder, qst_decoder
 from qst_tune.modules.downsample import DownsampleKind
 from qst_tune.modules.peqa_decoder import PEQADecoder
 from qst_tune.modules.qst_classifier import QSTClassifier
-from qst_tune.modules.qst_decoder import QSTDecoder
+from qst_tune.modules.qst_model import QSTModel
 from qst_tune.training.cli import instantiate
 from qst_tune.training.loss import connect_loss
 from qst_tune.training.model_setup import build_any_on_meta
 from qst_tune.training.nearest import nearest
 from qst_tune.training.parameter_groups import parameter_groups
 
-ModelT = TypeVar("ModelT", QSTDecoder, PEQADecoder)
+ModelT = TypeVar("ModelT", QSTModel, PEQADecoder)
 
 
 @dataclass
@@ -84,7 +84,7 @@ class Method:
 
 def _qst(choices: Choices, *, recompute: bool | None = None, **changes: Any) -> Setup:
     """As recipes/qst_finetune.py sets it up; ``changes`` are arguments of the model block."""
-    model = _own_model(choices, QSTDecoder, **changes)
+    model = _own_model(choices, QSTModel, **changes)
     if model is None:
         model = qst_decoder(_backbone(choices), **changes)
     _keep_norms_in_fp32(model)

@@ -1,36 +1,47 @@
-"""Models for a local Hugging Face folder, whatever supported family it is of."""
+"""Models for a local Hugging Face directory, whatever model type it is of."""
 
 from pathlib import Path
+from typing import Literal, get_args
 
-from torchtune.modules import TransformerDecoder
-
+from qst_tune.backbone.loading import backbone_on_meta
 from qst_tune.errors import UserError
-from qst_tune.models.hf.families import Architecture, read_architecture
+from qst_tune.models.hf.families import Architecture, read_architecture, takes_torchtune
 from qst_tune.models.peqa import peqa_builder
-from qst_tune.models.qst import qst_builder
+from qst_tune.models.qst import Decoder, qst_builder
+
+BackboneKind = Literal["auto", "torchtune", "transformers"]
 
 
-def backbone_from_hf(checkpoint_dir: str, max_seq_len: int | None = None) -> TransformerDecoder:
-    """Build the decoder that a Hugging Face folder's ``config.json`` describes.
+def backbone_from_hf(
+    checkpoint_dir: str, max_seq_len: int | None = None, backbone: BackboneKind = "auto"
+) -> Decoder:
+    """Build the decoder that a Hugging Face directory's ``config.json`` describes.
 
-    Only that file is read. The weights come through
-    :class:`~qst_tune.training.hf_checkpointer.HFCheckpointer`, which converts them for the decoder
-    built here. docs/models.md lists the families, and what is refused.
+    Only that file is read. docs/models.md lists the model types, and what is refused.
 
     Args:
-        checkpoint_dir (str): the folder.
+        checkpoint_dir (str): the directory.
         max_seq_len (int | None): positions; None: as many as the decoder computes exactly as the
-            model does, the least of its ``max_position_embeddings``, its sliding window, and the
-            original length of a LongRoPE. A large number takes memory for rotary embeddings.
+            model does. With torchtune's modules that is the least of ``max_position_embeddings``,
+            its sliding window, and the original length of a LongRoPE, and a large number takes
+            memory for rotary embeddings.
+        backbone (BackboneKind): "torchtune" rebuilds the model from torchtune's modules, which a
+            few families have; "transformers" takes transformers' own model; "auto": torchtune where
+            it has the family.
 
     Returns:
-        TransformerDecoder: with random weights, or on meta.
+        Decoder: with random weights, or on meta; over transformers always on meta.
 
     Raises:
-        UserError: if the folder is no such model, a setting of it is not supported, or
+        UserError: if the directory has no such model, a setting of it is not supported, or
             ``max_seq_len`` is longer than can be exact.
     """
     folder = Path(checkpoint_dir)
+    if backbone not in get_args(BackboneKind):
+        known = ", ".join(get_args(BackboneKind))
+        raise UserError(f"model.backbone={backbone!r} is unknown; choose one of {known}")
+    if backbone == "transformers" or (backbone == "auto" and not takes_torchtune(folder)):
+        return backbone_on_meta(folder, max_seq_len)
     architecture = read_architecture(folder)
     return architecture.build(_length(architecture, max_seq_len, folder))
 

@@ -1,16 +1,16 @@
 """The generic QST builder: a side network for any decoder, torchtune's or transformers'."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import nn
 from torchtune import training
 from torchtune.modules import TransformerDecoder
 
-from qst_tune.models.builder import method_builder
 from qst_tune.backbone.qst_transformer import QSTTransformer
 from qst_tune.backbone.transformers import TransformersBackbone
+from qst_tune.models.builder import method_builder
 from qst_tune.modules.backbone import Backbone
 from qst_tune.modules.base_quantization import BaseQuantization
 from qst_tune.modules.downsample import Activation, DownsampleKind, build_downsample
@@ -32,7 +32,7 @@ from qst_tune.modules.side_network import (
 )
 from qst_tune.modules.torchtune_backbone import TorchtuneBackbone
 
-Decoder = TransformerDecoder | TransformersBackbone
+Decoder: TypeAlias = TransformerDecoder | TransformersBackbone
 
 Variant = Literal["default", "paper", "authors"]
 

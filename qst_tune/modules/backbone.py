@@ -39,7 +39,7 @@ class Backbone(Protocol):
         """From f to logits, with the model's own soft cap and scale."""
 
     @property
-    def embedding(self) -> nn.Module:
+    def embedding(self) -> Any:
         """The token embedding; its weight has the backbone's device and dtype."""
 
     @property

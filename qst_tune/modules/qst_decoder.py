@@ -132,7 +132,8 @@ class QSTDecoder(QSTModel, TransformerDecoder):
             torch.Tensor | list[torch.Tensor]: fp32 logits ``[B, T, V]``; chunks of logits after
             ``set_num_output_chunks``; the head's input ``[B, T, D]`` if ``skip_output_layer``.
         """
-        self._validate_inputs(
+        decoder: Any = self
+        decoder._validate_inputs(
             tokens.shape[1],
             mask=mask,
             encoder_input=encoder_input,

@@ -39,7 +39,11 @@ class QSTModel(nn.Module):
     skip_output_layer: bool
     num_output_chunks: int
     hidden_state_cache: HiddenStateCache | None
-    output: Any  # the LM head, with the model's own soft cap and scale
+    # Of the decoder, torchtune's names: its LM head, embedding, layers and longest sequence.
+    output: Any
+    tok_embeddings: Any
+    layers: Any
+    max_seq_len: Any
 
     @property
     def backbone(self) -> Backbone:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torchtune.modules.attention_utils import _MaskType
 
-from qst_tune.modules.qst_decoder import QSTDecoder
+from qst_tune.modules.qst_model import QSTModel
 from qst_tune.modules.side_network import Reads, SideNetwork
 
 # What one network carries from block to block, or None where it has no row in the batch.
@@ -18,7 +18,7 @@ class SideNetworks(nn.Module):
     """Side networks that read the hidden states of one backbone pass.
 
     It stands where a :class:`~qst_tune.modules.side_network.SideNetwork` stands in a
-    ``QSTDecoder``. :meth:`use` says which network each row of the next batches is for; a row may
+    ``QSTModel``. :meth:`use` says which network each row of the next batches is for; a row may
     also be the plain backbone's. The backbone runs once for all rows, and each network for its own
     rows alone, so a row gives what it gives by itself. Nothing is moved or copied to switch.
 
@@ -194,11 +194,11 @@ def _of(per_row: Any, rows: torch.Tensor, size: int) -> Any:
     return per_row
 
 
-def share_backbone(model: QSTDecoder, networks: Mapping[str, SideNetwork]) -> SideNetworks:
+def share_backbone(model: QSTModel, networks: Mapping[str, SideNetwork]) -> SideNetworks:
     """Put several side networks in place of a model's own.
 
     Args:
-        model (QSTDecoder): changed in place.
+        model (QSTModel): changed in place.
         networks (Mapping[str, SideNetwork]): by name, on the model's device.
 
     Returns:

@@ -68,10 +68,9 @@ class TorchtuneBackbone:
         return head
 
     @property
-    def embedding(self) -> nn.Module:
+    def embedding(self) -> Any:
         """The decoder's token embedding."""
-        embedding: nn.Module = self.decoder.tok_embeddings
-        return embedding
+        return self.decoder.tok_embeddings
 
     @property
     def quantization(self) -> str:

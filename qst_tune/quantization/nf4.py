@@ -7,9 +7,9 @@ bit for bit, and the 16 levels of FP4, which QLoRA and QST compare NF4 with.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torchao.dtypes.nf4tensor import NF4Tensor, SubclassTensorArgs, get_block_absmax, to_nf4
@@ -232,17 +232,44 @@ def _meta_nf4(weight: torch.Tensor, block_size: int, scaler_block_size: int) -> 
     )
 
 
+def nf4_from_parts(shape: Sequence[int], parts: Sequence[torch.Tensor]) -> NF4Tensor:
+    """Put a weight together from the tensors that one from :func:`quantize_nf4` consists of.
+
+    Args:
+        shape (Sequence[int]): of the weight.
+        parts (Sequence[torch.Tensor]): absmax codes, their factors, their mean, codes and levels,
+            not copied.
+
+    Returns:
+        NF4Tensor: its dtype is that of the levels.
+    """
+    block_sizes = nf4_block_sizes(math.prod(shape))
+    return _assemble(_Layout(tuple(shape), parts[-1].dtype, parts[-1].device), *block_sizes, *parts)
+
+
+class _Layout(NamedTuple):
+    """What a contiguous weight ``[O, I]`` would be, without memory."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
 def _assemble(
-    weight: torch.Tensor, block_size: int, scaler_block_size: int, *parts: torch.Tensor
+    weight: "torch.Tensor | _Layout",
+    block_size: int,
+    scaler_block_size: int,
+    *parts: torch.Tensor,
 ) -> NF4Tensor:
-    """An NF4Tensor with the shape, dtype and device of ``weight``."""
+    """An NF4Tensor with the shape, dtype and device of ``weight``, which is contiguous."""
+    shape = torch.Size(weight.shape)
     layout = SubclassTensorArgs(
-        weight.size(),
-        weight.stride(),
-        weight.storage_offset(),
+        shape,
+        (*(math.prod(shape[i + 1 :]) for i in range(len(shape))),),
+        0,
         weight.dtype,
         weight.device,
         requires_grad=False,
     )
-    num_blocks = weight.numel() // block_size
+    num_blocks = math.prod(shape) // block_size
     return NF4Tensor(layout, block_size, num_blocks, scaler_block_size, *parts)

@@ -10,19 +10,24 @@ from typing import Any
 
 from torchtune.modules import TransformerDecoder
 
+from qst_tune.backbone.loading import check_same
+from qst_tune.backbone.qst_transformer import QSTTransformer
 from qst_tune.errors import UserError
 
 
-def check_architecture(model: TransformerDecoder, checkpoint_dir: Path) -> None:
+def check_architecture(model: Any, checkpoint_dir: Path) -> None:
     """Refuse a model that is not the checkpoint's; does nothing without a ``config.json``.
 
     Args:
-        model (TransformerDecoder): may be on the meta device.
+        model (Any): a decoder of torchtune's or a ``QSTTransformer``; may be on the meta device.
         checkpoint_dir (Path): Hugging Face folder.
 
     Raises:
         UserError: naming every property that differs, with both values.
     """
+    if isinstance(model, QSTTransformer):
+        check_same(model.backbone, checkpoint_dir)
+        return
     path = checkpoint_dir / "config.json"
     if not path.is_file():
         return

@@ -15,7 +15,7 @@ from qst_tune.errors import UserError
 from qst_tune.models.hf.weights import Weights
 from qst_tune.models.qst import VARIANTS, qst_decoder
 from qst_tune.modules.learned_positions import LearnedPositionEmbedding
-from qst_tune.modules.qst_decoder import QSTDecoder
+from qst_tune.modules.qst_model import QSTModel
 from qst_tune.training.authors_checkpoint import (
     Family,
     read_authors_folder,
@@ -35,7 +35,7 @@ _CLASSIFIER = "num_labels"  # the argument of a model block that makes it a clas
 log = utils.get_logger("INFO")
 
 
-def import_authors(folder: Path, cfg: DictConfig) -> tuple[QSTDecoder, dict[str, Any]]:
+def import_authors(folder: Path, cfg: DictConfig) -> tuple[QSTModel, dict[str, Any]]:
     """Read a folder of the authors' code as the side network of a config's backbone.
 
     The folder has no configuration: r, the rank and a classifier's number of labels are those that
@@ -49,7 +49,7 @@ def import_authors(folder: Path, cfg: DictConfig) -> tuple[QSTDecoder, dict[str,
             folder; its side network's settings are replaced.
 
     Returns:
-        tuple[QSTDecoder, dict[str, Any]]: the model, backbone on meta and the side network's
+        tuple[QSTModel, dict[str, Any]]: the model, backbone on meta and the side network's
         parameters as in the files; and the ``model`` block that builds it.
 
     Raises:
@@ -141,13 +141,13 @@ def _shape(folder: Path, state: Weights, suffix: str) -> tuple[int, int]:
     return shape
 
 
-def _build(block: dict[str, Any]) -> QSTDecoder:
+def _build(block: dict[str, Any]) -> QSTModel:
     model = build_on_meta(OmegaConf.create({"model": block}), torch.float32)
     _family(model)
     return model
 
 
-def _family(model: QSTDecoder) -> Family:
+def _family(model: QSTModel) -> Family:
     """Which of the authors' two models has these layers; others may fit without computing alike."""
     layer: Any = model.layers[0]
     if isinstance(model.tok_embeddings, LearnedPositionEmbedding):
@@ -163,7 +163,7 @@ def _heads(layers: Any) -> dict[str, int]:
     return {"num_heads": attn.num_heads, "num_kv_heads": attn.num_kv_heads}
 
 
-def _check_backbone(folder: Path, state: Weights, model: QSTDecoder, embed_dim: int) -> None:
+def _check_backbone(folder: Path, state: Weights, model: QSTModel, embed_dim: int) -> None:
     num_layers = sum(name.endswith(".adapter_A.weight") for name in state)
     layers: Any = model.layers
     here = (len(layers), layers[0].attn.embed_dim)
@@ -174,7 +174,7 @@ def _check_backbone(folder: Path, state: Weights, model: QSTDecoder, embed_dim: 
         )
 
 
-def _start_missing_gate(folder: Path, state: Weights, model: QSTDecoder) -> None:
+def _start_missing_gate(folder: Path, state: Weights, model: QSTModel) -> None:
     mix: Any = model.side.output_mix
     if "score.weight" in state and "score_z" not in state:
         state["score_z"] = torch.full((len(state["upsample.weight"]),), mix.initial_logit)
@@ -184,7 +184,7 @@ def _start_missing_gate(folder: Path, state: Weights, model: QSTDecoder) -> None
         )
 
 
-def _converted(folder: Path, state: Weights, model: QSTDecoder) -> Weights:
+def _converted(folder: Path, state: Weights, model: QSTModel) -> Weights:
     problem = _other_heads(model)
     if problem:
         raise UserError(f"{folder} cannot be computed here: {problem}")
@@ -195,13 +195,13 @@ def _converted(folder: Path, state: Weights, model: QSTDecoder) -> Weights:
         raise UserError(f"{folder} is no side network over this backbone: {reason}") from error
 
 
-def _other_heads(model: QSTDecoder) -> str:
+def _other_heads(model: QSTModel) -> str:
     """Their code keeps the backbone's heads; ours takes fewer where they would be too narrow."""
     ours, theirs = _heads(model.side.blocks), _heads(model.layers)
     return "" if ours == theirs else f"side blocks have {ours} here, and {theirs} there"
 
 
-def _difference(side: Weights, model: QSTDecoder) -> str:
+def _difference(side: Weights, model: QSTModel) -> str:
     """What tells the tensors from the model's, in words; empty if nothing does."""
     wanted = {name: tuple(value.shape) for name, value in model.side.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in side.items()}
@@ -215,7 +215,7 @@ def _difference(side: Weights, model: QSTDecoder) -> str:
     )
 
 
-def _foreign_setting(block: dict[str, Any], model: QSTDecoder) -> str:
+def _foreign_setting(block: dict[str, Any], model: QSTModel) -> str:
     """A setting of the model that the authors' code does not have, in words, or nothing."""
     variant = VARIANTS[block.get("variant", "default")]
     wanted = {n: v for n, v in VARIANTS["authors"].items() if n not in _FREE} | _FIXED

@@ -10,6 +10,7 @@ from torch import nn
 from torchtune import training
 from torchtune.modules import RMSNorm, TransformerDecoder
 
+from qst_tune.backbone.fingerprint import weight_digest
 from qst_tune.errors import UserError
 from qst_tune.modules.base_quantization import QuantizedLinear
 from qst_tune.modules.peqa_linear import PEQALinear
@@ -18,7 +19,6 @@ from qst_tune.quantization.table import QuantizedTable, quantize_table
 from qst_tune.training.hf_checkpointer import HFCheckpointer
 
 SIDE_PREFIX = "side."
-_FINGERPRINT_SAMPLES = 64
 
 
 def load_backbone(
@@ -106,7 +106,7 @@ def read_weights(
     for weights in _checkpoint_files(checkpointer):
         while weights:
             name, weight = weights.popitem()
-            digests[name] = _digest(weight)
+            digests[name] = weight_digest(weight)
             if name in expected:
                 _check_shape(name, weight, expected[name])
                 use(name, weight)
@@ -208,10 +208,3 @@ def set_weight(
 def _is_tied_head(model: TransformerDecoder, name: str) -> bool:
     """True for a head stored beside the embedding it is tied to; the model keeps only one."""
     return name == "output.weight" and not isinstance(model.output, nn.Module)
-
-
-def _digest(weight: torch.Tensor) -> str:
-    """Hash of shape and a few dozen evenly spaced values, exact in fp32 for fp16 and bf16."""
-    stride = max(1, weight.numel() // _FINGERPRINT_SAMPLES)
-    sample = weight.detach().reshape(-1)[::stride].float().contiguous()
-    return hashlib.sha256(repr(tuple(weight.shape)).encode() + sample.numpy().tobytes()).hexdigest()

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 import qst_tune.models
 from qst_tune.errors import UserError
 from qst_tune.modules.qst_classifier import QSTClassifier
-from qst_tune.modules.qst_decoder import QSTDecoder
+from qst_tune.modules.qst_model import QSTModel
 from qst_tune.training.model_setup import build_any_on_meta, load_frozen_backbone
 from qst_tune.training.scales_checkpoint import SCALES
 from qst_tune.training.side_checkpoint import SIDE_NETWORK, load_side_network
@@ -59,7 +59,7 @@ def folder_format(folder: Path) -> TunedFormat:
 
 def build_described(
     folder: Path, dtype: torch.dtype, backbone_folder: Path | None = None
-) -> QSTDecoder:
+) -> QSTModel:
     """Build the model of a side network's folder without memory.
 
     Args:
@@ -69,13 +69,13 @@ def build_described(
             it; None: where it was.
 
     Returns:
-        QSTDecoder: on the meta device.
+        QSTModel: on the meta device.
 
     Raises:
         UserError: if the folder is none, or its model is not one of ``qst_tune.models``.
     """
     model = build_any_described(folder, SIDE_NETWORK, dtype, backbone_folder)
-    if not isinstance(model, QSTDecoder) or isinstance(model, QSTClassifier):
+    if not isinstance(model, QSTModel) or isinstance(model, QSTClassifier):
         raise UserError(f"{folder} is of no model that writes text; qst_classify takes classifiers")
     return model
 
@@ -111,7 +111,7 @@ def build_any_described(
 
 def load_described(
     folder: Path, backbone_folder: Path, *, dtype: torch.dtype, device: torch.device
-) -> tuple[QSTDecoder, BackboneId]:
+) -> tuple[QSTModel, BackboneId]:
     """Load a side network's folder with its backbone, by the folder alone.
 
     Args:
@@ -121,7 +121,7 @@ def load_described(
         device (torch.device): where both shall live.
 
     Returns:
-        tuple[QSTDecoder, BackboneId]: in evaluation mode, and what it was loaded from.
+        tuple[QSTModel, BackboneId]: in evaluation mode, and what it was loaded from.
 
     Raises:
         UserError: if one of the folders is not what it should be, or they do not belong together.

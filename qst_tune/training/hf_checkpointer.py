@@ -1,7 +1,8 @@
 """Reads the weights of any Hugging Face folder that ``backbone_from_hf`` builds a decoder for."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +36,24 @@ class HFCheckpointer:
         name (str): of the model, as the beginning of a file's name.
         cache_dir (Path | None): as given.
 
+        folder (Path): as given.
+
     Raises:
-        UserError: if the folder is no supported model, or weight files are missing or cut off.
+        UserError: if weight files are missing or cut off.
     """
 
     def __init__(self, checkpoint_dir: str, cache_dir: str | None = None) -> None:
         folder = Path(checkpoint_dir)
         self.name = model_name(folder)[0].replace("/", "--")
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
-        self._convert = read_architecture(folder).convert
+        self.folder = folder
         self._config = (folder / "config.json").read_bytes()
         self._paths = weight_files(folder)
+
+    @cached_property
+    def _convert(self) -> Callable[[Weights], Weights]:
+        # Here, since a backbone of transformers is loaded without it.
+        return read_architecture(self.folder).convert
 
     @property
     def identity(self) -> str:

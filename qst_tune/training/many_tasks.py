@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from qst_tune.errors import UserError
-from qst_tune.modules.qst_decoder import QSTDecoder
+from qst_tune.modules.qst_model import QSTModel
 from qst_tune.modules.side_networks import SideNetworks, share_backbone
 from qst_tune.training.described_model import build_described
 from qst_tune.training.side_checkpoint import load_side_network
@@ -14,7 +14,7 @@ from qst_tune.training.tuned_folder import BackboneId
 
 
 def load_side_networks(
-    model: QSTDecoder,
+    model: QSTModel,
     folders: Mapping[str, Path],
     *,
     backbone: BackboneId,
@@ -23,7 +23,7 @@ def load_side_networks(
     """Load side networks and put them in place of a model's own; the backbone is left alone.
 
     Args:
-        model (QSTDecoder): loaded; changed in place.
+        model (QSTModel): loaded; changed in place.
         folders (Mapping[str, Path]): of the side networks, by the names they shall have.
         backbone (BackboneId): what the model was loaded from.
         backbone_folder (Path | None): the backbone's folder, where a side network's model is built

@@ -10,11 +10,12 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import training, utils
 from torchtune.modules import TransformerDecoder
 
+from qst_tune.backbone.qst_transformer import QSTTransformer
 from qst_tune.errors import UserError
 from qst_tune.models.hf.hub import hub_name, model_name
 from qst_tune.modules.embedding_quantization import quantization_of_backbone
 from qst_tune.modules.peqa_decoder import PEQADecoder
-from qst_tune.modules.qst_decoder import QSTDecoder
+from qst_tune.modules.qst_model import QSTModel
 from qst_tune.training.architecture_check import check_architecture
 from qst_tune.training.automatic import AUTO, automatic_device, automatic_dtype
 from qst_tune.training.backbone_cache import backbone_cache
@@ -26,9 +27,13 @@ from qst_tune.training.config_variables import variables_in
 from qst_tune.training.distributed import rank_and_world_size
 from qst_tune.training.hub_models import with_hub_names
 from qst_tune.training.sharding import check_fits, choose_sharding, load_sharded_backbone
+from qst_tune.training.transformers_loading import (
+    identify_transformers_backbone,
+    load_transformers_backbone,
+)
 from qst_tune.training.tuned_folder import BackboneId, Provenance
 
-ModelT = TypeVar("ModelT", QSTDecoder, PEQADecoder)
+ModelT = TypeVar("ModelT", QSTModel, PEQADecoder)
 
 log = utils.get_logger("INFO")
 
@@ -88,7 +93,7 @@ def choose_dtype(cfg: DictConfig, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def build_on_meta(cfg: DictConfig, dtype: torch.dtype) -> QSTDecoder:
+def build_on_meta(cfg: DictConfig, dtype: torch.dtype) -> QSTModel:
     """Build the config's QST model without memory.
 
     Args:
@@ -96,12 +101,12 @@ def build_on_meta(cfg: DictConfig, dtype: torch.dtype) -> QSTDecoder:
         dtype (torch.dtype): of the backbone.
 
     Returns:
-        QSTDecoder: all of it on the meta device.
+        QSTModel: all of it on the meta device.
 
     Raises:
         UserError: if the block does not build a QST model.
     """
-    return _expect(QSTDecoder, "QST", build_any_on_meta(cfg, dtype), cfg)
+    return _expect(QSTModel, "QST", build_any_on_meta(cfg, dtype), cfg)
 
 
 def build_peqa_on_meta(cfg: DictConfig, dtype: torch.dtype) -> PEQADecoder:
@@ -165,6 +170,8 @@ def load_frozen_backbone(
         UserError: if the checkpoint is missing, damaged or not of this architecture.
     """
     checkpoint_dir = check_checkpoint_dir(cfg.checkpointer)
+    if isinstance(model, QSTTransformer):
+        return load_transformers_backbone(model, cfg, checkpoint_dir, dtype=dtype, device=device)
     check_architecture(model, checkpoint_dir)
     start = time.perf_counter()
     checkpointer = instantiate(cfg.checkpointer, "checkpointer")
@@ -202,11 +209,11 @@ def _load_whole(
     return fingerprint
 
 
-def identify_backbone(model: QSTDecoder, cfg: DictConfig) -> BackboneId:
+def identify_backbone(model: QSTModel, cfg: DictConfig) -> BackboneId:
     """Check the config's checkpoint against a model and identify it, without loading it.
 
     Args:
-        model (QSTDecoder): from :func:`build_on_meta`; left alone.
+        model (QSTModel): from :func:`build_on_meta`; left alone.
         cfg (DictConfig): has ``checkpointer``.
 
     Returns:
@@ -216,6 +223,8 @@ def identify_backbone(model: QSTDecoder, cfg: DictConfig) -> BackboneId:
         UserError: if the checkpoint is missing, damaged or not of this architecture.
     """
     checkpoint_dir = check_checkpoint_dir(cfg.checkpointer)
+    if isinstance(model, QSTTransformer):
+        return identify_transformers_backbone(model, checkpoint_dir)
     check_architecture(model, checkpoint_dir)
     checkpointer = instantiate(cfg.checkpointer, "checkpointer")
     fingerprint = fingerprint_backbone(model, checkpointer)

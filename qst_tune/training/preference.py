@@ -15,7 +15,7 @@ from torchtune.modules import TransformerDecoder
 
 from qst_tune.errors import UserError
 from qst_tune.modules.linear_cross_entropy import linear_cross_entropy
-from qst_tune.modules.qst_decoder import QSTDecoder
+from qst_tune.modules.qst_model import QSTModel
 from qst_tune.training.cli import instantiate
 from qst_tune.training.data import check_length
 from qst_tune.training.distributed import sum_or_fail
@@ -59,7 +59,7 @@ class PreferenceTask:
         """Return the sum of the losses and the number of pairs.
 
         Args:
-            model (TransformerDecoder): a ``QSTDecoder``; the policy, and the reference as
+            model (TransformerDecoder): a ``QSTModel``; the policy, and the reference as
                 its ``with_reference`` gives it.
             batch (Batch): ``tokens`` and ``labels`` ``[2B, T]``, the chosen answers first.
 
@@ -76,7 +76,7 @@ class PreferenceTask:
         """Judge every pair once. Collective: all ranks call it and get the same figures.
 
         Args:
-            model (TransformerDecoder): a ``QSTDecoder``; put into evaluation mode meanwhile.
+            model (TransformerDecoder): a ``QSTModel``; put into evaluation mode meanwhile.
             batches (Iterable[Batch]): this process's share.
 
         Returns:
@@ -148,14 +148,14 @@ def collate_preferences(rows: list[Any], *, pad_id: int) -> Batch:
 
 
 def build_preference_learning(
-    cfg: DictConfig, tokenizer: Any, model: QSTDecoder, *, seed: int, device: torch.device
+    cfg: DictConfig, tokenizer: Any, model: QSTModel, *, seed: int, device: torch.device
 ) -> tuple[PreferenceTask, TrainingData]:
     """Build the task and its data.
 
     Args:
         cfg (DictConfig): the merged config.
         tokenizer (Any): torchtune model tokenizer.
-        model (QSTDecoder): may be on meta.
+        model (QSTModel): may be on meta.
         seed (int): of the order of rows.
         device (torch.device): the model's.
 

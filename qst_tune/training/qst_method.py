@@ -11,7 +11,7 @@ from torchtune import utils
 
 from qst_tune.modules.hidden_state_cache import HiddenStateCache
 from qst_tune.modules.output_mix import AlphaMix, SigmoidMix
-from qst_tune.modules.qst_decoder import QSTDecoder
+from qst_tune.modules.qst_model import QSTModel
 from qst_tune.training.distributed import broadcast_tensors, rank_and_world_size
 from qst_tune.training.model_setup import load_frozen_backbone, provenance_of
 from qst_tune.training.parameter_groups import parameter_groups
@@ -35,11 +35,11 @@ class QSTMethod:
     See :class:`~qst_tune.training.method.Method` for what the members are.
 
     Args:
-        model (QSTDecoder): on its device, loaded.
+        model (QSTModel): on its device, loaded.
         provenance (Provenance): what the folder of the result says of the run, but for figures.
     """
 
-    model: QSTDecoder
+    model: QSTModel
     provenance: Provenance
 
     result_name: ClassVar[str] = "side_network"
@@ -90,14 +90,14 @@ class QSTMethod:
 
 
 def load_qst(
-    model: QSTDecoder, cfg: DictConfig, *, dtype: torch.dtype, device: torch.device
+    model: QSTModel, cfg: DictConfig, *, dtype: torch.dtype, device: torch.device
 ) -> QSTMethod:
     """Fill a model that was built on meta: the backbone from its checkpoint, the side network anew.
 
     The side network starts from what ``side_network`` names, if the config has it.
 
     Args:
-        model (QSTDecoder): from ``build_on_meta``; changed in place.
+        model (QSTModel): from ``build_on_meta``; changed in place.
         cfg (DictConfig): has ``checkpointer`` and ``model``; ``compile`` and
             ``enable_activation_checkpointing`` decide as in torchtune.
         dtype (torch.dtype): of what is not quantised.
@@ -120,13 +120,14 @@ def load_qst(
     if cfg.get("hidden_state_cache"):
         model.hidden_state_cache = _hidden_state_cache(model, cfg, backbone, dtype, device)
     if cfg.get("compile"):
-        for module in [*model.layers, *model.side.blocks]:
+        layers: Any = model.layers
+        for module in [*layers, *model.side.blocks]:
             module.compile()
     return QSTMethod(model, provenance_of(cfg, backbone, start.lineage if start else ()))
 
 
 def _hidden_state_cache(
-    model: QSTDecoder,
+    model: QSTModel,
     cfg: DictConfig,
     backbone: BackboneId,
     dtype: torch.dtype,

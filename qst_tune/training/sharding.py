@@ -328,7 +328,8 @@ def _prefetch_backward(model: Any) -> None:
     For a side network that would be the last layer, and for PEQA the embedding, which both have no
     backward pass. A module that "prefetches" itself is whole at that moment: it prefetches nothing.
     """
-    if isinstance(model, QSTDecoder):
+    has_side_network = isinstance(model, QSTDecoder)
+    if has_side_network:
         model.set_modules_to_backward_prefetch([model])
         return
     layers = list(model.layers)

@@ -13,7 +13,7 @@ from torchtune.modules.peft import disable_adapter
 from qst_tune.errors import UserError
 from qst_tune.modules.peqa_decoder import PEQADecoder
 from qst_tune.modules.qst_classifier import QSTClassifier
-from qst_tune.modules.qst_decoder import QSTDecoder
+from qst_tune.modules.qst_model import QSTModel
 from qst_tune.training.cli import instantiate
 from qst_tune.training.config_check import check_checkpoint_dir
 from qst_tune.training.config_keys import Key, pick
@@ -46,7 +46,7 @@ MODEL_KEYS = {
 }
 
 # Key of the config, which is also the folder's name in a run's output_dir.
-_KEYS: dict[type, str] = {QSTDecoder: "side_network", PEQADecoder: "scales"}
+_KEYS: dict[type, str] = {QSTModel: "side_network", PEQADecoder: "scales"}
 _TITLES = {"side_network": "with the side network", "scales": "with the tuned scales"}
 
 
@@ -55,7 +55,7 @@ class TunedModel:
     """A model on its device, in evaluation mode, that can be used tuned or as it was.
 
     Args:
-        model (Any): a ``QSTDecoder`` or ``PEQADecoder``.
+        model (Any): a ``QSTModel`` or ``PEQADecoder``.
         tokenizer (Any): torchtune model tokenizer, which cuts nothing.
         backbone (BackboneId): what the model was loaded from.
         title (str): what the tuned model is, for people.
@@ -77,7 +77,7 @@ class TunedModel:
         Yields:
             None: meanwhile the model answers as it did before training.
         """
-        if isinstance(self.model, QSTDecoder):
+        if isinstance(self.model, QSTModel):
             with disable_adapter(self.model):
                 yield
             return
@@ -114,7 +114,7 @@ def load_tuned_model(cfg: DictConfig) -> TunedModel:
     tokenizer = instantiate(_without_limit(cfg.tokenizer), "tokenizer")
     backbone = load_frozen_backbone(model, cfg, dtype=dtype, device=device)
     untuned_scales = {}
-    if isinstance(model, QSTDecoder):
+    if isinstance(model, QSTModel):
         model.side.materialize(device)
         if tuned:
             load_side_network(tuned, model.side, backbone=backbone)

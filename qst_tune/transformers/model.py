@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qst_tune.errors import UserError
 from qst_tune.generation.caches import attached, attentions, without_head
-from qst_tune.modules.qst_decoder import QSTDecoder
+from qst_tune.modules.qst_model import QSTModel
 from qst_tune.training.described_model import load_described
 from qst_tune.transformers.config import FETCHING, QSTConfig, backbone_folder, side_network_folder
 from qst_tune.transformers.masks import attention_mask_of, positions_of
@@ -35,7 +35,7 @@ _ADDRESSED_TO_OTHERS = ("return_dict", "tokenizer")
 
 
 class QSTForCausalLM(PreTrainedModel, GenerationMixin):
-    """A causal language model of transformers around a ``QSTDecoder``.
+    """A causal language model of transformers around a ``QSTModel``.
 
     Caches are transformers' own: the attentions of the backbone are the first layers of a cache
     and those of the side network the rest, so that whatever reorders, crops or repeats a cache does
@@ -45,7 +45,7 @@ class QSTForCausalLM(PreTrainedModel, GenerationMixin):
 
     Args:
         config (QSTConfig): its sizes are filled in here.
-        decoder (QSTDecoder): loaded; taken over, not copied.
+        decoder (QSTModel): loaded; taken over, not copied.
     """
 
     config_class = QSTConfig
@@ -53,7 +53,7 @@ class QSTForCausalLM(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     _supports_sdpa = True  # torchtune's attention calls it
 
-    def __init__(self, config: QSTConfig, decoder: QSTDecoder) -> None:
+    def __init__(self, config: QSTConfig, decoder: QSTModel) -> None:
         config.vocab_size = decoder.tok_embeddings.num_embeddings
         config.hidden_size = decoder.layers[0].attn.embed_dim
         config.num_attention_heads = decoder.num_heads

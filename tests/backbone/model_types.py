@@ -75,20 +75,94 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gemma4_text": {"head_dim": None},
     "zamba2": {"layer_types": ["mamba", "hybrid", "mamba", "hybrid"], "hybrid_layer_ids": [1, 3]},
 }
-TYPES = """llama mistral qwen2 qwen3 gemma gemma2 phi3 opt gemma3_text gemma3n_text gemma4_text
-llama4_text qwen3_moe qwen3_next qwen3_5_text qwen3_5_moe_text mixtral ministral ministral3 gpt_oss
-smollm3 granite granitemoe granitemoehybrid olmo olmo2 olmo3 olmoe deepseek_v2 deepseek_v3 glm glm4
-glm4_moe cohere cohere2 exaone4 lfm2 lfm2_moe falcon falcon_h1 falcon_mamba gpt_neox gptj gpt2
-gpt_neo gpt_bigcode stablelm starcoder2 phi phimoe hunyuan_v1_dense hunyuan_v1_moe ernie4_5
-ernie4_5_moe seed_oss apertus nemotron bloom mamba mamba2 minimax arcee dots1 bitnet helium diffllama
-qwen2_moe persimmon codegen mpt xglm biogpt jamba zamba2 bamba nemotron_h flex_olmo vaultgemma
-minicpm3 hyperclovax""".split()
+TYPES = [
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "phi3",
+    "opt",
+    "gemma3_text",
+    "gemma3n_text",
+    "gemma4_text",
+    "llama4_text",
+    "qwen3_moe",
+    "qwen3_next",
+    "qwen3_5_text",
+    "qwen3_5_moe_text",
+    "mixtral",
+    "ministral",
+    "ministral3",
+    "gpt_oss",
+    "smollm3",
+    "granite",
+    "granitemoe",
+    "granitemoehybrid",
+    "olmo",
+    "olmo2",
+    "olmo3",
+    "olmoe",
+    "deepseek_v2",
+    "deepseek_v3",
+    "glm",
+    "glm4",
+    "glm4_moe",
+    "cohere",
+    "cohere2",
+    "exaone4",
+    "lfm2",
+    "lfm2_moe",
+    "falcon",
+    "falcon_h1",
+    "falcon_mamba",
+    "gpt_neox",
+    "gptj",
+    "gpt2",
+    "gpt_neo",
+    "gpt_bigcode",
+    "stablelm",
+    "starcoder2",
+    "phi",
+    "phimoe",
+    "hunyuan_v1_dense",
+    "hunyuan_v1_moe",
+    "ernie4_5",
+    "ernie4_5_moe",
+    "seed_oss",
+    "apertus",
+    "nemotron",
+    "bloom",
+    "mamba",
+    "mamba2",
+    "minimax",
+    "arcee",
+    "dots1",
+    "bitnet",
+    "helium",
+    "diffllama",
+    "qwen2_moe",
+    "persimmon",
+    "codegen",
+    "mpt",
+    "xglm",
+    "biogpt",
+    "jamba",
+    "zamba2",
+    "bamba",
+    "nemotron_h",
+    "flex_olmo",
+    "vaultgemma",
+    "minicpm3",
+    "hyperclovax",
+]
 
 
-def tiny_config(model_type: str) -> Any:
+def tiny_config(model_type: str, **changes: Any) -> Any:
     """A configuration of some thousand parameters."""
     default = AutoConfig.for_model(model_type)
-    wanted = {**SIZES, **SPECIAL.get(model_type, {})}
+    wanted = {**SIZES, **SPECIAL.get(model_type, {}), **changes}
     known = {
         name: value
         for name, value in wanted.items()
@@ -97,9 +171,15 @@ def tiny_config(model_type: str) -> Any:
     return AutoConfig.for_model(model_type, **known)
 
 
-def tiny_model(model_type: str) -> Any:
+def tiny_model(model_type: str, **changes: Any) -> Any:
     """A model with random weights, in evaluation mode, fp32."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(tiny_config(model_type), dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(
+        tiny_config(model_type, **changes), dtype=torch.float32
+    )
+    # transformers leaves zeros for the padding token, which published models do not have. Where it
+    # comes first all states are zero, and the gradient of each norm is 1 / eps.
+    torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.02)
+    return model.eval()

@@ -80,7 +80,9 @@ def test_a_factor_that_does_not_fit_is_refused_with_factors_that_do(reduction_fa
     listed = str(error.value).split("values that work: ")[1].split(", ")
     assert "4" in listed
     for factor in listed:
-        assert side_shape(layer_sizes(layer), int(factor)).embed_dim == TINY["embed_dim"] // int(factor)
+        assert side_shape(layer_sizes(layer), int(factor)).embed_dim == TINY["embed_dim"] // int(
+            factor
+        )
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,23 @@ class Architecture:
     limits: dict[str, int]
 
 
+def takes_torchtune(folder: Path) -> bool:
+    """Tell whether a directory is of a family that is built from torchtune's modules.
+
+    Args:
+        folder (Path): a Hugging Face directory.
+
+    Returns:
+        bool: by ``model_type`` alone; a setting may still be refused.
+
+    Raises:
+        UserError: if there is no ``config.json``.
+    """
+    settings = read_settings(folder)
+    is_text = not any(settings.get(name) for name in _NOT_TEXT_ALONE)
+    return is_text and settings.get("model_type") in FAMILIES
+
+
 def read_architecture(folder: Path) -> Architecture:
     """Read a folder's ``config.json``.
 
