@@ -52,12 +52,12 @@ def build_model(cfg: DictConfig, dtype: torch.dtype) -> QSTModel:
 
 
 def load_method(
-    model: QSTDecoder, cfg: DictConfig, *, dtype: torch.dtype, device: torch.device
+    model: QSTModel, cfg: DictConfig, *, dtype: torch.dtype, device: torch.device
 ) -> QSTMethod:
     """Load the model, and keep what it starts from if that is the reference.
 
     Args:
-        model (QSTDecoder): from :func:`build_model`; changed in place.
+        model (QSTModel): from :func:`build_model`; changed in place.
         cfg (DictConfig): as for ``load_qst``; may have ``reference``.
         dtype (torch.dtype): of what is not quantised.
         device (torch.device): where the model shall live.

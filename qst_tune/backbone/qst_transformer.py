@@ -44,6 +44,8 @@ class QSTTransformer(QSTModel):
         self.side_init = side_init
         self.adopt(side)
 
+    takes_padding = True
+
     @property
     def backbone(self) -> TransformersBackbone:
         """The frozen decoder."""
@@ -116,10 +118,14 @@ class QSTTransformer(QSTModel):
         Returns:
             dict[str, Any]: the same, with padding as a mask ``[B, T, L]``.
         """
-        padding = where.get("mask")
+        padding, num_new = where.get("mask"), tokens.shape[1]
+        cache = self.backbone.cache
+        if padding is None and cache is not None:
+            length = cache.length + num_new
+            padding = torch.ones(len(tokens), length, dtype=torch.bool, device=tokens.device)
         if not isinstance(padding, torch.Tensor) or padding.ndim != 2:
             return where
-        num_new, input_pos = tokens.shape[1], where.get("input_pos")
+        input_pos = where.get("input_pos")
         return {
             "mask": causal_mask(padding, num_new),
             "input_pos": positions(padding, num_new) if input_pos is None else input_pos,

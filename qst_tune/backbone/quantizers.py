@@ -55,11 +55,14 @@ def _linears(layers: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
     """Linears to quantise. Two codes share a byte, so one with an odd number of weights stays."""
     for owner in layers.modules():
         for name, child in owner.named_children():
-            is_plain = type(child) is nn.Linear or type(child).__name__ in _ALIASES
-            if not is_plain or name in (*_ROUTERS, *_READ_AS_WEIGHTS):
-                continue
-            if child.weight.numel() % 2 == 0:
-                yield owner, name, child
+            if _is_plain_linear(child) and name not in (*_ROUTERS, *_READ_AS_WEIGHTS):
+                linear: Any = child
+                if linear.weight.numel() % 2 == 0:
+                    yield owner, name, linear
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear or type(module).__name__ in _ALIASES
 
 
 def _experts(layers: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 
+from qst_tune.backbone.cache import TransformersCache
 from qst_tune.backbone.head import head_of
 from qst_tune.backbone.masks import positions
 from qst_tune.backbone.packing import Packing, find_packing
@@ -49,7 +50,7 @@ class TransformersBackbone(nn.Module):
         max_seq_len (int | None): the longest sequence; None: the model's.
 
     Attributes:
-        cache (Any): a transformers cache that the next passes read and extend, or None.
+        cache (TransformersCache | None): attached: the next passes read and extend it.
         chunk_tokens (int): a batch of more tokens runs in parts, some rows at a time.
 
     Raises:
@@ -60,7 +61,7 @@ class TransformersBackbone(nn.Module):
         super().__init__()
         self.folder = folder
         self.chunk_tokens = CHUNK_TOKENS
-        self.cache: Any = None
+        self.cache: TransformersCache | None = None
         self._packing: Packing | None = None
         self._limit = max_seq_len
         self.embedding_quantization: EmbeddingQuantization = "none"
@@ -169,6 +170,14 @@ class TransformersBackbone(nn.Module):
         """
         return plain_side_norm(dim)
 
+    def new_cache(self) -> TransformersCache:
+        """Make an empty cache of keys and values.
+
+        Returns:
+            TransformersCache: used while it is attached.
+        """
+        return TransformersCache(self)
+
     def row_parts(self, tokens: torch.Tensor, mask: Any) -> list[slice]:
         """Split a large batch into parts of whole rows.
 
@@ -262,18 +271,30 @@ class TransformersBackbone(nn.Module):
         if packing is not None and input_pos is not None:
             dtype = self.embedding.weight.dtype
             inputs["attention_mask"] = packing(self.config, input_pos, dtype)
-        f_BTD: torch.Tensor = self.decoder(input_ids=tokens, **inputs).last_hidden_state
+        with self._extended(tokens.shape[1]) as cache:
+            f_BTD: torch.Tensor = self.decoder(input_ids=tokens, **inputs, **cache)[0]
         return f_BTD
+
+    @contextmanager
+    def _extended(self, num_new: int) -> Iterator[dict[str, Any]]:
+        """The arguments that let the model use the cache, if one is attached."""
+        if self.cache is None:
+            yield {"use_cache": False}
+            return
+        name = "past_key_values" if "past_key_values" in self._arguments else "cache_params"
+        with self.cache.extended(num_new) as cache:
+            yield {"use_cache": True, name: cache}
 
     def _inputs(
         self, tokens: torch.Tensor, padding: torch.Tensor | None, input_pos: torch.Tensor | None
     ) -> dict[str, Any]:
         if padding is not None and input_pos is None:
             input_pos = positions(padding, tokens.shape[1])
-        inputs: dict[str, Any] = {"use_cache": self.cache is not None}
-        if self.cache is not None:
-            inputs["past_key_values"] = self.cache
-        if padding is not None:
+        inputs: dict[str, Any] = {}
+        # A model of states alone has left padding behind with its first pass.
+        only_states = "past_key_values" not in self._arguments
+        is_continued = self.cache is not None and self.cache.length > 0
+        if padding is not None and not (only_states and is_continued):
             inputs["attention_mask"] = padding.long()
         if input_pos is not None and "position_ids" in self._arguments:
             inputs["position_ids"] = input_pos

@@ -17,7 +17,7 @@ from qst_tune.estimation.report import Row
 from qst_tune.estimation.spread import Spread, spread_line
 from qst_tune.estimation.step import Shape, StepCost, estimate_step
 from qst_tune.modules.peqa_decoder import PEQADecoder
-from qst_tune.modules.qst_decoder import QSTDecoder
+from qst_tune.modules.qst_model import QSTModel
 from qst_tune.training.memory import GIB
 
 # Of the batches tried for fit_gib: the time of a trial grows with them.
@@ -74,7 +74,7 @@ class Question:
         if self.spread.num_processes == 1:
             return None
         model = method.build(self.choices).model
-        if not isinstance(model, QSTDecoder | PEQADecoder):
+        if not isinstance(model, QSTModel | PEQADecoder):
             return None
         return f"{name}, {spread_line(self.spread, model, cost.memory.num_bytes)}"
 
@@ -87,7 +87,7 @@ class Question:
         def peak_bytes(batch_size: int) -> int:
             shape = Shape(batch_size, self.shape.seq_len)
             peak = (known.get(batch_size) or self._cost(method, shape)).memory.num_bytes
-            is_ours = isinstance(model, QSTDecoder | PEQADecoder)
+            is_ours = isinstance(model, QSTModel | PEQADecoder)
             return self.spread.peak_bytes(model, peak) if is_ours else peak
 
         return largest_batch(

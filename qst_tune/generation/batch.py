@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from qst_tune.generation.caches import GrowingCache, attached, attentions, without_head
+from qst_tune.backbone.masks import causal_mask, positions
+from qst_tune.generation.caches import ModelCaches, without_head
 from qst_tune.generation.sampling import Sampling
 from qst_tune.training.precision import check_finite
 from qst_tune.training.vocabulary import check_ids
@@ -52,7 +53,7 @@ def _choices(
     """Choose the next token of every row, ``count`` times."""
     device = model.tok_embeddings.weight.device
     tokens_BT, is_real_BT = _left_padded(prompts, device)
-    caches = [GrowingCache() for _ in attentions(model)]
+    caches = ModelCaches(model)
     new_BN = tokens_BT
     for _ in range(count):
         next_B = sampling.choose(_last_logits(model, caches, new_BN, is_real_BT))
@@ -73,18 +74,14 @@ def _left_padded(
 
 
 def _last_logits(
-    model: Any, caches: Sequence[Any], new_BN: torch.Tensor, is_real_BT: torch.Tensor
+    model: Any, caches: ModelCaches, new_BN: torch.Tensor, is_real_BT: torch.Tensor
 ) -> torch.Tensor:
     """Run the new tokens ``[B, N]``, the last N of T, and return the last one's logits, fp32."""
-    everywhere_T = torch.arange(is_real_BT.shape[1], device=new_BN.device)
-    here_N = everywhere_T[-new_BN.shape[1] :]
-    is_before_NT = here_N[:, None] >= everywhere_T
-    # Padding sees itself: a softmax over nothing would be NaN.
-    is_itself_NT = here_N[:, None] == everywhere_T
-    mask_BNT = is_before_NT & (is_real_BT[:, None] | is_itself_NT)
-    positions_BT = (is_real_BT.cumsum(-1) - 1).clamp(min=0)
-    with attached(model, caches), without_head(model):
-        head_input_BND = model(new_BN, mask=mask_BNT, input_pos=positions_BT[:, here_N])
+    num_new = new_BN.shape[1]
+    takes_padding = getattr(model, "takes_padding", False)
+    mask = is_real_BT if takes_padding else causal_mask(is_real_BT, num_new)
+    with caches.attached(), without_head(model):
+        head_input_BND = model(new_BN, mask=mask, input_pos=positions(is_real_BT, num_new))
     logits_BV: torch.Tensor = model.output(head_input_BND[:, -1]).float()
     check_finite(logits_BV, model, "logits")
     return logits_BV

@@ -91,6 +91,50 @@ def attached(model: TransformerDecoder, caches: Sequence[Any]) -> Iterator[None]
             layer.kv_cache, layer.cache_enabled = None, False
 
 
+class ModelCaches:
+    """Keys and values of all attentions of a model: those of the backbone and of the side network.
+
+    Args:
+        model (Any): a ``QSTModel`` or ``PEQADecoder`` in evaluation mode.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._own = [GrowingCache() for _ in attentions(model)]
+        # Over transformers the backbone's attentions are not torchtune's, and have their own cache.
+        new_cache = getattr(getattr(model, "backbone", None), "new_cache", None)
+        self._frozen = None if new_cache is None else new_cache()
+
+    def cut(self, length: int, num_new: int) -> int:
+        """Forget everything from a position on.
+
+        Args:
+            length (int): tokens to keep, of those that are there.
+            num_new (int): tokens that the next pass adds to them.
+
+        Returns:
+            int: tokens that are kept; 0 where the backbone must begin again.
+        """
+        kept = length if self._frozen is None else self._frozen.cut(length, num_new)
+        for cache in self._own:
+            cache.cut(kept)
+        return kept
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Let the model use them for as long as the context lasts.
+
+        Yields:
+            None: meanwhile the model wants ``mask`` and ``input_pos``.
+        """
+        with attached(self._model, self._own):
+            if self._frozen is None:
+                yield
+                return
+            with self._frozen.attached():
+                yield
+
+
 @contextmanager
 def without_head(model: Any) -> Iterator[None]:
     """Let a decoder of ours return the LM head's input for as long as the context lasts.

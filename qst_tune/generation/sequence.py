@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from qst_tune.generation.caches import GrowingCache, attached, attentions, without_head
+from qst_tune.generation.caches import ModelCaches, without_head
 from qst_tune.generation.sampling import Sampling
 from qst_tune.training.precision import check_finite
 from qst_tune.training.vocabulary import check_ids
@@ -26,7 +26,7 @@ class CachedSequence:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.tokens: list[int] = []
-        self._caches = [GrowingCache() for _ in attentions(model)]
+        self._caches = ModelCaches(model)
 
     @torch.no_grad()
     def next_logits(self, tokens: Sequence[int]) -> torch.Tensor:
@@ -49,10 +49,9 @@ class CachedSequence:
             )
         kept = min(_common_length(self.tokens, tokens), len(tokens) - 1)
         check_ids(self.model, [tokens[kept:]])
+        kept = self._caches.cut(kept, len(tokens) - kept)
         # Not after the pass: it may be interrupted when some layers have their new keys.
         self.tokens = list(tokens[:kept])
-        for cache in self._caches:
-            cache.cut(kept)
         logits = self._run(tokens[kept:], start=kept)
         check_finite(logits, self.model, "logits")
         self.tokens = list(tokens)
@@ -63,7 +62,7 @@ class CachedSequence:
         everywhere = torch.arange(start + len(new), device=device)
         positions = everywhere[start:]
         mask_TL = positions[:, None] >= everywhere
-        with attached(self.model, self._caches), without_head(self.model):
+        with self._caches.attached(), without_head(self.model):
             head_input_BTD = self.model(
                 torch.tensor([new], device=device), mask=mask_TL[None], input_pos=positions[None]
             )

@@ -44,6 +44,8 @@ class QSTModel(nn.Module):
     tok_embeddings: Any
     layers: Any
     max_seq_len: Any
+    # Whether ``mask`` may be padding, [B, L], which the model makes masks of itself.
+    takes_padding = False
 
     @property
     def backbone(self) -> Backbone:

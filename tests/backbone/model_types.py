@@ -73,6 +73,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_ssm": 128},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "gemma4_text": {"head_dim": None},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "granitemoehybrid": {
+        "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"]
+    },
     "zamba2": {"layer_types": ["mamba", "hybrid", "mamba", "hybrid"], "hybrid_layer_ids": [1, 3]},
 }
 TYPES = [

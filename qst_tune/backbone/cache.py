@@ -1,0 +1,108 @@
+"""Keys, values and states of a transformers backbone, kept between passes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from qst_tune.backbone.packing import carries_state
+from qst_tune.errors import UserError
+
+# Types whose code takes no cache but one of its own class.
+_OWN_CACHE = ("minimax",)
+
+
+class TransformersCache:
+    """A cache of transformers that can forget its end, where the model allows it.
+
+    Layers with a sliding window keep all keys here, as those without do: cut to its window a layer
+    could not go back to an earlier token. Masks still hide what is outside the window. A model with
+    a state along the row (Mamba, linear attention) cannot go back at all, and begins again.
+
+    Args:
+        backbone (Any): a ``TransformersBackbone``.
+        cache (Any): transformers' own; None: a new one.
+
+    Attributes:
+        cache (Any): transformers' own.
+        length (int): tokens in it.
+
+    Raises:
+        UserError: if the model type takes no cache of transformers.
+    """
+
+    def __init__(self, backbone: Any, cache: Any = None) -> None:
+        if backbone.config.model_type in _OWN_CACHE:
+            raise UserError(
+                f"model_type={backbone.config.model_type!r} takes no cache but its own in "
+                "transformers: it trains and is evaluated, but does not generate here"
+            )
+        self._backbone = backbone
+        self._is_stateful = carries_state(backbone.model, backbone.config)
+        self._is_whole = True  # no pass was left in the middle
+        self.length = 0
+        self.cache = cache
+        if cache is None:
+            self._renew()
+
+    def _renew(self) -> None:
+        from transformers import DynamicCache
+
+        self.cache = DynamicCache(config=self._backbone.config)
+        if not self._is_stateful:
+            self.cache.layers = [_without_window(layer) for layer in self.cache.layers]
+        self.length, self._is_whole = 0, True
+
+    def cut(self, length: int, num_new: int = 1) -> int:
+        """Forget everything from a position on.
+
+        Args:
+            length (int): tokens to keep.
+            num_new (int): tokens that the next pass adds. transformers' Mamba is wrong where a
+                state is continued by several at once (5.23, 0.06 where 1e-6 is right).
+
+        Returns:
+            int: tokens that are kept: ``length``, or 0 where the model must begin again.
+        """
+        is_continued = self._is_whole and length == self.length
+        if is_continued and not (self._is_stateful and num_new > 1):
+            return length
+        if self._is_stateful or not length:
+            self._renew()
+            return 0
+        for layer in self.cache.layers:
+            layer.crop(min(0, length - layer.get_seq_length()))
+        self.length, self._is_whole = length, True
+        return length
+
+    @contextmanager
+    def extended(self, num_new: int) -> Iterator[Any]:
+        """Let a pass read and extend the cache.
+
+        Args:
+            num_new (int): tokens of the pass.
+
+        Yields:
+            Any: transformers' cache.
+        """
+        self._is_whole = False
+        yield self.cache
+        self.length, self._is_whole = self.length + num_new, True
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Let the backbone use the cache for as long as the context lasts.
+
+        Yields:
+            None: meanwhile a pass takes the tokens that follow.
+        """
+        self._backbone.cache = self
+        try:
+            yield
+        finally:
+            self._backbone.cache = None
+
+
+def _without_window(layer: Any) -> Any:
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    return DynamicLayer() if type(layer) is DynamicSlidingWindowLayer else layer
