@@ -14,12 +14,15 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from qst_tune.backbone.qst_transformer import QSTTransformer
 from qst_tune.errors import UserError
 from qst_tune.generation.caches import attached, attentions, without_head
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.training.described_model import load_described
 from qst_tune.transformers.config import FETCHING, QSTConfig, backbone_folder, side_network_folder
 from qst_tune.transformers.masks import attention_mask_of, positions_of
+from qst_tune.transformers.own_backbone import cached_length, num_cache_layers
+from qst_tune.transformers.own_backbone import head_input as own_backbone_pass
 from qst_tune.transformers.tuned_template import TunedTemplate, tuned_template
 
 # What transformers passes along and is so in any case: nothing is loaded but tensors, and
@@ -55,9 +58,11 @@ class QSTForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: QSTConfig, decoder: QSTModel) -> None:
         config.vocab_size = decoder.tok_embeddings.num_embeddings
-        config.hidden_size = decoder.layers[0].attn.embed_dim
-        config.num_attention_heads = decoder.num_heads
+        config.hidden_size = decoder.backbone.width
+        config.num_attention_heads = _num_heads(decoder)
         config.num_hidden_layers = len(attentions(decoder))
+        if isinstance(decoder, QSTTransformer):
+            config.num_hidden_layers += num_cache_layers(decoder)
         config.max_position_embeddings = decoder.max_seq_len
         super().__init__(config)
         self.model = decoder
@@ -174,7 +179,7 @@ class QSTForCausalLM(PreTrainedModel, GenerationMixin):
         self._check_arguments(unsupported)
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache(config=self.config)
-        start = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+        start = self._cached_length(past_key_values)
         self._check_length(start + input_ids.shape[1])
         head_input = self._head_input(
             input_ids, attention_mask, position_ids, past_key_values, start=start
@@ -204,6 +209,8 @@ class QSTForCausalLM(PreTrainedModel, GenerationMixin):
         start: int,
     ) -> torch.Tensor:
         """The input of the LM head, ``[B, T, D]``."""
+        if isinstance(self.model, QSTTransformer):
+            return own_backbone_pass(self.model, input_ids, attention_mask, position_ids, cache)
         length = start + input_ids.shape[1]
         mask: torch.Tensor | None = attention_mask_of(
             attention_mask, start=start, length=length, like=input_ids
@@ -216,6 +223,11 @@ class QSTForCausalLM(PreTrainedModel, GenerationMixin):
         with self._caches(cache, length), without_head(self.model):
             head_input: torch.Tensor = self.model(input_ids, mask=mask, input_pos=position_ids)
         return head_input
+
+    def _cached_length(self, cache: Cache | None) -> int:
+        if isinstance(self.model, QSTTransformer):
+            return cached_length(self.model, cache)
+        return 0 if cache is None else int(cache.get_seq_length())
 
     def _caches(self, cache: Cache | None, length: int) -> AbstractContextManager[None]:
         if cache is None:
@@ -234,6 +246,12 @@ class QSTForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"{length} tokens are more than the model's max_seq_len {self.model.max_seq_len}"
             )
+
+
+def _num_heads(decoder: Any) -> int:
+    if isinstance(decoder, QSTTransformer):
+        return int(getattr(decoder.backbone.config, "num_attention_heads", None) or 1)
+    return int(decoder.num_heads)
 
 
 def _tokens_of(head_input_BTD: torch.Tensor, wanted: int | torch.Tensor) -> torch.Tensor:
