@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qst_tune.backbone.quantizers import is_quantized, quantize_text, set_quantized
+from qst_tune.backbone.quantizers import names_to_quantize, set_quantized
 
 NAME = "qst_tune"
 
@@ -23,7 +23,6 @@ def quantization_config_type() -> Any:
     from transformers.core_model_loading import ConversionOps
     from transformers.quantizers.auto import register_quantization_config, register_quantizer
     from transformers.quantizers.base import HfQuantizer
-    from transformers.quantizers.quantizers_utils import get_module_from_name
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
     @register_quantization_config(NAME)
@@ -36,8 +35,8 @@ def quantization_config_type() -> Any:
             return {"quant_method": NAME, "base_quantization": self.base_quantization}
 
     class Quantize(ConversionOps):
-        def __init__(self, device: torch.device) -> None:
-            self.device = device
+        def __init__(self, quantizer: Any) -> None:
+            self.quantizer = quantizer
 
         def convert(
             self,
@@ -46,16 +45,13 @@ def quantization_config_type() -> Any:
             target_patterns: list[str],
             **context: Any,
         ) -> dict[str, Any]:
-            model, missing_keys = context["model"], context["missing_keys"]
+            settings = self.quantizer.quantization_config
             for name, value in input_dict.items():
-                module, leaf = get_module_from_name(model, name)
                 weight = value[0] if isinstance(value, list) else value
-                set_quantized(module, leaf, weight.to(self.device))
-                module._is_hf_initialized = True
-                prefix = name.removesuffix(leaf)
-                # Codes, scales and zero points are there with the weight.
-                own = {n for n in missing_keys if n.startswith(prefix) and not n.endswith(".bias")}
-                missing_keys -= {name} if not _is_linear(module) else own
+                set_quantized(
+                    context["model"], name, weight.to(settings.device), settings.base_quantization
+                )
+                context["missing_keys"].discard(name)
             return {}
 
     @register_quantizer(NAME)
@@ -63,26 +59,24 @@ def quantization_config_type() -> Any:
         requires_calibration = False
         is_trainable = False
         quantization_config: Any
+        names: frozenset[str]
 
         def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
-            return is_quantized(*get_module_from_name(model, param_name))
+            return param_name in self.names
 
         def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
-            text = drop_other_modalities(model)
-            quantize_text(text, self.quantization_config.base_quantization)
+            layers = drop_other_modalities(model)
+            base_quantization = self.quantization_config.base_quantization
+            self.names = names_to_quantize(model, layers, base_quantization)
             return model
 
         def get_quantize_ops(self) -> Any:
-            return Quantize(self.quantization_config.device)
+            return Quantize(self)
 
         def is_serializable(self) -> bool:
             return False
 
     return Config
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or hasattr(module, "quantize_")
 
 
 def drop_other_modalities(model: Any) -> nn.ModuleList:

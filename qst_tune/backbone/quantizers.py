@@ -16,6 +16,7 @@ from qst_tune.modules.base_quantization import (
     quantization_of,
 )
 from qst_tune.modules.embedding_quantization import EmbeddingQuantization, check_table_format
+from qst_tune.quantization.nf4 import QuantType
 from qst_tune.quantization.table import QuantizedTable, quantize_table
 
 # Plain linear layers under a name of their own.
@@ -47,7 +48,7 @@ def quantize_text(layers: nn.ModuleList, base_quantization: BaseQuantization) ->
                 f"base_quantization={base_quantization} has no form for the experts of a mixture "
                 f"({type(owner).__name__}.{name}): use nf4, fp4 or none"
             )
-        quantized = quantize_experts(weight.detach(), base_quantization)
+        quantized = quantize_experts(weight.detach(), _quant_type(base_quantization))
         setattr(owner, name, nn.Parameter(quantized, requires_grad=False))
 
 
@@ -116,36 +117,57 @@ def _quantize_table(owner: Any, form: Any) -> None:
         owner.weight = nn.Parameter(table, requires_grad=False)
 
 
-def is_quantized(module: Any, leaf: str) -> bool:
-    """Tell whether a weight that is read must be quantised.
+def names_to_quantize(
+    model: nn.Module, layers: nn.ModuleList, base_quantization: BaseQuantization
+) -> frozenset[str]:
+    """Name the weights that :func:`quantize_text` would quantise.
 
     Args:
-        module (Any): its owner.
-        leaf (str): its name there.
+        model (nn.Module): on meta, not quantised.
+        layers (nn.ModuleList): of its text.
+        base_quantization (BaseQuantization): format.
 
     Returns:
-        bool: True for the weight of a quantised linear, and for experts.
+        frozenset[str]: names in ``model``.
     """
-    if isinstance(module, QuantizedLinear):
-        return leaf == "weight"
-    return isinstance(getattr(module, leaf, None), QuantizedExperts)
+    if base_quantization == "none":
+        return frozenset()
+    chosen = {id(linear.weight) for _, _, linear in _linears(layers)}
+    chosen |= {id(weight) for _, _, weight in _experts(layers)}
+    named = model.named_parameters(remove_duplicate=False)
+    return frozenset(name for name, weight in named if id(weight) in chosen)
 
 
-def set_quantized(module: Any, leaf: str, weight: torch.Tensor) -> None:
-    """Put a dense weight where a quantised one is expected.
+def set_quantized(
+    model: nn.Module, name: str, weight: torch.Tensor, base_quantization: BaseQuantization
+) -> None:
+    """Quantise one weight, in place.
 
     Args:
-        module (Any): its owner.
-        leaf (str): its name there.
-        weight (torch.Tensor): on the device where it shall be.
+        model (nn.Module): its linear layer is replaced by a quantised one.
+        name (str): one of :func:`names_to_quantize`.
+        weight (torch.Tensor): dense, on the device where it shall be.
+        base_quantization (BaseQuantization): format.
     """
-    if isinstance(module, QuantizedLinear):
-        module.quantize_(weight)
+    path, _, leaf = name.rpartition(".")
+    owner: Any = model.get_submodule(path)
+    if isinstance(owner, nn.Linear):
+        make = linear_format(base_quantization)
+        assert make is not None
+        owner = make(weight, owner.bias)
+        parent, _, own_name = path.rpartition(".")
+        setattr(model.get_submodule(parent), own_name, owner)
     else:
-        experts = quantize_experts(weight, getattr(module, leaf).quantization)
-        setattr(module, leaf, nn.Parameter(experts, requires_grad=False))
+        experts = quantize_experts(weight, _quant_type(base_quantization))
+        setattr(owner, leaf, nn.Parameter(experts, requires_grad=False))
     # Else the _init_weights of some models (Mamba's) would fill it with random numbers.
-    getattr(module, leaf)._is_hf_initialized = True
+    for tensor in [*owner.parameters(recurse=False), *owner.buffers(recurse=False)]:
+        if not tensor.is_meta:
+            tensor._is_hf_initialized = True
+
+
+def _quant_type(base_quantization: BaseQuantization) -> QuantType:
+    return "fp4" if base_quantization == "fp4" else "nf4"
 
 
 def quantized_share(layers: nn.Module) -> float:
@@ -157,9 +179,13 @@ def quantized_share(layers: nn.Module) -> float:
     Returns:
         float: from 0 to 1, of the number of weights.
     """
-    total = quantized = 0
-    for module in layers.modules():
-        for name, weight in module.named_parameters(recurse=False):
-            total += weight.numel()
-            quantized += weight.numel() if is_quantized(module, name) else 0
-    return quantized / max(1, total)
+    modules = [m for m in layers.modules() if isinstance(m, QuantizedLinear)]
+    quantized = sum(m.in_features * m.out_features for m in modules)
+    experts = [p for p in layers.parameters() if isinstance(p, QuantizedExperts)]
+    quantized += sum(p.numel() for p in experts)
+    rest = {id(p): p for p in layers.parameters() if not isinstance(p, QuantizedExperts)}
+    for module in modules:
+        weight: Any = module
+        for parameter in weight.parameters(recurse=False):
+            rest.pop(id(parameter), None)
+    return quantized / max(1, quantized + sum(p.numel() for p in rest.values()))

@@ -8,6 +8,7 @@ from torchtune.models.llama3_1 import llama3_1, llama3_1_8b, llama3_1_70b
 from torchtune.models.llama3_2 import llama3_2, llama3_2_1b, llama3_2_3b
 from torchtune.modules import TransformerDecoder
 
+from qst_tune.errors import UserError
 from qst_tune.models.builder import method_builder
 from qst_tune.models.smollm2 import smollm2_1_7b, smollm2_135m, smollm2_360m
 from qst_tune.modules.base_quantization import replace_linears
@@ -45,8 +46,15 @@ def peqa_decoder(
         PEQADecoder: trains ``O x ceil(I / group_size)`` fp32 numbers a linear of O x I.
 
     Raises:
+        UserError: if the decoder is a model of transformers.
         ValueError: if an argument is not supported.
     """
+    if not isinstance(backbone, TransformerDecoder):
+        kind = backbone.config.model_type
+        raise UserError(
+            f"model_type={kind!r} runs as transformers' own model, in which PEQA does not train "
+            "scales yet: use QST (auto/qst)"
+        )
     make = partial(
         PEQALinear,
         bits=bits,
