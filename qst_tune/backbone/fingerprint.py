@@ -1,13 +1,12 @@
 """Identify a model by its weights, whatever reads them and in whatever precision."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
-from qst_tune.errors import UserError
+from qst_tune.backbone.weights_file import read_weights_file
 
 _SAMPLES = 64
 
@@ -38,19 +37,10 @@ def fingerprint_files(paths: Iterable[Path]) -> str:
     Raises:
         UserError: if a file cannot be read.
     """
-    digests = {name: weight_digest(weight) for path in paths for name, weight in _weights(path)}
+    digests = {
+        name: weight_digest(weight)
+        for path in paths
+        for name, weight in read_weights_file(path).items()
+    }
     summary = "".join(f"{name}:{digests[name]};" for name in sorted(digests))
     return hashlib.sha256(summary.encode()).hexdigest()
-
-
-def _weights(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118  # not a dict
-                    yield name, file.get_tensor(name)
-        else:
-            yield from torch.load(path, map_location="cpu", weights_only=True).items()
-    except Exception as error:  # each format has errors of its own
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path} is damaged, or holds more than weights: {reason}") from error

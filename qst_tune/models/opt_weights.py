@@ -34,12 +34,13 @@ _FROM_HF = {
 _TO_HF = {ours: theirs for theirs, ours in _FROM_HF.items()}
 
 
-def opt_hf_to_tune(weights: Weights) -> Weights:
+def opt_hf_to_tune(weights: Weights, *, keep_head: bool = False) -> Weights:
     """Rename weights of transformers' ``OPTForCausalLM`` or ``OPTModel``, any subset of them.
 
     Args:
         weights (Weights): under Hugging Face's names. Published files have ``model.decoder.`` or
-            ``decoder.`` before them; the head, which is tied to the embedding, is left out.
+            ``decoder.`` before them.
+        keep_head (bool): keep a head that is stored, though it is tied to the embedding.
 
     Returns:
         Weights: the same tensors under the names of :func:`qst_tune.models.opt`.
@@ -47,10 +48,11 @@ def opt_hf_to_tune(weights: Weights) -> Weights:
     Raises:
         Exception: torchtune's own, if a name is not OPT's.
     """
+    names = {**_FROM_HF, "lm_head.weight": "output.weight"}
     return {
-        get_mapped_key(re.sub(r"^(model\.)?decoder\.", "", name), _FROM_HF): weight
+        get_mapped_key(re.sub(r"^(model\.)?decoder\.", "", name), names): weight
         for name, weight in weights.items()
-        if name != "lm_head.weight"
+        if keep_head or name != "lm_head.weight"
     }
 
 

@@ -17,6 +17,7 @@ from qst_tune.modules.peqa_linear import PEQALinear
 from qst_tune.modules.rotary_caches import build_rotary_caches
 from qst_tune.quantization.table import QuantizedTable, quantize_table
 from qst_tune.training.hf_checkpointer import HFCheckpointer
+from qst_tune.training.tied_head import EMBEDDING, TiedHead
 
 SIDE_PREFIX = "side."
 
@@ -103,15 +104,24 @@ def read_weights(
     """
     expected = _backbone_shapes(model)
     digests: dict[str, str] = {}
+    tied = TiedHead(model)
+
+    def take(name: str, weight: torch.Tensor) -> None:
+        _check_shape(name, weight, expected[name])
+        digests[name] = weight_digest(weight)
+        use(name, weight)
+
     for weights in _checkpoint_files(checkpointer):
         while weights:
             name, weight = weights.popitem()
-            digests[name] = weight_digest(weight)
+            tied.look_at(name, weight)
             if name in expected:
-                _check_shape(name, weight, expected[name])
-                use(name, weight)
-            elif not _is_tied_head(model, name):
+                take(name, weight)
+            elif not tied.is_head(name):
                 raise UserError(f"the checkpoint has a weight that the model lacks: {name}; {_FIX}")
+    alone = tied.head_without_embedding()
+    if alone is not None:
+        take(EMBEDDING, alone)
     missing = expected - digests.keys()
     if missing:
         raise UserError(
@@ -203,8 +213,3 @@ def set_weight(
         owner.quantize_(dense)
     else:
         setattr(owner, leaf, nn.Parameter(dense, requires_grad=False))
-
-
-def _is_tied_head(model: TransformerDecoder, name: str) -> bool:
-    """True for a head stored beside the embedding it is tied to; the model keeps only one."""
-    return name == "output.weight" and not isinstance(model.output, nn.Module)

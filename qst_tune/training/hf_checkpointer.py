@@ -1,16 +1,16 @@
 """Reads the weights of any Hugging Face folder that ``backbone_from_hf`` builds a decoder for."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torchtune import training
-from torchtune.training.checkpointing._utils import safe_torch_load
 
+from qst_tune.backbone.weights_file import read_weights_file
 from qst_tune.errors import UserError
-from qst_tune.models.hf.families import read_architecture
+from qst_tune.models.hf.families import Architecture, read_architecture
 from qst_tune.models.hf.folder import weight_files
 from qst_tune.models.hf.hub import model_name
 from qst_tune.models.hf.weights import Weights
@@ -35,8 +35,7 @@ class HFCheckpointer:
     Attributes:
         name (str): of the model, as the beginning of a file's name.
         cache_dir (Path | None): as given.
-
-        folder (Path): as given.
+        folder (Path): the model's.
 
     Raises:
         UserError: if weight files are missing or cut off.
@@ -51,9 +50,9 @@ class HFCheckpointer:
         self._paths = weight_files(folder)
 
     @cached_property
-    def _convert(self) -> Callable[[Weights], Weights]:
+    def _architecture(self) -> Architecture:
         # Here, since a backbone of transformers is loaded without it.
-        return read_architecture(self.folder).convert
+        return read_architecture(self.folder)
 
     @property
     def identity(self) -> str:
@@ -73,6 +72,8 @@ class HFCheckpointer:
         weights: Weights = {}
         for part in self.load_files():
             weights.update(part)
+        if "output.weight" in weights and self._architecture.tied:
+            weights.setdefault("tok_embeddings.weight", weights.pop("output.weight"))
         return {training.MODEL_KEY: weights}
 
     def load_files(self) -> Iterator[Weights]:
@@ -88,14 +89,9 @@ class HFCheckpointer:
             yield self._load(path)
 
     def _load(self, path: Path) -> Weights:
+        weights = read_weights_file(path)
         try:
-            weights = safe_torch_load(path)
-        except ValueError as error:
-            # The reader's error says what is wrong; what torchtune wraps around it does not.
-            reason = str(error.__cause__ or error).strip().splitlines()[0]
-            raise UserError(f"{path} is damaged, or holds more than weights: {reason}") from error
-        try:
-            return self._convert(weights)
+            return self._architecture.convert(weights)
         except Exception as error:  # torchtune's own are bare
             raise UserError(f"{path} does not fit its config.json: {error}") from error
 

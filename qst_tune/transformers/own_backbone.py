@@ -1,4 +1,4 @@
-"""A pass of a side network and a backbone that is transformers' own model, with one shared cache."""
+"""A pass of a side network and transformers' own model as its backbone, with one shared cache."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -24,17 +24,18 @@ def read(folder: Path) -> dict[str, torch.Tensor]:
     return HFCheckpointer(str(folder)).load_checkpoint()[training.MODEL_KEY]
 
 
-def load(folder: Path) -> None:
+def load(folder: Path) -> torch.nn.Module:
     with torch.device("meta"):
         model = backbone_from_hf(str(folder))
     load_backbone(model, HFCheckpointer(str(folder)), dtype=torch.float32, device=CPU)
+    return model.eval()
 
 
 def edit_weights(folder: Path, edit) -> None:
     path = folder / "model.safetensors"
     weights = load_file(path)
     edit(weights)
-    save_file(weights, path)
+    save_file(weights, path, metadata={"format": "pt"})
 
 
 def test_weights_are_torchtunes_own_checkpointers(tmp_path: Path) -> None:
@@ -133,8 +134,38 @@ def test_a_head_of_its_own_must_be_there_unless_it_is_tied(tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"lacks 1 of the model's 30 weights.*output\.weight"):
         load(tmp_path)
     edit_config(tmp_path, tie_word_embeddings=True)
-    edit_weights(tmp_path, lambda w: w.update({"lm_head.weight": torch.randn(320, 64)}))
     load(tmp_path)
+
+
+@pytest.mark.parametrize("case", ["llama tied llama3", "gemma2 uncapped", "qwen3 tied yarn", "opt"])
+def test_of_two_tied_weights_a_file_may_hold_either(case: str, tmp_path: Path) -> None:
+    theirs = save_hf_model(tmp_path, case)
+    embedding = next(name for name, _ in theirs.named_parameters() if "embed_tokens" in name)
+    edit_weights(tmp_path, lambda w: w.update({"lm_head.weight": w.pop(embedding)}))
+    ours = load(tmp_path)
+    tokens = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    edit_config(tmp_path, tie_word_embeddings=True)
+    edit_weights(tmp_path, lambda w: w.update({"lm_head.weight": torch.randn(320, 64)}))
+    with pytest.raises(UserError, match=r"lm_head\.weight that differs.*tie_word_embeddings"):
+        load(tmp_path)
+
+
+def test_a_bin_file_from_before_torch_1_6_is_read(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    expected = read(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    path = tmp_path / "pytorch_model.bin"
+    torch.save(weights, path, _use_new_zipfile_serialization=False)
+    actual = read(tmp_path)
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
 
 
 def test_a_missing_shard_is_found_before_anything_is_read(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ HARMLESS = frozenset(
         "_commit_hash",
         "_name_or_path",
         "is_llama_config",
+        "max_sequence_length",  # Llama 1 and what came of it; transformers reads it nowhere
         "transformers.js_config",
         "transformers_version",
         "unsloth_fixed",

@@ -46,11 +46,13 @@ class Architecture:
             subset of the weights.
         limits (dict[str, int]): settings that bound the length of a row; beyond, the decoder would
             compute something else than the model.
+        tied (bool): whether the LM head is the embedding.
     """
 
     build: Callable[[int], TransformerDecoder]
     convert: Callable[[Weights], Weights]
     limits: dict[str, int]
+    tied: bool
 
 
 def takes_torchtune(folder: Path) -> bool:
@@ -196,8 +198,8 @@ def _rotary(
             **features,
         )
 
-    convert = _conversion(sizes, LLAMA_MODULES, turns_neighbours=neighbours, tied=tied)
-    return Architecture(build, convert, _limits(rope, window))
+    convert = _conversion(sizes, LLAMA_MODULES, turns_neighbours=neighbours)
+    return Architecture(build, convert, _limits(rope, window), tied)
 
 
 # Gemma.
@@ -243,8 +245,8 @@ def _any_gemma(
     def build(max_seq_len: int) -> TransformerDecoder:
         return builder(**sizes, max_seq_len=max_seq_len, rope_base=rope.base)
 
-    convert = _conversion(sizes, modules, turns_neighbours=True, tied=True)
-    return Architecture(build, convert, _limits(rope, window))
+    convert = _conversion(sizes, modules, turns_neighbours=True)
+    return Architecture(build, convert, _limits(rope, window), tied=True)
 
 
 # OPT.
@@ -276,7 +278,8 @@ def _opt(config: HFConfig) -> Architecture:
         decoder.max_seq_len = max_seq_len
         return decoder
 
-    return Architecture(build, opt_hf_to_tune, {"max_position_embeddings": longest})
+    convert = partial(opt_hf_to_tune, keep_head=True)
+    return Architecture(build, convert, {"max_position_embeddings": longest}, tied=True)
 
 
 # What several families share.
@@ -299,14 +302,13 @@ def _sizes(config: HFConfig, head_dim: int | None, norm_eps: float) -> dict[str,
 
 
 def _conversion(
-    sizes: dict[str, Any], modules: dict[str, str], *, turns_neighbours: bool, tied: bool
+    sizes: dict[str, Any], modules: dict[str, str], *, turns_neighbours: bool
 ) -> WeightConversion:
     return WeightConversion(
         num_heads=sizes["num_heads"],
         num_kv_heads=sizes["num_kv_heads"],
         head_dim=sizes["head_dim"],
         turns_neighbours=turns_neighbours,
-        tied=tied,
         modules=modules,
     )
 

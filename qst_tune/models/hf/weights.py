@@ -47,7 +47,6 @@ class WeightConversion:
         head_dim (int): width of a head.
         turns_neighbours (bool): rows of q and k become those of a rotary embedding that turns
             neighbouring channels, instead of ones half a head apart.
-        tied (bool): the LM head is the embedding, so one that is stored is left out.
         modules (dict[str, str]): names of modules.
     """
 
@@ -55,7 +54,6 @@ class WeightConversion:
     num_kv_heads: int
     head_dim: int
     turns_neighbours: bool
-    tied: bool
     modules: dict[str, str]
 
     def __call__(self, weights: Weights) -> Weights:
@@ -72,7 +70,7 @@ class WeightConversion:
         """
         converted: Weights = {}
         for name, weight in weights.items():
-            if name.endswith("rotary_emb.inv_freq") or (self.tied and name == "lm_head.weight"):
+            if name.endswith("rotary_emb.inv_freq"):
                 continue
             for part, rows in self._split(name, weight).items():
                 converted[self._rename(part)] = self._permute(part, rows)

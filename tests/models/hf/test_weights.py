@@ -13,7 +13,7 @@ HEADS, KV_HEADS, WIDTH = 4, 2, 64
 
 
 def conversion(**changes) -> WeightConversion:
-    settings = {"turns_neighbours": True, "tied": False, **changes}
+    settings = {"turns_neighbours": True, **changes}
     sizes = {"num_heads": HEADS, "num_kv_heads": KV_HEADS, "head_dim": 16}
     return WeightConversion(**{**sizes, "modules": LLAMA_MODULES, **settings})
 
@@ -79,11 +79,10 @@ def test_gemma2_has_its_norms_around_the_mlp() -> None:
 
 def test_what_the_model_does_not_have_is_left_out() -> None:
     weights = {
-        "lm_head.weight": torch.ones(2, 2),
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2),
         "model.norm.weight": torch.ones(2),
     }
-    assert set(conversion(tied=True)(weights)) == {"norm.scale"}
+    assert set(conversion()(weights)) == {"norm.scale"}
 
 
 @pytest.mark.parametrize(
