@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from qst_tune.backbone.cache import TransformersCache
+from qst_tune.backbone.experts import QuantizedExperts
 from qst_tune.backbone.head import head_of
 from qst_tune.backbone.masks import positions
 from qst_tune.backbone.packing import Packing, find_packing
@@ -132,6 +133,9 @@ class TransformersBackbone(nn.Module):
         self.base_quantization = base_quantization
         self.embedding_quantization = embedding_quantization
         quantize_text(self.layers, base_quantization)
+        if any(isinstance(p, QuantizedExperts) for p in self.layers.parameters()):
+            # transformers' default multiplies all experts of a layer at once, and so decodes them.
+            self.model.set_experts_implementation("eager")
         quantize_tables(self.embedding, self.model, embedding_quantization)
 
     def side_shape(self, reduction_factor: int, min_head_dim: int) -> SideShape:

@@ -125,8 +125,13 @@ def device_kernels(device: DeviceType, attention: Attention = "fused") -> Iterat
 class UnknownValues(TorchFunctionMode):
     """Decide what depends on the values of tensors, which fake ones do not have.
 
-    Boolean indexing keeps everything, a tensor is true, and a number read from one is 1.
+    Boolean indexing keeps everything, a tensor is true, and a number read from one is 1. In a
+    mixture of experts as transformers writes it, every expert is hit, and all by as many tokens.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._num_experts = 1
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
@@ -137,6 +142,12 @@ class UnknownValues(TorchFunctionMode):
             return 1
         if func is torch.Tensor.__getitem__:
             return _select_all(*args)
+        if func is torch.Tensor.nonzero:  # of the experts that are hit; their numbers, not tensors
+            self._num_experts = len(args[0])
+            return [[index] for index in range(self._num_experts)]
+        if func is torch.where and len(args) == 1:  # of an expert's tokens, [k, T]
+            count = max(1, args[0].numel() // self._num_experts)
+            return tuple(torch.zeros(count, dtype=torch.int64) for _ in args[0].shape)
         return func(*args, **(kwargs or {}))
 
 
@@ -204,20 +215,28 @@ def _cuda_attention(
     attn_mask: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
 ) -> torch.Tensor:
+    if enable_gqa:
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if query.dtype == torch.float32 or attn_mask is not None:
         output: torch.Tensor = _aten._scaled_dot_product_efficient_attention(
-            query, key, value, attn_mask, query.requires_grad, dropout_p, is_causal
+            query, key, value, attn_mask, query.requires_grad, dropout_p, is_causal, scale=scale
         )[0]
         return output
     head_dim = query.shape[-1]
     if head_dim % 8:  # torch pads for the kernel
         padding = (0, -head_dim % 8)
         query, key, value = F.pad(query, padding), F.pad(key, padding), F.pad(value, padding)
-    output = _aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal)[0]
+    output = _aten._scaled_dot_product_flash_attention(
+        query, key, value, dropout_p, is_causal, scale=scale
+    )[0]
     return output[..., :head_dim]
 
 

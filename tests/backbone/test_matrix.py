@@ -1,4 +1,4 @@
-"""What a side network can do over each model type of transformers; tiny random weights, no download.
+"""What a side network can do over each model type of transformers, with tiny random weights.
 
 What a type cannot do is a row below, with its reason. A few types run by default, all with
 ``-m slow``.
@@ -26,14 +26,25 @@ from tests.helpers import randomize_
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
 CPU = torch.device("cpu")
 
-STATE = "carries a state along the row"
+WITH_STATE = [
+    "qwen3_next",
+    "qwen3_5_text",
+    "qwen3_5_moe_text",
+    "granitemoehybrid",
+    "lfm2",
+    "lfm2_moe",
+    "falcon_h1",
+    "falcon_mamba",
+    "mamba",
+    "mamba2",
+    "minimax",
+    "jamba",
+    "zamba2",
+    "bamba",
+    "nemotron_h",
+]
 CANNOT_PACK = {
-    **dict.fromkeys(
-        ["qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "granitemoehybrid", "lfm2", "lfm2_moe"]
-        + ["falcon_h1", "falcon_mamba", "mamba", "mamba2", "minimax", "jamba", "zamba2", "bamba"]
-        + ["nemotron_h"],
-        STATE,
-    ),
+    **dict.fromkeys(WITH_STATE, "carries a state along the row"),
     "bloom": "tells packed samples apart in no way that is known here",  # ALiBi of the 2-d mask
 }
 CANNOT_GENERATE = {"minimax": "takes no cache but its own"}

@@ -1,0 +1,44 @@
+"""Print the peak of a process's own memory while a directory is loaded in NF4, and the result's."""
+
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+import transformers.models.llama.modeling_llama  # noqa: F401  # before the measurement
+
+from qst_tune.backbone.hf_quantizer import quantization_config_type
+from qst_tune.backbone.loading import load_backbone
+from qst_tune.models import qst_from_hf
+from qst_tune.training.memory import parameter_bytes
+
+
+def own_memory() -> int:
+    """Bytes that are not a view of a file."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    with torch.device("meta"):
+        model = qst_from_hf(str(folder), backbone="transformers")
+    quantization_config_type()
+    before, peak, done = own_memory(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.is_set():
+            peak = max(peak, own_memory())
+            time.sleep(0.002)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    load_backbone(model.backbone, folder, dtype=torch.bfloat16, device=torch.device("cpu"))
+    done.set()
+    watcher.join()
+    sys.stdout.write(f"{peak - before} {parameter_bytes(model.frozen)}\n")
+
+
+main()

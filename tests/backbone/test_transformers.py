@@ -1,0 +1,91 @@
+"""What a side network sees of a model of transformers."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+
+from qst_tune.backbone.transformers import TransformersBackbone
+from qst_tune.errors import UserError
+from qst_tune.models import qst_decoder
+from tests.backbone.model_types import tiny_model
+
+TOKENS = torch.arange(3, 27).view(2, 12)
+
+
+def test_states_are_transformers_hidden_states_in_order() -> None:
+    theirs = tiny_model("smollm3")
+    backbone = TransformersBackbone(theirs)
+    seen: list[torch.Tensor] = []
+    f = backbone.run(TOKENS, taps=[0, 0, 2, 4], visit=seen.append)
+    assert not any(layer._forward_hooks for layer in backbone.layers)
+    with torch.no_grad():
+        expected = theirs(input_ids=TOKENS, output_hidden_states=True).hidden_states
+    for state, index in zip(seen[:3], (0, 0, 2), strict=True):
+        assert torch.equal(state, expected[index])
+    assert torch.equal(f, expected[4])  # transformers' last one is behind the final norm
+    assert torch.equal(backbone.embed(TOKENS), expected[0])
+
+
+def test_hidden_states_never_lie_in_memory_together() -> None:
+    backbone = TransformersBackbone(tiny_model("smollm3"))
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def visit(state: torch.Tensor) -> None:
+        gc.collect()
+        # A layer still has its input, and the model's forward the embedding.
+        assert sum(ref() is not None for ref in alive[1:]) <= 1
+        alive.append(weakref.ref(state))
+
+    backbone.run(TOKENS, taps=range(5), visit=visit)
+    assert len(alive) == 5
+
+
+def test_the_side_network_gets_gradients_and_the_backbone_none() -> None:
+    model = qst_decoder(TransformersBackbone(tiny_model("smollm3")), reduction_factor=4)
+    saved: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = model(TOKENS)
+    frozen = {p.data_ptr() for p in model.frozen.model.model.layers.parameters()}
+    assert not frozen & {t.data_ptr() for t in saved}
+    y.square().mean().backward()
+    assert all(p.grad is None for p in model.frozen.parameters())
+    assert any(p.grad.abs().sum() > 0 for p in model.side.parameters() if p.grad is not None)
+
+
+def test_a_large_batch_in_parts_gives_the_same_logits_and_gradients() -> None:
+    model = qst_decoder(TransformersBackbone(tiny_model("smollm3")), reduction_factor=4)
+    torch.nn.init.normal_(model.side.upsample.weight)
+    tokens = torch.arange(3, 63).view(5, 12)
+    results = []
+    for chunk in (4096, 24):
+        model.frozen.chunk_tokens = chunk
+        model.zero_grad()
+        logits = model(tokens)
+        logits.square().mean().backward()
+        results.append([logits.detach(), *(p.grad.clone() for p in model.side.parameters())])
+    assert len(model.backbone.row_parts(tokens, None)) == 3
+    for whole, parts in zip(*results, strict=True):
+        torch.testing.assert_close(parts, whole)
+
+
+def test_what_is_no_decoder_is_refused() -> None:
+    from transformers import BertConfig, BertModel
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = BertModel(BertConfig(**sizes, intermediate_size=16, vocab_size=20))
+    with pytest.raises(UserError, match=r"model_type='bert'.*not supported"):
+        TransformersBackbone(model)
+
+
+def test_side_blocks_cannot_be_cut_out_of_another_kind_of_layer() -> None:
+    with pytest.raises(UserError, match=r"side_init='slice'.*use side_init=random"):
+        qst_decoder(
+            TransformersBackbone(tiny_model("smollm3")), reduction_factor=4, side_init="slice"
+        )

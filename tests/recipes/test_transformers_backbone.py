@@ -1,0 +1,129 @@
+"""The recipes over models that torchtune does not have: transformers' own, with tiny weights."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from qst_tune.recipes import qst_finetune, qst_generate
+
+from qst_tune.errors import UserError
+from qst_tune.training.cli import parse_config
+from qst_tune.transformers import QSTForCausalLM
+from tests.backbone.model_types import tiny_model
+from tests.checkpoints import colour_rows, write_chat_tokenizer, write_jsonl
+from tests.recipe_runs import one_thread, run_tune
+
+CONFIG = Path(__file__).parents[2] / "configs" / "auto" / "qst.yaml"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model, and a mixture of experts with sliding windows."""
+    root = tmp_path_factory.mktemp("transformers")
+    for model_type in ("smollm3", "gpt_oss"):
+        tiny_model(model_type, vocab_size=307).save_pretrained(root / model_type)
+        write_chat_tokenizer(root / model_type)
+    write_jsonl(root / "train.jsonl", colour_rows(8))
+    return root
+
+
+def arguments(root: Path, model_type: str, output: Path, *further: str) -> list[str]:
+    return [
+        f"checkpoint_dir={root / model_type}",
+        f"output_dir={output}",
+        "dataset._component_=torchtune.datasets.instruct_dataset",
+        "dataset.source=json",
+        f"dataset.data_files={root / 'train.jsonl'}",
+        f"dataset.cache_dir={root / 'cache'}",
+        "tokenizer.max_seq_len=64",
+        "batch_size=4",
+        "gradient_accumulation_steps=1",
+        "optimizer.fused=False",
+        "optimizer.lr=1e-2",
+        "lr_scheduler=null",
+        "device=cpu",
+        "dtype=fp32",
+        "model.reduction_factor=4",
+        *further,
+    ]
+
+
+def run(root: Path, model_type: str, output: Path, *further: str) -> dict[str, float]:
+    """Train in this process; the loss of each step."""
+    given = arguments(root, model_type, output, *further)
+    with one_thread():
+        qst_finetune.main(parse_config(["--config", str(CONFIG), *given]))
+    losses: dict[str, float] = json.loads((output / "summary.json").read_text())["train_loss"]
+    return losses
+
+
+def learns(losses: dict[str, float]) -> bool:
+    first, *_, last = losses.values()
+    return last < first
+
+
+def test_a_run_trains_and_resumes_as_if_it_had_not_stopped(root: Path, tmp_path: Path) -> None:
+    whole = run(root, "gpt_oss", tmp_path / "whole", "epochs=2", "val_fraction=0.25")
+    run(root, "gpt_oss", tmp_path / "half", "epochs=1", "val_fraction=0.25")
+    resumed = ["epochs=2", "val_fraction=0.25", "resume_from_checkpoint=True"]
+    assert run(root, "gpt_oss", tmp_path / "half", *resumed) == whole
+    assert learns(whole)
+
+
+def test_packed_rows_and_kept_states_train(root: Path, tmp_path: Path) -> None:
+    packed = ["dataset.packed=True", "batch_size=1", "epochs=3"]
+    kept = [f"hidden_state_cache={tmp_path / 'states'}"]
+    computed = run(root, "gpt_oss", tmp_path / "a", *packed, *kept)
+    assert run(root, "gpt_oss", tmp_path / "b", *packed, *kept) == computed
+    assert learns(computed)
+
+
+def test_the_result_generates_by_the_recipe_and_by_transformers(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(root, "smollm3", tmp_path, "epochs=1")
+    given = arguments(root, "smollm3", tmp_path, "prompts=[red, the colour of]", "max_new_tokens=3")
+    with one_thread():
+        qst_generate.main(parse_config(["--config", str(CONFIG), *given]))
+    assert "with the side network: the colour of" in capsys.readouterr().out
+    model = QSTForCausalLM.from_pretrained(tmp_path / "side_network", dtype=torch.float32)
+    tokens = torch.arange(3, 23)[None]
+    with_cache = model.generate(tokens, max_new_tokens=5, do_sample=False)
+    assert torch.equal(
+        with_cache, model.generate(tokens, max_new_tokens=5, do_sample=False, use_cache=False)
+    )
+
+
+def test_both_backbones_of_one_model_learn_alike(tmp_path: Path) -> None:
+    """A Llama, which torchtune has too: the first loss is the same, later ones nearly."""
+    tiny_model("llama", vocab_size=307).save_pretrained(tmp_path / "llama")
+    write_chat_tokenizer(tmp_path / "llama")
+    write_jsonl(tmp_path / "train.jsonl", colour_rows(8))
+    losses = [
+        list(run(tmp_path, "llama", tmp_path / kind, f"model.backbone={kind}").values())
+        for kind in ("torchtune", "transformers")
+    ]
+    torch.testing.assert_close(*(torch.tensor(row[:1]) for row in losses), rtol=1e-5, atol=0)
+    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize(
+    "setting", ["checkpointer.cache_dir=/tmp/c", "compile=True", "model.side_init=slice"]
+)
+def test_what_needs_torchtunes_modules_is_one_line(
+    setting: str, root: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"smollm3") as error:
+        run(root, "smollm3", tmp_path, setting)
+    assert setting.split(".")[-1].split("=")[0] in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_tune_run_trains_as_documented(root: Path, tmp_path: Path) -> None:
+    given = arguments(root, "smollm3", tmp_path / "out", "epochs=2")
+    result = run_tune("run", "qst_finetune", "--config", "auto/qst", *given, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    losses = json.loads((tmp_path / "out" / "summary.json").read_text())["train_loss"]
+    assert learns(losses)
