@@ -194,7 +194,7 @@ class QSTModel(nn.Module):
         if self.side.disabled:
             f_BTD = self.backbone.run(tokens, taps=(), visit=lambda h: None, **where)
             return f_BTD, f_BTD
-        steps = _SideSteps(sides, where)
+        steps = _SideSteps(sides, self.side_where(tokens, **where))
         f_BTD = self._run(tokens, steps, **where)
         y_BTD, *reference = steps.finish(f_BTD)
         return y_BTD, reference[0] if reference else f_BTD
