@@ -24,7 +24,11 @@ def by_positions(config: Any, input_pos: torch.Tensor, dtype: torch.dtype) -> An
         config (Any): of the text.
         input_pos (torch.Tensor): ``[B, T]``.
         dtype (torch.dtype): of the model.
+
+    Returns:
+        Any: None.
     """
+    return None
 
 
 def by_mask_of_each_kind(config: Any, input_pos: torch.Tensor, dtype: torch.dtype) -> Any:
