@@ -188,8 +188,8 @@ def half_downloaded(folder: Path) -> None:
         (half_downloaded, "{folder} lacks 2 of its 3 weight files, for example model-00002-of-000"),
         (cut_off, "{folder}/model.safetensors is damaged or cut off"),
         (
-            lambda f: edit_config(f, model_type="clip", vision_config={"depth": 2}),
-            "{folder}/config.json: model_type='clip' writes no text in transformers",
+            lambda f: edit_config(f, model_type="qwen9"),
+            "{folder}/config.json: transformers cannot read it",
         ),
         (
             lambda f: edit_config(f, mixture_of_depths=True),
