@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from qst_tune.backbone.quantizers import names_to_quantize, set_quantized
+from qst_tune.backbone.text_model import decoder_of, layers_of
 
 NAME = "qst_tune"
 
@@ -88,8 +89,6 @@ def drop_other_modalities(model: Any) -> nn.ModuleList:
     Returns:
         nn.ModuleList: the layers of its text.
     """
-    from qst_tune.backbone.transformers import decoder_of, layers_of
-
     decoder = decoder_of(model)
     base = getattr(model, "model", None)
     if base is not None and base is not decoder:
