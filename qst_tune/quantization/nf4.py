@@ -3,7 +3,8 @@
 torchao defines the format (QLoRA, https://arxiv.org/abs/2305.14314: 16 normal-float levels, one
 absmax per 64 weights, those absmax values quantised again to 8 bits). This file only adds what it
 lacks: block sizes that fit every weight, two lookup tables that replace its slow and large loops
-bit for bit, and the 16 levels of FP4, which QLoRA and QST compare NF4 with.
+bit for bit, the 16 levels of FP4, which QLoRA and QST compare NF4 with, and the scalers of
+bitsandbytes, in the same bytes (quantization/bitsandbytes.py).
 """
 
 import math
@@ -124,7 +125,16 @@ def decoded_rows(weight: NF4Tensor) -> Iterator[torch.Tensor]:
 
 
 def _absmax(weight: NF4Tensor) -> torch.Tensor:
-    """The largest absolute value of each block, decoded from 8 bits."""
+    """The largest absolute value of each block: torchao's 8 bits, bitsandbytes', or exact."""
+    scalers: torch.Tensor = weight.quantized_scalers
+    if scalers.is_floating_point():
+        return scalers
+    if scalers.dtype == torch.uint8:
+        offset, numbers = weight.scaler_mean[0], weight.scaler_mean[1:]
+        of_map = numbers[scalers.int()].view(-1, weight.scaler_block_size)
+        scaled: torch.Tensor = of_map * weight.quantization_factor.unsqueeze(-1)
+        decoded: torch.Tensor = scaled.flatten() + offset
+        return decoded
     absmax: torch.Tensor = weight.dequantize_scalers(
         weight.quantized_scalers, weight.quantization_factor, weight.scaler_block_size
     )
@@ -238,7 +248,8 @@ def nf4_from_parts(shape: Sequence[int], parts: Sequence[torch.Tensor]) -> NF4Te
     Args:
         shape (Sequence[int]): of the weight.
         parts (Sequence[torch.Tensor]): absmax codes, their factors, their mean, codes and levels,
-            not copied.
+            not copied. With uint8 absmax codes the weight is one of bitsandbytes: their mean is
+            followed by the 256 numbers of its map; floating-point ones are the absmax values.
 
     Returns:
         NF4Tensor: its dtype is that of the levels.

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from qst_tune.quantization.affine import AffineWeight, quantize_affine
-from qst_tune.quantization.gptq import pack_words, to_gptq
+from qst_tune.quantization.gptq import from_gptq, pack_words, to_gptq
+from tests.reference import stored_formats
 from tests.reference.gptq_reader import decode, read_bits
 
 
@@ -66,3 +67,58 @@ def test_sizes_that_do_not_fit_are_refused(out_dim: int, in_dim: int, group_size
     weight = AffineWeight(weight.codes, weight.weight_scale, weight.zero_point)
     with pytest.raises(ValueError, match=f"{out_dim} x {in_dim} does not fit the GPTQ format"):
         to_gptq(weight, bits=4, group_size=group_size, form="gptq")
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("form", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize(("bits", "group_size"), [(2, 32), (3, 32), (4, 64), (8, -1)])
+def test_what_another_program_wrote_is_taken_over_exactly(
+    bits: int, group_size: int, form: str, act_order: bool
+) -> None:
+    """128 input channels in groups of 32, 64 or one; 64 output channels."""
+    generator = torch.Generator().manual_seed(0)
+    kind = {"bits": bits, "group_size": group_size, "form": form, "act_order": act_order}
+    parts, dense = stored_formats.gptq(64, 128, generator, **kind)
+    stored = from_gptq(parts, bits=bits, form=form)
+    assert (stored.order is not None) == (act_order and group_size != -1)
+    assert torch.equal(stored.dense(torch.float32), dense)
+    assert torch.equal(stored.dense(torch.float32), decode(parts, bits=bits, form=form))
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("form", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_what_is_taken_over_is_written_again_to_the_last_bit(
+    bits: int, form: str, act_order: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    kind = {"bits": bits, "form": form, "act_order": act_order}
+    parts, _ = stored_formats.gptq(64, 128, generator, **kind)
+    stored = from_gptq(parts, bits=bits, form=form)
+    written = to_gptq(stored.weight, bits=bits, group_size=32, form=form, order=stored.order)
+    assert written.keys() == parts.keys()
+    for name, tensor in parts.items():
+        assert torch.equal(written[name], tensor), name
+
+
+def test_a_last_group_may_be_smaller_than_the_others() -> None:
+    generator = torch.Generator().manual_seed(0)
+    parts, dense = stored_formats.gptq(32, 80, generator, group_size=32)
+    # Three groups of 32 would be 96 channels; the size is not in the tensors.
+    assert len(parts["scales"]) == 3
+    assert torch.equal(
+        from_gptq(parts, bits=4, form="gptq", group_size=32).dense(torch.float32), dense
+    )
+
+
+def test_groups_of_other_sizes_are_refused() -> None:
+    parts, _ = stored_formats.gptq(32, 64, torch.Generator().manual_seed(0))
+    g_idx = torch.zeros(64, dtype=torch.int32)
+    with pytest.raises(ValueError, match="in groups that are not of 32, which is not supported"):
+        from_gptq({**parts, "g_idx": g_idx}, bits=4, form="gptq")
+
+
+def test_tensors_of_another_linear_are_refused() -> None:
+    parts, _ = stored_formats.gptq(32, 64, torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"scales \(2, 16\) and zero points \(2, 32\) are not"):
+        from_gptq({**parts, "scales": parts["scales"][:, :16]}, bits=4, form="gptq")
