@@ -18,6 +18,7 @@ from qst_tune.quantization.affine import (
     to_groups,
 )
 from qst_tune.quantization.packing import pack, unpack
+from qst_tune.quantization.stored import StoredAffine, in_own_order
 
 # Outputs scaled at once on a CPU: 1 MiB in fp32, which stays in the cache.
 _VALUES_AT_ONCE = 2**18
@@ -50,7 +51,8 @@ class PEQALinear(nn.Module):
 
     Shapes (O out, I in, G groups a row):
         codes: ``[O, packed_dim(G g, bits)]`` uint8; weight_scale: ``[O, G]`` fp32; zero_point:
-        ``[O, G]`` uint8, fp32 if trained.
+        ``[O, G]`` uint8, fp32 if trained. input_order: None, or ``[I]`` int64: the input channel
+        of each column of the codes, where a GPTQ directory groups them so (act-order).
 
     Raises:
         ValueError: if an argument is not supported.
@@ -58,6 +60,7 @@ class PEQALinear(nn.Module):
 
     codes: torch.Tensor
     zero_point: torch.Tensor
+    input_order: torch.Tensor | None
 
     def __init__(
         self,
@@ -98,7 +101,27 @@ class PEQALinear(nn.Module):
                 weight, bits=self.layout.bits, group_size=self.layout.group_size, init=self.init
             )
             codes = pack(unpacked, self.layout.bits)
+        self._set(codes, scale, zero_point)
+
+    def take_(self, stored: StoredAffine) -> None:
+        """Replace the weight by one that a directory stores, with its codes, scales and layout.
+
+        Args:
+            stored (StoredAffine): on the device where the layer shall be.
+        """
+        self.layout = stored.layout
+        _, scale, zero_point = stored.weight
+        self._set(stored.packed(), scale, zero_point, stored.order)
+
+    def _set(
+        self,
+        codes: torch.Tensor,
+        scale: torch.Tensor,
+        zero_point: torch.Tensor,
+        order: torch.Tensor | None = None,
+    ) -> None:
         self.register_buffer("codes", codes)
+        self.register_buffer("input_order", order)
         before = self._parameters.get("weight_scale")
         trains = before is None or before.requires_grad
         self.weight_scale = nn.Parameter(scale, requires_grad=trains)
@@ -141,13 +164,15 @@ class PEQALinear(nn.Module):
             torch.Tensor: ``[O, I]``.
         """
         scale, zero_point = self.weight_scale.detach(), self.zero_point.detach()
-        return dequantize_affine(self.codes, scale, zero_point, self.layout, dtype)
+        weight = dequantize_affine(self.codes, scale, zero_point, self.layout, dtype)
+        return weight if self.input_order is None else in_own_order(weight, self.input_order)
 
     def affine_weight(self) -> AffineWeight:
         """Unpack the weight.
 
         Returns:
-            AffineWeight: codes ``[O, I]`` without padding; scales and zero points, not copied.
+            AffineWeight: codes ``[O, I]`` without padding, columns in ``input_order``; scales and
+            zero points, not copied.
         """
         codes = unpack(self.codes, self.layout.bits, self.in_features)
         return AffineWeight(codes, self.weight_scale.detach(), self.zero_point.detach())
@@ -161,6 +186,8 @@ class PEQALinear(nn.Module):
         Returns:
             torch.Tensor: ``[..., O]`` in the dtype of ``x``.
         """
+        if self.input_order is not None:
+            x = x.index_select(-1, self.input_order)
         # A trained zero point is no whole number, so codes minus it would be rounded in bf16.
         per_channel = self.layout.num_groups == 1 and not self.train_zero_points
         # A product with codes, before its scale, can leave the range of fp16, which ends at 65504.

@@ -157,7 +157,9 @@ def _gptq(linear: PEQALinear, rows: torch.Tensor, form: GPTQFormat) -> _Tensors:
     weight = AffineWeight(*(part[rows] for part in linear.affine_weight()))
     bits, group_size, _ = linear.layout
     try:
-        return to_gptq(weight, bits=bits, group_size=group_size, form=form)
+        return to_gptq(
+            weight, bits=bits, group_size=group_size, form=form, order=linear.input_order
+        )
     except ValueError as error:
         raise UserError(f"format={form}: {error}") from error
 

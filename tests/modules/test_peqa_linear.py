@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 from qst_tune.modules import peqa_linear
 from qst_tune.modules.peqa_linear import PEQALinear, scale_columns_
 from qst_tune.quantization import affine
+from qst_tune.quantization.gptq import from_gptq
+from tests.reference import stored_formats
 
 GROUPS = [None, 16, 20]  # one scale a row; groups that fill a row; a smaller last group
 O, I = 14, 48  # noqa: E741
@@ -241,3 +243,27 @@ def test_scaling_in_parts_rounds_once(shape: tuple[int, ...]) -> None:
     scaled = scale_columns_(values, weight_scale)
     assert scaled is values
     assert torch.equal(values, expected)
+
+
+def test_codes_that_are_taken_over_compute_and_train_as_the_dense_weight_does() -> None:
+    """Act-order: the columns of the codes are in another order than the input channels."""
+    generator = torch.Generator().manual_seed(0)
+    parts, dense = stored_formats.gptq(24, 64, generator, act_order=True, form="gptq_v2")
+    stored = from_gptq(parts, bits=4, form="gptq_v2")
+    layer = PEQALinear(torch.empty(24, 64, device="meta"), bits=4, group_size=16)
+    layer.take_(stored)
+    assert layer.layout.group_size == 32
+    assert torch.equal(layer.dense_weight(torch.float32), dense)
+    x = torch.randn(5, 64, requires_grad=True)
+    plain = x.detach().clone().requires_grad_()
+    scale = parts["scales"].float().requires_grad_()
+    groups = parts["g_idx"].long()
+    centred = dense / scale.detach()[groups].T
+    expected = plain @ (scale[groups].T * centred).T
+    layer(x).square().sum().backward()
+    expected.square().sum().backward()
+    # fp32 with its columns in another order.
+    torch.testing.assert_close(x.grad, plain.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(layer.weight_scale.grad, scale.grad.T, rtol=1e-4, atol=1e-4)
+    layer.quantize_(dense)
+    assert layer.input_order is None

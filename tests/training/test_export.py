@@ -12,6 +12,8 @@ from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.training import FullModelHFCheckpointer
 from transformers import AutoModelForCausalLM
 
+from qst_tune.backbone.loading import backbone_on_meta
+from qst_tune.backbone.loading import load_backbone as load_stored_backbone
 from qst_tune.errors import UserError
 from qst_tune.models import peqa_from_hf, peqa_llama3_2
 from qst_tune.training.backbone_loading import load_backbone
@@ -106,6 +108,22 @@ def test_a_reader_of_the_gptq_format_gets_our_logits(
     # Scales are rounded to fp16, relative 5e-4, and so are embedding and norms.
     torch.testing.assert_close(theirs(rows).logits, model(rows), rtol=0.01, atol=0.05)
     same_greedy_text(model, theirs)
+
+
+@torch.no_grad()
+def test_a_side_network_can_be_tuned_over_an_exported_model(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """QST over tuned PEQA scales: the exported directory is taken over as it is."""
+    model, rows = tuned(checkpoint, bits=4, group_size=32), tokens()
+    export_model(model, checkpoint, tmp_path / "gptq", form="gptq", dtype=torch.float32)
+    backbone = backbone_on_meta(tmp_path / "gptq")
+    backbone.quantize("auto", "none")
+    load_stored_backbone(backbone, tmp_path / "gptq", dtype=torch.float32, device=CPU)
+    assert backbone.quantization == "int4, groups of 32, gptq"
+    # Scales are rounded to fp16, relative 5e-4, and so are embedding and norms.
+    logits = backbone.head(backbone.run(rows, taps=(), visit=lambda h: None))
+    torch.testing.assert_close(logits, model(rows), rtol=0.01, atol=0.05)
 
 
 def read_gptq(folder: Path, decoded: Path, config):
