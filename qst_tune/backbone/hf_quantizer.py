@@ -3,10 +3,10 @@
 from functools import lru_cache
 from typing import Any
 
-import torch
 from torch import nn
 
-from qst_tune.backbone.quantizers import names_to_quantize, set_quantized
+from qst_tune.backbone.placing import Placing
+from qst_tune.backbone.quantizers import names_to_quantize
 from qst_tune.backbone.text_model import decoder_of, layers_of
 
 NAME = "qst_tune"
@@ -28,12 +28,12 @@ def quantization_config_type() -> Any:
 
     @register_quantization_config(NAME)
     class Config(QuantizationConfigMixin):
-        def __init__(self, base_quantization: Any, device: torch.device) -> None:
+        def __init__(self, place: Placing) -> None:
             self.quant_method: Any = NAME
-            self.base_quantization, self.device = base_quantization, device
+            self.place = place
 
         def to_dict(self) -> dict[str, Any]:
-            return {"quant_method": NAME, "base_quantization": self.base_quantization}
+            return {"quant_method": NAME, "base_quantization": self.place.base_quantization}
 
     class Quantize(ConversionOps):
         def __init__(self, quantizer: Any) -> None:
@@ -46,12 +46,10 @@ def quantization_config_type() -> Any:
             target_patterns: list[str],
             **context: Any,
         ) -> dict[str, Any]:
-            settings = self.quantizer.quantization_config
+            place = self.quantizer.quantization_config.place
             for name, value in input_dict.items():
                 weight = value[0] if isinstance(value, list) else value
-                set_quantized(
-                    context["model"], name, weight.to(settings.device), settings.base_quantization
-                )
+                place(context["model"], name, weight)
                 context["missing_keys"].discard(name)
             return {}
 
@@ -67,8 +65,8 @@ def quantization_config_type() -> Any:
 
         def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
             layers = drop_other_modalities(model)
-            base_quantization = self.quantization_config.base_quantization
-            self.names = names_to_quantize(model, layers, base_quantization)
+            place = self.quantization_config.place
+            self.names = names_to_quantize(model, layers, place.base_quantization, place.stored)
             return model
 
         def get_quantize_ops(self) -> Any:

@@ -1,7 +1,7 @@
 """Build and load decoders by transformers' own means."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,15 @@ from typing import Any
 import torch
 from torchtune import utils
 
+from qst_tune.backbone.directory_format import DirectoryFormat
+from qst_tune.backbone.directory_methods import read_directory_format
 from qst_tune.backbone.hf_quantizer import drop_other_modalities, quantization_config_type
-from qst_tune.backbone.quantizers import quantize_tables, quantized_share
+from qst_tune.backbone.placing import Placing, decode_rest_
+from qst_tune.backbone.quantizers import quantization_of_text, quantize_tables, quantized_share
+from qst_tune.backbone.stored_directory import check_unused, lazy_state_dict, report
 from qst_tune.backbone.transformers import TransformersBackbone
 from qst_tune.errors import UserError
+from qst_tune.modules.base_quantization import QuantizedLinear
 
 _LITTLE = 0.5
 
@@ -30,7 +35,8 @@ def backbone_on_meta(folder: Path, max_seq_len: int | None = None) -> Transforme
         TransformersBackbone: on the meta device, not quantised.
 
     Raises:
-        UserError: if transformers has no such model, it is no decoder, or it is quantised already.
+        UserError: if transformers has no such model, it is no decoder, or its weights are stored
+            in a format that cannot be read.
     """
     config = _read_config(folder)
     with torch.device("meta"):
@@ -41,11 +47,17 @@ def backbone_on_meta(folder: Path, max_seq_len: int | None = None) -> Transforme
         except Exception as error:  # transformers' models raise what they like
             raise _refused(folder, config, error) from error
     drop_other_modalities(model)
-    return TransformersBackbone(model, str(folder), max_seq_len)
+    stored = directory_format(folder)
+    return TransformersBackbone(model, str(folder), max_seq_len, stored=stored)
 
 
 def load_backbone(
-    backbone: TransformersBackbone, folder: Path, *, dtype: torch.dtype, device: torch.device
+    backbone: TransformersBackbone,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    files: Sequence[Path] | None = None,
 ) -> None:
     """Fill a backbone from a directory with transformers' own loader, weight by weight.
 
@@ -58,18 +70,24 @@ def load_backbone(
         folder (Path): of the model that it was built for.
         dtype (torch.dtype): of what is not quantised.
         device (torch.device): where the backbone shall be.
+        files (Sequence[Path] | None): of the weights, which only a quantised directory is read
+            from; None: its safetensors files.
 
     Raises:
         UserError: if the directory describes another model, a weight is missing or has another
             shape, or the LM head does something that is not known here.
     """
     check_same(backbone, folder)
-    model, info = _from_pretrained(backbone, folder, dtype=dtype, device=device)
+    place = Placing(backbone.base_quantization, device, backbone.stored)
+    model, info = _from_pretrained(folder, place, dtype, files)
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(
             f"{folder} lacks {len(missing)} of the model's weights, for example {missing[0]}"
         )
+    if place.stored is not None:
+        decode_rest_(model, device)
+        report(place)
     move_dense_(model, device)
     quantize_tables(model.get_input_embeddings(), model, backbone.embedding_quantization)
     transplant_(backbone.model, model)
@@ -79,43 +97,61 @@ def load_backbone(
 
 
 def _from_pretrained(
-    backbone: TransformersBackbone, folder: Path, **where: Any
+    folder: Path, place: Placing, dtype: torch.dtype, files: Sequence[Path] | None
 ) -> tuple[Any, dict[str, Any]]:
+    from transformers.models.auto.auto_factory import _get_model_class
+
     config = _read_config(folder)
-    make_config = quantization_config_type()
-    with _without_progress_bars():
+    model_type = _model_type(config, folder)
+    source: dict[str, Any] = {"pretrained_model_name_or_path": folder}
+    if place.stored is not None:
+        paths = files or sorted(folder.glob("*.safetensors"))
+        weights = lazy_state_dict(paths, place.stored, dtype)
+        source = {"pretrained_model_name_or_path": None, "state_dict": weights}
+        # An auto class wants the name of a directory.
+        model_type = _get_model_class(config, model_type._model_mapping)
+    with _quietly(errors_only=place.stored is not None):
         try:
-            model, info = _model_type(config, folder).from_pretrained(
-                folder,
+            model, info = model_type.from_pretrained(
+                **source,
                 config=config,
-                dtype=where["dtype"],
-                quantization_config=make_config(backbone.base_quantization, where["device"]),
+                dtype=dtype,
+                quantization_config=quantization_config_type()(place),
                 output_loading_info=True,
             )
         except UserError:
             raise
         except Exception as error:
-            raise _refused(folder, config, error) from error
+            raise place.error or _refused(folder, config, error) from error
+    if place.stored is not None:
+        check_unused(info["unexpected_keys"], source["state_dict"], folder)
     return model, info
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """Keep transformers from drawing a bar of its own between the lines of a log."""
+def _quietly(*, errors_only: bool) -> Iterator[None]:
+    """Keep transformers from drawing a bar of its own between the lines of a log.
+
+    ``errors_only``: no table of tensors either, that belong to codes which are read by us.
+    """
     from transformers.utils import logging
 
-    was_on = logging.is_progress_bar_enabled()
+    was_on, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
+    if errors_only:
+        logging.set_verbosity_error()
     try:
         yield
     finally:
+        logging.set_verbosity(verbosity)
         if was_on:
             logging.enable_progress_bar()
 
 
 def _report_share(backbone: TransformersBackbone) -> None:
     share = quantized_share(backbone.layers)
-    text = f"{100 * share:.0f} % of the layers' weights are stored as {backbone.base_quantization}"
+    stored = quantization_of_text(backbone.layers, backbone.embedding)
+    text = f"{100 * share:.0f} % of the layers' weights are stored as {stored}"
     if share < _LITTLE:
         log.warning(f"{text}: model_type={backbone.config.model_type} keeps them in other layers")
     else:
@@ -131,8 +167,12 @@ def transplant_(model: Any, loaded: Any) -> None:
         model (Any): on meta.
         loaded (Any): of the same configuration and quantisation; not usable afterwards.
     """
-    for name, source in loaded.named_modules():
+    for name, source in list(loaded.named_modules()):
         target = model.get_submodule(name)
+        if isinstance(source, QuantizedLinear) or isinstance(target, QuantizedLinear):
+            # Its layout is that of the directory, which config.json may not tell of each weight.
+            model.set_submodule(name, source)
+            continue
         target._parameters.update(source._parameters)
         target._buffers.update(source._buffers)
         for key, value in vars(source).items():
@@ -180,19 +220,36 @@ def _read_config(folder: Path) -> Any:
     """Transformers' configuration; code of the directory is never run."""
     from transformers import AutoConfig
 
-    settings = _settings(folder)
-    if settings.get("quantization_config"):
-        raise UserError(
-            f"{folder / 'config.json'}: quantization_config: the model is quantised already; name "
-            "the directory of the one that is not"
-        )
+    _settings(folder)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{folder / 'config.json'}: transformers cannot read it: {reason}") from (
             error
         )
+    for part in (config, config.get_text_config(decoder=True)):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config  # else transformers would load it by another package
+    return config
+
+
+def directory_format(folder: Path) -> DirectoryFormat | None:
+    """Read how a directory stores its weights.
+
+    Args:
+        folder (Path): in Hugging Face's format.
+
+    Returns:
+        DirectoryFormat | None: None: as they are.
+
+    Raises:
+        UserError: if weights so stored cannot be read.
+    """
+    settings = _settings(folder)
+    text = settings.get("text_config") or {}
+    found = settings.get("quantization_config") or text.get("quantization_config")
+    return read_directory_format(folder / "config.json", found) if found else None
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from qst_tune.backbone.directory_format import DirectoryFormat
 from qst_tune.backbone.experts import QuantizedExperts, quantize_experts
+from qst_tune.backbone.taken_experts import TakenExperts
 from qst_tune.errors import UserError
 from qst_tune.modules.base_quantization import (
     BaseQuantization,
@@ -27,12 +29,17 @@ _ROUTERS = ("gate", "router", "shared_expert_gate")
 _READ_AS_WEIGHTS = ("dt_proj",)
 
 
-def quantize_text(layers: nn.ModuleList, base_quantization: BaseQuantization) -> None:
+def quantize_text(
+    layers: nn.ModuleList,
+    base_quantization: BaseQuantization,
+    stored: DirectoryFormat | None = None,
+) -> None:
     """Store, in place, the linears and the experts of layers; routers and norms stay as they are.
 
     Args:
         layers (nn.ModuleList): of a transformers model, on meta or with weights.
         base_quantization (BaseQuantization): format; "none" changes nothing.
+        stored (DirectoryFormat | None): of a quantised directory, whose format "auto" means.
 
     Raises:
         UserError: if there are experts and the format has no form for them.
@@ -40,10 +47,12 @@ def quantize_text(layers: nn.ModuleList, base_quantization: BaseQuantization) ->
     make = linear_format(base_quantization)
     if make is None:
         return
-    for owner, name, linear in list(_linears(layers)):
+    if stored is not None and stored.takes_over(base_quantization):
+        make = stored.make
+    for owner, name, linear in list(_linears(layers, stored)):
         setattr(owner, name, make(linear.weight, linear.bias))
     for owner, name, weight in list(_experts(layers)):
-        if base_quantization not in ("nf4", "fp4"):
+        if base_quantization not in ("auto", "nf4", "fp4"):
             raise UserError(
                 f"base_quantization={base_quantization} has no form for the experts of a mixture "
                 f"({type(owner).__name__}.{name}): use nf4, fp4 or none"
@@ -52,13 +61,16 @@ def quantize_text(layers: nn.ModuleList, base_quantization: BaseQuantization) ->
         setattr(owner, name, nn.Parameter(quantized, requires_grad=False))
 
 
-def _linears(layers: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+def _linears(
+    layers: nn.Module, stored: DirectoryFormat | None = None
+) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
     """Linears to quantise. Two codes share a byte, so one with an odd number of weights stays."""
-    for owner in layers.modules():
+    for path, owner in layers.named_modules():
         for name, child in owner.named_children():
             if _is_plain_linear(child) and name not in (*_ROUTERS, *_READ_AS_WEIGHTS):
                 linear: Any = child
-                if linear.weight.numel() % 2 == 0:
+                is_left_out = stored is not None and stored.leaves_out(f"{path}.{name}")
+                if linear.weight.numel() % 2 == 0 and not is_left_out:
                     yield owner, name, linear
 
 
@@ -87,6 +99,9 @@ def quantization_of_text(layers: nn.ModuleList, embedding: Any) -> str:
         str: as ``quantization_of_backbone`` names that of a torchtune decoder.
     """
     stored = quantization_of(layers)
+    if stored == "none":  # gpt-oss in MXFP4: only its experts are quantised
+        experts = (p for p in layers.parameters() if isinstance(p, QuantizedExperts))
+        stored = next((expert.quantization for expert in experts), "none")
     weight = embedding.weight
     return f"{stored}; embedding {weight.form}" if isinstance(weight, QuantizedTable) else stored
 
@@ -118,7 +133,10 @@ def _quantize_table(owner: Any, form: Any) -> None:
 
 
 def names_to_quantize(
-    model: nn.Module, layers: nn.ModuleList, base_quantization: BaseQuantization
+    model: nn.Module,
+    layers: nn.ModuleList,
+    base_quantization: BaseQuantization,
+    stored: DirectoryFormat | None = None,
 ) -> frozenset[str]:
     """Name the weights that :func:`quantize_text` would quantise.
 
@@ -126,13 +144,14 @@ def names_to_quantize(
         model (nn.Module): on meta, not quantised.
         layers (nn.ModuleList): of its text.
         base_quantization (BaseQuantization): format.
+        stored (DirectoryFormat | None): of a quantised directory.
 
     Returns:
         frozenset[str]: names in ``model``.
     """
     if base_quantization == "none":
         return frozenset()
-    chosen = {id(linear.weight) for _, _, linear in _linears(layers)}
+    chosen = {id(linear.weight) for _, _, linear in _linears(layers, stored)}
     chosen |= {id(weight) for _, _, weight in _experts(layers)}
     named = model.named_parameters(remove_duplicate=False)
     return frozenset(name for name, weight in named if id(weight) in chosen)
@@ -181,9 +200,10 @@ def quantized_share(layers: nn.Module) -> float:
     """
     modules = [m for m in layers.modules() if isinstance(m, QuantizedLinear)]
     quantized = sum(m.in_features * m.out_features for m in modules)
-    experts = [p for p in layers.parameters() if isinstance(p, QuantizedExperts)]
+    of_experts = (QuantizedExperts, TakenExperts)
+    experts = [p for p in layers.parameters() if isinstance(p, of_experts)]
     quantized += sum(p.numel() for p in experts)
-    rest = {id(p): p for p in layers.parameters() if not isinstance(p, QuantizedExperts)}
+    rest = {id(p): p for p in layers.parameters() if not isinstance(p, of_experts)}
     for module in modules:
         weight: Any = module
         for parameter in weight.parameters(recurse=False):

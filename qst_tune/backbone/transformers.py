@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from qst_tune.backbone.cache import TransformersCache
+from qst_tune.backbone.directory_format import DirectoryFormat
 from qst_tune.backbone.experts import QuantizedExperts
 from qst_tune.backbone.head import head_of
 from qst_tune.backbone.masks import positions
@@ -46,6 +47,7 @@ class TransformersBackbone(nn.Module):
         model (Any): a causal language model of transformers; taken over.
         folder (str): the directory it is described in, for loading and for messages.
         max_seq_len (int | None): the longest sequence; None: the model's.
+        stored (DirectoryFormat | None): how the directory stores its weights; None: as they are.
 
     Attributes:
         cache (TransformersCache | None): attached: the next passes read and extend it.
@@ -55,8 +57,16 @@ class TransformersBackbone(nn.Module):
         UserError: if the model's layers or its LM head cannot be found.
     """
 
-    def __init__(self, model: Any, folder: str = "", max_seq_len: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        folder: str = "",
+        max_seq_len: int | None = None,
+        *,
+        stored: DirectoryFormat | None = None,
+    ) -> None:
         super().__init__()
+        self.stored = stored
         self.folder = folder
         self.chunk_tokens = CHUNK_TOKENS
         self.cache: TransformersCache | None = None
@@ -127,9 +137,11 @@ class TransformersBackbone(nn.Module):
             base_quantization (BaseQuantization): of linears and experts of the layers.
             embedding_quantization (EmbeddingQuantization): of embedding and LM head.
         """
+        if base_quantization == "auto":
+            base_quantization = "nf4" if self.stored is None else self.stored.default
         self.base_quantization = base_quantization
         self.embedding_quantization = embedding_quantization
-        quantize_text(self.layers, base_quantization)
+        quantize_text(self.layers, base_quantization, self.stored)
         if any(isinstance(p, QuantizedExperts) for p in self.layers.parameters()):
             # transformers' default multiplies all experts of a layer at once, and so decodes them.
             self.model.set_experts_implementation("eager")

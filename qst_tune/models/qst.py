@@ -123,7 +123,8 @@ def qst_decoder(
         quantize_base (bool): torchtune's switch; False is short for ``base_quantization="none"``.
         base_quantization (BaseQuantization | None): "nf4", "fp4", "int4" (in groups of 64), "int8"
             (per channel), or "none", which keeps the backbone as it is (ladder side tuning, LST);
-            None: "nf4" if ``quantize_base``.
+            "auto": the own format of a directory that is quantised already (docs/models.md), else
+            "nf4"; None: "auto" if ``quantize_base``.
         embedding_quantization (EmbeddingQuantization): format of the embedding and the LM head:
             "int8" (a scale a token), "nf4", or "none", which keeps them as they are. They are 2 GB
             of an 8B model with a vocabulary of 128k.
@@ -172,7 +173,7 @@ def qst_decoder(
             format.
     """
     if base_quantization is None:
-        base_quantization = "nf4" if quantize_base else "none"
+        base_quantization = "auto" if quantize_base else "none"
     elif not quantize_base and base_quantization != "none":
         raise ValueError(
             f"quantize_base=False and base_quantization={base_quantization!r} contradict each "

@@ -10,7 +10,8 @@ from torch import nn
 from qst_tune.modules.nf4_linear import NF4Linear
 from qst_tune.modules.peqa_linear import PEQALinear
 
-BaseQuantization = Literal["nf4", "fp4", "int4", "int8", "none"]
+# "auto" is the format of a directory that is quantised already, and NF4 for any other.
+BaseQuantization = Literal["auto", "nf4", "fp4", "int4", "int8", "none"]
 
 
 @runtime_checkable
@@ -42,6 +43,7 @@ class QuantizedLinear(Protocol):
 MakeLinear = Callable[[torch.Tensor, torch.Tensor | None], nn.Module]
 
 _FORMATS: dict[str, MakeLinear] = {
+    "auto": NF4Linear,
     "nf4": NF4Linear,
     "fp4": partial(NF4Linear, quant_type="fp4"),
     # The linear of PEQA, whose scales stay frozen here.

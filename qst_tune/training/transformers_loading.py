@@ -47,7 +47,7 @@ def load_transformers_backbone(
     _check_settings(model, cfg)
     start = time.perf_counter()
     identity = identify_transformers_backbone(model, folder)
-    load_backbone(model.backbone, folder, dtype=dtype, device=device)
+    load_backbone(model.backbone, folder, dtype=dtype, device=device, files=weight_files(folder))
     if rank_and_world_size()[0] == 0:
         log.info(
             f"backbone loaded in {time.perf_counter() - start:.1f} s "

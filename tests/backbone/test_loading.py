@@ -102,7 +102,7 @@ def test_another_directory_than_the_one_described_is_refused(folder: Path, tmp_p
         ({"model_type": "smoll"}, "transformers cannot read it"),
         ({"model_type": "t5"}, "only decoders"),
         ({"model_type": "vit"}, "writes no text"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised already"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "quant_method='hqq' is not supported"),
     ],
 )
 def test_what_cannot_be_a_backbone_is_one_line(settings, message, folder: Path) -> None:

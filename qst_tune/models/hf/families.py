@@ -68,7 +68,8 @@ def takes_torchtune(folder: Path) -> bool:
         UserError: if there is no ``config.json``.
     """
     settings = read_settings(folder)
-    is_text = not any(settings.get(name) for name in _NOT_TEXT_ALONE)
+    further = (*_NOT_TEXT_ALONE, "quantization_config")
+    is_text = not any(settings.get(name) for name in further)
     return is_text and settings.get("model_type") in FAMILIES
 
 
@@ -98,8 +99,8 @@ def read_architecture(folder: Path) -> Architecture:
         raise config.problem(f"model_type={model_type!r} is not supported, only {known}")
     if config.take("quantization_config"):
         raise config.problem(
-            "quantization_config: the model is quantised already; name the folder of the one that "
-            "is not"
+            "quantization_config: torchtune's modules take no weights that are quantised already: "
+            "set model.backbone=auto, or name the directory of the model that is not"
         )
     family = FAMILIES[model_type]
     classes = config.take("architectures", [family.model_class])

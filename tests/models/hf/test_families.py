@@ -56,7 +56,7 @@ REFUSED = [
     (
         "llama",
         {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-        "quantization_config: the model is quantised already; name the folder of the one that is",
+        "quantization_config: torchtune's modules take no weights that are quantised already",
     ),
     ("mistral", {"layer_types": ["full_attention"]}, r"layer_types=\['full_attention'\] is not kn"),
     ("mistral", {"attention_bias": True}, "attention_bias=True is not supported, only False"),

@@ -1,0 +1,185 @@
+"""Put weights that are read into a model: taken over, quantised, or as they are; and count."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from qst_tune.backbone.directory_format import DirectoryFormat
+from qst_tune.backbone.experts import QuantizedExperts
+from qst_tune.backbone.quantizers import set_quantized
+from qst_tune.backbone.stored_weight import StoredWeight
+from qst_tune.backbone.taken_experts import TakenExperts
+from qst_tune.errors import UserError
+from qst_tune.modules.base_quantization import BaseQuantization
+from qst_tune.quantization.stored import stored_on
+
+
+@dataclass
+class Tally:
+    """What became of the weights of a quantised directory.
+
+    Args:
+        taken_over (int): weights of which the codes are the directory's.
+        rounded (int): weights that were quantised here.
+        error (float): sum of squared differences of the latter to the directory's numbers.
+        norm (float): sum of squares of these numbers.
+    """
+
+    taken_over: int = 0
+    rounded: int = 0
+    error: float = 0.0
+    norm: float = 0.0
+
+    @property
+    def relative_error(self) -> float:
+        """Root mean square of the rounding, relative to that of the weights."""
+        return float((self.error / self.norm) ** 0.5) if self.norm else 0.0
+
+    def compare(self, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Add the rounding of one weight.
+
+        Args:
+            before (torch.Tensor): the directory's numbers.
+            after (torch.Tensor): decoded, of the same shape.
+        """
+        before = before.float()
+        self.norm += float(before.square().sum())
+        self.error += float((after.float() - before).square_().sum())
+
+
+class Placing:
+    """Puts each weight into a model as it is read.
+
+    Args:
+        base_quantization (BaseQuantization): of linears and experts of the layers.
+        device (torch.device): where they must be.
+        stored (DirectoryFormat | None): how the directory stores its weights; None: dense.
+    """
+
+    def __init__(
+        self,
+        base_quantization: BaseQuantization,
+        device: torch.device,
+        stored: DirectoryFormat | None = None,
+    ) -> None:
+        self.base_quantization, self.device, self.stored = base_quantization, device, stored
+        self.tally = Tally()
+        self.error: UserError | None = None
+
+    def __call__(self, model: nn.Module, name: str, weight: torch.Tensor) -> None:
+        """Put one weight in, in place.
+
+        Args:
+            model (nn.Module): a linear layer is replaced where its weight is stored as codes.
+            name (str): of a weight that may be quantised.
+            weight (torch.Tensor): as the loader gives it, perhaps a ``StoredWeight``.
+
+        Raises:
+            UserError: if it has another shape than in the model. transformers makes a report of
+                it; ``error`` is what a user must see.
+        """
+        try:
+            _check_shape(model, name, weight)
+        except UserError as error:
+            self.error = self.error or error
+            raise
+        self._place(model, name, weight)
+
+    def _place(self, model: nn.Module, name: str, weight: torch.Tensor) -> None:
+        stored = self.stored
+        if stored is None:
+            set_quantized(model, name, weight.to(self.device), self.base_quantization)
+            return
+        path = name.rpartition(".")[0]
+        owner: Any = model.get_submodule(path)
+        is_linear = isinstance(owner, nn.Linear)
+        if not stored.takes_over(self.base_quantization) or not (
+            is_linear or isinstance(weight, StoredWeight)
+        ):
+            self._round(model, name, weight)
+        elif isinstance(weight, StoredWeight):
+            self._take_over(model, name, weight, stored)
+        else:  # the directory has it dense
+            owner.weight = nn.Parameter(weight.to(self.device), requires_grad=False)
+            _keep(owner)
+
+    def _take_over(
+        self, model: nn.Module, name: str, weight: StoredWeight, stored: DirectoryFormat
+    ) -> None:
+        path, _, leaf = name.rpartition(".")
+        owner: Any = model.get_submodule(path)
+        bias = None if weight.is_stack else owner.bias
+        pieces: list[list[Any]] = [
+            [stored.linear(stored_on(w, self.device), bias, weight.dtype) for w in weights]
+            for weights in weight.pieces
+        ]
+        if weight.is_stack:
+            experts = TakenExperts(pieces, tuple(weight.shape), weight.dtype, self.device)
+            setattr(owner, leaf, nn.Parameter(experts, requires_grad=False))
+            self.tally.taken_over += len(weight.pieces) * len(weight)
+        else:
+            ((owner,),) = pieces
+            model.set_submodule(path, owner)
+            self.tally.taken_over += 1
+        _keep(owner)
+
+    def _round(self, model: nn.Module, name: str, weight: torch.Tensor) -> None:
+        if isinstance(weight, StoredWeight):
+            dense = weight.dense(self.device)
+        else:
+            dense = weight.to(self.device)
+        set_quantized(model, name, dense, self.base_quantization)
+        self.tally.rounded += 1
+        path, _, leaf = name.rpartition(".")
+        for before, after in _pairs(dense, model.get_submodule(path), leaf):
+            self.tally.compare(before, after)
+
+
+def _check_shape(model: nn.Module, name: str, weight: torch.Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    wanted = tuple(getattr(model.get_submodule(path), leaf).shape)
+    if tuple(weight.shape) != wanted:
+        raise UserError(
+            f"{name} has shape {tuple(weight.shape)} in the directory and {wanted} by its "
+            "config.json"
+        )
+
+
+def _pairs(
+    dense: torch.Tensor, owner: Any, leaf: str
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """A weight before and after rounding, an expert at a time."""
+    if hasattr(owner, "dense_weight"):
+        yield dense, owner.dense_weight(torch.float32)
+        return
+    experts = getattr(owner, leaf)
+    assert isinstance(experts, QuantizedExperts)
+    for index, expert in enumerate(dense):
+        yield expert, experts[index]
+
+
+def _keep(module: nn.Module) -> None:
+    """Mark weights as loaded: else the ``_init_weights`` of some models would draw new ones."""
+    for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
+        if not tensor.is_meta:
+            tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' mark
+
+
+def decode_rest_(model: nn.Module, device: torch.device) -> None:
+    """Decode, in place, stored weights where the model has dense ones, as an LM head in codes.
+
+    Args:
+        model (nn.Module): loaded.
+        device (torch.device): where they must be.
+    """
+    decoded: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, weight in list(module._parameters.items()):
+            if isinstance(weight, StoredWeight):
+                if id(weight) not in decoded:
+                    dense = weight.dense(device)
+                    decoded[id(weight)] = nn.Parameter(dense, requires_grad=False)
+                module._parameters[name] = decoded[id(weight)]
