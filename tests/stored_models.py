@@ -103,7 +103,7 @@ def write_directory(
 
 
 def save_mxfp4(folder: Path) -> Any:
-    """Write a tiny gpt-oss as OpenAI did: experts in MXFP4; returns the dense one."""
+    """Write a tiny gpt-oss as OpenAI did, with experts in MXFP4; returns the dense one."""
     model = tiny_model("gpt_oss", **SIZES)
     dense_folder = folder / "dense"
     model.save_pretrained(dense_folder)

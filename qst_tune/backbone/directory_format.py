@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from qst_tune.backbone.stored_weight import Decode
+from qst_tune.backbone.taken_experts import TransposedLinear
 from qst_tune.modules.base_quantization import BaseQuantization, MakeLinear
 from qst_tune.modules.nf4_linear import NF4Linear
-from qst_tune.quantization.stored import Stored, StoredAffine, StoredNF4
+from qst_tune.quantization.stored import Stored, StoredAffine, StoredNF4, StoredTransposed
 
 # Of a list of layers; a vision-language model's had another name before transformers 4.52.
 _PREFIXES = ("model.layers", "model.language_model.layers", "language_model.model.layers")
@@ -93,6 +94,8 @@ class DirectoryFormat:
         Returns:
             nn.Module: frozen.
         """
+        if isinstance(stored, StoredTransposed):
+            return TransposedLinear(stored.weight.nf4(dtype))
         if isinstance(stored, StoredNF4):
             return NF4Linear(stored.nf4(dtype), bias, quant_type=stored.quant_type)
         assert isinstance(stored, StoredAffine)

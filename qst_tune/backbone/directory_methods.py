@@ -21,8 +21,8 @@ from qst_tune.quantization.bitsandbytes import from_signed, read_bnb_4bit, read_
 from qst_tune.quantization.compressed_tensors import from_pack_quantized
 from qst_tune.quantization.float8 import decode_float8
 from qst_tune.quantization.gptq import GPTQFormat, from_gptq
-from qst_tune.quantization.mxfp4 import decode_mxfp4
-from qst_tune.quantization.stored import Stored, StoredFloat
+from qst_tune.quantization.mxfp4 import read_mxfp4
+from qst_tune.quantization.stored import Stored, StoredFloat, StoredTransposed
 
 _Tensors = dict[str, torch.Tensor]
 _Settings = dict[str, Any]
@@ -199,12 +199,13 @@ def _decode_float8(parts: _Tensors, *, scale: str, block: tuple[int, int] | None
 def _mxfp4(settings: _Settings) -> DirectoryFormat:
     layout = Layout("_blocks", "_scales", ("_blocks", "_scales"), target="")
     skips = _skipper(settings.get("modules_to_not_convert"))
-    return _decoded("MXFP4", (layout,), _decode_mxfp4, skips)
+    return DirectoryFormat("MXFP4", (layout,), _read_mxfp4, "mxfp4", NF4Linear, skips)
 
 
-def _decode_mxfp4(parts: _Tensors) -> Stored:
+def _read_mxfp4(parts: _Tensors) -> list[Stored]:
     # gpt-oss stores experts [E, out, in] as codes and has them as [E, in, out].
-    return StoredFloat(decode_mxfp4(parts["blocks"], parts["scales"]).transpose(-1, -2))
+    experts = zip(parts["blocks"], parts["scales"], strict=True)
+    return [StoredTransposed(read_mxfp4(*expert)) for expert in experts]
 
 
 _METHODS: dict[str, Callable[[_Settings], DirectoryFormat]] = {

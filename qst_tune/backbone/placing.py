@@ -117,7 +117,8 @@ class Placing:
             for weights in weight.pieces
         ]
         if weight.is_stack:
-            experts = TakenExperts(pieces, tuple(weight.shape), weight.dtype, self.device)
+            shape, name_of_codes = tuple(weight.shape), stored.own or ""
+            experts = TakenExperts(pieces, shape, weight.dtype, self.device, name_of_codes)
             setattr(owner, leaf, nn.Parameter(experts, requires_grad=False))
             self.tally.taken_over += len(weight.pieces) * len(weight)
         else:

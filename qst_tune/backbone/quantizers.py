@@ -57,7 +57,9 @@ def quantize_text(
                 f"base_quantization={base_quantization} has no form for the experts of a mixture "
                 f"({type(owner).__name__}.{name}): use nf4, fp4 or none"
             )
-        quantized = quantize_experts(weight.detach(), _quant_type(base_quantization))
+        quantized: Any = quantize_experts(weight.detach(), _quant_type(base_quantization))
+        if stored is not None and stored.takes_over(base_quantization):
+            quantized.quantization = stored.own  # what they will be once they are loaded
         setattr(owner, name, nn.Parameter(quantized, requires_grad=False))
 
 
@@ -100,7 +102,8 @@ def quantization_of_text(layers: nn.ModuleList, embedding: Any) -> str:
     """
     stored = quantization_of(layers)
     if stored == "none":  # gpt-oss in MXFP4: only its experts are quantised
-        experts = (p for p in layers.parameters() if isinstance(p, QuantizedExperts))
+        of_experts = (QuantizedExperts, TakenExperts)
+        experts = (p for p in layers.parameters() if isinstance(p, of_experts))
         stored = next((expert.quantization for expert in experts), "none")
     weight = embedding.weight
     return f"{stored}; embedding {weight.form}" if isinstance(weight, QuantizedTable) else stored

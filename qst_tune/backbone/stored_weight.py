@@ -10,7 +10,8 @@ from qst_tune.errors import UserError
 from qst_tune.quantization.stored import Stored, stored_on
 
 _aten = torch.ops.aten
-Decode = Callable[[dict[str, torch.Tensor]], Stored]
+# A list: the experts of a mixture, in one tensor.
+Decode = Callable[[dict[str, torch.Tensor]], Stored | list[Stored]]
 
 
 class StoredWeight(torch.Tensor):
@@ -140,4 +141,6 @@ class LazyWeight:
         except (ValueError, RuntimeError, IndexError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{self._name} cannot be read: {reason}") from error
+        if isinstance(stored, list):
+            return StoredWeight([stored], (len(stored), *stored[0].shape), self.dtype)
         return StoredWeight([[stored]], stored.shape, self.dtype)

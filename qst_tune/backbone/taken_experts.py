@@ -4,14 +4,30 @@ Notation: E experts, each with a weight ``[O, I]``.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_map
+from torchao.dtypes.nf4tensor import NF4Tensor
 
-from qst_tune.modules.base_quantization import QuantizedLinear
+from qst_tune.quantization.nf4 import dequantize_nf4
 
 _aten = torch.ops.aten
+
+
+class Expert(Protocol):
+    """One expert's weight, or a piece of its rows, as codes."""
+
+    def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """Decode it.
+
+        Args:
+            dtype (torch.dtype): of the result.
+
+        Returns:
+            torch.Tensor: as the model has it.
+        """
 
 
 class TakenExperts(torch.Tensor):
@@ -21,27 +37,30 @@ class TakenExperts(torch.Tensor):
     expert has offsets and scales of its own, and may be joined of pieces (gate and up).
 
     Args:
-        pieces (Sequence[Sequence[QuantizedLinear]]): for each piece of the rows, the E experts'.
+        pieces (Sequence[Sequence[Expert]]): for each piece of the rows, the E experts'.
         shape (tuple[int, ...]): ``(E, O, I)``.
         dtype (torch.dtype): that it decodes to.
         device (torch.device): where the codes are.
+        quantization (str): name of their format.
     """
 
-    pieces: Sequence[Sequence[QuantizedLinear]]
+    pieces: Sequence[Sequence[Expert]]
+    quantization: str
 
     @staticmethod
     def __new__(
         cls,
-        pieces: Sequence[Sequence[QuantizedLinear]],
+        pieces: Sequence[Sequence[Expert]],
         shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
+        quantization: str,
     ) -> "TakenExperts":
         """Make the tensor without memory of its own."""
         made: TakenExperts = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=device
         )
-        made.pieces = pieces
+        made.pieces, made.quantization = pieces, quantization
         return made
 
     def expert(self, index: int) -> torch.Tensor:
@@ -53,7 +72,8 @@ class TakenExperts(torch.Tensor):
         Returns:
             torch.Tensor: ``[O, I]``.
         """
-        return torch.cat([experts[index].dense_weight(self.dtype) for experts in self.pieces])
+        pieces = [experts[index].dense_weight(self.dtype) for experts in self.pieces]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def dense(self) -> torch.Tensor:
         """Decode all experts.
@@ -73,11 +93,36 @@ class TakenExperts(torch.Tensor):
         """Decode one expert, or all where the operation is not an index."""
         first = args[0]
         if func is _aten.detach.default:
-            return cls(first.pieces, tuple(first.shape), first.dtype, first.device)
+            return cls(
+                first.pieces, tuple(first.shape), first.dtype, first.device, first.quantization
+            )
         if func is _aten.select.int and args[1] == 0:
             return first.expert(args[2])
         decoded = tree_map(_dense, (args, kwargs or {}))
         return func(*decoded[0], **decoded[1])
+
+
+class TransposedLinear(nn.Module):
+    """The weight of an expert that is stored the other way round; gpt-oss multiplies ``x W``.
+
+    Args:
+        weight (NF4Tensor): ``[O, I]``.
+    """
+
+    def __init__(self, weight: NF4Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """Decode the weight.
+
+        Args:
+            dtype (torch.dtype): of the result.
+
+        Returns:
+            torch.Tensor: ``[I, O]``, a view.
+        """
+        return dequantize_nf4(self.weight).to(dtype).T
 
 
 def _dense(value: Any) -> Any:

@@ -1,31 +1,44 @@
-"""Decode MXFP4, the format of gpt-oss's experts: 4-bit floats with an exponent for 32 of them."""
+"""Read MXFP4, the format of gpt-oss's experts: 4-bit floats with an exponent for 32 of them."""
 
 import torch
 
+from qst_tune.quantization.stored import StoredNF4
+
+BLOCK_SIZE = 32
 # 1 bit sign, 2 exponent, 1 mantissa, in the order of the codes.
 _SIZES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _LEVELS = (*_SIZES, *(-size for size in _SIZES))
 _EXPONENT_OF_ONE = 127
 
 
-def decode_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    r"""Decode :math:`w = 2^{e - 127}\,L[q]`.
+def read_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> StoredNF4:
+    r"""Take a weight over: :math:`w = 2^{e - 127}\,L[q]`.
+
+    It fits the parts of an NF4 weight: the 16 levels are E2M1's, and the scaler codes are the
+    exponents, of which the map holds the 256 powers of two. All of it is exact in bf16.
 
     Source: OCP Microscaling Formats (MX) 1.0; the tensors of github.com/openai/gpt-oss.
 
     Args:
-        blocks (torch.Tensor): ``[..., N, 16]`` uint8, two codes a byte, the first in the low half.
-        scales (torch.Tensor): ``[..., N]`` uint8 exponents e.
+        blocks (torch.Tensor): ``[O, I / 32, 16]`` uint8, two codes a byte, the first in the low
+            half.
+        scales (torch.Tensor): ``[O, I / 32]`` uint8 exponents e.
 
     Returns:
-        torch.Tensor: ``[..., 32 N]`` bf16, which holds these numbers exactly.
+        StoredNF4: ``[O, I]``.
 
     Raises:
         ValueError: if the shapes do not belong together.
     """
-    if blocks.shape[:-1] != scales.shape or blocks.shape[-1] != 16:
+    if blocks.shape[:-1] != scales.shape or blocks.shape[-1] * 2 != BLOCK_SIZE:
         raise ValueError(f"{tuple(blocks.shape)} codes with {tuple(scales.shape)} exponents")
-    levels = torch.tensor(_LEVELS, dtype=torch.bfloat16, device=blocks.device)
-    codes = torch.stack([blocks & 0xF, blocks >> 4], dim=-1).flatten(-2)
-    exponents = scales.int() - _EXPONENT_OF_ONE
-    return torch.ldexp(levels[codes.int()], exponents.unsqueeze(-1)).to(torch.bfloat16).flatten(-2)
+    powers = torch.ldexp(torch.ones(256), torch.arange(256) - _EXPONENT_OF_ONE)
+    return StoredNF4(
+        (len(blocks), BLOCK_SIZE * blocks.shape[1]),
+        "fp4",
+        (blocks << 4 | blocks >> 4).flatten(),  # the first code of a byte is ours in the high half
+        scales.flatten(),
+        torch.ones(1),
+        torch.cat([torch.zeros(1), powers]),
+        torch.tensor(_LEVELS),
+    )

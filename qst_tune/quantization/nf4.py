@@ -254,7 +254,8 @@ def nf4_from_parts(shape: Sequence[int], parts: Sequence[torch.Tensor]) -> NF4Te
     Returns:
         NF4Tensor: its dtype is that of the levels.
     """
-    block_sizes = nf4_block_sizes(math.prod(shape))
+    num_blocks = len(parts[0])
+    block_sizes = math.prod(shape) // num_blocks, num_blocks // max(1, len(parts[1]))
     return _assemble(_Layout(tuple(shape), parts[-1].dtype, parts[-1].device), *block_sizes, *parts)
 
 

@@ -13,18 +13,18 @@ from qst_tune.quantization.affine import AffineLayout, AffineWeight, dequantize_
 from qst_tune.quantization.nf4 import QuantType, dequantize_nf4, nf4_from_parts
 from qst_tune.quantization.packing import pack
 
-StoredT = TypeVar("StoredT", bound="StoredNF4 | StoredAffine | StoredFloat")
+StoredT = TypeVar("StoredT", bound="Stored")
 
 
 @dataclass(frozen=True)
 class StoredNF4:
-    """A weight of bitsandbytes' 4-bit formats, in the parts of our own NF4 and FP4 weights.
+    """A weight of 16 levels, in the parts of our own NF4 and FP4 weights.
 
     Args:
         shape (tuple[int, ...]): of the weight.
-        quant_type (QuantType): "nf4" or "fp4".
+        quant_type (QuantType): "nf4" or "fp4"; of MXFP4 only ``levels`` says what it is.
         codes (torch.Tensor): ``[numel / 2]`` uint8, two codes a byte.
-        scalers (torch.Tensor): ``[blocks]``: fp32, or uint8 codes of bitsandbytes' own 8-bit map.
+        scalers (torch.Tensor): ``[blocks]``: fp32, or uint8 codes of an 8-bit map.
         factors (torch.Tensor): fp32, for groups of scaler codes.
         offset_and_map (torch.Tensor): ``[257]`` fp32: what is added to each scaler, then the 256
             numbers that scaler codes stand for.
@@ -132,7 +132,34 @@ class StoredFloat:
         return self.values.to(dtype)
 
 
-Stored = StoredNF4 | StoredAffine | StoredFloat
+@dataclass(frozen=True)
+class StoredTransposed:
+    """A weight that the model has the other way round.
+
+    Args:
+        weight (StoredNF4): ``[O, I]``.
+    """
+
+    weight: StoredNF4
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(I, O)``."""
+        return self.weight.shape[::-1]
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """Decode the weight.
+
+        Args:
+            dtype (torch.dtype): of the result.
+
+        Returns:
+            torch.Tensor: ``[I, O]``.
+        """
+        return self.weight.dense(dtype).T
+
+
+Stored = StoredNF4 | StoredAffine | StoredFloat | StoredTransposed
 
 
 def in_own_order(columns: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
@@ -167,4 +194,6 @@ def _moved(value: Any, device: torch.device) -> Any:
         return value.to(device)
     if isinstance(value, AffineWeight):
         return AffineWeight(*(part.to(device) for part in value))
+    if isinstance(value, StoredNF4):
+        return stored_on(value, device)
     return value

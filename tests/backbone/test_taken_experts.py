@@ -18,7 +18,9 @@ def experts(count: int = 3) -> tuple[TakenExperts, torch.Tensor]:
         for piece in drawn
     ]
     dense = torch.cat([torch.stack([d for _, d in piece]) for piece in drawn], dim=1)
-    return TakenExperts(pieces, tuple(dense.shape), torch.float32, torch.device("cpu")), dense
+    return TakenExperts(
+        pieces, tuple(dense.shape), torch.float32, torch.device("cpu"), "gptq"
+    ), dense
 
 
 def test_an_index_decodes_one_expert_and_anything_else_all() -> None:

@@ -3,26 +3,31 @@
 import pytest
 import torch
 
-from qst_tune.quantization.mxfp4 import decode_mxfp4
+from qst_tune.quantization.mxfp4 import read_mxfp4
+from qst_tune.quantization.nf4 import dequantize_nf4
 from tests.reference import stored_formats as formats
 
 
-def test_every_code_and_exponent_is_exact_in_bf16() -> None:
-    parts, dense = formats.mxfp4((3, 24, 64), torch.Generator().manual_seed(0))
-    decoded = decode_mxfp4(parts["blocks"], parts["scales"])
-    assert decoded.dtype == torch.bfloat16
-    assert torch.equal(decoded.float(), dense.transpose(1, 2))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_is_taken_over_exactly_in_bf16_too(dtype: torch.dtype) -> None:
+    parts, dense = formats.mxfp4((1, 24, 96), torch.Generator().manual_seed(0))
+    weight = read_mxfp4(parts["blocks"][0], parts["scales"][0]).nf4(dtype)
+    assert weight.dtype == dtype
+    assert torch.equal(dequantize_nf4(weight).float(), dense[0].T)
 
 
-def test_the_smallest_and_largest_exponents_are_exact() -> None:
-    blocks = torch.arange(256, dtype=torch.uint8).view(16, 16)
-    for exponent in (2, 250):  # beyond, bf16 itself ends
-        decoded = decode_mxfp4(blocks, torch.full((16,), exponent, dtype=torch.uint8))
-        decoded = decoded.view(16, 32)
-        low = torch.tensor(formats.MXFP4_LEVELS)[(blocks & 15).long()] * 2.0 ** (exponent - 127)
-        assert torch.equal(decoded.float()[:, ::2], low)
+@pytest.mark.parametrize("exponent", [2, 250])
+def test_the_smallest_and_largest_exponents_are_exact(exponent: int) -> None:
+    """Beyond these, bf16 itself ends."""
+    blocks = torch.arange(256, dtype=torch.uint8).view(16, 1, 16)
+    stored = read_mxfp4(blocks, torch.full((16, 1), exponent, dtype=torch.uint8))
+    levels = torch.tensor(formats.MXFP4_LEVELS, dtype=torch.float64)
+    codes = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(1).long()
+    expected = (levels[codes] * 2.0 ** (exponent - 127)).to(torch.bfloat16)
+    assert torch.equal(stored.dense(torch.bfloat16), expected)
+    assert torch.equal(dequantize_nf4(stored.nf4(torch.bfloat16)), expected)
 
 
 def test_other_shapes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"\(2, 16\) codes with \(3,\) exponents"):
-        decode_mxfp4(torch.zeros(2, 16, dtype=torch.uint8), torch.zeros(3, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"\(2, 1, 16\) codes with \(3, 1\) exponents"):
+        read_mxfp4(torch.zeros(2, 1, 16, dtype=torch.uint8), torch.zeros(3, 1, dtype=torch.uint8))
