@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal, get_args
 
-from qst_tune.backbone.loading import backbone_on_meta
+from qst_tune.backbone.loading import backbone_on_meta, directory_format
 from qst_tune.errors import UserError
 from qst_tune.models.hf.families import Architecture, read_architecture, takes_torchtune
 from qst_tune.models.peqa import peqa_builder
@@ -40,8 +40,15 @@ def backbone_from_hf(
     if backbone not in get_args(BackboneKind):
         known = ", ".join(get_args(BackboneKind))
         raise UserError(f"model.backbone={backbone!r} is unknown; choose one of {known}")
-    if backbone == "transformers" or (backbone == "auto" and not takes_torchtune(folder)):
+    is_quantised = directory_format(folder) is not None
+    torchtune_has_it = takes_torchtune(folder) and not is_quantised
+    if backbone == "transformers" or (backbone == "auto" and not torchtune_has_it):
         return backbone_on_meta(folder, max_seq_len)
+    if is_quantised:
+        raise UserError(
+            f"model.backbone=torchtune: {folder} is quantised already, which torchtune's modules "
+            "do not take over for QST: set model.backbone=auto"
+        )
     architecture = read_architecture(folder)
     return architecture.build(_length(architecture, max_seq_len, folder))
 
@@ -57,5 +64,21 @@ def _length(architecture: Architecture, wanted: int | None, folder: Path) -> int
     return wanted or longest
 
 
+def _integers_from_hf(
+    checkpoint_dir: str, max_seq_len: int | None = None, backbone: BackboneKind = "auto"
+) -> Decoder:
+    """As :func:`backbone_from_hf`; here torchtune's modules take a directory's integers over."""
+    folder = Path(checkpoint_dir)
+    stored = directory_format(folder)
+    if stored is None or backbone == "transformers" or not takes_torchtune(folder):
+        return backbone_from_hf(checkpoint_dir, max_seq_len, backbone)
+    architecture = read_architecture(folder)
+    decoder = architecture.build(_length(architecture, max_seq_len, folder))
+    decoder.stored_format = stored
+    return decoder
+
+
+_integers_from_hf.__name__ = backbone_from_hf.__name__  # the builder's name is made of it
+
 qst_from_hf = qst_builder(backbone_from_hf)
-peqa_from_hf = peqa_builder(backbone_from_hf)
+peqa_from_hf = peqa_builder(_integers_from_hf)

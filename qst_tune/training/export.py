@@ -55,6 +55,7 @@ def export_model(
     if folder.exists():
         raise UserError(f"{folder} exists; remove it or name another with export_dir=<folder>")
     config = _read_config(checkpoint_dir)
+    config.pop("quantization_config", None)  # of the directory whose scales were trained
     _check_convertible(model)
     if form == "dense":
         tensors = _tensors(model, dtype, lambda linear, rows: _dense(linear, rows, dtype))
@@ -165,13 +166,14 @@ def _gptq(linear: PEQALinear, rows: torch.Tensor, form: GPTQFormat) -> _Tensors:
 
 
 def _gptq_config(model: PEQADecoder, form: GPTQFormat) -> dict[str, Any]:
-    layouts = [m.layout for m in model.modules() if isinstance(m, PEQALinear)]
+    linears = [m for m in model.modules() if isinstance(m, PEQALinear)]
+    layouts = [linear.layout for linear in linears]
     per_channel = all(layout.num_groups == 1 for layout in layouts)
     return {
         "quant_method": "gptq",
         "bits": layouts[0].bits,
         "group_size": -1 if per_channel else max(layout.group_size for layout in layouts),
-        "desc_act": False,
+        "desc_act": any(linear.input_order is not None for linear in linears),
         "sym": False,
         "lm_head": False,
         "checkpoint_format": form,
@@ -181,7 +183,8 @@ def _gptq_config(model: PEQADecoder, form: GPTQFormat) -> dict[str, Any]:
 def _write(folder: Path, tensors: _Tensors, config: dict[str, Any], source: Path) -> None:
     with whole_folder(folder) as aside:
         for path in source.iterdir():
-            if path.suffix in _COPIED and not path.name.endswith(".index.json"):
+            is_about_weights = path.name.endswith((".index.json", "quantize_config.json"))
+            if path.suffix in _COPIED and not is_about_weights:
                 shutil.copyfile(path, aside / path.name)
         (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if "quantization_config" in config:  # where AutoGPTQ and older readers look

@@ -8,12 +8,14 @@ from typing import Any
 
 from torchtune import training
 
+from qst_tune.backbone.loading import directory_format
 from qst_tune.backbone.weights_file import read_weights_file
 from qst_tune.errors import UserError
 from qst_tune.models.hf.families import Architecture, read_architecture
 from qst_tune.models.hf.folder import weight_files
 from qst_tune.models.hf.hub import model_name
 from qst_tune.models.hf.weights import Weights
+from qst_tune.training.stored_checkpoint import stored_weights
 
 
 class HFCheckpointer:
@@ -38,7 +40,7 @@ class HFCheckpointer:
         folder (Path): the model's.
 
     Raises:
-        UserError: if weight files are missing or cut off.
+        UserError: if weight files are missing or cut off, or a quantised directory has a cache.
     """
 
     def __init__(self, checkpoint_dir: str, cache_dir: str | None = None) -> None:
@@ -48,6 +50,11 @@ class HFCheckpointer:
         self.folder = folder
         self._config = (folder / "config.json").read_bytes()
         self._paths = weight_files(folder)
+        if cache_dir is not None and directory_format(folder) is not None:
+            raise UserError(
+                f"checkpointer.cache_dir={cache_dir}: {folder} is quantised already, so there is "
+                "nothing to keep; set it to null"
+            )
 
     @cached_property
     def _architecture(self) -> Architecture:
@@ -85,6 +92,10 @@ class HFCheckpointer:
         Raises:
             UserError: if a file cannot be read, or has a weight that the architecture has not.
         """
+        stored = directory_format(self.folder)
+        if stored is not None:
+            yield from stored_weights(self._paths, stored, self._architecture.convert)
+            return
         for path in self._paths:
             yield self._load(path)
 

@@ -68,8 +68,7 @@ def takes_torchtune(folder: Path) -> bool:
         UserError: if there is no ``config.json``.
     """
     settings = read_settings(folder)
-    further = (*_NOT_TEXT_ALONE, "quantization_config")
-    is_text = not any(settings.get(name) for name in further)
+    is_text = not any(settings.get(name) for name in _NOT_TEXT_ALONE)
     return is_text and settings.get("model_type") in FAMILIES
 
 
@@ -97,11 +96,7 @@ def read_architecture(folder: Path) -> Architecture:
     if model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise config.problem(f"model_type={model_type!r} is not supported, only {known}")
-    if config.take("quantization_config"):
-        raise config.problem(
-            "quantization_config: torchtune's modules take no weights that are quantised already: "
-            "set model.backbone=auto, or name the directory of the model that is not"
-        )
+    config.take("quantization_config")  # how weights are stored, not what is computed
     family = FAMILIES[model_type]
     classes = config.take("architectures", [family.model_class])
     if classes != [family.model_class]:

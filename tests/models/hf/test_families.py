@@ -53,11 +53,6 @@ REFUSED = [
         {"architectures": ["LlamaForSequenceClassification"]},
         r"architectures=\['LlamaForSequenceClassification'\] is not supported, only LlamaForCausal",
     ),
-    (
-        "llama",
-        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-        "quantization_config: torchtune's modules take no weights that are quantised already",
-    ),
     ("mistral", {"layer_types": ["full_attention"]}, r"layer_types=\['full_attention'\] is not kn"),
     ("mistral", {"attention_bias": True}, "attention_bias=True is not supported, only False"),
     ("qwen2", {"attention_bias": True}, "attention_bias=True is not supported, only False"),

@@ -1,0 +1,89 @@
+"""PEQA trains the scales of a directory as they are, and exports it again with equal codes."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from qst_tune.recipes import peqa_export, peqa_finetune
+from safetensors.torch import load_file
+
+from qst_tune.errors import UserError
+from qst_tune.models import peqa_from_hf, qst_from_hf
+from qst_tune.training.backbone_loading import load_backbone
+from qst_tune.training.hf_checkpointer import HFCheckpointer
+from tests.checkpoints import colour_rows, write_chat_tokenizer, write_jsonl
+from tests.recipes.test_from_hf import arguments, losses, run
+from tests.stored_models import save_stored
+
+CPU = torch.device("cpu")
+TOKENS = torch.arange(3, 27).view(2, 12)
+
+
+def build(folder: Path, **settings):
+    with torch.device("meta"):
+        model = peqa_from_hf(str(folder), **settings)
+    load_backbone(model, HFCheckpointer(str(folder)), dtype=torch.float32, device=CPU)
+    return model.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("model_type", "form"),
+    [("llama", "gptq_act_order"), ("qwen2", "awq"), ("mistral", "ct_int4_asym"), ("phi3", "gptq")],
+)
+def test_the_start_is_the_directory_exactly(model_type: str, form: str, tmp_path: Path) -> None:
+    """Rows of q and k in torchtune's order; Phi-3's joined projections are split."""
+    reference = save_stored(tmp_path, model_type, form)
+    model = build(tmp_path)
+    torch.testing.assert_close(model(TOKENS), reference(TOKENS).logits, rtol=1e-4, atol=1e-5)
+    assert all("weight_scale" in name for name in model.task())
+
+
+@pytest.mark.parametrize("form", ["gptq", "gptq_act_order"])
+def test_tuned_scales_are_exported_over_equal_codes(form: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    folder, output = tmp_path / "model", tmp_path / "out"
+    folder.mkdir()
+    save_stored(folder, "llama", form, vocab_size=307)
+    write_chat_tokenizer(folder)
+    write_jsonl(tmp_path / "train.jsonl", colour_rows(8))
+    given = arguments(tmp_path, folder, output, "max_steps_per_epoch=1", "epochs=3")
+    run(peqa_finetune, "auto/peqa_4bit", *given, "optimizer.lr=1e-3")
+    assert losses(output)[-1] < losses(output)[0]
+    run(peqa_export, "auto/peqa_4bit", *given[:2], "device=cpu", "dtype=fp32", "format=gptq")
+    before = load_file(folder / "model.safetensors")
+    after = load_file(output / "gptq" / "model.safetensors")
+    assert {name for name in before if name not in after} == set()
+    for name, tensor in before.items():
+        if name.endswith((".qweight", ".qzeros", ".g_idx")):
+            assert torch.equal(after[name], tensor), name
+        if name.endswith(".scales"):
+            assert not torch.equal(after[name], tensor), name
+
+
+def test_settings_that_contradict_the_directory_are_one_line(tmp_path: Path) -> None:
+    save_stored(tmp_path, "llama", "gptq")
+    for settings, message in [
+        ({"bits": 3}, "model.bits=3: the directory is GPTQ int4, groups of 32; set it to 4"),
+        ({"group_size": 64}, "model.group_size=64: the directory is GPTQ int4, groups of 32"),
+        ({"train_zero_points": True}, "model.train_zero_points=True: those of GPTQ int4"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            peqa_from_hf(str(tmp_path), **settings)
+    peqa_from_hf(str(tmp_path), group_size=32)
+    with pytest.raises(UserError, match="nothing to keep; set it to null"):
+        HFCheckpointer(str(tmp_path), cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(UserError, match=r"do not take over for QST: set model\.backbone=auto"):
+        qst_from_hf(str(tmp_path), backbone="torchtune")
+
+
+def test_a_directory_without_integers_is_refused(tmp_path: Path) -> None:
+    save_stored(tmp_path, "llama", "bnb_nf4")
+    with pytest.raises(UserError, match="bitsandbytes nf4, which has no integer codes with scales"):
+        peqa_from_hf(str(tmp_path))
+
+
+def test_a_dense_linear_among_codes_is_refused(tmp_path: Path) -> None:
+    save_stored(tmp_path, "llama", "gptq", left_out=("layers.1.mlp",))
+    with pytest.raises(UserError, match=r"mlp.down_proj.weight is dense in a directory of GPTQ"):
+        build(tmp_path)
