@@ -172,8 +172,9 @@ def _decode_compressed(parts: _Tensors, *, bits: int, group_size: int) -> Stored
         return from_pack_quantized(parts, bits=bits, group_size=group_size)
     if parts["weight"].dtype != torch.int8 or "weight_zero_point" in parts:
         raise ValueError(f"{parts['weight'].dtype} weights with zero points are not supported")
-    scale = parts["weight_scale"].reshape(-1, 1)
-    return from_signed(parts["weight"], scale.expand(len(parts["weight"]), 1))
+    out_dim, scale = len(parts["weight"]), parts["weight_scale"]
+    scale = scale.expand(out_dim, 1) if scale.numel() == 1 else scale.reshape(out_dim, -1)
+    return from_signed(parts["weight"], scale)
 
 
 def _fp8(settings: _Settings) -> DirectoryFormat:
@@ -250,6 +251,8 @@ def _choose(key: str, value: Any, known: Sequence[Any]) -> None:
 
 
 def _pair(block: Any) -> tuple[int, int] | None:
+    if isinstance(block, str):  # "128x128", of older compressed-tensors
+        block = block.split("x")
     return None if block is None else (int(block[0]), int(block[1]))
 
 

@@ -41,7 +41,7 @@ def test_integer_formats_are_rounding_to_nearest(name, bits, group_size, title):
 
 
 def test_an_unknown_format_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="'int3' is unknown; choose one of nf4, fp4"):
+    with pytest.raises(ValueError, match="'int3' is unknown; choose one of auto, nf4, fp4"):
         quantize_linears(tiny_backbone().layers, "int3")
 
 
@@ -85,3 +85,9 @@ def test_quantize_linears_on_meta_keeps_names_and_shapes():
     assert all(parameter.is_meta for parameter in backbone.parameters())
     assert isinstance(backbone.layers[0].attn.q_proj.weight, NF4Tensor)
     assert type(backbone.output) is nn.Linear
+
+
+def test_auto_is_nf4_of_a_decoder_that_is_not_quantised_yet():
+    backbone = tiny_backbone()
+    quantize_linears(backbone.layers, "auto")
+    assert quantization_of(backbone.layers) == "nf4"
