@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 from torchao.dtypes.nf4tensor import NF4Tensor
 
 from qst_tune.quantization.nf4 import dequantize_nf4
+from qst_tune.quantization.parts import named_parts
 
 _aten = torch.ops.aten
 
@@ -62,6 +63,28 @@ class TakenExperts(torch.Tensor):
         )
         made.pieces, made.quantization = pieces, quantization
         return made
+
+    def __getattr__(self, name: str) -> torch.Tensor:
+        """Return one of the plain tensors that :meth:`__tensor_flatten__` names."""
+        piece, _, rest = name.partition("/")
+        index, _, part = rest.partition("/")
+        if not part:
+            raise AttributeError(name)
+        return _plain(self.pieces[int(piece)][int(index)])[part]
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        """Name the plain tensors, for whoever counts bytes."""
+        return [
+            f"{piece}/{index}/{part}"
+            for piece, experts in enumerate(self.pieces)
+            for index, expert in enumerate(experts)
+            for part in _plain(expert)
+        ], None
+
+    @staticmethod
+    def __tensor_unflatten__(*_: Any) -> "TakenExperts":
+        """Refuse: nothing makes experts of such parts again."""
+        raise NotImplementedError("experts in another program's codes are only read from its files")
 
     def expert(self, index: int) -> torch.Tensor:
         """Decode one expert.
@@ -123,6 +146,11 @@ class TransposedLinear(nn.Module):
             torch.Tensor: ``[I, O]``, a view.
         """
         return dequantize_nf4(self.weight).to(dtype).T
+
+
+def _plain(expert: Any) -> dict[str, torch.Tensor]:
+    own = {**dict(expert.named_parameters()), **dict(expert.named_buffers())}
+    return {n: part for name, t in own.items() for n, part in named_parts(name, t).items()}
 
 
 def _dense(value: Any) -> Any:

@@ -5,6 +5,7 @@ import torch
 from qst_tune.backbone.directory_methods import read_directory_format
 from qst_tune.backbone.taken_experts import TakenExperts
 from qst_tune.quantization.gptq import from_gptq
+from qst_tune.quantization.parts import parts_of
 from tests.reference import stored_formats as formats
 from tests.stored_models import FORMATS
 
@@ -36,3 +37,10 @@ def test_as_a_parameter_they_keep_their_codes() -> None:
     parameter = torch.nn.Parameter(ours, requires_grad=False)
     assert isinstance(parameter, TakenExperts)
     assert torch.equal(parameter.dense(), dense)
+
+
+def test_their_bytes_are_counted() -> None:
+    """40 x 64 codes of 4 bits and, for 32 of them, a scale in fp32 and a zero point in a byte."""
+    ours, _ = experts()
+    parts = parts_of(ours)
+    assert sum(p.numel() * p.itemsize for p in parts.values()) == 3 * 40 * (64 // 2 + 2 * 5)

@@ -12,12 +12,17 @@ from tests.recipes.test_from_hf import arguments, losses, run
 from tests.stored_models import save_stored
 
 
-@pytest.mark.parametrize("form", ["bnb_nf4", "gptq_act_order", "fp8"])
-def test_the_shipped_config_learns_over_a_quantised_directory(form: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "form"),
+    [("qwen2", "bnb_nf4"), ("qwen2", "fp8"), ("qwen3_moe", "gptq_act_order")],
+)
+def test_the_shipped_config_learns_over_a_quantised_directory(
+    model_type: str, form: str, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     folder = tmp_path / "model"
     folder.mkdir()
-    save_stored(folder, "qwen2", form, vocab_size=307)
+    save_stored(folder, model_type, form, vocab_size=307)
     write_chat_tokenizer(folder)
     write_jsonl(tmp_path / "train.jsonl", colour_rows(8))
     further = ["model.reduction_factor=4", "max_steps_per_epoch=1", "epochs=3"]
