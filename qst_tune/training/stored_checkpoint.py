@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torchtune import utils
 
 from qst_tune.backbone.directory_format import DirectoryFormat
 from qst_tune.backbone.stored_directory import lazy_state_dict
@@ -12,6 +13,8 @@ from qst_tune.errors import UserError
 from qst_tune.models.hf.weights import Weights
 from qst_tune.quantization.affine import AffineWeight
 from qst_tune.quantization.stored import StoredAffine
+
+log = utils.get_logger("INFO")
 
 
 def stored_weights(
@@ -31,6 +34,7 @@ def stored_weights(
     Raises:
         UserError: if a file cannot be read, or a linear of the layers is stored without codes.
     """
+    taken_over = 0
     for name, lazy in lazy_state_dict(paths, stored, torch.float32).items():
         weight = lazy[...]
         if isinstance(weight, StoredWeight) and ".layers." not in name:
@@ -43,10 +47,12 @@ def stored_weights(
                 )
             yield convert({name: weight})
             continue
+        taken_over += 1
         # torchtune turns rows of q and k around for its rotary embeddings; numbers show how.
         numbers = torch.arange(len(weight), dtype=torch.int32)
         numbered = convert({name: numbers[:, None].expand(weight.shape)})
         yield {own: _rows(weight, rows[:, 0].long()) for own, rows in numbered.items()}
+    log.info(f"{stored.title}: {taken_over} weights taken over as they are")
 
 
 def _rows(weight: StoredWeight, rows: torch.Tensor) -> StoredWeight:
