@@ -25,7 +25,8 @@ def test_a_side_network_is_found_in_the_runs_folder_and_can_be_left_out(tmp_path
     with tuned.untuned():
         base = tuned.model(tokens)
     assert not torch.equal(base, expected(tokens))
-    named = load_tuned_model(merged({**config, "output_dir": "x", "side_network": str(folder)}))
+    elsewhere = {**config, "output_dir": str(tmp_path / "x"), "side_network": str(folder)}
+    named = load_tuned_model(merged(elsewhere))
     assert torch.equal(named.model(tokens), expected(tokens))
     without = load_tuned_model(merged({**config, "side_network": None}))
     assert not without.is_tuned
