@@ -26,11 +26,8 @@ def trained(root: Path) -> FinetuneResult:
         *(f"model.{name}={value}" for name, value in SIZES.items()),
         "model.reduction_factor=4",
         f"checkpointer.checkpoint_dir={root / 'model'}",
-        *(f"dataset.data_files={root / 'train.jsonl'}", f"dataset.cache_dir={root / 'arrow'}"),
-        *(
-            f"dataset_val.data_files={root / 'val.jsonl'}",
-            f"dataset_val.cache_dir={root / 'arrow'}",
-        ),
+        f"dataset.data_files={root / 'train.jsonl'}",
+        f"dataset_val.data_files={root / 'val.jsonl'}",
         *("dtype=fp32", "batch_size=4", "epochs=12", "lr_scheduler.num_warmup_steps=2"),
         "tokenizer.max_seq_len=64",
         cwd=root,
