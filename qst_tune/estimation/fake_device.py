@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from types import ModuleType
 from typing import Any, Literal, TypeAlias, get_args
 from unittest.mock import patch
 
@@ -20,13 +21,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torchao.dtypes.nf4tensor import NF4Tensor
 
-from qst_tune.modules import peqa_linear
+from qst_tune.modules import linear_cross_entropy, peqa_linear, qst_decoder
 from qst_tune.modules.nf4_linear import NF4Linear
+from qst_tune.quantization import nf4
 from qst_tune.quantization.nf4 import QuantType
 from qst_tune.quantization.table import WEIGHTS_AT_ONCE, quantize_table
 
 DeviceType = Literal["cpu", "cuda"]
 Attention = Literal["fused", "plain"]
+# Loops over the rows or tokens of a batch.
+BATCH_LOOPS = (linear_cross_entropy, qst_decoder)
 Workspace: TypeAlias = dict[Any, Callable[..., int]]
 
 _aten = torch.ops.aten
@@ -47,8 +51,21 @@ def fake_tensors(dtype: torch.dtype) -> Iterator[None]:
     for quant_type in get_args(QuantType):
         NF4Linear(torch.zeros(64, 64, dtype=dtype), quant_type=quant_type)
     quantize_table(torch.zeros(1, 64, dtype=dtype), "nf4").dense()
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with _QuickFakeTensorMode(allow_non_fake_inputs=True):
         yield
+
+
+class _QuickFakeTensorMode(FakeTensorMode):
+    """Without torch's detours for two operations that a step has thousands of."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is _aten.index_select.out:
+            return kwargs["out"]  # nothing to compute: 5 and not 440 us
+        if func is _aten._unsafe_view.default:  # one that torch caches: 100 and not 250 us
+            func = _aten.view.default
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 def allocate_fake(module: nn.Module, device: DeviceType) -> None:
@@ -118,8 +135,35 @@ def device_kernels(device: DeviceType, attention: Attention = "fused") -> Iterat
         for name, function in instead.items():
             stack.enter_context(patch.object(F, name, function))
         stack.enter_context(patch.dict(WEIGHTS_AT_ONCE, cpu=WEIGHTS_AT_ONCE[device]))
+        stack.enter_context(first_and_last_parts(nf4))  # lookups, which count as no operation
         stack.enter_context(UnknownValues())
         yield
+
+
+@contextmanager
+def first_and_last_parts(*modules: ModuleType) -> Iterator[None]:
+    """Run of each loop over parts only the first two parts and the last one.
+
+    The parts between have the size of the second, and what they allocate they release: they take
+    time and change no peak, but what they compute is missing in the number of operations.
+
+    Args:
+        *modules (ModuleType): whose functions loop over ``range(start, stop, step)``.
+
+    Yields:
+        None: nothing.
+    """
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(patch.object(module, "range", _first_and_last, create=True))
+        yield
+
+
+def _first_and_last(*bounds: int) -> Sequence[int]:
+    """As ``range``; fewer numbers where it has a step, which loops over parts have."""
+    numbers = range(*bounds)
+    is_long = len(bounds) == 3 and len(numbers) > 3  # start, stop and step
+    return [*numbers[:2], numbers[-1]] if is_long else numbers
 
 
 class UnknownValues(TorchFunctionMode):

@@ -4,23 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
-@dataclass(frozen=True)
-class LargestBatch:
-    """Answer to "which batch fits?".
-
-    Args:
-        batch_size (int): rows; 0 if not even one fits.
-        is_verified (bool): True if a step of this size was estimated, False if it was only
-            extrapolated from smaller ones.
-    """
-
-    batch_size: int
-    is_verified: bool
-
-    def __str__(self) -> str:
-        return f"{'' if self.is_verified else 'about '}{self.batch_size or 'none'}"
-
-
 @dataclass
 class _Search:
     """Peaks by batch size, each estimated once. A row more never takes less memory."""
@@ -54,28 +37,25 @@ class _Search:
 
 
 def largest_batch(
-    peak_bytes: Callable[[int], int], limit_bytes: float, *, start: int, max_trial: int
-) -> LargestBatch:
+    peak_bytes: Callable[[int], int], limit_bytes: float, *, start: int, fixed_bytes: int = 0
+) -> int:
     """Find the largest batch size; memory is nearly affine in it, so few trials are needed.
 
     Args:
-        peak_bytes (Callable[[int], int]): peak of a step with a given number of rows; takes a time
-            that grows with it.
+        peak_bytes (Callable[[int], int]): peak of a step with a given number of rows.
         limit_bytes (float): what the peak may be at most.
         start (int): a batch size to begin with.
-        max_trial (int): largest batch size to try; larger ones are extrapolated.
+        fixed_bytes (int): about what no row adds to, such as the weights. Default: 0.
 
     Returns:
-        LargestBatch: the same as of trying every batch size, except where it is extrapolated.
+        int: rows, the same as of trying every batch size; 0 if not even one fits.
     """
     search = _Search(peak_bytes, limit_bytes)
     if not search.fits(start):
         low = 1 if start > 1 and search.fits(1) else 0
-        return LargestBatch(search.between(low, start) if low else 0, is_verified=True)
-    low, high = start, 2 * start
+        return search.between(low, start) if low else 0
+    a_row = max(1.0, (search.known[start] - fixed_bytes) / start)
+    low, high = start, start + max(1, int((limit_bytes - search.known[start]) / a_row))
     while search.fits(high):
-        guess = search.crossing(low, high)
-        if guess > max(max_trial, high):
-            return LargestBatch(guess, is_verified=False)
-        low, high = high, max(guess, high + 1)
-    return LargestBatch(search.between(low, high), is_verified=True)
+        low, high = high, max(search.crossing(low, high), high + 1)
+    return search.between(low, high)

@@ -217,7 +217,7 @@ METHODS: dict[str, Method] = {
     "full_checkpointed": Method("full, checkpointed", partial(_full, checkpointing=True)),
 }
 
-# What is shown unless the config says otherwise; each takes 5 s for a 7B model on one CPU core.
+# What is shown unless the config says otherwise; each takes 1 to 4 s for a 7B model on one core.
 DEFAULT_METHODS = (
     "qst",
     "qst_stored",

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from qst_tune.estimation.largest_batch import LargestBatch
 from qst_tune.estimation.step import StepCost
 from qst_tune.estimation.tracker import PARTS
 from qst_tune.training.memory import GIB
@@ -31,13 +30,12 @@ class Row:
     Args:
         title (str): for people.
         cost (StepCost): of one training step.
-        largest_batch (LargestBatch | None): what fits into the memory asked about; None if not
-            asked.
+        largest_batch (int | None): rows that fit into the memory asked about; None if not asked.
     """
 
     title: str
     cost: StepCost
-    largest_batch: LargestBatch | None = None
+    largest_batch: int | None = None
 
 
 def table(rows: Mapping[str, Row]) -> str:
@@ -80,7 +78,7 @@ def fit_line(rows: Mapping[str, Row], fit_gib: float, seq_len: int) -> str:
     Returns:
         str: one line.
     """
-    batches = ", ".join(f"{name} {row.largest_batch}" for name, row in rows.items())
+    batches = ", ".join(f"{name} {row.largest_batch or 'none'}" for name, row in rows.items())
     return f"largest batch of {seq_len} tokens a row that fits in {fit_gib:g} GiB: {batches}"
 
 

@@ -14,6 +14,7 @@ from torchtune import training
 from torchtune.modules import TransformerDecoder
 
 from qst_tune.errors import UserError
+from qst_tune.estimation.depth import Shorten
 from qst_tune.estimation.fake_device import (
     Attention,
     DeviceType,
@@ -23,7 +24,7 @@ from qst_tune.estimation.fake_device import (
     workspace_of,
 )
 from qst_tune.estimation.methods import Choices, Method, Setup
-from qst_tune.estimation.tracker import PeakMemory, StorageTracker
+from qst_tune.estimation.tracker import PeakMemory, StorageTracker, Timeline
 from qst_tune.modules.rotary_caches import build_rotary_caches
 from qst_tune.training.cli import instantiate
 from qst_tune.training.labels import align_labels
@@ -83,7 +84,37 @@ def estimate_step(
     Raises:
         UserError: if a row is longer than the model can see.
     """
+    return trace_step(method, choices, shape, device=device, attention=attention)[0]
+
+
+def trace_step(
+    method: Method,
+    choices: Choices,
+    shape: Shape,
+    *,
+    device: DeviceType,
+    attention: Attention,
+    shorten: Shorten | None = None,
+) -> tuple[StepCost, Timeline]:
+    """Run one training step of a method on fake tensors, perhaps of its first layers only.
+
+    Args:
+        method (Method): what to build.
+        choices (Choices): config and what else the comparison fixes.
+        shape (Shape): of the batch.
+        device (DeviceType): the device to imitate.
+        attention (Attention): unless the method has its own.
+        shorten (Shorten | None): changes the model first, in place.
+
+    Returns:
+        tuple[StepCost, Timeline]: memory and operations, and every allocation.
+
+    Raises:
+        UserError: if a row is longer than the model can see.
+    """
     setup = method.build(choices)
+    if shorten is not None:
+        shorten(setup.model)
     longest = setup.model.max_seq_len
     if shape.seq_len > longest:
         raise UserError(
@@ -101,7 +132,7 @@ def estimate_step(
 
 def run_step(
     setup: Setup, cfg: DictConfig, shape: Shape, *, device: DeviceType, attention: Attention
-) -> StepCost:
+) -> tuple[StepCost, Timeline]:
     """Run one tracked training step on tensors that are there, fake or real.
 
     Args:
@@ -112,7 +143,7 @@ def run_step(
         attention (Attention): kind of attention kernel.
 
     Returns:
-        StepCost: memory and operations.
+        tuple[StepCost, Timeline]: memory and operations, and every allocation.
     """
     optimizer = make_optimizer(setup, cfg, device)
     batch = make_batch(setup.model, shape)
@@ -123,11 +154,12 @@ def run_step(
     gc.collect()
     with device_kernels(device, attention), tracker, _watch(tracker, setup):
         train_step(setup, optimizer, batch, cfg.get("clip_grad_norm"), tracker)
-    return StepCost(
+    cost = StepCost(
         memory=tracker.peak(),
         flops_per_token=tracker.flops() / (shape.batch_size * shape.seq_len),
         trainable_parameters=sum(p.numel() for p in _trainable(setup.model)),
     )
+    return cost, tracker.timeline()
 
 
 def make_optimizer(setup: Setup, cfg: DictConfig, device: DeviceType) -> Optimizer:

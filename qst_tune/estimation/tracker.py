@@ -10,9 +10,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate, groupby
 from typing import Any, Literal, get_args
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
@@ -79,6 +81,32 @@ class PeakMemory:
     phase: str
     saved_bytes: int
     start_bytes: int
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Every allocation and release of a step.
+
+    Args:
+        start_bytes (int): allocated before the step.
+        phases (list[tuple[Phase, list[int]]]): changes of the allocated bytes, by phase, in order.
+    """
+
+    start_bytes: int
+    phases: list[tuple[Phase, list[int]]]
+
+    def peaks(self) -> list[int]:
+        """Find the peak of each phase.
+
+        Returns:
+            list[int]: bytes, never less than what was there when the phase began.
+        """
+        alive, peaks = self.start_bytes, []
+        for _, changes in self.phases:
+            levels = list(accumulate(changes, initial=alive))
+            peaks.append(max(levels))
+            alive = levels[-1]
+        return peaks
 
 
 @dataclass
@@ -160,7 +188,7 @@ class StorageTracker(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         if func is torch.ops.prim.device.default:  # half of all calls, and nothing to see
-            return func(*args)
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         if any(is_wrapper_type(kind) for kind in types):
             return NotImplemented  # the plain tensors inside come by on their own
         result = func(*args, **(kwargs or {}))
@@ -253,15 +281,39 @@ class StorageTracker(TorchDispatchMode):
             start_bytes=sum(s.num_bytes for s in storages if s.start < start),
         )
 
-    def _highest(self, start: int) -> tuple[int, int]:
-        """Event at or after ``start`` with most bytes alive, and those bytes."""
+    def timeline(self) -> Timeline:
+        """Give the changes after :meth:`enter` first left "setup".
+
+        Returns:
+            Timeline: of the step.
+        """
+        change, phases = self._changes(), self._record.phases
+        starts = [event for event, _ in phases]
+        spans = [
+            (phase, change[start:end])
+            for (start, phase), end in zip(phases, [*starts[1:], len(change)], strict=True)
+            if phase != "setup"
+        ]
+        merged = [
+            (phase, [c for _, changes in same for c in changes])
+            for phase, same in groupby(spans, key=lambda span: span[0])
+        ]
+        first = next((event for event, phase in phases if phase != "setup"), len(change))
+        return Timeline(sum(change[:first]), merged)
+
+    def _changes(self) -> list[int]:
+        """Of the allocated bytes, by event."""
         change = [0] * self._record.num_events
         for storage in self._record.storages:
             change[storage.start] += storage.num_bytes
             if storage.end is not None:
                 change[storage.end] -= storage.num_bytes
+        return change
+
+    def _highest(self, start: int) -> tuple[int, int]:
+        """Event at or after ``start`` with most bytes alive, and those bytes."""
         alive = highest = event_of_highest = 0
-        for event, difference in enumerate(change):
+        for event, difference in enumerate(self._changes()):
             alive += difference
             if event >= start and alive > highest:
                 highest, event_of_highest = alive, event

@@ -1,0 +1,131 @@
+"""Peaks from few layers and parts are, to the byte, those of whole steps."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from qst_tune.estimation import fake_device
+from qst_tune.estimation.batch_peaks import BatchPeaks
+from qst_tune.estimation.depth import Shorten
+from qst_tune.estimation.fake_device import DeviceType
+from qst_tune.estimation.methods import DEFAULT_METHODS, METHODS, Choices
+from qst_tune.estimation.step import Shape, trace_step
+from qst_tune.estimation.tracker import Timeline
+
+MODEL = {
+    "_component_": "qst_tune.models.qst_llama3_2",
+    "vocab_size": 512,
+    "num_layers": 6,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "embed_dim": 64,
+    "max_seq_len": 2048,
+    "intermediate_dim": 128,
+    "reduction_factor": 4,
+    "num_side_blocks": 2,
+}
+CONFIG = OmegaConf.create(
+    {
+        "model": MODEL,
+        "optimizer": {"_component_": "torch.optim.AdamW", "lr": 1e-3},
+        "loss": {"_component_": "qst_tune.modules.LinearCrossEntropyLoss"},
+        "clip_grad_norm": 1.0,
+        "enable_activation_checkpointing": True,
+    }
+)
+TOKENS = 2048  # a row has eight chunks of the loss; two rows are one part of a frozen layer
+
+
+@contextmanager
+def every_part() -> Iterator[None]:
+    with patch.object(fake_device, "_first_and_last", range):
+        yield
+
+
+class Steps:
+    """Whole and shortened steps of a method, and the depths of those that were run."""
+
+    def __init__(self, name: str, device: DeviceType, **model: object) -> None:
+        self.choices = Choices(OmegaConf.merge(CONFIG, {"model": model}), torch.bfloat16)
+        self.method, self.device = METHODS[name], device
+        self.num_whole = 0
+
+    def __call__(self, batch_size: int, shorten: Shorten | None) -> Timeline:
+        self.num_whole += shorten is None
+        shape = Shape(batch_size, TOKENS)
+        return trace_step(
+            self.method,
+            self.choices,
+            shape,
+            device=self.device,
+            attention="fused",
+            shorten=shorten,
+        )[1]
+
+    def whole(self, batch_size: int) -> Timeline:
+        with every_part():
+            return self(batch_size, None)
+
+    def peaks(self, known_batch: int) -> BatchPeaks:
+        known = self.whole(known_batch)
+        return BatchPeaks(self.method.build(self.choices).model, self, known_batch, known)
+
+
+SLOW = sorted({*DEFAULT_METHODS} - {"qst", "qlora_checkpointed"})
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["qst", "qlora_checkpointed", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)],
+)
+def test_peaks_of_few_layers_and_parts_are_those_of_whole_steps(name: str) -> None:
+    steps = Steps(name, "cuda")
+    peaks = steps.peaks(2)
+    assert peaks.is_shallow
+    assert peaks(7) == max(steps.whole(7).peaks())  # four parts, the last of one row
+    assert steps.num_whole == 2, "only those that this test runs"
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("qst", {"num_side_blocks": 6}),
+        ("qst", {"num_side_blocks": 1, "side_reads": "input"}),
+        ("qst", {"embedding_quantization": "int8", "base_quantization": "int8"}),
+        ("qst_published", {}),
+    ],
+    ids=str,
+)
+@pytest.mark.slow
+def test_so_are_those_of_other_side_networks(name: str, model: dict[str, object]) -> None:
+    steps = Steps(name, "cuda", **model)
+    peaks = steps.peaks(1)
+    assert peaks.is_shallow
+    assert peaks(7) == max(steps.whole(7).peaks())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qst", "qlora_checkpointed"])
+def test_so_are_those_of_a_cpu(name: str) -> None:
+    steps = Steps(name, "cpu")
+    assert steps.peaks(1)(7) == max(steps.whole(7).peaks())
+
+
+def test_a_shallow_model_is_run_whole() -> None:
+    steps = Steps("qlora", "cuda", num_layers=3, num_side_blocks=3)
+    peaks = steps.peaks(1)
+    assert not peaks.is_shallow
+    assert peaks(4) == max(steps.whole(4).peaks())
+
+
+def test_a_step_that_few_layers_do_not_give_is_run_whole() -> None:
+    steps = Steps("qlora", "cuda")
+    known = steps.whole(1)
+    known.phases[0][1].append(10**9)
+    peaks = BatchPeaks(steps.method.build(steps.choices).model, steps, 1, known)
+    assert not peaks.is_shallow
+    assert peaks(2) == max(steps.whole(2).peaks())
