@@ -39,6 +39,7 @@ def backbone_on_meta(folder: Path, max_seq_len: int | None = None) -> Transforme
             in a format that cannot be read.
     """
     config = _read_config(folder)
+    _check_version(config)
     with torch.device("meta"):
         try:
             model = _model_type(config, folder).from_config(config)
@@ -250,6 +251,17 @@ def directory_format(folder: Path) -> DirectoryFormat | None:
     text = settings.get("text_config") or {}
     found = settings.get("quantization_config") or text.get("quantization_config")
     return read_directory_format(folder / "config.json", found) if found else None
+
+
+def _check_version(config: Any) -> None:
+    """Our quantizer is one of transformers 5; torchtune's families do without it."""
+    import transformers
+
+    if int(transformers.__version__.split(".")[0]) < 5:
+        raise UserError(
+            f"model_type={config.model_type!r} runs as transformers' own model, which needs "
+            f"transformers 5 (found {transformers.__version__}): pip install 'transformers>=5'"
+        )
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -119,6 +119,12 @@ def test_peqa_is_refused_by_name(folder: Path) -> None:
         peqa_from_hf(str(folder))
 
 
+def test_an_older_transformers_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.__version__", "4.57.6")
+    with pytest.raises(UserError, match=r"needs transformers 5 \(found 4\.57\.6\): pip install"):
+        backbone_on_meta(folder)
+
+
 def test_an_unknown_backbone_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match=r"backbone='vllm' is unknown.*torchtune, transformers"):
         backbone_from_hf(str(folder), backbone="vllm")
