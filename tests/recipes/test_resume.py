@@ -171,10 +171,10 @@ def test_two_processes_resume_together(config: Config, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow  # two processes: about 20 s on busy cores
-def test_process_that_fails_takes_the_other_with_it(
+def test_bad_row_ends_all_processes_before_the_first_step(
     config: Config, bad_rows: Path, tmp_path: Path
 ) -> None:
-    """Row 7 is the second process's: the other would wait for it in the sum of the gradients."""
+    """Each process reads all rows first; one that goes bad later is in test_distributed."""
     path = write_config(tmp_path / "config.yaml", config)
     result = run_tune(
         "run",
@@ -191,8 +191,8 @@ def test_process_that_fails_takes_the_other_with_it(
         cwd=tmp_path,
     )
     assert result.returncode != 0
-    assert result.stderr.count("error: dataset: row 7 of") == 1
-    assert steps_of(tmp_path / "run") == [1]
+    assert result.stderr.count("error: dataset: row 7 of") == 2  # one line a process
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_runs_with_one_seed_and_any_number_of_workers_are_bit_identical(
