@@ -26,14 +26,11 @@ from qst_tune.training.model_setup import (
 )
 from qst_tune.training.scales_checkpoint import load_scales
 from qst_tune.training.start import tuned_directory
+from qst_tune.training.tuned_model import MODEL_KEYS
 
 KEYS = {
     **pick("model", "checkpointer", "output_dir", "device", "dtype"),
-    "scales": Key(
-        kind=Path,
-        default="<output_dir>/scales",
-        meaning="directory of the run's result; null: the untuned model",
-    ),
+    "scales": MODEL_KEYS["scales"],
     "format": Key(
         kind=str,
         default="dense",

@@ -83,7 +83,7 @@ def load_model(cfg: DictConfig, device: torch.device) -> QSTClassifier:
 
     Args:
         cfg (DictConfig): has ``model``, ``checkpointer``, ``side_network`` and ``dtype``.
-        device (torch.device): where the model shall live.
+        device (torch.device): of the model.
 
     Returns:
         QSTClassifier: in evaluation mode.

@@ -60,7 +60,7 @@ def load_method(
         model (QSTModel): from :func:`build_model`; changed in place.
         cfg (DictConfig): as for ``load_qst``; may have ``reference``.
         dtype (torch.dtype): of what is not quantised.
-        device (torch.device): where the model shall live.
+        device (torch.device): of the model.
 
     Returns:
         QSTMethod: ready to train.

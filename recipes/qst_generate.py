@@ -107,7 +107,7 @@ class QSTGenerateRecipe:
         )
 
     def _text(self, tokens: list[int]) -> str:
-        # In many templates special tokens are what tells a call from text.
+        # In many templates special tokens separate a call from text.
         text: str = self.tokenizer.decode(tokens, skip_special_tokens=self.tools is None)
         return text
 

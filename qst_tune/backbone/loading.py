@@ -63,14 +63,14 @@ def load_backbone(
     """Fill a backbone from a directory with transformers' own loader, weight by weight.
 
     Each weight is read, renamed and fused as transformers does it for the model type, then
-    quantised and dropped, before the next: the unquantised model never lies in memory whole.
+    quantised and dropped, before the next: the whole unquantised model is never in memory.
 
     Args:
         backbone (TransformersBackbone): built by :func:`backbone_on_meta`, perhaps quantised there;
             changed in place.
         folder (Path): of the model that it was built for.
         dtype (torch.dtype): of what is not quantised.
-        device (torch.device): where the backbone shall be.
+        device (torch.device): of the backbone.
         files (Sequence[Path] | None): of the weights, which only a quantised directory is read
             from; None: its safetensors files.
 
@@ -171,7 +171,7 @@ def transplant_(model: Any, loaded: Any) -> None:
     for name, source in list(loaded.named_modules()):
         target = model.get_submodule(name)
         if isinstance(source, QuantizedLinear) or isinstance(target, QuantizedLinear):
-            # Its layout is that of the directory, which config.json may not tell of each weight.
+            # Its layout is that of the directory, which config.json may not give for each weight.
             model.set_submodule(name, source)
             continue
         target._parameters.update(source._parameters)

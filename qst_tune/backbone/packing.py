@@ -18,7 +18,7 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.02, torch.float16: 0.005}
 
 
 def by_positions(config: Any, input_pos: torch.Tensor, dtype: torch.dtype) -> Any:
-    """Give no mask: most models tell samples apart by positions that begin again.
+    """Give no mask: most models separate samples by positions that begin again.
 
     Args:
         config (Any): of the text.

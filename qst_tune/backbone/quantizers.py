@@ -168,7 +168,7 @@ def set_quantized(
     Args:
         model (nn.Module): its linear layer is replaced by a quantised one.
         name (str): one of :func:`names_to_quantize`.
-        weight (torch.Tensor): dense, on the device where it shall be.
+        weight (torch.Tensor): dense, on the device of the model.
         base_quantization (BaseQuantization): format.
     """
     path, _, leaf = name.rpartition(".")

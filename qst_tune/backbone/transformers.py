@@ -41,7 +41,7 @@ class TransformersBackbone(nn.Module):
 
     A 2-d ``mask`` is padding, as transformers' ``attention_mask``. A 3-d one is that of packed rows
     (or, with a cache, of what is cached): then ``input_pos`` must begin again with each sample,
-    which is what transformers tells packed samples apart by.
+    by which transformers separates packed samples.
 
     Args:
         model (Any): a causal language model of transformers; taken over.

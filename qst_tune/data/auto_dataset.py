@@ -187,7 +187,7 @@ def auto_dataset(  # noqa: PLR0913 - a component of the config, whose keys these
           _component_: qst_tune.data.auto_dataset
           data_files: my.jsonl
 
-    The columns of the first row tell the form (docs/data.md): ``messages``, ``conversations``,
+    The columns of the first row decide the form (docs/data.md): ``messages``, ``conversations``,
     ``instruction`` and ``output``, ``prompt`` and ``completion``, ``input`` and ``output``,
     ``text``, or ``chosen`` and ``rejected``.
 

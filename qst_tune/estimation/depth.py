@@ -32,8 +32,8 @@ def timeline_of_fewer_layers(
         trace (Callable[[Shorten], Timeline]): step of the model after a change in place.
 
     Returns:
-        Timeline | None: as of all layers, but for the frozen weights of those left out, which are
-        missing in ``start_bytes``; None if the model cannot be shortened so.
+        Timeline | None: as of all layers, except that ``start_bytes`` lacks the frozen weights of
+        those left out; None if the model cannot be shortened so.
     """
     num_layers = len(model.layers)
     if isinstance(model, QSTDecoder) and model.side.layers != list(range(num_layers)):
@@ -56,7 +56,7 @@ def _drop_repeated_frozen_layers(model: TransformerDecoder) -> None:
 
 
 def _keep_first_layers(model: TransformerDecoder, *, depth: int) -> None:
-    """And what stands beside them."""
+    """Cut a model, in place, to its first layers and the side blocks that belong to them."""
     fewer = len(model.layers) - depth
     model.layers = model.layers[:depth]
     if isinstance(model, QSTDecoder):

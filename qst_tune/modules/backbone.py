@@ -130,7 +130,7 @@ class Backbone(Protocol):
             tokens (torch.Tensor): ``[B, T]``.
             taps (Sequence[int]): states to show, ascending; one may be named twice.
             visit (Visit): called once for each tap, in the caller's gradient mode, before the next
-                layer runs: so the hidden states never lie in memory together.
+                layer runs: so the hidden states are never in memory together.
             mask (_MaskType | None): which tokens see which; None: each sees those before it.
             input_pos (torch.Tensor | None): ``[B, T]`` positions; None: counted from 0.
 

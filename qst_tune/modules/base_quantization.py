@@ -26,7 +26,7 @@ class QuantizedLinear(Protocol):
         """Replace the weight by a dense one, quantised.
 
         Args:
-            weight (torch.Tensor): ``[out_dim, in_dim]``, on the device where the layer shall be.
+            weight (torch.Tensor): ``[out_dim, in_dim]``, on the device of the layer.
         """
 
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:

@@ -107,7 +107,7 @@ class PEQALinear(nn.Module):
         """Replace the weight by one that a directory stores, with its codes, scales and layout.
 
         Args:
-            stored (StoredAffine): on the device where the layer shall be.
+            stored (StoredAffine): on the device of the layer.
         """
         self.layout = stored.layout
         _, scale, zero_point = stored.weight

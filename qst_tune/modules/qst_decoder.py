@@ -64,7 +64,7 @@ class QSTDecoder(QSTModel, TransformerDecoder):
         """Give the side network its first values, in place; the backbone must have its weights.
 
         Args:
-            device (torch.device): where the side network shall be, if it is on meta.
+            device (torch.device): of the side network, if it is on meta.
         """
         super().initialize_side(device)
         if self.side_init != "random":

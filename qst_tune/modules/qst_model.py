@@ -17,7 +17,7 @@ class QSTModel(nn.Module):
 
     The backbone runs under ``no_grad``, interleaved with the side network: after each layer that
     the side network reads, its next block runs. So nothing of the backbone is saved for backward
-    except what a downsampler needs for its own gradient, and the hidden states never lie in memory
+    except what a downsampler needs for its own gradient, and the hidden states are never in memory
     together.
 
     Source: QST (https://arxiv.org/abs/2401.07159); equations in
@@ -96,7 +96,7 @@ class QSTModel(nn.Module):
         """Give the side network its first values, in place.
 
         Args:
-            device (torch.device): where the side network shall be, if it is on meta.
+            device (torch.device): of the side network, if it is on meta.
         """
         if any(parameter.is_meta for parameter in self.side.parameters()):
             self.side.materialize(device)

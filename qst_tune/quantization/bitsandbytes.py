@@ -8,7 +8,7 @@ A 4-bit linear, its scalers (absmax) quantised again or not:
 ``weight.absmax``                            fp32, one a block of 64, or uint8 codes of them
 ``weight.quant_map``                         the 16 levels, fp32
 ``weight.nested_absmax``                     fp32, one for 256 codes of absmax
-``weight.nested_quant_map``                  the 256 numbers that these codes stand for, fp32
+``weight.nested_quant_map``                  the 256 numbers that these codes encode, fp32
 ``weight.quant_state.bitsandbytes__nf4``     JSON as bytes: shape, block sizes, offset of absmax
 ===========================================  ==================================================
 

@@ -27,7 +27,7 @@ class StoredNF4:
         scalers (torch.Tensor): ``[blocks]``: fp32, or uint8 codes of an 8-bit map.
         factors (torch.Tensor): fp32, for groups of scaler codes.
         offset_and_map (torch.Tensor): ``[257]`` fp32: what is added to each scaler, then the 256
-            numbers that scaler codes stand for.
+            numbers that scaler codes encode.
         levels (torch.Tensor): ``[16]`` fp32.
     """
 

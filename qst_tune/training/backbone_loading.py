@@ -30,7 +30,7 @@ def load_backbone(
     """Load a checkpoint into the backbone of a model that was built on the meta device.
 
     One file of the checkpoint is open at a time, and each of its weights is quantised, moved and
-    dropped before the next: the unquantised model never lies in memory whole.
+    dropped before the next: the whole unquantised model is never in memory.
 
     Args:
         model (TransformerDecoder): backbone parameters on meta; a side network is left alone.

@@ -1,4 +1,4 @@
-"""A config file with the command line's overrides, by torchtune's rules but for text and paths.
+"""A config file with the command line's overrides, by torchtune's rules except for text and paths.
 
 Where the file has text, an override is taken as typed: a prompt may hold a colon, a path "=" or a
 comma. A path may begin with ``~``, which the shell leaves alone behind "=".

@@ -24,7 +24,7 @@ def overflow_hint(model: nn.Module) -> str:
 
 
 def check_finite(values: torch.Tensor, model: nn.Module, what: str) -> None:
-    """Refuse to go on with NaN or infinity.
+    """Refuse to continue with NaN or infinity.
 
     Args:
         values (torch.Tensor): what ``model`` computed.

@@ -101,7 +101,7 @@ def load_qst(
         cfg (DictConfig): has ``checkpointer`` and ``model``; ``compile`` and
             ``enable_activation_checkpointing`` decide as in torchtune.
         dtype (torch.dtype): of what is not quantised.
-        device (torch.device): where the model shall live.
+        device (torch.device): of the model.
 
     Returns:
         QSTMethod: ready to train.

@@ -36,7 +36,7 @@ def load_transformers_backbone(
         cfg (DictConfig): the merged config.
         folder (Path): the checkpoint's directory.
         dtype (torch.dtype): of what is not quantised.
-        device (torch.device): where the backbone shall be.
+        device (torch.device): of the backbone.
 
     Returns:
         BackboneId: what the run's result will be tied to.
