@@ -44,11 +44,7 @@ log = utils.get_logger("INFO")
 
 
 def main(cfg: DictConfig) -> None:
-    """Run the recipe.
-
-    Args:
-        cfg (DictConfig): the merged config.
-    """
+    """Run the recipe."""
     check_config(cfg, KEYS)
     form = check_export_format(setting(cfg, "format", KEYS))
     fetch_models(cfg)

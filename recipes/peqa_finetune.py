@@ -36,14 +36,7 @@ REFUSED = {
 
 
 def main(cfg: DictConfig) -> None:
-    """Run the recipe.
-
-    Args:
-        cfg (DictConfig): the merged config.
-
-    Raises:
-        UserError: for a wrong config, checkpoint or dataset.
-    """
+    """Run the recipe."""
 
     def describe(_: Any, data: TrainingData, device: torch.device, dtype: torch.dtype) -> None:
         name = "peqa_checkpointed" if cfg.get("enable_activation_checkpointing") else "peqa"

@@ -44,11 +44,7 @@ log = utils.get_logger("INFO")
 
 
 def chat(conversation: Conversation) -> None:
-    """Answer what is typed until there is no more.
-
-    Args:
-        conversation (Conversation): goes on from what it has.
-    """
+    """Answer what is typed until there is no more."""
     for text in _typed_lines():
         if text.startswith("/") and not text.startswith("//"):
             _obey(conversation, text)
@@ -103,11 +99,7 @@ def _answer(conversation: Conversation, text: str) -> None:
 
 
 def main(cfg: DictConfig) -> None:
-    """Run the recipe.
-
-    Args:
-        cfg (DictConfig): the merged config.
-    """
+    """Run the recipe."""
     check_config(cfg, KEYS)
     training.set_seed(seed=cfg.get("seed"))
     tuned = load_tuned_model(cfg)

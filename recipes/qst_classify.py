@@ -50,17 +50,7 @@ log = utils.get_logger("INFO")
 
 
 def read_rows(cfg: DictConfig) -> ClassificationDataset:
-    """Read the rows as the config's dataset would.
-
-    Args:
-        cfg (DictConfig): has ``dataset``, ``tokenizer`` and ``rows``.
-
-    Returns:
-        ClassificationDataset: its labels are not read.
-
-    Raises:
-        UserError: if the file is missing or empty, or has not the columns that the text needs.
-    """
+    """Read the rows as the config's dataset would, without their labels."""
     if isinstance(cfg.dataset, ListConfig):
         raise UserError("dataset: name one, whose template and labels the rows shall have")
     path = Path(str(cfg.rows))
@@ -79,18 +69,7 @@ def read_rows(cfg: DictConfig) -> ClassificationDataset:
 
 
 def load_model(cfg: DictConfig, device: torch.device) -> QSTClassifier:
-    """Load backbone, side network and head.
-
-    Args:
-        cfg (DictConfig): has ``model``, ``checkpointer``, ``side_network`` and ``dtype``.
-        device (torch.device): of the model.
-
-    Returns:
-        QSTClassifier: in evaluation mode.
-
-    Raises:
-        UserError: if the model is no classifier, or what is to be loaded does not fit it.
-    """
+    """Load backbone, side network and head."""
     dtype = choose_dtype(cfg, device)
     model = build_on_meta(cfg, dtype)
     if not isinstance(model, QSTClassifier):
@@ -110,17 +89,7 @@ def load_model(cfg: DictConfig, device: torch.device) -> QSTClassifier:
 def answers(
     model: QSTClassifier, dataset: ClassificationDataset, batch_size: int, device: torch.device
 ) -> Iterator[dict[str, Any]]:
-    """Answer each row, in order.
-
-    Args:
-        model (QSTClassifier): loaded.
-        dataset (ClassificationDataset): the rows.
-        batch_size (int): rows at once.
-        device (torch.device): the model's.
-
-    Yields:
-        dict[str, Any]: ``prediction``, the name of a class with its ``probability``, or a score.
-    """
+    """Yield ``prediction`` of each row, in order: a class with its ``probability``, or a score."""
     for start in tqdm(range(0, len(dataset), batch_size), desc="classifying"):
         rows = [dataset.rows[i] for i in range(start, min(start + batch_size, len(dataset)))]
         encoded = [dataset.encode(row) for row in rows]
@@ -137,11 +106,7 @@ def answers(
 
 
 def main(cfg: DictConfig) -> None:
-    """Run the recipe.
-
-    Args:
-        cfg (DictConfig): the merged config.
-    """
+    """Run the recipe."""
     check_config(cfg, KEYS)
     check_checkpoint_dir(cfg.checkpointer)
     fetch_models(cfg)

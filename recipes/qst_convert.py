@@ -37,13 +37,7 @@ log = utils.get_logger("INFO")
 
 
 def import_folder(cfg: DictConfig, theirs: Path, ours: Path) -> None:
-    """Make one of our folders out of one of theirs.
-
-    Args:
-        cfg (DictConfig): has ``model`` and ``checkpointer``.
-        theirs (Path): folder of the authors' code.
-        ours (Path): made.
-    """
+    """Make one of our directories out of one of theirs."""
     _check_new(ours, "side_network")
     fetch_models(cfg)
     check_checkpoint_dir(cfg.checkpointer)
@@ -63,13 +57,7 @@ def import_folder(cfg: DictConfig, theirs: Path, ours: Path) -> None:
 
 
 def export_folder(cfg: DictConfig, ours: Path, theirs: Path) -> None:
-    """Make a folder that the authors' code loads out of one of ours.
-
-    Args:
-        cfg (DictConfig): has ``model``.
-        ours (Path): a side network.
-        theirs (Path): made.
-    """
+    """Make a directory that the authors' code loads out of one of ours."""
     _check_new(theirs, "to_authors")
     state, settings = export_authors(ours, cfg)
     write_authors_folder(theirs, state)
@@ -83,14 +71,7 @@ def _check_new(folder: Path, key: str) -> None:
 
 
 def main(cfg: DictConfig) -> None:
-    """Run the recipe.
-
-    Args:
-        cfg (DictConfig): the merged config.
-
-    Raises:
-        UserError: if the folders to convert between are not named, or cannot be converted.
-    """
+    """Run the recipe."""
     check_config(cfg, KEYS)
     source, target = cfg.get("from_authors"), cfg.get("to_authors")
     if not cfg.get("side_network") or bool(source) == bool(target):

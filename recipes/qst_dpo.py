@@ -33,18 +33,7 @@ KEYS = TRAINING_KEYS
 
 
 def build_model(cfg: DictConfig, dtype: torch.dtype) -> QSTModel:
-    """Build the model, without memory.
-
-    Args:
-        cfg (DictConfig): has ``model``.
-        dtype (torch.dtype): of what is not quantised.
-
-    Returns:
-        QSTModel: one that writes text.
-
-    Raises:
-        UserError: if it is a classifier.
-    """
+    """Build the model on the meta device; UserError if it is a classifier."""
     model = build_on_meta(cfg, dtype)
     if isinstance(model, QSTClassifier):
         raise UserError(f"model: {cfg.model._component_} classifies; name a language model")
@@ -54,17 +43,7 @@ def build_model(cfg: DictConfig, dtype: torch.dtype) -> QSTModel:
 def load_method(
     model: QSTModel, cfg: DictConfig, *, dtype: torch.dtype, device: torch.device
 ) -> QSTMethod:
-    """Load the model, and keep what it starts from if that is the reference.
-
-    Args:
-        model (QSTModel): from :func:`build_model`; changed in place.
-        cfg (DictConfig): as for ``load_qst``; may have ``reference``.
-        dtype (torch.dtype): of what is not quantised.
-        device (torch.device): of the model.
-
-    Returns:
-        QSTMethod: ready to train.
-    """
+    """Load the model, and keep what it starts from if that is the reference."""
     method = load_qst(model, cfg, dtype=dtype, device=device)
     if reference_of(cfg) == "start":
         model.keep_reference()
@@ -72,14 +51,7 @@ def load_method(
 
 
 def main(cfg: DictConfig) -> None:
-    """Run the recipe.
-
-    Args:
-        cfg (DictConfig): the merged config.
-
-    Raises:
-        UserError: for a wrong config, checkpoint or dataset.
-    """
+    """Run the recipe."""
 
     def describe(model: Any, data: TrainingData, device: torch.device, dtype: torch.dtype) -> None:
         print(describe_run(cfg, None, data, device, dtype))

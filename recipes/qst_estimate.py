@@ -58,11 +58,7 @@ log = utils.get_logger("INFO")
 
 
 class QSTEstimateRecipe:
-    """Estimate each method once, and its largest batch if asked.
-
-    Args:
-        cfg (DictConfig): a training config, with our keys beside it.
-    """
+    """Estimate each method once, and its largest batch if asked."""
 
     def __init__(self, cfg: DictConfig) -> None:
         self.cfg = cfg
@@ -151,11 +147,7 @@ def _positive(value: Any, name: str) -> int:
 
 
 def main(cfg: DictConfig) -> None:
-    """Run the recipe.
-
-    Args:
-        cfg (DictConfig): the merged config.
-    """
+    """Run the recipe."""
     check_config(cfg, KEYS)
     fetch_models(cfg, "config")
     recipe = QSTEstimateRecipe(cfg)

@@ -71,15 +71,7 @@ log = utils.get_logger("INFO")
 
 
 def measures(cfg: DictConfig, tuned: TunedModel) -> Iterator[Measure]:
-    """Read what the config names, and say how to measure it.
-
-    Args:
-        cfg (DictConfig): the merged config.
-        tuned (TunedModel): what is measured.
-
-    Yields:
-        Measure: gives figures by name.
-    """
+    """Read what the config names, and yield functions that measure it."""
     batch_size = cfg.get("batch_size_val") or cfg.get("batch_size") or BATCH_SIZE
     if cfg.get("dataset_val"):
         yield _held_out(cfg, tuned, batch_size)
@@ -151,14 +143,7 @@ def _questions(cfg: DictConfig, tuned: TunedModel, batch_size: int) -> Measure:
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
-    """Write the results as a table.
-
-    Args:
-        results (dict[str, dict[str, float]]): figures by name, by the model's title.
-
-    Returns:
-        str: Markdown.
-    """
+    """Write figures by name, by the model's title, as a Markdown table."""
     names = list(next(iter(results.values())))
     cells = [["", *results]]
     cells += [[name, *(f"{found[name]:.4f}" for found in results.values())] for name in names]
@@ -172,14 +157,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
 
 
 def main(cfg: DictConfig) -> None:
-    """Run the recipe.
-
-    Args:
-        cfg (DictConfig): the merged config.
-
-    Raises:
-        UserError: if there is nothing to measure, or something of it cannot be read.
-    """
+    """Run the recipe."""
     fill_in(cfg)
     check_config(cfg, KEYS)
     if not any(cfg.get(key) for key in ("dataset_val", "text", "questions")):

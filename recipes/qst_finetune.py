@@ -40,17 +40,7 @@ KEYS = TRAINING_KEYS
 def build_task(
     cfg: DictConfig, tokenizer: Any, model: QSTModel, **where: Any
 ) -> tuple[Task, TrainingData]:
-    """Build what the model is for: to classify, or to continue a text.
-
-    Args:
-        cfg (DictConfig): the merged config.
-        tokenizer (Any): torchtune model tokenizer.
-        model (QSTModel): the model.
-        **where (Any): ``seed`` and ``device``.
-
-    Returns:
-        tuple[Task, TrainingData]: what is learnt and from what.
-    """
+    """Build what the model is for: to classify, or to continue a text."""
     if isinstance(model, QSTClassifier):
         return build_classification(cfg, tokenizer, model, **where)
     return build_language_modelling(cfg, tokenizer, model, **where)
@@ -59,18 +49,7 @@ def build_task(
 def build_classification(
     cfg: DictConfig, tokenizer: Any, model: QSTClassifier, *, seed: int, device: torch.device
 ) -> tuple[Task, TrainingData]:
-    """Build the task of classifying whole rows, and its data.
-
-    Args:
-        cfg (DictConfig): the merged config.
-        tokenizer (Any): torchtune model tokenizer.
-        model (QSTClassifier): the model.
-        seed (int): of the order of rows.
-        device (torch.device): the model's.
-
-    Returns:
-        tuple[Task, TrainingData]: what is learnt and from what.
-    """
+    """Build the task of classifying whole rows, and its data."""
     vocabulary = vocabulary_of(model, tokenizer)
     limits: dict[str, Any] = {"max_seq_len": model.max_seq_len}
     collate = partial(collate_classification, pad_id=vocabulary.pad_id, **limits)
@@ -80,14 +59,7 @@ def build_classification(
 
 
 def main(cfg: DictConfig) -> None:
-    """Run the recipe.
-
-    Args:
-        cfg (DictConfig): the merged config.
-
-    Raises:
-        UserError: for a wrong config, checkpoint or dataset.
-    """
+    """Run the recipe."""
 
     def describe(model: Any, data: TrainingData, device: torch.device, dtype: torch.dtype) -> None:
         name = None if isinstance(model, QSTClassifier) else "qst"

@@ -45,11 +45,7 @@ log = utils.get_logger("INFO")
 
 
 class QSTGenerateRecipe:
-    """Load a model once and answer a batch of prompts.
-
-    Args:
-        cfg (DictConfig): the merged config.
-    """
+    """Load a model once and answer a batch of prompts."""
 
     def __init__(self, cfg: DictConfig) -> None:
         self.cfg = cfg
@@ -78,11 +74,7 @@ class QSTGenerateRecipe:
         log.info(f"{count} tokens in {elapsed:.1f} s, {count / elapsed:.1f} tokens/s")
 
     def answer(self) -> list[list[int]]:
-        """Generate, all prompts in one batch.
-
-        Returns:
-            list[list[int]]: for each prompt the ids that were generated, without a stop token.
-        """
+        """Generate all prompts in one batch; returns the ids without a stop token."""
         encoded = [self._encode(prompt) for prompt in self.prompts]
         budget = setting(self.cfg, "max_new_tokens", KEYS)
         longest = max(map(len, encoded))
@@ -113,17 +105,7 @@ class QSTGenerateRecipe:
 
 
 def read_prompts(cfg: DictConfig) -> list[str]:
-    """Read the prompts of a config.
-
-    Args:
-        cfg (DictConfig): has ``prompt``, a text, or ``prompts``, a list of them.
-
-    Returns:
-        list[str]: at least one.
-
-    Raises:
-        UserError: if there is none, an empty one, or both keys are used.
-    """
+    """Read ``prompt``, a text, or ``prompts``, a list; UserError if there is none."""
     one: Any = cfg.get("prompt")
     many: Any = cfg.get("prompts")
     if many is not None and not isinstance(many, ListConfig):
@@ -137,11 +119,7 @@ def read_prompts(cfg: DictConfig) -> list[str]:
 
 
 def main(cfg: DictConfig) -> None:
-    """Run the recipe.
-
-    Args:
-        cfg (DictConfig): the merged config.
-    """
+    """Run the recipe."""
     check_config(cfg, KEYS)
     QSTGenerateRecipe(cfg).run()
 

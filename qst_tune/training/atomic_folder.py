@@ -12,16 +12,10 @@ from qst_tune.errors import UserError
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Fill a folder that appears all at once: made aside, flushed to disk and renamed.
+    """Yield an empty directory that replaces ``folder`` at once when the block ends.
 
-    Args:
-        folder (Path): replaced if it exists.
-
-    Yields:
-        Path: an empty folder to fill.
-
-    Raises:
-        UserError: if it cannot be written; the one that was there is untouched.
+    It is flushed to disk and renamed. UserError if it cannot be written; what was there is
+    untouched.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -41,15 +35,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write a whole folder.
-
-    Args:
-        folder (Path): replaced if it exists.
-        files (Mapping[str, bytes]): contents by path inside it.
-
-    Raises:
-        UserError: if it cannot be written; the one that was there is untouched.
-    """
+    """Write a whole directory, which replaces one that exists, from contents by path inside it."""
     with whole_folder(folder) as new:
         for name, content in files.items():
             path = new / name

@@ -7,28 +7,18 @@ DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp
 
 
 def automatic_device() -> str:
-    """Return the device that ``auto`` is on this machine.
-
-    Returns:
-        str: a GPU of NVIDIA or AMD if there is one, else Apple's, else the CPU.
-    """
+    """Return what ``auto`` is here: a GPU of NVIDIA or AMD, else Apple's, else the CPU."""
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def automatic_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype that ``auto`` is on a device.
+    """Return what ``auto`` is on a device: bf16 if it computes in it; else fp16 on CUDA, else fp32.
 
     On a CPU bf16 takes half the memory of fp32, and is faster where there are instructions for it:
     ``smollm2/135M_qst`` with batch_size=4 trains at 261 and 313 tokens/s in bf16, at 118 and 173 in
     fp32 (one core of an AMD EPYC with avx512_bf16, shared; two runs each).
-
-    Args:
-        device (torch.device): of the model.
-
-    Returns:
-        torch.dtype: bf16 where the device computes in it; else fp16 on CUDA, else fp32.
     """
     if device.type == "cuda":
         # The cards before Ampere (T4, V100) emulate bf16, slowly.

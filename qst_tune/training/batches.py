@@ -18,10 +18,10 @@ Collate = Callable[[list[Any]], Batch]
 
 
 class BatchLoader:
-    """Batches of this process's share of a dataset.
+    """Batches of this process's share of a map-style dataset.
 
-    The rows of batch ``index`` of an epoch are a function of the seed, the epoch and the index (and
-    the number of processes) alone: nothing has to be saved to go on in the middle of an epoch, and
+    The rows of batch ``index`` of an epoch are a function of the seed, the epoch, the index and the
+    number of processes alone: nothing has to be saved to resume in the middle of an epoch, and
     worker processes cannot change the order.
 
     Args:
@@ -32,8 +32,7 @@ class BatchLoader:
         drop_last (bool): deal equally many whole batches to each process, and leave out the rest;
             False deals each row exactly once.
         num_workers (int): processes that read rows; 0 reads them in this one.
-        same_batches (bool): make the batches of the first epoch again in every other, in a new
-            order, instead of new ones.
+        same_batches (bool): repeat the batches of the first epoch in every other, in a new order.
     """
 
     def __init__(
@@ -64,14 +63,7 @@ class BatchLoader:
         return -(-len(range(rank, num_rows, world_size)) // self.batch_size)
 
     def rows(self, epoch: int = 0) -> list[list[int]]:
-        """Return the rows of each batch of an epoch.
-
-        Args:
-            epoch (int): counted from 0.
-
-        Returns:
-            list[list[int]]: indices into the dataset.
-        """
+        """Return the indices of the rows of each batch of an epoch, which counts from 0."""
         order = self._order(len(self.dataset), 0 if self.same_batches else epoch)
         rank, world_size = rank_and_world_size()
         share = order[rank::world_size].split(self.batch_size)
@@ -88,15 +80,7 @@ class BatchLoader:
         return torch.randperm(number, generator=generator)
 
     def batches(self, epoch: int = 0, *, start: int = 0) -> Iterator[Batch]:
-        """Read the batches of an epoch.
-
-        Args:
-            epoch (int): counted from 0.
-            start (int): index of the first batch to read.
-
-        Returns:
-            Iterator[Batch]: on the CPU.
-        """
+        """Read the batches of an epoch from the batch ``start`` on, on the CPU."""
         loader = DataLoader(
             self.dataset,
             batch_sampler=self.rows(epoch)[start:],

@@ -23,39 +23,22 @@ _NAME = re.compile(r"step_(\d{8})")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One complete checkpoint.
-
-    Args:
-        step (int): after which it was taken.
-        folder (Path): where it is.
-    """
+    """One complete checkpoint: the step after which it was taken, and its directory."""
 
     step: int
     folder: Path
 
 
 class CheckpointStore:
-    """The folder ``checkpoints`` of a run.
-
-    Args:
-        folder (Path): made when the first checkpoint is written.
-    """
+    """The directory ``checkpoints`` of a run, made when the first one is written."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def save(self, step: int, files: Mapping[str, bytes]) -> Checkpoint:
-        """Write a checkpoint; if it fails, whenever that is, those that were there still load.
+        """Write files by path as the checkpoint of a step that has none.
 
-        Args:
-            step (int): has no checkpoint yet.
-            files (Mapping[str, bytes]): contents by path inside the checkpoint.
-
-        Returns:
-            Checkpoint: the new one.
-
-        Raises:
-            UserError: if it cannot be written.
+        If it fails, with UserError or at any moment, the checkpoints that were there still load.
         """
         checkpoint = self.checkpoint(step)
         if checkpoint.folder.exists():
@@ -71,33 +54,15 @@ class CheckpointStore:
         return sorted(int(match[1]) for match in matches if match)
 
     def checkpoint(self, step: int) -> Checkpoint:
-        """Return the checkpoint of a step.
-
-        Args:
-            step (int): one of :meth:`steps`.
-
-        Returns:
-            Checkpoint: not verified.
-        """
+        """Return the checkpoint of a step, not verified."""
         return Checkpoint(step, self.folder / f"step_{step:08}")
 
     def damage(self, step: int) -> str | None:
-        """Say what is wrong with a checkpoint.
-
-        Args:
-            step (int): of any.
-
-        Returns:
-            str | None: None if all its files are as they were written.
-        """
+        """Return what is wrong with a checkpoint; None if its files are as they were written."""
         return _damage(self.checkpoint(step).folder)
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
-        """Find the newest checkpoint all of whose files are as they were written.
-
-        Returns:
-            tuple[Checkpoint | None, list[str]]: the checkpoint, and what is wrong with each newer.
-        """
+        """Return the newest undamaged checkpoint, and what is wrong with each newer one."""
         complaints: list[str] = []
         for step in reversed(self.steps()):
             checkpoint = self.checkpoint(step)
@@ -108,14 +73,7 @@ class CheckpointStore:
         return None, complaints
 
     def discard_after(self, step: int) -> None:
-        """Move damaged checkpoints after a step out of the way; they are kept for their owner.
-
-        Args:
-            step (int): of the newest good one.
-
-        Raises:
-            UserError: if one cannot be renamed.
-        """
+        """Rename damaged checkpoints after the newest good step; they are kept for their owner."""
         for later in self.steps():
             if later > step:
                 path = self.checkpoint(later).folder
@@ -123,14 +81,7 @@ class CheckpointStore:
                     path.rename(_unused(path.with_name(f"damaged_{path.name}")))
 
     def keep_only(self, steps: Collection[int]) -> None:
-        """Delete all other checkpoints, and what interrupted writes have left.
-
-        Args:
-            steps (Collection[int]): to keep.
-
-        Raises:
-            UserError: if one cannot be deleted.
-        """
+        """Delete all other checkpoints, and what interrupted writes have left."""
         for step in set(self.steps()) - set(steps):
             path = self.checkpoint(step).folder
             # Renamed first: a checkpoint that is half deleted shall not look like one.
@@ -142,14 +93,7 @@ class CheckpointStore:
             shutil.rmtree(leftover, ignore_errors=True)
 
     def set_aside(self) -> Path | None:
-        """Rename the whole folder, so that a new run begins with none.
-
-        Returns:
-            Path | None: its new name; None if it holds no checkpoint.
-
-        Raises:
-            UserError: if it cannot be renamed.
-        """
+        """Rename the directory for a new run to begin with none; None if it has no checkpoint."""
         if not self.steps():
             return None
         renamed = _unused(self.folder.with_name(f"{self.folder.name}_before"))

@@ -32,10 +32,10 @@ class Checkpointing:
 
     Args:
         store (CheckpointStore): where they are.
-        header (dict[str, Any]): what every checkpoint says of the run: config, data, versions.
+        header (dict[str, Any]): what every checkpoint records of the run: config, data, versions.
         steps_per_epoch (int): each epoch ends with a checkpoint.
         every (int | None): steps between further ones.
-        keep (int | None): so many of the newest are kept, and the best; None keeps all.
+        keep (int | None): how many of the newest are kept besides the best; None keeps all.
     """
 
     store: CheckpointStore
@@ -45,14 +45,7 @@ class Checkpointing:
     keep: int | None = None
 
     def is_due(self, step: int) -> bool:
-        """Tell whether a step ends with a checkpoint in any case.
-
-        Args:
-            step (int): just done.
-
-        Returns:
-            bool: True at the end of an epoch and every ``every`` steps.
-        """
+        """Whether a step is saved in any case: an epoch's last, and every ``every``-th."""
         return step % self.steps_per_epoch == 0 or bool(self.every and step % self.every == 0)
 
     def save(
@@ -64,15 +57,8 @@ class Checkpointing:
     ) -> None:
         """Save the run as it is, unless this step is saved already. Collective.
 
-        Args:
-            method (Method): gives its files.
-            results (dict[str, float]): figures so far, for the model card.
-            state (dict[str, Any]): the rest.
-            progress (Progress): where the run is.
-
-        Raises:
-            UserError: if it cannot be written, naming what to go on from; on the other processes,
-                SystemExit.
+        UserError if it cannot be written, naming what to resume from; SystemExit on the other
+        processes.
         """
         error = None
         if rank_and_world_size()[0] == 0 and progress.step not in (0, *self.store.steps()):
@@ -87,16 +73,7 @@ class Checkpointing:
         sum_or_fail(torch.zeros(1), error)
 
     def export(self, method: Method, progress: Progress, run_log: RunLog) -> None:
-        """Put the best result, or the last one where none was measured, into the output folder.
-
-        Args:
-            method (Method): gives the name of the folder, and the files of the last step.
-            progress (Progress): names the best step.
-            run_log (RunLog): has the output folder, and is told.
-
-        Raises:
-            UserError: if the checkpoint cannot be read or the folder written.
-        """
+        """Write the best result, the last one if none was measured, into the output directory."""
         if rank_and_world_size()[0] != 0 or progress.step == 0:
             return
         step = progress.step if progress.best_step is None else progress.best_step
@@ -131,16 +108,9 @@ class Checkpointing:
 def build_checkpointing(
     cfg: DictConfig, schedule: Schedule, about_run: dict[str, Any], saved: SavedRun | None
 ) -> Checkpointing:
-    """Build the checkpointing of a run, and keep those of another run out of its way.
+    """Build the checkpointing of a run in ``output_dir``, and rename checkpoints of another run.
 
-    Args:
-        cfg (DictConfig): the merged config.
-        schedule (Schedule): of the run.
-        about_run (dict[str, Any]): what every checkpoint records of the run besides its config.
-        saved (SavedRun | None): what is resumed.
-
-    Returns:
-        Checkpointing: in ``output_dir``.
+    ``about_run`` is what every checkpoint records of the run besides its config.
     """
     store = CheckpointStore(Path(cfg.output_dir) / CHECKPOINTS_FOLDER)
     if rank_and_world_size()[0] == 0:

@@ -27,9 +27,6 @@ class ClassificationTask:
             scores ``[B]`` and fp32 labels.
         metrics (Sequence[str]): names in ``METRICS``, the most telling first.
         device (torch.device): the model's.
-
-    Raises:
-        UserError: if a metric is unknown.
     """
 
     loss_function: Any
@@ -51,35 +48,16 @@ class ClassificationTask:
         return self.metrics[0]
 
     def loss(self, model: TransformerDecoder, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the sum of the losses and the number of rows.
+        """Return the sum of the losses, nats or squares of scores, and the number of rows B.
 
-        Args:
-            model (TransformerDecoder): a ``QSTClassifier``.
-            batch (Batch): ``tokens`` and ``padding_mask`` ``[B, T]``, ``labels`` ``[B]``.
-
-        Returns:
-            tuple[torch.Tensor, torch.Tensor]: nats, or squares of scores, and B.
-
-        Raises:
-            UserError: if a row is longer than the model can see.
+        ``tokens`` and ``padding_mask`` of the batch are ``[B, T]``, ``labels`` are ``[B]``.
         """
         labels = batch["labels"]
         num_rows = torch.tensor(len(labels), device=labels.device)
         return self.loss_function(self._output(model, batch), labels) * num_rows, num_rows
 
     def evaluate(self, model: TransformerDecoder, batches: Iterable[Batch]) -> dict[str, float]:
-        """Judge every row once. Collective: all ranks call it and get the same figures.
-
-        Args:
-            model (TransformerDecoder): a ``QSTClassifier``; put into evaluation mode meanwhile.
-            batches (Iterable[Batch]): this process's share.
-
-        Returns:
-            dict[str, float]: the metrics by name, and ``val_loss``.
-
-        Raises:
-            UserError: if a row is longer than the model can see.
-        """
+        """Judge every row once. Collective: all ranks call it and get the same figures."""
         outputs: list[torch.Tensor] = []
         labels: list[torch.Tensor] = []
 
@@ -103,20 +81,9 @@ class ClassificationTask:
 def build_classification_task(
     cfg: DictConfig, model: QSTClassifier, datasets: Iterable[Any], device: torch.device
 ) -> ClassificationTask:
-    """Build the task, after checking that data, model and loss fit each other.
+    """Build the task, with the metrics of the last dataset; the training rows come first.
 
-    Args:
-        cfg (DictConfig): has ``loss``.
-        model (QSTClassifier): may be on the meta device.
-        datasets (Iterable[Any]): the training rows first.
-        device (torch.device): the model's.
-
-    Returns:
-        ClassificationTask: with the metrics of the last dataset.
-
-    Raises:
-        UserError: if a dataset has no classes, or others than the model, or the loss is of another
-            task.
+    UserError if a dataset has no classes, or others than the model, or the loss is of another task.
     """
     metrics: Sequence[str] = ()
     for dataset in map(labelled_rows, datasets):
@@ -139,17 +106,7 @@ def build_classification_task(
 
 
 def labelled_rows(dataset: Any) -> Any:
-    """Find the dataset of labelled rows below what may wrap it: a subset, rows that are checked.
-
-    Args:
-        dataset (Any): of a training run.
-
-    Returns:
-        Any: has ``labels``, ``num_labels`` and ``metrics``.
-
-    Raises:
-        UserError: if there is none.
-    """
+    """Find the dataset of labelled rows below what may wrap it: a subset, rows that are checked."""
     while not hasattr(dataset, "num_labels"):
         dataset = getattr(dataset, "rows", getattr(dataset, "dataset", None))
         if dataset is None:

@@ -9,28 +9,12 @@ import torch
 
 
 def accuracy(predictions: torch.Tensor, labels: torch.Tensor) -> float:
-    """Share of predictions that are right.
-
-    Args:
-        predictions (torch.Tensor): ``[M]`` numbers of classes.
-        labels (torch.Tensor): ``[M]``.
-
-    Returns:
-        float: 0 to 1.
-    """
+    """Share of predictions that are right."""
     return (predictions == labels).double().mean().item()
 
 
 def f1(predictions: torch.Tensor, labels: torch.Tensor) -> float:
-    """Harmonic mean of precision and recall of class 1.
-
-    Args:
-        predictions (torch.Tensor): ``[M]`` zeros and ones.
-        labels (torch.Tensor): ``[M]``.
-
-    Returns:
-        float: 0 to 1; 0 if class 1 neither occurs nor is predicted.
-    """
+    """Harmonic mean of precision and recall of class 1; 0 if it neither occurs nor is predicted."""
     hits = ((predictions == 1) & (labels == 1)).sum().item()
     total = (predictions == 1).sum().item() + (labels == 1).sum().item()
     return 2 * hits / total if total else 0.0
@@ -39,40 +23,19 @@ def f1(predictions: torch.Tensor, labels: torch.Tensor) -> float:
 def matthews(predictions: torch.Tensor, labels: torch.Tensor) -> float:
     """Matthews' correlation: Pearson's, of two binary variables.
 
-    Args:
-        predictions (torch.Tensor): ``[M]`` zeros and ones.
-        labels (torch.Tensor): ``[M]``.
-
-    Returns:
-        float: -1 to 1; 0 if all predictions or all labels are equal, as scikit-learn has it.
+    0 if all predictions or all labels are equal, as in scikit-learn.
     """
     constant = len(predictions.unique()) < 2 or len(labels.unique()) < 2
     return 0.0 if constant else pearson(predictions, labels)
 
 
 def pearson(predictions: torch.Tensor, labels: torch.Tensor) -> float:
-    """Pearson's correlation.
-
-    Args:
-        predictions (torch.Tensor): ``[M]`` scores.
-        labels (torch.Tensor): ``[M]``.
-
-    Returns:
-        float: -1 to 1; NaN if one of them is constant.
-    """
+    """Pearson's correlation, -1 to 1; NaN if the predictions or the labels are constant."""
     return torch.corrcoef(torch.stack([predictions.double(), labels.double()]))[0, 1].item()
 
 
 def spearman(predictions: torch.Tensor, labels: torch.Tensor) -> float:
-    """Spearman's correlation: Pearson's, of the ranks.
-
-    Args:
-        predictions (torch.Tensor): ``[M]`` scores.
-        labels (torch.Tensor): ``[M]``.
-
-    Returns:
-        float: -1 to 1; NaN if one of them is constant.
-    """
+    """Spearman's correlation: Pearson's, of the ranks."""
     return pearson(_ranks(predictions), _ranks(labels))
 
 

@@ -31,14 +31,9 @@ def run_recipe(
 ) -> None:
     """Run a recipe's main function on ``--config FILE key=value ...`` and exit.
 
-    A :class:`~qst_tune.errors.UserError` is printed as it is, with exit status 2 and no traceback
-    (set ``QST_TUNE_TRACEBACK=1`` to see one); any other exception is a defect and keeps its own.
-    ``--help`` and ``-h`` print the recipe's purpose and keys.
-
-    Args:
-        recipe_main (Callable[[DictConfig], None]): the recipe.
-        keys (Keys): what it reads.
-        doc (str | None): docstring of its module.
+    A :class:`~qst_tune.errors.UserError` is printed without a traceback (``QST_TUNE_TRACEBACK=1``
+    shows it), with exit status 2; any other exception is a defect and keeps its own. ``--help``
+    prints the recipe's docstring ``doc`` and its keys.
     """
     hide_routine_lines()
     with safe_streams():
@@ -69,16 +64,9 @@ def _run(recipe_main: Callable[[DictConfig], None]) -> None:
 
 
 def parse_config(arguments: list[str]) -> DictConfig:
-    """Merge a YAML file with ``key=value`` overrides, by torchtune's own rules.
+    """Merge ``--config FILE`` with ``key=value`` and ``~key``, by torchtune's own rules.
 
-    Args:
-        arguments (list[str]): ``--config FILE`` and any number of ``key=value`` or ``~key``.
-
-    Returns:
-        DictConfig: the merged config.
-
-    Raises:
-        UserError: if the file is missing or not a YAML mapping, or an override is malformed.
+    UserError if the file is missing or not a YAML mapping, or an override is malformed.
     """
     known, overrides = _parser().parse_known_args(arguments)
     for override in overrides:
@@ -120,20 +108,7 @@ def _remove_unused_variables(merged: DictConfig, settings: dict[str, Any]) -> No
 
 
 def instantiate(block: DictConfig, name: str, *args: Any, **kwargs: Any) -> Any:
-    """Build a component of the config; whatever it raises is named after its block.
-
-    Args:
-        block (DictConfig): has a ``_component_``.
-        name (str): key of the block in the config.
-        *args (Any): positional arguments of the component.
-        **kwargs (Any): keyword arguments of the component.
-
-    Returns:
-        Any: the component.
-
-    Raises:
-        UserError: if the component raises.
-    """
+    """Build a component of the config; UserError with the name of its block if it raises."""
     try:
         return config.instantiate(block, *args, **kwargs)
     except UserError as error:  # of a component of ours

@@ -31,14 +31,7 @@ _NOUNS = {int: "a whole number", float: "a number", bool: "True or False", str: 
 
 
 def component_problems(cfg: DictConfig) -> list[Problem]:
-    """Find components that do not exist, and arguments that they do not take, lack or misread.
-
-    Args:
-        cfg (DictConfig): the merged config; lists and nested blocks are searched too.
-
-    Returns:
-        list[Problem]: in the order of the config.
-    """
+    """Find components that do not exist, and arguments that they do not take, lack or misread."""
     shapeless = [problem for block in _GIVEN for problem in _shape_problems(block, cfg.get(block))]
     wrong = [problem for path, node in _nodes(cfg) for problem in _problems(path, node)]
     return [*shapeless, *wrong]

@@ -44,14 +44,9 @@ def raise_problems(problems: list[Problem]) -> None:
 
 
 def config_problems(cfg: DictConfig, keys: Keys) -> list[Problem]:
-    """Find mistakes of keys, values, components and their arguments.
+    """Find mistakes of keys, values, components and their arguments, in the order of the config.
 
-    Args:
-        cfg (DictConfig): the merged config.
-        keys (Keys): what the recipe reads; keys of a training config are accepted besides.
-
-    Returns:
-        list[Problem]: in the order of the config.
+    Keys of a training config are accepted by every recipe.
     """
     known = sorted({*keys, *TRAINING_KEYS})
     # A key of the user's own is fine where another value refers to it, as in ${cache}/runs.
@@ -127,14 +122,7 @@ def _values_of(key: Key) -> str:
 
 
 def one_of(choices: Iterable[Any]) -> str:
-    """Name choices as a sentence does.
-
-    Args:
-        choices (Iterable[Any]): at least two.
-
-    Returns:
-        str: "a, b or c".
-    """
+    """Name at least two choices as a sentence does: "a, b or c"."""
     *others, last = map(str, choices)
     return f"{', '.join(others)} or {last}"
 
@@ -148,18 +136,9 @@ def _interpolation_problem(cfg: DictConfig) -> Problem | None:
 
 
 def check_checkpoint_dir(checkpointer: DictConfig, *, may_lack_weights: bool = False) -> Path:
-    """Check that the checkpoint's folder and files are there.
+    """Return the checkpoint's directory, a hub name as it is; UserError if a file is missing.
 
-    Args:
-        checkpointer (DictConfig): the ``checkpointer`` block.
-        may_lack_weights (bool): accept a model that was downloaded without any of its weights.
-
-    Returns:
-        Path: the directory; a hub name, which ``fetch_models`` looks at, as it is.
-
-    Raises:
-        UserError: if the block names no folder, or the folder or one of its files is missing, or,
-            where the checkpointer finds the files itself, it is no Hugging Face model.
+    ``may_lack_weights`` accepts a model that was downloaded without any of its weights.
     """
     if not checkpointer.get("checkpoint_dir"):
         raise UserError("config: checkpointer.checkpoint_dir is missing")

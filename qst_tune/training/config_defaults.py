@@ -29,13 +29,9 @@ _WHICH = (*_WHERE, "split")
 
 
 def fill_in(cfg: DictConfig) -> None:
-    """Fill in device, dtype, the format of local files and the settings of ``dataset_val``.
+    """Fill in device, dtype, the format of local files and what ``dataset_val`` leaves open.
 
-    Args:
-        cfg (DictConfig): the merged config of a training recipe; changed in place.
-
-    Raises:
-        ConfigError: if ``dataset_val`` has neither a component nor rows of its own.
+    UserError if ``dataset_val`` has neither a component nor samples of its own.
     """
     if cfg.get("device") in (None, AUTO):
         cfg.device = automatic_device()

@@ -27,16 +27,7 @@ that are not listed are accepted and not read."""
 
 
 def help_text(recipe: str, doc: str, keys: Keys) -> str:
-    """Describe a recipe: its purpose, usage and keys.
-
-    Args:
-        recipe (str): name, as ``tune ls`` has it.
-        doc (str): docstring of the recipe's module.
-        keys (Keys): what it reads.
-
-    Returns:
-        str: lines of at most 100 columns.
-    """
+    """Describe a recipe: its usage, the purpose in its module's docstring, and its keys."""
     usage = f"usage: tune run {recipe} --config CONFIG [key=value ...]"
     lines = [line for name in keys for line in _lines_of(name, keys)]
     purpose = doc.strip().replace("``", "`")
@@ -66,14 +57,7 @@ def _shown(value: Any) -> str:
 
 
 def markdown_table(keys: Keys) -> str:
-    """Describe keys as a table.
-
-    Args:
-        keys (Keys): of a recipe.
-
-    Returns:
-        str: Markdown.
-    """
+    """Describe keys as a Markdown table."""
     rows = [
         f"| `{name}` | {'required' if key.required else f'`{_shown(key.default)}`'} "
         f"| {key.meaning.replace('<', '&lt;')} |"

@@ -195,15 +195,7 @@ def required_keys(keys: Keys) -> tuple[str, ...]:
 
 
 def pick(*names: str, required: bool | None = None) -> dict[str, Key]:
-    """Take keys of a training config over into a recipe that reads only some of them.
-
-    Args:
-        *names (str): of ``TRAINING_KEYS``.
-        required (bool | None): what the recipe needs; None: as for training.
-
-    Returns:
-        dict[str, Key]: by name.
-    """
+    """Return keys of training configs by name; ``required`` replaces what training needs."""
     keys = {name: TRAINING_KEYS[name] for name in names}
     if required is None:
         return keys
@@ -211,16 +203,7 @@ def pick(*names: str, required: bool | None = None) -> dict[str, Key]:
 
 
 def setting(cfg: Mapping[Any, Any], name: str, keys: Keys) -> Any:
-    """Read a key; where it is absent or null, its default counts.
-
-    Args:
-        cfg (Mapping[Any, Any]): the merged config.
-        name (str): of the key.
-        keys (Keys): has the default.
-
-    Returns:
-        Any: the value.
-    """
+    """Read a key; its default where it is absent or null."""
     value, key = cfg.get(name), keys[name]
     if value is None:
         return key.default

@@ -6,13 +6,9 @@ import yaml
 
 
 def lines_of(path: Path) -> dict[str, int]:
-    """Return the line of each key, counted from 1.
+    """Return the line of each key, counted from 1, by dotted path as in ``dataset[0].packed``.
 
-    Args:
-        path (Path): a YAML file.
-
-    Returns:
-        dict[str, int]: by dotted path, as in ``dataset[0].packed``; empty if it cannot be parsed.
+    Empty if the file cannot be parsed.
     """
     lines: dict[str, int] = {}
     try:

@@ -19,17 +19,9 @@ _PROSE = ("prompt", "system_prompt")
 
 
 def merge_overrides(settings: dict[str, Any], overrides: Iterable[str]) -> DictConfig:
-    """Merge a config with ``key=value`` and ``~key``.
+    """Merge a config, which loses the keys of ``~key``, with ``key=value``; nothing is resolved.
 
-    Args:
-        settings (dict[str, Any]): of the file; keys that are removed are removed here.
-        overrides (Iterable[str]): from the command line.
-
-    Returns:
-        DictConfig: not resolved.
-
-    Raises:
-        ValueError: if a key to remove is not there, or is a component.
+    ValueError if a key to remove is not there, or is a component.
     """
     changes = []
     for override in overrides:

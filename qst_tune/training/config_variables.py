@@ -7,12 +7,5 @@ from omegaconf import OmegaConf
 
 
 def variables_in(cfg: Any) -> set[str]:
-    """Find the top-level keys that values of a config refer to.
-
-    Args:
-        cfg (Any): an OmegaConf config, not resolved.
-
-    Returns:
-        set[str]: names behind ``${``, resolvers such as ``oc.env`` cut at their dot.
-    """
+    """Return the names behind ``${`` in an unresolved config: ``oc`` for ``oc.env``."""
     return set(re.findall(r"\$\{(\w+)", OmegaConf.to_yaml(cfg)))

@@ -38,7 +38,7 @@ def build_dataset(
     """Build one dataset, or the concatenation of a list of them, and read every row once.
 
     Args:
-        block (DictConfig | ListConfig): the ``dataset`` block of the config.
+        block (DictConfig | ListConfig): of the config.
         name (str): its key, for error messages.
         tokenizer (Any): torchtune model tokenizer.
         max_seq_len (int | None): a longer row is a bad one; None for no limit.
@@ -101,23 +101,12 @@ def _concatenate(parts: list[Any], name: str) -> ConcatDataset:
 def build_collate(
     vocabulary: Vocabulary, *, max_seq_len: int, component: str = DEFAULT_COLLATE
 ) -> Collate:
-    """Build the function that makes a batch of unpacked rows.
+    """Build the function that makes ``tokens`` and aligned ``labels`` ``[B, T]`` of unpacked rows.
 
-    Rows are padded on the right to the longest, and on to a multiple of 16 tokens: on a CPU every
-    new length compiles some forty matrix kernels that stay in memory, 0.75 GiB over one epoch of
-    SmolLM2-135M.
-
-    Args:
-        vocabulary (Vocabulary): gives the padding id and the label of padding.
-        max_seq_len (int): the model's, which padding does not exceed.
-        component (str): dotted name of a collate function of torchtune's form.
-
-    Returns:
-        Collate: maps rows to ``tokens`` and ``labels`` ``[B, T]``, the labels in the place of the
-        token that predicts them.
-
-    Raises:
-        UserError: if there is no such component.
+    Rows are padded on the right to the longest, and on to a multiple of 16 tokens, at most the
+    model's ``max_seq_len``: on a CPU every new length compiles some forty matrix kernels that stay
+    in memory, 0.75 GiB over one epoch of SmolLM2-135M. ``component`` is a collate function of
+    torchtune's form.
     """
     pad_id, ignore_index = vocabulary.pad_id, vocabulary.ignore_index
     padding = {"padding_idx": pad_id, "ignore_idx": ignore_index}
@@ -145,14 +134,6 @@ def _collate_and_pad(
 
 
 def check_length(tokens: torch.Tensor, max_seq_len: int) -> None:
-    """Refuse a batch that is longer than the model can see.
-
-    Args:
-        tokens (torch.Tensor): ``[B, T]``.
-        max_seq_len (int): the model's.
-
-    Raises:
-        UserError: if T is larger.
-    """
+    """Refuse a batch ``[B, T]`` that is longer than the model can see."""
     if tokens.shape[1] > max_seq_len:
         raise UserError(too_long(tokens.shape[1], max_seq_len))

@@ -9,18 +9,9 @@ from qst_tune.training.survey import Survey
 def check_labels(
     name: str, surveys: Sequence[Survey], rows: Sequence[int] | None = None
 ) -> list[str]:
-    """Refuse rows of which none has a label.
+    """Return warnings of rows with no label, or one; UserError with the cause if no row has any.
 
-    Args:
-        name (str): of the rows, for messages.
-        surveys (Sequence[Survey]): of the datasets that they come from.
-        rows (Sequence[int] | None): their numbers in all of these; None for all rows.
-
-    Returns:
-        list[str]: warnings, if some rows have none, or no more than the end of an answer.
-
-    Raises:
-        UserError: if no row has a label, with the count and the cause.
+    ``rows`` are numbers in all datasets of ``surveys`` together; None for all rows.
     """
     labels = [count for survey in surveys for count in survey.labels]
     counts = labels if rows is None else [labels[row] for row in rows]

@@ -16,16 +16,10 @@ def align_labels(
     ignore_index: int = CROSS_ENTROPY_IGNORE_IDX,
     input_pos: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Move each label to the position that predicts it.
+    """Move each label ``[B, T]`` to the position that predicts it.
 
-    Args:
-        labels (torch.Tensor): ``[B, T]``, each token's own.
-        ignore_index (int): label of the last position of a row, after which nothing follows.
-        input_pos (torch.Tensor | None): ``[B, T]`` positions, where one row of the batch holds
-            several samples: a sample ends where the next position is not the following number.
-
-    Returns:
-        torch.Tensor: ``[B, T]``.
+    Nothing follows the last position of a row, nor, where one row holds several samples, a position
+    after which ``input_pos`` ``[B, T]`` is not the following number: its label is ``ignore_index``.
     """
     aligned = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
     if input_pos is None:

@@ -16,21 +16,7 @@ from qst_tune.training.vocabulary import vocabulary_of
 def build_language_modelling(
     cfg: DictConfig, tokenizer: Any, model: TransformerDecoder, *, seed: int, device: torch.device
 ) -> tuple[NextTokenTask, TrainingData]:
-    """Build the task of predicting each next token, and its data.
-
-    Args:
-        cfg (DictConfig): the merged config.
-        tokenizer (Any): torchtune model tokenizer.
-        model (TransformerDecoder): connected to the loss here; may be on meta.
-        seed (int): of the order of rows.
-        device (torch.device): of this process.
-
-    Returns:
-        tuple[NextTokenTask, TrainingData]: what is learnt and from what.
-
-    Raises:
-        UserError: if the loss or a dataset cannot be built or used.
-    """
+    """Build the task of predicting each next token, and its data; connects loss and model."""
     loss = build_loss(cfg.loss)
     vocabulary = vocabulary_of(model, tokenizer, loss.ignore_index)
     limits: dict[str, Any] = {"max_seq_len": model.max_seq_len}

@@ -5,13 +5,9 @@ from typing import Any
 
 
 def describe_lineage(lineage: Sequence[dict[str, Any]]) -> str:
-    """Write a lineage as Markdown.
+    """Write a lineage, oldest first (:mod:`~qst_tune.training.start`), as a Markdown table.
 
-    Args:
-        lineage (Sequence[dict[str, Any]]): oldest first; see :mod:`~qst_tune.training.start`.
-
-    Returns:
-        str: a table; empty for a run that started from the untuned model.
+    Empty for a run that started from the untuned model.
     """
     if not lineage:
         return ""

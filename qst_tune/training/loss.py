@@ -13,17 +13,7 @@ from qst_tune.training.cli import instantiate
 
 
 def build_loss(block: DictConfig) -> Any:
-    """Build the config's loss.
-
-    Args:
-        block (DictConfig): the ``loss`` block.
-
-    Returns:
-        Any: a cross entropy with ``ignore_index``.
-
-    Raises:
-        UserError: if it cannot be built or ignores no label.
-    """
+    """Build the config's loss; UserError if it cannot be built or has no ``ignore_index``."""
     loss = instantiate(block, "loss")
     if not hasattr(loss, "ignore_index"):
         raise UserError(
@@ -34,14 +24,10 @@ def build_loss(block: DictConfig) -> Any:
 
 
 def connect_loss(loss: Any, model: TransformerDecoder) -> None:
-    """Make the model return what the loss takes.
+    """Make the model return what the loss takes, in place.
 
     A loss with ``set_model_output`` gets the LM head's input, torchtune's chunked loss gets chunks
     of logits, any other gets the logits.
-
-    Args:
-        loss (Any): from the config.
-        model (TransformerDecoder): of a kind that can skip its head; changed in place.
     """
     if hasattr(loss, "set_model_output"):
         loss.set_model_output(model)
@@ -52,16 +38,11 @@ def connect_loss(loss: Any, model: TransformerDecoder) -> None:
 def next_token_loss(
     model: nn.Module, loss: Any, batch: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the mean loss of predicting each next token.
+    """Compute the mean loss of predicting each next token, and the int64 number of labels in it.
 
-    Args:
-        model (nn.Module): connected to ``loss`` by :func:`connect_loss`.
-        loss (Any): takes the model's output and labels; has ``ignore_index``.
-        batch (dict[str, torch.Tensor]): ``tokens`` and ``labels`` ``[B, T]``, aligned
-            (:mod:`~qst_tune.training.labels`); optionally ``mask`` and ``input_pos``.
-
-    Returns:
-        tuple[torch.Tensor, torch.Tensor]: the mean loss, and the int64 number of labels in it.
+    ``tokens`` and ``labels`` of the batch are ``[B, T]``, aligned
+    (:mod:`~qst_tune.training.labels`), perhaps with ``mask`` and ``input_pos``; the model is
+    connected by :func:`connect_loss`.
     """
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     labels = batch["labels"]
@@ -76,13 +57,6 @@ def next_token_loss(
 
 
 def zero_loss(output: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
-    """Return zero, with a gradient of zeros for everything that ``output`` depends on.
-
-    Args:
-        output (torch.Tensor | list[torch.Tensor]): of a model, or its chunks.
-
-    Returns:
-        torch.Tensor: fp32 scalar.
-    """
+    """Return zero, fp32, with a gradient of zeros for everything that ``output`` depends on."""
     chunks = output if isinstance(output, list) else [output]
     return torch.stack([chunk.float().sum() * 0 for chunk in chunks]).sum()

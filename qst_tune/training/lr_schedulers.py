@@ -23,20 +23,8 @@ def cosine_with_warmup(
         \frac{1}{2}\Big(1 + \cos \pi \frac{t - 1 - W}{N - W}\Big) \;\; (t > W)
 
     so every step learns. torchtune's ``get_cosine_schedule_with_warmup`` gives step 1 a rate of 0,
-    and its warm-up of a fixed number of steps may be longer than the run.
-
-    Args:
-        optimizer (Optimizer): whose rates are multiplied.
-        num_training_steps (int): N.
-        warmup_ratio (float): W / N, rounded up to whole steps.
-        num_warmup_steps (int | None): W, instead of ``warmup_ratio``; at most N / 2 is taken.
-        last_epoch (int): as in torch's schedulers.
-
-    Returns:
-        LambdaLR: stepped after each optimizer step.
-
-    Raises:
-        ValueError: if ``warmup_ratio`` is no share, or ``num_warmup_steps`` is negative.
+    and its warm-up of a fixed number of steps may be longer than the run. W is
+    ``num_warmup_steps``, at most N / 2, or else ``warmup_ratio`` N, rounded up.
     """
     if not 0 <= warmup_ratio < 1:
         raise ValueError(f"warmup_ratio={warmup_ratio} must be at least 0 and below 1")

@@ -20,21 +20,12 @@ def load_side_networks(
     backbone: BackboneId,
     backbone_folder: Path | None = None,
 ) -> SideNetworks:
-    """Load side networks and put them in place of a model's own; the backbone is left alone.
+    """Load side networks by name and put them in the place of a model's own, ``model.side``.
 
-    Args:
-        model (QSTModel): loaded; changed in place.
-        folders (Mapping[str, Path]): of the side networks, by the names they shall have.
-        backbone (BackboneId): what the model was loaded from.
-        backbone_folder (Path | None): the backbone's folder, where a side network's model is built
-            from it; None: where it was at its training.
-
-    Returns:
-        SideNetworks: now ``model.side``; its ``use`` chooses.
-
-    Raises:
-        UserError: if a folder is not one of a side network of this backbone, or they do not stand
-            beside the same layers.
+    The backbone is left alone; ``side.use`` chooses a network. ``backbone_folder`` is the
+    backbone's directory, where a side network's model is built from it; None: where it was at its
+    training. UserError if a directory is no side network of this backbone, or they read different
+    layers.
     """
     weight: torch.Tensor = model.tok_embeddings.weight
     networks = {}

@@ -18,11 +18,7 @@ GIB = 1024**3
 
 @dataclass
 class ActivationCount:
-    """Bytes that autograd kept for backward.
-
-    Args:
-        storages (dict[int, int]): bytes by address of each storage, so that none counts twice.
-    """
+    """Bytes saved for backward, by the address of each storage, so that none counts twice."""
 
     storages: dict[int, int] = field(default_factory=dict)
 
@@ -34,13 +30,9 @@ class ActivationCount:
 
 @contextmanager
 def count_saved_activations(exclude: nn.Module) -> Iterator[ActivationCount]:
-    """Count the distinct bytes that a forward pass keeps for backward.
+    """Count the distinct bytes that a forward pass saves for backward, while the block runs.
 
-    Args:
-        exclude (nn.Module): its parameters are not activations, even where autograd keeps them.
-
-    Yields:
-        ActivationCount: filled while the block runs.
+    Parameters of ``exclude`` are not activations, even where autograd keeps them.
     """
     count = ActivationCount()
     kept: list[torch.Tensor] = []  # alive until the end, so that no address is used twice
@@ -60,12 +52,7 @@ def count_saved_activations(exclude: nn.Module) -> Iterator[ActivationCount]:
 def parameter_bytes(module: nn.Module) -> int:
     """Bytes of all parameters and buffers below a module, each storage once.
 
-    Args:
-        module (nn.Module): quantised weights count as they are stored, of sharded ones this
-            process's part.
-
-    Returns:
-        int: bytes.
+    Quantized weights count as they are stored, sharded ones with this process's part.
     """
     storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _plain_tensors(module)
@@ -74,26 +61,12 @@ def parameter_bytes(module: nn.Module) -> int:
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:
-    """Bytes of one plain tensor.
-
-    Args:
-        tensor (torch.Tensor): not quantised.
-
-    Returns:
-        int: bytes.
-    """
+    """Bytes of one plain, not quantized tensor."""
     return tensor.numel() * tensor.element_size()
 
 
 def optimizer_bytes(optimizer: Optimizer) -> int:
-    """Bytes of the state that an optimizer holds beside the parameters.
-
-    Args:
-        optimizer (Optimizer): after at least one step.
-
-    Returns:
-        int: bytes.
-    """
+    """Bytes of an optimizer's state after at least one step, without the parameters."""
     return sum(
         tensor_bytes(value)
         for state in optimizer.state.values()
@@ -105,17 +78,7 @@ def optimizer_bytes(optimizer: Optimizer) -> int:
 def memory_parts(
     model: nn.Module, optimizer: Optimizer, activation_bytes: int, device: torch.device
 ) -> dict[str, float]:
-    """Return the peak of a training run and the parts it consists of.
-
-    Args:
-        model (nn.Module): all of it.
-        optimizer (Optimizer): over the parameters that train, after at least one step.
-        activation_bytes (int): kept for backward by one batch.
-        device (torch.device): the model's.
-
-    Returns:
-        dict[str, float]: GiB by name.
-    """
+    """Return the peak of a training run and its parts, in GiB by name, after at least one step."""
     trained = sum(tensor_bytes(p) for group in optimizer.param_groups for p in group["params"])
     reference = getattr(model, "reference_side", None)  # of preference learning
     frozen = parameter_bytes(model) - trained + (parameter_bytes(reference) if reference else 0)
@@ -130,26 +93,12 @@ def memory_parts(
 
 
 def memory_kind(device: torch.device) -> str:
-    """Name what :func:`peak_memory_bytes` counts.
-
-    Args:
-        device (torch.device): where the model is.
-
-    Returns:
-        str: for people.
-    """
+    """Name what :func:`peak_memory_bytes` counts."""
     return "CUDA allocator" if device.type == "cuda" else "resident process memory"
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak of this run so far: the allocator's on CUDA, the process's resident set elsewhere.
-
-    Args:
-        device (torch.device): where the model is.
-
-    Returns:
-        int: bytes.
-    """
+    """Peak of this run so far: the allocator's on CUDA, the process's resident set elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

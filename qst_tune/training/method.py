@@ -30,27 +30,16 @@ class Method(Protocol):
         """Return the optimizer's groups; their parameters are those that train, and no others."""
 
     def files(self, results: dict[str, float]) -> dict[str, bytes]:
-        """Return the result as files by name: everything that training has changed, no pickle.
+        """Return everything that training has changed as files by name, no pickle.
 
-        Args:
-            results (dict[str, float]): figures for the model card, by name.
-
-        Returns:
-            dict[str, bytes]: content by name.
+        ``results`` are figures for the model card.
         """
 
     def load(self, folder: Path) -> None:
-        """Take over a folder of :meth:`files`, bit for bit.
-
-        Args:
-            folder (Path): of this method.
-
-        Raises:
-            UserError: if it is damaged or belongs to another model.
-        """
+        """Load a directory of :meth:`files`, bit for bit; UserError if it does not fit."""
 
     def statistics(self) -> dict[str, float]:
-        """Return what the method would like logged beside the loss; may be empty."""
+        """Return what the method would like logged besides the loss; may be empty."""
 
 
 class Task(Protocol):
@@ -65,24 +54,14 @@ class Task(Protocol):
         """Direction of that figure."""
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the model on one batch, which lies on the model's device.
+        """Run the model on one batch, on the model's device; ``tokens`` are ``[B, T]``.
 
-        Args:
-            model (nn.Module): the method's.
-            batch (Batch): from the task's collate function; ``tokens`` are ``[B, T]``.
-
-        Returns:
-            tuple[torch.Tensor, torch.Tensor]: sum of the losses, to be differentiated, and the
-            number of labels in it. Without a label both are zero.
+        Returns the sum of the losses, to be differentiated, and the number of labels in it. Without
+        a label both are zero.
         """
 
     def evaluate(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
-        """Measure on held-out data. Collective: all ranks call it and get the same figures.
+        """Measure on the validation set. Collective: all ranks call it and get the same figures.
 
-        Args:
-            model (nn.Module): the method's; put into evaluation mode meanwhile.
-            batches (Iterable[Batch]): this process's share, on the CPU.
-
-        Returns:
-            dict[str, float]: figures by name; ``val_loss`` among them is plotted.
+        ``batches`` are this process's share, on the CPU; ``val_loss`` among the figures is plotted.
         """

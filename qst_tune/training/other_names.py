@@ -102,13 +102,6 @@ OTHER_NAMES: dict[str, str] = {
 
 
 def other_name_hint(name: str) -> str:
-    """Give the end of an error message for a key that other programs have.
-
-    Args:
-        name (str): what was written.
-
-    Returns:
-        str: "; in qst_tune it is ..." or nothing.
-    """
+    """Return "; in qst_tune it is ..." for a key that other programs have, else nothing."""
     ours = OTHER_NAMES.get(name)
     return f"; in qst_tune it is {ours}" if ours else ""

@@ -11,17 +11,7 @@ from qst_tune.errors import UserError
 
 @contextmanager
 def output_folder(path: Path) -> Iterator[Path]:
-    """Make the folder; if the block fails, remove again what was made and is still empty.
-
-    Args:
-        path (Path): the config's ``output_dir``.
-
-    Yields:
-        Path: the folder, known to be writable.
-
-    Raises:
-        UserError: if it cannot be made or written.
-    """
+    """Make a writable directory; if the block fails, remove what was made and is empty."""
     created = _make(path)
     try:
         yield path

@@ -25,29 +25,15 @@ _OWN_COMPONENTS = ("torchtune.", "qst_tune.")
 
 @dataclass(frozen=True)
 class Packing:
-    """A dataset block without its packing, and what packing it asked for.
-
-    Args:
-        block (DictConfig): builds the rows.
-        split_across_pack (bool): let a row continue in the next pack instead of beginning there.
-    """
+    """A dataset block without its packing, and whether a row may continue in the next pack."""
 
     block: DictConfig
     split_across_pack: bool
 
     def apply(self, rows: Any, tokenizer: Any, name: str) -> "AlignedPacks":
-        """Pack checked rows.
+        """Pack checked rows to the tokenizer's ``max_seq_len``; ``name`` is the config's key.
 
-        Args:
-            rows (Any): reading a bad row raises UserError.
-            tokenizer (Any): its ``max_seq_len`` is the length of a pack.
-            name (str): the config's key, for messages.
-
-        Returns:
-            AlignedPacks: map-style.
-
-        Raises:
-            UserError: if there is no length, the rows are no texts, or for a bad row.
+        UserError if there is no length, the rows are no texts, or for a bad row.
         """
         if getattr(tokenizer, "max_seq_len", None) is None:
             raise UserError(
@@ -73,11 +59,7 @@ class Packing:
 def split_off_packing(block: DictConfig) -> Packing | None:
     """Take the packing out of a dataset block, so that rows are checked before they are packed.
 
-    Args:
-        block (DictConfig): of the config.
-
-    Returns:
-        Packing | None: None if it does not pack, or is of the user's own code.
+    None if it does not pack, or is of the user's own code.
     """
     if not block.get("packed") or not str(block.get("_component_")).startswith(_OWN_COMPONENTS):
         return None
@@ -91,28 +73,15 @@ def split_off_packing(block: DictConfig) -> Packing | None:
 
 
 def is_packed(dataset: Any) -> bool:
-    """Report whether the items of a dataset are packs of several rows.
-
-    Args:
-        dataset (Any): map-style.
-
-    Returns:
-        bool: True for packs.
-    """
+    """Report whether the items of a map-style dataset are packs of several rows."""
     return isinstance(dataset, PackedDataset) or bool(getattr(dataset, "packed", False))
 
 
 def align_packs(packs: Any, name: str, vocabulary: Vocabulary | None = None) -> "AlignedPacks":
     """Align the labels of packs that the user's own code made.
 
-    Args:
-        packs (Any): map-style; each item has ``tokens``, ``labels``, ``input_pos`` ``[T]`` and
-            ``seq_lens``, as torchtune's PackedDataset makes them.
-        name (str): the config's key, for messages.
-        vocabulary (Vocabulary | None): ids that the model has rows for; None takes any.
-
-    Returns:
-        AlignedPacks: map-style.
+    Items have ``tokens``, ``labels``, ``input_pos`` ``[T]`` and ``seq_lens``, as torchtune's
+    PackedDataset makes them.
     """
     if type(packs) is PackedDataset and packs.split_across_pack:
         # Where a row continues in the next pack, its last label here is known to the rows alone.
@@ -151,17 +120,7 @@ class _AlignedRows:
 
 
 class AlignedPacks:
-    """Packs whose labels are aligned within each row.
-
-    Args:
-        packs (Any): map-style, of the form of torchtune's PackedDataset.
-        name (str): the config's key, for messages.
-        vocabulary (Vocabulary | None): ids that the model has rows for; None takes any.
-        is_aligned (bool): the labels of ``packs`` are aligned already.
-
-    Attributes:
-        packed (bool): True, by which :func:`is_packed` knows them.
-    """
+    """Packs, in the form of torchtune's PackedDataset, whose labels are aligned within each row."""
 
     packed = True
 

@@ -20,18 +20,11 @@ def parameter_groups(side: nn.Module) -> list[dict[str, Any]]:
     of its D weights by the rate, so a logit by the rate times the sum of the state's magnitudes,
     which grows with D: at the rate of the rest one step moved SmolLM2's logits by 1.6, and
     classifiers learnt less (docs/results.md). Rates that fall with the width are those of
-    https://arxiv.org/abs/2203.03466.
+    https://arxiv.org/abs/2203.03466. Call :func:`scale_rates` once the optimizer is built.
 
     Weight decay pulls towards zero. For a gate, a mix or a norm that is not "small" but another
     function (beta 0.5, a norm that outputs nothing), so they are exempt, and biases with them; the
     authors' code decays them all.
-
-    Args:
-        side (nn.Module): the side network.
-
-    Returns:
-        list[dict[str, Any]]: at most three groups: what decays, the rest with ``weight_decay`` 0.0,
-        and a classifier's head; :func:`scale_rates` is due once the optimizer is built.
     """
     score = getattr(side, "score", None)
     head = [] if score is None else list(score.parameters())
@@ -53,11 +46,7 @@ def parameter_groups(side: nn.Module) -> list[dict[str, Any]]:
 
 
 def scale_rates(optimizer: Any) -> None:
-    """Give groups with a rate of their own that rate; call it before a schedule takes the rates.
-
-    Args:
-        optimizer (Any): built over :func:`parameter_groups`; changed in place.
-    """
+    """Give groups with a rate of their own that rate, before a schedule takes the rates."""
     for group in optimizer.param_groups:
         # Not in place: some optimizers share one tensor among the groups.
         group["lr"] = group["lr"] * group.pop(_RATE_FACTOR, 1.0)

@@ -12,27 +12,11 @@ FP16_RANGE = (
 
 
 def overflow_hint(model: nn.Module) -> str:
-    """Name the dtype where it may be the cause of a number that is not finite.
-
-    Args:
-        model (nn.Module): on any device.
-
-    Returns:
-        str: the end of an error message; empty unless the model computes in fp16.
-    """
+    """Return the end of an error message that names fp16 as the cause; empty in other dtypes."""
     return FP16_RANGE if any(p.dtype == torch.float16 for p in model.parameters()) else ""
 
 
 def check_finite(values: torch.Tensor, model: nn.Module, what: str) -> None:
-    """Refuse to continue with NaN or infinity.
-
-    Args:
-        values (torch.Tensor): what ``model`` computed.
-        model (nn.Module): for :func:`overflow_hint`.
-        what (str): name of ``values``, for the message.
-
-    Raises:
-        UserError: if one of them is not finite.
-    """
+    """Refuse NaN or infinity in what ``model`` computed; ``what`` names the values."""
     if not values.isfinite().all():
         raise UserError(f"{what} of the model are not finite{overflow_hint(model)}")

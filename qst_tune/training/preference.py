@@ -56,18 +56,9 @@ class PreferenceTask:
     higher_is_better: ClassVar[bool] = False
 
     def loss(self, model: TransformerDecoder, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the sum of the losses and the number of pairs.
+        """Return the sum of the losses, in nats, and the number of pairs B.
 
-        Args:
-            model (TransformerDecoder): a ``QSTModel``; the policy, and the reference as
-                its ``with_reference`` gives it.
-            batch (Batch): ``tokens`` and ``labels`` ``[2B, T]``, the chosen answers first.
-
-        Returns:
-            tuple[torch.Tensor, torch.Tensor]: nats, and B.
-
-        Raises:
-            UserError: if a row is longer than the model can see.
+        ``tokens`` and ``labels`` of the batch are ``[2B, T]``, the chosen answers first.
         """
         losses, _ = self._losses_and_margins(model, batch)
         return losses.sum(), torch.tensor(len(losses), device=losses.device)
@@ -75,16 +66,8 @@ class PreferenceTask:
     def evaluate(self, model: TransformerDecoder, batches: Iterable[Batch]) -> dict[str, float]:
         """Judge every pair once. Collective: all ranks call it and get the same figures.
 
-        Args:
-            model (TransformerDecoder): a ``QSTModel``; put into evaluation mode meanwhile.
-            batches (Iterable[Batch]): this process's share.
-
-        Returns:
-            dict[str, float]: ``val_loss``; ``reward_accuracy``, the share of pairs whose chosen
-            answer has the higher reward; ``reward_margin``, by how much on average, in nats.
-
-        Raises:
-            UserError: if a row is longer than the model can see.
+        ``reward_accuracy`` is the share of pairs whose chosen answer has the higher reward,
+        ``reward_margin`` by how much on average, in nats.
         """
         # Pairs, and over them the sums of losses, of won comparisons and of margins.
         total = torch.zeros(4, device=self.device)
@@ -119,13 +102,8 @@ class PreferenceTask:
 def answer_log_probabilities(hidden: torch.Tensor, labels: torch.Tensor, head: Any) -> torch.Tensor:
     """Sum the log probabilities of each row's labels, never holding the logits.
 
-    Args:
-        hidden (torch.Tensor): input of the LM head, ``[B, T, D]``.
-        labels (torch.Tensor): aligned token ids, ``[B, T]``, -100 where none counts.
-        head (Any): the frozen LM head.
-
-    Returns:
-        torch.Tensor: nats, fp32, ``[B]``; differentiable in ``hidden``.
+    From the LM head's input ``[B, T, D]``, in which it is differentiable, and aligned labels ``[B,
+    T]`` to nats ``[B]``, fp32.
     """
     kept = labels != CROSS_ENTROPY_IGNORE_IDX
     losses = linear_cross_entropy(hidden[kept], labels[kept], head)
@@ -134,15 +112,7 @@ def answer_log_probabilities(hidden: torch.Tensor, labels: torch.Tensor, head: A
 
 
 def collate_preferences(rows: list[Any], *, pad_id: int) -> Batch:
-    """Make a batch of pairs, padded on the right.
-
-    Args:
-        rows (list[Any]): of torchtune's preference datasets.
-        pad_id (int): token of the padding.
-
-    Returns:
-        Batch: ``tokens`` and aligned ``labels`` ``[2B, T]``, the chosen answers first.
-    """
+    """Make ``tokens`` and aligned ``labels`` ``[2B, T]`` of pairs, the chosen answers first."""
     tokens, labels = padded_collate_dpo(rows, padding_idx=pad_id)
     return {"tokens": tokens, "labels": align_labels(labels)}
 
@@ -150,21 +120,7 @@ def collate_preferences(rows: list[Any], *, pad_id: int) -> Batch:
 def build_preference_learning(
     cfg: DictConfig, tokenizer: Any, model: QSTModel, *, seed: int, device: torch.device
 ) -> tuple[PreferenceTask, TrainingData]:
-    """Build the task and its data.
-
-    Args:
-        cfg (DictConfig): the merged config.
-        tokenizer (Any): torchtune model tokenizer.
-        model (QSTModel): may be on meta.
-        seed (int): of the order of rows.
-        device (torch.device): the model's.
-
-    Returns:
-        tuple[PreferenceTask, TrainingData]: what is learnt and from what.
-
-    Raises:
-        UserError: if the loss or a dataset cannot be built or used.
-    """
+    """Build the task and its data."""
     vocabulary = vocabulary_of(model, tokenizer)
     collate = partial(collate_preferences, pad_id=vocabulary.pad_id)
     loss = instantiate(cfg.loss, "loss")
@@ -176,17 +132,7 @@ def build_preference_learning(
 
 
 def reference_of(cfg: DictConfig) -> str:
-    """Return what the policy is compared with.
-
-    Args:
-        cfg (DictConfig): may have ``reference`` and ``side_network``.
-
-    Returns:
-        str: "start", what ``side_network`` names, or "backbone".
-
-    Raises:
-        UserError: if there is no start.
-    """
+    """Return what the policy is compared with: "start" (``side_network``) or "backbone"."""
     chosen = cfg.get("reference") or ("start" if cfg.get("side_network") else "backbone")
     if chosen == "start" and not cfg.get("side_network"):
         raise UserError("reference=start needs side_network, the result that the run starts from")

@@ -12,11 +12,7 @@ SMALL_BYTES = 100 * 2**20
 
 
 def hide_bars_of_small_files(cfg: DictConfig) -> None:
-    """Switch the bars off if everything that the config reads is in small local files.
-
-    Args:
-        cfg (DictConfig): the merged config.
-    """
+    """Switch the bars off if everything that the config reads is in small local files."""
     files = [Path(name) for name in _data_files([cfg.get("dataset"), cfg.get("dataset_val")])]
     is_local = bool(files) and all(file.is_file() for file in files)
     if is_local and sum(file.stat().st_size for file in files) < SMALL_BYTES:

@@ -14,15 +14,7 @@ _REASONS = {
 
 
 def check_rows(data: TrainingData, key: str) -> None:
-    """Refuse rows of another kind.
-
-    Args:
-        data (TrainingData): of the run.
-        key (str): that rows of the right kind have: ``TEXT_KEY`` or ``PAIR_KEY``.
-
-    Raises:
-        UserError: naming the columns that were found, and the recipe for them.
-    """
+    """Refuse rows without ``TEXT_KEY`` or ``PAIR_KEY``, and name the recipe for them."""
     for survey in (*data.surveys, *data.held_out_surveys):
         if key not in survey.first:
             raise UserError(f"{survey.name}: {survey.description}: {_REASONS[key]}")

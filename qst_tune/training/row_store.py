@@ -9,14 +9,7 @@ MAX_BYTES = 2**30
 
 
 class RowStore:
-    """Rows whose values are lists of whole numbers, or numbers.
-
-    Args:
-        max_bytes (int): of all lists together; rows that come later are not kept.
-
-    Attributes:
-        num_bytes (int): of all lists together.
-    """
+    """Rows of whole numbers or lists of them, up to ``max_bytes``; later rows are not kept."""
 
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self.max_bytes = max_bytes
@@ -26,11 +19,7 @@ class RowStore:
         self._is_full = False
 
     def add(self, row: dict[str, Any]) -> None:
-        """Keep a row, unless one was not kept before: rows are found by their number.
-
-        Args:
-            row (dict[str, Any]): with the same keys each time.
-        """
+        """Keep a row, unless one was not kept before: rows are found by their number."""
         self._keys = self._keys or tuple(row)
         if self._is_full or tuple(row) != self._keys:
             self._is_full = True
@@ -48,14 +37,7 @@ class RowStore:
         self._rows.append(values)
 
     def get(self, index: int) -> dict[str, Any] | None:
-        """Return a row.
-
-        Args:
-            index (int): in the order of :meth:`add`.
-
-        Returns:
-            dict[str, Any] | None: None if it was not kept.
-        """
+        """Return the row that was added as number ``index``; None if it was not kept."""
         if index >= len(self._rows):
             return None
         values = (v.tolist() if isinstance(v, array) else v for v in self._rows[index])

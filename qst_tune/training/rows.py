@@ -13,14 +13,10 @@ from qst_tune.training.vocabulary import Vocabulary
 
 
 class CheckedRows:
-    """A dataset whose bad rows are told by number, and by line where it is a file of lines.
+    """A map-style dataset that names a bad row by number, and by line where it is a file of lines.
 
-    Args:
-        rows (Any): map-style.
-        name (str): the config's key, for messages.
-        source (str): the file or repository they come from.
-        max_seq_len (int | None): a row with more tokens is bad; None for no limit.
-        vocabulary (Vocabulary | None): a row with other ids is bad; None takes any.
+    ``name`` is the config's key, ``source`` the file or repository. A row with more tokens than
+    ``max_seq_len``, or with ids outside ``vocabulary``, is bad.
     """
 
     def __init__(
@@ -67,25 +63,14 @@ class CheckedRows:
         return self.vocabulary.problem(row) if self.vocabulary else None
 
     def place(self, index: int) -> str:
-        """Return where a row is, for messages.
-
-        Args:
-            index (int): of the row.
-
-        Returns:
-            str: its number, source and, in a file of lines, its line.
-        """
+        """Return number and source of a row and, in a file of lines, its line."""
         if hasattr(self.rows, "place"):  # a dataset of ours
             return str(self.rows.place(index))
         line = _line_of_row(Path(self.source), index, len(self))
         return f"row {index} of {self.source}" + (f" (line {line})" if line else "")
 
     def describe(self) -> str:
-        """Describe where the rows come from.
-
-        Returns:
-            str: one line.
-        """
+        """Describe in one line where the rows come from."""
         return str(self.rows.describe()) if hasattr(self.rows, "describe") else self.source
 
 
@@ -96,15 +81,7 @@ def _length(row: Any) -> int:
 
 
 def too_long(length: int, max_seq_len: int) -> str:
-    """Say why a row is no use to a model, and what helps.
-
-    Args:
-        length (int): of the row, in tokens.
-        max_seq_len (int): the model's.
-
-    Returns:
-        str: for an error message.
-    """
+    """Explain why a row of ``length`` tokens is too long for a model, and what helps."""
     return (
         f"a row of {length} tokens is longer than the model's max_seq_len {max_seq_len}: set "
         f"tokenizer.max_seq_len={max_seq_len} or lower to truncate rows"
@@ -112,15 +89,9 @@ def too_long(length: int, max_seq_len: int) -> str:
 
 
 def hold_out(rows: Any, fraction: float, seed: int) -> tuple[Subset[Any], Subset[Any]]:
-    """Split rows at random into those that train and those that are held out.
+    """Split rows at random into training and validation rows, each in the dataset's order.
 
-    Args:
-        rows (Any): map-style.
-        fraction (float): to hold out, at least one row.
-        seed (int): of the choice.
-
-    Returns:
-        tuple[Subset[Any], Subset[Any]]: training and held-out rows, each in the dataset's order.
+    At least one row is held out.
     """
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     num_held_out = max(1, round(len(rows) * fraction))
@@ -128,15 +99,7 @@ def hold_out(rows: Any, fraction: float, seed: int) -> tuple[Subset[Any], Subset
 
 
 def row_numbers(rows: Any, indices: Sequence[int]) -> list[int]:
-    """Return the numbers that rows have in the whole dataset.
-
-    Args:
-        rows (Any): the dataset, or a part of it.
-        indices (Sequence[int]): into ``rows``.
-
-    Returns:
-        list[int]: numbers that a user can look up.
-    """
+    """Return the numbers that rows of a part have in the whole dataset, for a user to look up."""
     if isinstance(rows, Subset):
         return row_numbers(rows.dataset, [rows.indices[i] for i in indices])
     numbers = getattr(rows, "numbers", None)  # of rows of which some are left out

@@ -14,17 +14,10 @@ from qst_tune.training.output_folder import output_folder
 
 @contextmanager
 def run_environment(cfg: DictConfig) -> Iterator[tuple[torch.device, torch.dtype]]:
-    """Choose device and dtype, and hold the output folder and the process group for a run.
+    """Choose device and dtype, and hold the output directory and the process group for a run.
 
-    Args:
-        cfg (DictConfig): has ``device``, ``dtype`` and ``output_dir``; with ``dry_run`` nothing is
-            written, not even the folder.
-
-    Yields:
-        tuple[torch.device, torch.dtype]: of this process; of what is not quantised.
-
-    Raises:
-        UserError: if the device, the dtype or the folder cannot be used.
+    With ``dry_run`` nothing is written, not even the directory. UserError if the device, the dtype
+    or the directory cannot be used.
     """
     device = choose_device(cfg)
     dtype = choose_dtype(cfg, device)

@@ -21,7 +21,7 @@ class RunLog:
     """Prints and logs on the main process, keeps the summary on every process.
 
     Args:
-        metric_logger (Any): one of torchtune's; None on all processes but the main one.
+        metric_logger (Any): one of torchtune's; None on all processes except the main one.
         folder (Path): of the run.
         device (torch.device): whose memory is shown.
         every (int): steps between two entries of the metric logger.
@@ -50,36 +50,16 @@ class RunLog:
         self.is_main = rank_and_world_size()[0] == 0
 
     def progress(self, num_steps: int, done: int) -> Any:
-        """Return a progress bar, silent on all processes but the main one.
-
-        Args:
-            num_steps (int): of the whole run.
-            done (int): steps of it that are done already.
-
-        Returns:
-            Any: a context manager with ``update``.
-        """
+        """Return a progress bar, a context manager, silent on all processes except the main one."""
         self.bar = tqdm(total=num_steps, initial=done, desc="training", disable=not self.is_main)
         return self.bar
 
     def is_due(self, step: int) -> bool:
-        """Tell whether the metric logger gets this step.
-
-        Args:
-            step (int): counted from 1.
-
-        Returns:
-            bool: True for every ``every``-th.
-        """
+        """Whether the metric logger gets this step, counted from 1."""
         return step % self.every == 0
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
-        """Record one training step.
-
-        Args:
-            step (int): counted from 1.
-            metrics (dict[str, float]): ``loss``, ``tokens_per_second_per_gpu`` and more.
-        """
+        """Record ``loss``, ``tokens_per_second_per_gpu`` and more of one step, counted from 1."""
         if math.isfinite(metrics["loss"]):  # JSON has no NaN
             self.summary.train_loss[step] = metrics["loss"]
         if not self.is_main:
@@ -97,12 +77,7 @@ class RunLog:
             self._log({**metrics, **extra}, step)
 
     def evaluation(self, step: int, figures: dict[str, float]) -> None:
-        """Record figures of held-out data.
-
-        Args:
-            step (int): 0 is before training.
-            figures (dict[str, float]): by name.
-        """
+        """Record figures of validation by name; step 0 is before training."""
         for name, value in figures.items():
             if not math.isfinite(value):  # JSON has no NaN
                 continue
@@ -117,12 +92,7 @@ class RunLog:
         self._log(figures, step)
 
     def judge(self, task: Task, best_step: int | None) -> None:
-        """Warn of a run that made the model no better, here and in the summary.
-
-        Args:
-            task (Task): names the figure that decides.
-            best_step (int | None): the step of the result.
-        """
+        """Warn of a run that made the model no better, here and in the summary."""
         self.summary.verdict = verdict(
             self.summary.figure(task.monitor),
             best_step,
@@ -134,11 +104,7 @@ class RunLog:
             self.say(f"warning: {self.summary.verdict}")
 
     def say(self, text: str) -> None:
-        """Print a line above the progress bar.
-
-        Args:
-            text (str): the line.
-        """
+        """Print a line above the progress bar."""
         if self.is_main:
             tqdm.write(text)
 

@@ -14,8 +14,8 @@ from qst_tune.training.distributed import rank_and_world_size
 class Progress:
     """Counters of a run.
 
-    Random numbers and the place in the data are not among them: both are functions of the seed and
-    the step (:func:`seed_step`, ``batches.py``).
+    Random numbers and the position in the data are not among them: both are functions of the seed
+    and the step (:func:`seed_step`, ``batches.py``).
 
     Args:
         step (int): optimizer steps done.
@@ -23,8 +23,8 @@ class Progress:
         step_seconds (float): time spent in steps.
         skipped_steps (int): steps whose gradients were not finite.
         empty_steps (int): steps in which no row had a label.
-        best_step (int | None): with the best held-out figure so far; step 0 is not counted.
-        best_value (float | None): that figure.
+        best_step (int | None): with the best validation so far; step 0 is not counted.
+        best_value (float | None): the figure of that validation.
         validations_since_best (int): how often a validation has not been the best since.
         validated_step (int | None): of the last validation.
     """
@@ -44,15 +44,7 @@ class Progress:
         self.best_step, self.best_value, self.validations_since_best = None, None, 0
 
     def record(self, value: float, *, higher_is_better: bool) -> bool:
-        """Take note of a validation.
-
-        Args:
-            value (float): the figure that says which step is the best.
-            higher_is_better (bool): its direction.
-
-        Returns:
-            bool: True if it is the best so far.
-        """
+        """Record the figure of a validation; returns whether it is the best so far."""
         sign = 1 if higher_is_better else -1
         # A NaN is never the best: every comparison with it is false.
         if self.best_value is None:
@@ -71,14 +63,7 @@ class Progress:
 
     @classmethod
     def from_dict(cls, counters: dict[str, Any]) -> "Progress":
-        """Read :meth:`as_dict` back.
-
-        Args:
-            counters (dict[str, Any]): unknown names are left out.
-
-        Returns:
-            Progress: equal to the one that was written.
-        """
+        """Read :meth:`as_dict` back; unknown names are left out."""
         known = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in counters.items() if name in known})
 
@@ -88,10 +73,6 @@ def seed_step(seed: int, step: int) -> None:
 
     A resumed run draws the same numbers as one that was never stopped, and no generator has to be
     saved. It takes about 50 microseconds.
-
-    Args:
-        seed (int): of the run.
-        step (int): about to be done.
     """
     words = np.random.SeedSequence([seed, step, rank_and_world_size()[0]]).generate_state(1)
     number = int(words[0])

@@ -14,20 +14,21 @@ _HISTORY = ("train_loss", "held_out_loss", "metrics")
 
 @dataclass
 class RunSummary:
-    """Figures of one run, filled while it goes on.
+    """Figures of one run, filled while it runs.
 
     Args:
         train_loss (dict[int, float]): nats a token, by step.
-        held_out_loss (dict[int, float]): nats a token, by step; step 0 is before training.
-        metrics (dict[str, dict[int, float]]): other figures of held-out data, by name and step.
+        held_out_loss (dict[int, float]): of validation, nats a token, by step; step 0 is before
+            training.
+        metrics (dict[str, dict[int, float]]): other figures of validation, by name and step.
         before (str): what step 0 is.
-        best_step (int | None): whose result was exported, by held-out data; None without any.
+        best_step (int | None): whose result was exported, by validation; None without any.
         skipped_steps (int): left out because their loss or gradient was not finite.
         empty_steps (int): in which no row had a label.
         verdict (str | None): that the run made the model no better, measured by validation; None
             if it did, or nothing was measured.
         tokens_per_second (float): over all steps, padding included, for one device.
-        trainable_parameters (int): number of parameters that train.
+        trainable_parameters (int): their number.
         memory_gib (dict[str, float]): peak, and the parts it consists of.
         memory_kind (str): what the peak counts.
         seconds (float): duration of training, validation included.
@@ -48,11 +49,7 @@ class RunSummary:
     seconds: float = 0.0
 
     def results(self) -> dict[str, float]:
-        """Return what a model card says of the run.
-
-        Returns:
-            dict[str, float]: held-out figures by name and step.
-        """
+        """Return the figures of validation by name and step, for a model card."""
         figures = {"held-out loss": self.held_out_loss, **self.metrics}
         return {
             f"{name} at step {step}": value
@@ -61,49 +58,26 @@ class RunSummary:
         }
 
     def history(self) -> dict[str, Any]:
-        """Return what accumulates over the steps, to be saved with a checkpoint.
-
-        Returns:
-            dict[str, Any]: figures by name and step.
-        """
+        """Return what accumulates over the steps, to be saved with a checkpoint."""
         return {name: getattr(self, name) for name in _HISTORY}
 
     def restore(self, history: dict[str, Any]) -> None:
-        """Take :meth:`history` back.
-
-        Args:
-            history (dict[str, Any]): of the steps before a checkpoint.
-        """
+        """Take :meth:`history` of the steps before a checkpoint back."""
         for name in _HISTORY:
             setattr(self, name, history[name])
 
     def figure(self, name: str) -> dict[int, float]:
-        """Return one figure of validation.
-
-        Args:
-            name (str): as a task names it.
-
-        Returns:
-            dict[int, float]: by step; empty if it was never measured.
-        """
+        """Return one figure of validation by step, named as a task names it; perhaps empty."""
         return self.held_out_loss if name == "val_loss" else self.metrics.get(name, {})
 
     def write(self, folder: Path) -> None:
-        """Write ``summary.json``, ``summary.md`` and ``loss.png``.
-
-        Args:
-            folder (Path): the run's output folder.
-        """
+        """Write ``summary.json``, ``summary.md`` and ``loss.png`` into a directory."""
         (folder / SUMMARY_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
         (folder / TABLE_FILE).write_text(self.table())
         self._plot(folder / PLOT_FILE)
 
     def table(self) -> str:
-        """Return the figures as Markdown.
-
-        Returns:
-            str: a table with a row for each figure that the run has.
-        """
+        """Return the figures that the run has as a Markdown table."""
         rows: dict[str, str] = {"steps": str(max(self.train_loss, default=0))}
         if self.train_loss:
             rows["training loss, last step"] = f"{list(self.train_loss.values())[-1]:.4f}"

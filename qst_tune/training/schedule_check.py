@@ -24,12 +24,7 @@ log = utils.get_logger("INFO")
 
 
 def report_schedule(cfg: DictConfig, num_steps: int) -> None:
-    """Log what :func:`check_schedule` finds, once.
-
-    Args:
-        cfg (DictConfig): as there.
-        num_steps (int): of the whole run.
-    """
+    """Log what :func:`check_schedule` finds, and a run of very few steps, once."""
     warnings = [*check_schedule(cfg, num_steps), *_few_steps(cfg, num_steps)]
     if rank_and_world_size()[0] == 0:
         for warning in warnings:
@@ -37,18 +32,7 @@ def report_schedule(cfg: DictConfig, num_steps: int) -> None:
 
 
 def check_schedule(cfg: DictConfig, num_steps: int) -> list[str]:
-    """Look for steps that a schedule wastes.
-
-    Args:
-        cfg (DictConfig): has ``optimizer``, may have ``lr_scheduler``.
-        num_steps (int): of the whole run.
-
-    Returns:
-        list[str]: warnings.
-
-    Raises:
-        UserError: if every step has a rate of 0.
-    """
+    """Return warnings of steps that a schedule wastes; UserError if every step has a rate of 0."""
     block = cfg.get("lr_scheduler")
     full, rates = learning_rates(cfg, num_steps if block and num_steps <= _LONGEST else 0)
     if not full:
@@ -64,15 +48,7 @@ def check_schedule(cfg: DictConfig, num_steps: int) -> list[str]:
 
 
 def learning_rates(cfg: DictConfig, num_steps: int) -> tuple[float, list[float]]:
-    """Compute the rate of each step of a run.
-
-    Args:
-        cfg (DictConfig): has ``optimizer``; and ``lr_scheduler``, unless ``num_steps`` is 0.
-        num_steps (int): of the whole run, or 0 for the optimizer's rate alone.
-
-    Returns:
-        tuple[float, list[float]]: the optimizer's own rate, and those of the steps.
-    """
+    """Return the optimizer's own rate, and those of ``num_steps`` steps of its schedule."""
     parameter = nn.Parameter(torch.zeros(1))
     optimizer: Any = instantiate(cfg.optimizer, "optimizer", [parameter])
     full = float(optimizer.param_groups[0]["lr"])

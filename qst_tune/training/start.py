@@ -28,12 +28,7 @@ log = utils.get_logger("INFO")
 
 @dataclass(frozen=True)
 class Start:
-    """What a run starts from.
-
-    Args:
-        folder (Path): a result of an earlier run.
-        lineage (tuple[dict[str, Any], ...]): that of ``folder``, and ``folder`` itself as the last.
-    """
+    """A result of an earlier run, and its lineage with itself as the last entry."""
 
     folder: Path
     lineage: tuple[dict[str, Any], ...]
@@ -45,16 +40,9 @@ class Start:
 
 
 def find_start(cfg: DictConfig) -> Start | None:
-    """Find what a training run starts from.
+    """Find the result that the config names; None for a run that starts from the untuned model.
 
-    Args:
-        cfg (DictConfig): has ``output_dir``, may have ``side_network`` or ``scales``.
-
-    Returns:
-        Start | None: None for a run that starts from the untuned model.
-
-    Raises:
-        UserError: if the directory is no result of the method, damaged, or this run's own.
+    UserError if the directory is no result of the method, damaged, or this run's own.
     """
     for key, form in FORMATS.items():
         if cfg.get(key):
@@ -75,14 +63,7 @@ def find_start(cfg: DictConfig) -> Start | None:
 
 
 def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Hash tensors with their names, dtypes and shapes.
-
-    Args:
-        tensors (Mapping[str, torch.Tensor]): on the CPU.
-
-    Returns:
-        str: SHA-256.
-    """
+    """SHA-256 of tensors on the CPU with their names, dtypes and shapes."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name].contiguous()
@@ -92,17 +73,10 @@ def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def tuned_directory(cfg: DictConfig, key: str) -> Path | None:
-    """Choose what a recipe loads that uses a tuned model.
+    """Choose the result that a recipe loads; None for the untuned model.
 
-    In the config of a training run the key may name what the run started from. Where
-    ``output_dir`` has the result of that run, it is the result that is wanted.
-
-    Args:
-        cfg (DictConfig): may have ``key`` and ``output_dir``.
-        key (str): "side_network" or "scales".
-
-    Returns:
-        Path | None: None for the untuned model.
+    In the config of a training run, ``key`` ("side_network" or "scales") may name what the run
+    started from. If ``output_dir`` has the result of that run, the result is meant.
     """
     output_dir = cfg.get("output_dir")
     result = Path(str(output_dir)) / key if output_dir else None

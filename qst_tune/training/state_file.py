@@ -30,33 +30,16 @@ _WRAPPERS = {
 
 
 def pack_state(tree: Any) -> dict[str, bytes]:
-    """Turn a tree into files.
-
-    Args:
-        tree (Any): of dicts, lists, tuples, tensors, numbers, text, bool and None.
-
-    Returns:
-        dict[str, bytes]: two files by name.
-
-    Raises:
-        UserError: naming the first value that is none of these.
-    """
+    """Turn a tree of dicts, lists, tuples, tensors and plain values into two files by name."""
     tensors: dict[str, torch.Tensor] = {}
     encoded = _encode(tree, "", tensors)
     return {TREE_FILE: json.dumps(encoded).encode(), TENSORS_FILE: save(tensors)}
 
 
 def unpack_state(folder: Path) -> Any:
-    """Read the tree back, bit for bit, on the CPU.
+    """Read what :func:`pack_state` was given back, bit for bit, on the CPU.
 
-    Args:
-        folder (Path): holds the two files.
-
-    Returns:
-        Any: what :func:`pack_state` was given.
-
-    Raises:
-        UserError: if a file is missing or damaged.
+    UserError if a file is missing or damaged.
     """
     try:
         tensors = load_file(folder / TENSORS_FILE)

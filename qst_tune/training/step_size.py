@@ -7,18 +7,10 @@ from qst_tune.training.distributed import rank_and_world_size
 
 
 def fit_step(cfg: DictConfig, num_rows: int) -> tuple[int, int]:
-    """Fit the batches of a step to a small dataset, so that an epoch has a step.
+    """Return rows a batch and batches a step of each process, such that an epoch has a step.
 
-    Args:
-        cfg (DictConfig): has ``batch_size``, may have ``gradient_accumulation_steps``.
-        num_rows (int): of all processes.
-
-    Returns:
-        tuple[int, int]: rows a batch, and batches a step, of each process: those of the config, or
-        as few and as even batches as hold all rows.
-
-    Raises:
-        UserError: if a process has no row.
+    Those of the config, or as few and as even batches as hold all ``num_rows`` of all processes.
+    UserError if a process has no row.
     """
     world_size = rank_and_world_size()[1]
     share = num_rows // world_size
@@ -35,16 +27,7 @@ def fit_step(cfg: DictConfig, num_rows: int) -> tuple[int, int]:
 
 
 def describe_step(cfg: DictConfig, num_rows: int, *, noun: str = "rows") -> str | None:
-    """Describe what an epoch leaves out, and a step that was fitted.
-
-    Args:
-        cfg (DictConfig): as for :func:`fit_step`.
-        num_rows (int): of all processes.
-        noun (str): what the rows are.
-
-    Returns:
-        str | None: one line; None if each epoch has all rows in steps of the config.
-    """
+    """Describe in one line what an epoch leaves out, and a fitted step; None if neither."""
     world_size = rank_and_world_size()[1]
     batch_size, accumulation = fit_step(cfg, num_rows)
     of_a_step = batch_size * accumulation * world_size

@@ -75,13 +75,7 @@ class Survey:
 
 
 class SurveyedRows:
-    """The rows of a dataset that can be used.
-
-    Args:
-        rows (CheckedRows): all rows.
-        numbers (array[int]): which of them can be used.
-        store (RowStore): their tokens.
-    """
+    """The rows of a dataset that can be used, at ``numbers``; their tokens come from the store."""
 
     def __init__(self, rows: CheckedRows, numbers: "array[int]", store: RowStore) -> None:
         self.rows = rows
@@ -102,19 +96,10 @@ class SurveyedRows:
 def survey_rows(
     rows: CheckedRows, tokenizer: Any, *, skip_bad_rows: bool
 ) -> tuple[SurveyedRows, Survey]:
-    """Read every row once.
+    """Read every row once: the rows that can be used, and figures of all.
 
-    Args:
-        rows (CheckedRows): of one dataset.
-        tokenizer (Any): the one that the dataset uses; its ``max_seq_len`` is lifted for a moment
-            to see how long cut rows are.
-        skip_bad_rows (bool): leave rows out that cannot be used.
-
-    Returns:
-        tuple[SurveyedRows, Survey]: the rows that can be used, and figures of all.
-
-    Raises:
-        UserError: for a row that cannot be used, or if none can.
+    The tokenizer's ``max_seq_len`` is lifted for a moment to see how long cut rows are. UserError
+    for a row that cannot be used, unless ``skip_bad_rows``, or if none can.
     """
     survey = Survey(rows.name, rows.describe(), getattr(tokenizer, "max_seq_len", None))
     store, numbers, digest = RowStore(), array("q"), hashlib.sha256()
@@ -181,26 +166,15 @@ def _without_limit(tokenizer: Any) -> Iterator[None]:
 
 
 def lengths_of(row: dict[str, Any]) -> list[int]:
-    """Return the number of tokens of each sequence of a row.
-
-    Args:
-        row (dict[str, Any]): of any dataset.
-
-    Returns:
-        list[int]: one number, or two for a preference.
-    """
+    """Return the number of tokens of each sequence of a row: one, or two for a preference."""
     return [len(row[tokens]) for tokens, _ in SEQUENCES if tokens in row]
 
 
 def labels_of(row: dict[str, Any]) -> list[int]:
     """Return the number of tokens to learn of each sequence of a row.
 
-    Args:
-        row (dict[str, Any]): of any dataset.
-
-    Returns:
-        list[int]: the first token of a sequence is never learnt, since nothing precedes it; a
-        class or a score is one label.
+    The first token of a sequence is never learnt, since nothing precedes it; a class or a score is
+    one label.
     """
     # A dataset without labels leaves them to its own collate function.
     found = [row.get(labels, row[tokens]) for tokens, labels in SEQUENCES if tokens in row]

@@ -17,12 +17,7 @@ _MAX_CHARACTERS = 600  # of each part of the first row
 
 
 def report_data(data: TrainingData, tokenizer: Any) -> None:
-    """Print what a run learns from, on the main process.
-
-    Args:
-        data (TrainingData): of the run.
-        tokenizer (Any): decodes the first row.
-    """
+    """Print what a run learns from, on the main process."""
     if rank_and_world_size()[0] != 0:
         return
     for survey in data.surveys:
@@ -34,15 +29,7 @@ def report_data(data: TrainingData, tokenizer: Any) -> None:
 
 
 def report(survey: Survey, tokenizer: Any = None) -> str:
-    """Describe a dataset.
-
-    Args:
-        survey (Survey): of its rows.
-        tokenizer (Any): decodes the first row; None leaves it out.
-
-    Returns:
-        str: some lines.
-    """
+    """Describe a dataset; with a tokenizer, its first row too."""
     first_row = _first_row(survey, tokenizer) if tokenizer else []
     return "\n".join([f"{survey.name}: {survey.description}", *_figures(survey), *first_row])
 

@@ -16,18 +16,11 @@ _INSTEAD = "dataset._component_=qst_tune.data.auto_dataset"
 
 
 def check_chat_row(dataset: Any, index: int) -> None:
-    """Refuse a conversation that torchtune 0.6.1 would not learn as it is.
+    """Refuse a conversation that torchtune 0.6.1's chat datasets would not learn as it is.
 
     Of a message without content, a tool call, its OpenAIToMessages keeps the content of the message
     before (torchtune issue 2617): the model would learn to repeat the user. Of a name other than
     human, gpt and system its ShareGPTToMessages raises ``KeyError`` alone.
-
-    Args:
-        dataset (Any): any; only torchtune's chat datasets are looked at.
-        index (int): of the row.
-
-    Raises:
-        UserError: naming the message and what takes it.
     """
     if type(dataset) is not SFTDataset:
         return
@@ -68,14 +61,7 @@ def _sharegpt_problem(message: Mapping[str, Any]) -> str | None:
 
 
 def with_literal_paths(block: DictConfig) -> DictConfig:
-    """Let ``datasets`` take the name of an existing file literally, whatever brackets it has.
-
-    Args:
-        block (DictConfig): of a dataset.
-
-    Returns:
-        DictConfig: a copy, if something had to change.
-    """
+    """Let ``datasets`` take the name of an existing file literally, whatever brackets it has."""
     files = block.get("data_files")
     if not files or str(block.get("_component_")).endswith(".auto_dataset"):
         return block

@@ -35,10 +35,10 @@ class Trainer:
     """One training run: :meth:`fit` does all of it.
 
     Args:
-        method (Method): the model and what of it trains.
+        method (Method): the model and its trainable parameters.
         task (Task): the loss.
-        train_data (BatchLoader): of the training rows.
-        held_out_data (BatchLoader | None): of the held-out rows.
+        train_data (BatchLoader): of the training set.
+        held_out_data (BatchLoader | None): of the validation set.
         schedule (Schedule): how long, and when what happens.
         optimizer (Any): over the method's parameter groups.
         lr_scheduler (Any): stepped after each optimizer step; may be None.
@@ -71,7 +71,7 @@ class Trainer:
 
     @property
     def trained(self) -> list[nn.Parameter]:
-        """The parameters that train."""
+        """The trainable parameters."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def fit(self) -> None:
@@ -108,11 +108,7 @@ class Trainer:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Take :meth:`state` back; the method has loaded its own files already.
-
-        Args:
-            state (dict[str, Any]): of the same run.
-        """
+        """Take :meth:`state` of the same run back; the method has loaded its own files already."""
         self.progress = Progress.from_dict(state["progress"])
         self.run_log.summary.restore(state["history"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -50,7 +50,7 @@ class TrainingData:
 
     Args:
         train (BatchLoader): training rows.
-        held_out (BatchLoader | None): held-out rows.
+        held_out (BatchLoader | None): validation rows.
         seed (int): of the run.
         surveys (Sequence[Survey]): figures of the datasets of the training rows.
         held_out_surveys (Sequence[Survey]): of the validation rows, if they are datasets of
@@ -80,19 +80,7 @@ class TrainingData:
 
 
 def text_collate(cfg: DictConfig, vocabulary: Vocabulary, *, max_seq_len: int) -> Collate:
-    """Build the collate function of rows of text, after checking that they can fit the model.
-
-    Args:
-        cfg (DictConfig): may have ``collate_fn``.
-        vocabulary (Vocabulary): gives the padding id and the label of padding.
-        max_seq_len (int): the model's.
-
-    Returns:
-        Collate: makes ``tokens`` and ``labels`` ``[B, T]`` of unpacked rows.
-
-    Raises:
-        UserError: if the tokenizer may give rows that are longer than the model can see.
-    """
+    """Build the collate function of rows of text, after checking that they can fit the model."""
     longest = getattr(vocabulary.tokenizer, "max_seq_len", None)
     if longest and longest > max_seq_len:
         raise UserError(
@@ -115,21 +103,11 @@ def build_data(
     max_seq_len: int | None = None,
     vocabulary: Vocabulary | None = None,
 ) -> TrainingData:
-    """Build the datasets and say which rows make which batch.
+    """Build the datasets, reading every row once, and decide which rows make which batch.
 
-    Args:
-        cfg (DictConfig): has ``dataset``, ``batch_size`` and more.
-        tokenizer (Any): handed to the datasets.
-        collate (Collate): makes a batch of unpacked rows.
-        seed (int): of the order.
-        max_seq_len (int | None): the model's; a longer row is a bad one.
-        vocabulary (Vocabulary | None): the model's; a row with other ids is a bad one.
-
-    Returns:
-        TrainingData: every row was read once.
-
-    Raises:
-        UserError: if a dataset cannot be built or has nothing to learn.
+    ``collate`` makes a batch of unpacked rows. A row longer than ``max_seq_len``, or with ids
+    outside ``vocabulary``, is a bad one. UserError if a dataset cannot be built or has nothing to
+    learn.
     """
     settings: dict[str, Any] = {
         "max_seq_len": max_seq_len,
@@ -185,23 +163,9 @@ def build_trainer(
     date: str | None = None,
     start: Start | None = None,
 ) -> Trainer:
-    """Build what is left, optimizer, schedules and loggers, and go where the saved run stood.
+    """Build what is left, optimizer, schedules and loggers, and restore the saved run.
 
-    Args:
-        cfg (DictConfig): the merged config.
-        method (Method): loaded.
-        task (Task): what is learnt.
-        data (TrainingData): from :func:`build_data`.
-        device (torch.device): the model's.
-        saved (SavedRun | None): from ``find_saved_run``.
-        date (str | None): from ``set_run_date``.
-        start (Start | None): from ``find_start``.
-
-    Returns:
-        Trainer: call ``fit``.
-
-    Raises:
-        UserError: if a component cannot be built, or the saved run was another one.
+    UserError if a component cannot be built, or the saved run was another one.
     """
     description = describe_data(data.train, data.held_out, data.digests)
     if saved is not None:
@@ -260,18 +224,7 @@ def _restore(trainer: Trainer, saved: SavedRun) -> None:
 
 
 def schedule_of(cfg: DictConfig, train: BatchLoader) -> Schedule:
-    """Return when what happens in a run.
-
-    Args:
-        cfg (DictConfig): the merged config.
-        train (BatchLoader): of the training rows.
-
-    Returns:
-        Schedule: in optimizer steps.
-
-    Raises:
-        UserError: if there are fewer rows than processes.
-    """
+    """Return when what happens in a run; UserError if there are fewer rows than processes."""
     _, accumulation = fit_step(cfg, len(train.dataset))
     steps = len(train) // accumulation
     return Schedule(
@@ -297,15 +250,7 @@ def _noun(rows: Any) -> str:
 
 
 def collate_of(rows: Any, collate: Collate) -> Collate:
-    """Choose the collate function of a dataset.
-
-    Args:
-        rows (Any): from ``build_dataset``.
-        collate (Collate): of unpacked rows.
-
-    Returns:
-        Collate: torchtune's own for packs.
-    """
+    """Choose the collate function of a dataset: torchtune's own for packs."""
     return padded_collate_packed if is_packed(rows) else collate
 
 

@@ -25,15 +25,7 @@ _LOCAL_FORMATS = ("json", "csv", "text", "parquet")
 
 
 def check_training_config(cfg: DictConfig, further: list[Problem] | None = None) -> None:
-    """Find the mistakes of a training config before anything loads, and tell all of them.
-
-    Args:
-        cfg (DictConfig): the merged config.
-        further (list[Problem] | None): that only the recipe knows of.
-
-    Raises:
-        UserError: one line for each mistake.
-    """
+    """Raise a line for each mistake of a training config, and for ``further`` ones."""
     problems = config_problems(cfg, TRAINING_KEYS)
     if not problems:  # what follows takes the values for granted
         problems = [
@@ -49,15 +41,7 @@ def check_training_config(cfg: DictConfig, further: list[Problem] | None = None)
 
 
 def refused_keys(cfg: DictConfig, refused: Mapping[str, str]) -> list[Problem]:
-    """Refuse what a method does not have, wherever it is switched on.
-
-    Args:
-        cfg (DictConfig): the merged config.
-        refused (Mapping[str, str]): for a key what the method says of it, and what to do instead.
-
-    Returns:
-        list[Problem]: for :func:`check_training_config`.
-    """
+    """Refuse keys that a method does not support, each with its reason and an alternative."""
     return [Problem(key, f"{key}={cfg[key]} {why}") for key, why in refused.items() if cfg.get(key)]
 
 

@@ -27,17 +27,8 @@ def visit(
     """Hand each batch to a function, while the model is in evaluation mode.
 
     Collective if the model is sharded: a process that has no more batches, or a row that cannot be
-    used, goes on to gather weights with the others.
-
-    Args:
-        model (TransformerDecoder): in its own mode again afterwards.
-        batches (Iterable[dict[str, torch.Tensor]]): this process's share.
-        device (torch.device): the model's; batches are moved there.
-        take (Callable[[dict[str, torch.Tensor]], None]): gets each batch.
-
-    Returns:
-        UserError | None: of a row that cannot be used, for :func:`sum_or_fail`: the other processes
-        have to hear of it.
+    used, continues to gather weights with the others. Returns the error of such a row for
+    :func:`sum_or_fail`: the other processes have to hear of it.
     """
     was_training = model.training
     model.eval()
@@ -81,19 +72,9 @@ def held_out_loss(
     batches: Iterable[dict[str, torch.Tensor]],
     device: torch.device,
 ) -> float:
-    """Mean loss over every label of a dataset, on any number of devices.
+    """Mean loss in nats over every label of a dataset, on any number of devices.
 
-    Args:
-        model (TransformerDecoder): put into evaluation mode meanwhile.
-        loss (Any): the training loss.
-        batches (Iterable[dict[str, torch.Tensor]]): this process's share.
-        device (torch.device): the model's.
-
-    Returns:
-        float: nats a token.
-
-    Raises:
-        UserError: if a row is longer than the model can see, or none has a label.
+    UserError if a row is longer than the model can see, or none has a label.
     """
     total = torch.zeros(2, dtype=torch.float64)
 

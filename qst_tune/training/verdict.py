@@ -11,17 +11,10 @@ def verdict(
     higher_is_better: bool,
     before: str,
 ) -> str | None:
-    """Compare the validated steps with what the run began from.
+    """Compare the validated steps with step 0, what the run began from.
 
-    Args:
-        values (Mapping[int, float]): the figure by step; step 0 is before training.
-        best_step (int | None): the step of the result; None if none was measured.
-        name (str): of the figure.
-        higher_is_better (bool): its direction.
-        before (str): what step 0 is: "quantised base model".
-
-    Returns:
-        str | None: what is wrong; None if nothing is, or nothing was measured.
+    Returns what is wrong; None if nothing is, or nothing was measured. ``before`` names step 0, as
+    in "quantised base model"; ``best_step`` is the step of the result.
     """
     if best_step is None or best_step not in values or 0 not in values:
         return None

@@ -21,14 +21,7 @@ _LABELS = ("labels", "chosen_labels", "rejected_labels")
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The ids that may occur in a row.
-
-    Args:
-        size (int): rows of the embedding.
-        num_logits (int): rows of the LM head.
-        tokenizer (Any): names tokens, and gives the padding id.
-        ignore_index (int): label of a token without loss.
-    """
+    """The ids that may occur in a row: below ``size``; as labels, below ``num_logits``."""
 
     size: int
     num_logits: int
@@ -45,14 +38,7 @@ class Vocabulary:
         return pad_id if isinstance(pad_id, int) and 0 <= pad_id < self.size else 0
 
     def problem(self, row: dict[str, Any]) -> str | None:
-        """Name the first id of a row that the model has no row for.
-
-        Args:
-            row (dict[str, Any]): of a dataset, of any kind, or a pack.
-
-        Returns:
-            str | None: None if there is none.
-        """
+        """Name the first id of a row or a pack that the model has no row for; None without any."""
         for name in (*_TOKENS, *_LABELS):
             is_token = name in _TOKENS
             limit = self.size if is_token else self.num_logits
@@ -89,16 +75,7 @@ def _outside(ids: Any, limit: int, ignored: int | None) -> Iterator[int]:
 def vocabulary_of(
     model: TransformerDecoder, tokenizer: Any, ignore_index: int = CROSS_ENTROPY_IGNORE_IDX
 ) -> Vocabulary:
-    """Return the ids that a model has rows for.
-
-    Args:
-        model (TransformerDecoder): may be on meta.
-        tokenizer (Any): torchtune model tokenizer.
-        ignore_index (int): of the loss.
-
-    Returns:
-        Vocabulary: for :func:`~qst_tune.training.trainer_setup.build_data`.
-    """
+    """Return the ids that a model has rows for; it may be on meta."""
     size = model.tok_embeddings.num_embeddings
     # A head that is tied, whatever is around it, has the embedding's rows.
     num_logits = getattr(model.output, "out_features", size)
@@ -106,15 +83,7 @@ def vocabulary_of(
 
 
 def check_ids(model: TransformerDecoder, texts: Iterable[Sequence[int]]) -> None:
-    """Refuse texts with a token that the model has no row for, before it runs on them.
-
-    Args:
-        model (TransformerDecoder): about to run.
-        texts (Iterable[Sequence[int]]): token ids.
-
-    Raises:
-        UserError: naming the first such id.
-    """
+    """Refuse texts with a token that the model has no row for, before it runs on them."""
     size = model.tok_embeddings.num_embeddings
     for text in texts:
         if text and not 0 <= min(text) <= max(text) < size:
