@@ -25,60 +25,39 @@ _WEIGHTS_AT_ONCE = 2**22
 
 
 class AffineWeight(NamedTuple):
-    """A quantised weight; its value is ``weight_scale * (codes - zero_point)``.
+    """A quantised weight; its value is ``weight_scale * (codes - zero_point)``."""
 
-    Args:
-        codes (torch.Tensor): ``[O, G g]`` uint8, one a byte; a last group that I does not fill is
-            padded with codes that stand for 0.
-        weight_scale (torch.Tensor): ``[O, G]`` fp32, positive.
-        zero_point (torch.Tensor): ``[O, G]`` uint8.
-    """
-
+    # [O, G g] uint8, one code a byte; codes of weight 0 fill the last group
     codes: torch.Tensor
-    weight_scale: torch.Tensor
-    zero_point: torch.Tensor
+    weight_scale: torch.Tensor  # [O, G] fp32, positive
+    zero_point: torch.Tensor  # [O, G] uint8
 
 
 class AffineLayout(NamedTuple):
-    """How a row of a weight is stored.
-
-    Args:
-        bits (int): of a code.
-        group_size (int): g, input channels that share a scale.
-        in_dim (int): I.
-    """
+    """How a row of a weight is stored."""
 
     bits: int
-    group_size: int
-    in_dim: int
+    group_size: int  # g, input channels that share a scale
+    in_dim: int  # I
 
     @property
     def num_groups(self) -> int:
-        """G, the scales of a row."""
+        """G, the number of scales of a row."""
         return math.ceil(self.in_dim / self.group_size)
 
     @property
     def num_codes(self) -> int:
-        """Codes of a row, those included that fill up its last group."""
+        """Number of codes of a row, including the padding of its last group."""
         return self.num_groups * self.group_size
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of a row's codes."""
+        """Number of bytes of a row's codes."""
         return packed_dim(self.num_codes, self.bits)
 
 
 def check_affine(bits: int, group_size: int | None, init: str = "rtn") -> None:
-    """Refuse what cannot be quantised to, and warn of 2 bits.
-
-    Args:
-        bits (int): of a code.
-        group_size (int | None): input channels that share a scale; None: all.
-        init (str): how the scales are chosen.
-
-    Raises:
-        ValueError: if one of them is unknown.
-    """
+    """Refuse unsupported settings with a ValueError, and warn of 2 bits."""
     if bits not in BITS:
         raise ValueError(f"bits={bits} is not supported: use {', '.join(map(str, BITS))}")
     if group_size is not None and group_size < 1:
@@ -94,15 +73,7 @@ def check_affine(bits: int, group_size: int | None, init: str = "rtn") -> None:
 
 
 def to_groups(values: torch.Tensor, group_size: int) -> torch.Tensor:
-    """View rows as groups, with zeros behind a last group that is not full.
-
-    Args:
-        values (torch.Tensor): ``[O, I]``.
-        group_size (int): g.
-
-    Returns:
-        torch.Tensor: ``[O, G, g]``.
-    """
+    """View rows ``[O, I]`` as groups ``[O, G, g]``; zeros fill the last group."""
     missing = -values.shape[1] % group_size
     padded = F.pad(values, (0, missing)) if missing else values
     return padded.reshape(len(values), -1, group_size)
@@ -118,9 +89,9 @@ def quantize_affine(
         z = \mathrm{round}(-\min(w, 0) / s), \quad
         q = \mathrm{clamp}(\mathrm{round}(w / s) + z,\, 0,\, 2^b - 1)
 
-    with the extrema over a group, so that 0 is always represented exactly. ``init="mse"`` also
-    tries narrower ranges, each with the scale that least squares gives for its codes, and keeps in
-    each group the one with the least squared error.
+    The extrema are those of a group, so 0 is always represented exactly. ``init="mse"`` also tries
+    narrower ranges, each with the least-squares scale for its codes, and each group takes the one
+    with the least squared error.
 
     Source: PEQA (https://arxiv.org/abs/2305.14152), equation 1; torchao's
     ``choose_qparams_affine`` and ``quantize_affine`` compute the same.
@@ -128,14 +99,11 @@ def quantize_affine(
     Args:
         weight (torch.Tensor): ``[O, I]``, floating point; may be on the meta device.
         bits (int): b.
-        group_size (int | None): input channels that share a scale; None: all of a row.
+        group_size (int | None): g, input channels that share a scale; None: all of a row.
         init (AffineInit): "rtn" or "mse".
 
     Returns:
         AffineWeight: on the device of ``weight``.
-
-    Raises:
-        ValueError: if an argument is not supported.
     """
     check_affine(bits, group_size, init)
     groups_OGg = to_groups(weight.detach().float(), group_size or weight.shape[1])
@@ -208,15 +176,9 @@ def centred_codes(
 
 
 def row_parts(num_rows: int, in_dim: int, weights_at_once: int | None = None) -> Iterator[slice]:
-    """Cut a weight into parts of few rows, so that a temporary for one of them stays small.
+    """Yield slices of rows with at most ``weights_at_once`` (2^22) weights, but at least one row.
 
-    Args:
-        num_rows (int): O.
-        in_dim (int): I.
-        weights_at_once (int | None): the most in a part, but for a single row; None: 2^22.
-
-    Yields:
-        slice: of rows.
+    A temporary for one of them then stays small.
     """
     step = max(1, (weights_at_once or _WEIGHTS_AT_ONCE) // in_dim)
     for start in range(0, num_rows, step):
@@ -235,7 +197,7 @@ def dequantize_affine(
     Args:
         packed (torch.Tensor): ``[O, layout.num_bytes]`` uint8.
         weight_scale (torch.Tensor): ``[O, G]``, fp32 or fp64.
-        zero_point (torch.Tensor): ``[O, G]``, uint8 or as ``weight_scale``.
+        zero_point (torch.Tensor): ``[O, G]``, uint8 or the dtype of ``weight_scale``.
         layout (AffineLayout): of the rows.
         dtype (torch.dtype): of the result.
 

@@ -1,6 +1,6 @@
 """Read the weights that bitsandbytes stores, in 4 and in 8 bits.
 
-A 4-bit linear, its scalers (absmax) quantised again or not:
+A 4-bit linear; its scalers (absmax) may be quantised again ("nested"):
 
 ===========================================  ==================================================
 ``weight``                                   uint8 ``[O I / 2, 1]``, two codes a byte, the first
@@ -34,16 +34,9 @@ _INT8_ZERO = 128
 
 
 def read_bnb_4bit(parts: Mapping[str, torch.Tensor]) -> StoredNF4:
-    """Take a 4-bit weight over, with its codes and scalers.
+    """Read a 4-bit weight with its codes and scalers; it decodes to the same numbers.
 
-    Args:
-        parts (Mapping[str, torch.Tensor]): by name.
-
-    Returns:
-        StoredNF4: decodes to the same numbers.
-
-    Raises:
-        ValueError: if the parts do not belong together.
+    Parts that do not belong together are a ValueError.
     """
     state, quant_type = _state(parts)
     shape = tuple(int(size) for size in state["shape"])
@@ -82,34 +75,19 @@ def _state(parts: Mapping[str, torch.Tensor]) -> tuple[dict[str, Any], QuantType
 
 
 def _spread(values: torch.Tensor, from_size: int, to_size: int, count: int) -> torch.Tensor:
-    """Give each of ``count`` smaller blocks the value of the larger one that it is in."""
+    """Give each of ``count`` smaller blocks the value of the larger block that contains it."""
     index = torch.arange(count, device=values.device) * to_size // from_size
     return values.reshape(-1)[index]
 
 
 def read_bnb_8bit(parts: Mapping[str, torch.Tensor]) -> StoredAffine:
-    """Take an 8-bit weight over.
-
-    Args:
-        parts (Mapping[str, torch.Tensor]): "weight" and "SCB".
-
-    Returns:
-        StoredAffine: 8 bits, one scale a channel, zero point 128.
-    """
+    """Read an 8-bit weight from "weight" and "SCB"."""
     weight, largest = parts["weight"], parts["SCB"].float().reshape(-1, 1)
     return from_signed(weight, largest / 127)
 
 
 def from_signed(weight: torch.Tensor, scale: torch.Tensor) -> StoredAffine:
-    """Make an affine weight of signed 8-bit integers.
-
-    Args:
-        weight (torch.Tensor): ``[O, I]`` int8.
-        scale (torch.Tensor): ``[O, G]``.
-
-    Returns:
-        StoredAffine: with zero point 128.
-    """
+    """Make an 8-bit weight with zero point 128 of int8 ``[O, I]`` and scales ``[O, G]``."""
     codes = (weight.short() + _INT8_ZERO).to(torch.uint8)
     zero_point = torch.full(scale.shape, _INT8_ZERO, dtype=torch.uint8, device=weight.device)
     layout = AffineLayout(8, weight.shape[1] // scale.shape[1], weight.shape[1])

@@ -1,4 +1,4 @@
-"""Blockwise integer codes of activations: a cheap way to keep a tensor until backward."""
+"""Blockwise integer codes of activations: a cheap way to save a tensor for backward."""
 
 import torch
 
@@ -18,9 +18,6 @@ def quantize_blocks(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Ten
     Returns:
         tuple[torch.Tensor, torch.Tensor]: int8 codes ``[..., D]`` (8 bits) or uint8 bytes
         ``[..., D / 2]`` (4 bits), and scales ``[..., ceil(D / 64)]`` in the dtype of ``x``.
-
-    Raises:
-        ValueError: if ``bits`` is neither, or D is odd at 4 bits.
     """
     dim = x.shape[-1]
     if bits not in (4, 8) or (bits == 4 and dim % 2):
@@ -37,15 +34,7 @@ def quantize_blocks(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Ten
 
 
 def dequantize_blocks(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Decode the result of :func:`quantize_blocks`.
-
-    Args:
-        codes (torch.Tensor): int8 ``[..., D]`` or uint8 ``[..., D / 2]``.
-        scale (torch.Tensor): ``[..., ceil(D / 64)]``.
-
-    Returns:
-        torch.Tensor: ``[..., D]`` in the dtype of ``scale``.
-    """
+    """Decode the result of :func:`quantize_blocks` to ``[..., D]`` in the dtype of ``scale``."""
     if codes.dtype == torch.uint8:
         pairs = torch.stack([codes >> 4, codes & 0xF], dim=-1)
         codes = pairs.flatten(-2).to(torch.int8) - 8

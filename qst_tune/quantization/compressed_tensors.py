@@ -27,18 +27,10 @@ from qst_tune.quantization.stored import StoredAffine
 def from_pack_quantized(
     parts: Mapping[str, torch.Tensor], *, bits: int, group_size: int | None = None
 ) -> StoredAffine:
-    """Take a packed linear over.
+    """Read a packed linear from tensors by name: the same codes, scales and zero points.
 
-    Args:
-        parts (Mapping[str, torch.Tensor]): the tensors by name.
-        bits (int): of a code, 4 or 8.
-        group_size (int | None): as for :func:`~qst_tune.quantization.gptq.from_gptq`.
-
-    Returns:
-        StoredAffine: the same codes, scales and zero points.
-
-    Raises:
-        ValueError: if the tensors do not belong together.
+    Tensors that do not belong together are a ValueError. ``group_size`` is that of
+    :func:`~qst_tune.quantization.gptq.from_gptq`.
     """
     out_dim, in_dim = (int(size) for size in parts["weight_shape"])
     scale = parts["weight_scale"].float().reshape(out_dim, -1)

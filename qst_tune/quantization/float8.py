@@ -21,7 +21,7 @@ def decode_float8(
         torch.Tensor: ``[..., O, I]`` fp32.
 
     Raises:
-        ValueError: if the scales are not those of the weight.
+        ValueError: if the shapes do not belong together.
     """
     values, factors = weight.float(), scale.float()
     if factors.numel() == 1:

@@ -16,13 +16,13 @@ store 0; "gptq_v2" stores it as it is.
 Source: the packing of AutoGPTQ and GPTQModel (github.com/ModelCloud/GPTQModel).
 """
 
-import math
 from collections.abc import Mapping
 from typing import Literal
 
 import torch
 
 from qst_tune.quantization.affine import AffineLayout, AffineWeight
+from qst_tune.quantization.packing import pack_groups, units_together, unpack_groups
 from qst_tune.quantization.stored import StoredAffine, in_own_order
 
 GPTQFormat = Literal["gptq", "gptq_v2"]
@@ -37,7 +37,7 @@ def to_gptq(
     form: GPTQFormat,
     order: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Lay a weight out as GPTQ checkpoints do.
+    """Store a weight as GPTQ checkpoints do.
 
     Args:
         weight (AffineWeight): ``codes`` ``[O, I]`` without padding.
@@ -45,17 +45,17 @@ def to_gptq(
         group_size (int): input channels that share a scale.
         form (GPTQFormat): how zero points are stored.
         order (torch.Tensor | None): ``[I]``, the input channel of each column of the codes, as
-            :func:`from_gptq` gives it; None: their own.
+            :func:`from_gptq` gives it; None: the columns are in order.
 
     Returns:
         dict[str, torch.Tensor]: the four tensors by name.
 
     Raises:
-        ValueError: if the format cannot hold this weight.
+        ValueError: if sizes are no multiples of a word, or "gptq" would have to store zero point 0.
     """
     codes, scale, zero_point = weight
     out_dim, in_dim = codes.shape
-    together = math.lcm(bits, _WORD_BITS) // bits
+    together, _ = units_together(bits, _WORD_BITS)
     if in_dim % group_size or in_dim % together or out_dim % together:
         raise ValueError(
             f"a weight of {out_dim} x {in_dim} does not fit the GPTQ format at {bits} bits and "
@@ -78,51 +78,19 @@ def to_gptq(
 
 
 def pack_words(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack numbers along the first dimension into 32-bit words.
-
-    Args:
-        values (torch.Tensor): ``[N, M]``, whole numbers below ``2^bits``.
-        bits (int): of a number.
-
-    Returns:
-        torch.Tensor: ``[N bits / 32, M]`` int32.
-    """
-    num_words = math.lcm(bits, _WORD_BITS) // _WORD_BITS
-    together = num_words * _WORD_BITS // bits
-    groups = values.long().view(-1, together, values.shape[1])
-    words = groups.new_zeros(len(groups), num_words, values.shape[1])
-    for index in range(together):
-        word, shift = divmod(index * bits, _WORD_BITS)
-        words[:, word] |= groups[:, index] << shift
-        if shift + bits > _WORD_BITS:
-            words[:, word + 1] |= groups[:, index] >> (_WORD_BITS - shift)
+    """Pack numbers below ``2^bits`` along the first dimension: ``[N, M]`` to int32 ``[W, M]``."""
+    num_values, _ = units_together(bits, _WORD_BITS)
+    words = pack_groups(values.long().view(-1, num_values, values.shape[1]), bits, _WORD_BITS)
     # Only the low 32 bits of each; as signed, which is how the format has them.
     return words.view(-1, values.shape[1]).to(torch.int32)
 
 
 def unpack_words(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """Undo :func:`pack_words`.
-
-    Args:
-        words (torch.Tensor): ``[W, M]`` int32.
-        bits (int): of a number.
-
-    Returns:
-        torch.Tensor: ``[W 32 / bits, M]`` uint8.
-    """
-    num_words = math.lcm(bits, _WORD_BITS) // _WORD_BITS
-    together = num_words * _WORD_BITS // bits
-    groups = words.view(-1, num_words, words.shape[1])
-    values = torch.empty(len(groups), together, words.shape[1], dtype=torch.uint8)
-    for index in range(together):
-        word, shift = divmod(index * bits, _WORD_BITS)
-        # A shift of a signed word brings ones along, which the mask drops.
-        value = groups[:, word] >> shift
-        if shift + bits > _WORD_BITS:
-            low = (1 << (_WORD_BITS - shift)) - 1
-            value = (value & low) | (groups[:, word + 1] << (_WORD_BITS - shift))
-        values[:, index] = value & (2**bits - 1)
-    return values.view(-1, words.shape[1])
+    """Undo :func:`pack_words`: int32 ``[W, M]`` to uint8 ``[32 W / bits, M]``."""
+    _, num_words = units_together(bits, _WORD_BITS)
+    unsigned = words.long() & (2**_WORD_BITS - 1)
+    groups = unsigned.view(-1, num_words, words.shape[1])
+    return unpack_groups(groups, bits, _WORD_BITS).view(-1, words.shape[1])
 
 
 def from_gptq(
@@ -132,32 +100,27 @@ def from_gptq(
     form: GPTQFormat,
     group_size: int | None = None,
 ) -> StoredAffine:
-    """Take a linear over as a GPTQ checkpoint stores it, act-order included.
+    """Read a linear of a GPTQ checkpoint, including act-order.
 
     Args:
         parts (Mapping[str, torch.Tensor]): the tensors by name; ``g_idx`` may be missing.
         bits (int): of a code.
         form (GPTQFormat): how zero points are stored.
-        group_size (int | None): g, which counts where a last group is not full; None: groups are
-            full.
+        group_size (int | None): g, which matters where the last group is not full; None: all groups
+            are full.
 
     Returns:
         StoredAffine: the same codes, scales and zero points.
 
     Raises:
-        ValueError: if the tensors do not belong together, or channels are grouped unevenly.
+        ValueError: if the tensors do not belong together, or groups differ in size.
     """
     codes_IO = unpack_words(parts["qweight"], bits)
-    in_dim, out_dim = codes_IO.shape
+    in_dim = len(codes_IO)
     scales_GO = parts["scales"].float()
     zeros_GO = unpack_words(parts["qzeros"].T.contiguous(), bits).T
     if form == "gptq":
         zeros_GO = (zeros_GO + 1) & (2**bits - 1)
-    if scales_GO.shape != zeros_GO.shape or scales_GO.shape[1] != out_dim:
-        raise ValueError(
-            f"scales {tuple(scales_GO.shape)} and zero points {tuple(zeros_GO.shape)} are not "
-            f"those of {out_dim} x {in_dim} codes"
-        )
     group_size = group_size_of(in_dim, len(scales_GO), group_size)
     order = group_order(parts.get("g_idx"), in_dim, group_size)
     if order is not None:
@@ -167,35 +130,17 @@ def from_gptq(
 
 
 def group_size_of(in_dim: int, num_groups: int, group_size: int | None = None) -> int:
-    """Return how many input channels of a weight share a scale.
-
-    Args:
-        in_dim (int): I.
-        num_groups (int): G.
-        group_size (int | None): what a config says of the whole model, if it fits this weight.
-
-    Returns:
-        int: g.
-    """
+    """Return g: the whole model's ``group_size`` if it fits a weight, else that of equal groups."""
     if group_size and -(-in_dim // group_size) == num_groups:
         return min(group_size, in_dim)
     return -(-in_dim // num_groups)
 
 
 def group_order(g_idx: torch.Tensor | None, in_dim: int, group_size: int) -> torch.Tensor | None:
-    """Order the input channels group after group.
+    """Return the input channels ``[I]``, group after group; None if they are in that order already.
 
-    Args:
-        g_idx (torch.Tensor | None): ``[I]``, group of each input channel; None: each
-            ``group_size`` of them.
-        in_dim (int): I.
-        group_size (int): g.
-
-    Returns:
-        torch.Tensor | None: ``[I]`` int64, the channels; None if they follow each other so.
-
-    Raises:
-        ValueError: if a group has another number of channels.
+    ``g_idx`` ``[I]`` is the group of each input channel. A group of another size than
+    ``group_size`` is a ValueError.
     """
     regular = torch.arange(in_dim) // group_size
     if g_idx is None or torch.equal(g_idx.long(), regular):
@@ -216,7 +161,7 @@ def stored_affine(
     layout: AffineLayout,
     order: torch.Tensor | None = None,
 ) -> StoredAffine:
-    """Put a weight together, with a last group that I does not fill padded.
+    """Make a weight, and pad a last group that I does not fill.
 
     Args:
         codes (torch.Tensor): ``[O, I]`` uint8, group after group.
@@ -228,6 +173,11 @@ def stored_affine(
     Returns:
         StoredAffine: contiguous.
     """
+    if scale.shape != zero_point.shape or len(scale) != len(codes):
+        raise ValueError(
+            f"scales {tuple(scale.shape)} and zero points {tuple(zero_point.shape)} are not those "
+            f"of {len(codes)} x {layout.in_dim} codes"
+        )
     missing = layout.num_codes - layout.in_dim
     if missing:
         codes = torch.cat([codes, zero_point[:, -1:].expand(-1, missing)], dim=1)

@@ -12,10 +12,10 @@ _EXPONENT_OF_ONE = 127
 
 
 def read_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> StoredNF4:
-    r"""Take a weight over: :math:`w = 2^{e - 127}\,L[q]`.
+    r"""Read a weight: :math:`w = 2^{e - 127}\,L[q]`.
 
-    It fits the parts of an NF4 weight: the 16 levels are E2M1's, and the scaler codes are the
-    exponents, of which the map holds the 256 powers of two. All of it is exact in bf16.
+    It fits the parts of an NF4 weight: the 16 levels are E2M1's, the scaler codes are the
+    exponents, and their map contains the 256 powers of two. All of it is exact in bf16.
 
     Source: OCP Microscaling Formats (MX) 1.0; the tensors of github.com/openai/gpt-oss.
 
@@ -26,9 +26,6 @@ def read_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> StoredNF4:
 
     Returns:
         StoredNF4: ``[O, I]``.
-
-    Raises:
-        ValueError: if the shapes do not belong together.
     """
     if blocks.shape[:-1] != scales.shape or blocks.shape[-1] * 2 != BLOCK_SIZE:
         raise ValueError(f"{tuple(blocks.shape)} codes with {tuple(scales.shape)} exponents")

@@ -32,19 +32,11 @@ _FP4_LEVELS = [sign * size / 12 for sign in (1, -1) for size in (0, 0.0625, 8, 1
 
 
 def nf4_block_sizes(numel: int) -> tuple[int, int]:
-    """Return the largest standard (block, scaler block) sizes that divide a weight evenly.
+    """Return weights per absmax and absmax values per factor; both divide a weight evenly.
 
-    torchao fixes 64 and 256, which refuses for example a 576 x 576 weight (SmolLM2): it has
-    5184 blocks, and 5184 is not a multiple of 256.
-
-    Args:
-        numel (int): number of elements of the weight.
-
-    Returns:
-        tuple[int, int]: weights per absmax, and absmax values per second-level factor.
-
-    Raises:
-        ValueError: if ``numel`` is odd, since a byte holds two codes.
+    torchao fixes 64 and 256, which refuses for example a 576 x 576 weight (SmolLM2): it has 5184
+    blocks, and 5184 is not a multiple of 256. An odd number of elements is a ValueError, since a
+    byte has two codes.
     """
     block_size = math.gcd(numel, BLOCK_SIZE)
     if numel == 0 or block_size % 2:
@@ -56,17 +48,10 @@ def nf4_block_sizes(numel: int) -> tuple[int, int]:
 
 
 def quantize_nf4(weight: torch.Tensor, quant_type: QuantType = "nf4") -> NF4Tensor:
-    """Quantise a weight to 4 bits with double quantisation; NF4 exactly as torchao's ``to_nf4``.
+    """Quantise ``[out_dim, in_dim]`` to 4 bits with double quantisation: 0.52 bytes a weight.
 
-    An FP4 weight is the same tensor with other levels in its table: those of bitsandbytes, code by
-    code. Its absmax values are stored like those of NF4.
-
-    Args:
-        weight (torch.Tensor): a floating-point weight, ``[out_dim, in_dim]``, on any device.
-        quant_type (QuantType): "nf4" or "fp4".
-
-    Returns:
-        NF4Tensor: the same shape, dtype and device, 0.52 bytes an element.
+    NF4 equals torchao's ``to_nf4`` exactly. An FP4 weight is the same tensor with the 16 levels of
+    bitsandbytes in its table; its absmax values are stored like those of NF4.
     """
     weight = weight.detach().contiguous()
     block_size, scaler_block_size = nf4_block_sizes(weight.numel())
@@ -88,12 +73,6 @@ def dequantize_nf4(weight: NF4Tensor) -> torch.Tensor:
     A table of all 256 bytes gives two weights a lookup: on a CPU 0.5 instead of 3.3 ns a weight
     (2 cores, bf16). The indices are made for a part of the weight at a time; torchao makes two
     64-bit ones for every byte, up to 4 GiB for one weight of a 70B model.
-
-    Args:
-        weight (NF4Tensor): ``[out_dim, in_dim]``.
-
-    Returns:
-        torch.Tensor: ``[out_dim, in_dim]`` in ``weight.dtype``.
     """
     # Where the codes are: an estimate's fake weight says that it is elsewhere.
     device = weight.quantized_data.device
@@ -103,14 +82,9 @@ def dequantize_nf4(weight: NF4Tensor) -> torch.Tensor:
 
 
 def decoded_rows(weight: NF4Tensor) -> Iterator[torch.Tensor]:
-    """Decode an NF4 weight some rows at a time, to the bits of :func:`dequantize_nf4`.
+    """Yield the rows of :func:`dequantize_nf4`, ``[R, in_dim]`` at a time.
 
-    Args:
-        weight (NF4Tensor): ``[out_dim, in_dim]``.
-
-    Yields:
-        torch.Tensor: the next rows, ``[R, in_dim]`` in ``weight.dtype``; all of them at once where
-        blocks do not end with a row.
+    Where blocks do not end with a row, all rows come at once.
     """
     out_dim, in_dim = weight.shape
     parts = list(row_parts(out_dim, in_dim, _AT_ONCE))
@@ -127,7 +101,7 @@ def decoded_rows(weight: NF4Tensor) -> Iterator[torch.Tensor]:
 
 
 def _absmax(weight: NF4Tensor) -> torch.Tensor:
-    """The largest absolute value of each block: torchao's 8 bits, bitsandbytes', or exact."""
+    """Largest absolute value of each block: torchao's 8 bits, bitsandbytes', or exact."""
     scalers: torch.Tensor = weight.quantized_scalers
     if scalers.is_floating_point():
         return scalers
@@ -171,14 +145,9 @@ def _scale_blocks_(blocks: torch.Tensor, absmax: torch.Tensor) -> None:
 
 
 def decode_levels(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Decode NF4 codes, without their scales.
+    """Decode NF4 codes ``[..., C]``, two a byte, to their levels ``[..., 2 C]``, from -1 to 1.
 
-    Args:
-        codes (torch.Tensor): ``[..., C]`` uint8, two codes a byte.
-        dtype (torch.dtype): bf16, fp16 or fp32.
-
-    Returns:
-        torch.Tensor: ``[..., 2 C]``, levels from -1 to 1 as torchao rounds them to ``dtype``.
+    The levels are as torchao rounds them to ``dtype`` (bf16, fp16 or fp32).
     """
     pairs = torch.index_select(_nf4_pairs(dtype, codes.device), 0, codes.flatten().int())
     return pairs.view(dtype).view(*codes.shape[:-1], 2 * codes.shape[-1])
@@ -219,15 +188,8 @@ def nearest_levels(
 ) -> torch.Tensor:
     """Find the level nearest to each weight over its block's absmax.
 
-    On a CPU in bf16 it is one lookup, 40 times faster than torchao's search.
-
-    Args:
-        weight (torch.Tensor): contiguous, of whole blocks.
-        block_size (int): weights that share an absmax.
-        quant_type (QuantType): "nf4" or "fp4".
-
-    Returns:
-        torch.Tensor: ``[numel / 2]`` uint8, two codes a byte.
+    The weight is contiguous and has whole blocks; the result is uint8 ``[numel / 2]``, two codes a
+    byte. On a CPU in bf16 this is one lookup, 40 times faster than torchao's search.
     """
     flat = weight.flatten()
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
@@ -259,16 +221,16 @@ def _meta_nf4(weight: torch.Tensor, block_size: int, scaler_block_size: int) -> 
 
 
 def nf4_from_parts(shape: Sequence[int], parts: Sequence[torch.Tensor]) -> NF4Tensor:
-    """Put a weight together from the tensors that one from :func:`quantize_nf4` consists of.
+    """Make a weight of the tensors that one from :func:`quantize_nf4` consists of; none is copied.
 
     Args:
         shape (Sequence[int]): of the weight.
-        parts (Sequence[torch.Tensor]): absmax codes, their factors, their mean, codes and levels,
-            not copied. With uint8 absmax codes the weight is one of bitsandbytes: their mean is
-            followed by the 256 numbers of its map; floating-point ones are the absmax values.
+        parts (Sequence[torch.Tensor]): absmax codes, their factors, their mean, codes and levels.
+            uint8 absmax codes are bitsandbytes': their mean is followed by the 256 numbers of its
+            map. Floating-point ones are the absmax values.
 
     Returns:
-        NF4Tensor: its dtype is that of the levels.
+        NF4Tensor: with the dtype of the levels.
     """
     num_blocks = len(parts[0])
     block_sizes = math.prod(shape) // num_blocks, num_blocks // max(1, len(parts[1]))
@@ -276,7 +238,7 @@ def nf4_from_parts(shape: Sequence[int], parts: Sequence[torch.Tensor]) -> NF4Te
 
 
 class _Layout(NamedTuple):
-    """What a contiguous weight ``[O, I]`` would be, without memory."""
+    """Shape, dtype and device of a contiguous weight, without memory."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype

@@ -15,68 +15,56 @@ import torch
 
 
 def packed_dim(in_dim: int, bits: int) -> int:
-    """Bytes that a row takes.
-
-    Args:
-        in_dim (int): I.
-        bits (int): of a code.
-
-    Returns:
-        int: bytes; rows that do not fill the last group of bytes are padded.
-    """
-    codes_together, bytes_together = _group(bits)
-    return math.ceil(in_dim / codes_together) * bytes_together
+    """Return the bytes of a row of ``in_dim`` codes; its last group of bytes is padded."""
+    num_codes, num_bytes = units_together(bits, 8)
+    return math.ceil(in_dim / num_codes) * num_bytes
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Pack codes.
-
-    Args:
-        codes (torch.Tensor): ``[O, I]`` uint8, each below ``2^bits``.
-        bits (int): 1 to 8.
-
-    Returns:
-        torch.Tensor: ``[O, packed_dim(I, bits)]`` uint8.
-    """
+    """Pack uint8 codes ``[O, I]``, each below ``2^bits``, to ``[O, packed_dim(I, bits)]``."""
     num_rows, in_dim = codes.shape
-    num_codes, num_bytes = _group(bits)
-    segment = math.ceil(in_dim / num_codes)
-    padded = torch.nn.functional.pad(codes, (0, segment * num_codes - in_dim))
-    segments = padded.view(num_rows, num_codes, segment)
-    packed = codes.new_zeros(num_rows, num_bytes, segment)
-    for index in range(num_codes):
-        byte, shift = divmod(index * bits, 8)
-        packed[:, byte] |= segments[:, index] << shift  # what leaves the byte is dropped
-        if shift + bits > 8:
-            packed[:, byte + 1] |= segments[:, index] >> (8 - shift)
-    return packed.view(num_rows, num_bytes * segment)
+    num_codes, _ = units_together(bits, 8)
+    padded = torch.nn.functional.pad(codes, (0, -in_dim % num_codes))
+    return pack_groups(padded.view(num_rows, num_codes, -1), bits, 8).view(num_rows, -1)
 
 
 def unpack(packed: torch.Tensor, bits: int, in_dim: int) -> torch.Tensor:
-    """Undo :func:`pack`.
+    """Undo :func:`pack`, for all rows or some: ``[O, packed_dim(I, bits)]`` to ``[O, I]``."""
+    _, num_bytes = units_together(bits, 8)
+    codes = unpack_groups(packed.view(len(packed), num_bytes, -1), bits, 8)
+    return codes.view(len(packed), -1)[:, :in_dim]
 
-    Args:
-        packed (torch.Tensor): ``[O, packed_dim(I, bits)]`` uint8; any of its rows.
-        bits (int): of a code.
-        in_dim (int): I.
 
-    Returns:
-        torch.Tensor: ``[O, I]`` uint8.
+def units_together(bits: int, unit_bits: int) -> tuple[int, int]:
+    """Return the smallest number of codes that fills whole bytes or words, and their number."""
+    num_units = math.lcm(bits, unit_bits) // unit_bits
+    return num_units * unit_bits // bits, num_units
+
+
+def pack_groups(codes: torch.Tensor, bits: int, unit_bits: int) -> torch.Tensor:
+    """Pack ``[N, codes, M]`` to ``[N, units, M]``, the first code in the lowest bits.
+
+    A unit is a byte or a word; the sizes of a group are those of :func:`units_together`.
     """
-    num_rows = len(packed)
-    num_codes, num_bytes = _group(bits)
-    segments = packed.view(num_rows, num_bytes, -1)
-    codes = packed.new_empty(num_rows, num_codes, segments.shape[-1])
+    _, num_units = units_together(bits, unit_bits)
+    packed = codes.new_zeros(len(codes), num_units, codes.shape[2])
+    for index in range(codes.shape[1]):
+        unit, shift = divmod(index * bits, unit_bits)
+        packed[:, unit] |= codes[:, index] << shift  # bits beyond the unit are dropped
+        if shift + bits > unit_bits:
+            packed[:, unit + 1] |= codes[:, index] >> (unit_bits - shift)
+    return packed
+
+
+def unpack_groups(packed: torch.Tensor, bits: int, unit_bits: int) -> torch.Tensor:
+    """Undo :func:`pack_groups`, to uint8; ``packed`` is uint8, or int64 without a sign."""
+    num_codes, _ = units_together(bits, unit_bits)
+    shape = (len(packed), num_codes, packed.shape[2])
+    codes = packed.new_empty(shape, dtype=torch.uint8)
     for index in range(num_codes):
-        byte, shift = divmod(index * bits, 8)
-        value = segments[:, byte] >> shift
-        if shift + bits > 8:
-            value |= segments[:, byte + 1] << (8 - shift)
-        torch.bitwise_and(value, 2**bits - 1, out=codes[:, index])
-    return codes.view(num_rows, -1)[:, :in_dim]
-
-
-def _group(bits: int) -> tuple[int, int]:
-    """The smallest number of codes that fills whole bytes, and the number of these bytes."""
-    num_bytes = math.lcm(bits, 8) // 8
-    return num_bytes * 8 // bits, num_bytes
+        unit, shift = divmod(index * bits, unit_bits)
+        code = packed[:, unit] >> shift
+        if shift + bits > unit_bits:
+            code |= packed[:, unit + 1] << (unit_bits - shift)
+        torch.bitwise_and(code, 2**bits - 1, out=codes[:, index])
+    return codes

@@ -9,15 +9,9 @@ from torchao.dtypes.nf4tensor import NF4Tensor
 
 
 def parts_of(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Take a quantised tensor apart.
+    """Return the plain tensors in a quantised one by name, not copied; none of a plain tensor.
 
-    Args:
-        tensor (torch.Tensor): of a type that wraps others, as torchao's ``NF4Tensor`` (codes,
-            absmax codes, their factors and mean, and the 16 levels), or a plain one.
-
-    Returns:
-        dict[str, torch.Tensor]: by the names that the type gives them, not copied; nothing of a
-        plain tensor.
+    torchao's ``NF4Tensor`` has codes, absmax codes, their factors and mean, and the 16 levels.
     """
     if not is_traceable_wrapper_subclass(tensor):
         return {}
@@ -26,30 +20,19 @@ def parts_of(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def named_parts(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Name the plain tensors of any tensor, as files and sharding do.
+    """Name the plain tensors of any tensor as files and sharding do; none is copied.
 
-    Args:
-        name (str): of the tensor.
-        tensor (torch.Tensor): quantised or plain.
-
-    Returns:
-        dict[str, torch.Tensor]: not copied; of a quantised one ``name/quantized_data`` and so on, a
-        plain one under its own name.
+    Those of a quantised one are ``name/quantized_data`` and so on; a plain one has its own name.
     """
     parts = parts_of(tensor)
     return {f"{name}/{part}": value for part, value in parts.items()} or {name: tensor}
 
 
 def join_parts(parts: Mapping[str, torch.Tensor], like: torch.Tensor) -> torch.Tensor:
-    """Put a quantised tensor together again; the inverse of :func:`parts_of`.
+    """Undo :func:`parts_of`, on the device of the parts.
 
-    Args:
-        parts (Mapping[str, torch.Tensor]): all on one device; not copied.
-        like (torch.Tensor): a quantised tensor of the same shape and format, perhaps on another
-            device.
-
-    Returns:
-        torch.Tensor: of the type of ``like``; an NF4 one has the dtype of its levels.
+    ``like`` is a quantised tensor of the same shape and format on any device. An NF4 weight gets
+    the dtype of its levels.
     """
     quantized: type = type(like)
     names, context = like.__tensor_flatten__()  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
-"""A frozen weight with a row for each token, as codes: of an embedding, an LM head, or both.
+"""A frozen, quantised weight with a row for each token: of an embedding, an LM head, or both.
 
-Notation: V rows, D columns, G groups a row, C bytes a row, n tokens.
+Notation: V rows, D columns, G groups a row, C bytes a row.
 """
 
 import math
@@ -25,25 +25,16 @@ _aten = torch.ops.aten
 
 
 class _Format(NamedTuple):
-    """One way to store rows.
+    """One way to store rows."""
 
-    Args:
-        quantize (Callable[..., tuple[torch.Tensor, torch.Tensor]]): from rows ``[R, G, D / G]`` to
-            codes ``[R, C]`` and scales ``[R, G]``.
-        decode (Callable[[torch.Tensor, torch.dtype], torch.Tensor]): from codes ``[..., C]`` to
-            their levels ``[..., D]`` in a dtype.
-        codes_dtype (torch.dtype): of a byte.
-        codes_per_byte (int): 1 or 2.
-        scale_dtype (torch.dtype | None): of scales, in which rows are rounded; None: the table's.
-        block_size (int | None): columns that share a scale; None: all.
-    """
-
+    # from rows [R, G, D / G] to codes [R, C] and scales [R, G]
     quantize: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    # from codes [..., C] to their levels [..., D] in a dtype
     decode: Callable[[torch.Tensor, torch.dtype], torch.Tensor]
     codes_dtype: torch.dtype
     codes_per_byte: int
-    scale_dtype: torch.dtype | None
-    block_size: int | None
+    scale_dtype: torch.dtype | None  # rows are rounded in it; None: the table's
+    block_size: int | None  # columns that share a scale; None: all
 
     def num_groups(self, dim: int) -> int:
         """G of rows of D columns; a block never spans two rows."""
@@ -81,11 +72,11 @@ class QuantizedTable(torch.Tensor):
                                                   the weight's own dtype
     ========  ==================================  ===========================  ==================
 
-    It stands where a module's dense weight stood. ``F.embedding`` decodes the rows that are looked
-    up. ``F.linear(x, W)``, its gradient and ``x @ W`` decode some rows at a time and never hold the
-    dense weight; a scale of a whole row is applied behind the product. ``copy_`` from a dense
-    weight quantises. Everything else raises: decode with :meth:`dense` first. It is frozen: a
-    gradient flows to x only.
+    It replaces a module's dense weight. ``F.embedding`` decodes the rows of its tokens.
+    ``F.linear(x, W)``, its gradient and ``x @ W`` decode some rows at a time and never have the
+    dense weight; the scale of a whole row is applied to the product. ``copy_`` from a dense weight
+    quantises. Everything else raises: decode with :meth:`dense` first. The table is frozen: only x
+    gets a gradient.
 
     NF4's scales are not quantised again (QLoRA's double quantisation): so a row is decoded from its
     own bytes alone, and a scale is exact, being one of the weights. That costs 3 % more bytes.
@@ -94,7 +85,7 @@ class QuantizedTable(torch.Tensor):
         codes (torch.Tensor): ``[V, C]``, int8 (C = D) or uint8 (C = D / 2).
         row_scale (torch.Tensor): ``[V, G]``.
         form (TableFormat): "int8" or "nf4".
-        dtype (torch.dtype): that it stands for, as ``dtype`` says and rows are decoded to.
+        dtype (torch.dtype): of the tensor and of its decoded rows.
     """
 
     codes: torch.Tensor
@@ -120,53 +111,25 @@ class QuantizedTable(torch.Tensor):
     # What an embedding and a linear layer ask for.
 
     def rows(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Decode the rows of tokens.
-
-        Args:
-            tokens (torch.Tensor): ids, of any shape.
-
-        Returns:
-            torch.Tensor: ``[..., D]``, rounded once to the table's dtype.
-        """
+        """Decode the rows of tokens: ``[..., D]``, rounded once to the table's dtype."""
         return self._scaled(self.codes[tokens], self.row_scale[tokens], self.dtype)
 
     def scores(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply with every row: ``x W^T``.
-
-        Args:
-            x (torch.Tensor): ``[..., D]``, floating point.
-
-        Returns:
-            torch.Tensor: ``[..., V]`` in the dtype of ``x``.
-        """
+        """Multiply with all rows, ``x W^T``: ``[..., D]`` to ``[..., V]`` in the dtype of ``x``."""
         y = x.new_empty(*x.shape[:-1], len(self))
         for rows in self._parts():
             y[..., rows] = self._scores_of(rows, x)
         return y
 
     def mixture(self, shares: torch.Tensor) -> torch.Tensor:
-        """Sum rows: ``p W``, summed in fp32 or better.
-
-        Args:
-            shares (torch.Tensor): p, ``[..., V]``.
-
-        Returns:
-            torch.Tensor: ``[..., D]`` in the dtype of ``shares``.
-        """
+        """Sum rows: ``p W``, ``[..., V]`` to ``[..., D]``, summed in fp32 or better."""
         total = _wide(shares.new_zeros(*shares.shape[:-1], self.shape[1]))
         for rows in self._parts():
             total += self._mixture_of(rows, shares[..., rows])
         return total.to(shares.dtype)
 
     def dense(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Decode all of it.
-
-        Args:
-            dtype (torch.dtype | None): of the result; None: its own.
-
-        Returns:
-            torch.Tensor: ``[V, D]``.
-        """
+        """Decode all of it; the default dtype is its own."""
         dtype = dtype or self.dtype
         weight = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
         for rows in self._parts():
@@ -191,7 +154,7 @@ class QuantizedTable(torch.Tensor):
         return row_parts(len(self), self.shape[1], weights_at_once=at_once)
 
     def _factors(self, rows: slice, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """A weight ``[R, D]`` and what is left to multiply each of its rows with, ``[R]``."""
+        """A weight ``[R, D]`` and the remaining factor of each of its rows, ``[R]``."""
         codes, scale = self.codes[rows], self.row_scale[rows]
         # In fp16 a product with codes, before its scale, can exceed 65504, and a share of a
         # probability times a scale vanishes below 6e-8: the weight is decoded first.
@@ -208,18 +171,18 @@ class QuantizedTable(torch.Tensor):
     # What torch asks of a tensor that is made of others.
 
     def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
-        """Return the names of the plain tensors, and what else makes a table of them."""
+        """Return the names of the plain tensors, and the rest of what makes a table."""
         return ["codes", "row_scale"], {"form": self.form, "dtype": self.dtype}
 
     @classmethod
     def __tensor_unflatten__(
         cls, parts: dict[str, torch.Tensor], context: dict[str, Any], *_: Any
     ) -> "QuantizedTable":
-        """Make a table of what :meth:`__tensor_flatten__` gave."""
+        """Make a table of what :meth:`__tensor_flatten__` returned."""
         return cls(parts["codes"], parts["row_scale"], **context)
 
     def __repr__(self) -> str:  # type: ignore[override]  # torch's own argument is for its own use
-        """Say what it is; its values would have to be decoded."""
+        """Describe it without its values, which would have to be decoded."""
         return f"QuantizedTable({self.form}, {tuple(self.shape)}, {self.dtype}, {self.device})"
 
     @classmethod
@@ -239,7 +202,8 @@ class QuantizedTable(torch.Tensor):
         """Make, move and fill tables; anything else would need the dense weight."""
         kwargs = kwargs or {}
         if func in (_aten.detach.default, _aten.alias.default, _aten.clone.default):
-            table = args[0]._like(func(args[0].codes), func(args[0].row_scale))
+            old = args[0]
+            table = cls(func(old.codes), func(old.row_scale), old.form, old.dtype)
             return return_and_correct_aliasing(func, args, kwargs, table)
         if func is _aten._to_copy.default:
             return args[0]._moved(kwargs.get("device"), kwargs.get("dtype"))
@@ -248,9 +212,6 @@ class QuantizedTable(torch.Tensor):
         raise NotImplementedError(
             f"{func} is not defined for a {cls.__name__}: decode it with dense() first"
         )
-
-    def _like(self, codes: torch.Tensor, row_scale: torch.Tensor) -> "QuantizedTable":
-        return QuantizedTable(codes, row_scale, self.form, self.dtype)
 
     def _moved(self, device: torch.device | None, dtype: torch.dtype | None) -> "QuantizedTable":
         dtype = dtype or self.dtype
@@ -277,7 +238,7 @@ def quantize_table(
 
     int8 is symmetric rounding to nearest from fp32, :math:`s = \max_d |w_d| / 127` and
     :math:`q = \mathrm{round}(w / s)`; NF4 takes the nearest level of ``w / absmax`` in ``dtype``,
-    as torchao does.
+    as torchao does. NF4 with an odd D is a ValueError.
 
     Args:
         weight (torch.Tensor): ``[V, D]``, floating point, such as a view of a file; may be meta.
@@ -287,9 +248,6 @@ def quantize_table(
 
     Returns:
         QuantizedTable: ``[V, D]``.
-
-    Raises:
-        ValueError: if D is odd, for NF4.
     """
     num_rows, dim = weight.shape
     layout = _FORMATS[form]
@@ -315,7 +273,7 @@ def _wide(x: torch.Tensor) -> torch.Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """``x W^T``; nothing is kept for backward but the table itself, which is a constant."""
+    """``x W^T``; backward needs only the table, a constant."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, table: QuantizedTable) -> torch.Tensor:
