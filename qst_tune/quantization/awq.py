@@ -15,7 +15,6 @@ from collections.abc import Mapping
 
 import torch
 
-from qst_tune.quantization.affine import AffineLayout
 from qst_tune.quantization.gptq import stored_affine
 from qst_tune.quantization.stored import StoredAffine
 
@@ -29,9 +28,8 @@ def from_awq(parts: Mapping[str, torch.Tensor]) -> StoredAffine:
 
     Tensors that do not belong together are a ValueError.
     """
-    codes_IO, scales_GO = _unpack(parts["qweight"]), parts["scales"]
-    layout = AffineLayout(BITS, len(codes_IO) // len(scales_GO), len(codes_IO))
-    return stored_affine(codes_IO.T, scales_GO.T, _unpack(parts["qzeros"]).T, layout)
+    codes_IO, zeros_GO = _unpack(parts["qweight"]), _unpack(parts["qzeros"])
+    return stored_affine(codes_IO.T, parts["scales"].T, zeros_GO.T, bits=BITS)
 
 
 def _unpack(words: torch.Tensor) -> torch.Tensor:

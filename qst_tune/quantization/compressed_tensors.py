@@ -19,8 +19,7 @@ from collections.abc import Mapping
 
 import torch
 
-from qst_tune.quantization.affine import AffineLayout
-from qst_tune.quantization.gptq import group_order, group_size_of, stored_affine, unpack_words
+from qst_tune.quantization.gptq import stored_affine, unpack_words
 from qst_tune.quantization.stored import StoredAffine
 
 
@@ -41,9 +40,11 @@ def from_pack_quantized(
         zero_point = unpack_words(parts["weight_zero_point"].contiguous(), bits)[:out_dim]
     else:
         zero_point = torch.full(scale.shape, 2 ** (bits - 1), dtype=torch.uint8)
-    group_size = group_size_of(in_dim, scale.shape[1], group_size)
-    order = group_order(parts.get("weight_g_idx"), in_dim, group_size)
-    if order is not None:
-        codes = codes[:, order]
-    layout = AffineLayout(bits, group_size, in_dim)
-    return stored_affine(codes, scale, zero_point, layout, order)
+    return stored_affine(
+        codes,
+        scale,
+        zero_point,
+        bits=bits,
+        group_size=group_size,
+        g_idx=parts.get("weight_g_idx"),
+    )

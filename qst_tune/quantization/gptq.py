@@ -115,28 +115,27 @@ def from_gptq(
     Raises:
         ValueError: if the tensors do not belong together, or groups differ in size.
     """
-    codes_IO = unpack_words(parts["qweight"], bits)
-    in_dim = len(codes_IO)
-    scales_GO = parts["scales"].float()
     zeros_GO = unpack_words(parts["qzeros"].T.contiguous(), bits).T
     if form == "gptq":
         zeros_GO = (zeros_GO + 1) & (2**bits - 1)
-    group_size = group_size_of(in_dim, len(scales_GO), group_size)
-    order = group_order(parts.get("g_idx"), in_dim, group_size)
-    if order is not None:
-        codes_IO = codes_IO[order]
-    layout = AffineLayout(bits, group_size, in_dim)
-    return stored_affine(codes_IO.T, scales_GO.T, zeros_GO.T, layout, order)
+    return stored_affine(
+        unpack_words(parts["qweight"], bits).T,
+        parts["scales"].T,
+        zeros_GO.T,
+        bits=bits,
+        group_size=group_size,
+        g_idx=parts.get("g_idx"),
+    )
 
 
-def group_size_of(in_dim: int, num_groups: int, group_size: int | None = None) -> int:
+def _group_size(in_dim: int, num_groups: int, group_size: int | None = None) -> int:
     """Return g: the whole model's ``group_size`` if it fits a weight, else that of equal groups."""
     if group_size and -(-in_dim // group_size) == num_groups:
         return min(group_size, in_dim)
     return -(-in_dim // num_groups)
 
 
-def group_order(g_idx: torch.Tensor | None, in_dim: int, group_size: int) -> torch.Tensor | None:
+def _group_order(g_idx: torch.Tensor | None, in_dim: int, group_size: int) -> torch.Tensor | None:
     """Return the input channels ``[I]``, group after group; None if they are in that order already.
 
     ``g_idx`` ``[I]`` is the group of each input channel. A group of another size than
@@ -158,27 +157,38 @@ def stored_affine(
     codes: torch.Tensor,
     scale: torch.Tensor,
     zero_point: torch.Tensor,
-    layout: AffineLayout,
-    order: torch.Tensor | None = None,
+    *,
+    bits: int,
+    group_size: int | None = None,
+    g_idx: torch.Tensor | None = None,
 ) -> StoredAffine:
-    """Make a weight, and pad a last group that I does not fill.
+    """Make a contiguous weight, its columns group after group and its last group padded.
 
     Args:
-        codes (torch.Tensor): ``[O, I]`` uint8, group after group.
+        codes (torch.Tensor): ``[O, I]`` uint8.
         scale (torch.Tensor): ``[O, G]``.
         zero_point (torch.Tensor): ``[O, G]`` uint8.
-        layout (AffineLayout): of its rows.
-        order (torch.Tensor | None): ``[I]``, the input channel of each column.
+        bits (int): of a code.
+        group_size (int | None): as for :func:`from_gptq`.
+        g_idx (torch.Tensor | None): ``[I]``, group of each input channel; None: in order.
 
     Returns:
-        StoredAffine: contiguous.
+        StoredAffine: the same codes, scales and zero points.
+
+    Raises:
+        ValueError: if the tensors do not belong together, or groups differ in size.
     """
-    if scale.shape != zero_point.shape or len(scale) != len(codes):
+    out_dim, in_dim = codes.shape
+    if scale.shape != zero_point.shape or len(scale) != out_dim:
         raise ValueError(
             f"scales {tuple(scale.shape)} and zero points {tuple(zero_point.shape)} are not those "
-            f"of {len(codes)} x {layout.in_dim} codes"
+            f"of {out_dim} x {in_dim} codes"
         )
-    missing = layout.num_codes - layout.in_dim
+    layout = AffineLayout(bits, _group_size(in_dim, scale.shape[1], group_size), in_dim)
+    order = _group_order(g_idx, in_dim, layout.group_size)
+    if order is not None:
+        codes = codes[:, order]
+    missing = layout.num_codes - in_dim
     if missing:
         codes = torch.cat([codes, zero_point[:, -1:].expand(-1, missing)], dim=1)
     parts = (codes.contiguous(), scale.float().contiguous(), zero_point.contiguous())

@@ -236,7 +236,7 @@ Q = "model.layers.0.self_attn.q_proj"
         ({f"{Q}.qzeros": None}, f"{Q}.weight is damaged: its tensor 'qzeros' is missing"),
         (
             {f"{Q}.scales": torch.ones(3, 64)},
-            rf"{Q}.weight cannot be read: scales \(3, 64\) and zero points \(2, 64\) are not",
+            rf"{Q}.weight cannot be read: scales \(64, 3\) and zero points \(64, 2\) are not",
         ),
         ({f"{Q}.bias": torch.ones(64)}, f"has a bias that the model lacks: {Q}.bias"),
         ({"model.norm.weight": None}, "lacks 1 of the model's weights, for example model.norm"),
