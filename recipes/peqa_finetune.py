@@ -10,9 +10,6 @@ The result is a set of scales, megabytes, that turns the rounded model into the 
 config keys are torchtune's: a LoRA config becomes a PEQA config by changing its ``model`` block.
 """
 
-from typing import Any
-
-import torch
 from omegaconf import DictConfig
 
 from qst_tune.estimation.dry_run import describe_run
@@ -21,8 +18,8 @@ from qst_tune.training.config_keys import TRAINING_KEYS
 from qst_tune.training.language_modelling import build_language_modelling
 from qst_tune.training.model_setup import build_peqa_on_meta
 from qst_tune.training.peqa_method import load_peqa
-from qst_tune.training.trainer_setup import TrainingData
-from qst_tune.training.training_run import run_training
+from qst_tune.training.trainer_setup import build_trainer
+from qst_tune.training.training_run import begin_run
 
 KEYS = TRAINING_KEYS
 REFUSED = {
@@ -37,19 +34,19 @@ REFUSED = {
 
 def main(cfg: DictConfig) -> None:
     """Run the recipe."""
-
-    def describe(_: Any, data: TrainingData, device: torch.device, dtype: torch.dtype) -> None:
-        name = "peqa_checkpointed" if cfg.get("enable_activation_checkpointing") else "peqa"
-        print(describe_run(cfg, name, data, device, dtype))
-
-    run_training(
-        cfg,
-        build_model=build_peqa_on_meta,
-        build_task=build_language_modelling,
-        load_method=load_peqa,
-        describe=describe,
-        refused=REFUSED,
-    )
+    with begin_run(cfg, REFUSED) as run:
+        model = build_peqa_on_meta(cfg, run.dtype)
+        task, data = build_language_modelling(
+            cfg, run.tokenizer, model, seed=run.seed, device=run.device
+        )
+        run.report(model, data)
+        if cfg.get("dry_run"):
+            if run.is_main:
+                name = "peqa_checkpointed" if cfg.get("enable_activation_checkpointing") else "peqa"
+                print(describe_run(cfg, name, data, run.device, run.dtype))
+            return
+        method = load_peqa(model, cfg, dtype=run.dtype, device=run.device)
+        build_trainer(run, method, task, data).fit()
 
 
 if __name__ == "__main__":

@@ -11,64 +11,45 @@ else, checkpoints, resuming, validation and the keys of a config, is that of ``q
 (docs/training.md); the result is a side network like any other.
 """
 
-from typing import Any
-
-import torch
 from omegaconf import DictConfig
 
 from qst_tune.errors import UserError
 from qst_tune.estimation.dry_run import describe_run
 from qst_tune.modules import QSTClassifier
-from qst_tune.modules.qst_model import QSTModel
 from qst_tune.training.cli import run_recipe
 from qst_tune.training.config_keys import TRAINING_KEYS
 from qst_tune.training.memory import GIB, parameter_bytes
 from qst_tune.training.model_setup import build_on_meta
 from qst_tune.training.preference import build_preference_learning, reference_of
-from qst_tune.training.qst_method import REFUSED, QSTMethod, load_qst
-from qst_tune.training.trainer_setup import TrainingData
-from qst_tune.training.training_run import run_training
+from qst_tune.training.qst_method import REFUSED, load_qst
+from qst_tune.training.trainer_setup import build_trainer
+from qst_tune.training.training_run import begin_run
 
 KEYS = TRAINING_KEYS
 
 
-def build_model(cfg: DictConfig, dtype: torch.dtype) -> QSTModel:
-    """Build the model on the meta device; UserError if it is a classifier."""
-    model = build_on_meta(cfg, dtype)
-    if isinstance(model, QSTClassifier):
-        raise UserError(f"model: {cfg.model._component_} classifies; name a language model")
-    return model
-
-
-def load_method(
-    model: QSTModel, cfg: DictConfig, *, dtype: torch.dtype, device: torch.device
-) -> QSTMethod:
-    """Load the model, and keep what it starts from if that is the reference."""
-    method = load_qst(model, cfg, dtype=dtype, device=device)
-    if reference_of(cfg) == "start":
-        model.keep_reference()
-    return method
-
-
 def main(cfg: DictConfig) -> None:
     """Run the recipe."""
-
-    def describe(model: Any, data: TrainingData, device: torch.device, dtype: torch.dtype) -> None:
-        print(describe_run(cfg, None, data, device, dtype))
-        if reference_of(cfg) == "start":
-            size = parameter_bytes(model.side) / GIB
-            print(f"the reference, a frozen copy of the side network, takes {size:.3f} GiB")
-
-    reference_of(cfg)  # fails before anything loads
-
-    run_training(
-        cfg,
-        build_model=build_model,
-        build_task=build_preference_learning,
-        load_method=load_method,
-        describe=describe,
-        refused=REFUSED,
-    )
+    reference = reference_of(cfg)  # fails before anything loads
+    with begin_run(cfg, REFUSED) as run:
+        model = build_on_meta(cfg, run.dtype)
+        if isinstance(model, QSTClassifier):
+            raise UserError(f"model: {cfg.model._component_} classifies; name a language model")
+        task, data = build_preference_learning(
+            cfg, run.tokenizer, model, seed=run.seed, device=run.device
+        )
+        run.report(model, data)
+        if cfg.get("dry_run"):
+            if run.is_main:
+                print(describe_run(cfg, None, data, run.device, run.dtype))
+            if run.is_main and reference == "start":
+                size = parameter_bytes(model.side) / GIB
+                print(f"the reference, a frozen copy of the side network, takes {size:.3f} GiB")
+            return
+        method = load_qst(model, cfg, dtype=run.dtype, device=run.device)
+        if reference == "start":
+            model.keep_reference()
+        build_trainer(run, method, task, data).fit()
 
 
 if __name__ == "__main__":

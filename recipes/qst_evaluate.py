@@ -34,7 +34,7 @@ from qst_tune.training.config_defaults import fill_in
 from qst_tune.training.config_keys import Key, pick, setting
 from qst_tune.training.data import build_dataset
 from qst_tune.training.output_folder import output_folder
-from qst_tune.training.trainer_setup import collate_of, text_collate
+from qst_tune.training.training_data import collate_of, text_collate
 from qst_tune.training.tuned_model import (
     MODEL_KEYS,
     TunedModel,

@@ -14,9 +14,7 @@ docs/training.md.
 """
 
 from functools import partial
-from typing import Any
 
-import torch
 from omegaconf import DictConfig
 
 from qst_tune.data import collate_classification
@@ -30,49 +28,39 @@ from qst_tune.training.language_modelling import build_language_modelling
 from qst_tune.training.method import Task
 from qst_tune.training.model_setup import build_on_meta
 from qst_tune.training.qst_method import REFUSED, load_qst
-from qst_tune.training.trainer_setup import TrainingData, build_data
-from qst_tune.training.training_run import run_training
+from qst_tune.training.trainer_setup import build_trainer
+from qst_tune.training.training_data import TrainingData, build_data
+from qst_tune.training.training_run import Run, begin_run
 from qst_tune.training.vocabulary import vocabulary_of
 
 KEYS = TRAINING_KEYS
 
 
-def build_task(
-    cfg: DictConfig, tokenizer: Any, model: QSTModel, **where: Any
-) -> tuple[Task, TrainingData]:
-    """Build what the model is for: to classify, or to continue a text."""
-    if isinstance(model, QSTClassifier):
-        return build_classification(cfg, tokenizer, model, **where)
-    return build_language_modelling(cfg, tokenizer, model, **where)
-
-
-def build_classification(
-    cfg: DictConfig, tokenizer: Any, model: QSTClassifier, *, seed: int, device: torch.device
-) -> tuple[Task, TrainingData]:
-    """Build the task of classifying whole rows, and its data."""
-    vocabulary = vocabulary_of(model, tokenizer)
-    limits: dict[str, Any] = {"max_seq_len": model.max_seq_len}
-    collate = partial(collate_classification, pad_id=vocabulary.pad_id, **limits)
-    data = build_data(cfg, tokenizer, collate, seed=seed, vocabulary=vocabulary, **limits)
+def build_task(run: Run, model: QSTModel) -> tuple[Task, TrainingData]:
+    """Build what the model learns, to classify or to continue a text, and its data."""
+    cfg, tokenizer, seed, device = run.cfg, run.tokenizer, run.seed, run.device
+    if not isinstance(model, QSTClassifier):
+        return build_language_modelling(cfg, tokenizer, model, seed=seed, device=device)
+    vocabulary, longest = vocabulary_of(model, tokenizer), model.max_seq_len
+    collate = partial(collate_classification, pad_id=vocabulary.pad_id, max_seq_len=longest)
+    data = build_data(cfg, vocabulary, collate, seed=seed, max_seq_len=longest)
     datasets = [loader.dataset for loader in (data.train, data.held_out) if loader]
     return build_classification_task(cfg, model, datasets, device), data
 
 
 def main(cfg: DictConfig) -> None:
     """Run the recipe."""
-
-    def describe(model: Any, data: TrainingData, device: torch.device, dtype: torch.dtype) -> None:
-        name = None if isinstance(model, QSTClassifier) else "qst"
-        print(describe_run(cfg, name, data, device, dtype))
-
-    run_training(
-        cfg,
-        build_model=build_on_meta,
-        build_task=build_task,
-        load_method=load_qst,
-        describe=describe,
-        refused={**REFUSED, "reference": "is for qst_dpo; remove it"},
-    )
+    with begin_run(cfg, {**REFUSED, "reference": "is for qst_dpo; remove it"}) as run:
+        model = build_on_meta(cfg, run.dtype)
+        task, data = build_task(run, model)
+        run.report(model, data)
+        if cfg.get("dry_run"):
+            if run.is_main:
+                method_name = None if isinstance(model, QSTClassifier) else "qst"
+                print(describe_run(cfg, method_name, data, run.device, run.dtype))
+            return
+        method = load_qst(model, cfg, dtype=run.dtype, device=run.device)
+        build_trainer(run, method, task, data).fit()
 
 
 if __name__ == "__main__":

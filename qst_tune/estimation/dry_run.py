@@ -11,7 +11,8 @@ from qst_tune.estimation.report import Row, table
 from qst_tune.estimation.spread import Spread, spread_line
 from qst_tune.estimation.step import Shape, estimate_step
 from qst_tune.training.distributed import rank_and_world_size
-from qst_tune.training.trainer_setup import TrainingData, schedule_of
+from qst_tune.training.schedule import schedule_of
+from qst_tune.training.training_data import TrainingData
 
 # Taken where tokenizer.max_seq_len is null, since rows are then as long as the data.
 DEFAULT_SEQ_LEN = 512

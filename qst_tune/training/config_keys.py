@@ -202,7 +202,7 @@ def pick(*names: str, required: bool | None = None) -> dict[str, Key]:
     return {name: replace(key, required=required) for name, key in keys.items()}
 
 
-def setting(cfg: Mapping[Any, Any], name: str, keys: Keys) -> Any:
+def setting(cfg: Mapping[Any, Any], name: str, keys: Keys = TRAINING_KEYS) -> Any:
     """Read a key; its default where it is absent or null."""
     value, key = cfg.get(name), keys[name]
     if value is None:

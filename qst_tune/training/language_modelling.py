@@ -1,16 +1,49 @@
-"""From a config to the task of language modelling, which all methods share."""
+"""The task of language modelling, predicting each next token, which all methods share."""
 
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from omegaconf import DictConfig
 from torchtune.modules import TransformerDecoder
 
-from qst_tune.training.loss import build_loss, connect_loss
-from qst_tune.training.next_token import NextTokenTask
-from qst_tune.training.row_kind import TEXT_KEY, check_rows
-from qst_tune.training.trainer_setup import TrainingData, build_data, text_collate
+from qst_tune.training.data import check_length
+from qst_tune.training.loss import build_loss, connect_loss, next_token_loss
+from qst_tune.training.method import Batch
+from qst_tune.training.training_data import (
+    TEXT_KEY,
+    TrainingData,
+    build_data,
+    check_rows,
+    text_collate,
+)
+from qst_tune.training.validation import held_out_loss
 from qst_tune.training.vocabulary import vocabulary_of
+
+
+@dataclass(frozen=True)
+class NextTokenTask:
+    """Cross entropy of each next token; see :class:`~qst_tune.training.method.Task`.
+
+    ``loss_function`` is connected to the model by ``connect_loss``.
+    """
+
+    loss_function: Any
+    device: torch.device
+
+    monitor: ClassVar[str] = "val_loss"
+    higher_is_better: ClassVar[bool] = False
+
+    def loss(self, model: TransformerDecoder, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sum of the losses, in nats, and the number of labels of a batch ``[B, T]``."""
+        check_length(batch["tokens"], model.max_seq_len)
+        mean, num_labels = next_token_loss(model, self.loss_function, batch)
+        return mean * num_labels, num_labels
+
+    def evaluate(self, model: TransformerDecoder, batches: Iterable[Batch]) -> dict[str, float]:
+        """Return ``val_loss``, the mean over every label, in nats a token."""
+        return {"val_loss": held_out_loss(model, self.loss_function, batches, self.device)}
 
 
 def build_language_modelling(
@@ -19,9 +52,9 @@ def build_language_modelling(
     """Build the task of predicting each next token, and its data; connects loss and model."""
     loss = build_loss(cfg.loss)
     vocabulary = vocabulary_of(model, tokenizer, loss.ignore_index)
-    limits: dict[str, Any] = {"max_seq_len": model.max_seq_len}
-    collate = text_collate(cfg, vocabulary, **limits)
-    data = build_data(cfg, tokenizer, collate, seed=seed, vocabulary=vocabulary, **limits)
+    longest = model.max_seq_len
+    collate = text_collate(cfg, vocabulary, max_seq_len=longest)
+    data = build_data(cfg, vocabulary, collate, seed=seed, max_seq_len=longest)
     check_rows(data, TEXT_KEY)
     connect_loss(loss, model)
     return NextTokenTask(loss, device), data

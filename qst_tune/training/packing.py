@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from torch.utils.data import Subset
 from torchtune.config._utils import _get_component_from_path
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.datasets import PackedDataset
@@ -74,6 +75,8 @@ def split_off_packing(block: DictConfig) -> Packing | None:
 
 def is_packed(dataset: Any) -> bool:
     """Report whether the items of a map-style dataset are packs of several rows."""
+    if isinstance(dataset, Subset):
+        return is_packed(dataset.dataset)
     return isinstance(dataset, PackedDataset) or bool(getattr(dataset, "packed", False))
 
 

@@ -21,8 +21,12 @@ from qst_tune.training.data import check_length
 from qst_tune.training.distributed import sum_or_fail
 from qst_tune.training.labels import align_labels
 from qst_tune.training.method import Batch
-from qst_tune.training.row_kind import PAIR_KEY, check_rows
-from qst_tune.training.trainer_setup import TrainingData, build_data
+from qst_tune.training.training_data import (
+    PAIR_KEY,
+    TrainingData,
+    build_data,
+    check_rows,
+)
 from qst_tune.training.validation import visit
 from qst_tune.training.vocabulary import vocabulary_of
 
@@ -125,8 +129,7 @@ def build_preference_learning(
     collate = partial(collate_preferences, pad_id=vocabulary.pad_id)
     loss = instantiate(cfg.loss, "loss")
     _try_loss(loss, cfg.loss._component_)
-    limits: dict[str, Any] = {"max_seq_len": model.max_seq_len, "vocabulary": vocabulary}
-    data = build_data(cfg, tokenizer, collate, seed=seed, **limits)
+    data = build_data(cfg, vocabulary, collate, seed=seed, max_seq_len=model.max_seq_len)
     check_rows(data, PAIR_KEY)
     return PreferenceTask(loss, device), data
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from qst_tune.training.distributed import rank_and_world_size
 from qst_tune.training.survey import SEQUENCES, Survey
-from qst_tune.training.trainer_setup import TrainingData
+from qst_tune.training.training_data import TrainingData
 
 LEARNT = (">>>", "<<<")
 _MAX_CHARACTERS = 600  # of each part of the first row

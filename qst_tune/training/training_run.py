@@ -1,6 +1,8 @@
-"""What every training recipe does, in this order: what can fail cheaply fails first."""
+"""What every training recipe does before its own steps; what can fail cheaply fails first."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,60 +12,83 @@ from omegaconf import DictConfig
 from qst_tune.training.architecture_check import check_architecture
 from qst_tune.training.cli import instantiate
 from qst_tune.training.config_defaults import fill_in
-from qst_tune.training.distributed import rank_and_world_size
+from qst_tune.training.distributed import process_group, rank_and_world_size
 from qst_tune.training.hub_models import fetch_models
-from qst_tune.training.method import Method, Task
-from qst_tune.training.run_environment import run_environment
-from qst_tune.training.saved_run import find_saved_run, set_run_date, set_run_seed
+from qst_tune.training.model_setup import choose_device, choose_dtype
+from qst_tune.training.output_folder import output_folder
+from qst_tune.training.saved_run import SavedRun, find_saved_run, set_run_date, set_run_seed
+from qst_tune.training.schedule import schedule_of
 from qst_tune.training.schedule_check import report_schedule
-from qst_tune.training.start import find_start
+from qst_tune.training.start import Start, find_start
 from qst_tune.training.survey_report import report_data
-from qst_tune.training.trainer_setup import TrainingData, build_trainer, schedule_of
 from qst_tune.training.training_config_check import check_training_config, refused_keys
+from qst_tune.training.training_data import TrainingData
 
 
-def run_training(
-    cfg: DictConfig,
-    *,
-    build_model: Callable[[DictConfig, torch.dtype], Any],
-    build_task: Callable[..., tuple[Task, TrainingData]],
-    load_method: Callable[..., Method],
-    describe: Callable[[Any, TrainingData, torch.device, torch.dtype], None],
-    refused: Mapping[str, str],
-) -> None:
-    """Train, or with ``dry_run`` say what would be done.
+@dataclass(frozen=True)
+class Run:
+    """A run that has begun.
 
     Args:
-        cfg (DictConfig): the merged config.
-        build_model (Callable[[DictConfig, torch.dtype], Any]): on the meta device.
-        build_task (Callable[..., tuple[Task, TrainingData]]): from config, tokenizer and model,
-            with ``seed`` and ``device``.
-        load_method (Callable[..., Method]): from model and config, with ``dtype`` and ``device``.
-        describe (Callable[[Any, TrainingData, torch.device, torch.dtype], None]): tells of the run
-            of a model that would begin now; called on the main process.
-        refused (Mapping[str, str]): keys that the method does not have, each with what it says of
-            it and what to do instead.
+        cfg (DictConfig): the merged config, checked and filled in.
+        device (torch.device): of this process.
+        dtype (torch.dtype): of what is neither quantized nor trainable.
+        seed (int): of all random numbers.
+        tokenizer (Any): torchtune model tokenizer.
+        date (str | None): of the run's first day, where chat templates write it.
+        saved (SavedRun | None): what is resumed.
+        start (Start | None): the result that the run starts from.
+    """
 
-    Raises:
-        UserError: for a wrong config, checkpoint or dataset.
+    cfg: DictConfig
+    device: torch.device
+    dtype: torch.dtype
+    seed: int
+    tokenizer: Any
+    date: str | None
+    saved: SavedRun | None
+    start: Start | None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that prints."""
+        return rank_and_world_size()[0] == 0
+
+    def report(self, model: Any, data: TrainingData) -> None:
+        """Print data and schedule; for a dry run, compare the model with its stored config too."""
+        report_data(data, self.tokenizer)
+        report_schedule(self.cfg, schedule_of(self.cfg, data.train).num_steps)
+        if self.cfg.get("dry_run"):
+            check_architecture(model, Path(self.cfg.checkpointer.checkpoint_dir))
+
+
+@contextmanager
+def begin_run(cfg: DictConfig, refused: Mapping[str, str]) -> Iterator[Run]:
+    """Check a training config, fetch its model and choose device, seed and what is resumed.
+
+    ``refused`` has the keys that the method does not support, each with the reason and what to do
+    instead. UserError for a wrong config, checkpoint or directory.
     """
     fill_in(cfg)
     check_training_config(cfg, refused_keys(cfg, refused))
     fetch_models(cfg, "tokenizer" if cfg.get("dry_run") else "weights")
     with run_environment(cfg) as (device, dtype):
-        saved = find_saved_run(cfg)
-        start = find_start(cfg)
+        saved, start = find_saved_run(cfg), find_start(cfg)
         seed = set_run_seed(cfg, saved)
-        model = build_model(cfg, dtype)
         tokenizer = instantiate(cfg.tokenizer, "tokenizer")
         date = set_run_date(tokenizer, saved)
-        task, data = build_task(cfg, tokenizer, model, seed=seed, device=device)
-        report_data(data, tokenizer)
-        report_schedule(cfg, schedule_of(cfg, data.train).num_steps)
-        if cfg.get("dry_run"):
-            check_architecture(model, Path(cfg.checkpointer.checkpoint_dir))
-            if rank_and_world_size()[0] == 0:
-                describe(model, data, device, dtype)
-            return
-        method = load_method(model, cfg, dtype=dtype, device=device)
-        build_trainer(cfg, method, task, data, device, saved, date=date, start=start).fit()
+        yield Run(cfg, device, dtype, seed, tokenizer, date, saved, start)
+
+
+@contextmanager
+def run_environment(cfg: DictConfig) -> Iterator[tuple[torch.device, torch.dtype]]:
+    """Choose device and dtype, and hold the output directory and the process group for a run.
+
+    With ``dry_run`` nothing is written, not even the directory. UserError if the device, the dtype
+    or the directory cannot be used.
+    """
+    device = choose_device(cfg)
+    dtype = choose_dtype(cfg, device)
+    folder = nullcontext() if cfg.get("dry_run") else output_folder(Path(cfg.output_dir))
+    with folder, process_group(device):
+        yield device, dtype

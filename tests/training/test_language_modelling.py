@@ -1,14 +1,19 @@
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 from omegaconf import OmegaConf
+from torch import nn
 
+from qst_tune.errors import UserError
 from qst_tune.training.cli import instantiate
-from qst_tune.training.language_modelling import build_language_modelling
+from qst_tune.training.labels import align_labels
+from qst_tune.training.language_modelling import NextTokenTask, build_language_modelling
 from qst_tune.training.model_setup import build_on_meta
 from qst_tune.training.qst_method import load_qst
 from tests.checkpoints import finetune_config
+from tests.helpers import TINY, random_tokens, tiny_backbone
 
 CPU = torch.device("cpu")
 
@@ -32,3 +37,36 @@ def test_the_task_is_the_cross_entropy_of_each_labelled_token_given_those_before
     learnt = labels[:, :-1] != -100
     assert torch.equal(labels[:, :-1][learnt], batch["tokens"][:, 1:][learnt])
     torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def task() -> NextTokenTask:
+    return NextTokenTask(nn.CrossEntropyLoss(), torch.device("cpu"))
+
+
+def test_loss_is_the_sum_over_the_labels(task: NextTokenTask) -> None:
+    model, tokens = tiny_backbone(), random_tokens(2, 9)
+    labels = tokens.clone()
+    labels[0, :4] = -100
+    total, count = task.loss(model, {"tokens": tokens, "labels": align_labels(labels)})
+    logits = model(tokens)[:, :-1].flatten(0, 1)
+    expected = F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
+    torch.testing.assert_close(total, expected, rtol=1e-6, atol=0)
+    assert count == 5 + 8
+
+
+def test_evaluation_is_the_mean_over_all_batches(task: NextTokenTask) -> None:
+    model = tiny_backbone()
+    batches = [
+        {"tokens": t, "labels": align_labels(t)} for t in (random_tokens(3, 9), random_tokens(1, 4))
+    ]
+    sums = [task.loss(model, dict(batch)) for batch in batches]
+    expected = sum(total.item() for total, _ in sums) / sum(count.item() for _, count in sums)
+    assert task.evaluate(model, batches) == {"val_loss": pytest.approx(expected, rel=1e-6)}
+    assert (task.monitor, task.higher_is_better) == ("val_loss", False)
+
+
+def test_row_longer_than_the_model_is_told(task: NextTokenTask) -> None:
+    tokens = random_tokens(1, TINY["max_seq_len"] + 1)
+    with pytest.raises(UserError, match="longer than the model's max_seq_len"):
+        task.loss(tiny_backbone(), {"tokens": tokens, "labels": tokens})

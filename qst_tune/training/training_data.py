@@ -1,0 +1,149 @@
+"""The data of a training run: which rows make which batch, and what a run can learn from them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig
+from torch.utils.data import Subset
+from torchtune.data import padded_collate_packed
+
+from qst_tune.errors import UserError
+from qst_tune.training.batches import BatchLoader, Collate
+from qst_tune.training.config_keys import setting
+from qst_tune.training.data import DEFAULT_COLLATE, build_collate, build_dataset
+from qst_tune.training.label_check import check_labels
+from qst_tune.training.packing import is_packed
+from qst_tune.training.rows import hold_out
+from qst_tune.training.schedule import describe_step, fit_step, schedule_of
+from qst_tune.training.survey import Survey
+from qst_tune.training.vocabulary import Vocabulary
+
+TEXT_KEY = "tokens"
+PAIR_KEY = "chosen_input_ids"
+_REASONS = {
+    TEXT_KEY: "these are preferences, from which qst_dpo learns: tune run qst_dpo; or name the "
+    "column to learn from, as in dataset.column_map.messages=chosen",
+    PAIR_KEY: "rows need a chosen and a rejected answer (columns prompt, chosen, rejected); "
+    "qst_finetune learns from rows with one answer",
+}
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The batches of a run.
+
+    Args:
+        train (BatchLoader): training rows.
+        held_out (BatchLoader | None): validation rows.
+        surveys (Sequence[Survey]): figures of the datasets of the training rows.
+        held_out_surveys (Sequence[Survey]): of the validation rows, if they are datasets of
+            their own.
+        notes (Sequence[str]): what a user must know of them, one line each.
+    """
+
+    train: BatchLoader
+    held_out: BatchLoader | None
+    surveys: Sequence[Survey] = ()
+    held_out_surveys: Sequence[Survey] = ()
+    notes: Sequence[str] = ()
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Digests of the content of all rows, by the names of ``saved_run.describe_data``."""
+        surveys = {
+            "training rows": self.surveys,
+            "held-out rows": self.held_out_surveys or self.surveys,
+        }
+        return {
+            name: " ".join(survey.digest for survey in some)
+            for name, some in surveys.items()
+            if some
+        }
+
+
+def text_collate(cfg: DictConfig, vocabulary: Vocabulary, *, max_seq_len: int) -> Collate:
+    """Build the collate function of rows of text, after checking that they can fit the model."""
+    longest = getattr(vocabulary.tokenizer, "max_seq_len", None)
+    if longest and longest > max_seq_len:
+        raise UserError(
+            f"tokenizer.max_seq_len={longest} is longer than the model's max_seq_len "
+            f"{max_seq_len}: lower it"
+        )
+    return build_collate(
+        vocabulary,
+        max_seq_len=max_seq_len,
+        component=cfg.get("collate_fn") or DEFAULT_COLLATE,
+    )
+
+
+def build_data(
+    cfg: DictConfig, vocabulary: Vocabulary, collate: Collate, *, seed: int, max_seq_len: int
+) -> TrainingData:
+    """Build the datasets, reading every row once, and decide which rows make which batch.
+
+    ``collate`` makes a batch of unpacked rows. A row longer than ``max_seq_len``, or with ids
+    outside ``vocabulary``, is a bad one. UserError if a dataset cannot be built or has nothing to
+    learn.
+    """
+    tokenizer = vocabulary.tokenizer
+    settings: dict[str, Any] = {
+        "max_seq_len": max_seq_len,
+        "skip_bad_rows": cfg.get("on_bad_row") == "skip",
+        "vocabulary": vocabulary,
+    }
+    surveys: list[Survey] = []
+    held_out_surveys: list[Survey] = []
+    rows = build_dataset(cfg.dataset, "dataset", tokenizer, surveys=surveys, **settings)
+    held_out_rows = None
+    if cfg.get("dataset_val"):
+        held_out_rows = build_dataset(
+            cfg.dataset_val, "dataset_val", tokenizer, surveys=held_out_surveys, **settings
+        )
+    elif cfg.get("val_fraction"):
+        rows, held_out_rows = hold_out(rows, float(cfg.val_fraction), seed)
+    step = describe_step(cfg, len(rows), noun="packs" if is_packed(rows) else "rows")
+    notes = [
+        *_label_warnings("dataset", surveys, rows),
+        *_label_warnings("validation rows", held_out_surveys or surveys, held_out_rows),
+        *([step] if step else []),
+    ]
+    num_workers = setting(cfg, "num_workers")
+    train = BatchLoader(
+        rows,
+        collate_of(rows, collate),
+        batch_size=fit_step(cfg, len(rows))[0],
+        seed=seed if setting(cfg, "shuffle") else None,
+        num_workers=num_workers,
+        same_batches=cfg.get("hidden_state_cache") is not None,
+    )
+    schedule_of(cfg, train)  # fails early, before the model loads
+    held_out = held_out_rows and BatchLoader(
+        held_out_rows,
+        collate_of(held_out_rows, collate),
+        batch_size=cfg.get("batch_size_val") or cfg.batch_size,
+        seed=None,
+        drop_last=False,
+        num_workers=num_workers,
+    )
+    return TrainingData(train, held_out, surveys, held_out_surveys, notes)
+
+
+def check_rows(data: TrainingData, key: str) -> None:
+    """Refuse rows without ``TEXT_KEY`` or ``PAIR_KEY``, and name the recipe for them."""
+    for survey in (*data.surveys, *data.held_out_surveys):
+        if key not in survey.first:
+            raise UserError(f"{survey.name}: {survey.description}: {_REASONS[key]}")
+
+
+def _label_warnings(name: str, surveys: Sequence[Survey], rows: Any) -> list[str]:
+    """Warnings if some rows have nothing to learn; packs are judged by all of their rows."""
+    if rows is None or not surveys:  # no such rows, or packs of the user's own code
+        return []
+    part = rows.indices if isinstance(rows, Subset) and not is_packed(rows) else None
+    return [f"warning: {warning}" for warning in check_labels(name, surveys, part)]
+
+
+def collate_of(rows: Any, collate: Collate) -> Collate:
+    """Choose the collate function of a dataset: torchtune's own for packs."""
+    return padded_collate_packed if is_packed(rows) else collate
