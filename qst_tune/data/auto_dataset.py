@@ -1,4 +1,4 @@
-"""Rows of one's own, in whatever usual form they are: the default dataset of the configs."""
+"""A user's own examples in any usual form: the default dataset of the configs."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,27 +20,14 @@ Row = dict[str, list[int]]
 
 @dataclass(frozen=True)
 class Prompts:
-    """What rows are given besides their own columns.
+    """Settings that change the messages of every row."""
 
-    Args:
-        system_prompt (str | None): of conversations that have none of their own.
-        new_system_prompt (str | None): of all conversations, in the place of their own.
-        train_on_input (bool): learn every message, not the assistant's alone.
-    """
-
-    system_prompt: str | None = None
-    new_system_prompt: str | None = None
-    train_on_input: bool = False
+    system_prompt: str | None = None  # for conversations that have none
+    new_system_prompt: str | None = None  # for all conversations; it replaces their own
+    train_on_input: bool = False  # learn every message, not only the assistant's
 
     def apply(self, sample: Conversation | Pair | Text) -> Conversation | Pair | Text:
-        """Change a sample accordingly.
-
-        Args:
-            sample (Conversation | Pair | Text): of a row.
-
-        Returns:
-            Conversation | Pair | Text: what is learnt.
-        """
+        """Return a sample with the system prompt and the learnt messages of these settings."""
         prompt = self.new_system_prompt or self.system_prompt
         if prompt:
             sample = with_system(sample, prompt, replace=bool(self.new_system_prompt))
@@ -53,13 +40,13 @@ class AutoDataset(Dataset[Row]):
     """Rows of one form as tokens and labels.
 
     Args:
-        tokenizer (Any): torchtune model tokenizer; its ``max_seq_len`` limits the rows.
-        rows (LocalRows | HubRows): with columns; at least one.
+        tokenizer (Any): torchtune model tokenizer; its ``max_seq_len`` limits an example.
+        rows (LocalRows | HubRows): at least one.
         column_map (Mapping[str, str]): columns of the rows by the names of a form.
-        prompts (Prompts): what rows are given besides.
+        prompts (Prompts): settings for all rows.
 
     Attributes:
-        form (Form): of the rows, known by the columns of the first one.
+        form (Form): the form that fits the columns of the first row.
 
     Raises:
         UserError: if the columns fit no form.
@@ -86,21 +73,14 @@ class AutoDataset(Dataset[Row]):
         self._unread = [c for c in self._renamed(first) if c not in form.columns]
 
     def __len__(self) -> int:
-        """Number of rows."""
+        """Return the number of rows."""
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Row:
-        """Tokenize a row.
+        """Tokenize a row; a row that cannot be used is a UserError that names the column.
 
-        Args:
-            index (int): which one.
-
-        Returns:
-            Row: ``tokens`` and ``labels``; of a preference ``chosen_input_ids``,
-            ``chosen_labels``, ``rejected_input_ids`` and ``rejected_labels``.
-
-        Raises:
-            UserError: if it cannot be used, naming the column.
+        The keys are ``tokens`` and ``labels``; for a preference ``chosen_input_ids``,
+        ``chosen_labels``, ``rejected_input_ids`` and ``rejected_labels``.
         """
         sample = self.prompts.apply(read_row(self.form, self._renamed(self.rows[index])))
         if isinstance(sample, Text):
@@ -115,28 +95,17 @@ class AutoDataset(Dataset[Row]):
         return {"tokens": tokens, "labels": labels}
 
     def place(self, index: int) -> str:
-        """Return where a row is, for messages.
-
-        Args:
-            index (int): of the row.
-
-        Returns:
-            str: number, file and line.
-        """
+        """Return the number, file and line of a row, for messages."""
         return self.rows.place(index)
 
     def describe(self) -> str:
-        """Describe where the rows come from and how they are read.
-
-        Returns:
-            str: one line.
-        """
+        """Describe in one line where the rows come from and how they are read."""
         mapped = ", ".join(f"{name} from {column}" for name, column in self.column_map.items())
         unread = f"; not read: {', '.join(self._unread)}" if self._unread else ""
         return f"{self.rows.name}: form {self.form.name}{f' ({mapped})' * bool(mapped)}{unread}"
 
     def _first_readable(self) -> Mapping[str, Any]:
-        """The first row that is one: whether others are skipped is decided elsewhere."""
+        """Return the first valid row: whether others are skipped is decided elsewhere."""
         error: UserError | None = None
         for index in range(len(self.rows)):
             try:
@@ -179,7 +148,7 @@ def auto_dataset(  # noqa: PLR0913 - a component of the config, whose keys these
     data_dir: str | None = None,
     revision: str | None = None,
 ) -> AutoDataset:
-    """Load rows of any usual form, from local files or the hub.
+    """Load examples in any usual form, from local files or the hub.
 
     In a torchtune config::
 
@@ -194,22 +163,22 @@ def auto_dataset(  # noqa: PLR0913 - a component of the config, whose keys these
     Args:
         tokenizer (Any): torchtune model tokenizer.
         data_files (str | Sequence[str] | None): local files or glob patterns: JSONL, JSON, CSV,
-            TSV or Parquet, the text ones also as ``.gz``. They go before ``source``.
+            TSV or Parquet; text files also as ``.gz``. They take precedence over ``source``.
         source (str | None): name of a dataset on the hub; or the format of ``data_files`` (json,
-            csv, tsv, parquet) where their ending does not say it.
+            csv, tsv, parquet) if their suffix does not say it.
         split (str): of the source, or a part such as ``train[:1000]``.
         column_map (Mapping[str, str] | None): columns of the rows by the names of a form.
-        system_prompt (str | None): of conversations that have none of their own.
-        new_system_prompt (str | None): of all conversations, in the place of their own.
-        train_on_input (bool): learn every message, not the assistant's alone.
-        packed (bool): several rows in each sample. A recipe does it; here it must be False.
-        split_across_pack (bool): with ``packed``, let a row continue in the next pack.
-        name (str | None): of the source's configuration, as in ``datasets.load_dataset``.
-        data_dir (str | None): of the source, as in ``datasets.load_dataset``.
-        revision (str | None): of the source, as in ``datasets.load_dataset``.
+        system_prompt (str | None): for conversations that have none.
+        new_system_prompt (str | None): for all conversations; it replaces their own.
+        train_on_input (bool): learn every message, not only the assistant's.
+        packed (bool): several examples in each sequence. The recipe packs; here it must be False.
+        split_across_pack (bool): with ``packed``, let an example continue in the next pack.
+        name (str | None): configuration of the source, as in ``datasets.load_dataset``.
+        data_dir (str | None): as in ``datasets.load_dataset``.
+        revision (str | None): as in ``datasets.load_dataset``.
 
     Returns:
-        AutoDataset: rows are read and tokenized when they are asked for.
+        AutoDataset: rows are read and tokenized on access.
 
     Raises:
         UserError: if there are no rows, they cannot be read or fit no form.

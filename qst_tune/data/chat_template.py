@@ -27,16 +27,16 @@ _REFUSALS = (jinja2.TemplateError, TypeError, ValueError, LookupError, Attribute
 
 
 class ChatTemplate:
-    """A jinja chat template with the special tokens it may refer to.
+    """A jinja chat template with the special tokens that it may use.
 
     Args:
         source (str): the template.
-        special_tokens (Mapping[str, str]): what the template sees by name, such as ``bos_token``.
+        special_tokens (Mapping[str, str]): visible to the template by name, such as ``bos_token``.
         tool_source (str | None): the template for conversations with tools; None: ``source``.
 
     Attributes:
-        date (datetime): what ``strftime_now`` writes: the day this object was made, so that all
-            epochs of a run have the same rows; a resumed run sets it to its first day.
+        date (datetime): written by ``strftime_now``. It is the day this object was made, so
+            that all epochs have the same tokens; a resumed run sets it to its first day.
     """
 
     def __init__(
@@ -55,15 +55,15 @@ class ChatTemplate:
     def render(
         self, messages: Messages, *, tools: Tools | None = None, add_generation_prompt: bool = False
     ) -> str:
-        """Return the conversation as the text that the model was trained on.
+        """Render checked messages as the text that the model was trained on.
 
         Args:
             messages (Messages): from :func:`~qst_tune.data.chat_messages.check_messages`.
-            tools (Tools | None): JSON schemas of what the model may call.
+            tools (Tools | None): JSON schemas of the tools that the model may call.
             add_generation_prompt (bool): end with the header of an assistant message.
 
         Returns:
-            str: the rendered text, special tokens spelled out.
+            str: the text with special tokens spelled out.
 
         Raises:
             UserError: if the template refuses the conversation.

@@ -1,4 +1,4 @@
-"""A torchtune model tokenizer for any Hugging Face folder, with the model's own chat template."""
+"""A torchtune model tokenizer for any Hugging Face directory, with its own chat template."""
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
@@ -24,23 +24,23 @@ class HFChatTokenizer(ModelTokenizer, Transform):
     """Tokenizes whole conversations with the chat template a model was trained with.
 
     The conversation is rendered once and tokenized once, so its tokens are those of transformers'
-    ``apply_chat_template`` for every content; encoding header and content apart, as torchtune's
-    tokenizers do, gives others when the content starts with white space. Character offsets then
+    ``apply_chat_template`` for every content. torchtune's tokenizers encode header and content
+    apart, which gives other tokens when the content starts with white space. Character offsets then
     tell which tokens belong to which message.
 
-    No loss (mask True) falls on messages with ``masked=True``, on the header of an assistant
-    message (it is given at inference), and on what the template writes after its end token. The
-    end token itself is trained on, otherwise the model never learns to stop. A token that spans
-    header and content belongs to the header.
+    No loss (mask True) is taken on messages with ``masked=True``, on the header of an assistant
+    message (it is given at inference), or on what the template writes after its end token. The end
+    token itself is learnt, otherwise the model never learns to stop. A token that spans header and
+    content belongs to the header.
 
     Args:
         tokenizer (Tokenizer): the fast tokenizer.
         special_tokens (Mapping[str, str]): those with a name, such as ``eos_token``.
         chat_template (ChatTemplate | None): the model's template; None: only plain text.
-        max_seq_len (int | None): longer conversations are cut; None for no limit.
+        max_seq_len (int | None): longer conversations are cut; None: no limit.
         extra_stop_tokens (Sequence[int]): token ids that end generation in addition to ``eos_id``
             and to those with which the template ends an answer.
-        pad_token (str | None): padding token in place of the model's own.
+        pad_token (str | None): padding token that replaces the model's own.
 
     Attributes:
         special_tokens (dict[str, int]): every special token and its id.
@@ -49,7 +49,7 @@ class HFChatTokenizer(ModelTokenizer, Transform):
         pad_id (int): padding token; ``eos_id`` if the model has none.
 
     Raises:
-        UserError: if the model names no ``eos_token``, or names a token its vocabulary lacks.
+        UserError: if the model names no ``eos_token``, or a token that is not in its vocabulary.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class HFChatTokenizer(ModelTokenizer, Transform):
 
     @cached_property
     def stop_tokens(self) -> list[int]:
-        """Tokens that end generation: ``eos_id``, then those of the template and of the model."""
+        """Ids that end generation: ``eos_id``, then those of the template and of the model."""
         ends = find_stop_strings(self.chat_template, self._turn_end) if self.chat_template else []
         of_template = [self.special_tokens[end] for end in ends]
         return list(dict.fromkeys((self.eos_id, *of_template, *self._extra_stop_tokens)))
@@ -104,14 +104,8 @@ class HFChatTokenizer(ModelTokenizer, Transform):
     def encode(self, text: str, add_bos: bool = True, add_eos: bool = True) -> list[int]:
         """Encode plain text, without the chat template.
 
-        Args:
-            text (str): the text.
-            add_bos (bool): begin as the tokenizer's post-processor does: Llama's and Gemma's put
-                ``bos_id`` there, those of SmolLM2 and Qwen nothing.
-            add_eos (bool): append ``eos_id``.
-
-        Returns:
-            list[int]: token ids.
+        ``add_bos`` begins as the tokenizer's post-processor does: Llama's and Gemma's put
+        ``bos_id`` there, those of SmolLM2 and Qwen nothing. ``add_eos`` appends ``eos_id``.
         """
         ids = list(self._tokenizer.encode(text, add_special_tokens=False).ids)
         if add_bos:
@@ -120,7 +114,7 @@ class HFChatTokenizer(ModelTokenizer, Transform):
 
     @cached_property
     def _first_ids(self) -> list[int]:
-        """What the post-processor puts before a text."""
+        """Ids that the post-processor puts before a text."""
         alone = self._tokenizer.encode("a", add_special_tokens=False).ids
         whole = self._tokenizer.encode("a", add_special_tokens=True).ids
         starts = range(len(whole) - len(alone) + 1)
@@ -128,29 +122,16 @@ class HFChatTokenizer(ModelTokenizer, Transform):
         return list(whole[:start])
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Decode token ids; does not stop at ``eos_id``, which may also end a prompt's turns.
-
-        Args:
-            token_ids (Sequence[int]): token ids.
-            skip_special_tokens (bool): leave special tokens out of the text.
-
-        Returns:
-            str: the text.
-        """
+        """Decode token ids; does not stop at ``eos_id``, which may also end a prompt's turns."""
         ids = list(token_ids)
         return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
 
     def tokenize_messages(
         self, messages: Sequence[Message], *, add_end_tokens: bool = True
     ) -> tuple[list[int], list[bool]]:
-        """Tokenize a conversation of torchtune's messages; see :meth:`tokenize_conversation`.
+        """Tokenize torchtune's messages, text only; see :meth:`tokenize_conversation`.
 
-        Args:
-            messages (Sequence[Message]): text only; loss is taken where ``masked`` is False.
-            add_end_tokens (bool): False for generation.
-
-        Returns:
-            tuple[list[int], list[bool]]: token ids, and for each True where no loss is taken.
+        Messages that are not ``masked`` are learnt.
         """
         return self.tokenize_conversation(
             from_torchtune(messages),
@@ -172,9 +153,8 @@ class HFChatTokenizer(ModelTokenizer, Transform):
             messages (Sequence[Mapping[str, Any]]): as transformers' ``apply_chat_template`` takes
                 them: ``role``, ``content`` (text, text parts or None), ``tool_calls``, ``name``,
                 ``reasoning_content`` and whatever else the template reads.
-            tools (Sequence[Mapping[str, Any]] | None): JSON schemas, given to the template.
-            learnt (Sequence[bool] | None): for each message whether it takes loss; None: the
-                assistant's do.
+            tools (Sequence[Mapping[str, Any]] | None): JSON schemas for the template.
+            learnt (Sequence[bool] | None): for each message; None: the assistant's are learnt.
             add_end_tokens (bool): True for training. False for generation: the text ends with the
                 header of an assistant message, followed by the content of a last assistant
                 message, if there is one, for the model to continue.
@@ -186,7 +166,7 @@ class HFChatTokenizer(ModelTokenizer, Transform):
 
         Raises:
             UserError: if there is no message, one is malformed, the template refuses the
-                conversation or leaves out what is to be learnt.
+                conversation or leaves out a learnt text.
         """
         template = self.chat_template
         if template is None:
@@ -207,14 +187,9 @@ class HFChatTokenizer(ModelTokenizer, Transform):
         return self._truncate(list(encoding.ids), mask, add_end_tokens)
 
     def __call__(self, sample: dict[str, Any], inference: bool = False) -> Mapping[str, Any]:
-        """Replace the sample's ``messages`` by ``tokens`` and ``mask``, in place.
+        """Replace the sample's torchtune ``messages`` by ``tokens`` and ``mask``, in place.
 
-        Args:
-            sample (dict[str, Any]): has a list of torchtune messages under ``messages``.
-            inference (bool): end with the template's generation prompt.
-
-        Returns:
-            Mapping[str, Any]: the sample.
+        With ``inference`` the tokens end with the template's generation prompt.
         """
         messages = sample.pop("messages")
         sample["tokens"], sample["mask"] = self.tokenize_messages(
@@ -266,7 +241,7 @@ def _render_for_generation(template: ChatTemplate, messages: Messages, tools: To
 
 
 def _mask(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
-    """Return True for every token without loss, by the place of its first character."""
+    """Return True for every token without loss; the first character of a token decides."""
     mask = [True] * len(offsets)
     starts = [first for first, _ in offsets]
     for start, end in spans:

@@ -1,4 +1,4 @@
-"""Rows of text with a label."""
+"""Labelled texts as examples of a classifier."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,17 +17,16 @@ Row = dict[str, Any]
 class ClassificationDataset(Dataset[Row]):
     r"""Texts made of a row's columns, with the number of their class or their score.
 
-    A text that is too long loses its start, behind the first token: the end is what the model
-    answers to.
+    A text that is too long loses its start, after the first token: the model answers to the end.
 
     Args:
-        tokenizer (Any): torchtune model tokenizer; its ``max_seq_len`` limits the rows.
+        tokenizer (Any): torchtune model tokenizer; its ``max_seq_len`` limits an example.
         rows (Sequence[Mapping[str, Any]]): with the template's columns and ``label``.
         template (str): text with columns in braces, such as ``"{sentence}\nSentiment:"``.
         labels (Sequence[str] | None): names of the classes, in the order of their numbers; None:
             the label is a score.
         metrics (Sequence[str]): how predictions are judged
-            (:mod:`qst_tune.training.classification_metrics`), the most telling first.
+            (:mod:`qst_tune.training.classification_metrics`), the most informative first.
     """
 
     def __init__(
@@ -51,33 +50,19 @@ class ClassificationDataset(Dataset[Row]):
         return 1 if self.labels is None else len(self.labels)
 
     def __len__(self) -> int:
-        """Number of rows."""
+        """Return the number of rows."""
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Row:
-        """Tokenize a row.
+        """Return ``tokens``, a list of ids, and ``labels``, an int or, for a score, a float.
 
-        Args:
-            index (int): which one.
-
-        Returns:
-            Row: ``tokens``, a list of ids, and ``labels``, an int or, for a score, a float.
-
-        Raises:
-            UserError: if its label is none of ``labels``.
+        A label that is not among ``labels`` is a UserError.
         """
         row = self.rows[index]
         return {"tokens": self.encode(row), "labels": self._label(row["label"])}
 
     def encode(self, row: Mapping[str, Any]) -> list[int]:
-        """Tokenize a row that needs no label.
-
-        Args:
-            row (Mapping[str, Any]): with the template's columns.
-
-        Returns:
-            list[int]: at most the tokenizer's ``max_seq_len`` token ids.
-        """
+        """Tokenize a row, whose label is not read."""
         text = self.template.format_map(row)
         tokens: list[int] = self.tokenizer.encode(text, add_bos=True, add_eos=False)
         limit = self.tokenizer.max_seq_len
@@ -108,7 +93,7 @@ def classification_dataset(
     split: str = "train",
     **load_dataset_arguments: Any,
 ) -> ClassificationDataset:
-    """Load rows with a label, from local files or the hub.
+    """Load labelled rows, from local files or the hub.
 
     Args:
         tokenizer (Any): torchtune model tokenizer.
@@ -116,7 +101,7 @@ def classification_dataset(
         template (str): text with columns in braces.
         labels (Sequence[str] | None): names of the classes; None: the label is a score.
         metrics (Sequence[str]): "accuracy", "f1", "matthews", "pearson" or "spearman".
-        split (str): as ``datasets`` has it: ``train[:1600]`` takes the first 1600 rows.
+        split (str): as in ``datasets``: ``train[:1600]`` takes the first 1600 rows.
         **load_dataset_arguments (Any): of ``datasets.load_dataset``.
 
     Returns:
@@ -133,13 +118,13 @@ def collate_classification(
     multiple: int = LENGTH_MULTIPLE,
     max_seq_len: int | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Make a batch, padded on the right.
+    """Make a batch, padded on the right to a multiple of ``multiple``, at most to ``max_seq_len``.
 
     Args:
         rows (Sequence[Row]): of a :class:`ClassificationDataset`.
         pad_id (int): any token id.
-        multiple (int): rows are padded to a multiple of this, as those of language models are.
-        max_seq_len (int | None): padding does not exceed it.
+        multiple (int): as for language models.
+        max_seq_len (int | None): None: no limit.
 
     Returns:
         dict[str, torch.Tensor]: ``tokens`` ``[B, T]``, ``padding_mask`` ``[B, T]`` with True for

@@ -11,15 +11,7 @@ csv.field_size_limit(2**31 - 1)  # 131,072 characters by default: long documents
 
 
 class CsvRows:
-    """Rows below a header.
-
-    Args:
-        text (FileText): the file.
-        delimiter (str): between fields.
-
-    Raises:
-        UserError: if the file is not UTF-8, its quotes do not close or its header is not one.
-    """
+    """Rows below a header; a file that is not UTF-8, or is no CSV, is a UserError."""
 
     def __init__(self, text: FileText, delimiter: str) -> None:
         self.path = text.path
@@ -41,19 +33,12 @@ class CsvRows:
         return dict(zip(self.header, values, strict=True))
 
     def place(self, index: int) -> str:
-        """Return where a row is, for messages.
-
-        Args:
-            index (int): of the row.
-
-        Returns:
-            str: file and line.
-        """
+        """Return the file and line of a row."""
         return f"{self.path} (line {self._records[index][0]})"
 
 
 def _records(text: FileText, delimiter: str) -> list[tuple[int, list[str]]]:
-    """Fields of each record, with the line where it ends; blank lines are none."""
+    """Return the fields of each record, with the line where it ends; blank lines are none."""
     try:
         content = decode(text.read())
     except UserError as error:

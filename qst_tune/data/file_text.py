@@ -1,4 +1,4 @@
-"""The bytes of a text file, plain or compressed with gzip, by lines."""
+"""The lines of a text file, plain or compressed with gzip."""
 
 import gzip
 import io
@@ -15,13 +15,10 @@ _OTHER_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
 class FileText:
-    """A file's lines, found again by the byte where they begin; a plain file stays on disk.
+    """A file's lines, each found by the byte where it begins; a plain file stays on disk.
 
-    Args:
-        path (Path): an existing file; ``.gz`` is decompressed into memory.
-
-    Raises:
-        UserError: if it cannot be read, is a damaged gzip file or UTF-16.
+    ``.gz`` is decompressed into memory. An unreadable file, damaged gzip and UTF-16 are a
+    UserError.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,11 +34,7 @@ class FileText:
         self._first = len(_BOM) if head == _BOM else 0
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
-        """Read all lines.
-
-        Yields:
-            tuple[int, bytes]: where the line begins, and the line.
-        """
+        """Yield each line and the byte where it begins."""
         with self._open() as file:
             start = file.seek(self._first)
             for line in file:
@@ -49,24 +42,13 @@ class FileText:
                 start += len(line)
 
     def line_at(self, start: int) -> bytes:
-        """Read one line.
-
-        Args:
-            start (int): byte where it begins.
-
-        Returns:
-            bytes: with its line end.
-        """
+        """Read the line that begins at a byte, with its line end."""
         with self._open() as file:
             file.seek(start)
             return file.readline()
 
     def read(self) -> bytes:
-        """Read everything.
-
-        Returns:
-            bytes: without a byte order mark.
-        """
+        """Read everything except a byte order mark."""
         with self._open() as file:
             file.seek(self._first)
             return file.read()

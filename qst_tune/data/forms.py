@@ -1,10 +1,11 @@
-"""The forms of rows that are known by their columns, and what each row of them means."""
+"""The forms of rows, known by their columns, and the meaning of each row."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qst_tune.data.conversation import Conversation, kind_of, read_conversation, read_tools, text_of
+from qst_tune.data.conversation import Conversation, read_conversation, read_tools
+from qst_tune.data.json_values import kind_of, text_of
 from qst_tune.errors import UserError
 
 Row = Mapping[str, Any]
@@ -12,23 +13,14 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Text:
-    """Text without roles, learnt as a whole.
-
-    Args:
-        text (str): of the row.
-    """
+    """Text without roles, learnt as a whole."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two conversations that begin alike, the first with the better answer.
-
-    Args:
-        chosen (Conversation): the better one.
-        rejected (Conversation): the other one.
-    """
+    """Two conversations that begin alike, the first with the better answer."""
 
     chosen: Conversation
     rejected: Conversation
@@ -36,21 +28,15 @@ class Pair:
 
 @dataclass(frozen=True)
 class Form:
-    """One form of rows.
+    """One form of rows."""
 
-    Args:
-        needed (tuple[str, ...]): columns that every row has.
-        optional (tuple[str, ...]): columns that a row may have.
-        read (Callable[[Row], Conversation | Pair | Text]): what a row means.
-    """
-
-    needed: tuple[str, ...]
-    optional: tuple[str, ...]
-    read: Callable[[Row], Conversation | Pair | Text]
+    needed: tuple[str, ...]  # columns that every row has
+    optional: tuple[str, ...]  # columns that a row may have
+    read: Callable[[Row], Conversation | Pair | Text]  # from a row to its meaning
 
     @property
     def name(self) -> str:
-        """The needed columns."""
+        """The needed columns as text."""
         return ", ".join(self.needed)
 
     @property
@@ -72,17 +58,9 @@ class Form:
 
 
 def read_row(form: Form, row: Row) -> Conversation | Pair | Text:
-    """Return what a row means.
+    """Return the meaning of a row, with its system prompt and tools.
 
-    Args:
-        form (Form): of all rows.
-        row (Row): columns under the names of the form.
-
-    Returns:
-        Conversation | Pair | Text: with the row's system prompt and tools.
-
-    Raises:
-        UserError: if a value is missing or of a wrong type, naming it.
+    A missing value, or one of a wrong type, is a UserError that names it.
     """
     missing = [column for column in form.needed if column not in row]
     if missing:
@@ -97,16 +75,7 @@ def read_row(form: Form, row: Row) -> Conversation | Pair | Text:
 def with_system(
     sample: Conversation | Pair | Text, prompt: str, *, replace: bool
 ) -> Conversation | Pair | Text:
-    """Begin a conversation with a system prompt.
-
-    Args:
-        sample (Conversation | Pair | Text): text has none, and stays as it is.
-        prompt (str): the system prompt.
-        replace (bool): drop those of the row; False lets a row keep its own.
-
-    Returns:
-        Conversation | Pair | Text: a copy.
-    """
+    """Begin a conversation with a system prompt; ``replace`` drops those of the row."""
     if isinstance(sample, Pair):
         return Pair(*(_begin(side, prompt, replace) for side in (sample.chosen, sample.rejected)))
     return sample if isinstance(sample, Text) else _begin(sample, prompt, replace)
@@ -208,13 +177,5 @@ PREFERENCE = FORMS[0]
 
 
 def find_form(columns: Collection[str], wanted: Collection[str] = ()) -> Form | None:
-    """Find the form of rows.
-
-    Args:
-        columns (Collection[str]): under the names of the forms.
-        wanted (Collection[str]): that must be read, since the user named them.
-
-    Returns:
-        Form | None: None if none fits.
-    """
+    """Find the first form that fits the columns and reads all that the user named (``wanted``)."""
     return next((form for form in FORMS if form.fits(columns, wanted)), None)

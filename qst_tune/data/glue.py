@@ -16,17 +16,11 @@ HUB_NAME = "nyu-mll/glue"
 
 @dataclass(frozen=True)
 class GlueTask:
-    """One task.
+    """One task."""
 
-    Args:
-        template (str): text with columns in braces.
-        labels (tuple[str, ...] | None): names of the classes; None for a score.
-        metrics (tuple[str, ...]): the one that the QST paper's table gives first.
-    """
-
-    template: str
-    labels: tuple[str, ...] | None
-    metrics: tuple[str, ...] = ("accuracy",)
+    template: str  # columns in braces
+    labels: tuple[str, ...] | None  # names of the classes; None for a score
+    metrics: tuple[str, ...] = ("accuracy",)  # the first is that of the QST paper's table
 
 
 GLUE_TASKS = {
@@ -84,14 +78,11 @@ def glue_dataset(
         tokenizer (Any): torchtune model tokenizer.
         task (str): rte, mrpc, stsb, cola, sst2, qnli, qqp or mnli.
         source (str): as for :func:`~qst_tune.data.classification.classification_dataset`.
-        **arguments (Any): of that function; ``template``, ``labels`` and ``metrics`` are the
-            task's unless given.
+        **arguments (Any): of that function; ``template``, ``labels`` and ``metrics`` have the
+            task's values by default.
 
     Returns:
-        ClassificationDataset: labels may stand in the rows as numbers or as names.
-
-    Raises:
-        UserError: if there is no such task.
+        ClassificationDataset: the rows may have labels as numbers or as names.
     """
     if task not in GLUE_TASKS:
         raise UserError(f"task={task!r} is unknown; choose one of {', '.join(GLUE_TASKS)}")

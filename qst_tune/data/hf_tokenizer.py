@@ -1,4 +1,4 @@
-"""Builds the tokenizer of a Hugging Face directory; what configs name as their tokenizer."""
+"""Builds the tokenizer of a Hugging Face directory; configs name this function."""
 
 from pathlib import Path
 
@@ -30,9 +30,9 @@ def hf_chat_tokenizer(
             ``tokenizer_config.json``; a chat template in the latter, in ``chat_template.jinja``
             or in ``additional_chat_templates``.
         max_seq_len (int | None): longer conversations are cut; None for no limit.
-        chat_template (str | None): in place of the directory's: a name such as ``chatml``, the
+        chat_template (str | None): replaces the directory's: a name such as ``chatml``, the
             path of a file, or a Jinja template. Base models have none.
-        pad_token (str | None): padding token in place of the directory's. In many chat models that
+        pad_token (str | None): replaces the directory's padding token. In many chat models that
             is a token of the template, which torchtune's ``generate`` would then mask in a prompt.
 
     Returns:
@@ -40,7 +40,7 @@ def hf_chat_tokenizer(
 
     Raises:
         UserError: if the directory or its tokenizer is absent or damaged, or the chat template is
-            none.
+            invalid.
     """
     directory = Path(path)
     if not directory.is_dir():

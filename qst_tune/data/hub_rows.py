@@ -5,17 +5,12 @@ from typing import Any
 
 from datasets import load_dataset
 
-from qst_tune.data.conversation import without_nulls
+from qst_tune.data.json_values import without_nulls
 from qst_tune.errors import UserError
 
 
 class HubRows:
-    """Rows of one split.
-
-    Args:
-        rows (Any): map-style dataset of ``datasets``.
-        name (str): of the dataset and its split.
-    """
+    """Rows of one split of a map-style dataset."""
 
     def __init__(self, rows: Any, name: str) -> None:
         self.rows = rows
@@ -29,30 +24,15 @@ class HubRows:
         return row
 
     def place(self, index: int) -> str:
-        """Return where a row is, for messages.
-
-        Args:
-            index (int): of the row.
-
-        Returns:
-            str: number and source.
-        """
+        """Return the number and source of a row."""
         return f"row {index} of {self.name}"
 
 
 def read_hub(source: str, split: str, **settings: Any) -> HubRows:
-    """Load a dataset by its name.
+    """Load a split, or a part of one, of a dataset such as ``yahma/alpaca-cleaned``.
 
-    Args:
-        source (str): such as ``yahma/alpaca-cleaned``.
-        split (str): one of its splits, or a part of one.
-        **settings (Any): further arguments of ``datasets.load_dataset``; None is left out.
-
-    Returns:
-        HubRows: its rows.
-
-    Raises:
-        UserError: if it cannot be loaded.
+    ``settings`` are further arguments of ``datasets.load_dataset``; None is left out. A dataset
+    that cannot be loaded is a UserError.
     """
     try:
         rows = load_dataset(source, split=split, **without_nulls(settings))

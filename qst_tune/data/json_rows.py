@@ -2,7 +2,7 @@
 
 ``datasets`` reads these too, but fits all rows into one Arrow schema: a value of another type in
 row 7,000 fails without its row, and an object that lacks a key gets it with null, also inside tool
-calls. Here each row is what its own text is, and a mistake has its line.
+calls. Here each row is exactly its own text, and a mistake is reported with its line.
 """
 
 import json
@@ -10,9 +10,9 @@ from array import array
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qst_tune.data.conversation import kind_of
 from qst_tune.data.file_text import FileText
 from qst_tune.data.forms import FORMS
+from qst_tune.data.json_values import kind_of
 from qst_tune.errors import UserError
 
 # A single object with these is a row of one conversation, not a file around a list of rows.
@@ -20,11 +20,7 @@ _MESSAGE_KEYS = ({"role", "content"}, {"from", "value"})
 
 
 class JsonLines:
-    """Rows of a file with one JSON object a line; a line is parsed when its row is read.
-
-    Args:
-        text (FileText): the file.
-    """
+    """Rows of a file with one JSON object a line; a line is parsed when its row is read."""
 
     def __init__(self, text: FileText) -> None:
         self.text = text
@@ -42,35 +38,16 @@ class JsonLines:
         return as_row(parse(decode(self.line(index)).rstrip()))
 
     def line(self, index: int) -> bytes:
-        """Return the line of a row.
-
-        Args:
-            index (int): of the row.
-
-        Returns:
-            bytes: JSON, if the file is right.
-        """
+        """Return the line of a row: JSON, if the file is correct."""
         return self.text.line_at(self._starts[index])
 
     def place(self, index: int) -> str:
-        """Return where a row is, for messages.
-
-        Args:
-            index (int): of the row.
-
-        Returns:
-            str: file and line.
-        """
+        """Return the file and line of a row."""
         return f"{self.text.path} (line {self._numbers[index]})"
 
 
 class JsonList:
-    """Rows of a file that is one JSON document.
-
-    Args:
-        path (Path): the file, for messages.
-        rows (list[Any]): what should be objects.
-    """
+    """Rows of a file that is one JSON document."""
 
     def __init__(self, path: Path, rows: list[Any]) -> None:
         self.path = path
@@ -83,28 +60,14 @@ class JsonList:
         return as_row(self.rows[index])
 
     def place(self, index: int) -> str:
-        """Return where a row is, for messages.
-
-        Args:
-            index (int): of the row.
-
-        Returns:
-            str: the file.
-        """
+        """Return the file."""
         return str(self.path)
 
 
 def read_json(text: FileText) -> JsonLines | JsonList:
-    """Find out how a JSON file holds its rows.
+    """Read the rows of a JSON file.
 
-    Args:
-        text (FileText): the file.
-
-    Returns:
-        JsonLines | JsonList: its rows.
-
-    Raises:
-        UserError: if it is one JSON document that is damaged or has several lists of rows.
+    One JSON document that is damaged or has several lists of rows is a UserError.
     """
     lines = JsonLines(text)
     if _begins_document(lines):
@@ -167,17 +130,7 @@ def _is_list_of_rows(value: Any) -> bool:
 
 
 def parse(text: str) -> Any:
-    """Parse one row.
-
-    Args:
-        text (str): JSON.
-
-    Returns:
-        Any: its value.
-
-    Raises:
-        UserError: if it is not JSON, has a key twice, or a number that JSON does not have.
-    """
+    """Parse one row; invalid JSON, a duplicate key and NaN or Infinity are a UserError."""
     try:
         return _loads(text)
     except json.JSONDecodeError as error:
@@ -206,34 +159,14 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def as_row(value: Any) -> dict[str, Any]:
-    """Return what is a row, with columns.
-
-    Args:
-        value (Any): of JSON.
-
-    Returns:
-        dict[str, Any]: the same.
-
-    Raises:
-        UserError: if it is not an object.
-    """
+    """Return a value that must be an object of columns."""
     if not isinstance(value, dict):
         raise UserError(f'it is {kind_of(value)}, not an object of columns: {{"text": "..."}}')
     return value
 
 
 def decode(line: bytes) -> str:
-    """Decode UTF-8.
-
-    Args:
-        line (bytes): of a file.
-
-    Returns:
-        str: the text.
-
-    Raises:
-        UserError: if it is in another encoding.
-    """
+    """Decode UTF-8; another encoding is a UserError."""
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -1,10 +1,10 @@
-"""Which part of a rendered conversation each message to be learnt takes up.
+"""Which part of a rendered conversation each learnt message takes up.
 
 A prompt is what the template writes with ``add_generation_prompt``; an answer is what follows it,
-up to and with its end-of-turn token. Where the rendering of the messages so far is a prefix of the
-whole, that is all. It is no prefix in templates that write a message differently once more follows
-(Qwen 3 drops thoughts, Phi-3 ends the conversation with eos, Mistral moves the system prompt to
-the last question); there, marks around each text show where the template put it.
+including its end-of-turn token. Usually the rendering of the messages so far is a prefix of the
+whole, and gives both. It is no prefix in templates that write a message differently once more
+follow (Qwen 3 drops thoughts, Phi-3 ends the conversation with eos, Mistral moves the system prompt
+to the last question). There, marks around each text show where the template put it.
 """
 
 from collections.abc import Sequence
@@ -13,24 +13,15 @@ from functools import lru_cache
 from torchtune import utils
 
 from qst_tune.data.marked_spans import MarkedSpans, check_rendering
-from qst_tune.data.prefix_spans import span_by_prefix
 from qst_tune.data.rendered_chat import RenderedChat, Span
 
 log = utils.get_logger("INFO")
 
 
 def find_learnt_spans(chat: RenderedChat, learnt: Sequence[bool]) -> list[Span]:
-    """Find the messages that take loss.
+    """Return the character range in the rendering of each learnt message, in order.
 
-    Args:
-        chat (RenderedChat): the conversation.
-        learnt (Sequence[bool]): for each message.
-
-    Returns:
-        list[Span]: character ranges of the rendering, in the order of the messages.
-
-    Raises:
-        UserError: naming a message, tool call or the tools that the rendering lacks.
+    A message, tool call or tools that the rendering lacks are a UserError that names them.
     """
     spans = _find(chat, [index for index, is_learnt in enumerate(learnt) if is_learnt])
     if spans and not chat.ends_with_special(*spans[-1]):
@@ -44,7 +35,7 @@ def find_learnt_spans(chat: RenderedChat, learnt: Sequence[bool]) -> list[Span]:
 
 def _find(chat: RenderedChat, indices: list[int]) -> list[Span]:
     if len(indices) <= 1 and _is_plain(chat):
-        span = span_by_prefix(chat, indices[0]) if indices else None
+        span = _span_by_prefix(chat, indices[0]) if indices else None
         if span is not None or not indices:
             return [span] if span else []
     marked = MarkedSpans.of(chat)
@@ -56,7 +47,7 @@ def _find(chat: RenderedChat, indices: list[int]) -> list[Span]:
 
 
 def _is_plain(chat: RenderedChat) -> bool:
-    """Whether all contents are in the rendering as they are, and there are no tools."""
+    """Whether all contents are unchanged in the rendering, and there are no tools."""
     return not chat.tools and all(
         "tool_calls" not in message and message["content"].strip() in chat.text
         for message in chat.messages
@@ -64,10 +55,31 @@ def _is_plain(chat: RenderedChat) -> bool:
 
 
 def _by_prefix(chat: RenderedChat, index: int) -> Span:
-    span = span_by_prefix(chat, index)
+    span = _span_by_prefix(chat, index)
     if span is None:
         raise chat.lost(index, "the template changes its text, or the text before it")
     return span
+
+
+def _span_by_prefix(chat: RenderedChat, index: int) -> Span | None:
+    """Return the characters that a message adds to the rendering of those before it.
+
+    None if the template writes the first messages differently on their own than in the whole, or
+    the content of the message is not in the range.
+    """
+    start = _length(chat, chat.prompt(index))
+    if index + 1 == len(chat.messages):
+        end: int | None = len(chat.text.removesuffix(chat.turn_end.tail))
+    else:
+        end = _length(chat, chat.up_to(index + 1))
+    if start is None or end is None:
+        return None
+    content = chat.messages[index].get("content", "").strip()
+    return chat.without_space(start, end) if content in chat.text[start:end] else None
+
+
+def _length(chat: RenderedChat, prefix: str | None) -> int | None:
+    return None if prefix is None or not chat.text.startswith(prefix) else len(prefix)
 
 
 @lru_cache(maxsize=64)

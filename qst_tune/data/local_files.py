@@ -1,4 +1,4 @@
-"""Rows of local files: JSONL, JSON, CSV, TSV and Parquet, the text ones also as ``.gz``."""
+"""Rows of local files: JSONL, JSON, CSV, TSV and Parquet; the text formats also as ``.gz``."""
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -34,11 +34,11 @@ class Rows(Protocol):
     def __getitem__(self, index: int) -> Mapping[str, Any]: ...
 
     def place(self, index: int) -> str:
-        """Return where a row is: its file and, where there is one, its line."""
+        """Return the file and, if there is one, the line of a row."""
 
 
 class LocalRows:
-    """Rows of one file after the other.
+    """Rows of several files in order.
 
     Args:
         files (Sequence[tuple[Path, Rows]]): rows of each file.
@@ -65,14 +65,7 @@ class LocalRows:
         return part[number]
 
     def place(self, index: int) -> str:
-        """Return where a row is, for messages.
-
-        Args:
-            index (int): of the row.
-
-        Returns:
-            str: number in the file, file and, where there is one, line.
-        """
+        """Return the number of a row in its file, the file and, if there is one, the line."""
         part, number = self._find(index)
         return f"row {number} of {part.place(number)}"
 
@@ -89,9 +82,9 @@ def read_local_files(
 
     Args:
         data_files (str | Sequence[str]): paths or glob patterns; a path that exists is taken
-            literally, whatever brackets it has.
+            literally, even with brackets.
         source (str | None): ``json``, ``csv``, ``tsv`` or ``parquet`` for a file without a usual
-            ending.
+            suffix.
         split (str): ``train``, or a part of it such as ``train[:1000]`` or ``train[90%:]``.
 
     Returns:
@@ -108,17 +101,7 @@ def read_local_files(
 
 
 def find_files(name: str) -> list[Path]:
-    """Find the files of a path or a glob pattern.
-
-    Args:
-        name (str): a path that exists is taken literally.
-
-    Returns:
-        list[Path]: at least one.
-
-    Raises:
-        UserError: if there is none, or it is a directory.
-    """
+    """Find the files of an existing path or of a glob pattern: at least one, and no directory."""
     path = Path(name).expanduser()
     if path.is_dir():
         raise UserError(f"data_files={name} is a directory: name its files, as in {path}/*.jsonl")
@@ -136,14 +119,7 @@ def find_files(name: str) -> list[Path]:
 
 
 def format_of(path: Path) -> str | None:
-    """Return the format that a file's ending says.
-
-    Args:
-        path (Path): ``.gz`` is looked through.
-
-    Returns:
-        str | None: ``json``, ``csv``, ``tsv`` or ``parquet``; None for another ending.
-    """
+    """Return the format that a file's suffix names, before any ``.gz``."""
     name = path.with_suffix("") if path.suffix.lower() == ".gz" else path
     return FORMATS.get(name.suffix.lower())
 

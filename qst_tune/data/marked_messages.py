@@ -1,7 +1,7 @@
 """Marks around the texts of messages, which show where a chat template puts each of them.
 
-A mark is one private-use character that no text has. It is no white space, so templates that trim
-a content trim the same; and a rendering without its marks is compared with the real one.
+A mark is one private-use character that no text has. It is no white space, so templates that trim a
+content trim the same; and a rendering without its marks is compared with the real one.
 """
 
 import json
@@ -22,45 +22,29 @@ Wrap = Callable[[str, str], str]
 
 @dataclass(frozen=True)
 class Mark:
-    """A mark in a rendering.
+    """A mark in a rendering."""
 
-    Args:
-        owner (int): index of the message; the number of messages for the tools.
-        in_call (bool): whether it is in a tool call.
-        place (int): how many characters of the text are before it.
-    """
-
-    owner: int
-    in_call: bool
-    place: int
+    owner: int  # index of the message; the number of messages for the tools
+    in_call: bool  # whether it is in a tool call
+    place: int  # number of characters of the text before it
 
 
 @dataclass(frozen=True)
 class Marked:
-    """A rendering with its marks.
+    """A rendering and its marks."""
 
-    Args:
-        text (str): without the marks.
-        marks (list[Mark]): in the order of the text.
-    """
-
-    text: str
-    marks: list[Mark]
+    text: str  # without the marks
+    marks: list[Mark]  # in the order of the text
 
     def of(self, owner: int) -> list[Mark]:
         """Return the marks of a message."""
         return [mark for mark in self.marks if mark.owner == owner]
 
     def after(self, owner: int, count: int | None = None) -> tuple[int, str]:
-        """Return the place of a message's last mark, and the text up to the next mark.
+        """Return the place of a message's last mark, and the text from there to the next mark.
 
-        Args:
-            owner (int): index of the message; it has marks.
-            count (int | None): take its mark of this number, from 1, where it has so many: some
-                templates write the name of a called function once more with the answer to it.
-
-        Returns:
-            tuple[int, str]: number of characters before, and the text behind.
+        ``count``, from 1, takes an earlier mark if there are so many: some templates write the name
+        of a called function once more with the answer to it.
         """
         own = [i for i, mark in enumerate(self.marks) if mark.owner == owner]
         index = own[-1] if count is None else own[min(count, len(own)) - 1]
@@ -76,7 +60,7 @@ class Marker:
         text (str): the real rendering, which must have none of the marks.
         num_messages (int): of the conversation.
         wrap (Wrap): puts marks into a text; one of :data:`WRAPS`.
-        answers_only (bool): mark the assistant's messages alone.
+        answers_only (bool): mark only the assistant's messages.
 
     Attributes:
         is_usable (bool): whether there are enough characters that the text does not have.
@@ -106,18 +90,18 @@ class Marker:
         return tools and [self._mark_tool(tool, mark) for tool in tools]
 
     def num_in_calls(self, message: Mapping[str, Any], index: int) -> int:
-        """Return how many marks the tool calls of a marked message have."""
+        """Return the number of marks in the tool calls of a marked message."""
         if "tool_calls" not in message:
             return 0
         calls = json.dumps(message["tool_calls"], ensure_ascii=False)
         return calls.count(self._character(index, in_call=True))
 
     def num_in_content(self, message: Mapping[str, Any], index: int) -> int:
-        """Return how many marks the content of a marked message has."""
+        """Return the number of marks in the content of a marked message."""
         return str(message.get("content", "")).count(self._character(index))
 
     def read(self, rendering: str) -> Marked:
-        """Take the marks out of a rendering."""
+        """Separate a rendering from its marks."""
         marks: list[Mark] = []
         for found in _PLANES[self._base].finditer(rendering):
             code = ord(found.group()) - self._base
@@ -193,7 +177,7 @@ def _inside_space(text: str, wrap: Callable[[str], str]) -> str:
 
 
 def _answer_marked(body: str, mark: str) -> str:
-    """Mark the begin of what follows a thought: templates drop thoughts of earlier turns."""
+    """Mark the begin of the text after a thought: templates drop thoughts of earlier turns."""
     thought, end, answer = body.rpartition(_THOUGHT_END)
     bare = answer.lstrip()
     if not end or not bare:

@@ -13,8 +13,8 @@ class MarkedSpans:
 
     Args:
         marked_chat (RenderedChat): with marks in its messages and in its text.
-        chat (RenderedChat): without.
-        marker (Marker): that made the marks.
+        chat (RenderedChat): without marks.
+        marker (Marker): made the marks.
     """
 
     def __init__(self, marked_chat: RenderedChat, chat: RenderedChat, marker: Marker) -> None:
@@ -38,7 +38,7 @@ class MarkedSpans:
         return None
 
     def dropped(self, index: int) -> str | None:
-        """Return what of a message the rendering lacks: ``content``, ``tool_calls`` or None."""
+        """Return what the rendering lacks of a message: ``content``, ``tool_calls`` or None."""
         message, marks = self._marked_chat.messages[index], self._whole.of(index)
         in_calls = sum(mark.in_call for mark in marks)
         if in_calls < self._marker.num_in_calls(message, index):
@@ -52,17 +52,10 @@ class MarkedSpans:
         return bool(self._chat.tools) and not self._whole.of(len(self._chat.messages))
 
     def span(self, index: int) -> Span:
-        """Find a message.
+        """Find the character range of a message; one that cannot be found is a UserError.
 
-        Args:
-            index (int): of the message. Ask for the last one first: its prompt is the model's at
-                inference, and those of earlier answers mostly end alike and need no rendering.
-
-        Returns:
-            Span: a character range.
-
-        Raises:
-            UserError: if neither its begin nor its end can be told.
+        Ask for the last one first: its prompt is the model's at inference, and those of earlier
+        answers mostly end alike and need no rendering.
         """
         start = self._start(index)
         end = self._end(index, start)
@@ -97,7 +90,7 @@ class MarkedSpans:
         return self._marker.marks_starts and 0 < placed <= found
 
     def _start_by_known_end(self, index: int) -> int | None:
-        """Begin of an answer to a message behind which a known end of a prompt follows."""
+        """Begin of an answer to a message that is followed by a known end of a prompt."""
         if self._chat.messages[index]["role"] != "assistant" or not self._whole.of(index - 1):
             return None
         place, after = self._whole.after(index - 1)
@@ -130,24 +123,24 @@ class MarkedSpans:
         return place + begin + len(closing) if begin >= 0 and is_next else None
 
     def _after(self, index: int, start: int) -> tuple[int, str]:
-        """Return the place behind the message's last text, and what follows up to another's."""
+        """Return the place after the message's last text, and the text from there to another's."""
         if self._whole.of(index):
             return self._whole.after(index)
         later = (m.place for m in self._whole.marks if m.owner > index and m.place >= start)
         return start, self._chat.text[start : min(later, default=len(self._chat.text))]
 
     def _first_end(self, after: str, alone: str) -> int:
-        """Return where a message ends that ends otherwise at the end of a conversation."""
+        """Return the end of a message whose end differs at the end of a conversation."""
         common = _num_common(after, alone)
         ends = [match.end() for match in self._chat.turn_end.special.finditer(after)]
         return next((end for end in ends if end > common), common)
 
     def _is_in_whole(self, prefix: Marked) -> bool:
-        """Whether the last mark of the first messages' rendering is in the whole, too."""
+        """Whether the whole also has the last mark of the first messages' rendering."""
         return not prefix.marks or bool(self._whole.of(prefix.marks[-1].owner))
 
     def _behind_last_mark(self, prefix: Marked) -> tuple[int, str, str]:
-        """Return the same mark's place in the whole, and what follows it there and here.
+        """Return the place of the prefix's last mark in the whole, and the text after both.
 
         Without a mark, where all contents so far are empty, that is the begin of the text.
         """
@@ -163,13 +156,13 @@ class MarkedSpans:
 
 
 def _num_common(one: str, other: str) -> int:
-    """Return the number of characters with which both texts begin."""
+    """Return the number of characters that both texts begin with."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _common_lines(one: str, other: str, special: re.Pattern[str]) -> int:
-    """Return the length of the common begin, cut behind a line break or special token."""
+    """Return the length of the common begin, cut after a line break or special token."""
     common = one[: _num_common(one, other)]
     if common == one:
         return len(one)
@@ -178,18 +171,9 @@ def _common_lines(one: str, other: str, special: re.Pattern[str]) -> int:
 
 
 def check_rendering(spans: MarkedSpans, chat: RenderedChat, learnt: list[int]) -> list[str]:
-    """Refuse a rendering that lacks what must be in it.
+    """Return the names of messages whose content is not rendered.
 
-    Args:
-        spans (MarkedSpans): of the conversation.
-        chat (RenderedChat): the conversation.
-        learnt (list[int]): messages that take loss.
-
-    Returns:
-        list[str]: the names of other messages whose content is not rendered.
-
-    Raises:
-        UserError: if a learnt content, any tool call or the tools are not rendered.
+    A learnt content, tool call or tools that are not rendered are a UserError.
     """
     other = "use a template that does (tokenizer.chat_template), or leave them out of the rows"
     if spans.drops_tools:

@@ -1,4 +1,4 @@
-"""What a user may have meant whose columns fit no form."""
+"""Guesses what a user meant whose columns fit no form."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,14 +23,7 @@ _TEXTS = ("text", "content", "document", "body", "article", "sentence", "code")
 
 
 def no_form(row: Mapping[str, Any]) -> UserError:
-    """Describe rows that fit nothing.
-
-    Args:
-        row (Mapping[str, Any]): the first one.
-
-    Returns:
-        UserError: one line with the columns, the forms and the nearest of them.
-    """
+    """Return the error for rows without a form: their columns, the forms and the nearest one."""
     known = "; ".join(form.name for form in FORMS)
     found = f"the columns {', '.join(row)}" if row else "no columns"
     guess = nearest(row)
@@ -46,14 +39,7 @@ def no_form(row: Mapping[str, Any]) -> UserError:
 
 
 def nearest(row: Mapping[str, Any]) -> dict[str, str]:
-    """Guess which column is which, by names first and by types then.
-
-    Args:
-        row (Mapping[str, Any]): the first one.
-
-    Returns:
-        dict[str, str]: columns of the row by the names of a form; empty without a guess.
-    """
+    """Guess the columns of the first row for a form, from names and then types; may be empty."""
     lists = [name for name, value in row.items() if _is_conversation(value)]
     if lists:
         return {"messages": lists[0]}
@@ -73,15 +59,7 @@ def nearest(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def check_column_map(column_map: Mapping[str, str], columns: list[str]) -> None:
-    """Refuse a map of what is not there.
-
-    Args:
-        column_map (Mapping[str, str]): columns of the rows by the names of a form.
-        columns (list[str]): of the rows.
-
-    Raises:
-        UserError: naming the wrong entry.
-    """
+    """Refuse a map with an unknown name or column; the UserError names the wrong entry."""
     names = list(dict.fromkeys(name for form in FORMS for name in form.columns))
     for name, column in column_map.items():
         if name not in names:
@@ -97,7 +75,7 @@ def check_column_map(column_map: Mapping[str, str], columns: list[str]) -> None:
 
 
 def _match(columns: list[str], words: tuple[str, ...]) -> str | None:
-    """The column whose name is, or contains, the earliest of some words."""
+    """The column whose name equals, or else contains, the earliest of some words."""
     plain = {column: column.lower() for column in columns}
     for word in words:
         exact = next((column for column, name in plain.items() if name == word), None)

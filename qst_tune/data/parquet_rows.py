@@ -10,14 +10,7 @@ from qst_tune.errors import UserError
 
 
 class ParquetRows:
-    """Rows of an Arrow table.
-
-    Args:
-        path (Path): the file.
-
-    Raises:
-        UserError: if it is not a whole Parquet file.
-    """
+    """Rows of a Parquet file; a damaged file is a UserError."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -36,12 +29,5 @@ class ParquetRows:
         return dict(row)
 
     def place(self, index: int) -> str:
-        """Return where a row is, for messages.
-
-        Args:
-            index (int): of the row.
-
-        Returns:
-            str: the file.
-        """
+        """Return the file."""
         return str(self.path)

@@ -1,4 +1,4 @@
-"""A conversation with its rendering, and renderings of its first messages."""
+"""A conversation with its rendering and renderings of its first messages."""
 
 from dataclasses import dataclass, replace
 
@@ -11,21 +11,13 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class RenderedChat:
-    """A conversation and what its template makes of it.
-
-    Args:
-        template (ChatTemplate): the template.
-        messages (Messages): from :func:`~qst_tune.data.chat_messages.check_messages`.
-        tools (Tools | None): JSON schemas of what the model may call.
-        text (str): the rendering.
-        turn_end (TurnEnd): how the template ends an answer.
-    """
+    """A conversation and its rendering."""
 
     template: ChatTemplate
-    messages: Messages
-    tools: Tools | None
-    text: str
-    turn_end: TurnEnd
+    messages: Messages  # from check_messages
+    tools: Tools | None  # JSON schemas of the tools that the model may call
+    text: str  # the rendering
+    turn_end: TurnEnd  # how the template ends an answer
 
     def rerender(self, messages: Messages, tools: Tools | None) -> "RenderedChat | None":
         """Render other messages with the same template; None if it refuses them."""
@@ -38,19 +30,15 @@ class RenderedChat:
     def prompt(self, index: int) -> str | None:
         """Render what comes before a message; None if the template refuses that.
 
-        Args:
-            index (int): of the message. Before an assistant's the text ends with the generation
-                prompt, as at inference.
-
-        Returns:
-            str | None: for the first message "" if it is not the assistant's.
+        Before an assistant's message the text ends with the generation prompt, as at inference.
+        Before another first message it is empty.
         """
         if self.messages[index]["role"] == "assistant":
             return self._render(self.messages[:index], add_generation_prompt=True)
         return self.up_to(index) if index else ""
 
     def up_to(self, count: int) -> str | None:
-        """Render the first messages, without what ends a conversation; None if refused."""
+        """Render the first messages, without the end of a conversation; None if refused."""
         text = self._render(self.messages[:count], add_generation_prompt=False)
         return text and text.removesuffix(self.turn_end.tail)
 

@@ -1,7 +1,7 @@
 """The special tokens of a Hugging Face directory, from all files that name some.
 
-As in transformers 5: where tokenizer_config.json has ``added_tokens_decoder``, it is complete;
-directories from before that have special_tokens_map.json, whose values win, and added_tokens.json.
+As in transformers 5: if tokenizer_config.json has ``added_tokens_decoder``, it is complete. Older
+directories have special_tokens_map.json, whose values win, and added_tokens.json.
 """
 
 from collections.abc import Mapping
@@ -28,15 +28,7 @@ log = utils.get_logger("INFO")
 
 
 def read_special_tokens(directory: Path, tokenizer: Tokenizer) -> dict[str, str]:
-    """Add the tokens that tokenizer.json lacks, and return those that have a name.
-
-    Args:
-        directory (Path): with tokenizer_config.json.
-        tokenizer (Tokenizer): from tokenizer.json; changed in place.
-
-    Returns:
-        dict[str, str]: such as ``bos_token``, each with its text.
-    """
+    """Add the tokens that tokenizer.json lacks, in place, and return those that have a name."""
     config = read_json(directory / "tokenizer_config.json")
     decoder = config.get("added_tokens_decoder")
     given: dict[str, Any] = {}
@@ -63,7 +55,7 @@ def _is_named(name: str, token: Any) -> bool:
 
 
 def _content(token: Any) -> str:
-    """A token is a string, or a dict with its stripping rules beside its content."""
+    """A token is a string, or a dict with its content and stripping rules."""
     return str(token["content"]) if isinstance(token, Mapping) else str(token)
 
 

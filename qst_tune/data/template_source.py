@@ -25,18 +25,18 @@ def template_names() -> list[str]:
 def given_template(
     value: str, special_tokens: Mapping[str, str], special: re.Pattern[str]
 ) -> ChatTemplate:
-    """Build the template that a config names.
+    """Build the template that a config names, and check that it renders a short conversation.
 
     Args:
         value (str): a name of :func:`template_names`, the path of a file, or a Jinja template.
-        special_tokens (Mapping[str, str]): that the template may refer to.
+        special_tokens (Mapping[str, str]): that the template may use.
         special (re.Pattern[str]): finds special tokens in text.
 
     Returns:
-        ChatTemplate: renders a short conversation with all its words.
+        ChatTemplate: the template.
 
     Raises:
-        UserError: if it is none of the three, or does not render messages.
+        UserError: if the value is none of the three, or does not render messages.
     """
     name = value.strip()
     if name in template_names():
@@ -51,18 +51,9 @@ def given_template(
 
 
 def directory_template(directory: Path, special_tokens: Mapping[str, str]) -> ChatTemplate | None:
-    """Read a directory's own template, and that for tools where there are several.
+    """Read a directory's own template, and that for tools if it has several; None for a base model.
 
-    Args:
-        directory (Path): with chat_template.jinja, additional_chat_templates or
-            tokenizer_config.json.
-        special_tokens (Mapping[str, str]): that the template may refer to.
-
-    Returns:
-        ChatTemplate | None: None for a base model.
-
-    Raises:
-        UserError: if there are several templates and none is called default.
+    Several templates of which none is called default are a UserError.
     """
     templates = _file_templates(directory) or _config_templates(directory)
     if not templates:

@@ -1,4 +1,4 @@
-"""Text and conversations through any tokenizer of torchtune's form."""
+"""Text and conversations through any torchtune model tokenizer."""
 
 from typing import Any
 
@@ -14,12 +14,7 @@ _TORCHTUNE_ROLES = {"tool": "ipython"}
 def tokenize_text(tokenizer: Any, text: str) -> list[int]:
     """Tokenize text without roles, from its begin token to its end token.
 
-    Args:
-        tokenizer (Any): torchtune model tokenizer; its ``max_seq_len`` is the most tokens.
-        text (str): of a row.
-
-    Returns:
-        list[int]: token ids; a text that is too long loses its end.
+    A text that is longer than the tokenizer's ``max_seq_len`` loses its end.
     """
     tokens: list[int] = tokenizer.encode(text, add_bos=True, add_eos=True)
     limit = getattr(tokenizer, "max_seq_len", None)
@@ -29,17 +24,10 @@ def tokenize_text(tokenizer: Any, text: str) -> list[int]:
 def tokenize_conversation(
     tokenizer: Any, conversation: Conversation
 ) -> tuple[list[int], list[bool]]:
-    """Tokenize messages.
+    """Tokenize messages: token ids, and for each True where no loss is taken.
 
-    Args:
-        tokenizer (Any): torchtune model tokenizer; one of ours takes tool calls too.
-        conversation (Conversation): of a row.
-
-    Returns:
-        tuple[list[int], list[bool]]: token ids, and for each True where no loss is taken.
-
-    Raises:
-        UserError: if the tokenizer or its template cannot express the messages.
+    Only our tokenizer takes tools. A conversation that the tokenizer or its template cannot express
+    is a UserError.
     """
     if hasattr(tokenizer, "tokenize_conversation"):
         tokens, mask = tokenizer.tokenize_conversation(

@@ -17,19 +17,11 @@ _SMALLEST_VOCABULARY = 32
 
 
 def read_tokenizer(directory: Path) -> tuple[Tokenizer, dict[str, str]]:
-    """Load a tokenizer whose tokens are those of transformers' ``AutoTokenizer``.
+    """Load a tokenizer equal to transformers' ``AutoTokenizer``, and its special tokens by name.
 
-    A class that takes tokenizer.json as it is loads without transformers, whose import takes
-    1.4 s and whose loading one second more (5.23, two cores).
-
-    Args:
-        directory (Path): with tokenizer.json, or other files that transformers knows.
-
-    Returns:
-        tuple[Tokenizer, dict[str, str]]: the tokenizer, and the special tokens that have a name.
-
-    Raises:
-        UserError: if there is no tokenizer, or one that needs code from its directory.
+    A class that takes tokenizer.json as it is loads without transformers, whose import takes 1.4 s
+    and whose loading one second more (5.23, two cores). A directory without a tokenizer, or with
+    one that needs code of its own, is a UserError.
     """
     has_file = (directory / "tokenizer.json").is_file()
     config = read_json(directory / "tokenizer_config.json")

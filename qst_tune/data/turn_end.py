@@ -1,4 +1,4 @@
-"""What a chat template writes behind an answer, found by rendering a conversation."""
+"""What a chat template writes after an answer, found by rendering a conversation."""
 
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -26,17 +26,11 @@ _TOOL = {
 
 @dataclass(frozen=True)
 class TurnEnd:
-    """The end of an answer.
+    """The end of an answer."""
 
-    Args:
-        special (re.Pattern[str]): finds special tokens in text.
-        closing (str): written behind every answer, up to its end-of-turn token.
-        tail (str): what the template writes behind that, after white space, at the end of a
-            conversation only (Phi-3: eos).
-    """
-
-    special: re.Pattern[str]
-    closing: str = ""
+    special: re.Pattern[str]  # finds special tokens in text
+    closing: str = ""  # written after every answer, up to its end-of-turn token
+    # written after that and white space, only at the end of a conversation (Phi-3: eos)
     tail: str = ""
 
 
@@ -47,15 +41,7 @@ def special_pattern(tokens: Collection[str]) -> re.Pattern[str]:
 
 
 def find_turn_end(template: ChatTemplate, special: re.Pattern[str]) -> TurnEnd:
-    """Find how a template ends an answer.
-
-    Args:
-        template (ChatTemplate): the template.
-        special (re.Pattern[str]): from :func:`special_pattern`.
-
-    Returns:
-        TurnEnd: empty for a template that refuses a plain conversation.
-    """
+    """Find how a template ends an answer; empty if it refuses a plain conversation."""
     roles = ("user", "assistant") * 2
     messages = [{"role": r, "content": w} for r, w in zip(roles, _WORDS, strict=True)]
     text = _try_render(template, messages)
@@ -71,15 +57,7 @@ def find_turn_end(template: ChatTemplate, special: re.Pattern[str]) -> TurnEnd:
 
 
 def find_stop_strings(template: ChatTemplate, turn_end: TurnEnd) -> list[str]:
-    """Find the special tokens with which a template ends an answer, and an answer with a tool call.
-
-    Args:
-        template (ChatTemplate): the template.
-        turn_end (TurnEnd): of the template.
-
-    Returns:
-        list[str]: none for a template that ends turns with plain text.
-    """
+    """Find the special tokens with which a template ends an answer, and one with a tool call."""
     found = turn_end.special.findall(turn_end.closing)[:1]
     question = {"role": "user", "content": _WORDS[0]}
     call = {"role": "assistant", "tool_calls": [_CALL]}

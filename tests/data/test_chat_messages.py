@@ -1,5 +1,6 @@
 """Messages in the form that chat templates take, and malformed ones by name."""
 
+import re
 from typing import Any
 
 import pytest
@@ -29,6 +30,10 @@ def test_parts_of_text_are_joined() -> None:
 def test_a_thought_has_every_name_that_templates_read() -> None:
     message = checked(content="a", thinking="hm")
     assert message["reasoning_content"] == message["thinking"] == "hm"
+
+
+def assistant(tool_calls: Any) -> dict[str, Any]:
+    return {"role": "assistant", "tool_calls": tool_calls}
 
 
 @pytest.mark.parametrize(
@@ -64,35 +69,33 @@ def test_variants_of_calls_begin_with_the_usual_form_and_end_with_an_empty_conte
     ("messages", "message"),
     [
         ([], "the conversation has no message"),
-        (["hello"], "message 0 is 'hello', not a dict with role and content"),
-        ([{"content": "a"}], "message 0 has the role None; name who speaks"),
-        ([{"role": 3, "content": "a"}], "message 0 has the role 3"),
-        ([{"role": "user"}], r"message 0 \(user\) has neither content nor tool_calls"),
+        (["hello"], "messages[0] is text ('hello'): it must be a dict with role and content"),
+        ([{"content": "a"}], "messages[0] has the role None; name who speaks"),
+        ([{"role": 3, "content": "a"}], "messages[0] has the role 3"),
+        ([{"role": "user"}], "messages[0] (user) has neither content nor tool_calls"),
         ([{"role": "user", "content": None}], "has neither content nor tool_calls"),
-        ([{"role": "user", "content": 5}], r"the content of message 0 \(user\) is '5'"),
-        ([{"role": "user", "content": [{"text": 5}]}], r"the content of message 0 \(user\)"),
+        ([{"role": "user", "content": 5}], "messages[0].content is a number (5)"),
+        ([{"role": "user", "content": [{"text": 5}]}], "messages[0].content is a number (5)"),
         (
             [{"role": "user", "content": [{"type": "image", "image": "x"}]}],
-            r"message 0 \(user\) contains an image",
+            "messages[0].content has a part of type 'image': only text",
         ),
-        ([{"role": "assistant", "tool_calls": "f"}], "tool_calls of message 0 is 'f'"),
-        ([{"role": "assistant", "tool_calls": ["f"]}], "tool call 0 of message 0 is 'f'; write"),
+        ([assistant("f")], "messages[0].tool_calls is text ('f'): it must be a list"),
+        ([assistant([3])], "messages[0].tool_calls[0] is a number (3): write"),
+        ([assistant(["f"])], "messages[0].tool_calls[0] is text that is not JSON"),
+        ([assistant([{"function": {"arguments": {}}}])], "messages[0].tool_calls[0] is a dict"),
         (
-            [{"role": "assistant", "tool_calls": [{"function": {"arguments": {}}}]}],
-            "tool call 0 of message 0 is",
-        ),
-        (
-            [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{a: 1}"}]}],
-            "the arguments of tool call 0 of message 0 are '{a: 1}'; they must be a JSON object",
+            [assistant([{"name": "f", "arguments": "{a: 1}"}])],
+            "messages[0].tool_calls[0].arguments is text that is not JSON",
         ),
         (
-            [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[1]"}]}],
-            "they must be a JSON object",
+            [assistant([{"name": "f", "arguments": "[1]"}])],
+            "messages[0].tool_calls[0].arguments is a list ([1]): it must be an object",
         ),
     ],
 )
 def test_malformed_messages_are_refused_by_name(messages: Any, message: str) -> None:
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=re.escape(message)):
         check_messages(messages)
 
 
@@ -106,5 +109,5 @@ def test_torchtunes_roles_become_hugging_faces() -> None:
 
 def test_images_of_torchtunes_messages_are_refused() -> None:
     message = Message(role="user", content=[{"type": "image", "content": None}])
-    with pytest.raises(UserError, match=r"message 0 \(user\) contains an image"):
+    with pytest.raises(UserError, match=r"messages\[0\] contains an image"):
         from_torchtune([message])

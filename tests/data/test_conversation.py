@@ -86,7 +86,7 @@ def test_tools_are_schemas_or_their_json() -> None:
             [assistant(tool_calls="f()")],
             "m[0].tool_calls is text ('f()'): it must be a list of calls",
         ),
-        ([assistant(tool_calls=[{"id": 1}])], "a call has a function with name, arguments"),
+        ([assistant(tool_calls=[{"id": 1}])], "m[0].tool_calls[0] is a dict ({'id': 1}): write"),
         (
             [assistant(tool_calls=[{"function": {**FUNCTION, "arguments": "city"}}])],
             "m[0].tool_calls[0].arguments is text that is not JSON",

@@ -1,0 +1,43 @@
+"""Values of rows and messages, as JSON and Arrow have them."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from qst_tune.errors import UserError
+
+
+def text_of(value: Any, where: str) -> str:
+    """Return a value that must be text; for any other, a UserError names its column ``where``."""
+    if isinstance(value, str):
+        return value
+    raise UserError(f"{where} is {kind_of(value)}: it must be text")
+
+
+def kind_of(value: Any) -> str:
+    """Describe a value of a wrong type: its kind and, if it is short, the value."""
+    if value is None:
+        return "null"
+    if value == [] or value == {} or value == "":
+        return "empty"
+    kinds = {bool: "a truth value", int: "a number", float: "a number", str: "text"}
+    kind = kinds.get(type(value), f"a {type(value).__name__}")
+    shown = repr(value)
+    return f"{kind} ({shown})" if len(shown) <= 40 else kind
+
+
+def without_nulls(value: Any) -> Any:
+    """Copy without keys whose value is null: Arrow gives each object the keys of all others."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def from_json(value: Any, where: str) -> Any:
+    """Parse a value that CSV, or OpenAI's ``arguments``, store as text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise UserError(f"{where} is text that is not JSON: {error}") from error
