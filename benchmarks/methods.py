@@ -325,15 +325,12 @@ class Method:
     running: Callable[[Trainee], AbstractContextManager[Any]] = lambda _: nullcontext()
 
 
-_RANKS = {"adapter": 16, "projection": 64}
-
-
 def _qst_methods() -> dict[str, Method]:
     default_kind = default_config().model.get("downsample", VARIANTS["default"]["downsample"])
     methods = {}
-    for kind in dict.fromkeys([default_kind, "adapter", "avgpool", "projection"]):
+    for kind in dict.fromkeys([default_kind, "adapter", "avgpool"]):
         name = "qst" if kind == default_kind else f"qst_{kind}"
-        build = partial(_qst, downsample=kind, rank=_RANKS.get(kind))
+        build = partial(_qst, downsample=kind)
         for suffix, how in (("stored", "stored"), ("recomputed", "recomputed")):
             title = f"QST, {kind}, side {how}"
             running = partial(_recompute, enabled=suffix == "recomputed")

@@ -8,7 +8,7 @@ from torchtune.models import convert_weights
 from torchtune.models.llama2 import llama2
 from torchtune.models.llama3_2 import llama3_2
 
-from qst_tune.modules.downsample import LinearDownsample, PoolDownsample, ProjectionDownsample
+from qst_tune.modules.downsample import LinearDownsample, PoolDownsample
 from qst_tune.modules.output_mix import AlphaMix, ResidualMix, SigmoidMix
 from qst_tune.quantization.nf4 import nf4_block_sizes
 from tests.reference import qst_reference as reference
@@ -104,8 +104,6 @@ def reference_choices(model) -> reference.Choices:
     activation, kind = nn.SiLU, "adapter"
     if isinstance(down, PoolDownsample):
         kind = down.kind
-    elif isinstance(down, ProjectionDownsample):
-        kind = "projection"
     elif isinstance(down, LinearDownsample):
         kind = "linear"
     else:
@@ -115,7 +113,6 @@ def reference_choices(model) -> reference.Choices:
         downsample=kind,
         activation=names[activation],
         shared_first=len(side.downsample) == len(side.blocks),
-        reads=side.reads,
         normalize_hidden=side.normalize_hidden,
         output_mix=next(n for n, kind in mixes.items() if type(side.output_mix) is kind),
     )
@@ -143,7 +140,6 @@ def _reference_name(name: str) -> str:
             "reduce": "adapter_A",
             "expand": "adapter_B",
             "norm": "post_layer_norm",
-            "norm_before": "pre_layer_norm",
         }.get(owner, owner)
         return f"model.downsample.{index}.{owner}{dot}{leaf}"
     return {

@@ -82,7 +82,7 @@ def execute(run: Run, task: Task, checkpoint: Path, states: Path | None = None) 
 def _kept_states(model: QSTModel, folder: Path) -> HiddenStateCache:
     """Variants of the side network share what they read of the same weights and layers."""
     layers: Any = model.layers
-    what = f"{quantization_of(layers)}, {model.side.reads} of {model.side.layers}"
+    what = f"{quantization_of(layers)}, output of {model.side.layers}"
     return HiddenStateCache(folder / re.sub(r"\W+", "_", what).strip("_"))
 
 

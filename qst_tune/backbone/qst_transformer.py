@@ -7,10 +7,8 @@ from torch import nn
 
 from qst_tune.backbone.masks import causal_mask, positions
 from qst_tune.backbone.transformers import TransformersBackbone
-from qst_tune.errors import UserError
 from qst_tune.modules.backbone import Head
 from qst_tune.modules.qst_model import QSTModel
-from qst_tune.modules.side_init import SideInit
 from qst_tune.modules.side_network import SideNetwork
 
 
@@ -23,25 +21,14 @@ class QSTTransformer(QSTModel):
     Args:
         backbone (TransformersBackbone): taken over and frozen.
         side (SideNetwork): its blocks belong to layers of the backbone.
-        side_init (SideInit): only "random": blocks of another type than the backbone's layers
-            cannot be cut out of them.
 
     Raises:
-        UserError: if ``side_init`` is another one.
         ValueError: if a side block belongs to a layer that is not there.
     """
 
-    def __init__(
-        self, backbone: TransformersBackbone, side: SideNetwork, *, side_init: SideInit = "random"
-    ) -> None:
+    def __init__(self, backbone: TransformersBackbone, side: SideNetwork) -> None:
         super().__init__()
-        if side_init != "random":
-            raise UserError(
-                f"side_init={side_init!r} cuts side blocks out of torchtune's layers; over "
-                f"model_type={backbone.config.model_type!r} use side_init=random"
-            )
         self.frozen = backbone
-        self.side_init = side_init
         self.adopt(side)
 
     takes_padding = True

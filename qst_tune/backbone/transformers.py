@@ -317,16 +317,14 @@ class TransformersBackbone(nn.Module):
     def _hooks(self, taps: Sequence[int], show: Visit) -> Iterator[None]:
         """Let each tapped state be shown as soon as it is there."""
         with ExitStack() as stack:
-            for tap in sorted(set(taps)):
-                count = taps.count(tap)
+            for tap in taps:
                 handle = (
                     self.layers[0].register_forward_pre_hook(
-                        lambda _, args, kwargs, n=count: _show(_input(args, kwargs), show, n),
-                        with_kwargs=True,
+                        lambda _, args, kwargs: show(_input(args, kwargs)), with_kwargs=True
                     )
                     if tap == 0
                     else self.layers[tap - 1].register_forward_hook(
-                        lambda _, args, output, n=count: _show(_output(output), show, n)
+                        lambda _, args, output: show(_output(output))
                     )
                 )
                 stack.callback(handle.remove)
@@ -341,11 +339,6 @@ class _Reached(Exception):  # noqa: N818  # not an error: how a pass is left ear
     def __init__(self, state: torch.Tensor) -> None:
         super().__init__()
         self.state = state
-
-
-def _show(state: torch.Tensor, show: Visit, times: int) -> None:
-    for _ in range(times):
-        show(state)
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

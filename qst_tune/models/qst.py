@@ -20,15 +20,11 @@ from qst_tune.modules.output_mix import OutputMixKind, build_output_mix
 from qst_tune.modules.qst_decoder import QSTDecoder
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.modules.side_block import MIN_HEAD_DIM
-from qst_tune.modules.side_init import SideInit
 from qst_tune.modules.side_network import (
     Gate,
-    InitialGamma,
-    Reads,
     SideNetwork,
     ZeroLinear,
     evenly_spaced_layers,
-    initial_gammas,
 )
 from qst_tune.modules.torchtune_backbone import TorchtuneBackbone
 
@@ -100,16 +96,13 @@ def qst_decoder(
     output_mix: OutputMixKind | None = None,
     mix_per_channel: bool | None = None,
     gate_per_channel: bool | None = None,
-    initial_gamma: InitialGamma | None = None,
+    initial_gamma: float | None = None,
     share_first_downsample: bool | None = None,
     downsample_norm: bool | None = None,
     min_head_dim: int | None = None,
     initial_mix: float = 1.0,
     activation: Activation = "silu",
-    downsample_norm_before: bool = False,
     dropout: float = 0.0,
-    side_reads: Reads = "output",
-    side_init: SideInit = "random",
 ) -> QSTModel:
     """Build a QST model from a decoder, which may be on the meta device or have weights.
 
@@ -134,33 +127,26 @@ def qst_decoder(
             the variant's, at most one for every layer.
         normalize_hidden (bool | None): read each token's hidden state divided by its root mean
             square; None: the variant's.
-        downsample (DownsampleKind | None): "linear", "lora", "adapter", "projection", "maxpool" or
-            "avgpool"; None: the variant's.
-        rank (int | None): bottleneck of the "lora", "adapter" and "projection" downsamplers; None:
-            the variant's, at most the backbone's width.
+        downsample (DownsampleKind | None): "linear", "lora", "adapter", "maxpool" or "avgpool";
+            None: the variant's.
+        rank (int | None): bottleneck of the "lora" and "adapter" downsamplers; None: the variant's,
+            at most the backbone's width.
         output_mix (OutputMixKind | None): "residual", "alpha", "sigmoid" or "swapped_sigmoid";
             None: the variant's, where "authors" means swapped over OPT.
         mix_per_channel (bool | None): one alpha, or one z, per channel instead of one for all;
             None: the variant's.
         gate_per_channel (bool | None): one gamma per channel instead of one per layer; None: the
             variant's.
-        initial_gamma (InitialGamma | None): start of every gate's gamma, or "mean": all states
-            read so far count alike at first; None: the variant's.
+        initial_gamma (float | None): start of every gate's gamma; None: the variant's.
         share_first_downsample (bool | None): read the embedding with layer 1's downsampler, as the
             authors' code does; None: the variant's.
-        downsample_norm (bool | None): LayerNorm behind an "adapter" or "projection"; None: the
-            variant's.
+        downsample_norm (bool | None): LayerNorm behind an "adapter"; None: the variant's.
         min_head_dim (int | None): fewer heads than the backbone's where theirs would be narrower;
             None: the variant's.
         initial_mix (float): start of alpha in the "alpha" mix, of z in "sigmoid" and
             "swapped_sigmoid"; "residual" has nothing to start.
         activation (Activation): of an "adapter": "silu", "relu", "gelu" or "identity".
-        downsample_norm_before (bool): a trained LayerNorm before a "linear", "lora" or "adapter".
         dropout (float): share of a hidden state's channels that are not read, in training.
-        side_reads (Reads): which state of its backbone layer a side block reads: "output", as in
-            paper and code, or "input".
-        side_init (SideInit): start of the side blocks: "random", or the backbone's own weights, cut
-            to size: "slice" takes its first channels, "prune" those with the largest weights.
 
     Returns:
         QSTModel: a ``QSTDecoder`` of a torchtune decoder, else a ``QSTTransformer``: fp32 side
@@ -205,13 +191,11 @@ def qst_decoder(
             hidden_bits=hidden_bits,
             initial_mix=initial_mix,
             activation=activation,
-            downsample_norm_before=downsample_norm_before,
             dropout=dropout,
-            side_reads=side_reads,
             **settings,
         )
     frozen.quantize(base_quantization, embedding_quantization)
-    model = _assemble(backbone, side, side_init)
+    model = _assemble(backbone, side)
     if device.type != "meta":
         model.initialize_side(device)
     return model
@@ -242,15 +226,13 @@ def _side_network(
     output_mix: OutputMixKind,
     mix_per_channel: bool,
     gate_per_channel: bool,
-    initial_gamma: InitialGamma,
+    initial_gamma: float,
     share_first_downsample: bool,
     downsample_norm: bool,
     min_head_dim: int,
     initial_mix: float,
     activation: Activation,
-    downsample_norm_before: bool,
     dropout: float,
-    side_reads: Reads,
 ) -> SideNetwork:
     embed_dim = backbone.width
     shape = backbone.side_shape(reduction_factor, min_head_dim)
@@ -266,21 +248,19 @@ def _side_network(
                 rank=rank,
                 activation=activation,
                 norm=downsample_norm,
-                norm_before=downsample_norm_before,
                 hidden_bits=hidden_bits,
                 dropout=dropout,
             )
             for _ in range(num_downsamplers)
         ),
         gates=nn.ModuleList(
-            Gate(shape.embed_dim if gate_per_channel else 1, gamma)
-            for gamma in initial_gammas(initial_gamma, num_side_blocks)
+            Gate(shape.embed_dim if gate_per_channel else 1, initial_gamma)
+            for _ in range(num_side_blocks)
         ),
         blocks=backbone.side_blocks(layers, shape),
         norm=backbone.side_norm(shape.embed_dim),
         upsample=upsample_type(shape.embed_dim, embed_dim),
         output_mix=build_output_mix(output_mix, embed_dim if mix_per_channel else 1, initial_mix),
-        reads=side_reads,
         layers=layers,
         normalize_hidden=normalize_hidden,
     )
@@ -291,10 +271,10 @@ def _as_backbone(decoder: Decoder) -> Backbone:
     return TorchtuneBackbone(decoder) if isinstance(decoder, TransformerDecoder) else decoder
 
 
-def _assemble(backbone: Decoder, side: SideNetwork, side_init: SideInit) -> QSTModel:
+def _assemble(backbone: Decoder, side: SideNetwork) -> QSTModel:
     if isinstance(backbone, TransformerDecoder):
-        return QSTDecoder(backbone, side, side_init=side_init)
-    return QSTTransformer(backbone, side, side_init=side_init)
+        return QSTDecoder(backbone, side)
+    return QSTTransformer(backbone, side)
 
 
 def qst_builder(backbone_builder: Callable[..., Decoder]) -> Callable[..., QSTModel]:

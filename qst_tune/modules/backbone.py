@@ -128,7 +128,7 @@ class Backbone(Protocol):
 
         Args:
             tokens (torch.Tensor): ``[B, T]``.
-            taps (Sequence[int]): states to show, ascending; one may be named twice.
+            taps (Sequence[int]): states to show, ascending.
             visit (Visit): called once for each tap, in the caller's gradient mode, before the next
                 layer runs: so the hidden states are never in memory together.
             mask (_MaskType | None): which tokens see which; None: each sees those before it.

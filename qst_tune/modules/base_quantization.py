@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import nn
@@ -114,18 +114,3 @@ def quantization_of(module: nn.Module) -> str:
     """
     formats = {m.quantization for m in module.modules() if isinstance(m, QuantizedLinear)}
     return "+".join(sorted(formats)) or "none"
-
-
-def weight_of(linear: Any, dtype: torch.dtype) -> torch.Tensor:
-    """Return the weight of a linear layer, decoded if it is quantised.
-
-    Args:
-        linear (Any): ``nn.Linear`` or a :class:`QuantizedLinear`.
-        dtype (torch.dtype): of the result.
-
-    Returns:
-        torch.Tensor: ``[out_dim, in_dim]``, without gradient.
-    """
-    is_quantized = isinstance(linear, QuantizedLinear)
-    weight: torch.Tensor = linear.dense_weight(dtype) if is_quantized else linear.weight.detach()
-    return weight.to(dtype)

@@ -1,18 +1,17 @@
 r"""Downsamplers: they bring a hidden state of the backbone to the width of the side network.
 
-The five of QST (https://arxiv.org/abs/2401.07159, section 3.2) and one more; D is the backbone's
-width, S = D / r the side network's, R the rank:
+The five of QST (https://arxiv.org/abs/2401.07159, section 3.2); D is the backbone's width,
+S = D / r the side network's, R the rank:
 
-==========  ==================================  =============  =======================
-kind        equation                            parameters     kept for backward
-==========  ==================================  =============  =======================
-linear      :math:`W h`                         D S            h, D numbers a token
-lora        :math:`B A h`                       (D + S) R      h
-adapter     :math:`B \sigma(A h)`                (D + S) R      h
-projection  :math:`B P h`, P random and frozen  S R            P h, R numbers a token
-maxpool     max over r neighbouring channels    none           S numbers a token
-avgpool     mean over r neighbouring channels   none           S numbers a token
-==========  ==================================  =============  =======================
+=======  =================================  =============  =======================
+kind     equation                           parameters     saved for backward
+=======  =================================  =============  =======================
+linear   :math:`W h`                        D S            h, D numbers a token
+lora     :math:`B A h`                      (D + S) R      h
+adapter  :math:`B \sigma(A h)`               (D + S) R      h
+maxpool  max over r neighbouring channels   none           S numbers a token
+avgpool  mean over r neighbouring channels  none           S numbers a token
+=======  =================================  =============  =======================
 
 What is kept is the memory that grows with the batch, so each downsampler has two parts:
 ``read`` runs without gradient and returns all that must be kept of h; ``project`` is the trained
@@ -31,7 +30,7 @@ from torch import nn
 
 from qst_tune.quantization.block import dequantize_blocks, quantize_blocks
 
-DownsampleKind = Literal["linear", "lora", "adapter", "projection", "maxpool", "avgpool"]
+DownsampleKind = Literal["linear", "lora", "adapter", "maxpool", "avgpool"]
 Activation = Literal["silu", "relu", "gelu", "identity"]
 Kept = tuple[torch.Tensor, ...]
 
@@ -116,22 +115,14 @@ class LinearDownsample(Downsample):
     Args:
         in_dim (int): D, width of the hidden state.
         out_dim (int): S, width of the side network.
-        norm_before (nn.Module | None): applied to the ``[..., D]`` input; None for none.
         hidden_bits (int): see :class:`Downsample`.
         dropout (float): see :class:`Downsample`.
     """
 
     def __init__(
-        self,
-        in_dim: int,
-        out_dim: int,
-        *,
-        norm_before: nn.Module | None = None,
-        hidden_bits: int = 16,
-        dropout: float = 0.0,
+        self, in_dim: int, out_dim: int, *, hidden_bits: int = 16, dropout: float = 0.0
     ) -> None:
         super().__init__(hidden_bits, dropout)
-        self.norm_before = norm_before or nn.Identity()
         self.reduce = nn.Linear(in_dim, out_dim, bias=False)
 
     def project(self, *kept: torch.Tensor) -> torch.Tensor:
@@ -143,7 +134,7 @@ class LinearDownsample(Downsample):
         Returns:
             torch.Tensor: ``[..., S]``.
         """
-        y: torch.Tensor = self.reduce(self.norm_before(self._hidden(kept)))
+        y: torch.Tensor = self.reduce(self._hidden(kept))
         return y
 
 
@@ -151,7 +142,7 @@ class LowRankDownsample(Downsample):
     r"""Downsample through a bottleneck: :math:`\mathrm{norm}(B\,\sigma(A h))`.
 
     With the identity as activation this is the paper's LoRA downsampler, otherwise its Adapter.
-    The authors' code adds a LayerNorm behind the adapter, and knows one before it.
+    The authors' code adds a LayerNorm behind the adapter.
 
     Args:
         in_dim (int): D, width of the hidden state.
@@ -159,7 +150,6 @@ class LowRankDownsample(Downsample):
         rank (int): R, width of the bottleneck.
         activation (nn.Module | None): :math:`\sigma`; None for the identity.
         norm (nn.Module | None): applied to the ``[..., S]`` output; None for none.
-        norm_before (nn.Module | None): applied to the ``[..., D]`` input; None for none.
         hidden_bits (int): see :class:`Downsample`.
         dropout (float): see :class:`Downsample`.
     """
@@ -172,12 +162,10 @@ class LowRankDownsample(Downsample):
         *,
         activation: nn.Module | None = None,
         norm: nn.Module | None = None,
-        norm_before: nn.Module | None = None,
         hidden_bits: int = 16,
         dropout: float = 0.0,
     ) -> None:
         super().__init__(hidden_bits, dropout)
-        self.norm_before = norm_before or nn.Identity()
         self.reduce = nn.Linear(in_dim, rank, bias=False)
         self.expand = nn.Linear(rank, out_dim, bias=False)
         self.activation = activation or nn.Identity()
@@ -192,65 +180,8 @@ class LowRankDownsample(Downsample):
         Returns:
             torch.Tensor: ``[..., S]``.
         """
-        narrow = self.activation(self.reduce(self.norm_before(self._hidden(kept))))
+        narrow = self.activation(self.reduce(self._hidden(kept)))
         y: torch.Tensor = self.norm(self.expand(narrow))
-        return y
-
-
-class ProjectionDownsample(Downsample):
-    r"""Downsample by a frozen random projection and a trained matrix: :math:`\mathrm{norm}(B P h)`.
-
-    P has R orthonormal rows. A random projection keeps distances (Johnson-Lindenstrauss), and since
-    it does not train, only its R outputs are kept for backward. Not in the paper.
-
-    Args:
-        in_dim (int): D, width of the hidden state.
-        out_dim (int): S, width of the side network.
-        rank (int): R, at most D.
-        norm (nn.Module | None): applied to the ``[..., S]`` output; None for none.
-        dropout (float): see :class:`Downsample`.
-
-    Raises:
-        ValueError: if ``rank`` is above ``in_dim``.
-    """
-
-    def __init__(
-        self,
-        in_dim: int,
-        out_dim: int,
-        rank: int,
-        *,
-        norm: nn.Module | None = None,
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__(dropout=dropout)
-        if rank > in_dim:
-            raise ValueError(f"rank={rank} of the projection is above the width {in_dim}")
-        self.projection: torch.Tensor
-        self.register_buffer("projection", torch.empty(rank, in_dim))
-        self.expand = nn.Linear(rank, out_dim, bias=False)
-        self.norm = norm or nn.Identity()
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the projection."""
-        if not self.projection.is_meta:
-            nn.init.orthogonal_(self.projection)
-
-    def _summary(self, h: torch.Tensor) -> Kept:
-        """P h, ``[..., R]``."""
-        return (F.linear(h, self.projection.to(h.dtype)),)
-
-    def project(self, *kept: torch.Tensor) -> torch.Tensor:
-        """Apply the trained matrix.
-
-        Args:
-            *kept (torch.Tensor): from :meth:`read`.
-
-        Returns:
-            torch.Tensor: ``[..., S]``.
-        """
-        y: torch.Tensor = self.norm(self.expand(kept[0]))
         return y
 
 
@@ -296,7 +227,7 @@ class PoolDownsample(Downsample):
         return kept[0]
 
 
-def build_downsample(  # noqa: PLR0913  # a builder, as those of models/
+def build_downsample(  # a builder, as those of models/
     kind: DownsampleKind,
     in_dim: int,
     out_dim: int,
@@ -304,7 +235,6 @@ def build_downsample(  # noqa: PLR0913  # a builder, as those of models/
     rank: int,
     activation: Activation = "silu",
     norm: bool = False,
-    norm_before: bool = False,
     hidden_bits: int = 16,
     dropout: float = 0.0,
 ) -> Downsample:
@@ -314,13 +244,10 @@ def build_downsample(  # noqa: PLR0913  # a builder, as those of models/
         kind (DownsampleKind): which one.
         in_dim (int): D, width of the backbone.
         out_dim (int): S, width of the side network.
-        rank (int): R of "lora", "adapter" and "projection"; the others ignore it.
+        rank (int): R of "lora" and "adapter"; the others ignore it.
         activation (Activation): of the "adapter": "silu", as in the authors' code, "relu", "gelu"
             or "identity".
-        norm (bool): put a LayerNorm behind an "adapter" or "projection", as the authors' code does
-            for its adapter.
-        norm_before (bool): put a trained LayerNorm before a "linear", "lora" or "adapter", as the
-            authors' code can for its adapter.
+        norm (bool): put a LayerNorm behind an "adapter", as the authors' code does.
         hidden_bits (int): 16, 8 or 4 bits a number for what "linear", "lora" and "adapter" keep.
         dropout (float): share of the channels that are not read in training.
 
@@ -328,35 +255,22 @@ def build_downsample(  # noqa: PLR0913  # a builder, as those of models/
         Downsample: maps ``[..., D]`` to ``[..., S]``.
 
     Raises:
-        ValueError: if a name is unknown, or a number out of range, or ``norm_before`` asked of a
-            downsampler that keeps too little of h to train a norm before it.
+        ValueError: if a name is unknown or a number out of range.
     """
     _check_name("downsample", kind, get_args(DownsampleKind))
     _check_name("activation", activation, get_args(Activation))
-    if norm_before and kind not in ("linear", "lora", "adapter"):
-        raise ValueError(
-            f"downsample_norm_before=True does not go with downsample={kind!r}, which keeps no "
-            "whole hidden state: use linear, lora or adapter"
-        )
     if kind == "maxpool" or kind == "avgpool":
         return PoolDownsample(out_dim, kind, dropout=dropout)
-    before = nn.LayerNorm(in_dim) if norm_before else None
     if kind == "linear":
-        return LinearDownsample(
-            in_dim, out_dim, norm_before=before, hidden_bits=hidden_bits, dropout=dropout
-        )
+        return LinearDownsample(in_dim, out_dim, hidden_bits=hidden_bits, dropout=dropout)
     if rank < 1:
         raise ValueError(f"rank={rank} of the {kind} downsampler must be at least 1")
-    behind = nn.LayerNorm(out_dim) if norm and kind != "lora" else None
-    if kind == "projection":
-        return ProjectionDownsample(in_dim, out_dim, rank, norm=behind, dropout=dropout)
     return LowRankDownsample(
         in_dim,
         out_dim,
         rank,
         activation=_ACTIVATIONS[activation]() if kind == "adapter" else None,
-        norm=behind,
-        norm_before=before,
+        norm=nn.LayerNorm(out_dim) if norm and kind == "adapter" else None,
         hidden_bits=hidden_bits,
         dropout=dropout,
     )

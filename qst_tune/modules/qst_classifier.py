@@ -46,7 +46,7 @@ class QSTClassifier(QSTDecoder):
     ) -> None:
         if num_labels < 1:
             raise ValueError(f"num_labels={num_labels} must be at least 1 (1: a regression)")
-        super().__init__(decoder, decoder.side, side_init=decoder.side_init)
+        super().__init__(decoder, decoder.side)
         self.num_labels = num_labels
         self.counts_tokens = counts_tokens
         self.skip_output_layer = True

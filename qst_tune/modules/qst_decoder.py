@@ -1,7 +1,7 @@
 """The QST model over a torchtune decoder."""
 
 from collections.abc import Iterable
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torchtune.modules import TransformerDecoder
@@ -9,7 +9,6 @@ from torchtune.modules.attention_utils import _MaskType
 
 from qst_tune.modules.decoder_parts import decoder_parts
 from qst_tune.modules.qst_model import QSTModel
-from qst_tune.modules.side_init import SideInit, initialize_from_backbone
 from qst_tune.modules.side_network import SideNetwork
 from qst_tune.modules.torchtune_backbone import CHUNK_TOKENS, TorchtuneBackbone
 
@@ -29,26 +28,15 @@ class QSTDecoder(QSTModel, TransformerDecoder):
 
     Args:
         backbone (TransformerDecoder): its modules are taken over (not copied) and frozen.
-        side (SideNetwork): its blocks stand beside layers of the backbone.
-        side_init (SideInit): where :meth:`initialize_side` takes the side blocks' weights from.
-            Default: "random".
+        side (SideNetwork): its blocks belong to layers of the backbone.
 
     Raises:
-        ValueError: if a side block stands beside a layer that is not there, ``side_init`` is
-            unknown, or the backbone's heads are too narrow to cut the side network's out of them.
+        ValueError: if a side block belongs to a layer that is not there.
     """
 
-    def __init__(
-        self, backbone: TransformerDecoder, side: SideNetwork, *, side_init: SideInit = "random"
-    ) -> None:
-        if side_init not in get_args(SideInit):
-            known = ", ".join(get_args(SideInit))
-            raise ValueError(f"side_init={side_init!r} is unknown; choose one of {known}")
-        if side_init != "random":
-            _check_heads_can_be_cut(side, backbone, side_init)
+    def __init__(self, backbone: TransformerDecoder, side: SideNetwork) -> None:
         TransformerDecoder.__init__(self, **decoder_parts(backbone))
         self.frozen_chunk_tokens = CHUNK_TOKENS
-        self.side_init = side_init
         self.adopt(side)
 
     @property
@@ -59,16 +47,6 @@ class QSTDecoder(QSTModel, TransformerDecoder):
     def caches_are_enabled(self) -> bool:
         """Whether keys and values are cached, in torchtune's way."""
         return bool(TransformerDecoder.caches_are_enabled(self))
-
-    def initialize_side(self, device: torch.device) -> None:
-        """Give the side network its first values, in place; the backbone must have its weights.
-
-        Args:
-            device (torch.device): of the side network, if it is on meta.
-        """
-        super().initialize_side(device)
-        if self.side_init != "random":
-            initialize_from_backbone(self.side, self, self.side_init)
 
     def setup_caches(
         self,
@@ -142,12 +120,3 @@ class QSTDecoder(QSTModel, TransformerDecoder):
         )
         y_BTD, _ = self._both(tokens, mask=mask, input_pos=input_pos)
         return self.head_output(y_BTD)
-
-
-def _check_heads_can_be_cut(side: Any, backbone: Any, side_init: SideInit) -> None:
-    own, source = side.blocks[0].attn.head_dim, backbone.layers[0].attn.head_dim
-    if own > source:
-        raise ValueError(
-            f"side_init={side_init!r} cuts the side network's heads, {own} wide, out of the "
-            f"backbone's, which are {source} wide: set min_head_dim to at most {source}"
-        )

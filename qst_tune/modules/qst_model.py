@@ -201,8 +201,7 @@ class QSTModel(nn.Module):
 
     def _run(self, tokens: torch.Tensor, steps: "_SideSteps", **where: Any) -> torch.Tensor:
         """Run the backbone, or read what it made of this batch before."""
-        after = int(self.side.reads == "output")
-        taps = [0, *(index + after for index in self.side.layers)]
+        taps = [0, *(index + 1 for index in self.side.layers)]
         if self.hidden_state_cache is None or self.caches_are_enabled():
             return self.backbone.run(tokens, taps=taps, visit=steps, **where)
         kept = self.hidden_state_cache.read(tokens, **where)

@@ -4,10 +4,9 @@ Notation: B batch, T tokens, D width of the backbone, S = D / r width of the sid
 of the backbone, M blocks of the side network.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +17,6 @@ from torchtune.modules import RMSNorm
 from torchtune.modules.attention_utils import _MaskType
 
 from qst_tune.modules.downsample import Kept
-
-InitialGamma = float | Literal["mean"]
-Reads = Literal["output", "input"]
 
 # Given, since torch's own for bf16 is 0.008: as large as the mean square of some embeddings.
 _NORM_EPS = 1e-6
@@ -61,31 +57,6 @@ class Gate(nn.Module):
         """
         beta = torch.sigmoid(self.gamma).to(new.dtype)
         return torch.lerp(new, carried.to(new.dtype), beta)
-
-
-def initial_gammas(initial_gamma: InitialGamma, num_blocks: int) -> list[float]:
-    r"""Give the start of gamma of every block.
-
-    "mean" is :math:`\gamma_k = \log k`, so :math:`\beta_k = k / (k + 1)`: were the blocks
-    identities, each side state would be the mean of all downsampled states read so far. With one
-    gamma for all, block k counts for :math:`\beta^{M-k}` at the end, next to nothing for the first
-    of many. Not in the paper.
-
-    Args:
-        initial_gamma (InitialGamma): one number for all blocks, or "mean".
-        num_blocks (int): M.
-
-    Returns:
-        list[float]: M numbers.
-
-    Raises:
-        ValueError: if it is another name.
-    """
-    if initial_gamma == "mean":
-        return [math.log(i) for i in range(1, num_blocks + 1)]
-    if isinstance(initial_gamma, str):
-        raise ValueError(f'initial_gamma={initial_gamma!r} is unknown; use a number or "mean"')
-    return [float(initial_gamma)] * num_blocks
 
 
 class ZeroLinear(nn.Linear):
@@ -146,9 +117,6 @@ class SideNetwork(nn.Module):
     ``recompute = True`` keeps only the inputs of a step, and runs its downsampler, gate and block
     again in backward.
 
-    With ``reads="input"`` block k reads what goes into backbone layer l(k) instead of what comes
-    out, and :math:`h_N` only reaches the output mix.
-
     Args:
         downsample (nn.ModuleList): M + 1 or M modules, ``[B, T, D]`` to ``[B, T, S]``.
         gates (nn.ModuleList): M :class:`Gate`.
@@ -156,18 +124,15 @@ class SideNetwork(nn.Module):
         norm (nn.Module): over S channels.
         upsample (nn.Module): ``[B, T, S]`` to ``[B, T, D]``.
         output_mix (nn.Module): combines f and the upsampled state, both ``[B, T, D]``.
-        reads (Reads): "output" or "input" of the backbone layer beside a block. Default: "output",
-            as in the paper and in the authors' code.
         layers (Sequence[int] | None): for each block the index of the backbone layer beside it,
             ascending; None: block k is beside layer k.
         normalize_hidden (bool): read h / rms(h) instead of h. Default: False.
 
     Raises:
-        ValueError: if the numbers of downsamplers, gates, blocks and layers do not fit each other,
-            or ``reads`` is unknown.
+        ValueError: if the numbers of downsamplers, gates, blocks and layers do not fit each other.
     """
 
-    def __init__(  # noqa: PLR0913  # its parts and its choices; qst_decoder puts them together
+    def __init__(  # its parts and its choices; qst_decoder puts them together
         self,
         *,
         downsample: nn.ModuleList,
@@ -176,7 +141,6 @@ class SideNetwork(nn.Module):
         norm: nn.Module,
         upsample: nn.Module,
         output_mix: nn.Module,
-        reads: Reads = "output",
         layers: Sequence[int] | None = None,
         normalize_hidden: bool = False,
     ) -> None:
@@ -186,12 +150,9 @@ class SideNetwork(nn.Module):
                 f"{len(blocks)} side blocks need as many gates (got {len(gates)}) and as many "
                 f"downsamplers or one more (got {len(downsample)})"
             )
-        if reads not in get_args(Reads):
-            raise ValueError(f"side_reads={reads!r} is unknown; choose one of output, input")
         layers = range(len(blocks)) if layers is None else layers
         if len(layers) != len(blocks) or list(layers) != sorted(set(layers)):
             raise ValueError(f"{len(blocks)} side blocks need as many ascending layers: {layers}")
-        self.reads = reads
         self.layers = list(layers)
         self.normalize_hidden = normalize_hidden
         self.downsample = downsample
@@ -262,8 +223,7 @@ class SideNetwork(nn.Module):
 
         Args:
             index (int): k - 1, counted from 0.
-            h_BTD (torch.Tensor): :math:`h_{l(k)}`, output of the backbone layer beside the block,
-                or its input if that is what ``reads`` says.
+            h_BTD (torch.Tensor): :math:`h_{l(k)}`, output of the backbone layer beside the block.
             g_BTS (torch.Tensor): :math:`g_{k-1}`.
             mask (_MaskType | None): the backbone's attention mask, as torchtune defines it.
             input_pos (torch.Tensor | None): positions of the tokens, as torchtune defines them.

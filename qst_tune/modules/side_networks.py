@@ -8,7 +8,7 @@ from torch import nn
 from torchtune.modules.attention_utils import _MaskType
 
 from qst_tune.modules.qst_model import QSTModel
-from qst_tune.modules.side_network import Reads, SideNetwork
+from qst_tune.modules.side_network import SideNetwork
 
 # What one network carries from block to block, or None where it has no row in the batch.
 _States = list[torch.Tensor | None]
@@ -43,13 +43,12 @@ class SideNetworks(nn.Module):
             raise ValueError("there must be at least one side network")
         self.names = list(networks)
         self.networks = nn.ModuleList(networks.values())
-        places = {(tuple(net.layers), net.reads) for net in networks.values()}
+        places = {tuple(net.layers) for net in networks.values()}
         if len(places) > 1:
             described = ", ".join(f"{name}: {net.layers}" for name, net in networks.items())
             raise ValueError(f"side networks must be beside the same layers ({described})")
         first = next(iter(networks.values()))
         self.layers: list[int] = first.layers
-        self.reads: Reads = first.reads
         self.disabled = False
         self._rows: list[torch.Tensor | None] = []
         self._num_rows: int | None = None

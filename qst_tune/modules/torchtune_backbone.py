@@ -164,12 +164,12 @@ class TorchtuneBackbone:
             torch.Tensor: f, ``[B, T, D]``.
         """
         h_BTD = self.embed(tokens, **where)
-        for index, layer in enumerate(self.decoder.layers):
-            for _ in range(taps.count(index)):
-                visit(h_BTD)
-            h_BTD = self._frozen(layer, h_BTD, **where)
-        for _ in range(taps.count(self.num_layers)):
+        if 0 in taps:
             visit(h_BTD)
+        for index, layer in enumerate(self.decoder.layers, start=1):
+            h_BTD = self._frozen(layer, h_BTD, **where)
+            if index in taps:
+                visit(h_BTD)
         return self._frozen(self.decoder.norm, h_BTD)
 
     @torch.no_grad()

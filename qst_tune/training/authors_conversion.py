@@ -27,7 +27,7 @@ from qst_tune.training.side_checkpoint import SIDE_NETWORK
 from qst_tune.training.tuned_folder import read_description, read_tensors
 
 # What their code can do in one way only, and no tensor shows, beside what the variant fixes.
-_FIXED = {"activation": "silu", "downsample_norm_before": False, "side_reads": "output"}
+_FIXED = {"activation": "silu"}
 # Of the variant: starts, and what the tensors' shapes show.
 _FREE = ("rank", "initial_gamma", "min_head_dim", "num_side_blocks")
 _CLASSIFIER = "num_labels"  # the argument of a model block that makes it a classifier's

@@ -97,7 +97,7 @@ def broadcast_tensors(module: nn.Module) -> None:
         module (nn.Module): changed in place on all ranks but 0.
     """
     if dist.is_initialized():
-        for tensor in [*module.parameters(), *module.buffers()]:  # a projection is a buffer
+        for tensor in [*module.parameters(), *module.buffers()]:
             dist.broadcast(tensor.data, src=0)
 
 

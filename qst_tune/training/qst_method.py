@@ -135,7 +135,7 @@ def _hidden_state_cache(
 ) -> HiddenStateCache:
     """The folder for this backbone, on this kind of device, and for what is read of it."""
     side: Any = model.side
-    described = (asdict(backbone), str(dtype), device.type, side.reads, side.layers)
+    described = (asdict(backbone), str(dtype), device.type, side.layers)
     key = hashlib.sha256(repr(described).encode()).hexdigest()[:16]
     name = backbone.name.replace("/", "--")
     folder = Path(cfg.hidden_state_cache) / f"{name}-{key}"

@@ -24,7 +24,7 @@ def side_structure(side: SideNetwork) -> dict[str, Any]:
     attn: Any = side.blocks[0].attn
     downsample: Any = side.downsample[0]
     return {
-        "reads": side.reads,
+        "reads": "output",  # of a layer; directories of older versions may say "input"
         "layers": side.layers,
         "normalize_hidden": side.normalize_hidden,
         "num_heads": attn.num_heads,

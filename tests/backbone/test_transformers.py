@@ -82,10 +82,3 @@ def test_what_is_no_decoder_is_refused() -> None:
     model = BertModel(BertConfig(**sizes, intermediate_size=16, vocab_size=20))
     with pytest.raises(UserError, match=r"model_type='bert'.*not supported"):
         TransformersBackbone(model)
-
-
-def test_side_blocks_cannot_be_cut_out_of_another_kind_of_layer() -> None:
-    with pytest.raises(UserError, match=r"side_init='slice'.*use side_init=random"):
-        qst_decoder(
-            TransformersBackbone(tiny_model("smollm3")), reduction_factor=4, side_init="slice"
-        )

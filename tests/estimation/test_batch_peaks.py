@@ -94,7 +94,7 @@ def test_peaks_of_few_layers_and_parts_are_those_of_whole_steps(name: str) -> No
     ("name", "model"),
     [
         ("qst", {"num_side_blocks": 6}),
-        ("qst", {"num_side_blocks": 1, "side_reads": "input"}),
+        ("qst", {"num_side_blocks": 1}),
         ("qst", {"embedding_quantization": "int8", "base_quantization": "int8"}),
         ("qst_published", {}),
     ],

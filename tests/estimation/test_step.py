@@ -201,7 +201,7 @@ def test_checkpointed_qlora_costs_another_forward():
         {"embedding_quantization": "int8"},
         {"base_quantization": "int8", "output_mix": "residual", "normalize_hidden": True},
         {"quantize_base": False, "hidden_bits": 4, "dropout": 0.5, "variant": "authors"},
-        {"downsample_norm_before": True, "min_head_dim": 8, "side_reads": "input"},
+        {"min_head_dim": 8, "initial_gamma": 0.5},
     ],
     ids=str,
 )

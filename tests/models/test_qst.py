@@ -15,7 +15,6 @@ from torchtune.models.qwen2 import qwen2
 import qst_tune.models
 from qst_tune.models import VARIANTS, qst_builder, qst_decoder
 from qst_tune.modules.base_quantization import quantization_of
-from qst_tune.modules.downsample import ProjectionDownsample
 from qst_tune.modules.nf4_linear import NF4Linear
 from qst_tune.modules.output_mix import AlphaMix, ResidualMix, SigmoidMix
 from qst_tune.modules.peqa_linear import PEQALinear
@@ -46,7 +45,6 @@ def side_count(model):
     [
         ({}, N * (BLOCK + 1) + (N + 1) * (LOW_RANK + 2 * S) + TAIL),
         ({"num_side_blocks": 2}, 2 * (BLOCK + 1) + 3 * (LOW_RANK + 2 * S) + TAIL),
-        ({"downsample": "projection"}, N * (BLOCK + 1) + (N + 1) * (R * S + 2 * S) + TAIL),
         ({"variant": "paper"}, N * (BLOCK_OF_SIX + 1) + (N + 1) * LOW_RANK + TAIL + 1),
         ({"variant": "authors"}, N * (BLOCK_OF_SIX + S + LOW_RANK + 2 * S) + TAIL + D),
         ({"downsample": "linear"}, N * (BLOCK + 1) + (N + 1) * D * S + TAIL),
@@ -84,13 +82,12 @@ def settings_of(model):
     # Of width 24: 4 keeps the backbone's 6 heads, and the default's 32 leaves one.
     head_dim = side.blocks[0].attn.head_dim
     down = side.downsample[0]
-    kind = "projection" if isinstance(down, ProjectionDownsample) else "adapter"
     rank = down.expand.in_features
     mix_sizes = [p.numel() for p in side.output_mix.parameters()]
     mix_per_channel = mix_sizes == [D] if mix_sizes else None
     start = gamma[0].item()
     shape = (head_dim, len(side.blocks), side.normalize_hidden)
-    return kind, rank, mix, mix_per_channel, per_channel, start, shares_first, has_norm, *shape
+    return "adapter", rank, mix, mix_per_channel, per_channel, start, shares_first, has_norm, *shape
 
 
 def described(preset):
@@ -133,18 +130,14 @@ def test_each_choice_outside_the_presets_reaches_its_module():
     side = build(
         variant="authors",
         initial_mix=0.25,
-        initial_gamma="mean",
+        initial_gamma=0.125,
         activation="relu",
-        downsample_norm_before=True,
         dropout=0.1,
-        side_reads="input",
     ).side
     assert torch.equal(side.output_mix.logit, torch.full((D,), 0.25))
-    assert [gate.gamma[0].item() for gate in side.gates] == pytest.approx([0, 0.6931472, 1.0986123])
-    assert side.reads == "input"
+    assert [gate.gamma[0].item() for gate in side.gates] == [0.125] * 3
     for down in side.downsample:
         assert isinstance(down.activation, nn.ReLU)
-        assert down.norm_before.normalized_shape == (D,)
         assert down.dropout == 0.1
 
 
@@ -162,19 +155,11 @@ def test_mixes_have_the_channels_of_paper_and_code():
         "base_quantization",
         "embedding_quantization",
         "activation",
-        "side_init",
     ],
 )
 def test_an_unknown_name_is_refused_with_the_known_ones(name):
     with pytest.raises(ValueError, match=f"{name}='nonsense' is unknown; choose one of"):
         build(**{name: "nonsense"})
-
-
-@pytest.mark.parametrize("side_init", ["slice", "prune"])
-def test_heads_wider_than_the_backbones_cannot_be_cut_out_of_it(side_init):
-    with pytest.raises(ValueError, match=r"heads, 24 wide, .* are 16 wide: set min_head_dim"):
-        qst_decoder(tiny_backbone(), reduction_factor=4, side_init=side_init)
-    assert qst_decoder(tiny_backbone(), reduction_factor=4, side_init=side_init, min_head_dim=12)
 
 
 def test_an_odd_weight_is_refused_only_if_it_is_quantised():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torchao.dtypes.nf4tensor import NF4Tensor
 
-from qst_tune.modules.base_quantization import quantization_of, quantize_linears, weight_of
+from qst_tune.modules.base_quantization import quantization_of, quantize_linears
 from qst_tune.modules.nf4_linear import NF4Linear
 from qst_tune.modules.peqa_linear import PEQALinear
 from qst_tune.quantization.nf4 import quantize_nf4
@@ -20,8 +20,8 @@ def test_every_format_is_what_its_name_says(name):
     linear = backbone.layers[1].mlp.w2
     assert type(linear) is (nn.Linear if name == "none" else NF4Linear)
     expected = dense if name == "none" else quantize_nf4(dense, name).get_original_weight()
-    assert torch.equal(weight_of(linear, torch.float32), expected)
-    assert not weight_of(linear, torch.float32).requires_grad
+    weight = linear.weight if name == "none" else linear.dense_weight(torch.float32)
+    assert torch.equal(weight, expected)
     assert quantization_of(backbone.layers) == name
 
 
@@ -35,7 +35,7 @@ def test_integer_formats_are_rounding_to_nearest(name, bits, group_size, title):
     quantize_linears(backbone.layers, name)
     linear = backbone.layers[1].mlp.w2
     expected = PEQALinear(dense, bits=bits, group_size=group_size).dense_weight(torch.float32)
-    assert torch.equal(weight_of(linear, torch.float32), expected)
+    assert torch.equal(linear.dense_weight(torch.float32), expected)
     assert (expected - dense).abs().max() < 1.001 * dense.abs().max() / (2**bits - 1)
     assert quantization_of(backbone.layers) == title
 

@@ -10,7 +10,7 @@ from torch import nn
 from qst_tune.modules.downsample import build_downsample
 from qst_tune.quantization.block import dequantize_blocks, quantize_blocks
 
-KINDS = ["linear", "lora", "adapter", "projection", "maxpool", "avgpool"]
+KINDS = ["linear", "lora", "adapter", "maxpool", "avgpool"]
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 
@@ -73,24 +73,6 @@ def test_an_adapters_activation_is_the_one_named(activation, by_hand):
     torch.testing.assert_close(down(h), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["linear", "lora", "adapter"])
-def test_a_norm_before_sees_the_hidden_state(kind):
-    down = build_downsample(kind, 12, 5, rank=3, norm_before=True)
-    plain = build_downsample(kind, 12, 5, rank=3)
-    plain.load_state_dict(down.state_dict(), strict=False)
-    nn.init.uniform_(down.norm_before.weight)
-    nn.init.normal_(down.norm_before.bias)
-    h = torch.randn(2, 7, 12) * 5 + 1
-    normed = layer_norm_by_hand(h, down.norm_before)
-    torch.testing.assert_close(down(h), plain(normed), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["projection", "maxpool", "avgpool"])
-def test_a_norm_before_what_keeps_no_hidden_state_is_refused(kind):
-    with pytest.raises(ValueError, match=f"downsample_norm_before=True .* downsample='{kind}'"):
-        build_downsample(kind, 12, 5, rank=3, norm_before=True)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_dropout_drops_channels_of_the_hidden_state_in_training_only(kind):
     """The authors' code drops nothing: its switch is inverted (QSTConfig.py)."""
@@ -98,8 +80,6 @@ def test_dropout_drops_channels_of_the_hidden_state_in_training_only(kind):
     down = build_downsample(kind, dim, dim, rank=dim, activation="identity", dropout=0.25)
     for parameter in down.parameters():
         parameter.data = torch.eye(dim)
-    if kind == "projection":
-        down.projection = torch.eye(dim)
     h = torch.ones(64, dim)
     seen = down(h)
     assert seen.unique().tolist() == pytest.approx([0, 4 / 3])
@@ -158,9 +138,7 @@ def test_any_number_of_leading_dimensions_is_kept(shape, out_dim, kind):
 @pytest.mark.parametrize("out_dim", [3, 5])
 def test_gradients_of_every_parameter_are_right(out_dim, kind):
     """Against finite differences in float64."""
-    down = build_downsample(
-        kind, 12, out_dim, rank=3, norm=True, norm_before=kind != "projection", activation="gelu"
-    ).double()
+    down = build_downsample(kind, 12, out_dim, rank=3, norm=True, activation="gelu").double()
     h = torch.randn(2, 2, 12, dtype=torch.float64)
     names = [name for name, _ in down.named_parameters()]
 
@@ -184,7 +162,7 @@ def test_an_unknown_kind_is_refused_with_the_known_ones():
         build_downsample("conv", 12, 4, rank=3, norm=True)
 
 
-@pytest.mark.parametrize("kind", ["lora", "adapter", "projection"])
+@pytest.mark.parametrize("kind", ["lora", "adapter"])
 @pytest.mark.parametrize("rank", [0, -2])
 def test_a_rank_below_one_is_refused(rank, kind):
     with pytest.raises(ValueError, match=f"rank={rank} of the {kind} downsampler"):
@@ -194,21 +172,6 @@ def test_a_rank_below_one_is_refused(rank, kind):
 @pytest.mark.parametrize("kind", ["linear", "maxpool", "avgpool"])
 def test_kinds_without_a_rank_ignore_it(kind):
     assert build_downsample(kind, 12, 4, rank=0, norm=True)(torch.randn(1, 12)).shape == (1, 4)
-
-
-def test_projection_trains_only_the_matrix_behind_orthonormal_frozen_rows():
-    down = build_downsample("projection", 12, 5, rank=3, norm=False)
-    h = torch.randn(2, 7, 12)
-    torch.testing.assert_close(down.projection @ down.projection.T, torch.eye(3), **CLOSE)
-    assert [name for name, _ in down.named_parameters()] == ["expand.weight"]
-    expected = h @ down.projection.T @ down.expand.weight.T
-    torch.testing.assert_close(down(h), expected, **CLOSE)
-    assert [tensor.shape[-1] for tensor in down.read(h)] == [3]
-
-
-def test_a_projection_wider_than_the_backbone_is_refused():
-    with pytest.raises(ValueError, match="rank=13 of the projection is above the width 12"):
-        build_downsample("projection", 12, 5, rank=13)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -20,7 +20,6 @@ MODELS = {
     "default": {"num_side_blocks": 2},
     "a block for every layer": {"variant": "paper"},
     "authors": {"variant": "authors"},
-    "reads inputs": {"side_reads": "input", "num_side_blocks": 2},
     "one block": {"num_side_blocks": 1},
 }
 

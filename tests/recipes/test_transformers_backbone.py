@@ -108,9 +108,7 @@ def test_both_backbones_of_one_model_learn_alike(tmp_path: Path) -> None:
     torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-2, atol=0)
 
 
-@pytest.mark.parametrize(
-    "setting", ["checkpointer.cache_dir=/tmp/c", "compile=True", "model.side_init=slice"]
-)
+@pytest.mark.parametrize("setting", ["checkpointer.cache_dir=/tmp/c", "compile=True"])
 def test_what_needs_torchtunes_modules_is_one_line(
     setting: str, root: Path, tmp_path: Path
 ) -> None:

@@ -71,7 +71,6 @@ class Choices:
     downsample: str = "adapter"
     activation: str = "silu"
     shared_first: bool = True  # D_0 reads the embedding and also what block 1 reads
-    reads: str = "output"
     output_mix: str = "sigmoid"
     normalize_hidden: bool = False  # D_k reads h / rms(h)
 
@@ -95,10 +94,7 @@ def downsample(w: Weights, prefix, x, choices: Choices):
         return pool(x, width, torch.amax)
     if choices.downsample == "avgpool":
         return pool(x, width, torch.mean)
-    if choices.downsample == "projection":
-        y = x @ w[prefix + "projection"].T
-    else:
-        y = layer_norm(w, prefix + "pre_layer_norm.", x) @ w[prefix + "adapter_A.weight"].T
+    y = layer_norm(w, prefix + "pre_layer_norm.", x) @ w[prefix + "adapter_A.weight"].T
     if choices.downsample == "adapter":
         y = ACTIVATIONS[choices.activation](y)
     if choices.downsample != "linear":
@@ -142,7 +138,6 @@ def forward(
     g = downsample(side, "model.downsample.0.", readable(h, choices), choices)
     out["side_hidden.0"] = g
     for i in range(n):
-        before = h
         with torch.no_grad():
             h = decoder_layer(backbone, f"model.layers.{i}.", h, mask, positions, shape)
         out[f"backbone_hidden.{i + 1}"] = h
@@ -150,8 +145,7 @@ def forward(
             continue
         k = beside.index(i)
         beta = torch.sigmoid(side[f"model.z.{k}"])
-        read = readable(h if choices.reads == "output" else before, choices)
-        new = downsample(side, f"model.downsample.{k + offset}.", read, choices)
+        new = downsample(side, f"model.downsample.{k + offset}.", readable(h, choices), choices)
         mixed = (1 - beta) * new + beta * g
         g = decoder_layer(side, f"model.qst_layers.{k}.", mixed, mask, positions, side_shape)
         out |= {f"side_gated.{k}": mixed, f"side_hidden.{k + 1}": g}

@@ -258,7 +258,6 @@ def test_tensors_of_no_side_network_are_refused(theirs: Path, file, change, expe
         ({"variant": "authors", "num_side_blocks": 2}, "it has 2 side blocks beside 3 layers"),
         ({"variant": "paper"}, "output_mix is alpha, there it is sigmoid"),
         ({"variant": "authors", "activation": "relu"}, "activation is relu, there it is silu"),
-        ({"variant": "authors", "side_reads": "input"}, "side_reads is input, there it is output"),
         ({"variant": "authors", "min_head_dim": 8}, "side blocks have {'num_heads': 2"),
     ],
 )

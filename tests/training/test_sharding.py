@@ -42,7 +42,6 @@ MODELS: dict[str, tuple[str, Any, dict[str, Any]]] = {
         {**QST, "embedding_quantization": "nf4"},
     ),
     "learned positions": ("opt narrow", qst_from_hf, QST),
-    "cut out of the backbone": ("llama", qst_from_hf, {**QST, "side_init": "prune"}),
     "peqa": ("qwen3 biases", peqa_from_hf, {"bits": 3, "group_size": 32}),
     "peqa, zero points": ("llama", peqa_from_hf, {"train_zero_points": True}),
 }

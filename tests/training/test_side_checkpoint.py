@@ -112,13 +112,11 @@ def test_model_card_names_the_backbone_and_the_results(saved: Path) -> None:
     assert BACKBONE.fingerprint[:16] in card
 
 
-def test_file_holds_the_parameters_and_projections_by_name_and_nothing_else(tmp_path: Path) -> None:
-    side = side_network(downsample="projection")
+def test_file_holds_the_parameters_by_name_and_nothing_else(tmp_path: Path) -> None:
+    side = side_network()
     save(tmp_path / "side", side)
     tensors = load_file(tmp_path / "side" / "side_network.safetensors")
-    projections = [name for name in tensors if name.endswith(".projection")]
-    assert len(projections) == len(side.downsample)
-    assert tensors.keys() - set(projections) == dict(side.named_parameters()).keys()
+    assert tensors.keys() == dict(side.named_parameters()).keys()
     num_bytes = 4 * sum(tensor.numel() for tensor in tensors.values())
     file_bytes = (tmp_path / "side" / "side_network.safetensors").stat().st_size
     assert num_bytes < file_bytes < num_bytes + 200 * len(tensors)

@@ -23,7 +23,6 @@ CHANGES = {
     "heads": ({"min_head_dim": 4}, {"min_head_dim": 12}, "num_heads"),
     "pooling": ({"downsample": "maxpool"}, {"downsample": "avgpool"}, "downsample"),
     "activation": ({"activation": "silu"}, {"activation": "gelu"}, "downsample"),
-    "side reads": ({}, {"side_reads": "input"}, "reads"),
     "normalised": ({}, {"normalize_hidden": False}, "normalize_hidden"),
     "mix": (
         {"output_mix": "sigmoid"},
@@ -51,7 +50,7 @@ def test_the_layers_beside_the_blocks_are_told() -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"dropout": 0.5}, {"initial_gamma": "mean"}, {"quantize_base": True}, {"hidden_bits": 8}],
+    [{"dropout": 0.5}, {"initial_gamma": 0.5}, {"quantize_base": True}, {"hidden_bits": 8}],
     ids=lambda settings: next(iter(settings)),
 )
 def test_what_is_not_of_the_side_networks_function_is_not_told(settings) -> None:
