@@ -28,6 +28,11 @@ class ScaledHead(nn.Module):
         self._linear = (linear,)  # in a tuple, so that its weight has one name
         self.scale, self.cap = scale, cap
 
+    @property
+    def linear(self) -> nn.Module:
+        """W as a module."""
+        return self._linear[0]
+
     def forward(self, y: torch.Tensor) -> torch.Tensor:
         """Compute logits.
 
@@ -37,7 +42,7 @@ class ScaledHead(nn.Module):
         Returns:
             torch.Tensor: ``[..., V]``.
         """
-        logits: torch.Tensor = self._linear[0](y)
+        logits: torch.Tensor = self.linear(y)
         if self.scale != 1:
             logits = logits * self.scale
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap

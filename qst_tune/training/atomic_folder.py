@@ -43,6 +43,28 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
             path.write_bytes(content)
 
 
+def replace_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write files into a directory that keeps its others; each is whole or as it was.
+
+    Args:
+        folder (Path): made if it is not there.
+        files (Mapping[str, bytes]): contents by name.
+
+    Raises:
+        UserError: if it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            aside = folder / f".{name}.new"
+            aside.write_bytes(content)
+            _flush_file(aside)
+            aside.replace(folder / name)
+        _flush_names(folder)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+
+
 def _put_in_place(new: Path, folder: Path, old: Path) -> None:
     if folder.exists():
         folder.rename(old)
@@ -60,9 +82,13 @@ def _flush(folder: Path) -> None:
         if path.is_dir():
             _flush_names(path)
         else:
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
+            _flush_file(path)
     _flush_names(folder)
+
+
+def _flush_file(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def _flush_names(folder: Path) -> None:

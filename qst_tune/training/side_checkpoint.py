@@ -27,6 +27,7 @@ from qst_tune.training.tuned_folder import (
     Provenance,
     TunedFormat,
     load_tuned,
+    read_description,
     tuned_files,
 )
 
@@ -145,4 +146,27 @@ def read_side_network(
     structure = side_structure(side)
     return load_tuned(
         SIDE_NETWORK, folder, side.state_dict(), backbone=backbone, structure=structure
+    )
+
+
+def read_provenance(folder: Path, backbone_path: str) -> Provenance:
+    """Read how a side network came to be, without its figures, which further training makes old.
+
+    Args:
+        folder (Path): of a side network.
+        backbone_path (str): where its backbone is now, or its name on the hub.
+
+    Returns:
+        Provenance: for the next directory.
+
+    Raises:
+        UserError: if the description cannot be read.
+    """
+    description = read_description(folder, SIDE_NETWORK)
+    return Provenance(
+        BackboneId(**description["backbone"]),
+        description["model"],
+        (folder / "recipe_config.yaml").read_text(encoding="utf-8"),
+        lineage=description.get("lineage") or (),
+        backbone_path=backbone_path,
     )

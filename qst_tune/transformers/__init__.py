@@ -16,10 +16,11 @@ qst_tune.transformers`` is transformers' own command line (``serve``, ``chat``) 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qst_tune.transformers.config import QSTConfig
+from qst_tune.transformers.get_model import get_qst_model
 from qst_tune.transformers.model import QSTForCausalLM
 from qst_tune.transformers.tokenizer import BackboneTokenizer
 
-__all__ = ["BackboneTokenizer", "QSTConfig", "QSTForCausalLM"]
+__all__ = ["BackboneTokenizer", "QSTConfig", "QSTForCausalLM", "get_qst_model"]
 
 AutoConfig.register(QSTConfig.model_type, QSTConfig, exist_ok=True)
 AutoModelForCausalLM.register(QSTConfig, QSTForCausalLM, exist_ok=True)

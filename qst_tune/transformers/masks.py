@@ -4,6 +4,7 @@ L is the number of tokens in the cache and of new ones together, T that of the n
 """
 
 import torch
+import torch.nn.functional as F
 
 
 def attention_mask_of(
@@ -13,7 +14,7 @@ def attention_mask_of(
 
     Args:
         attention_mask (torch.Tensor | None): ``[B, L]``, 0 for padding; or ``[B, 1, T, L]``
-            booleans, longer than L for a static cache.
+            booleans, longer than L for a static cache; or ``[B, T, T]`` booleans, taken as it is.
         start (int): tokens in the cache.
         length (int): L.
         like (torch.Tensor): the new tokens ``[B, T]``, for their device.
@@ -31,6 +32,8 @@ def attention_mask_of(
     causal_TL = positions >= everywhere
     if attention_mask is None:
         return causal_TL[None]
+    if attention_mask.ndim == 3 and attention_mask.dtype == torch.bool:
+        return attention_mask
     if attention_mask.ndim == 4 and attention_mask.dtype == torch.bool:
         allowed = attention_mask[:, 0, :, :length]
     elif attention_mask.ndim == 2 and attention_mask.shape[1] == length:
@@ -61,3 +64,20 @@ def positions_of(
     if attention_mask is None or attention_mask.ndim != 2:
         return torch.arange(start, length, device=like.device)[None]
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, start:]
+
+
+def packed_mask(positions_BT: torch.Tensor) -> torch.Tensor | None:
+    """Make the mask of rows in which a sample begins wherever positions begin again.
+
+    Args:
+        positions_BT (torch.Tensor): ``[B, T]``.
+
+    Returns:
+        torch.Tensor | None: ``[B, T, T]`` booleans, causal inside each sample; None if each row is
+        one sample.
+    """
+    begins = positions_BT[:, 1:] <= positions_BT[:, :-1]
+    if not bool(begins.any()):
+        return None
+    sample = F.pad(begins.long().cumsum(-1), (1, 0))
+    return (sample[:, :, None] == sample[:, None, :]).tril()

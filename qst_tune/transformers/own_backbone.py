@@ -36,7 +36,8 @@ def head_input(
     Args:
         model (QSTTransformer): in evaluation mode.
         tokens (torch.Tensor): ``[B, T]``, those after the cached ones.
-        attention_mask (torch.Tensor | None): ``[B, L]``, 0 for padding.
+        attention_mask (torch.Tensor | None): ``[B, L]``, 0 for padding; or
+            ``[B, T, T]`` booleans of packed rows.
         position_ids (torch.Tensor | None): ``[B, T]``.
         cache (Any): a ``DynamicCache`` to read and extend, or None.
 
@@ -46,7 +47,7 @@ def head_input(
     Raises:
         ValueError: if the mask or the cache is of another kind.
     """
-    if attention_mask is not None and attention_mask.ndim != 2:
+    if attention_mask is not None and attention_mask.ndim == 4:
         raise ValueError(
             f"attention_mask with {attention_mask.ndim} dimensions is not supported over "
             f"{model.backbone.config.model_type}: give [batch, tokens], 0 for padding"

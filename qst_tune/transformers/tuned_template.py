@@ -39,13 +39,13 @@ def tuned_template(folder: Path, backbone: Path) -> TunedTemplate | None:
         backbone (Path): directory of the tokenizer's files.
 
     Returns:
-        TunedTemplate | None: None if the run had a tokenizer of torchtune.
+        TunedTemplate | None: None if the run had a tokenizer of torchtune, or there is none.
 
     Raises:
         UserError: if the template does not render messages.
     """
     block = _tokenizer_block(folder / "recipe_config.yaml")
-    if block.get("_component_") not in _COMPONENTS:
+    if block.get("_component_") not in _COMPONENTS or not any(backbone.glob("tokenizer*")):
         return None
     given = _portable(block.get("chat_template"), folder)
     tokenizer = hf_chat_tokenizer(str(backbone), chat_template=given)

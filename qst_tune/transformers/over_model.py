@@ -1,0 +1,201 @@
+"""A side network over a model of transformers that is in memory."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torchtune import utils
+from transformers import PreTrainedModel
+
+from qst_tune.backbone.fingerprint import fingerprint_files, weight_digest
+from qst_tune.backbone.loading import backbone_on_meta, check_head, directory_format
+from qst_tune.backbone.qst_transformer import QSTTransformer
+from qst_tune.backbone.transformers import TransformersBackbone
+from qst_tune.backbone.weights_file import read_weights_file
+from qst_tune.errors import UserError
+from qst_tune.models.hf.folder import weight_files
+from qst_tune.models.hf.hub import fetch_model, hub_name, is_hub_name, model_name
+from qst_tune.models.qst import qst_decoder
+from qst_tune.modules.base_quantization import BaseQuantization
+from qst_tune.modules.side_config import SideConfig
+from qst_tune.training.side_checkpoint import SIDE_NETWORK, load_side_network
+from qst_tune.training.tuned_folder import BackboneId, Provenance, read_description
+
+_BUILDER = "qst_tune.models.qst_from_hf"
+
+log = utils.get_logger("INFO")
+
+
+def side_over(
+    model: PreTrainedModel, config: SideConfig, quantize: BaseQuantization = "none"
+) -> tuple[QSTTransformer, Provenance]:
+    """Put a new side network over a model.
+
+    Args:
+        model (PreTrainedModel): loaded; taken over, frozen, and quantised in place if asked for.
+        config (SideConfig): of the side network.
+        quantize (BaseQuantization): format for the layers of a dense model.
+
+    Returns:
+        tuple[QSTTransformer, Provenance]: the model, and what a saved directory says of it.
+
+    Raises:
+        UserError: if the model is not supported, or is quantised already and shall be once more.
+    """
+    method = getattr(model.config, "quantization_config", None)
+    _check(model, method, quantize)
+    home = _directory(model)
+    if home is not None and not _has_weights_of(model, home):
+        log.warning(f"the model's weights are not those of {home}: it is identified by its own")
+        home = None
+    fingerprint = fingerprint_files(weight_files(home)) if home else _fingerprint(model)
+    backbone = TransformersBackbone(model, str(home or ""))
+    decoder: Any = qst_decoder(backbone, base_quantization=quantize, **config.settings())
+    check_head(backbone)
+    stored, quantization = str(quantize), backbone.quantization
+    if method is not None:
+        stored, quantization = _foreign(method, home)
+    place = (hub_name(home) or str(home.resolve())) if home else _name(model)
+    name, revision = model_name(home) if home else (place or str(model.config.model_type), "")
+    identity = BackboneId(name, fingerprint, quantization, revision)
+    block = {
+        "_component_": _BUILDER,
+        "checkpoint_dir": place,
+        "backbone": "transformers",
+        "base_quantization": stored,
+        **config.settings(),
+    }
+    provenance = Provenance(identity, block, _recipe_config(block), backbone_path=place)
+    return decoder, provenance
+
+
+def load_over(folder: Path, model: PreTrainedModel) -> tuple[QSTTransformer, Provenance]:
+    """Put a saved side network over the model that it was trained on.
+
+    Args:
+        folder (Path): of the side network.
+        model (PreTrainedModel): as for :func:`side_over`.
+
+    Returns:
+        tuple[QSTTransformer, Provenance]: as from :func:`side_over`.
+
+    Raises:
+        UserError: if the directory belongs to another model.
+    """
+    block = dict(read_description(folder, SIDE_NETWORK)["model"])
+    if block.get("_component_") != _BUILDER or block.get("backbone") != "transformers":
+        raise UserError(
+            f"{folder} was trained over a model of torchtune: name the directory of its backbone, "
+            "not a model"
+        )
+    stored = block.get("base_quantization") or "auto"
+    is_dense = getattr(model.config, "quantization_config", None) is None
+    quantize: Any = stored if is_dense and stored != "auto" else "none"
+    decoder, provenance = side_over(model, SideConfig.of_block(block), quantize)
+    load_side_network(folder, decoder.side, backbone=provenance.backbone)
+    return decoder, provenance
+
+
+def _check(model: PreTrainedModel, method: Any, quantize: BaseQuantization) -> None:
+    devices = set(map(str, (getattr(model, "hf_device_map", None) or {}).values()))
+    if len(devices) > 1:
+        raise UserError(f"the model is on {', '.join(sorted(devices))}: load it onto one device")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UserError("the model has no weights: load it before the side network is added")
+    if method is not None and quantize != "none":
+        raise UserError(
+            f"quantize={quantize!r}: the model is quantised already ({_method(method)}); leave "
+            "quantize out"
+        )
+
+
+def _directory(model: PreTrainedModel) -> Path | None:
+    """Where the model was loaded from, if that is still here."""
+    name = _name(model)
+    try:
+        if is_hub_name(name):
+            commit = getattr(model.config, "_commit_hash", None)
+            return fetch_model(f"{name}@{commit}" if commit else name, local_files_only=True)
+        return Path(name) if name and weight_files(Path(name)) else None
+    except UserError:
+        return None
+
+
+def _has_weights_of(model: PreTrainedModel, home: Path) -> bool:
+    """Compare samples of each dense weight that has the same name in the files.
+
+    A merged adapter, a resized embedding or a tuned layer makes it another model.
+    """
+    own = dict(model.named_parameters(remove_duplicate=False))
+    for name, stored in _weights_in(home):
+        mine = own.get(name)
+        if mine is None or mine.dtype != model.dtype or not mine.is_floating_point():
+            continue
+        if mine.shape != stored.shape:
+            return False
+        if weight_digest(stored) != weight_digest(mine) and not _equal_rounded(stored, mine):
+            return False
+    return True
+
+
+def _weights_in(home: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    for path in weight_files(home):
+        yield from read_weights_file(path).items()
+
+
+def _equal_rounded(stored: torch.Tensor, mine: torch.Tensor) -> bool:
+    """Equal in the precision of the model in memory."""
+    return weight_digest(stored.to(mine.dtype)) == weight_digest(mine)
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    named = sorted(model.named_parameters())
+    summary = "".join(f"{name}:{weight_digest(weight.cpu())};" for name, weight in named)
+    return hashlib.sha256(summary.encode()).hexdigest()
+
+
+def _foreign(method: Any, home: Path | None) -> tuple[str, str]:
+    """How recipes shall store a model that another program has quantised, and what that is called.
+
+    Codes of a directory are taken over. What was rounded while it was loaded is rounded again, by
+    our own NF4 or FP4, or cannot be made here.
+    """
+    if home is not None and directory_format(home) is not None:
+        twin = backbone_on_meta(home)
+        twin.quantize("auto", "none")
+        return "auto", twin.quantization
+    if getattr(method, "load_in_4bit", False):
+        form = str(method.bnb_4bit_quant_type)
+        log.warning(
+            f"bitsandbytes rounded the model to {form} on loading; a saved side network is loaded "
+            f"over qst_tune's own {form}, whose scales differ a little, unless "
+            "from_pretrained(DIR, backbone=MODEL) names this model"
+        )
+        return form, form
+    return "none", f"{_method(method)} on loading"
+
+
+def _method(method: Any) -> str:
+    found = method.get("quant_method") if isinstance(method, dict) else method.quant_method
+    return str(getattr(found, "value", found))
+
+
+def _name(model: PreTrainedModel) -> str:
+    return str(model.name_or_path or "")
+
+
+def _recipe_config(block: dict[str, Any]) -> str:
+    """What recipes need to load the directory."""
+    place = block["checkpoint_dir"]
+    config = {
+        "model": block,
+        "tokenizer": {"_component_": "qst_tune.data.hf_chat_tokenizer", "path": place},
+        "checkpointer": {
+            "_component_": "qst_tune.training.hf_checkpointer.HFCheckpointer",
+            "checkpoint_dir": place,
+        },
+    }
+    return yaml.safe_dump(config, sort_keys=False)

@@ -1,0 +1,295 @@
+"""What all our transformers models share: a ``QSTModel`` of which the side network is saved."""
+
+import copy
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+
+from qst_tune.backbone.qst_transformer import QSTTransformer
+from qst_tune.errors import UserError
+from qst_tune.generation.caches import attentions
+from qst_tune.modules.qst_model import QSTModel
+from qst_tune.sharing.hub_folder import Publication, base_model_of, make_hub_folder
+from qst_tune.sharing.push import push_folder
+from qst_tune.training.atomic_folder import replace_files
+from qst_tune.training.described_model import load_described
+from qst_tune.training.side_checkpoint import SIDE_NETWORK, read_provenance, side_network_files
+from qst_tune.training.tuned_folder import Provenance
+from qst_tune.transformers.config import FETCHING, QSTConfig, backbone_folder, side_network_folder
+from qst_tune.transformers.over_model import load_over
+from qst_tune.transformers.own_backbone import num_cache_layers
+from qst_tune.transformers.tuned_template import TunedTemplate, tuned_template
+
+_SIDE = "model.side."
+# Trainer resumes from a directory with this file; it names the tensors of side_network.safetensors.
+_INDEX = "model.safetensors.index.json"
+# What Trainer and other callers pass to any model; a side network is always written whole.
+_SAVED_SO_ANYWAY = {"state_dict", "safe_serialization", "max_shard_size", "save_peft_format"}
+
+# What transformers passes along and is so in any case: nothing is loaded but tensors, and
+# torchtune's attention chooses its own kernel.
+_SO_ANYWAY = {
+    "adapter_kwargs", "attn_implementation", "code_revision", "low_cpu_mem_usage", "tqdm_class",
+    "trust_remote_code", "use_safetensors",
+}  # fmt: skip
+
+
+class QSTPreTrainedModel(PreTrainedModel):
+    """A ``QSTModel`` as a model of transformers; only its side network trains and is saved.
+
+    Args:
+        config (QSTConfig): its sizes are filled in here.
+        decoder (QSTModel): loaded; taken over, not copied.
+        provenance (Provenance): what the saved directory says of the model.
+    """
+
+    config_class = QSTConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True  # torchtune's attention calls it
+
+    def __init__(self, config: QSTConfig, decoder: QSTModel, provenance: Provenance) -> None:
+        config.vocab_size = decoder.tok_embeddings.num_embeddings
+        config.hidden_size = decoder.backbone.width
+        config.num_attention_heads = _num_heads(decoder)
+        config.num_hidden_layers = len(attentions(decoder))
+        if isinstance(decoder, QSTTransformer):
+            config.num_hidden_layers += num_cache_layers(decoder)
+        config.max_position_embeddings = decoder.max_seq_len
+        super().__init__(config)
+        self.model = decoder
+        self.provenance = provenance
+        # DistributedDataParallel would send the frozen weights around, which NF4 tensors cannot.
+        self._ddp_params_and_buffers_to_ignore = [
+            *(name for name, p in self.named_parameters() if not p.requires_grad),
+            *(name for name, _ in self.named_buffers()),
+        ]
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # of the many arguments few have a meaning here
+        cls,
+        pretrained_model_name_or_path: str,
+        *,
+        config: QSTConfig | None = None,
+        backbone: str | PreTrainedModel | None = None,
+        dtype: torch.dtype | str | None = None,
+        device_map: Any = None,
+        **settings: Any,
+    ) -> Any:
+        """Load a side network's folder with its backbone.
+
+        Args:
+            pretrained_model_name_or_path (str): folder of the side network, or its name on the hub.
+            config (QSTConfig | None): the folder's by default.
+            backbone (str | PreTrainedModel | None): directory of the backbone, or its name on the
+                hub, in place of the one in the configuration; or the loaded model itself.
+            dtype (torch.dtype | str | None): of what is not quantised, torch.float32 or
+                torch.bfloat16. Default, and "auto": the configuration's, else bfloat16.
+            device_map (Any): one device for all, or "auto". Default: the CPU.
+            **settings (Any): how to fetch what is not here: ``token``, ``cache_dir``, ``revision``
+                of the side network and the like.
+
+        Returns:
+            Any: a model of this class, in evaluation mode.
+
+        Raises:
+            UserError: if an argument has no meaning for a side network, or the two folders are not
+                to be had or do not belong together.
+        """
+        strange = sorted(
+            name
+            for name, value in settings.items()
+            if value and name not in FETCHING | _SO_ANYWAY and not name.startswith("_")
+        )
+        if strange:
+            raise UserError(f"{strange[0]}={settings[strange[0]]} has no meaning for a QST model")
+        fetching = {k: v for k, v in settings.items() if k in FETCHING and v is not None}
+        folder = side_network_folder(str(pretrained_model_name_or_path), **fetching)
+        config = config or QSTConfig.from_pretrained(folder)
+        decoder: QSTModel
+        if isinstance(backbone, PreTrainedModel):
+            decoder, provenance = load_over(folder, backbone)
+            generation = copy.deepcopy(backbone.generation_config)
+        else:
+            fetching.pop("revision", None)
+            home = backbone_folder(backbone or config.backbone, folder, **fetching)
+            decoder, _ = load_described(
+                folder,
+                home,
+                dtype=_dtype(config.dtype if dtype in (None, "auto") else dtype),
+                device=_device(device_map),
+            )
+            provenance = read_provenance(folder, backbone or config.backbone)
+            generation = _generation_config(home, tuned_template(folder, home))
+        model = cls(config, decoder, provenance)
+        model.generation_config = generation
+        model.eval()  # type: ignore[no-untyped-call]  # as transformers decorates it
+        return model
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the backbone's embedding."""
+        embeddings: nn.Module = self.model.tok_embeddings
+        return embeddings
+
+    def save_pretrained(  # type: ignore[override]  # the directory is ours
+        self,
+        save_directory: str | Path,
+        *,
+        is_main_process: bool = True,
+        push_to_hub: bool = False,
+        **settings: Any,
+    ) -> None:
+        """Write the side network, as the recipes do; other files of the directory stay.
+
+        Args:
+            save_directory (str | Path): made if it is not there.
+            is_main_process (bool): of several processes, only this one writes.
+            push_to_hub (bool): then :meth:`push_to_hub` under the directory's name.
+            **settings (Any): only what has no meaning for a side network.
+
+        Raises:
+            UserError: if the directory cannot be written, or a setting is not supported.
+        """
+        for name, value in settings.items():
+            if value is not None and name not in _SAVED_SO_ANYWAY:
+                raise UserError(f"save_pretrained: {name}={value} is not supported by a QST model")
+        if not is_main_process:
+            return
+        files = side_network_files(self.model.side, self.provenance)
+        names = dict.fromkeys(self.state_dict(), SIDE_NETWORK.weights_file)
+        index = {"metadata": {}, "weight_map": names}
+        files[_INDEX] = (json.dumps(index, indent=2) + "\n").encode()
+        replace_files(Path(save_directory), files)
+        if push_to_hub:
+            self.push_to_hub(Path(save_directory).name)
+
+    def push_to_hub(  # type: ignore[override]  # the directory is ours, not transformers'
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        base_model: str | None = None,
+        license: str | None = None,
+        data: str | None = None,
+    ) -> str:
+        """Upload the side network with a model card, without paths of this machine.
+
+        Args:
+            repo_id (str): ``org/name``.
+            private (bool): make a new repository private.
+            base_model (str | None): the backbone's name on the hub; None: where it came from.
+            license (str | None): of the side network, as the hub names licences.
+            data (str | None): what it was trained on, for people.
+
+        Returns:
+            str: address of the repository.
+
+        Raises:
+            UserError: if the backbone has no name on the hub, or the hub refuses.
+        """
+        with tempfile.TemporaryDirectory() as made:
+            saved, shared = Path(made) / "saved", Path(made) / "shared"
+            self.save_pretrained(saved)
+            base_model = base_model or base_model_of(saved)
+            make_hub_folder(saved, shared, Publication(repo_id, base_model, license, data))
+            return push_folder(shared, repo_id, private=private)
+
+    def state_dict(
+        self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
+    ) -> Any:
+        """Return the trainable tensors alone: the frozen ones are never saved."""
+        return self.model.side.state_dict(
+            destination=destination, prefix=prefix + _SIDE, keep_vars=keep_vars
+        )
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Fill the side network; ``strict`` or not, all of its tensors must be there, and no other.
+
+        Args:
+            state_dict (Any): under the names of :meth:`state_dict` or of the saved file.
+            strict (bool): ignored.
+            assign (bool): as in torch.
+
+        Returns:
+            Any: as in torch.
+        """
+        own = {name.removeprefix(_SIDE): value for name, value in state_dict.items()}
+        return self.model.side.load_state_dict(own, assign=assign)
+
+    def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
+        """Recompute the side network in backward; the backbone keeps nothing in any case."""
+        self.model.side.recompute = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep the side network's activations."""
+        self.model.side.recompute = False
+
+    def print_trainable_parameters(self) -> None:
+        """Print, as PEFT does, how many parameters train."""
+        trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        total = num_weights(self)
+        share = 100 * trainable / total
+        text = (
+            f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {share:.4f}"
+        )
+        print(text)  # noqa: T201  # what the caller asked for
+
+
+def num_weights(model: nn.Module) -> int:
+    """Count a model's weights; those in codes as what they stand for, tied ones once."""
+    total = 0
+    seen: set[int] = set()
+    for module in model.modules():
+        own = [p for p in module.parameters(recurse=False) if id(p) not in seen]
+        seen.update(map(id, own))
+        coded: Any = module
+        if hasattr(module, "in_features") and type(module) is not nn.Linear:
+            own = [p for p in own if p is getattr(module, "bias", None)]
+            total += coded.in_features * coded.out_features
+        total += sum(p.numel() for p in own)
+    return total
+
+
+def _num_heads(decoder: Any) -> int:
+    if isinstance(decoder, QSTTransformer):
+        return int(getattr(decoder.backbone.config, "num_attention_heads", None) or 1)
+    return int(decoder.num_heads)
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, None)
+    if dtype is None:
+        return torch.bfloat16
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        known = "torch.bfloat16, torch.float16 or torch.float32"
+        raise UserError(f"dtype={dtype} is not supported: use {known}")
+    return dtype
+
+
+def _device(device_map: Any) -> torch.device:
+    if isinstance(device_map, dict):
+        devices = set(map(str, device_map.values()))
+        if len(devices) != 1:
+            raise UserError(f"device_map={device_map}: a QST model lies on one device")
+        device_map = devices.pop()
+    if device_map == "auto":
+        device_map = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device("cpu" if device_map is None else device_map)
+
+
+def _generation_config(backbone: Any, template: TunedTemplate | None) -> GenerationConfig:
+    """The backbone's, with the tokens that end an answer of the run's chat template."""
+    try:
+        config = GenerationConfig.from_pretrained(backbone)
+    except OSError:
+        config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(backbone))
+    if template is not None:
+        config.eos_token_id = template.stop_tokens
+    return config
