@@ -64,7 +64,7 @@ def backbone_folder(name: str, beside: Path, parts: Parts = "weights", **setting
     if found is None and not is_hub_name(name):
         raise UserError(
             f"the backbone {name!r} is no directory here and no name on the Hugging Face Hub; name "
-            "its directory with backbone=<DIR>"
+            "its directory with backbone=<DIR>, or give the model itself"
         )
     return found or fetch_model(name, parts, **settings)
 

@@ -276,13 +276,20 @@ def test_a_folder_cannot_have_foreign_code_called(folder, tmp_path):
             AutoModelForCausalLM.from_pretrained(copy)
 
 
-def test_what_is_not_supported_is_refused(model, tokens, tmp_path):
+@torch.no_grad()
+def test_a_loaded_model_is_saved_as_it_was(folder, model, tokens, tmp_path):
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+    for name in ("side_network.safetensors", "recipe_config.yaml", "config.json"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_what_is_not_supported_is_refused(model, tokens):
     with pytest.raises(ValueError, match="output_attentions is not supported"):
         model(tokens, output_attentions=True)
     with pytest.raises(ValueError, match="129 tokens are more than the model's max_seq_len 128"):
         model(torch.ones(1, 129, dtype=torch.long))
-    with pytest.raises(UserError, match="shared as the folder it was loaded from"):
-        model.save_pretrained(tmp_path)
 
 
 @pytest.mark.slow
