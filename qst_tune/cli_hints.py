@@ -2,11 +2,11 @@
 
 torchtune 0.6.1 takes any unknown recipe for a user's module and any unknown config for a user's
 file, so a typing error ends in a traceback of ``runpy`` or OmegaConf. Here the names are checked
-first: a hint is one line of the command's own error message, with exit status 2. torchtune demands
-``--config`` of everything, so ``tune run RECIPE --help`` is answered here, by the recipe itself.
+first: a hint is one line of the command's own error message, with exit status 2. torchtune always
+demands ``--config``, so ``tune run RECIPE --help`` is answered here, by the recipe itself.
 
-Only our names are touched: torchtune's recipes, and users' own files and modules, pass unchecked.
-``plugin.py`` calls :func:`add_to` when torchtune's command line is imported.
+Only our names are checked, not torchtune's recipes or users' own files and modules. ``plugin.py``
+calls :func:`add_to` when torchtune's command line is imported.
 """
 
 from __future__ import annotations
@@ -40,13 +40,10 @@ _NEAR = 0.8
 
 
 def add_to(command_module: ModuleType, ours: Collection[str]) -> None:
-    """Check the names given to the command in ``command_module`` before it runs.
+    """Check the names given to ``tune run`` or ``tune cp`` before it runs.
 
-    Changes the command's class in place; a second call changes nothing.
-
-    Args:
-        command_module (ModuleType): ``torchtune._cli.run`` or ``torchtune._cli.cp``.
-        ours (Collection[str]): the names of our recipes.
+    Changes the command's class in ``torchtune._cli.run`` or ``torchtune._cli.cp`` in place; a
+    second call changes nothing. ``ours`` are the names of our recipes.
     """
     class_name, method_name, check = _CHECKS[command_module.__name__]
     command = getattr(command_module, class_name)
@@ -74,7 +71,7 @@ def _with_check(method: Callable[..., None], check: Check, ours: Collection[str]
 
 
 def _check_run(args: argparse.Namespace, ours: Collection[str]) -> str | None:
-    """Return a hint if ``tune run`` names a recipe of ours wrongly, or a config for one of ours.
+    """Return a hint if ``tune run`` misspells a recipe of ours, or a config for one of ours.
 
     ``--help`` of a recipe of ours prints its help and exits.
     """
@@ -111,7 +108,7 @@ def _check_config(recipe: Any, recipe_args: list[str]) -> str | None:
 
 
 def _missing_config(recipe: Any, recipe_args: list[str]) -> str:
-    """Say as torchtune does that --config is required, and what to write."""
+    """Report as torchtune does that --config is required, and what to write."""
     written = next((arg for arg in recipe_args if arg.startswith("--config=")), None)
     if written is not None:
         return f"write --config {written.removeprefix('--config=')}, with a space instead of '='"
@@ -130,7 +127,7 @@ def _print_help(recipe: Any) -> None:
 
 
 def _check_cp(args: argparse.Namespace, ours: Collection[str]) -> str | None:
-    """Return a hint if ``tune cp`` names a recipe or config of ours wrongly."""
+    """Return a hint if ``tune cp`` misspells a recipe or config of ours."""
     # Name of each recipe and config -> the recipe it belongs to.
     owners = {recipe.name: recipe.name for recipe in get_all_recipes()}
     owners |= {

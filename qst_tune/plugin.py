@@ -46,7 +46,7 @@ __all__ = ["install", "report"]
 
 
 class _RecipeEntry(NamedTuple):
-    """A row of the table below: a file in recipes/ and what the registry must know of it."""
+    """A file in recipes/ and what the registry must know of it."""
 
     file_name: str
     methods: tuple[str, ...]
@@ -169,7 +169,7 @@ class _PatchingLoader(Loader):
         self._after = after
 
     def __getattr__(self, name: str) -> Any:
-        """Answer as the module's own loader to those who only look, say for ``get_source``."""
+        """Answer as the module's own loader to those who only look, as for ``get_source``."""
         return getattr(self._loader, name)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
@@ -186,7 +186,7 @@ class _PatchingLoader(Loader):
 
 
 def _patch_if_imported(name: str) -> bool:
-    """Patch the module ``name`` if it was imported before us, and say whether it was."""
+    """Patch the module ``name`` if it was imported before us, and return whether it was."""
     module = sys.modules.get(name)
     if module is not None:
         _patch(module)
@@ -219,7 +219,7 @@ def _register(registry: ModuleType) -> None:
 def _our_recipes(registry: ModuleType) -> list[Any]:
     """Return our recipes as torchtune's ``Recipe`` objects, with absolute file paths.
 
-    torchtune joins a file path to the folder of its own recipes, and joining an absolute path to
+    torchtune joins a file path to the directory of its own recipes, and joining an absolute path to
     anything gives that path.
     """
     recipe_dir, config_dir = _folder("qst_tune.recipes"), _folder("qst_tune.configs")
@@ -244,17 +244,7 @@ def _configs(registry: ModuleType, config_dir: Path, methods: tuple[str, ...]) -
 
 
 def _folder(package: str) -> Path:
-    """Find the folder of an installed package without importing the package.
-
-    Args:
-        package (str): dotted name of the package.
-
-    Returns:
-        Path: absolute path of its folder.
-
-    Raises:
-        FileNotFoundError: if the package is not installed.
-    """
+    """Return the absolute directory of an installed package without importing the package."""
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(
@@ -266,7 +256,7 @@ def _folder(package: str) -> Path:
 def _config_files(config_dir: Path, methods: tuple[str, ...]) -> list[Path]:
     """Return ``<family>/<size>_<method>.yaml`` for each of ``methods``, sorted.
 
-    The folder ``auto`` has no sizes, only ``<method>.yaml``.
+    The directory ``auto`` has no sizes, only ``<method>.yaml``.
     """
     suffixes = tuple(f"_{method}" for method in methods)
     paths = sorted(config_dir.glob("*/*.yaml"))

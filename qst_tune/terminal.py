@@ -1,4 +1,4 @@
-"""What our programs show: text that any terminal takes, and no routine lines of other packages.
+"""The output of our programs: text for any terminal, without routine lines of other packages.
 
 Only the standard library, since ``plugin.py`` calls it before torchao is imported.
 """
@@ -44,7 +44,7 @@ class _RoutineFilter(logging.Filter):
 
 
 def hide_routine_lines() -> None:
-    """Hide known lines of torchao, torchtune and torchrun, and no others; again changes nothing."""
+    """Hide known lines of torchao, torchtune and torchrun; a second call changes nothing."""
     if os.environ.get(VERBOSE_VARIABLE):
         return
     for name, texts in _ROUTINE_LINES.items():
@@ -55,13 +55,9 @@ def hide_routine_lines() -> None:
 
 @contextmanager
 def safe_streams() -> Iterator[None]:
-    """Replace what stdout cannot show, and end silently when its reader has gone.
+    """Print "?" for a character that stdout cannot show, and end silently when its reader is gone.
 
-    Yields:
-        None: meanwhile a character that the encoding lacks is printed as "?".
-
-    Raises:
-        SystemExit: with status 141, if stdout or stderr was closed by who reads it (``| head``).
+    Raises SystemExit with status 141 if the reader of stdout or stderr closed it (``| head``).
     """
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
@@ -81,7 +77,7 @@ def safe_streams() -> Iterator[None]:
 
 
 def _is_closed(stream: TextIO) -> bool:
-    """Whether nobody reads the pipe behind a stream any more."""
+    """Whether nobody reads the pipe of a stream any more."""
     try:
         number = stream.fileno()
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""A dependency outside the range of our own metadata, named before its change breaks an import."""
+"""Reports a dependency outside the range of our metadata before its change breaks an import."""
 
 from __future__ import annotations
 
@@ -11,11 +11,7 @@ SKIP_VARIABLE = "QST_TUNE_SKIP_VERSION_CHECK"
 
 
 def version_problems() -> list[str]:
-    """Compare what is installed with what our distribution requires.
-
-    Returns:
-        list[str]: one line for each dependency that is missing or outside its range.
-    """
+    """Return one line for each dependency that is missing or outside its range."""
     from packaging.requirements import Requirement  # here: not of the standard library
 
     lines = []
@@ -42,11 +38,7 @@ def _installed(name: str) -> str | None:
 
 
 def exit_if_outside() -> None:
-    """End the program with a line for each dependency that is outside its range.
-
-    Raises:
-        SystemExit: with status 2, the exit status of a user's mistake.
-    """
+    """End with status 2 and a line for each dependency that is outside its range."""
     if os.environ.get(SKIP_VARIABLE):
         return
     problems = version_problems()

@@ -1,1 +1,1 @@
-"""What a model knows, from files on this machine: text it predicts, questions it answers."""
+"""What a model knows: the text it predicts and the questions it answers, from local files."""

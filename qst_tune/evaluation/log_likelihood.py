@@ -1,4 +1,4 @@
-"""Log-probabilities of texts behind other texts, in batches that do not change them."""
+"""Log-probabilities of texts after other texts, in batches that do not change them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,19 +19,14 @@ _LOGITS_AT_ONCE = 512
 
 @dataclass(frozen=True)
 class Continuation:
-    """A text and one that may follow it.
-
-    Args:
-        context (tuple[int, ...]): at least one token.
-        target (tuple[int, ...]): at least one token.
-    """
+    """A text and one that may follow it, of at least one token each."""
 
     context: tuple[int, ...]
     target: tuple[int, ...]
 
     @property
     def row(self) -> tuple[int, ...]:
-        """What the model must read for it; one-token answers to a question share theirs."""
+        """Tokens that the model must read; one-token answers to a question share theirs."""
         return self.context + self.target[:-1]
 
 
@@ -39,23 +34,23 @@ class Continuation:
 def log_likelihoods(
     model: Any, continuations: Sequence[Continuation], *, batch_size: int, name: str = "scoring"
 ) -> list[float]:
-    r"""Compute :math:`\log p(\mathrm{target} \mid \mathrm{context})` of each.
+    r"""Compute :math:`\log p(\mathrm{target} \mid \mathrm{context})` of each, in nats.
 
-    Rows are padded on the right, where causal attention leaves padding without effect, and a row
-    that several continuations share is run once. The LM head runs on the targets' places only.
+    Sequences are padded on the right, where causal attention ignores padding, and one that several
+    continuations share is run once. The LM head runs only on the positions of the targets.
 
     Args:
-        model (Any): a ``QSTDecoder`` or ``PEQADecoder`` in evaluation mode.
+        model (Any): a ``QSTModel`` or ``PEQADecoder`` in evaluation mode.
         continuations (Sequence[Continuation]): in any order.
-        batch_size (int): rows at once.
+        batch_size (int): sequences at once.
         name (str): of the progress bar.
 
     Returns:
-        list[float]: nats, in the order of ``continuations``.
+        list[float]: in the order of ``continuations``.
 
     Raises:
-        UserError: if one is longer than the model can see or has a token that it has
-            no row for, or a logit is not finite.
+        UserError: if one is longer than the model's context, a token is outside its vocabulary, or
+            a logit is not finite.
     """
     by_row: dict[tuple[int, ...], list[int]] = {}
     for number, continuation in enumerate(continuations):
@@ -84,7 +79,7 @@ def _check_length(rows: Sequence[Sequence[int]], max_seq_len: int) -> None:
 
 
 def _head_inputs(model: Any, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-    """``[B, T, D]``; behind the end of a row it means nothing."""
+    """``[B, T, D]``; meaningless after the end of a sequence."""
     device = model.tok_embeddings.weight.device
     longest = max(map(len, rows))
     padded = [[*row, *[0] * (longest - len(row))] for row in rows]

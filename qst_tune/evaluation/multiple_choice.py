@@ -1,4 +1,4 @@
-"""Questions with several answers of which one is right, such as MMLU, from local files."""
+"""Questions with several answers, one of them right, such as MMLU, from local files."""
 
 import json
 import math
@@ -16,55 +16,37 @@ LETTERS = "ABCDEFGHIJ"
 
 @dataclass(frozen=True)
 class Question:
-    """One question.
-
-    Args:
-        text (str): the question.
-        choices (tuple[str, ...]): the answers, up to ten.
-        answer (int): index of the right one.
-        subject (str): questions of a subject share their examples; may be empty.
-    """
+    """One question."""
 
     text: str
-    choices: tuple[str, ...]
-    answer: int
-    subject: str = ""
+    choices: tuple[str, ...]  # up to ten
+    answer: int  # index of the right choice
+    subject: str = ""  # questions of a subject share their examples; may be empty
 
 
 @dataclass(frozen=True)
 class ChoiceScore:
-    """Share of right answers.
-
-    Args:
-        num_right (int): questions answered right.
-        num_questions (int): all of them.
-    """
+    """How many questions were answered right."""
 
     num_right: int
     num_questions: int
 
     @property
     def accuracy(self) -> float:
-        """Between 0 and 1."""
+        """Share of right answers, between 0 and 1."""
         return self.num_right / self.num_questions
 
     @property
     def standard_error(self) -> float:
-        """Of the accuracy, over the choice of questions."""
+        """Standard error of the accuracy, over the choice of questions."""
         return math.sqrt(self.accuracy * (1 - self.accuracy) / self.num_questions)
 
 
 def read_questions(path: Path) -> list[Question]:
-    """Read a jsonl file with the columns question, choices, answer and, if there are any, subject.
+    """Read a JSONL file with the columns question, choices, answer and perhaps subject.
 
-    Args:
-        path (Path): a question a line; ``answer`` is an index or a letter.
-
-    Returns:
-        list[Question]: at least one.
-
-    Raises:
-        UserError: if it cannot be read, or naming the line that is no question.
+    ``answer`` is an index or a letter. A file that cannot be read or has no questions is a
+    UserError, and so is an invalid line, which it names.
     """
     try:
         # Not splitlines(), which also splits at separators that stand within JSON's strings.
@@ -96,12 +78,7 @@ def _question(line: str, path: Path, number: int) -> Question:
 def prompt_of(question: Question, examples: Sequence[Question]) -> str:
     """Write the prompt of MMLU (https://arxiv.org/abs/2009.03300), ending with "Answer:".
 
-    Args:
-        question (Question): to be answered.
-        examples (Sequence[Question]): answered before it.
-
-    Returns:
-        str: the answer goes on with a blank and a letter.
+    Answered examples come before the question; the answer is a space and a letter.
     """
     topic = f" about {question.subject.replace('_', ' ')}" if question.subject else ""
     head = f"The following are multiple choice questions (with answers){topic}.\n\n"
@@ -124,13 +101,13 @@ def score_questions(
     num_examples: int,
     batch_size: int,
 ) -> ChoiceScore:
-    """Take the likeliest letter for the answer and count the right ones.
+    """Take the most likely letter as the answer and count the right ones.
 
     Args:
-        model (Any): a ``QSTDecoder`` or ``PEQADecoder`` in evaluation mode.
+        model (Any): a ``QSTModel`` or ``PEQADecoder`` in evaluation mode.
         tokenizer (Any): torchtune tokenizer.
         questions (Sequence[Question]): to be answered.
-        examples (Sequence[Question]): the first ones of a question's subject stand before it.
+        examples (Sequence[Question]): the first ones of a question's subject come before it.
         num_examples (int): how many; MMLU's figure is 5.
         batch_size (int): prompts at once.
 

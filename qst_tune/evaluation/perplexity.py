@@ -11,17 +11,11 @@ from qst_tune.evaluation.log_likelihood import Continuation, log_likelihoods
 
 @dataclass(frozen=True)
 class TextScore:
-    """A model's score on a text.
+    """A model's score on a text."""
 
-    Args:
-        nats (float): negative log-likelihood of all predicted tokens.
-        num_tokens (int): predicted tokens.
-        num_bytes (int): of the whole text, UTF-8.
-    """
-
-    nats: float
-    num_tokens: int
-    num_bytes: int
+    nats: float  # negative log-likelihood of all predicted tokens
+    num_tokens: int  # predicted tokens
+    num_bytes: int  # of the whole text, UTF-8
 
     @property
     def perplexity(self) -> float:
@@ -30,20 +24,15 @@ class TextScore:
 
     @property
     def bits_per_byte(self) -> float:
-        """Comparable between models with different tokenizers."""
+        """Bits per byte, comparable between models with different tokenizers."""
         return self.nats / math.log(2) / self.num_bytes
 
 
 def text_windows(tokens: list[int], window: int) -> list[Continuation]:
-    """Cut a text so that every token but the first is predicted once.
+    """Cut a text of at least two tokens so that every token except the first is predicted once.
 
-    Args:
-        tokens (list[int]): of the whole text, at least two.
-        window (int): tokens that the model reads at once; the next window begins with the last
-            token that this one predicts, and knows nothing before it.
-
-    Returns:
-        list[Continuation]: one a window.
+    The model reads ``window`` tokens at once. The next window begins with the last token that this
+    one predicts, and has no context before it.
     """
     return [
         Continuation((tokens[start],), tuple(tokens[start + 1 : start + window + 1]))
@@ -52,18 +41,9 @@ def text_windows(tokens: list[int], window: int) -> list[Continuation]:
 
 
 def read_text(path: Path, tokenizer: Any, max_tokens: int | None = None) -> tuple[list[int], int]:
-    """Read and tokenize a file.
+    """Return the tokens of a UTF-8 file, at most ``max_tokens``, and the bytes that they stand for.
 
-    Args:
-        path (Path): UTF-8 text.
-        tokenizer (Any): torchtune tokenizer.
-        max_tokens (int | None): of the beginning; None: all.
-
-    Returns:
-        tuple[list[int], int]: tokens, and the number of bytes that they stand for.
-
-    Raises:
-        UserError: if it cannot be read or has less than two tokens.
+    A file that cannot be read or has fewer than two tokens is a UserError.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -81,18 +61,7 @@ def read_text(path: Path, tokenizer: Any, max_tokens: int | None = None) -> tupl
 def score_text(
     model: Any, tokens: list[int], num_bytes: int, *, window: int, batch_size: int
 ) -> TextScore:
-    """Score a text.
-
-    Args:
-        model (Any): a ``QSTDecoder`` or ``PEQADecoder`` in evaluation mode.
-        tokens (list[int]): from :func:`read_text`.
-        num_bytes (int): from :func:`read_text`.
-        window (int): tokens that the model reads at once.
-        batch_size (int): windows at once.
-
-    Returns:
-        TextScore: over all windows.
-    """
+    """Score the tokens of :func:`read_text`, ``batch_size`` windows at once."""
     windows = text_windows(tokens, window)
     found = log_likelihoods(model, windows, batch_size=batch_size, name="text")
     return TextScore(-sum(found), len(tokens) - 1, num_bytes)

@@ -1,14 +1,12 @@
-"""Answers to several prompts at once, padded on the left, each the answer it gets alone."""
+"""Answers to several prompts at once, padded on the left; each is the answer it gets alone."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from qst_tune.backbone.masks import causal_mask, positions
-from qst_tune.generation.caches import ModelCaches, without_head
+from qst_tune.generation.caches import ModelCaches, last_logits
 from qst_tune.generation.sampling import Sampling
-from qst_tune.training.precision import check_finite
 from qst_tune.training.vocabulary import check_ids
 
 
@@ -23,10 +21,10 @@ def answer_batch(
     """Generate an answer for each prompt.
 
     Args:
-        model (Any): a ``QSTDecoder`` or ``PEQADecoder`` in evaluation mode, with positions for the
+        model (Any): a ``QSTModel`` or ``PEQADecoder`` in evaluation mode, with positions for the
             longest prompt and ``max_new_tokens``.
         prompts (Sequence[Sequence[int]]): token ids, at least one each.
-        sampling (Sampling): how to choose.
+        sampling (Sampling): how to choose a token.
         stop_tokens (Sequence[int]): the first of them ends an answer and is not part of it.
         max_new_tokens (int): length of the longest answer.
 
@@ -50,13 +48,13 @@ def answer_batch(
 def _choices(
     model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, count: int
 ) -> Iterator[list[int]]:
-    """Choose the next token of every row, ``count`` times."""
+    """Choose the next token of every prompt, ``count`` times."""
     device = model.tok_embeddings.weight.device
     tokens_BT, is_real_BT = _left_padded(prompts, device)
     caches = ModelCaches(model)
     new_BN = tokens_BT
     for _ in range(count):
-        next_B = sampling.choose(_last_logits(model, caches, new_BN, is_real_BT))
+        next_B = sampling.choose(last_logits(model, caches, new_BN, is_real_BT))
         yield next_B.tolist()
         new_BN = next_B[:, None]
         is_real_BT = torch.cat([is_real_BT, torch.ones_like(new_BN, dtype=torch.bool)], dim=1)
@@ -71,17 +69,3 @@ def _left_padded(
     ids = [[0] * n + list(prompt) for n, prompt in zip(padding, prompts, strict=True)]
     start_B1 = torch.tensor(padding, device=device)[:, None]
     return torch.tensor(ids, device=device), torch.arange(longest, device=device) >= start_B1
-
-
-def _last_logits(
-    model: Any, caches: ModelCaches, new_BN: torch.Tensor, is_real_BT: torch.Tensor
-) -> torch.Tensor:
-    """Run the new tokens ``[B, N]``, the last N of T, and return the last one's logits, fp32."""
-    num_new = new_BN.shape[1]
-    takes_padding = getattr(model, "takes_padding", False)
-    mask = is_real_BT if takes_padding else causal_mask(is_real_BT, num_new)
-    with caches.attached(), without_head(model):
-        head_input_BND = model(new_BN, mask=mask, input_pos=positions(is_real_BT, num_new))
-    logits_BV: torch.Tensor = model.output(head_input_BND[:, -1]).float()
-    check_finite(logits_BV, model, "logits")
-    return logits_BV

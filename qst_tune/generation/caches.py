@@ -7,12 +7,15 @@ from typing import Any
 import torch
 from torchtune.modules import TransformerDecoder
 
+from qst_tune.backbone.masks import causal_mask, positions
+from qst_tune.training.precision import check_finite
+
 
 class GrowingCache:
-    """Keys and values of one attention; stands where torchtune's ``KVCache`` stands.
+    """Keys and values of one attention, in place of torchtune's ``KVCache``.
 
-    torchtune's cache has a fixed length, and every token attends through all of it. This one shows
-    what is filled and nothing else, doubles when it is full, and can forget its end.
+    torchtune's cache has a fixed length, and every token attends through all of it. This one
+    returns only its filled part, doubles when it is full, and can forget its end.
     """
 
     def __init__(self) -> None:
@@ -21,15 +24,7 @@ class GrowingCache:
         self._values: torch.Tensor | None = None
 
     def update(self, k_val: torch.Tensor, v_val: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append keys and values.
-
-        Args:
-            k_val (torch.Tensor): ``[B, H, T, C]``.
-            v_val (torch.Tensor): ``[B, H, T, C]``.
-
-        Returns:
-            tuple[torch.Tensor, torch.Tensor]: all so far, each ``[B, H, length, C]``.
-        """
+        """Append keys and values ``[B, H, T, C]``, and return all so far, ``[B, H, length, C]``."""
         start, self.length = self.length, self.length + k_val.shape[2]
         keys = self._keys = _with_room(self._keys, k_val, start)
         values = self._values = _with_room(self._values, v_val, start)
@@ -38,16 +33,12 @@ class GrowingCache:
         return keys[:, :, : self.length], values[:, :, : self.length]
 
     def cut(self, length: int) -> None:
-        """Forget everything from a position on.
-
-        Args:
-            length (int): tokens to keep; nothing happens if there are no more than that.
-        """
+        """Forget all tokens after the first ``length``."""
         self.length = min(self.length, length)
 
 
 def _with_room(held: torch.Tensor | None, new: torch.Tensor, start: int) -> torch.Tensor:
-    """The held tensor, or a longer copy of its first ``start`` tokens that has room for ``new``."""
+    """Return ``held``, or a longer copy of its first ``start`` tokens that has room for ``new``."""
     needed = start + new.shape[2]
     if held is not None and held.shape[2] >= needed:
         return held
@@ -58,28 +49,16 @@ def _with_room(held: torch.Tensor | None, new: torch.Tensor, start: int) -> torc
 
 
 def attentions(model: TransformerDecoder) -> list[Any]:
-    """List a decoder's attentions: the backbone's from first to last, then the side network's.
-
-    Args:
-        model (TransformerDecoder): any torchtune decoder.
-
-    Returns:
-        list[Any]: each once.
-    """
+    """Return each attention once: the backbone's from first to last, then the side network's."""
     # By what they can do, since Gemma 2's is no MultiHeadAttention.
     return [module for module in model.modules() if hasattr(module, "cache_enabled")]
 
 
 @contextmanager
 def attached(model: TransformerDecoder, caches: Sequence[Any]) -> Iterator[None]:
-    """Let each attention use a cache for as long as the context lasts.
+    """Let each of :func:`attentions` use a cache in this context.
 
-    Args:
-        model (TransformerDecoder): without caches of its own.
-        caches (Sequence[Any]): with ``update``, one for each of :func:`attentions`.
-
-    Yields:
-        None: meanwhile the model wants ``mask`` and ``input_pos``.
+    The model has no caches of its own. Meanwhile it needs ``mask`` and ``input_pos``.
     """
     layers = attentions(model)
     for layer, cache in zip(layers, caches, strict=True):
@@ -92,7 +71,7 @@ def attached(model: TransformerDecoder, caches: Sequence[Any]) -> Iterator[None]
 
 
 class ModelCaches:
-    """Keys and values of all attentions of a model: those of the backbone and of the side network.
+    """Keys and values of all attentions of a model, backbone and side network.
 
     Args:
         model (Any): a ``QSTModel`` or ``PEQADecoder`` in evaluation mode.
@@ -106,14 +85,9 @@ class ModelCaches:
         self._frozen = None if new_cache is None else new_cache()
 
     def cut(self, length: int, num_new: int) -> int:
-        """Forget everything from a position on.
+        """Forget all tokens after the first ``length``; ``num_new`` are added by the next pass.
 
-        Args:
-            length (int): tokens to keep, of those that are there.
-            num_new (int): tokens that the next pass adds to them.
-
-        Returns:
-            int: tokens that are kept; 0 where the backbone must begin again.
+        Returns the number of tokens that are left: 0 if the backbone must begin again.
         """
         kept = length if self._frozen is None else self._frozen.cut(length, num_new)
         for cache in self._own:
@@ -122,11 +96,7 @@ class ModelCaches:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Let the model use them for as long as the context lasts.
-
-        Yields:
-            None: meanwhile the model wants ``mask`` and ``input_pos``.
-        """
+        """Let the model use the caches in this context; it needs ``mask`` and ``input_pos``."""
         with attached(self._model, self._own):
             if self._frozen is None:
                 yield
@@ -137,14 +107,10 @@ class ModelCaches:
 
 @contextmanager
 def without_head(model: Any) -> Iterator[None]:
-    """Let a decoder of ours return the LM head's input for as long as the context lasts.
+    """Let a decoder of ours return the LM head's input ``[B, T, D]`` in this context.
 
-    Args:
-        model (Any): a ``QSTDecoder`` or ``PEQADecoder``. Of a long prompt only the last token's
-            logits are wanted: all of them would be the largest tensor of the pass.
-
-    Yields:
-        None: meanwhile the model returns ``[B, T, D]``.
+    Only the last token's logits of a long prompt are wanted: all of them would be the largest
+    tensor of the pass.
     """
     before = model.skip_output_layer
     model.skip_output_layer = True
@@ -152,3 +118,21 @@ def without_head(model: Any) -> Iterator[None]:
         yield
     finally:
         model.skip_output_layer = before
+
+
+def last_logits(
+    model: Any, caches: ModelCaches, new_BN: torch.Tensor, is_real_BT: torch.Tensor
+) -> torch.Tensor:
+    """Run the last N of T tokens, and return the last one's logits ``[B, V]``, fp32.
+
+    ``is_real_BT`` is false for padding. A logit that is not finite is a UserError.
+    """
+    num_new = new_BN.shape[1]
+    takes_padding = getattr(model, "takes_padding", False)
+    mask = is_real_BT if takes_padding else causal_mask(is_real_BT, num_new)
+    with caches.attached(), without_head(model):
+        head_input_BND = model(new_BN, mask=mask, input_pos=positions(is_real_BT, num_new))
+    # Not [:, -1:]: with its strides torch copies the head's whole weight on a CPU.
+    logits_BV: torch.Tensor = model.output(head_input_BND[:, -1]).float()
+    check_finite(logits_BV, model, "logits")
+    return logits_BV

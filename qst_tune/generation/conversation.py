@@ -1,4 +1,4 @@
-"""A conversation whose caches live between its turns, and its text as it comes."""
+"""A conversation whose caches live between its turns, with its text as it is generated."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
@@ -16,17 +16,17 @@ _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 class Conversation:
     """Turns of a user and a model.
 
-    Each turn is tokenized with all before it, exactly as the chat template writes a whole
-    conversation, and the caches give what they have of it. So the answers are those of a model that
-    reads everything anew, while normally only the new turn is run; only where a generated text is
-    tokenized differently as a whole is it run again from that place.
+    Each turn is tokenized with all turns before it, exactly as the chat template writes a whole
+    conversation, and their common beginning comes from the caches. So the answers are those of a
+    model that reads everything again, while normally only the new turn is run. Only where a
+    generated text is tokenized differently as a whole is it run again from that position.
 
     Args:
-        model (Any): a ``QSTDecoder`` or ``PEQADecoder`` in evaluation mode.
+        model (Any): a ``QSTModel`` or ``PEQADecoder`` in evaluation mode.
         tokenizer (Any): torchtune model tokenizer.
         system_prompt (str | None): first message.
-        sampling (Sampling | None): how tokens are chosen; None: always the likeliest.
-        max_new_tokens (int): the most that an answer may have.
+        sampling (Sampling | None): how tokens are chosen; None: always the most likely.
+        max_new_tokens (int): length of the longest answer.
 
     Attributes:
         messages (list[Message]): all turns so far.
@@ -55,7 +55,7 @@ class Conversation:
         return bool(len(self._sequence.tokens) >= self._sequence.model.max_seq_len)
 
     def clear(self) -> None:
-        """Begin anew, with the system prompt alone."""
+        """Start again with only the system prompt."""
         self.messages = []
 
     def undo(self) -> None:
@@ -63,19 +63,11 @@ class Conversation:
         self.messages = self.messages[:-2]
 
     def ask(self, text: str) -> Generator[str, None, None]:
-        """Add a turn of the user and generate the model's.
+        """Add a turn of the user, generate the model's and yield its text piece by piece.
 
-        Both are part of the conversation once the generator is exhausted or closed; an answer that
-        was broken off is kept as far as it came.
-
-        Args:
-            text (str): what the user says.
-
-        Yields:
-            str: the next piece of the answer.
-
-        Raises:
-            UserError: if the conversation leaves no room for an answer; it is then as before.
+        Both are part of the conversation once the generator is exhausted or closed; an interrupted
+        answer is kept as far as it came. A conversation without room for an answer is a UserError,
+        and stays as it was.
         """
         turns = [*self.messages, Message(role="user", content=text, masked=True)]
         prompt = prompt_tokens(self.tokenizer, turns, system_prompt=self.system_prompt)
@@ -113,14 +105,7 @@ def prompt_tokens(
 ) -> list[int]:
     """Tokenize a conversation up to where the model's answer begins.
 
-    Args:
-        tokenizer (Any): torchtune model tokenizer.
-        messages (Sequence[Message]): the last one is the user's.
-        system_prompt (str | None): put before them.
-        tools (Sequence[Any] | None): JSON schemas, for a tokenizer of ours.
-
-    Returns:
-        list[int]: token ids.
+    The last of ``messages`` is the user's; ``tools`` are JSON schemas, for a tokenizer of ours.
     """
     system = [Message(role="system", content=system_prompt, masked=True)] if system_prompt else []
     # torchtune's tokenizers open the answer's turn for an empty assistant message.
@@ -133,14 +118,9 @@ def prompt_tokens(
 
 
 def text_pieces(tokens: Iterable[int], decode: Callable[[list[int]], str]) -> Iterator[str]:
-    """Decode tokens as they come, in whole characters.
+    """Decode token ids as they come, and yield the new text in whole characters.
 
-    Args:
-        tokens (Iterable[int]): ids.
-        decode (Callable[[list[int]], str]): from ids to text.
-
-    Yields:
-        str: the text that the last tokens added; a character of several tokens comes with its last.
+    A character of several tokens comes with its last.
     """
     ids: list[int] = []
     shown = text = ""

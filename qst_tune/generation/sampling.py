@@ -28,43 +28,24 @@ SAMPLING_NAMES = ("temperature", "top_k", "top_p")
 class Sampling:
     """How the next token is chosen.
 
-    The filters apply in the order of transformers: temperature, then top-k, then top-p.
-
-    Args:
-        temperature (float): of the softmax; 0 takes the likeliest token.
-        top_k (int | None): draw among this many of the likeliest; None: all.
-        top_p (float | None): draw among the fewest of the likeliest tokens whose probabilities add
-            up to at least this; None: all. Source: Holtzman et al. 2020,
-            https://arxiv.org/abs/1904.09751, section 3.1.
+    The filters apply in the order of transformers: temperature, then top-k, then top-p (Holtzman et
+    al. 2020, https://arxiv.org/abs/1904.09751, section 3.1).
     """
 
-    temperature: float = 0.0
-    top_k: int | None = None
+    temperature: float = 0.0  # of the softmax; 0 takes the most likely token
+    top_k: int | None = None  # draw among this many of the most likely; None: all
+    # draw among the fewest of the most likely tokens with at least this total probability
     top_p: float | None = None
 
     def choose(self, logits_BV: torch.Tensor) -> torch.Tensor:
-        """Choose a token for each sequence.
-
-        Args:
-            logits_BV (torch.Tensor): ``[B, V]``.
-
-        Returns:
-            torch.Tensor: ids, ``[B]``.
-        """
+        """Choose a token id for each sequence: ``[B, V]`` to ``[B]``."""
         if not self.temperature:
             return logits_BV.argmax(-1)
         drawn_B1: torch.Tensor = sample(self.filtered(logits_BV))
         return drawn_B1[:, 0].long()
 
     def filtered(self, logits_BV: torch.Tensor) -> torch.Tensor:
-        """Scale logits, and set those of tokens that cannot be drawn to minus infinity.
-
-        Args:
-            logits_BV (torch.Tensor): ``[B, V]``.
-
-        Returns:
-            torch.Tensor: ``[B, V]``.
-        """
+        """Scale logits ``[B, V]``, with minus infinity for tokens that cannot be drawn."""
         logits_BV = logits_BV / self.temperature
         if self.top_k is not None and self.top_k < logits_BV.shape[-1]:
             least_B1 = logits_BV.topk(self.top_k).values[:, -1:]
@@ -75,7 +56,7 @@ class Sampling:
 
 
 def _beyond(logits_BV: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Whether the tokens that are likelier than each already have the probability ``top_p``."""
+    """Whether the tokens more likely than each already have the probability ``top_p``."""
     probabilities_BV, order_BV = logits_BV.softmax(-1).sort(descending=True, stable=True)
     before_BV = probabilities_BV.cumsum(-1) - probabilities_BV
     return torch.zeros_like(order_BV, dtype=torch.bool).scatter(-1, order_BV, before_BV >= top_p)

@@ -1,4 +1,4 @@
-"""Tools that a model may call, given to its chat template."""
+"""Tools that a model may call, for its chat template."""
 
 import json
 from pathlib import Path
@@ -9,17 +9,9 @@ from qst_tune.errors import UserError
 
 
 def read_tool_file(path: str, tokenizer: Any) -> list[Any]:
-    """Read JSON schemas in OpenAI's form.
+    """Read a JSON file with a list of schemas in OpenAI's form, at least one.
 
-    Args:
-        path (str): a JSON file with a list of schemas.
-        tokenizer (Any): that gives them to its template.
-
-    Returns:
-        list[Any]: at least one.
-
-    Raises:
-        UserError: if it is no such file, or the tokenizer cannot take tools.
+    Another file, or a tokenizer that takes no tools, is a UserError.
     """
     if not hasattr(tokenizer, "tokenize_conversation"):
         raise UserError(

@@ -1,6 +1,6 @@
 """Fine-tune a real model on real data in minutes: ``python -m qst_tune.quickstart``.
 
-Everything heavy is done by the stock ``tune`` command, which is printed before it runs.
+The stock ``tune`` command does the work; each command is printed before it runs.
 """
 
 import argparse
@@ -21,11 +21,7 @@ GENERATE_CONFIG = "smollm2/135M_qst_generate"
 
 
 def main() -> int:
-    """Prepare model and data, train, and show what changed.
-
-    Returns:
-        int: exit status.
-    """
+    """Prepare model and data, train, and show what changed; return the exit status."""
     arguments = _parse_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:

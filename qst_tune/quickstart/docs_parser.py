@@ -36,16 +36,10 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Passage:
-    """Consecutive paragraphs below one title, or of one definition.
+    """Consecutive paragraphs below one title, or of one definition."""
 
-    Args:
-        title (str): title of the section that it stands in.
-        term (str | None): what is defined, such as ``str.count(sub[, start[, end]])``, or None
-            for running text.
-        paragraphs (tuple[Paragraph, ...]): the text.
-    """
-
-    title: str
+    title: str  # of its section
+    # what is defined, such as str.count(sub[, start[, end]]); None for running text
     term: str | None
     paragraphs: tuple[Paragraph, ...]
 
@@ -59,14 +53,7 @@ class Topic:
 
 
 def parse_topic(text: str) -> Topic:
-    """Parse a topic; tables, notes on versions and footnotes are left out.
-
-    Args:
-        text (str): one value of ``pydoc_data.topics.topics``.
-
-    Returns:
-        Topic: empty if the text has no underlined title.
-    """
+    """Parse a text of ``pydoc_data.topics``, without tables, version notes and footnotes."""
     sections = list(_sections(text.splitlines()))
     passages: list[Passage] = []
     for title, lines in sections:
@@ -152,7 +139,7 @@ def _term(lines: Lines) -> str:
 
 
 def _paragraphs(block: Lines) -> list[Paragraph]:
-    """Return the block as paragraphs: none if it is dropped, several if it is a tight list."""
+    """Return a block as paragraphs: none if it is left out, several if it is a tight list."""
     first = block[0].strip()
     if first.startswith(("+-", "|")) or _VERSION_NOTE.match(first):
         return []

@@ -1,7 +1,7 @@
-"""Turns a llama.cpp file (GGUF) of a LLaMA-type model into a Hugging Face folder.
+"""Converts a llama.cpp file (GGUF) of a LLaMA-type model to a Hugging Face directory.
 
-transformers 5 cannot do it alone: it refuses to save a model loaded from GGUF, and the tokenizer
-it rebuilds from the file drops the pre-tokenizer that splits digits.
+transformers 5 cannot do it alone: it refuses to save a model loaded from GGUF, and the tokenizer it
+rebuilds from the file drops the pre-tokenizer that splits digits.
 """
 
 import json
@@ -41,14 +41,7 @@ WEIGHTS_NAME = "model.safetensors"
 
 
 class GGUFFile:
-    """Metadata and tensors of one GGUF file.
-
-    Args:
-        path (Path): the file.
-
-    Raises:
-        ImportError: if the package ``gguf`` is absent.
-    """
+    """Metadata and tensors of a GGUF file; reading it needs the package ``gguf``."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -78,18 +71,11 @@ class GGUFFile:
 
 
 def convert_gguf(path: Path, folder: Path) -> None:
-    """Write weights, config and tokenizer of a GGUF file as a Hugging Face folder.
+    """Write weights, config and tokenizer of a GGUF file as a Hugging Face directory.
 
     Weights are stored in fp32: a 4-bit value times an fp16 scale plus an fp16 offset has more
-    significant bits than bf16 holds, and only unrounded weights can be quantised back to the very
-    codes of the file.
-
-    Args:
-        path (Path): the GGUF file, of architecture "llama".
-        folder (Path): an existing folder, written into.
-
-    Raises:
-        ValueError: if the model is of another architecture or its tokenizer of another kind.
+    significant bits than bf16 holds, and only unrounded weights can be quantised back to the same
+    codes. Another architecture than "llama", or another kind of tokenizer, is a ValueError.
     """
     file = GGUFFile(path)
     if file["general.architecture"] != "llama":
@@ -106,7 +92,7 @@ def convert_gguf(path: Path, folder: Path) -> None:
 
 
 def hf_weights(file: GGUFFile) -> dict[str, FloatArray]:
-    """Return the state dict under Hugging Face's names, fp32; a tied LM head stays out."""
+    """Return the state dict under Hugging Face's names, fp32, without a tied LM head."""
     num_heads = {
         "attn_q": file["llama.attention.head_count"],
         "attn_k": file["llama.attention.head_count_kv"],

@@ -47,16 +47,7 @@ _TERM_QUESTIONS = (
 
 @dataclass(frozen=True)
 class DocsSplit:
-    """Where the data is, and how much of it.
-
-    Args:
-        train_path (Path): JSON lines with ``input`` and ``output``.
-        heldout_path (Path): the same, of other topics.
-        num_train (int): rows to train on.
-        num_heldout (int): rows held out.
-        train_topics (tuple[str, ...]): topics that the training rows come from.
-        heldout_topics (tuple[str, ...]): topics that the held-out rows come from.
-    """
+    """Files of questions and answers, JSON lines with ``input`` and ``output``, and their sizes."""
 
     train_path: Path
     heldout_path: Path
@@ -80,19 +71,19 @@ class _Example:
 def build_python_docs(output_dir: Path, max_answer_chars: int = 640) -> DocsSplit:
     """Write ``train.jsonl`` and ``heldout.jsonl`` with questions on Python and their answers.
 
-    The bytes depend on the Python version alone. Whole topics are held out, and a text that
-    stands in several topics is used once, so no answer of one file is in the other.
+    The bytes depend only on the Python version. Whole topics are for validation, and a text that
+    several topics contain is used once, so no answer of one file is in the other.
 
     Args:
-        output_dir (Path): folder to write into; made if absent.
-        max_answer_chars (int): longest answer. The default makes most rows 100 to 250 tokens of
+        output_dir (Path): created if absent.
+        max_answer_chars (int): longest answer. By default most examples have 100 to 250 tokens of
             SmolLM2 with the prompt.
 
     Returns:
         DocsSplit: paths and counts.
 
     Raises:
-        ValueError: if ``max_answer_chars`` leaves no row for one of the files.
+        ValueError: if ``max_answer_chars`` leaves no example for one of the files.
     """
     # Here, since it is half a megabyte of text.
     from pydoc_data.topics import topics
@@ -118,29 +109,16 @@ def build_python_docs(output_dir: Path, max_answer_chars: int = 640) -> DocsSpli
 
 
 def choose_heldout(topics: Iterable[str]) -> frozenset[str]:
-    """Return a tenth of the topics, the same ones in every run and on every machine.
-
-    Args:
-        topics (Iterable[str]): names of topics.
-
-    Returns:
-        frozenset[str]: at least one of them.
-    """
+    """Return a tenth of the topics, at least one, the same in every run and on every machine."""
     ordered = sorted(topics, key=lambda topic: _stable_hash(topic))
     return frozenset(ordered[: max(1, round(HELDOUT_FRACTION * len(ordered)))])
 
 
 def demo_question(split: DocsSplit) -> dict[str, str]:
-    """Return the held-out row that best shows what was learnt.
+    """Return the validation example (``input``, ``output``) that best shows what was learnt.
 
-    It is the shortest overview of a topic with a keyword in its title that goes on after the
-    grammar: a question that stands on its own, and an answer whose style shows at a glance.
-
-    Args:
-        split (DocsSplit): what :func:`build_python_docs` returned.
-
-    Returns:
-        dict[str, str]: a row with ``input`` and ``output``.
+    It is the shortest overview of a topic with a keyword in its title that continues after the
+    grammar: a question that needs no context, and an answer whose style shows at a glance.
     """
     lines = split.heldout_path.read_text(encoding="utf-8").split("\n")
     rows: list[dict[str, str]] = [json.loads(line) for line in lines if line]
@@ -188,7 +166,7 @@ def _topic_examples(name: str, text: str, max_answer_chars: int) -> list[_Exampl
 
 
 def _groups(paragraphs: Sequence[Paragraph], max_chars: int) -> list[list[Paragraph]]:
-    """Gather consecutive paragraphs up to ``max_chars``; what belongs together stays together."""
+    """Gather consecutive paragraphs up to ``max_chars``, without splitting a unit."""
     groups: list[list[Paragraph]] = []
     size = max_chars
     for unit in _units(paragraphs, max_chars):
@@ -202,7 +180,7 @@ def _groups(paragraphs: Sequence[Paragraph], max_chars: int) -> list[list[Paragr
 
 
 def _units(paragraphs: Sequence[Paragraph], max_chars: int) -> list[list[Paragraph]]:
-    """Put code and lists to the prose that introduces them; empty where one is too long."""
+    """Join code and lists to the prose that introduces them; empty where one is too long."""
     units: list[list[Paragraph]] = []
     for paragraph in paragraphs:
         if paragraph.kind == "prose":
@@ -236,7 +214,7 @@ def _opening_question(passage: Passage, root: str, answer: str) -> str:
 
 
 def _detail_question(passage: Passage, root: str, answer: str) -> str | None:
-    """Ask for a later part, by the code it speaks of; None if it names none."""
+    """Ask for a later part, by the code it mentions; None if it mentions none."""
     subject = passage.term or _in_sentence(passage.title)
     if passage.term is None and passage.title != root:
         subject = f"{subject} ({_in_sentence(root)})"

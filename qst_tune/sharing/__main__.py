@@ -22,11 +22,7 @@ from qst_tune.terminal import safe_streams
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run one command; a user's mistake is one line and exit status 2.
-
-    Args:
-        arguments (list[str] | None): of the command line; None: this program's.
-    """
+    """Run one command; a user's mistake is one line and exit status 2."""
     asked = _parser().parse_args(arguments)
     with safe_streams():
         try:

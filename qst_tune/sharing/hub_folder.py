@@ -1,4 +1,4 @@
-"""A side network's folder made ready for a model hub: no paths of this machine, a full card."""
+"""Prepares a side network's directory for a model hub: no local paths, a full model card."""
 
 import json
 from collections.abc import Iterator
@@ -20,34 +20,17 @@ _PACKAGES = ("torch", "torchtune", "torchao", "transformers")
 
 @dataclass(frozen=True)
 class Publication:
-    """What only the person who shares a side network knows.
+    """What only the person who shares a side network knows."""
 
-    Args:
-        name (str): under which others will load it: a name on the hub, or a folder.
-        base_model (str): the backbone's name on the hub.
-        license (str | None): of the side network, as the hub names licences; the backbone's own
-            terms go with the backbone.
-        data (str | None): what it was trained on, for people; default: the names of the files.
-    """
-
-    name: str
-    base_model: str
+    name: str  # under which others will load it: a name on the hub, or a directory
+    base_model: str  # the backbone's name on the hub
+    # of the side network, in the hub's names; the backbone's own terms go with the backbone
     license: str | None = None
-    data: str | None = None
+    data: str | None = None  # the training data, for people; default: the names of the files
 
 
 def base_model_of(folder: Path) -> str:
-    """Return the hub name by which the run had its backbone.
-
-    Args:
-        folder (Path): of the side network.
-
-    Returns:
-        str: ``org/name``.
-
-    Raises:
-        UserError: if it had it from a local directory.
-    """
+    """Return the hub name of a side network's backbone; a local backbone is a UserError."""
     backbone = read_description(folder, SIDE_NETWORK)["backbone"]
     if not backbone.get("revision"):
         raise UserError(
@@ -58,16 +41,16 @@ def base_model_of(folder: Path) -> str:
 
 
 def make_hub_folder(folder: Path, target: Path, publication: Publication) -> None:
-    """Copy a side network with what others need to use it.
+    """Copy a side network with everything that others need to use it.
 
     Args:
-        folder (Path): of the side network.
+        folder (Path): directory of the side network.
         target (Path): must not exist.
-        publication (Publication): what to say of it.
+        publication (Publication): for the model card.
 
     Raises:
-        UserError: if ``target`` exists or cannot be written, or ``folder`` is no side network that
-            writes text.
+        UserError: if ``target`` exists or cannot be written, or the side network is damaged or a
+            classifier.
     """
     if target.exists():
         raise UserError(f"{target} exists already: name a new folder")
@@ -91,13 +74,13 @@ def make_hub_folder(folder: Path, target: Path, publication: Publication) -> Non
 
 
 def _public_name(backbone: dict[str, Any], base_model: str) -> str:
-    """With the commit, if the run had the model from the hub."""
+    """The hub name, with the commit if the run had the model from the hub."""
     is_from_there = backbone["name"] == base_model and backbone.get("revision")
     return f"{base_model}@{backbone['revision']}" if is_from_there else base_model
 
 
 def _portable(path: Path, public: str) -> DictConfig:
-    """The run's config with the names of files and folders in place of this machine's paths."""
+    """The run's config with names of files and directories instead of local paths."""
     try:
         cfg = OmegaConf.load(path)
     except Exception as error:  # OmegaConf and YAML raise many types
@@ -110,15 +93,10 @@ def _portable(path: Path, public: str) -> DictConfig:
 
 
 def _without_paths(node: Any, home: str, public: str) -> Any:
-    """A copy in which the backbone has its public name, and other absolute paths their last part.
+    """Copy plain dicts, lists and values without local paths.
 
-    Args:
-        node (Any): of plain dicts, lists and values.
-        home (str): the backbone's directory here.
-        public (str): its name on the hub.
-
-    Returns:
-        Any: the copy.
+    ``home``, the backbone's directory here, becomes its ``public`` name; of other absolute paths
+    the last part remains.
     """
     if isinstance(node, dict):
         return {key: _without_paths(value, home, public) for key, value in node.items()}
@@ -133,7 +111,7 @@ def _without_paths(node: Any, home: str, public: str) -> Any:
 
 
 def _summary(folder: Path) -> dict[str, Any]:
-    """What the run measured, if the folder still lies where the run left it."""
+    """What the run measured, if the directory is still where the run wrote it."""
     path = folder.parent / "summary.json"
     try:
         found: dict[str, Any] = json.loads(path.read_text())
@@ -149,16 +127,10 @@ def model_card(
     *,
     summary: dict[str, Any],
 ) -> str:
-    """Write the card: what it is, how to use it, how it was made and what that gave.
+    """Write the card: what it is, how to use it, how it was made and the results.
 
-    Args:
-        description (dict[str, Any]): of the folder.
-        cfg (DictConfig): of the run, without paths.
-        publication (Publication): what to say of it.
-        summary (dict[str, Any]): of the run; may be empty.
-
-    Returns:
-        str: Markdown with the hub's front matter.
+    ``cfg`` has no local paths; ``summary`` may be empty. The card is Markdown with the hub's front
+    matter.
     """
     backbone = description["backbone"]
     return f"""\
@@ -256,7 +228,7 @@ def _data_files(block: Any) -> Iterator[str]:
 
 
 def _measured(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """The run's single figures; curves are left to its own summary."""
+    """The run's single figures; curves are in its own summary."""
     single = {
         name: summary.get(name) for name in ("trainable_parameters", "tokens_per_second", "seconds")
     }

@@ -1,4 +1,4 @@
-"""What a result's folder holds, without loading a model."""
+"""What a result's directory contains, without loading a model."""
 
 import math
 from collections import Counter
@@ -14,16 +14,9 @@ from qst_tune.training.tuned_folder import BackboneId, load_tuned, read_descript
 
 
 def inspect_folder(folder: Path) -> str:
-    """Describe a side network or a set of scales.
+    """Describe a side network or a set of scales: provenance, results, sizes and gates.
 
-    Args:
-        folder (Path): of one of them; may be anyone's, nothing of it is run.
-
-    Returns:
-        str: lines for people: provenance, results, sizes, and how far the gates are open.
-
-    Raises:
-        UserError: if the folder is none, or damaged.
+    The directory may be anyone's: no code of it is run. A damaged one is a UserError.
     """
     form = folder_format(folder)
     description = read_description(folder, form)
@@ -47,7 +40,7 @@ def inspect_folder(folder: Path) -> str:
 
 
 def _sizes(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Parameters and bytes of all, and parameters of each part."""
+    """Parameters and bytes of the whole, and parameters of each part."""
     parts: Counter[str] = Counter()
     for name, tensor in tensors.items():
         parts[name.partition(".")[0]] += tensor.numel()
@@ -62,7 +55,7 @@ def _sizes(tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
 
 
 def _gates(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
-    """How much of the carried state each block takes, from the first to the last."""
+    """The share of the carried state that each block takes, from the first to the last."""
     gammas = [t for name, t in sorted(tensors.items(), key=_by_number) if name.endswith(".gamma")]
     betas = [torch.sigmoid(gamma.float()).mean().item() for gamma in gammas]
     upsample = tensors["upsample.weight"].float()
@@ -79,17 +72,10 @@ def _by_number(item: tuple[str, torch.Tensor]) -> list[Any]:
 
 
 def verify_folder(folder: Path, backbone_folder: Path) -> BackboneId:
-    """Check that a result belongs to a backbone and is whole, without loading a model.
+    """Check that a result belongs to a backbone and is complete, without loading a model.
 
-    Args:
-        folder (Path): of a side network or of scales.
-        backbone_folder (Path): Hugging Face folder.
-
-    Returns:
-        BackboneId: of that folder; the result's tensors have the names and shapes of its model.
-
-    Raises:
-        UserError: if it does not, or one of the folders is not what it should be.
+    Names and shapes of the tensors must be those of the backbone's model; otherwise it is a
+    UserError.
     """
     form = folder_format(folder)
     model = build_any_described(folder, form, torch.float32, backbone_folder)

@@ -1,4 +1,4 @@
-"""Upload a result's directory to the Hugging Face Hub, after a look at what is in it."""
+"""Upload a result's directory to the Hugging Face Hub, after a check of its content."""
 
 import re
 from pathlib import Path
@@ -18,22 +18,22 @@ _MACHINE_PATH = re.compile(r"(?<![\w:/.~-])(?:~/|/[\w.-]+/)[\w./-]+|\b[A-Za-z]:\
 
 
 def push_folder(folder: Path, name: str, *, private: bool = False) -> str:
-    """Upload a side network or a set of scales; the repository is made if it is not there.
+    """Upload a side network or a set of scales, and return the address of the repository.
 
-    The token is the one that huggingface_hub finds; nothing of it is kept or shown.
+    A missing repository is created. The token is the one that huggingface_hub finds; it is neither
+    stored nor shown.
 
     Args:
-        folder (Path): of the result.
+        folder (Path): directory of the result.
         name (str): ``org/name`` of the repository.
-        private (bool): make a new repository private; otherwise it is as the account's settings
-            have it, public by default.
+        private (bool): create a private repository; otherwise the account's default holds (public).
 
     Returns:
-        str: address of the repository.
+        str: the address.
 
     Raises:
-        UserError: if the directory is no whole result, has other files or paths of this machine,
-            or the hub cannot be reached or refuses.
+        UserError: if the result is damaged, has other files or local paths, or the hub refuses or
+            cannot be reached.
     """
     if not _NAME.fullmatch(name):
         raise UserError(f"{name!r} is not of the form org/name")
@@ -55,7 +55,7 @@ def push_folder(folder: Path, name: str, *, private: bool = False) -> str:
 
 
 def _check(folder: Path) -> list[str]:
-    """Names of the files to upload, all of which were looked at."""
+    """Names of the files to upload, all of which were checked."""
     form = folder_format(folder)
     description = read_description(folder, form)
     broken = [
