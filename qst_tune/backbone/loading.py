@@ -1,6 +1,5 @@
 """Build and load decoders by transformers' own means."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from qst_tune.backbone.quantizers import quantization_of_text, quantize_tables, 
 from qst_tune.backbone.stored_directory import check_unused, lazy_state_dict, report
 from qst_tune.backbone.transformers import TransformersBackbone
 from qst_tune.errors import UserError
+from qst_tune.json_files import read_json
 from qst_tune.modules.base_quantization import QuantizedLinear
 
 _LITTLE = 0.5
@@ -221,7 +221,7 @@ def _read_config(folder: Path) -> Any:
     """Transformers' configuration; code of the directory is never run."""
     from transformers import AutoConfig
 
-    _settings(folder)
+    read_json(folder / "config.json")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
@@ -247,7 +247,7 @@ def directory_format(folder: Path) -> DirectoryFormat | None:
     Raises:
         UserError: if weights so stored cannot be read.
     """
-    settings = _settings(folder)
+    settings = read_json(folder / "config.json")
     text = settings.get("text_config") or {}
     found = settings.get("quantization_config") or text.get("quantization_config")
     return read_directory_format(folder / "config.json", found) if found else None
@@ -262,15 +262,6 @@ def _check_version(config: Any) -> None:
             f"model_type={config.model_type!r} runs as transformers' own model, which needs "
             f"transformers 5 (found {transformers.__version__}): pip install 'transformers>=5'"
         )
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is missing or not valid JSON: {error}") from error
-    return settings
 
 
 def _model_type(config: Any, folder: Path) -> Any:
@@ -308,7 +299,7 @@ def check_same(backbone: TransformersBackbone, folder: Path) -> None:
     """
     if not backbone.folder or Path(backbone.folder).resolve() == folder.resolve():
         return
-    built, found = (_settings(Path(path)) for path in (backbone.folder, folder))
+    built, found = (read_json(Path(path) / "config.json") for path in (backbone.folder, folder))
     if built != found:
         raise UserError(
             f"the config's model block names {backbone.folder}, which describes another model than "

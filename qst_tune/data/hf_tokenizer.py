@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from qst_tune.data.chat_tokenizer import HFChatTokenizer, special_ids
-from qst_tune.data.json_files import read_json
 from qst_tune.data.template_source import directory_template, given_template
 from qst_tune.data.tokenizer_files import read_tokenizer
 from qst_tune.data.turn_end import special_pattern
 from qst_tune.errors import UserError
+from qst_tune.json_files import read_json
 
 
 def hf_chat_tokenizer(
@@ -63,7 +63,7 @@ def hf_chat_tokenizer(
 
 
 def _generation_stop_tokens(directory: Path) -> list[int]:
-    eos = read_json(directory / "generation_config.json").get("eos_token_id")
+    eos = read_json(directory / "generation_config.json", optional=True).get("eos_token_id")
     if eos is None:
         return []
     return list(eos) if isinstance(eos, list) else [eos]

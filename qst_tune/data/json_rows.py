@@ -64,7 +64,7 @@ class JsonList:
         return str(self.path)
 
 
-def read_json(text: FileText) -> JsonLines | JsonList:
+def read_json_rows(text: FileText) -> JsonLines | JsonList:
     """Read the rows of a JSON file.
 
     One JSON document that is damaged or has several lists of rows is a UserError.

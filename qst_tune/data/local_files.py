@@ -11,7 +11,7 @@ from datasets import ReadInstruction
 
 from qst_tune.data.csv_rows import CsvRows
 from qst_tune.data.file_text import FileText
-from qst_tune.data.json_rows import read_json
+from qst_tune.data.json_rows import read_json_rows
 from qst_tune.data.parquet_rows import ParquetRows
 from qst_tune.errors import UserError
 
@@ -127,7 +127,7 @@ def format_of(path: Path) -> str | None:
 def _read(path: Path, source: str | None) -> Rows:
     file_format = format_of(path) or (source if source in FORMATS.values() else None)
     if file_format == "json":
-        return read_json(FileText(path))
+        return read_json_rows(FileText(path))
     if file_format in ("csv", "tsv"):
         return CsvRows(FileText(path), "," if file_format == "csv" else "\t")
     if file_format == "parquet":

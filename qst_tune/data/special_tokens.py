@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 from torchtune import utils
 
-from qst_tune.data.json_files import read_json
+from qst_tune.json_files import read_json
 
 NAMES = (
     "bos_token",
@@ -29,11 +29,11 @@ log = utils.get_logger("INFO")
 
 def read_special_tokens(directory: Path, tokenizer: Tokenizer) -> dict[str, str]:
     """Add the tokens that tokenizer.json lacks, in place, and return those that have a name."""
-    config = read_json(directory / "tokenizer_config.json")
+    config = read_json(directory / "tokenizer_config.json", optional=True)
     decoder = config.get("added_tokens_decoder")
     given: dict[str, Any] = {}
     if decoder is None:
-        given = read_json(directory / "special_tokens_map.json")
+        given = read_json(directory / "special_tokens_map.json", optional=True)
         _report_conflicts(config, given)
     named = {name: token for name, token in {**config, **given}.items() if _is_named(name, token)}
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
@@ -74,7 +74,7 @@ def _older_decoder(directory: Path, special: list[Any]) -> dict[str, Any]:
     contents = {_content(token) for token in special}
     return {
         str(index): {"content": token, "special": token in contents, "normalized": False}
-        for token, index in read_json(directory / "added_tokens.json").items()
+        for token, index in read_json(directory / "added_tokens.json", optional=True).items()
     }
 
 

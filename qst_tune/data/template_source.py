@@ -8,9 +8,9 @@ from typing import Any
 from torchtune import utils
 
 from qst_tune.data.chat_template import ChatTemplate
-from qst_tune.data.json_files import read_json
 from qst_tune.data.turn_end import find_turn_end
 from qst_tune.errors import UserError
+from qst_tune.json_files import read_json
 
 log = utils.get_logger("INFO")
 
@@ -125,7 +125,7 @@ def _file_templates(directory: Path) -> dict[str, str]:
 
 
 def _config_templates(directory: Path) -> dict[str, str]:
-    found: Any = read_json(directory / "tokenizer_config.json").get("chat_template")
+    found: Any = read_json(directory / "tokenizer_config.json", optional=True).get("chat_template")
     if isinstance(found, list):  # as saved; the others are for tool use and retrieval
         found = {entry["name"]: entry["template"] for entry in found}
     if isinstance(found, str) and found:

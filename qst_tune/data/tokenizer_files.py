@@ -5,9 +5,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from qst_tune.data.json_files import read_json
 from qst_tune.data.special_tokens import read_special_tokens
 from qst_tune.errors import UserError
+from qst_tune.json_files import read_json
 
 # Classes that take tokenizer.json as it is. transformers 5 builds the others anew, with rules of
 # their own for white space, and it reads files without tokenizer.json (OPT, sentencepiece).
@@ -24,7 +24,7 @@ def read_tokenizer(directory: Path) -> tuple[Tokenizer, dict[str, str]]:
     one that needs code of its own, is a UserError.
     """
     has_file = (directory / "tokenizer.json").is_file()
-    config = read_json(directory / "tokenizer_config.json")
+    config = read_json(directory / "tokenizer_config.json", optional=True)
     tokenizer_class = config.get("tokenizer_class")
     if has_file and (tokenizer_class in _PLAIN_CLASSES or "auto_map" in config):
         tokenizer = _from_file(directory / "tokenizer.json")

@@ -4,7 +4,6 @@ A wrong number of layers fails at loading, but a wrong rotary base or number of 
 shapes agree and the logits are silently wrong.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torchtune.modules import TransformerDecoder
 from qst_tune.backbone.loading import check_same
 from qst_tune.backbone.qst_transformer import QSTTransformer
 from qst_tune.errors import UserError
+from qst_tune.json_files import read_json
 
 
 def check_architecture(model: Any, checkpoint_dir: Path) -> None:
@@ -28,13 +28,10 @@ def check_architecture(model: Any, checkpoint_dir: Path) -> None:
     if isinstance(model, QSTTransformer):
         check_same(model.backbone, checkpoint_dir)
         return
-    path = checkpoint_dir / "config.json"
-    if not path.is_file():
+    config = read_json(checkpoint_dir / "config.json", optional=True)
+    if not config:
         return
-    try:
-        stored = _stored_properties(json.loads(path.read_text()))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
+    stored = _stored_properties(config)
     built = _built_properties(model)
     differences = [
         f"{name} is {stored[name]} in the checkpoint and {built[name]} in the model"

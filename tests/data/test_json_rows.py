@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qst_tune.data.file_text import FileText
-from qst_tune.data.json_rows import read_json
+from qst_tune.data.json_rows import read_json_rows
 from qst_tune.errors import UserError
 
 ROWS = [{"text": "a\u2028b", "n": {"x": None}}, {"text": "c"}, {"text": "d"}]
@@ -30,7 +30,7 @@ SHAPES = {
 
 def rows_of(path: Path, content: str | bytes) -> Any:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return read_json(FileText(path))
+    return read_json_rows(FileText(path))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -8,6 +8,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from qst_tune.errors import UserError
+from qst_tune.json_files import read_json
 
 _SHARD = re.compile(
     r"(?P<stem>model|pytorch_model)-(?P<number>\d+)-of-(?P<total>\d+)\.(?P<kind>\w+)"
@@ -31,13 +32,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} {_what_it_is(folder)}")
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} is not valid JSON: it holds no object")
-    return settings
+    return read_json(path)
 
 
 def _what_it_is(folder: Path) -> str:
@@ -58,8 +53,8 @@ def _what_it_is(folder: Path) -> str:
 
 def _base(adapter: Path) -> str:
     try:
-        name = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError, AttributeError):
+        name = read_json(adapter).get("base_model_name_or_path")
+    except UserError:
         return ""
     return f", {name}" if name else ""
 
