@@ -11,7 +11,6 @@ calls :func:`add_to` when torchtune's command line is imported.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import os
 import runpy
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torchtune._recipe_registry import get_all_recipes
 
+from qst_tune.errors import nearest
 from qst_tune.plugin import report
 
 if TYPE_CHECKING:
@@ -145,8 +145,7 @@ def _nearest(name: str, candidates: Iterable[str]) -> str | None:
     # "qst_finetune_single_device" stands for ours, although "lora_finetune_single_device" is more
     # alike: torchtune has a recipe for each kind of device, we have one for all.
     prefixes = [candidate for candidate in names if name.startswith(f"{candidate}_")]
-    close = difflib.get_close_matches(name, names, n=1, cutoff=_NEAR)
-    return next(iter([*prefixes, *close]), None)
+    return prefixes[0] if prefixes else nearest(name, names, cutoff=_NEAR)
 
 
 def _is_users_own(recipe: str) -> bool:

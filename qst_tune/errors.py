@@ -1,5 +1,7 @@
-"""The exceptions that stand for a mistake of the user."""
+"""The exceptions that stand for a mistake of the user, and what their messages share."""
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 # Exit status of a recipe after a UserError.
@@ -36,3 +38,20 @@ class ConfigError(UserError):
     def __init__(self, problems: list[Problem]) -> None:
         super().__init__("\n".join(f"config: {problem.text}" for problem in problems))
         self.problems = problems
+
+
+def nearest(name: str, candidates: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """Return the candidate that a misspelt name most likely stands for, or None."""
+    return next(iter(difflib.get_close_matches(name, list(candidates), n=1, cutoff=cutoff)), None)
+
+
+def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" for the end of a message, or nothing."""
+    near = nearest(name, candidates)
+    return f"; did you mean {near!r}?" if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message that is not empty, else its type."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__

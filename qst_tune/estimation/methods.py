@@ -19,7 +19,7 @@ from torchtune.modules import RMSNorm, TransformerDecoder, TransformerSelfAttent
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
-from qst_tune.errors import UserError
+from qst_tune.errors import UserError, did_you_mean
 from qst_tune.estimation.fake_device import Attention
 from qst_tune.estimation.peers import add_lora, plain_backbone
 from qst_tune.models import peqa_decoder, qst_decoder
@@ -30,7 +30,6 @@ from qst_tune.modules.qst_model import QSTModel
 from qst_tune.training.cli import instantiate
 from qst_tune.training.loss import connect_loss
 from qst_tune.training.model_setup import build_any_on_meta
-from qst_tune.training.nearest import nearest
 from qst_tune.training.parameter_groups import parameter_groups
 
 ModelT = TypeVar("ModelT", QSTModel, PEQADecoder)
@@ -249,7 +248,7 @@ def choose_methods(names: Sequence[str]) -> dict[str, Method]:
         if name not in METHODS:
             known = f"all, {', '.join(METHODS)}"
             raise UserError(
-                f"methods: {name!r} is unknown{nearest(name, METHODS)}; choose from {known}"
+                f"methods: {name!r} is unknown{did_you_mean(name, METHODS)}; choose from {known}"
             )
     if not names:
         raise UserError(f"methods is empty; choose from all, {', '.join(METHODS)}")

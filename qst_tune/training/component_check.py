@@ -10,8 +10,8 @@ import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torchtune.config._utils import _get_component_from_path
 
-from qst_tune.errors import Problem
-from qst_tune.training.nearest import nearest
+from qst_tune.errors import Problem, did_you_mean
+from qst_tune.training.config_keys import NOUNS
 from qst_tune.training.other_names import other_name_hint
 
 # Block -> how many positional arguments the recipe gives, and which keyword arguments.
@@ -27,7 +27,7 @@ _GIVEN: dict[str, tuple[int, tuple[str, ...]]] = {
     "metric_logger": (0, ()),
     "profiler": (0, ()),
 }
-_NOUNS = {int: "a whole number", float: "a number", bool: "True or False", str: "text"}
+_PLAIN = {int, float, bool, str, type(None)}
 
 
 def component_problems(cfg: DictConfig) -> list[Problem]:
@@ -91,7 +91,7 @@ def _unknown_arguments(path: str, node: DictConfig, parameters: _Parameters) -> 
         Problem(
             f"{path}.{key}",
             f"{path}: {node['_component_']} takes no argument {key!r}"
-            f"{nearest(key, parameters) or other_name_hint(key)}",
+            f"{did_you_mean(key, parameters) or other_name_hint(key)}",
         )
         for key in map(str, node)
         if key != "_component_" and key not in parameters
@@ -124,7 +124,7 @@ def _wrong_types(path: str, node: DictConfig, component: Any) -> list[Problem]:
             continue
         value = node[key]
         if not any(_is_of(value, kind) for kind in allowed):
-            nouns = " or ".join(sorted(_NOUNS[kind] for kind in allowed if kind in _NOUNS))
+            nouns = " or ".join(sorted(NOUNS[kind] for kind in allowed if kind in NOUNS))
             problems.append(Problem(f"{path}.{key}", f"{path}.{key}={value} must be {nouns}"))
     return problems
 
@@ -140,7 +140,7 @@ def _plain_types(component: Any) -> dict[str, tuple[type, ...]]:
         hint = parameter.annotation
         is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
         kinds = set(typing.get_args(hint) if is_union else (hint,)) - {torch.Tensor}
-        if kinds and kinds <= {*_NOUNS, type(None)}:
+        if kinds and kinds <= _PLAIN:
             plain[name] = tuple(kinds | ({type(None)} if parameter.default is None else set()))
     return plain
 

@@ -1,19 +1,18 @@
 """Find the mistakes of a config before anything heavy loads; report all of them at once."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qst_tune.errors import ConfigError, Problem, UserError
+from qst_tune.errors import ConfigError, Problem, UserError, did_you_mean
 from qst_tune.models.hf.folder import read_settings, weight_files
 from qst_tune.models.hf.hub import is_hub_name
 from qst_tune.training.component_check import component_problems
-from qst_tune.training.config_keys import TRAINING_KEYS, Key, Keys, required_keys
-from qst_tune.training.config_variables import variables_in
-from qst_tune.training.nearest import nearest
+from qst_tune.training.config_file import variables_in
+from qst_tune.training.config_keys import TRAINING_KEYS, Keys
 from qst_tune.training.other_names import other_name_hint
 
 
@@ -27,18 +26,7 @@ def check_config(cfg: DictConfig, keys: Keys) -> None:
     Raises:
         UserError: one line for each mistake.
     """
-    raise_problems(config_problems(cfg, keys))
-
-
-def raise_problems(problems: list[Problem]) -> None:
-    """Raise if there are any.
-
-    Args:
-        problems (list[Problem]): all that were found.
-
-    Raises:
-        UserError: with a line for each.
-    """
+    problems = config_problems(cfg, keys)
     if problems:
         raise ConfigError(problems)
 
@@ -52,15 +40,15 @@ def config_problems(cfg: DictConfig, keys: Keys) -> list[Problem]:
     # A key of the user's own is fine where another value refers to it, as in ${cache}/runs.
     variables = variables_in(cfg)
     problems = [
-        Problem(str(key), f"unknown key {key!r}{other_name_hint(key) or nearest(key, known)}")
+        Problem(str(key), f"unknown key {key!r}{other_name_hint(key) or did_you_mean(key, known)}")
         for key in map(str, cfg)
         if key not in known and key not in variables
     ]
     values: Any = OmegaConf.to_container(cfg, resolve=False)
     problems += [
         Problem(key, f"key {key!r} is missing")
-        for key in required_keys(keys)
-        if values.get(key) is None
+        for key, rule in keys.items()
+        if rule.required and values.get(key) is None
     ]
     interpolation = _interpolation_problem(cfg)
     if interpolation:  # without a value behind every reference, values cannot be looked at
@@ -72,59 +60,8 @@ def _value_problems(cfg: DictConfig, keys: Keys) -> Iterator[Problem]:
     """Find values that a key does not take; null is a matter of what is required."""
     for name, key in keys.items():
         value = cfg.get(name)
-        if value is not None and not _takes(key, value):
-            yield Problem(name, f"{name}={value} must be {_values_of(key)}")
-
-
-def _takes(key: Key, value: Any) -> bool:
-    if key.choices:
-        return value in key.choices and not isinstance(value, bool)
-    if key.kind in (int, float):
-        return _is_number(key, value)
-    if key.kind is bool:
-        return isinstance(value, bool)
-    if key.kind is Path:
-        return isinstance(value, str) and bool(value)
-    return True  # blocks and lists are looked into where they are used
-
-
-def _is_number(key: Key, value: Any) -> bool:
-    if isinstance(value, bool) or (key.kind is int and not isinstance(value, int)):
-        return False
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return False
-    bounds = {
-        "least": key.least is None or number >= key.least,
-        "above": key.above is None or number > key.above,
-        "most": key.most is None or number <= key.most,
-        "below": key.below is None or number < key.below,
-    }
-    return number == number and all(bounds.values())
-
-
-def _values_of(key: Key) -> str:
-    """What a key takes, as the end of a sentence."""
-    if key.choices:
-        return one_of(key.choices if key.required else (*key.choices, "null"))
-    if key.kind not in (int, float):
-        return {bool: "True or False", Path: "a path"}[key.kind]
-    bounds = {
-        "of at least": key.least,
-        "above": key.above,
-        "of at most": key.most,
-        "below": key.below,
-    }
-    limits = [f"{words} {bound:g}" for words, bound in bounds.items() if bound is not None]
-    noun = "a whole number" if key.kind is int else "a number"
-    return " ".join([noun, " and ".join(limits)]).strip()
-
-
-def one_of(choices: Iterable[Any]) -> str:
-    """Name at least two choices as a sentence does: "a, b or c"."""
-    *others, last = map(str, choices)
-    return f"{', '.join(others)} or {last}"
+        if value is not None and not key.accepts(value):
+            yield Problem(name, f"{name}={value} must be {key.values()}")
 
 
 def _interpolation_problem(cfg: DictConfig) -> Problem | None:

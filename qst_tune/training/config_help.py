@@ -5,21 +5,11 @@
 
 import sys
 import textwrap
-from pathlib import Path
 from typing import Any
 
-from qst_tune.training.config_keys import TRAINING_KEYS, Keys
+from qst_tune.training.config_keys import NOUNS, TRAINING_KEYS, Keys
 
 WIDTH = 96
-_KINDS = {
-    int: "whole number",
-    float: "number",
-    bool: "True or False",
-    str: "text",
-    Path: "path",
-    list: "list",
-    dict: "block",
-}
 _EPILOGUE = """\
 A value follows the config file's key: batch_size=8 tokenizer.max_seq_len=1024. ~key removes a key.
 `tune ls` lists the configs; `tune cp CONFIG FILE` copies one to change. Keys of a training config
@@ -38,7 +28,7 @@ def _lines_of(name: str, keys: Keys) -> list[str]:
     """Name and values of a key, then its meaning and default, indented."""
     key = keys[name]
     choices = [str(choice) for choice in key.choices]
-    values = "|".join(choices) if choices else _KINDS[key.kind]
+    values = "|".join(choices) if choices else NOUNS[key.kind].removeprefix("a ")
     # No break in it: textwrap breaks lines at ASCII whitespace only.
     end = "required" if key.required else f"default:\xa0{_shown(key.default)}"
     return [f"  {name}: {values}", *_wrapped(f"{key.meaning} [{end}]")]

@@ -5,7 +5,8 @@ names the keys that it reads in its own ``KEYS``. The checks, ``--help`` and the
 docs/training.md are made from them.
 """
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,50 @@ class Key:
     below: float | None = None
     choices: tuple[Any, ...] = ()
 
+    def accepts(self, value: Any) -> bool:
+        """Whether a value that is not null is of the kind and within the bounds."""
+        if self.choices:
+            return value in self.choices and not isinstance(value, bool)
+        if self.kind not in (int, float):
+            return isinstance(value, _TYPES[self.kind]) and value != ""
+        if isinstance(value, bool) or (self.kind is int and not isinstance(value, int)):
+            return False
+        try:
+            number = float(value)  # in YAML a number may be quoted
+        except (TypeError, ValueError):
+            return False
+        return number == number and all(holds(number, to) for _, holds, to in self._bounds())
 
+    def values(self) -> str:
+        """Return what the key accepts, as the end of a sentence."""
+        if self.choices:
+            *others, last = map(str, self.choices if self.required else (*self.choices, "null"))
+            return f"{', '.join(others)} or {last}"
+        limits = " and ".join(f"{words} {to:g}" for words, _, to in self._bounds())
+        null = "" if self.required or self.default is not None else ", or null"
+        return f"{NOUNS[self.kind]} {limits}".strip() + null
+
+    def _bounds(self) -> list[tuple[str, Callable[[float, float], bool], float]]:
+        bounds = [
+            ("of at least", operator.ge, self.least),
+            ("above", operator.gt, self.above),
+            ("of at most", operator.le, self.most),
+            ("below", operator.lt, self.below),
+        ]
+        return [(words, holds, to) for words, holds, to in bounds if to is not None]
+
+
+NOUNS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    str: "text",
+    Path: "a path",
+    list: "a list",
+    dict: "a block",
+}
+# Of the kinds that are no numbers; blocks and lists are checked where they are used.
+_TYPES: dict[type, type] = {bool: bool, str: str, Path: str, list: object, dict: object}
 Keys = Mapping[str, Key]
 
 TRAINING_KEYS: dict[str, Key] = {
@@ -100,7 +144,7 @@ TRAINING_KEYS: dict[str, Key] = {
         kind=dict, required=True, meaning="qst_tune.modules.LinearCrossEntropyLoss or torchtune's"
     ),
     "clip_grad_norm": Key(
-        kind=float, least=0, meaning="largest norm of all gradients together; null: no clipping"
+        kind=float, above=0, meaning="largest norm of all gradients together; null: no clipping"
     ),
     "skip_bad_steps": Key(
         kind=int,
@@ -180,18 +224,6 @@ TRAINING_KEYS: dict[str, Key] = {
         kind=bool, meaning="accepted, no effect: weights are quantized one by one as they are read"
     ),
 }
-
-
-def required_keys(keys: Keys) -> tuple[str, ...]:
-    """List the keys that a recipe cannot do without.
-
-    Args:
-        keys (Keys): of the recipe.
-
-    Returns:
-        tuple[str, ...]: in the order of the table.
-    """
-    return tuple(name for name, key in keys.items() if key.required)
 
 
 def pick(*names: str, required: bool | None = None) -> dict[str, Key]:

@@ -9,27 +9,24 @@ import torch
 from omegaconf import DictConfig, ListConfig
 from torch import nn
 
-from qst_tune.errors import Problem, UserError
+from qst_tune.errors import ConfigError, Problem, UserError
 from qst_tune.models.hf.hub import is_hub_name
 from qst_tune.training.cli import instantiate
-from qst_tune.training.config_check import (
-    check_checkpoint_dir,
-    config_problems,
-    raise_problems,
-)
+from qst_tune.training.config_check import check_checkpoint_dir, config_problems
+from qst_tune.training.config_defaults import LOCAL_FORMATS
 from qst_tune.training.config_keys import TRAINING_KEYS
 from qst_tune.training.model_setup import choose_device, choose_dtype
 
-# Formats that `datasets` reads from the files named by data_files.
-_LOCAL_FORMATS = ("json", "csv", "text", "parquet")
 
+def check_training_config(cfg: DictConfig, refused: Mapping[str, str]) -> None:
+    """Raise a line for each mistake of a training config.
 
-def check_training_config(cfg: DictConfig, further: list[Problem] | None = None) -> None:
-    """Raise a line for each mistake of a training config, and for ``further`` ones."""
+    ``refused`` has the keys that the method does not support, each with the reason and what to do
+    instead.
+    """
     problems = config_problems(cfg, TRAINING_KEYS)
     if not problems:  # what follows takes the values for granted
         problems = [
-            *_range_problems(cfg),
             *_validation_problems(cfg),
             *_packing_problems(cfg),
             *_file_problems(cfg),
@@ -37,22 +34,11 @@ def check_training_config(cfg: DictConfig, further: list[Problem] | None = None)
             *_fsdp_block_problems(cfg),
             *_trial_problems(cfg),
         ]
-    raise_problems([*problems, *(further or [])])
-
-
-def refused_keys(cfg: DictConfig, refused: Mapping[str, str]) -> list[Problem]:
-    """Refuse keys that a method does not support, each with its reason and an alternative."""
-    return [Problem(key, f"{key}={cfg[key]} {why}") for key, why in refused.items() if cfg.get(key)]
-
-
-def _range_problems(cfg: DictConfig) -> Iterator[Problem]:
-    if cfg.get("clip_grad_norm") is not None and float(cfg.clip_grad_norm) == 0:
-        text = "clip_grad_norm=0 would make every gradient zero: null turns clipping off"
-        yield Problem("clip_grad_norm", text)
-    collate = cfg.get("collate_fn")
-    if not isinstance(collate, str | None):
-        text = f"collate_fn={collate} must be the dotted name of a function"
-        yield Problem("collate_fn", text)
+    problems += [
+        Problem(key, f"{key}={cfg[key]} {why}") for key, why in refused.items() if cfg.get(key)
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _validation_problems(cfg: DictConfig) -> Iterator[Problem]:
@@ -154,7 +140,7 @@ def _streaming_problems(name: str, block: DictConfig) -> Iterator[Problem]:
 def _data_file_problems(name: str, block: DictConfig) -> Iterator[Problem]:
     files = block.get("data_files")
     is_local = str(block.get("_component_")).endswith(".auto_dataset")
-    if not files or not (is_local or block.get("source") in _LOCAL_FORMATS):
+    if not files or not (is_local or block.get("source") in LOCAL_FORMATS.values()):
         return
     for file in files if isinstance(files, ListConfig) else [files]:
         is_plain = isinstance(file, str) and not any(mark in file for mark in ("://", *"*?["))

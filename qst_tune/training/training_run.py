@@ -21,7 +21,7 @@ from qst_tune.training.schedule import schedule_of
 from qst_tune.training.schedule_check import report_schedule
 from qst_tune.training.start import Start, find_start
 from qst_tune.training.survey_report import report_data
-from qst_tune.training.training_config_check import check_training_config, refused_keys
+from qst_tune.training.training_config_check import check_training_config
 from qst_tune.training.training_data import TrainingData
 
 
@@ -66,11 +66,11 @@ class Run:
 def begin_run(cfg: DictConfig, refused: Mapping[str, str]) -> Iterator[Run]:
     """Check a training config, fetch its model and choose device, seed and what is resumed.
 
-    ``refused`` has the keys that the method does not support, each with the reason and what to do
-    instead. UserError for a wrong config, checkpoint or directory.
+    ``refused`` is for :func:`check_training_config`. UserError for a wrong config, checkpoint or
+    directory.
     """
     fill_in(cfg)
-    check_training_config(cfg, refused_keys(cfg, refused))
+    check_training_config(cfg, refused)
     fetch_models(cfg, "tokenizer" if cfg.get("dry_run") else "weights")
     with run_environment(cfg) as (device, dtype):
         saved, start = find_saved_run(cfg), find_start(cfg)

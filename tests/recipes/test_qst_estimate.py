@@ -11,8 +11,8 @@ from omegaconf import DictConfig
 from qst_tune.recipes import qst_estimate
 
 from qst_tune.errors import UserError
-from qst_tune.training.cli import parse_config
 from qst_tune.training.config_check import check_config
+from qst_tune.training.config_file import parse_config
 from qst_tune.training.model_setup import build_any_on_meta
 from tests.published import write_published
 

@@ -8,7 +8,7 @@ import torch
 from qst_tune.recipes import qst_finetune, qst_generate
 
 from qst_tune.errors import UserError
-from qst_tune.training.cli import parse_config
+from qst_tune.training.config_file import parse_config
 from qst_tune.transformers import QSTForCausalLM
 from tests.backbone.model_types import tiny_model
 from tests.checkpoints import colour_rows, write_chat_tokenizer, write_jsonl

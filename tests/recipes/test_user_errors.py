@@ -14,7 +14,6 @@ from qst_tune.recipes import qst_finetune
 from safetensors.torch import load_file, save_file
 
 from qst_tune.training.cli import run_recipe
-from qst_tune.training.config_keys import required_keys
 from tests.checkpoints import (
     Config,
     colour_rows,
@@ -245,7 +244,7 @@ MISTAKES = [
     Mistake("mode of nothing", ["cudnn_deterministic_mode=3"], ["mode=3 must be 0, 1, 2, "]),
     Mistake("mode in words", ["cudnn_deterministic_mode=foo"], ["foo must be 0, 1, 2"]),
     Mistake("stream of rows", ["dataset.streaming=True"], ["dataset: streaming=True", "False"]),
-    Mistake("collate of a number", ["collate_fn=3"], ["collate_fn=3 must be the dotted name"]),
+    Mistake("collate of a number", ["collate_fn=3"], ["collate_fn=3 must be text"]),
     Mistake(
         "optimizer that needs a closure",
         ["optimizer=torch.optim.LBFGS", "~optimizer.weight_decay"],
@@ -526,7 +525,7 @@ def test_empty_file_lacks_every_required_key(
     (root / "config.yaml").write_text("")
     assert run(root, Mistake("", [], []), monkeypatch) == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-    required = required_keys(qst_finetune.KEYS)
+    required = [name for name, key in qst_finetune.KEYS.items() if key.required]
     assert lines == [f"error: config: key {key!r} is missing" for key in required]
 
 

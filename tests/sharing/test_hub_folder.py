@@ -14,7 +14,7 @@ from qst_tune.recipes import qst_chat
 from qst_tune.errors import UserError
 from qst_tune.sharing.__main__ import main
 from qst_tune.sharing.hub_folder import Publication, make_hub_folder
-from qst_tune.training.cli import parse_config
+from qst_tune.training.config_file import parse_config
 from qst_tune.training.side_checkpoint import SIDE_NETWORK
 from tests.folders import side_network_folder
 

@@ -5,13 +5,12 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from qst_tune.errors import UserError
+from qst_tune.errors import UserError, did_you_mean
 from qst_tune.training.config_check import (
     check_checkpoint_dir,
     check_config,
 )
 from qst_tune.training.config_keys import Key
-from qst_tune.training.nearest import nearest
 
 KEYS = {"model": Key(kind=dict, meaning="", required=True)}
 MODEL = {"_component_": "torch.nn.Linear", "in_features": 1, "out_features": 1}
@@ -117,14 +116,18 @@ def test_values_that_a_key_takes_pass(key: Key, values: list[object]) -> None:
 @pytest.mark.parametrize(
     ("key", "values", "rule"),
     [
-        (COUNT, [0, -1, 1.5, "two", "1", True, [1], {"a": 1}], "a whole number of at least 1"),
-        (SIZE, [-0.1, "x", float("nan"), True, [1.0]], "a number of at least 0"),
-        (SHARE, [0, 1.1, -1], "a number above 0 and of at most 1"),
-        (PART, [0, 1, float("nan")], "a number above 0 and below 1"),
-        (Key(kind=float, meaning=""), ["x"], "a number"),
-        (SWITCH, [1, "True", "yes"], "True or False"),
+        (
+            COUNT,
+            [0, -1, 1.5, "two", "1", True, [1], {"a": 1}],
+            "a whole number of at least 1, or null",
+        ),
+        (SIZE, [-0.1, "x", float("nan"), True, [1.0]], "a number of at least 0, or null"),
+        (SHARE, [0, 1.1, -1], "a number above 0 and of at most 1, or null"),
+        (PART, [0, 1, float("nan")], "a number above 0 and below 1, or null"),
+        (Key(kind=float, meaning=""), ["x"], "a number, or null"),
+        (SWITCH, [1, "True", "yes"], "True or False, or null"),
         (MODE, [1, False, "error"], "0, warn or null"),
-        (PLACE, [3, "", True, ["a"]], "a path"),
+        (PLACE, [3, "", True, ["a"]], "a path, or null"),
     ],
 )
 def test_other_values_are_refused_with_the_rule(key: Key, values: list[object], rule: str) -> None:
@@ -132,8 +135,8 @@ def test_other_values_are_refused_with_the_rule(key: Key, values: list[object], 
 
 
 def test_nearest_name() -> None:
-    assert nearest("ranc", ["rank", "downsample"]) == "; did you mean 'rank'?"
-    assert nearest("zzz", ["rank", "downsample"]) == ""
+    assert did_you_mean("ranc", ["rank", "downsample"]) == "; did you mean 'rank'?"
+    assert did_you_mean("zzz", ["rank", "downsample"]) == ""
 
 
 def test_checkpoint_folder_and_files(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 import qst_tune.transformers  # registers the model class
 from qst_tune.errors import UserError
 from qst_tune.sharing.__main__ import main as sharing
-from qst_tune.training.cli import parse_config
+from qst_tune.training.config_file import parse_config
 from qst_tune.training.hub_models import fetch_models, with_hub_names
 from tests.checkpoints import colour_rows, finetune_config, write_jsonl, write_model_folder
 from tests.fake_hub import COMMIT, FakeHub, serving, use

@@ -7,8 +7,8 @@ import pytest
 from qst_tune.recipes import qst_finetune
 
 from qst_tune.errors import UserError
-from qst_tune.training.cli import parse_config
 from qst_tune.training.config_check import check_config
+from qst_tune.training.config_file import parse_config
 from qst_tune.training.config_keys import TRAINING_KEYS
 from qst_tune.training.other_names import OTHER_NAMES
 

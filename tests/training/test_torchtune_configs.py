@@ -50,7 +50,7 @@ def test_the_block_fsdp_is_accepted_as_torchtune_ships_it_only(offload: bool) ->
     cfg = with_our_model(CONFIGS / "llama2" / "7B_qlora.yaml")
     cfg.fsdp.cpu_offload = offload
     with pytest.raises(UserError, match="checkpoint_dir") as error:  # not on this machine
-        check_training_config(cfg)
+        check_training_config(cfg, {})
     advice = "fsdp.cpu_offload=True: use backbone_sharding=full and fsdp_cpu_offload=True"
     assert (advice in str(error.value)) == offload
     assert str(error.value).count("fsdp") == (2 if offload else 0)
