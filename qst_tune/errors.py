@@ -1,7 +1,8 @@
 """The exceptions that stand for a mistake of the user, and what their messages share."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 # Exit status of a recipe after a UserError.
@@ -55,3 +56,12 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an error's message that is not empty, else its type."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[0].strip() if lines else type(error).__name__
+
+
+@contextmanager
+def os_errors(action: str) -> Iterator[None]:
+    """Turn an OSError of the block into a UserError: it cannot ``action``."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot {action}: {error.strerror or error}") from error

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from qst_tune.errors import UserError
+from qst_tune.errors import os_errors
 
 
 @contextmanager
@@ -17,7 +17,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     It is flushed to disk and renamed. UserError if it cannot be written; what was there is
     untouched.
     """
-    try:
+    with os_errors(f"write {folder}"):
         folder.parent.mkdir(parents=True, exist_ok=True)
         room = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         new, old = room / "new", room / "old"
@@ -30,8 +30,6 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             if folder.exists() or not old.exists():  # otherwise the old one could not be put back
                 shutil.rmtree(room, ignore_errors=True)
         _flush_names(folder.parent)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:

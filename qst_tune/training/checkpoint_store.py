@@ -9,12 +9,11 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from qst_tune.errors import UserError
+from qst_tune.errors import UserError, os_errors
 from qst_tune.training.atomic_folder import write_folder
 
 MANIFEST_FILE = "manifest.json"
@@ -59,7 +58,20 @@ class CheckpointStore:
 
     def damage(self, step: int) -> str | None:
         """Return what is wrong with a checkpoint; None if its files are as they were written."""
-        return _damage(self.checkpoint(step).folder)
+        folder = self.checkpoint(step).folder
+        try:
+            digests = json.loads((folder / MANIFEST_FILE).read_text())
+            for name, expected in digests.items():
+                path = folder / name
+                if not path.resolve().is_relative_to(folder.resolve()):
+                    return f"{MANIFEST_FILE} names {name}, outside of it"
+                if hashlib.sha256(path.read_bytes()).hexdigest() != expected:
+                    return f"{name} has changed since it was written"
+        except FileNotFoundError as error:
+            return f"{Path(error.filename).name} is missing"
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            return f"it cannot be read ({error})"
+        return None
 
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
         """Return the newest undamaged checkpoint, and what is wrong with each newer one."""
@@ -77,7 +89,7 @@ class CheckpointStore:
         for later in self.steps():
             if later > step:
                 path = self.checkpoint(later).folder
-                with _told(f"rename {path}"):
+                with os_errors(f"rename {path}"):
                     path.rename(_unused(path.with_name(f"damaged_{path.name}")))
 
     def keep_only(self, steps: Collection[int]) -> None:
@@ -87,7 +99,7 @@ class CheckpointStore:
             # Renamed first: a checkpoint that is half deleted shall not look like one.
             doomed = path.with_name(f".{path.name}.deleted")
             shutil.rmtree(doomed, ignore_errors=True)
-            with _told(f"delete {path}"):
+            with os_errors(f"delete {path}"):
                 path.rename(doomed)
         for leftover in self.folder.glob(".step_*"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -97,47 +109,14 @@ class CheckpointStore:
         if not self.steps():
             return None
         renamed = _unused(self.folder.with_name(f"{self.folder.name}_before"))
-        with _told(f"rename {self.folder}"):
+        with os_errors(f"rename {self.folder}"):
             self.folder.rename(renamed)
         return renamed
-
-
-@contextmanager
-def _told(what: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot {what}: {error.strerror or error}") from error
 
 
 def _manifest(files: Mapping[str, bytes]) -> bytes:
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
     return json.dumps(digests, indent=2).encode()
-
-
-def _damage(folder: Path) -> str | None:
-    """Say what is wrong with a checkpoint; None if nothing is."""
-    try:
-        digests = json.loads((folder / MANIFEST_FILE).read_text())
-        for name, expected in digests.items():
-            path = folder / name
-            if not path.resolve().is_relative_to(folder.resolve()):
-                return f"{MANIFEST_FILE} names {name}, outside of it"
-            with path.open("rb") as file:
-                if _sha256(file) != expected:
-                    return f"{name} has changed since it was written"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        return f"it cannot be read ({error})"
-    return None
-
-
-def _sha256(file: object) -> str:
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):  # type: ignore[attr-defined]
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _unused(path: Path) -> Path:

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import utils
 
 from qst_tune import __version__
-from qst_tune.errors import UserError
+from qst_tune.errors import UserError, os_errors
 from qst_tune.training.atomic_folder import write_folder
 from qst_tune.training.checkpoint_store import CheckpointStore
 from qst_tune.training.config_keys import TRAINING_KEYS
@@ -145,9 +145,7 @@ def _make_way(store: CheckpointStore, saved: SavedRun | None) -> None:
 
 
 def _read(folder: Path) -> dict[str, bytes]:
-    try:
+    with os_errors(f"read {folder}"):
         # A link would lead out of the checkpoint; none was written.
         paths = [path for path in sorted(folder.iterdir()) if not path.is_symlink()]
         return {path.name: path.read_bytes() for path in paths}
-    except OSError as error:
-        raise UserError(f"cannot read {folder}: {error.strerror or error}") from error

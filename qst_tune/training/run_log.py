@@ -12,7 +12,6 @@ from qst_tune.training.distributed import rank_and_world_size
 from qst_tune.training.memory import GIB, memory_kind, peak_memory_bytes
 from qst_tune.training.method import Task
 from qst_tune.training.run_summary import BEFORE, RunSummary
-from qst_tune.training.verdict import verdict
 
 log = utils.get_logger("INFO")
 
@@ -93,15 +92,10 @@ class RunLog:
 
     def judge(self, task: Task, best_step: int | None) -> None:
         """Warn of a run that made the model no better, here and in the summary."""
-        self.summary.verdict = verdict(
-            self.summary.figure(task.monitor),
-            best_step,
-            name=task.monitor,
-            higher_is_better=task.higher_is_better,
-            before=self.summary.before,
-        )
-        if self.summary.verdict:
-            self.say(f"warning: {self.summary.verdict}")
+        better = task.higher_is_better
+        verdict = self.summary.judge(task.monitor, best_step, higher_is_better=better)
+        if verdict:
+            self.say(f"warning: {verdict}")
 
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""

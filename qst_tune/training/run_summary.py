@@ -70,6 +70,30 @@ class RunSummary:
         """Return one figure of validation by step, named as a task names it; perhaps empty."""
         return self.held_out_loss if name == "val_loss" else self.metrics.get(name, {})
 
+    def judge(self, name: str, best_step: int | None, *, higher_is_better: bool) -> str | None:
+        """Set ``verdict`` by comparing one figure of the validated steps with step 0.
+
+        It stays None if the step of the result, ``best_step``, is better, or was not measured.
+        """
+        values = self.figure(name)
+        if best_step is None or best_step not in values or 0 not in values:
+            return None
+        sign = 1 if higher_is_better else -1
+        start, best, last = values[0], values[best_step], values[max(values)]
+        title = "validation loss" if name == "val_loss" else name
+        if sign * best <= sign * start:
+            self.verdict = (
+                f"no validated step is better than the {self.before}: {title} {best:.4f} at step "
+                f"{best_step}, {start:.4f} before training"
+            )
+        elif sign * last < sign * start:
+            self.verdict = (
+                f"the run ended worse than the {self.before}: {title} {last:.4f} at step "
+                f"{max(values)}, {start:.4f} before training; the result is of step {best_step}: "
+                f"{best:.4f}"
+            )
+        return self.verdict
+
     def write(self, folder: Path) -> None:
         """Write ``summary.json``, ``summary.md`` and ``loss.png`` into a directory."""
         (folder / SUMMARY_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")

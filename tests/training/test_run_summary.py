@@ -82,3 +82,70 @@ def test_history_comes_back() -> None:
     after = RunSummary()
     after.restore(before.history())
     assert after == before
+
+
+LOSS, ACCURACY = "val_loss", "accuracy"
+
+
+def judge(values: dict[int, float], best_step: int | None, name: str) -> str | None:
+    if name == LOSS:
+        summary = RunSummary(held_out_loss=values)
+    else:
+        summary = RunSummary(metrics={name: values}, before="start")
+    found = summary.judge(name, best_step, higher_is_better=name == ACCURACY)
+    assert summary.verdict == found
+    return found
+
+
+@pytest.mark.parametrize(
+    ("values", "best", "name"),
+    [
+        ({0: 2.0, 4: 1.5, 8: 1.9}, 4, LOSS),
+        ({0: 0.5, 4: 0.8, 8: 0.6}, 4, ACCURACY),
+        ({0: 2.0, 4: 1.5, 8: 2.0}, 4, LOSS),
+        ({}, None, LOSS),
+        ({4: 3.0}, 4, LOSS),
+        ({0: 2.0}, None, LOSS),
+        ({0: 2.0, 8: 3.0}, 4, LOSS),
+    ],
+    ids=["better", "more", "ends equal", "none", "no start", "no best", "best is lost"],
+)
+def test_what_is_better_or_was_not_measured_is_not_judged(values, best, name) -> None:
+    assert judge(values, best, name) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "best", "name", "expected"),
+    [
+        (
+            {0: 2.0, 4: 2.5, 8: 2.25},
+            8,
+            LOSS,
+            "no validated step is better than the quantised base model: validation loss 2.2500 at "
+            "step 8, 2.0000 before training",
+        ),
+        (
+            {0: 0.75, 4: 0.75},
+            4,
+            ACCURACY,
+            "no validated step is better than the start: accuracy 0.7500 at step 4, 0.7500 before "
+            "training",
+        ),
+        (
+            {0: 2.0, 4: 1.5, 8: 2.25},
+            4,
+            LOSS,
+            "the run ended worse than the quantised base model: validation loss 2.2500 at step 8, "
+            "2.0000 before training; the result is of step 4: 1.5000",
+        ),
+        (
+            {0: 0.5, 4: 0.75, 8: 0.25},
+            4,
+            ACCURACY,
+            "the run ended worse than the start: accuracy 0.2500 at step 8, 0.5000 before "
+            "training; the result is of step 4: 0.7500",
+        ),
+    ],
+)
+def test_what_is_no_better_is_named_with_both_figures(values, best, name, expected) -> None:
+    assert judge(values, best, name) == expected
