@@ -1,9 +1,9 @@
-"""Write a model tuned by peqa_finetune as a Hugging Face folder, for other programs.
+"""Write a model tuned by peqa_finetune as a Hugging Face directory, for other programs.
 
 Examples::
 
     tune run peqa_export --config smollm2/135M_peqa_4bit
-    tune run peqa_export --config smollm2/135M_peqa_4bit format=gptq export_dir=<FOLDER>
+    tune run peqa_export --config smollm2/135M_peqa_4bit format=gptq export_dir=<DIR>
 
 It takes the config of the training run.
 """

@@ -66,7 +66,7 @@ def _typed_lines() -> Iterator[str]:
 
 
 def _obey(conversation: Conversation, text: str) -> None:
-    """Do what a command says; none of them reaches the model."""
+    """Run a command; none of them reaches the model."""
     command, _, rest = text.partition(" ")
     if command == "/help":
         print(HELP)

@@ -2,7 +2,7 @@
 
 Example::
 
-    tune run qst_classify --config smollm2/135M_qst_sst2 side_network=<FOLDER> rows=<ROWS.jsonl>
+    tune run qst_classify --config smollm2/135M_qst_sst2 side_network=<DIR> rows=<ROWS.jsonl>
 
 The config is the one that the classifier was trained with: its ``dataset`` block says how a row
 becomes a text, and what the classes are called. The rows need no label. They are written to
@@ -52,7 +52,7 @@ log = utils.get_logger("INFO")
 def read_rows(cfg: DictConfig) -> ClassificationDataset:
     """Read the rows as the config's dataset would, without their labels."""
     if isinstance(cfg.dataset, ListConfig):
-        raise UserError("dataset: name one, whose template and labels the rows shall have")
+        raise UserError("dataset: name one, whose template and labels the rows have")
     path = Path(str(cfg.rows))
     if not path.is_file() or not path.stat().st_size:
         raise UserError(f"rows={path} does not exist or is empty: name a jsonl file")

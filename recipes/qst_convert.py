@@ -2,12 +2,12 @@
 
 Examples::
 
-    tune run qst_convert --config llama2/7B_qst from_authors=<THEIRS> side_network=<NEW FOLDER>
-    tune run qst_convert --config llama2/7B_qst side_network=<OURS> to_authors=<NEW FOLDER>
+    tune run qst_convert --config llama2/7B_qst from_authors=<THEIRS> side_network=<NEW DIR>
+    tune run qst_convert --config llama2/7B_qst side_network=<OURS> to_authors=<NEW DIR>
 
 The config is one of qst_finetune's: its model and checkpointer blocks name the backbone, and a
-classifier's is for their classifiers. A folder of theirs says nothing of itself: r, rank and number
-of labels are found by its tensors. Both ways are exact; pickles are read as plain tensors only, and
+classifier's is for their classifiers. Their directories have no description: r, rank and number of
+labels are found by the tensors. Both ways are exact; pickles are read as plain tensors only, and
 nothing is replaced.
 """
 
@@ -67,7 +67,7 @@ def export_folder(cfg: DictConfig, ours: Path, theirs: Path) -> None:
 
 def _check_new(folder: Path, key: str) -> None:
     if folder.exists():
-        raise UserError(f"{key}={folder} exists already: name a new folder")
+        raise UserError(f"{key}={folder} exists already: name a new directory")
 
 
 def main(cfg: DictConfig) -> None:
@@ -76,7 +76,7 @@ def main(cfg: DictConfig) -> None:
     source, target = cfg.get("from_authors"), cfg.get("to_authors")
     if not cfg.get("side_network") or bool(source) == bool(target):
         raise UserError(
-            "name two folders: from_authors=<theirs> side_network=<new>, or "
+            "name two directories: from_authors=<theirs> side_network=<new>, or "
             "side_network=<ours> to_authors=<new>"
         )
     if source:

@@ -75,7 +75,7 @@ class BatchLoader:
     def _order(self, number: int, epoch: int) -> torch.Tensor:
         if self.seed is None:
             return torch.arange(number)
-        # As torch's DistributedSampler does, whose order torchtune's recipes train in.
+        # As torch's DistributedSampler does, whose order torchtune's recipes use.
         generator = torch.Generator().manual_seed(self.seed + epoch)
         return torch.randperm(number, generator=generator)
 

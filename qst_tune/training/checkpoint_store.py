@@ -1,4 +1,4 @@
-"""The checkpoints of a run: folders named by step, whole or absent at every moment.
+"""The checkpoints of a run: directories named by step, whole or absent at every moment.
 
 A checkpoint is written aside, flushed to disk and then appears by one rename; it is never changed
 or replaced afterwards. ``manifest.json`` in it has the SHA-256 of every file, so that a checkpoint
@@ -96,7 +96,7 @@ class CheckpointStore:
         """Delete all other checkpoints, and what interrupted writes have left."""
         for step in set(self.steps()) - set(steps):
             path = self.checkpoint(step).folder
-            # Renamed first: a checkpoint that is half deleted shall not look like one.
+            # Renamed first: a checkpoint that is half deleted must not look like one.
             doomed = path.with_name(f".{path.name}.deleted")
             shutil.rmtree(doomed, ignore_errors=True)
             with os_errors(f"delete {path}"):

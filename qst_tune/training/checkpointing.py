@@ -85,10 +85,10 @@ class Checkpointing:
         for leftover in folder.parent.glob(f".{folder.name}.*"):  # of a write that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         size = sum(map(len, files.values())) / 1e6
-        which = "the last step" if progress.best_step is None else "the best on held-out data"
+        which = "the last step" if progress.best_step is None else "the best on the validation set"
         if run_log.summary.verdict:
             which = "the best of the validated steps"
-        run_log.say(f"{folder}: step {step} of {progress.step}, {which} ({size:.1f} MB)")
+        run_log.report(f"{folder}: step {step} of {progress.step}, {which} ({size:.1f} MB)")
 
     def _prune(self, progress: Progress) -> None:
         if self.keep is not None:
@@ -100,7 +100,7 @@ class Checkpointing:
         if not steps:
             return "no checkpoint was written before"
         return (
-            f"the last good checkpoint is step {steps[-1]}: make room, then go on with "
+            f"the last good checkpoint is step {steps[-1]}: make room, then resume with "
             "resume_from_checkpoint=True"
         )
 
@@ -140,7 +140,7 @@ def _make_way(store: CheckpointStore, saved: SavedRun | None) -> None:
     if renamed is not None:
         log.info(
             f"{store.folder} of an earlier run is now {renamed.name}; resume_from_checkpoint=True "
-            "would have gone on with it"
+            "would have resumed it"
         )
 
 

@@ -17,15 +17,7 @@ from qst_tune.training.other_names import other_name_hint
 
 
 def check_config(cfg: DictConfig, keys: Keys) -> None:
-    """Check the keys of a config, their values, its components and their arguments.
-
-    Args:
-        cfg (DictConfig): the merged config.
-        keys (Keys): what the recipe reads; keys of a training config are accepted besides.
-
-    Raises:
-        UserError: one line for each mistake.
-    """
+    """Raise a UserError with a line for each mistake that :func:`config_problems` finds."""
     problems = config_problems(cfg, keys)
     if problems:
         raise ConfigError(problems)
@@ -85,7 +77,7 @@ def check_checkpoint_dir(checkpointer: DictConfig, *, may_lack_weights: bool = F
     if not folder.is_dir():
         raise UserError(
             f"checkpointer.checkpoint_dir={folder} does not exist; download the model there "
-            "(tune download) or name the folder where it is"
+            "(tune download) or name its directory"
         )
     if str(checkpointer.get("_component_")).endswith(".HFCheckpointer"):  # it finds its own
         read_settings(folder)

@@ -23,7 +23,7 @@ LOCAL_FORMATS = {
     ".parquet": "parquet",
     ".txt": "text",
 }
-# Of a dataset block, what says which rows it has: another choice takes none of it over.
+# Keys of a dataset block that choose its rows: another choice takes none of them over.
 _WHERE = ("data_files", "source", "name", "data_dir", "revision")
 _WHICH = (*_WHERE, "split")
 

@@ -106,7 +106,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def _plain_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
-    """Parameters and buffers, a quantised or sharded one as the plain tensors that are here."""
+    """Parameters and buffers; quantized and sharded ones as the plain tensors of this process."""
     for tensor in [*module.parameters(), *module.buffers()]:
         if isinstance(tensor, DTensor):
             yield tensor.to_local()

@@ -1,8 +1,8 @@
 """What the training loop asks of a method and of a task; it knows nothing else of either.
 
-A method says what the model is, what of it trains and what a user gets: QST, PEQA. A task says what
-is learnt: the loss of a batch, and the figures of held-out data. Any method goes with any task that
-takes its model's output.
+A method (QST, PEQA) has the model, its trainable parameters and the result for the user. A task has
+the loss of a batch and the figures of the validation set. Any method goes with any task that takes
+its model's output.
 """
 
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ Batch = dict[str, torch.Tensor]
 
 
 class Method(Protocol):
-    """A model on its device, filled from its checkpoint, with the parameters that train."""
+    """A model on its device, with its weights loaded, and its trainable parameters."""
 
     @property
     def model(self) -> nn.Module:
@@ -24,10 +24,10 @@ class Method(Protocol):
 
     @property
     def result_name(self) -> str:
-        """Name of the folder in ``output_dir`` that the result is written to."""
+        """Name of the directory in ``output_dir`` that the result is written to."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the optimizer's groups; their parameters are those that train, and no others."""
+        """Return the optimizer's groups, which contain exactly the trainable parameters."""
 
     def files(self, results: dict[str, float]) -> dict[str, bytes]:
         """Return everything that training has changed as files by name, no pickle.
@@ -47,7 +47,7 @@ class Task(Protocol):
 
     @property
     def monitor(self) -> str:
-        """Name of the figure of :meth:`evaluate` that says which step is the best."""
+        """Name of the figure of :meth:`evaluate` that decides which step is the best."""
 
     @property
     def higher_is_better(self) -> bool:

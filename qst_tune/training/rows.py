@@ -1,4 +1,4 @@
-"""Rows of a dataset: bad ones are named, and some can be held out."""
+"""Rows of a dataset: bad ones are named, and some can be split off for validation."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from torch.utils.data import Subset
 
 from qst_tune.errors import UserError
 from qst_tune.training.torchtune_rows import check_chat_row
-from qst_tune.training.vocabulary import Vocabulary
+from qst_tune.training.vocabulary import SEQUENCES, Vocabulary
 
 
 class CheckedRows:
@@ -54,8 +54,8 @@ class CheckedRows:
         return (self[index] for index in range(len(self)))
 
     def _problem(self, row: Any) -> str | None:
-        """Say why a row that could be read is no use to the model; None if it is."""
-        length = _length(row)
+        """Return why a row that was read is of no use to the model; None if it is."""
+        length = max(lengths_of(row), default=0)
         if self.max_seq_len is not None and length > self.max_seq_len:
             return too_long(length, self.max_seq_len)
         if not length:
@@ -74,10 +74,9 @@ class CheckedRows:
         return str(self.rows.describe()) if hasattr(self.rows, "describe") else self.source
 
 
-def _length(row: Any) -> int:
-    """Tokens of a row; of the longer of the two answers where it is a preference."""
-    names = ("tokens",) if "tokens" in row else ("chosen_input_ids", "rejected_input_ids")
-    return max(len(row[name]) for name in names)
+def lengths_of(row: dict[str, Any]) -> list[int]:
+    """Return the number of tokens of each sequence of a row: one, or two for a preference."""
+    return [len(row[tokens]) for tokens, _ in SEQUENCES if tokens in row]
 
 
 def too_long(length: int, max_seq_len: int) -> str:

@@ -1,4 +1,4 @@
-"""What a run says while it goes on: a progress bar, a metric logger, and its summary at the end."""
+"""The log of a run: a progress bar, a metric logger, and a summary at the end."""
 
 import math
 from pathlib import Path
@@ -87,7 +87,7 @@ class RunLog:
         where = self.summary.before if step == 0 else f"step {step}"
         texts = {"val_loss": "held-out loss"}
         for name, value in figures.items():
-            self.say(f"{texts.get(name, name)}, {where}: {value:.4f}")
+            self.report(f"{texts.get(name, name)}, {where}: {value:.4f}")
         self._log(figures, step)
 
     def judge(self, task: Task, best_step: int | None) -> None:
@@ -95,9 +95,9 @@ class RunLog:
         better = task.higher_is_better
         verdict = self.summary.judge(task.monitor, best_step, higher_is_better=better)
         if verdict:
-            self.say(f"warning: {verdict}")
+            self.report(f"warning: {verdict}")
 
-    def say(self, text: str) -> None:
+    def report(self, text: str) -> None:
         """Print a line above the progress bar."""
         if self.is_main:
             tqdm.write(text)

@@ -1,4 +1,4 @@
-"""Where a run stands: all that a resumed run needs beside the tensors that train."""
+"""The counters and random numbers of a run: a resumed run continues both."""
 
 import random
 from dataclasses import asdict, dataclass, fields

@@ -19,9 +19,9 @@ from qst_tune.errors import UserError
 TREE_FILE = "state.json"
 TENSORS_FILE = "state.safetensors"
 
-# Marks: a dict with one of these as its only key stands for something that JSON has not.
+# Marks: a dict with one of these as its only key is something that JSON does not have.
 _TENSOR, _TUPLE, _PAIRS, _WRAPPED = "$tensor", "$tuple", "$pairs", "$wrapped"
-# Quantised optimizer states, by class name. A file can name these classes and no others.
+# Quantized optimizer states, by class name. A file can name these classes and no others.
 _WRAPPERS = {
     "OptimState4bit": "torchao.optim.subclass_4bit",
     "OptimState8bit": "torchao.optim.subclass_8bit",

@@ -8,7 +8,6 @@ SmolLM2's tokenizer on one core.
 import hashlib
 from array import array
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,14 +17,9 @@ from tqdm import tqdm
 from qst_tune.errors import UserError
 from qst_tune.training.distributed import rank_and_world_size
 from qst_tune.training.row_store import RowStore
-from qst_tune.training.rows import CheckedRows
+from qst_tune.training.rows import CheckedRows, lengths_of
+from qst_tune.training.vocabulary import SEQUENCES
 
-# Fields that hold one sequence's tokens, with those that hold its labels.
-SEQUENCES = (
-    ("tokens", "labels"),
-    ("chosen_input_ids", "chosen_labels"),
-    ("rejected_input_ids", "rejected_labels"),
-)
 MAX_REASONS = 3
 
 
@@ -103,7 +97,9 @@ def survey_rows(
     """
     survey = Survey(rows.name, rows.describe(), getattr(tokenizer, "max_seq_len", None))
     store, numbers, digest = RowStore(), array("q"), hashlib.sha256()
-    for index in _progress(rows):
+    is_silent = rank_and_world_size()[0] != 0
+    name, count = f"reading {rows.name}", len(rows)
+    for index in tqdm(range(count), desc=name, delay=2.0, leave=False, disable=is_silent):
         try:
             row = rows[index]
         except UserError as error:
@@ -125,13 +121,6 @@ def survey_rows(
     return SurveyedRows(rows, numbers, store), survey
 
 
-def _progress(rows: CheckedRows) -> Iterator[int]:
-    """Numbers of the rows, with a bar on the main process if they take more than two seconds."""
-    is_silent = rank_and_world_size()[0] != 0
-    numbers = range(len(rows))
-    yield from tqdm(numbers, desc=f"reading {rows.name}", delay=2.0, leave=False, disable=is_silent)
-
-
 def _count(
     survey: Survey, rows: CheckedRows, index: int, row: dict[str, Any], tokenizer: Any
 ) -> None:
@@ -151,23 +140,12 @@ def _count(
 
 
 def _whole_row(rows: CheckedRows, index: int, tokenizer: Any) -> Any:
-    with _without_limit(tokenizer):
-        return rows.rows[index]
-
-
-@contextmanager
-def _without_limit(tokenizer: Any) -> Iterator[None]:
-    limit = tokenizer.max_seq_len
-    tokenizer.max_seq_len = None
+    """The row as it is without the tokenizer's limit."""
+    limit, tokenizer.max_seq_len = tokenizer.max_seq_len, None
     try:
-        yield
+        return rows.rows[index]
     finally:
         tokenizer.max_seq_len = limit
-
-
-def lengths_of(row: dict[str, Any]) -> list[int]:
-    """Return the number of tokens of each sequence of a row: one, or two for a preference."""
-    return [len(row[tokens]) for tokens, _ in SEQUENCES if tokens in row]
 
 
 def labels_of(row: dict[str, Any]) -> list[int]:

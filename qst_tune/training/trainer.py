@@ -98,7 +98,7 @@ class Trainer:
         self.stop.exit_if_requested()
 
     def state(self) -> dict[str, Any]:
-        """Return what a resumed run needs beside the method's own files."""
+        """Return what a resumed run needs besides the method's own files."""
         return {
             "seed": self.seed,
             "progress": self.progress.as_dict(),
@@ -219,14 +219,14 @@ class Trainer:
         self.run_log.step(self.progress.step, metrics)
 
     def _skip_or_stop(self, metrics: dict[str, float]) -> None:
-        """Leave out a step whose loss or gradient is not finite, or stop the run there."""
+        """Skip a step whose loss or gradient is not finite, or stop the run there."""
         what = (
             f"step {self.progress.step + 1}: the loss is {metrics['loss']} and the gradient's norm "
             f"{metrics['grad_norm']} (rows {self._rows_of_step()} of the dataset)"
         )
         if self.progress.skipped_steps < self.schedule.max_bad_steps:
             self.progress.skipped_steps += 1
-            self.run_log.say(
+            self.run_log.report(
                 f"{what}: left out, {self.progress.skipped_steps} of at most "
                 f"{self.schedule.max_bad_steps}"
             )
@@ -242,7 +242,7 @@ class Trainer:
         """Count a step without a label, which changes nothing; name the rows of the first one."""
         self.progress.empty_steps += 1
         if self.progress.empty_steps == 1:
-            self.run_log.say(
+            self.run_log.report(
                 f"warning: step {self.progress.step + 1} learns nothing, since none of its rows "
                 f"({self._rows_of_step()} of the dataset) has a label: {NO_LABEL}"
             )
@@ -264,7 +264,7 @@ class Trainer:
         return is_step and step != self.progress.validated_step
 
     def _validate(self) -> bool:
-        """Measure on held-out data; returns whether this is the best step so far."""
+        """Measure on the validation set; returns whether this is the best step so far."""
         if self.held_out_data is None:
             return False
         try:
@@ -277,7 +277,7 @@ class Trainer:
         value = figures[self.task.monitor]
         if not math.isfinite(value):
             hint = overflow_hint(self.method.model)
-            self.run_log.say(f"warning: {self.task.monitor} is {value}, never the best{hint}")
+            self.run_log.report(f"warning: {self.task.monitor} is {value}, never the best{hint}")
         if self.progress.step == 0:
             return False
         return self.progress.record(value, higher_is_better=self.task.higher_is_better)
@@ -292,23 +292,23 @@ class Trainer:
             if all(parameter.isfinite().all() for parameter in self.trained):
                 self._save()
         except UserError as error:
-            self.run_log.say(str(error))
+            self.run_log.report(str(error))
 
     def _report_end(self) -> None:
         """Report why the run stopped, and what of it does not deserve to be taken for a success."""
         done = f"after step {self.progress.step} of {self.schedule.num_steps}"
         if self.is_stopping:
-            self.run_log.say(
-                f"stopped by {self.stop.name} {done}; resume_from_checkpoint=True goes on"
+            self.run_log.report(
+                f"stopped by {self.stop.name} {done}; resume with resume_from_checkpoint=True"
             )
         elif self.progress.step < self.schedule.num_steps:
             count = self.progress.validations_since_best
-            self.run_log.say(f"stopped {done}: no better for {count} validations")
+            self.run_log.report(f"stopped {done}: no better for {count} validations")
         empty = self.progress.empty_steps
         if empty and empty == self.progress.step:
             raise UserError(f"dataset: no step had a label, so nothing was learnt: {NO_LABEL}")
         if empty:
-            self.run_log.say(
+            self.run_log.report(
                 f"warning: {empty} of {self.progress.step} steps had no label and changed "
                 f"nothing: {NO_LABEL}"
             )

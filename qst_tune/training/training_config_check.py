@@ -43,13 +43,13 @@ def check_training_config(cfg: DictConfig, refused: Mapping[str, str]) -> None:
 
 def _validation_problems(cfg: DictConfig) -> Iterator[Problem]:
     if cfg.get("val_fraction") and cfg.get("dataset_val"):
-        text = "val_fraction and dataset_val both say what is held out: remove one of them"
+        text = "val_fraction and dataset_val both choose a validation set: remove one of them"
         yield Problem("val_fraction", text)
     key = "early_stopping_patience"
     if not cfg.get(key):
         return
     if not (cfg.get("val_fraction") or cfg.get("dataset_val")):
-        yield Problem(key, f"{key} needs held-out data: add dataset_val, or val_fraction=0.05")
+        yield Problem(key, f"{key} needs a validation set: add dataset_val, or val_fraction=0.05")
     elif not cfg.get("run_val_every_n_steps") and cfg.epochs == 1:
         text = f"{key} needs run_val_every_n_steps or more epochs: only the end would be measured"
         yield Problem(key, text)
@@ -119,7 +119,7 @@ def _cache_problems(folder: Any) -> Iterator[Problem]:
     path = Path(folder).absolute()
     there = next(place for place in (path, *path.parents) if place.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        text = f"hidden_state_cache={folder} cannot be written: {there} is no folder of yours"
+        text = f"hidden_state_cache={folder} cannot be written: {there} is not a writable directory"
         yield Problem("hidden_state_cache", text)
 
 

@@ -1,8 +1,7 @@
-"""Held-out data: every batch once, in evaluation mode, and the loss on it."""
+"""Validation: every batch once, in evaluation mode, and the loss on it."""
 
 from collections.abc import Callable, Iterable
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torchtune import utils
@@ -13,8 +12,6 @@ from qst_tune.training.data import check_length
 from qst_tune.training.distributed import sum_or_fail
 from qst_tune.training.loss import next_token_loss
 from qst_tune.training.sharding import anyone_has, free_weights, take_part
-
-T = TypeVar("T")
 
 
 @torch.no_grad()
@@ -36,34 +33,23 @@ def visit(
     try:
         while True:
             batch = None
-            if error is None:
-                batch, error = _attempt(lambda: next(rest, None))
+            try:
+                batch = next(rest, None) if error is None else None
+            except UserError as caught:
+                error = caught
             if not anyone_has(batch, model, device):
                 return error
-            if batch is not None:
-                _, error = _attempt(partial(_hand_over, batch, device, take))
+            try:
+                if batch is not None:
+                    utils.batch_to_device(batch, device)
+                    take(batch)
+            except UserError as caught:
+                error = caught
             if batch is None or error is not None:
                 take_part(model, device)
     finally:
         model.train(was_training)
         free_weights(model)
-
-
-def _attempt(action: Callable[[], T]) -> tuple[T | None, UserError | None]:
-    """What an action returns, or why it failed."""
-    try:
-        return action(), None
-    except UserError as error:
-        return None, error
-
-
-def _hand_over(
-    batch: dict[str, torch.Tensor],
-    device: torch.device,
-    take: Callable[[dict[str, torch.Tensor]], None],
-) -> None:
-    utils.batch_to_device(batch, device)
-    take(batch)
 
 
 def held_out_loss(

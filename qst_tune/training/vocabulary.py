@@ -14,9 +14,12 @@ from torchtune.modules import TransformerDecoder
 
 from qst_tune.errors import UserError
 
-# Fields of a row that hold ids, of texts and of preferences; a class is no list.
-_TOKENS = ("tokens", "chosen_input_ids", "rejected_input_ids")
-_LABELS = ("labels", "chosen_labels", "rejected_labels")
+# Fields of a row that hold one sequence's tokens, with those that hold its labels.
+SEQUENCES = (
+    ("tokens", "labels"),
+    ("chosen_input_ids", "chosen_labels"),
+    ("rejected_input_ids", "rejected_labels"),
+)
 
 
 @dataclass(frozen=True)
@@ -39,14 +42,11 @@ class Vocabulary:
 
     def problem(self, row: dict[str, Any]) -> str | None:
         """Name the first id of a row or a pack that the model has no row for; None without any."""
-        for name in (*_TOKENS, *_LABELS):
-            is_token = name in _TOKENS
-            limit = self.size if is_token else self.num_logits
-            ignored = None if is_token else self.ignore_index
-            for outside in _outside(row.get(name), limit, ignored):
-                place = f"the embedding {limit}" if is_token else f"the LM head {limit}"
-                kind = "token" if is_token else "label"
-                return f"{kind} {self._named(outside)} {self._sizes(place)}"
+        for tokens, labels in SEQUENCES:
+            for outside in _outside(row.get(tokens), self.size, None):
+                return f"token {self._named(outside)} {self._sizes('embedding', self.size)}"
+            for outside in _outside(row.get(labels), self.num_logits, self.ignore_index):
+                return f"label {self._named(outside)} {self._sizes('LM head', self.num_logits)}"
         return None
 
     def _named(self, token: int) -> str:
@@ -56,11 +56,11 @@ class Vocabulary:
             return str(token)
         return f"{text!r} ({token})" if text else str(token)
 
-    def _sizes(self, place: str) -> str:
+    def _sizes(self, table: str, size: int) -> str:
         known = getattr(self.tokenizer, "vocab_size", None)
         tokenizer = f"the tokenizer has {known} tokens, " if isinstance(known, int) else ""
         return (
-            f"is outside the model: {tokenizer}{place} rows: use the model's own "
+            f"is outside the model: {tokenizer}the {table} {size} rows: use the model's own "
             "tokenizer, or add the token to the model before tuning it (resize_token_embeddings)"
         )
 

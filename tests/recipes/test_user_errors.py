@@ -211,7 +211,7 @@ MISTAKES = [
     Mistake(
         "cache below a file",
         ["hidden_state_cache={root}/val.jsonl/x"],
-        ["hidden_state_cache=", "cannot be written", "val.jsonl is no folder"],
+        ["hidden_state_cache=", "cannot be written", "val.jsonl is not a writable directory"],
     ),
     Mistake(
         "nothing to offload",
@@ -232,7 +232,7 @@ MISTAKES = [
     Mistake(
         "patience without held-out rows",
         ["dataset_val=null", "early_stopping_patience=2"],
-        ["early_stopping_patience needs held-out data", "val_fraction=0.05"],
+        ["early_stopping_patience needs a validation set", "val_fraction=0.05"],
     ),
     Mistake(
         "patience without validation on the way",
