@@ -27,6 +27,7 @@ from qst_tune.training.cli import instantiate, run_recipe
 from qst_tune.training.config_check import check_checkpoint_dir, check_config
 from qst_tune.training.config_keys import Key, pick
 from qst_tune.training.hub_models import fetch_models
+from qst_tune.training.model_limits import check_ids
 from qst_tune.training.model_setup import (
     build_on_meta,
     choose_device,
@@ -36,7 +37,6 @@ from qst_tune.training.model_setup import (
 from qst_tune.training.output_folder import output_folder
 from qst_tune.training.side_checkpoint import load_side_network
 from qst_tune.training.start import tuned_directory
-from qst_tune.training.vocabulary import check_ids
 
 KEYS = {
     "side_network": Key(kind=Path, required=True, meaning="directory of the trained classifier"),

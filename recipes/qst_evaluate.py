@@ -33,6 +33,7 @@ from qst_tune.training.config_check import check_config
 from qst_tune.training.config_defaults import fill_in
 from qst_tune.training.config_keys import Key, pick, setting
 from qst_tune.training.data import build_dataset
+from qst_tune.training.model_limits import limits_of
 from qst_tune.training.output_folder import output_folder
 from qst_tune.training.training_data import collate_of, text_collate
 from qst_tune.training.tuned_model import (
@@ -41,7 +42,6 @@ from qst_tune.training.tuned_model import (
     load_tuned_model,
 )
 from qst_tune.training.validation import held_out_loss
-from qst_tune.training.vocabulary import vocabulary_of
 
 KEYS = {
     "text": Key(kind=Path, meaning="text file: perplexity and bits a byte"),
@@ -85,17 +85,12 @@ def _held_out(cfg: DictConfig, tuned: TunedModel, batch_size: int) -> Measure:
     model, device = tuned.model, tuned.model.tok_embeddings.weight.device
     loss = LinearCrossEntropyLoss()
     tokenizer = instantiate(cfg.tokenizer, "tokenizer")  # with its limit, as in training
-    longest = model.max_seq_len
-    vocabulary = vocabulary_of(model, tokenizer, loss.ignore_index)
+    limits = limits_of(model, tokenizer, loss.ignore_index)
+    skip = setting(cfg, "on_bad_row", KEYS) == "skip"
     rows = build_dataset(
-        cfg.dataset_val,
-        "dataset_val",
-        tokenizer,
-        max_seq_len=longest,
-        skip_bad_rows=cfg.get("on_bad_row") == "skip",
-        vocabulary=vocabulary,
+        cfg.dataset_val, "dataset_val", tokenizer, limits=limits, skip_bad_rows=skip
     )
-    collate = collate_of(rows, text_collate(cfg, vocabulary, max_seq_len=longest))
+    collate = collate_of(rows, text_collate(cfg, limits))
     batches = BatchLoader(rows, collate, batch_size=batch_size, seed=None, drop_last=False)
 
     def measure() -> dict[str, float]:

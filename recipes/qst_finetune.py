@@ -26,12 +26,12 @@ from qst_tune.training.cli import run_recipe
 from qst_tune.training.config_keys import TRAINING_KEYS
 from qst_tune.training.language_modelling import build_language_modelling
 from qst_tune.training.method import Task
+from qst_tune.training.model_limits import limits_of
 from qst_tune.training.model_setup import build_on_meta
 from qst_tune.training.qst_method import REFUSED, load_qst
 from qst_tune.training.trainer_setup import build_trainer
 from qst_tune.training.training_data import TrainingData, build_data
 from qst_tune.training.training_run import Run, begin_run
-from qst_tune.training.vocabulary import vocabulary_of
 
 KEYS = TRAINING_KEYS
 
@@ -41,9 +41,10 @@ def build_task(run: Run, model: QSTModel) -> tuple[Task, TrainingData]:
     cfg, tokenizer, seed, device = run.cfg, run.tokenizer, run.seed, run.device
     if not isinstance(model, QSTClassifier):
         return build_language_modelling(cfg, tokenizer, model, seed=seed, device=device)
-    vocabulary, longest = vocabulary_of(model, tokenizer), model.max_seq_len
-    collate = partial(collate_classification, pad_id=vocabulary.pad_id, max_seq_len=longest)
-    data = build_data(cfg, vocabulary, collate, seed=seed, max_seq_len=longest)
+    limits = limits_of(model, tokenizer)
+    pad_id, longest = limits.pad_id, limits.max_seq_len
+    collate = partial(collate_classification, pad_id=pad_id, max_seq_len=longest)
+    data = build_data(cfg, limits, collate, seed=seed)
     datasets = [loader.dataset for loader in (data.train, data.held_out) if loader]
     return build_classification_task(cfg, model, datasets, device), data
 

@@ -12,9 +12,9 @@ from qst_tune.errors import UserError
 from qst_tune.modules.qst_classifier import QSTClassifier
 from qst_tune.training.classification_metrics import METRICS
 from qst_tune.training.cli import instantiate
-from qst_tune.training.data import check_length
 from qst_tune.training.distributed import gather_lists, sum_or_fail
 from qst_tune.training.method import Batch
+from qst_tune.training.model_limits import check_length
 from qst_tune.training.validation import visit
 
 

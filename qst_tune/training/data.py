@@ -4,7 +4,6 @@ from collections.abc import Sized
 from functools import partial
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig, ListConfig
 from torchtune.config._utils import _get_component_from_path
@@ -15,11 +14,11 @@ from qst_tune.training.batches import Collate
 from qst_tune.training.cli import instantiate
 from qst_tune.training.labels import align_labels
 from qst_tune.training.method import Batch
+from qst_tune.training.model_limits import ModelLimits
 from qst_tune.training.packing import align_packs, is_packed, split_off_packing
-from qst_tune.training.rows import CheckedRows, too_long
+from qst_tune.training.rows import CheckedRows
 from qst_tune.training.survey import Survey, survey_rows
 from qst_tune.training.torchtune_rows import with_literal_paths
-from qst_tune.training.vocabulary import Vocabulary
 
 LENGTH_MULTIPLE = 16
 DEFAULT_COLLATE = "torchtune.data.padded_collate_sft"
@@ -30,10 +29,9 @@ def build_dataset(
     name: str,
     tokenizer: Any,
     *,
-    max_seq_len: int | None = None,
+    limits: ModelLimits | None = None,
     skip_bad_rows: bool = False,
     surveys: list[Survey] | None = None,
-    vocabulary: Vocabulary | None = None,
 ) -> Any:
     """Build one dataset, or the concatenation of a list of them, and read every row once.
 
@@ -41,10 +39,9 @@ def build_dataset(
         block (DictConfig | ListConfig): of the config.
         name (str): its key, for error messages.
         tokenizer (Any): torchtune model tokenizer.
-        max_seq_len (int | None): a longer row is a bad one; None for no limit.
+        limits (ModelLimits | None): a row that does not fit is a bad one; None takes any.
         skip_bad_rows (bool): leave rows out that cannot be used.
         surveys (list[Survey] | None): gets the figures of each dataset.
-        vocabulary (Vocabulary | None): a row with other ids is a bad one; None takes any.
 
     Returns:
         Any: a map-style dataset of rows that can be used.
@@ -52,15 +49,10 @@ def build_dataset(
     Raises:
         UserError: if it cannot be built, has no rows, or for a row that cannot be used.
     """
-    settings: dict[str, Any] = {
-        "max_seq_len": max_seq_len,
-        "skip_bad_rows": skip_bad_rows,
-        "surveys": surveys,
-        "vocabulary": vocabulary,
-    }
     if isinstance(block, ListConfig):
+        settings: dict[str, Any] = {"skip_bad_rows": skip_bad_rows, "surveys": surveys}
         parts = [
-            build_dataset(part, f"{name}[{i}]", tokenizer, **settings)
+            build_dataset(part, f"{name}[{i}]", tokenizer, limits=limits, **settings)
             for i, part in enumerate(block)
         ]
         return _concatenate(parts, name)
@@ -76,14 +68,8 @@ def build_dataset(
     if isinstance(dataset, Sized) and len(dataset) == 0:
         raise UserError(f"{name}: {source} has no rows")
     if is_packed(dataset):  # by the user's own code
-        return align_packs(dataset, name, vocabulary)
-    rows = CheckedRows(
-        dataset,
-        name=name,
-        source=str(source),
-        max_seq_len=max_seq_len,
-        vocabulary=vocabulary,
-    )
+        return align_packs(dataset, name, limits)
+    rows = CheckedRows(dataset, name=name, source=str(source), limits=limits)
     good_rows, survey = survey_rows(rows, tokenizer, skip_bad_rows=skip_bad_rows)
     if surveys is not None:
         surveys.append(survey)
@@ -98,9 +84,7 @@ def _concatenate(parts: list[Any], name: str) -> ConcatDataset:
     return concatenation
 
 
-def build_collate(
-    vocabulary: Vocabulary, *, max_seq_len: int, component: str = DEFAULT_COLLATE
-) -> Collate:
+def build_collate(limits: ModelLimits, component: str = DEFAULT_COLLATE) -> Collate:
     """Build the function that makes ``tokens`` and aligned ``labels`` ``[B, T]`` of unpacked rows.
 
     Rows are padded on the right to the longest, and on to a multiple of 16 tokens, at most the
@@ -108,14 +92,14 @@ def build_collate(
     in memory, 0.75 GiB over one epoch of SmolLM2-135M. ``component`` is a collate function of
     torchtune's form.
     """
-    pad_id, ignore_index = vocabulary.pad_id, vocabulary.ignore_index
+    pad_id, ignore_index = limits.pad_id, limits.ignore_index
     padding = {"padding_idx": pad_id, "ignore_idx": ignore_index}
     try:
         collate = partial(_get_component_from_path(component), **padding)
     except Exception as error:  # importing a user's own module may raise anything
         raise UserError(f"collate_fn={component} cannot be imported") from error
     fill = {"tokens": pad_id, "labels": ignore_index}
-    return partial(_collate_and_pad, collate=collate, fill=fill, max_seq_len=max_seq_len)
+    return partial(_collate_and_pad, collate=collate, fill=fill, max_seq_len=limits.max_seq_len)
 
 
 def _collate_and_pad(
@@ -131,9 +115,3 @@ def _collate_and_pad(
     )
     parts = {"tokens": batch["tokens"], "labels": labels}
     return batch | {key: F.pad(part, (0, missing), value=fill[key]) for key, part in parts.items()}
-
-
-def check_length(tokens: torch.Tensor, max_seq_len: int) -> None:
-    """Refuse a batch ``[B, T]`` that is longer than the model can see."""
-    if tokens.shape[1] > max_seq_len:
-        raise UserError(too_long(tokens.shape[1], max_seq_len))

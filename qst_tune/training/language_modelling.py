@@ -8,9 +8,9 @@ import torch
 from omegaconf import DictConfig
 from torchtune.modules import TransformerDecoder
 
-from qst_tune.training.data import check_length
 from qst_tune.training.loss import build_loss, connect_loss, next_token_loss
 from qst_tune.training.method import Batch
+from qst_tune.training.model_limits import check_length, limits_of
 from qst_tune.training.training_data import (
     TEXT_KEY,
     TrainingData,
@@ -19,7 +19,6 @@ from qst_tune.training.training_data import (
     text_collate,
 )
 from qst_tune.training.validation import held_out_loss
-from qst_tune.training.vocabulary import vocabulary_of
 
 
 @dataclass(frozen=True)
@@ -51,10 +50,8 @@ def build_language_modelling(
 ) -> tuple[NextTokenTask, TrainingData]:
     """Build the task of predicting each next token, and its data; connects loss and model."""
     loss = build_loss(cfg.loss)
-    vocabulary = vocabulary_of(model, tokenizer, loss.ignore_index)
-    longest = model.max_seq_len
-    collate = text_collate(cfg, vocabulary, max_seq_len=longest)
-    data = build_data(cfg, vocabulary, collate, seed=seed, max_seq_len=longest)
+    limits = limits_of(model, tokenizer, loss.ignore_index)
+    data = build_data(cfg, limits, text_collate(cfg, limits), seed=seed)
     check_rows(data, TEXT_KEY)
     connect_loss(loss, model)
     return NextTokenTask(loss, device), data

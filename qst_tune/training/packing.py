@@ -19,7 +19,7 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.datasets import PackedDataset
 
 from qst_tune.errors import UserError
-from qst_tune.training.vocabulary import Vocabulary
+from qst_tune.training.model_limits import ModelLimits
 
 _OWN_COMPONENTS = ("torchtune.", "qst_tune.")
 
@@ -80,7 +80,7 @@ def is_packed(dataset: Any) -> bool:
     return isinstance(dataset, PackedDataset) or bool(getattr(dataset, "packed", False))
 
 
-def align_packs(packs: Any, name: str, vocabulary: Vocabulary | None = None) -> "AlignedPacks":
+def align_packs(packs: Any, name: str, limits: ModelLimits | None = None) -> "AlignedPacks":
     """Align the labels of packs that the user's own code made.
 
     Items have ``tokens``, ``labels``, ``input_pos`` ``[T]`` and ``seq_lens``, as torchtune's
@@ -91,20 +91,20 @@ def align_packs(packs: Any, name: str, vocabulary: Vocabulary | None = None) -> 
         return _pack(
             packs.ds,
             name,
-            vocabulary,
+            limits,
             max_seq_len=packs.max_seq_len,
             split_across_pack=True,
             padding_idx=packs.padding_idx,
             max_packs=packs.max_packs,
         )
-    return AlignedPacks(packs, name, vocabulary, is_aligned=False)
+    return AlignedPacks(packs, name, limits, is_aligned=False)
 
 
 def _pack(
-    rows: Any, name: str, vocabulary: Vocabulary | None = None, **settings: Any
+    rows: Any, name: str, limits: ModelLimits | None = None, **settings: Any
 ) -> "AlignedPacks":
     packs = PackedDataset(_AlignedRows(rows), **settings)
-    return AlignedPacks(packs, name, vocabulary, is_aligned=True)
+    return AlignedPacks(packs, name, limits, is_aligned=True)
 
 
 class _AlignedRows:
@@ -128,11 +128,11 @@ class AlignedPacks:
     packed = True
 
     def __init__(
-        self, packs: Any, name: str, vocabulary: Vocabulary | None = None, *, is_aligned: bool
+        self, packs: Any, name: str, limits: ModelLimits | None = None, *, is_aligned: bool
     ) -> None:
         self.packs = packs
         self.name = name
-        self.vocabulary = vocabulary
+        self.limits = limits
         self.is_aligned = is_aligned
 
     def __len__(self) -> int:
@@ -140,7 +140,7 @@ class AlignedPacks:
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         pack = self.packs[index]
-        problem = self.vocabulary.problem(pack) if self.vocabulary else None
+        problem = self.limits.problem(pack) if self.limits else None
         if problem:
             raise UserError(f"{self.name}: pack {index} cannot be used: {problem}")
         if self.is_aligned:

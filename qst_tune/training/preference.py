@@ -17,10 +17,10 @@ from qst_tune.errors import UserError
 from qst_tune.modules.linear_cross_entropy import linear_cross_entropy
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.training.cli import instantiate
-from qst_tune.training.data import check_length
 from qst_tune.training.distributed import sum_or_fail
 from qst_tune.training.labels import align_labels
 from qst_tune.training.method import Batch
+from qst_tune.training.model_limits import check_length, limits_of
 from qst_tune.training.training_data import (
     PAIR_KEY,
     TrainingData,
@@ -28,7 +28,6 @@ from qst_tune.training.training_data import (
     check_rows,
 )
 from qst_tune.training.validation import visit
-from qst_tune.training.vocabulary import vocabulary_of
 
 
 @dataclass(frozen=True)
@@ -125,11 +124,11 @@ def build_preference_learning(
     cfg: DictConfig, tokenizer: Any, model: QSTModel, *, seed: int, device: torch.device
 ) -> tuple[PreferenceTask, TrainingData]:
     """Build the task and its data."""
-    vocabulary = vocabulary_of(model, tokenizer)
-    collate = partial(collate_preferences, pad_id=vocabulary.pad_id)
+    limits = limits_of(model, tokenizer)
+    collate = partial(collate_preferences, pad_id=limits.pad_id)
     loss = instantiate(cfg.loss, "loss")
     _try_loss(loss, cfg.loss._component_)
-    data = build_data(cfg, vocabulary, collate, seed=seed, max_seq_len=model.max_seq_len)
+    data = build_data(cfg, limits, collate, seed=seed)
     check_rows(data, PAIR_KEY)
     return PreferenceTask(loss, device), data
 

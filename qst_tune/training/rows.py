@@ -8,31 +8,23 @@ import torch
 from torch.utils.data import Subset
 
 from qst_tune.errors import UserError
+from qst_tune.training.model_limits import ModelLimits, lengths_of
 from qst_tune.training.torchtune_rows import check_chat_row
-from qst_tune.training.vocabulary import SEQUENCES, Vocabulary
 
 
 class CheckedRows:
     """A map-style dataset that names a bad row by number, and by line where it is a file of lines.
 
-    ``name`` is the config's key, ``source`` the file or repository. A row with more tokens than
-    ``max_seq_len``, or with ids outside ``vocabulary``, is bad.
+    ``name`` is the config's key, ``source`` the file or repository.
     """
 
     def __init__(
-        self,
-        rows: Any,
-        *,
-        name: str,
-        source: str,
-        max_seq_len: int | None = None,
-        vocabulary: Vocabulary | None = None,
+        self, rows: Any, *, name: str, source: str, limits: ModelLimits | None = None
     ) -> None:
         self.rows = rows
         self.name = name
         self.source = source
-        self.max_seq_len = max_seq_len
-        self.vocabulary = vocabulary
+        self.limits = limits
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -41,7 +33,10 @@ class CheckedRows:
         try:
             check_chat_row(self.rows, index)
             row = self.rows[index]
-            problem = self._problem(row)
+            if any(lengths_of(row)):
+                problem = self.limits.problem(row) if self.limits else None
+            else:
+                problem = "it has no tokens"
         except UserError as error:  # of a dataset of ours
             problem = str(error)
         except Exception as error:  # a missing column, or a conversation that a template refuses
@@ -53,15 +48,6 @@ class CheckedRows:
     def __iter__(self) -> Iterator[Any]:
         return (self[index] for index in range(len(self)))
 
-    def _problem(self, row: Any) -> str | None:
-        """Return why a row that was read is of no use to the model; None if it is."""
-        length = max(lengths_of(row), default=0)
-        if self.max_seq_len is not None and length > self.max_seq_len:
-            return too_long(length, self.max_seq_len)
-        if not length:
-            return "it has no tokens"
-        return self.vocabulary.problem(row) if self.vocabulary else None
-
     def place(self, index: int) -> str:
         """Return number and source of a row and, in a file of lines, its line."""
         if hasattr(self.rows, "place"):  # a dataset of ours
@@ -72,19 +58,6 @@ class CheckedRows:
     def describe(self) -> str:
         """Describe in one line where the rows come from."""
         return str(self.rows.describe()) if hasattr(self.rows, "describe") else self.source
-
-
-def lengths_of(row: dict[str, Any]) -> list[int]:
-    """Return the number of tokens of each sequence of a row: one, or two for a preference."""
-    return [len(row[tokens]) for tokens, _ in SEQUENCES if tokens in row]
-
-
-def too_long(length: int, max_seq_len: int) -> str:
-    """Explain why a row of ``length`` tokens is too long for a model, and what helps."""
-    return (
-        f"a row of {length} tokens is longer than the model's max_seq_len {max_seq_len}: set "
-        f"tokenizer.max_seq_len={max_seq_len} or lower to truncate rows"
-    )
 
 
 def hold_out(rows: Any, fraction: float, seed: int) -> tuple[Subset[Any], Subset[Any]]:

@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from qst_tune.errors import UserError
 from qst_tune.training.distributed import rank_and_world_size
+from qst_tune.training.model_limits import SEQUENCES, lengths_of
 from qst_tune.training.row_store import RowStore
-from qst_tune.training.rows import CheckedRows, lengths_of
-from qst_tune.training.vocabulary import SEQUENCES
+from qst_tune.training.rows import CheckedRows
 
 MAX_REASONS = 3
 

@@ -9,9 +9,9 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from tqdm import tqdm
 
 from qst_tune.training.distributed import rank_and_world_size
+from qst_tune.training.model_limits import SEQUENCES
 from qst_tune.training.survey import Survey
 from qst_tune.training.training_data import TrainingData
-from qst_tune.training.vocabulary import SEQUENCES
 
 LEARNT = (">>>", "<<<")
 _MAX_CHARACTERS = 600  # of each part of the first row

@@ -13,11 +13,11 @@ from qst_tune.training.batches import BatchLoader, Collate
 from qst_tune.training.config_keys import setting
 from qst_tune.training.data import DEFAULT_COLLATE, build_collate, build_dataset
 from qst_tune.training.label_check import check_labels
+from qst_tune.training.model_limits import ModelLimits
 from qst_tune.training.packing import is_packed
 from qst_tune.training.rows import hold_out
 from qst_tune.training.schedule import describe_step, fit_step, schedule_of
 from qst_tune.training.survey import Survey
-from qst_tune.training.vocabulary import Vocabulary
 
 TEXT_KEY = "tokens"
 PAIR_KEY = "chosen_input_ids"
@@ -62,36 +62,27 @@ class TrainingData:
         }
 
 
-def text_collate(cfg: DictConfig, vocabulary: Vocabulary, *, max_seq_len: int) -> Collate:
+def text_collate(cfg: DictConfig, limits: ModelLimits) -> Collate:
     """Build the collate function of rows of text, after checking that they can fit the model."""
-    longest = getattr(vocabulary.tokenizer, "max_seq_len", None)
-    if longest and longest > max_seq_len:
+    longest = getattr(limits.tokenizer, "max_seq_len", None)
+    if longest and longest > limits.max_seq_len:
         raise UserError(
             f"tokenizer.max_seq_len={longest} is longer than the model's max_seq_len "
-            f"{max_seq_len}: lower it"
+            f"{limits.max_seq_len}: lower it"
         )
-    return build_collate(
-        vocabulary,
-        max_seq_len=max_seq_len,
-        component=cfg.get("collate_fn") or DEFAULT_COLLATE,
-    )
+    return build_collate(limits, cfg.get("collate_fn") or DEFAULT_COLLATE)
 
 
 def build_data(
-    cfg: DictConfig, vocabulary: Vocabulary, collate: Collate, *, seed: int, max_seq_len: int
+    cfg: DictConfig, limits: ModelLimits, collate: Collate, *, seed: int
 ) -> TrainingData:
     """Build the datasets, reading every row once, and decide which rows make which batch.
 
-    ``collate`` makes a batch of unpacked rows. A row longer than ``max_seq_len``, or with ids
-    outside ``vocabulary``, is a bad one. UserError if a dataset cannot be built or has nothing to
-    learn.
+    ``collate`` makes a batch of unpacked rows. UserError if a dataset cannot be built, has a row
+    outside ``limits``, or nothing to learn.
     """
-    tokenizer = vocabulary.tokenizer
-    settings: dict[str, Any] = {
-        "max_seq_len": max_seq_len,
-        "skip_bad_rows": cfg.get("on_bad_row") == "skip",
-        "vocabulary": vocabulary,
-    }
+    tokenizer = limits.tokenizer
+    settings = {"limits": limits, "skip_bad_rows": setting(cfg, "on_bad_row") == "skip"}
     surveys: list[Survey] = []
     held_out_surveys: list[Survey] = []
     rows = build_dataset(cfg.dataset, "dataset", tokenizer, surveys=surveys, **settings)

@@ -8,9 +8,9 @@ from torchtune import utils
 from torchtune.modules import TransformerDecoder
 
 from qst_tune.errors import UserError
-from qst_tune.training.data import check_length
 from qst_tune.training.distributed import sum_or_fail
 from qst_tune.training.loss import next_token_loss
+from qst_tune.training.model_limits import check_length
 from qst_tune.training.sharding import anyone_has, free_weights, take_part
 
 

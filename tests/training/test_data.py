@@ -1,5 +1,6 @@
 """Datasets that can or cannot be used, and how their rows are padded."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,12 +9,8 @@ from omegaconf import OmegaConf
 from torchtune.datasets import ConcatDataset
 
 from qst_tune.errors import UserError
-from qst_tune.training.data import (
-    build_collate,
-    build_dataset,
-    check_length,
-)
-from qst_tune.training.vocabulary import Vocabulary
+from qst_tune.training.data import build_collate, build_dataset
+from qst_tune.training.model_limits import ModelLimits
 
 PAD, IGNORED = 0, -100
 
@@ -38,11 +35,11 @@ class Tokenizer:
     pad_id = PAD
 
 
-VOCABULARY = Vocabulary(100, 100, Tokenizer(), IGNORED)
+LIMITS = ModelLimits(100, 100, 64, Tokenizer(), IGNORED)
 
 
 def collate(max_seq_len: int = 64):
-    return build_collate(VOCABULARY, max_seq_len=max_seq_len)
+    return build_collate(replace(LIMITS, max_seq_len=max_seq_len))
 
 
 def test_rows_are_padded_to_a_multiple_of_16_but_never_past_the_model() -> None:
@@ -64,7 +61,7 @@ def flattened(rows: list[Any], *, padding_idx: int, ignore_idx: int) -> dict[str
 
 def test_own_collate_function_that_joins_rows_keeps_their_labels_apart() -> None:
     name = "tests.training.test_data.flattened"
-    collate = build_collate(VOCABULARY, max_seq_len=64, component=name)
+    collate = build_collate(LIMITS, name)
     batch = collate([Rows()[2], Rows()[1]])
     assert batch["tokens"].tolist() == [[3, 3, 3, 2, 2]]
     assert batch["labels"].tolist() == [[3, 3, IGNORED, 2, IGNORED]]
@@ -73,7 +70,7 @@ def test_own_collate_function_that_joins_rows_keeps_their_labels_apart() -> None
 
 def test_unknown_collate_function_is_told() -> None:
     with pytest.raises(UserError, match=r"collate_fn=torchtune\.data\.none cannot be imported"):
-        build_collate(VOCABULARY, max_seq_len=8, component="torchtune.data.none")
+        build_collate(LIMITS, "torchtune.data.none")
 
 
 def dataset_block(**settings):
@@ -99,9 +96,3 @@ def test_dataset_or_list_of_datasets_is_built() -> None:
 def test_dataset_that_cannot_be_used_is_told(block, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_dataset(block, "dataset", None)
-
-
-def test_length_limit_is_inclusive() -> None:
-    check_length(torch.zeros(1, 8), 8)
-    with pytest.raises(UserError, match=r"a row of 9 tokens .* max_seq_len 8: set tokenizer\.max"):
-        check_length(torch.zeros(1, 9), 8)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from qst_tune.errors import UserError
+from qst_tune.training.model_limits import ModelLimits
 from qst_tune.training.rows import CheckedRows, hold_out, row_numbers
 
 
@@ -21,10 +22,11 @@ class Rows(list):
 
 GOOD = [1, 2]
 ROWS = Rows([GOOD, KeyError("input"), [1] * 9, [], [3]])
+LIMITS = ModelLimits(10, 10, 8, None)
 
 
 def checked(**settings: Any) -> CheckedRows:
-    return CheckedRows(ROWS, **{"name": "dataset", "source": "rows", "max_seq_len": 8, **settings})
+    return CheckedRows(ROWS, **{"name": "dataset", "source": "rows", "limits": LIMITS, **settings})
 
 
 def test_good_rows_pass() -> None:

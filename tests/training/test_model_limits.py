@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from qst_tune.errors import UserError
+from qst_tune.training.model_limits import ModelLimits, check_ids, check_length, limits_of
 from qst_tune.training.packing import align_packs
 from qst_tune.training.rows import CheckedRows
-from qst_tune.training.vocabulary import Vocabulary, check_ids, vocabulary_of
 from tests.helpers import TINY, tiny_backbone
 
 
@@ -23,7 +23,7 @@ class Tokenizer:
         return f"<{ids[0]}>"
 
 
-VOCABULARY = Vocabulary(10, 8, Tokenizer())
+LIMITS = ModelLimits(10, 8, 64, Tokenizer())
 SIZES = r"is outside the model: the tokenizer has 12 tokens, "
 
 
@@ -43,22 +43,22 @@ SIZES = r"is outside the model: the tokenizer has 12 tokens, "
 )
 def test_first_id_without_a_row_is_named_with_all_sizes(row, problem: str) -> None:
     with pytest.raises(UserError, match=problem):
-        raise UserError(VOCABULARY.problem(row))
+        raise UserError(LIMITS.problem(row))
 
 
 def test_row_with_such_an_id_cannot_be_used() -> None:
     rows = [{"tokens": [1], "labels": [1]}, {"tokens": [10], "labels": [1]}]
-    checked = CheckedRows(rows, name="dataset", source="file", vocabulary=VOCABULARY)
+    checked = CheckedRows(rows, name="dataset", source="file", limits=LIMITS)
     assert checked[0] == rows[0]
     with pytest.raises(UserError, match=r"^dataset: row 1 of file cannot be used: token '<10>'"):
         checked[1]
 
 
 def test_ids_with_a_row_and_classes_are_no_problem() -> None:
-    assert VOCABULARY.problem({"tokens": [0, 9], "labels": [-100, 7]}) is None
-    assert VOCABULARY.problem({"tokens": [0, 9], "labels": 3}) is None
-    assert VOCABULARY.problem({"tokens": [0, 9], "labels": 0.5}) is None
-    own = Vocabulary(10, 10, Tokenizer(), ignore_index=-1)
+    assert LIMITS.problem({"tokens": [0, 9], "labels": [-100, 7]}) is None
+    assert LIMITS.problem({"tokens": [0, 9], "labels": 3}) is None
+    assert LIMITS.problem({"tokens": [0, 9], "labels": 0.5}) is None
+    own = ModelLimits(10, 10, 64, Tokenizer(), ignore_index=-1)
     assert own.problem({"tokens": [0], "labels": [-1]}) is None
     assert own.problem({"tokens": [0], "labels": [-100]}) is not None
 
@@ -66,22 +66,25 @@ def test_ids_with_a_row_and_classes_are_no_problem() -> None:
 def test_pack_of_the_users_is_checked_too() -> None:
     pack = {name: torch.tensor([1, 2]) for name in ("labels", "input_pos")}
     pack |= {"tokens": torch.tensor([3, 30]), "seq_lens": torch.tensor([2])}
-    packs = align_packs([pack], "dataset", VOCABULARY)
+    packs = align_packs([pack], "dataset", LIMITS)
     with pytest.raises(UserError, match=r"^dataset: pack 0 cannot be used: token '<30>' \(30\)"):
         packs[0]
 
 
 @pytest.mark.parametrize(("pad_id", "expected"), [(9, 9), (10, 0), (-1, 0), (None, 0)])
 def test_padding_has_a_row(pad_id: int | None, expected: int) -> None:
-    assert Vocabulary(10, 10, Tokenizer(pad_id)).pad_id == expected
+    assert ModelLimits(10, 10, 64, Tokenizer(pad_id)).pad_id == expected
 
 
 def test_sizes_are_the_models() -> None:
     for tied in (False, True):
-        found = vocabulary_of(tiny_backbone(tied=tied), Tokenizer())
-        assert (found.size, found.num_logits) == (TINY["vocab_size"],) * 2
-    model = SimpleNamespace(tok_embeddings=nn.Embedding(7, 2), output=nn.Linear(2, 5))
-    assert vocabulary_of(model, Tokenizer()).num_logits == 5
+        found = limits_of(tiny_backbone(tied=tied), Tokenizer())
+        assert (found.vocab_size, found.num_logits) == (TINY["vocab_size"],) * 2
+        assert found.max_seq_len == TINY["max_seq_len"]
+    model = SimpleNamespace(
+        tok_embeddings=nn.Embedding(7, 2), output=nn.Linear(2, 5), max_seq_len=3
+    )
+    assert limits_of(model, Tokenizer()).num_logits == 5
 
 
 def test_text_is_checked_before_the_model_runs() -> None:
@@ -91,3 +94,9 @@ def test_text_is_checked_before_the_model_runs() -> None:
     message = f"^token {size} of the text is outside the model, whose embedding has {size} rows"
     with pytest.raises(UserError, match=message):
         check_ids(model, [[0], [1, size]])
+
+
+def test_length_limit_is_inclusive() -> None:
+    check_length(torch.zeros(1, 8), 8)
+    with pytest.raises(UserError, match=r"a row of 9 tokens .* max_seq_len 8: set tokenizer\.max"):
+        check_length(torch.zeros(1, 9), 8)

@@ -1,4 +1,4 @@
-"""Token ids that a model has rows for, in its embedding and in its LM head.
+"""What a model can read: token ids of its embedding and LM head, and a number of tokens.
 
 A tokenizer may know more tokens than the model: one was added to it without resizing the embedding,
 or it is another model's. An index outside an embedding is a traceback on a CPU, and on a GPU an
@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.modules import TransformerDecoder
 
@@ -23,11 +24,20 @@ SEQUENCES = (
 
 
 @dataclass(frozen=True)
-class Vocabulary:
-    """The ids that may occur in a row: below ``size``; as labels, below ``num_logits``."""
+class ModelLimits:
+    """What a model can read, and the tokenizer and label of its rows.
 
-    size: int
+    Args:
+        vocab_size (int): ids of tokens are below it.
+        num_logits (int): ids of labels are below it.
+        max_seq_len (int): tokens of the longest row.
+        tokenizer (Any): torchtune model tokenizer.
+        ignore_index (int): label of a token without loss.
+    """
+
+    vocab_size: int
     num_logits: int
+    max_seq_len: int
     tokenizer: Any
     ignore_index: int = CROSS_ENTROPY_IGNORE_IDX
 
@@ -38,13 +48,16 @@ class Vocabulary:
         Any row does: padding is neither seen by a token of the text nor learnt.
         """
         pad_id = getattr(self.tokenizer, "pad_id", None)
-        return pad_id if isinstance(pad_id, int) and 0 <= pad_id < self.size else 0
+        return pad_id if isinstance(pad_id, int) and 0 <= pad_id < self.vocab_size else 0
 
     def problem(self, row: dict[str, Any]) -> str | None:
-        """Name the first id of a row or a pack that the model has no row for; None without any."""
+        """Return why the model cannot read a row or a pack: its length or an id; None if it can."""
+        length = max(lengths_of(row), default=0)
+        if length > self.max_seq_len:
+            return _too_long(length, self.max_seq_len)
         for tokens, labels in SEQUENCES:
-            for outside in _outside(row.get(tokens), self.size, None):
-                return f"token {self._named(outside)} {self._sizes('embedding', self.size)}"
+            for outside in _outside(row.get(tokens), self.vocab_size, None):
+                return f"token {self._named(outside)} {self._sizes('embedding', self.vocab_size)}"
             for outside in _outside(row.get(labels), self.num_logits, self.ignore_index):
                 return f"label {self._named(outside)} {self._sizes('LM head', self.num_logits)}"
         return None
@@ -72,14 +85,32 @@ def _outside(ids: Any, limit: int, ignored: int | None) -> Iterator[int]:
         yield from (i for i in values if not 0 <= i < limit and i != ignored)
 
 
-def vocabulary_of(
+def limits_of(
     model: TransformerDecoder, tokenizer: Any, ignore_index: int = CROSS_ENTROPY_IGNORE_IDX
-) -> Vocabulary:
-    """Return the ids that a model has rows for; it may be on meta."""
+) -> ModelLimits:
+    """Return what a model can read; it may be on meta."""
     size = model.tok_embeddings.num_embeddings
     # A head that is tied, whatever is around it, has the embedding's rows.
     num_logits = getattr(model.output, "out_features", size)
-    return Vocabulary(size, num_logits, tokenizer, ignore_index)
+    return ModelLimits(size, num_logits, model.max_seq_len, tokenizer, ignore_index)
+
+
+def lengths_of(row: dict[str, Any]) -> list[int]:
+    """Return the number of tokens of each sequence of a row: one, or two for a preference."""
+    return [len(row[tokens]) for tokens, _ in SEQUENCES if tokens in row]
+
+
+def _too_long(length: int, max_seq_len: int) -> str:
+    return (
+        f"a row of {length} tokens is longer than the model's max_seq_len {max_seq_len}: set "
+        f"tokenizer.max_seq_len={max_seq_len} or lower to truncate rows"
+    )
+
+
+def check_length(tokens: torch.Tensor, max_seq_len: int) -> None:
+    """Refuse a batch ``[B, T]`` that is longer than the model can read."""
+    if tokens.shape[1] > max_seq_len:
+        raise UserError(_too_long(tokens.shape[1], max_seq_len))
 
 
 def check_ids(model: TransformerDecoder, texts: Iterable[Sequence[int]]) -> None:
