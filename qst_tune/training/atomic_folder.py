@@ -42,16 +42,8 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def replace_files(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write files into a directory that keeps its others; each is whole or as it was.
-
-    Args:
-        folder (Path): made if it is not there.
-        files (Mapping[str, bytes]): contents by name.
-
-    Raises:
-        UserError: if it cannot be written.
-    """
-    try:
+    """Write files by name into a directory that keeps its others; each is whole or as it was."""
+    with os_errors(f"write {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             aside = folder / f".{name}.new"
@@ -59,8 +51,6 @@ def replace_files(folder: Path, files: Mapping[str, bytes]) -> None:
             _flush_file(aside)
             aside.replace(folder / name)
         _flush_names(folder)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
 
 
 def _put_in_place(new: Path, folder: Path, old: Path) -> None:
