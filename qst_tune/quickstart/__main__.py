@@ -31,7 +31,7 @@ def main() -> int:
         return 2
     split = build_python_docs(default_cache_dir() / "python_docs")
     print(
-        f"data: {split.num_train} rows to train on, {split.num_heldout} held out, in "
+        f"data: {split.num_train} training examples and {split.num_val} for validation, in "
         f"{split.train_path.parent}"
     )
     if arguments.prepare_only:
@@ -66,12 +66,12 @@ def _tune(arguments: list[str]) -> int:
 
 def _print_summary(output_dir: Path, question: str) -> None:
     summary: dict[str, Any] = json.loads((output_dir / "summary.json").read_text())
-    held_out = list(summary["held_out_loss"].values())
+    losses = list(summary["held_out_loss"].values())
     memory = summary["memory_gib"]
     parts = ", ".join(f"{name} {size:.3f}" for name, size in memory.items() if name != "peak")
     print(f"""
-question held out      {question}
-held-out loss          {held_out[0]:.3f} quantised base model -> {held_out[-1]:.3f} tuned
+validation question    {question}
+validation loss        {losses[0]:.3f} quantised base model -> {losses[-1]:.3f} tuned
 trained                {summary["trainable_parameters"]:,} parameters in {summary["seconds"]:.0f} s
 speed                  {summary["tokens_per_second"]:.0f} tokens/s
 peak memory            {memory["peak"]:.2f} GiB, of which (GiB) {parts}

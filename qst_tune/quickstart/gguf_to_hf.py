@@ -70,7 +70,7 @@ class GGUFFile:
             yield tensor.name, self._dequantize(tensor.data, tensor.tensor_type)
 
 
-def convert_gguf(path: Path, folder: Path) -> None:
+def convert_gguf(path: Path, directory: Path) -> None:
     """Write weights, config and tokenizer of a GGUF file as a Hugging Face directory.
 
     Weights are stored in fp32: a 4-bit value times an fp16 scale plus an fp16 offset has more
@@ -83,12 +83,12 @@ def convert_gguf(path: Path, folder: Path) -> None:
             f"architecture of {path.name} is {file['general.architecture']!r}; only 'llama' "
             "can be converted"
         )
-    _write_json(folder / "config.json", hf_config(file))
-    _write_json(folder / "generation_config.json", _special_token_ids(file))
-    _write_json(folder / "tokenizer_config.json", _tokenizer_config(file))
-    _build_tokenizer(file).save(str(folder / "tokenizer.json"))
+    _write_json(directory / "config.json", hf_config(file))
+    _write_json(directory / "generation_config.json", _special_token_ids(file))
+    _write_json(directory / "tokenizer_config.json", _tokenizer_config(file))
+    _build_tokenizer(file).save(str(directory / "tokenizer.json"))
     # transformers refuses a safetensors file without this piece of metadata.
-    save_file(hf_weights(file), folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    save_file(hf_weights(file), directory / WEIGHTS_NAME, metadata={"format": "pt"})
 
 
 def hf_weights(file: GGUFFile) -> dict[str, FloatArray]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qst_tune.quickstart.docs_parser import Paragraph, Passage, parse_topic
 
-HELDOUT_FRACTION = 0.1
+VAL_FRACTION = 0.1
 # Shorter answers are stubs such as "See section Exceptions."
 _MIN_ANSWER_CHARS = 80
 # A paragraph of this length in two places is the same text, not a common phrase.
@@ -50,11 +50,11 @@ class DocsSplit:
     """Files of questions and answers, JSON lines with ``input`` and ``output``, and their sizes."""
 
     train_path: Path
-    heldout_path: Path
+    val_path: Path
     num_train: int
-    num_heldout: int
+    num_val: int
     train_topics: tuple[str, ...]
-    heldout_topics: tuple[str, ...]
+    val_topics: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -88,30 +88,30 @@ def build_python_docs(output_dir: Path, max_answer_chars: int = 640) -> DocsSpli
     # Here, since it is half a megabyte of text.
     from pydoc_data.topics import topics
 
-    heldout_topics = choose_heldout(topics)
+    val_topics = choose_val_topics(topics)
     examples = _make_examples(topics, max_answer_chars)
-    train = [e for e in examples if e.topic not in heldout_topics]
-    heldout = [e for e in examples if e.topic in heldout_topics]
-    if not train or not heldout:
+    train = [e for e in examples if e.topic not in val_topics]
+    val = [e for e in examples if e.topic in val_topics]
+    if not train or not val:
         raise ValueError(
-            f"max_answer_chars={max_answer_chars} leaves {len(train)} rows to train on and "
-            f"{len(heldout)} held out; use more, 640 is the default"
+            f"max_answer_chars={max_answer_chars} leaves {len(train)} training and {len(val)} "
+            "validation examples; use more, 640 is the default"
         )
     output_dir.mkdir(parents=True, exist_ok=True)
     return DocsSplit(
         train_path=_write_rows(output_dir / "train.jsonl", train),
-        heldout_path=_write_rows(output_dir / "heldout.jsonl", heldout),
+        val_path=_write_rows(output_dir / "heldout.jsonl", val),
         num_train=len(train),
-        num_heldout=len(heldout),
+        num_val=len(val),
         train_topics=_topics_of(train),
-        heldout_topics=_topics_of(heldout),
+        val_topics=_topics_of(val),
     )
 
 
-def choose_heldout(topics: Iterable[str]) -> frozenset[str]:
+def choose_val_topics(topics: Iterable[str]) -> frozenset[str]:
     """Return a tenth of the topics, at least one, the same in every run and on every machine."""
     ordered = sorted(topics, key=lambda topic: _stable_hash(topic))
-    return frozenset(ordered[: max(1, round(HELDOUT_FRACTION * len(ordered)))])
+    return frozenset(ordered[: max(1, round(VAL_FRACTION * len(ordered)))])
 
 
 def demo_question(split: DocsSplit) -> dict[str, str]:
@@ -120,7 +120,7 @@ def demo_question(split: DocsSplit) -> dict[str, str]:
     It is the shortest overview of a topic with a keyword in its title that continues after the
     grammar: a question that needs no context, and an answer whose style shows at a glance.
     """
-    lines = split.heldout_path.read_text(encoding="utf-8").split("\n")
+    lines = split.val_path.read_text(encoding="utf-8").split("\n")
     rows: list[dict[str, str]] = [json.loads(line) for line in lines if line]
     return min(
         rows, key=lambda row: (not _is_keyword_overview(row), len(row["output"]), row["input"])

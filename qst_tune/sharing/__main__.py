@@ -4,9 +4,9 @@ Examples::
 
     python -m qst_tune.sharing inspect runs/135M_qst/side_network
     python -m qst_tune.sharing verify runs/135M_qst/side_network SmolLM2-135M-Instruct
-    python -m qst_tune.sharing share runs/135M_qst/side_network new_folder \
+    python -m qst_tune.sharing share runs/135M_qst/side_network new_directory \
         --name me/pythonic --base-model HuggingFaceTB/SmolLM2-135M-Instruct --license apache-2.0
-    python -m qst_tune.sharing push new_folder me/pythonic --private
+    python -m qst_tune.sharing push new_directory me/pythonic --private
 """
 
 import argparse
@@ -15,9 +15,9 @@ from pathlib import Path
 
 from qst_tune.errors import USER_ERROR_STATUS, UserError
 from qst_tune.models.hf.hub import local_model
-from qst_tune.sharing.hub_folder import Publication, base_model_of, make_hub_folder
-from qst_tune.sharing.inspection import inspect_folder, verify_folder
-from qst_tune.sharing.push import push_folder
+from qst_tune.sharing.hub_directory import Publication, base_model_of, make_hub_directory
+from qst_tune.sharing.inspection import inspect_directory, verify_directory
+from qst_tune.sharing.push import push_directory
 from qst_tune.terminal import safe_streams
 
 
@@ -34,15 +34,17 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _answer(asked: argparse.Namespace) -> str:
     if asked.command == "inspect":
-        return inspect_folder(asked.folder)
+        return inspect_directory(asked.directory)
     if asked.command == "verify":
-        backbone = verify_folder(asked.folder, local_model(asked.backbone))
-        return f"{asked.folder} belongs to {backbone.name} ({backbone.quantization}) and is whole"
+        backbone = verify_directory(asked.directory, local_model(asked.backbone))
+        return (
+            f"{asked.directory} belongs to {backbone.name} ({backbone.quantization}) and is whole"
+        )
     if asked.command == "push":
-        return push_folder(asked.folder, asked.name, private=asked.private)
-    base_model = asked.base_model or base_model_of(asked.folder)
+        return push_directory(asked.directory, asked.name, private=asked.private)
+    base_model = asked.base_model or base_model_of(asked.directory)
     publication = Publication(asked.name, base_model, asked.license, asked.data)
-    make_hub_folder(asked.folder, asked.target, publication)
+    make_hub_directory(asked.directory, asked.target, publication)
     return (
         f"{asked.target} is ready: read its README.md, then\n"
         f"python -m qst_tune.sharing push {asked.target} {asked.name}"
@@ -54,12 +56,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     inspect = commands.add_parser("inspect", help="provenance, sizes, gates")
     verify = commands.add_parser("verify", help="does it belong to this backbone?")
-    share = commands.add_parser("share", help="make a folder for a model hub")
+    share = commands.add_parser("share", help="make a directory for a model hub")
     push = commands.add_parser("push", help="upload it to the Hugging Face Hub")
     for command in (inspect, verify, share, push):
-        command.add_argument("folder", type=Path, help="of a side network (or of scales)")
+        command.add_argument("directory", type=Path, help="of a side network (or of scales)")
     verify.add_argument("backbone", help="directory of the backbone, or its name on the hub")
-    share.add_argument("target", type=Path, help="a new folder")
+    share.add_argument("target", type=Path, help="a new directory")
     share.add_argument("--name", required=True, help="under which others will load it")
     share.add_argument("--base-model", help="hub name of the backbone, unless the run used it")
     share.add_argument("--license", help="of the side network, such as apache-2.0")

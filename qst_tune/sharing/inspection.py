@@ -13,14 +13,14 @@ from qst_tune.training.side_checkpoint import SIDE_NETWORK, read_side_network
 from qst_tune.training.tuned_folder import BackboneId, load_tuned, read_description, read_tensors
 
 
-def inspect_folder(folder: Path) -> str:
+def inspect_directory(directory: Path) -> str:
     """Describe a side network or a set of scales: provenance, results, sizes and gates.
 
     The directory may be anyone's: no code of it is run. A damaged one is a UserError.
     """
-    form = folder_format(folder)
-    description = read_description(folder, form)
-    tensors = read_tensors(folder, form)
+    form = folder_format(directory)
+    description = read_description(directory, form)
+    tensors = read_tensors(directory, form)
     backbone, structure = description["backbone"], description.get("structure") or {}
     facts = {
         "what": form.title,
@@ -71,18 +71,18 @@ def _by_number(item: tuple[str, torch.Tensor]) -> list[Any]:
     return [int(part) if part.isdigit() else -1 for part in parts]
 
 
-def verify_folder(folder: Path, backbone_folder: Path) -> BackboneId:
+def verify_directory(directory: Path, backbone_directory: Path) -> BackboneId:
     """Check that a result belongs to a backbone and is complete, without loading a model.
 
     Names and shapes of the tensors must be those of the backbone's model; otherwise it is a
     UserError.
     """
-    form = folder_format(folder)
-    model = build_any_described(folder, form, torch.float32, backbone_folder)
-    with checkpointer_of(folder, backbone_folder) as cfg:
+    form = folder_format(directory)
+    model = build_any_described(directory, form, torch.float32, backbone_directory)
+    with checkpointer_of(directory, backbone_directory) as cfg:
         backbone = identify_backbone(model, cfg)
     if form is SIDE_NETWORK:
-        read_side_network(folder, model.side, backbone=backbone)
+        read_side_network(directory, model.side, backbone=backbone)
     else:
-        load_tuned(form, folder, model.task(), backbone=backbone)
+        load_tuned(form, directory, model.task(), backbone=backbone)
     return backbone

@@ -17,14 +17,14 @@ _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _MACHINE_PATH = re.compile(r"(?<![\w:/.~-])(?:~/|/[\w.-]+/)[\w./-]+|\b[A-Za-z]:\\\\?\w+")
 
 
-def push_folder(folder: Path, name: str, *, private: bool = False) -> str:
+def push_directory(directory: Path, name: str, *, private: bool = False) -> str:
     """Upload a side network or a set of scales, and return the address of the repository.
 
     A missing repository is created. The token is the one that huggingface_hub finds; it is neither
     stored nor shown.
 
     Args:
-        folder (Path): directory of the result.
+        directory (Path): directory of the result.
         name (str): ``org/name`` of the repository.
         private (bool): create a private repository; otherwise the account's default holds (public).
 
@@ -37,14 +37,14 @@ def push_folder(folder: Path, name: str, *, private: bool = False) -> str:
     """
     if not _NAME.fullmatch(name):
         raise UserError(f"{name!r} is not of the form org/name")
-    files = _check(folder)
+    files = _check(directory)
     token = _token()
     try:
         api = HfApi(token=token)
         address = api.create_repo(name, private=private or None, exist_ok=True)
         api.upload_folder(
             repo_id=name,
-            folder_path=folder,
+            folder_path=directory,
             allow_patterns=files,
             commit_message="Upload a result of qst_tune",
         )
@@ -54,27 +54,27 @@ def push_folder(folder: Path, name: str, *, private: bool = False) -> str:
     return str(address)
 
 
-def _check(folder: Path) -> list[str]:
+def _check(directory: Path) -> list[str]:
     """Names of the files to upload, all of which were checked."""
-    form = folder_format(folder)
-    description = read_description(folder, form)
+    form = folder_format(directory)
+    description = read_description(directory, form)
     broken = [
-        name for name, t in read_tensors(folder, form).items() if not bool(t.isfinite().all())
+        name for name, t in read_tensors(directory, form).items() if not bool(t.isfinite().all())
     ]
     if broken:
-        raise UserError(f"{folder}: {len(broken)} tensors are not finite, such as {broken[0]}")
+        raise UserError(f"{directory}: {len(broken)} tensors are not finite, such as {broken[0]}")
     allowed = _known_files(form)
-    strange = sorted(path.name for path in folder.iterdir() if path.name not in allowed)
+    strange = sorted(path.name for path in directory.iterdir() if path.name not in allowed)
     if strange:
         raise UserError(
-            f"{folder} has files that are no part of a result, such as {strange[0]}: move them, or "
+            f"{directory} has other files than a result's, such as {strange[0]}: move them, or "
             "make a clean copy with `python -m qst_tune.sharing share`"
         )
-    files = sorted(path.name for path in folder.iterdir())
+    files = sorted(path.name for path in directory.iterdir())
     for name in (name for name in files if name != form.weights_file):
-        _check_text(folder / name)
+        _check_text(directory / name)
     if "num_labels" in description["model"]:
-        raise UserError(f"{folder} is a classifier, which transformers cannot load")
+        raise UserError(f"{directory} is a classifier, which transformers cannot load")
     return files
 
 

@@ -14,8 +14,8 @@ from qst_tune.backbone.qst_transformer import QSTTransformer
 from qst_tune.errors import UserError
 from qst_tune.generation.caches import attentions
 from qst_tune.modules.qst_model import QSTModel
-from qst_tune.sharing.hub_folder import Publication, base_model_of, make_hub_folder
-from qst_tune.sharing.push import push_folder
+from qst_tune.sharing.hub_directory import Publication, base_model_of, make_hub_directory
+from qst_tune.sharing.push import push_directory
 from qst_tune.training.atomic_folder import replace_files
 from qst_tune.training.described_model import load_described
 from qst_tune.training.side_checkpoint import SIDE_NETWORK, read_provenance, side_network_files
@@ -197,8 +197,8 @@ class QSTPreTrainedModel(PreTrainedModel):
             saved, shared = Path(made) / "saved", Path(made) / "shared"
             self.save_pretrained(saved)
             base_model = base_model or base_model_of(saved)
-            make_hub_folder(saved, shared, Publication(repo_id, base_model, license, data))
-            return push_folder(shared, repo_id, private=private)
+            make_hub_directory(saved, shared, Publication(repo_id, base_model, license, data))
+            return push_directory(shared, repo_id, private=private)
 
     def state_dict(
         self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False

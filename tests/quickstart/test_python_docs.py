@@ -15,7 +15,7 @@ from qst_tune.quickstart.docs_parser import parse_topic
 from qst_tune.quickstart.python_docs import (
     DocsSplit,
     build_python_docs,
-    choose_heldout,
+    choose_val_topics,
     demo_question,
 )
 from tests.data.chat_folders import build_folder
@@ -139,39 +139,39 @@ def test_text_without_title_gives_nothing() -> None:
 
 def test_counts_are_those_of_the_files(split: DocsSplit) -> None:
     assert len(read_rows(split.train_path)) == split.num_train
-    assert len(read_rows(split.heldout_path)) == split.num_heldout
+    assert len(read_rows(split.val_path)) == split.num_val
     # 503 to 546 and 29 to 32 in Python 3.10 to 3.13.
     assert split.num_train > 300
-    assert split.num_heldout > 15
+    assert split.num_val > 15
 
 
 def test_no_topic_is_in_both_files(split: DocsSplit) -> None:
-    assert not set(split.train_topics) & set(split.heldout_topics)
-    assert set(split.heldout_topics) <= choose_heldout(topics)
-    assert len(choose_heldout(topics)) == round(0.1 * len(topics))
+    assert not set(split.train_topics) & set(split.val_topics)
+    assert set(split.val_topics) <= choose_val_topics(topics)
+    assert len(choose_val_topics(topics)) == round(0.1 * len(topics))
 
 
-def test_no_heldout_text_or_question_is_trained_on(split: DocsSplit) -> None:
+def test_no_validation_text_or_question_is_trained_on(split: DocsSplit) -> None:
     """Topics repeat each other ("compound" holds "while"), so names alone would not show it."""
-    train, heldout = read_rows(split.train_path), read_rows(split.heldout_path)
+    train, val = read_rows(split.train_path), read_rows(split.val_path)
     trained = without_space("\n".join(row["output"] for row in train))
-    for row in heldout:
+    for row in val:
         for paragraph in row["output"].split("\n\n"):
             text = without_space(paragraph)
             assert len(text) < 40 or text not in trained
-    questions = [row["input"] for row in train + heldout]
+    questions = [row["input"] for row in train + val]
     assert len(set(questions)) == len(questions)
 
 
 def test_answers_are_whole_paragraphs_of_the_source(split: DocsSplit) -> None:
     blocks = source_blocks()
-    for row in read_rows(split.train_path) + read_rows(split.heldout_path):
+    for row in read_rows(split.train_path) + read_rows(split.val_path):
         for paragraph in row["output"].split("\n\n"):
             assert without_space(paragraph) in blocks, paragraph
 
 
 def test_rows_are_filled_and_short(split: DocsSplit) -> None:
-    for row in read_rows(split.train_path) + read_rows(split.heldout_path):
+    for row in read_rows(split.train_path) + read_rows(split.val_path):
         assert set(row) == {"input", "output"}
         assert row["input"].strip()
         assert row["input"].endswith((".", "?"))
@@ -194,13 +194,13 @@ def test_bytes_are_the_same_in_another_process(split: DocsSplit, tmp_path: Path)
     )
     environment = {**os.environ, "PYTHONHASHSEED": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, env=environment)
-    for path in (split.train_path, split.heldout_path):
+    for path in (split.train_path, split.val_path):
         assert (tmp_path / path.name).read_bytes() == path.read_bytes()
 
 
-def test_demo_question_is_a_heldout_overview(split: DocsSplit) -> None:
+def test_demo_question_is_a_validation_example(split: DocsSplit) -> None:
     row = demo_question(split)
-    assert row in read_rows(split.heldout_path)
+    assert row in read_rows(split.val_path)
     assert row == demo_question(split)
     assert "\n\n" in row["output"]
     assert 'the "while" statement' in row["input"]
@@ -221,11 +221,11 @@ def test_loads_with_instruct_dataset_and_learns_the_answer_alone(
     dataset = instruct_dataset(
         tokenizer,
         source="json",
-        data_files=str(split.heldout_path),
+        data_files=str(split.val_path),
         split="train",
         cache_dir=str(tmp_path / "cache"),
     )
-    rows = read_rows(split.heldout_path)
+    rows = read_rows(split.val_path)
     assert len(dataset) == len(rows)
     for sample, row in zip(dataset, rows, strict=True):
         learnt = [label for label in sample["labels"] if label != CROSS_ENTROPY_IGNORE_IDX]

@@ -86,7 +86,7 @@ class FakeIndex:
 
     def convert(self, gguf: Path, folder: Path) -> None:
         assert gguf.read_bytes() == self.gguf
-        for name in smollm2._FOLDER_FILES:
+        for name in smollm2._MODEL_FILES:
             (folder / name).write_text("content")
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from qst_tune.errors import UserError
 from qst_tune.quantization.table import QuantizedTable
-from qst_tune.sharing.inspection import verify_folder
+from qst_tune.sharing.inspection import verify_directory
 from qst_tune.training.config_file import parse_config
 from qst_tune.transformers import QSTForCausalLM
 from tests.checkpoints import colour_rows, file_hashes, write_chat_tokenizer, write_jsonl
@@ -105,7 +105,7 @@ def test_transformers_loads_what_was_tuned_though_the_folder_has_moved(
         tuned, backbone=str(tmp_path / "after"), dtype=torch.float32
     )
     assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()
-    verify_folder(tuned, tmp_path / "after")
+    verify_directory(tuned, tmp_path / "after")
 
 
 @pytest.mark.parametrize(("family", "form"), [("gemma2", "int8"), ("phi3", "nf4")])

@@ -7,7 +7,7 @@ import torch
 
 from qst_tune.errors import UserError
 from qst_tune.sharing.__main__ import main
-from qst_tune.sharing.inspection import inspect_folder, verify_folder
+from qst_tune.sharing.inspection import inspect_directory, verify_directory
 from tests.checkpoints import random_weights, write_model_folder
 from tests.folders import side_network_folder
 
@@ -19,7 +19,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_an_inspection_tells_provenance_results_sizes_and_gates(tmp_path: Path) -> None:
     folder, model = side_network_folder(tmp_path)
-    told = inspect_folder(folder)
+    told = inspect_directory(folder)
     side = model.side
     count = sum(p.numel() for p in side.parameters())
     betas = [f"{torch.sigmoid(gate.gamma).mean():.3f}" for gate in side.gates]
@@ -38,7 +38,7 @@ def test_an_inspection_tells_provenance_results_sizes_and_gates(tmp_path: Path) 
 def test_a_folder_that_belongs_is_verified_through_the_command(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    backbone = verify_folder(folder, folder.parent / "model")
+    backbone = verify_directory(folder, folder.parent / "model")
     assert backbone.quantization == "nf4"
     main(["verify", str(folder), str(folder.parent / "model")])
     assert "belongs to model (nf4) and is whole" in capsys.readouterr().out
@@ -49,7 +49,7 @@ def test_what_does_not_belong_or_is_damaged_is_one_line(
 ) -> None:
     other = write_model_folder(tmp_path / "other", weights=random_weights(seed=1))
     with pytest.raises(UserError, match="was trained on another backbone"):
-        verify_folder(folder, other)
+        verify_directory(folder, other)
     cut, _ = side_network_folder(tmp_path)
     weights = cut / "side_network.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -61,4 +61,4 @@ def test_what_does_not_belong_or_is_damaged_is_one_line(
         assert line.startswith("error: ")
         assert "damaged" in line
     with pytest.raises(UserError, match="is no result of qst_tune"):
-        inspect_folder(tmp_path / "model")
+        inspect_directory(tmp_path / "model")

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from qst_tune.errors import UserError
 from qst_tune.sharing.__main__ import main
-from qst_tune.sharing.hub_folder import Publication, make_hub_folder
-from qst_tune.sharing.push import push_folder
+from qst_tune.sharing.hub_directory import Publication, make_hub_directory
+from qst_tune.sharing.push import push_directory
 from tests.fake_hub import TOKEN, FakeHub, serving, use
 from tests.folders import side_network_folder
 
@@ -27,7 +27,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def ready(run: Path, tmp_path: Path) -> Path:
-    make_hub_folder(run, tmp_path / "ready", Publication(NAME, "some/model"))
+    make_hub_directory(run, tmp_path / "ready", Publication(NAME, "some/model"))
     return tmp_path / "ready"
 
 
@@ -54,7 +54,7 @@ def test_the_files_arrive_and_the_address_is_printed(
 
 
 def test_a_new_repository_is_private_if_asked(hub: FakeHub, ready: Path) -> None:
-    push_folder(ready, NAME, private=True)
+    push_directory(ready, NAME, private=True)
     (created,) = hub.created
     assert created.get("visibility") == "private" or created.get("private") is True
 
@@ -64,7 +64,7 @@ def test_a_new_repository_is_private_if_asked(hub: FakeHub, ready: Path) -> None
 
 def problem(folder: Path, name: str = NAME) -> str:
     with pytest.raises(UserError) as error:
-        push_folder(folder, name)
+        push_directory(folder, name)
     assert "\n" not in str(error.value)
     assert TOKEN not in str(error.value)
     return str(error.value)

@@ -227,7 +227,7 @@ def test_pushing_writes_a_public_directory(folders, tmp_path, monkeypatch):
         pushed.update({path.name: path.read_bytes() for path in folder.iterdir()})
         return f"https://hub/{name}"
 
-    monkeypatch.setattr("qst_tune.transformers.pretrained.push_folder", push)
+    monkeypatch.setattr("qst_tune.transformers.pretrained.push_directory", push)
     tuned = saved(folders["llama"], tmp_path / "side")
     with pytest.raises(UserError, match="from a local directory"):
         tuned.push_to_hub("me/mine")

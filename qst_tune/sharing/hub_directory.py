@@ -29,9 +29,9 @@ class Publication:
     data: str | None = None  # the training data, for people; default: the names of the files
 
 
-def base_model_of(folder: Path) -> str:
+def base_model_of(directory: Path) -> str:
     """Return the hub name of a side network's backbone; a local backbone is a UserError."""
-    backbone = read_description(folder, SIDE_NETWORK)["backbone"]
+    backbone = read_description(directory, SIDE_NETWORK)["backbone"]
     if not backbone.get("revision"):
         raise UserError(
             f"the run had {backbone['name']} from a local directory: name the model on the hub "
@@ -40,11 +40,11 @@ def base_model_of(folder: Path) -> str:
     return str(backbone["name"])
 
 
-def make_hub_folder(folder: Path, target: Path, publication: Publication) -> None:
+def make_hub_directory(directory: Path, target: Path, publication: Publication) -> None:
     """Copy a side network with everything that others need to use it.
 
     Args:
-        folder (Path): directory of the side network.
+        directory (Path): directory of the side network.
         target (Path): must not exist.
         publication (Publication): for the model card.
 
@@ -53,18 +53,18 @@ def make_hub_folder(folder: Path, target: Path, publication: Publication) -> Non
             classifier.
     """
     if target.exists():
-        raise UserError(f"{target} exists already: name a new folder")
-    description = read_description(folder, SIDE_NETWORK)
+        raise UserError(f"{target} exists already: name a new directory")
+    description = read_description(directory, SIDE_NETWORK)
     public = _public_name(description["backbone"], publication.base_model)
     if "num_labels" in description["model"]:
-        raise UserError(f"{folder} is a classifier, which transformers cannot load")
-    read_tensors(folder, SIDE_NETWORK)  # whole?
-    cfg = _portable(folder / "recipe_config.yaml", public)
+        raise UserError(f"{directory} is a classifier, which transformers cannot load")
+    read_tensors(directory, SIDE_NETWORK)  # whole?
+    cfg = _portable(directory / "recipe_config.yaml", public)
     home = str(description["model"].get("checkpoint_dir", ""))
     portable = _without_paths(description, home, public)
-    card = model_card(description, cfg, publication, summary=_summary(folder))
+    card = model_card(description, cfg, publication, summary=_summary(directory))
     files = {
-        SIDE_NETWORK.weights_file: (folder / SIDE_NETWORK.weights_file).read_bytes(),
+        SIDE_NETWORK.weights_file: (directory / SIDE_NETWORK.weights_file).read_bytes(),
         SIDE_NETWORK.config_file: (json.dumps(portable, indent=2) + "\n").encode(),
         "recipe_config.yaml": OmegaConf.to_yaml(cfg).encode(),
         "config.json": transformers_config(public),
@@ -110,9 +110,9 @@ def _without_paths(node: Any, home: str, public: str) -> Any:
     return Path(node).name if is_path else node
 
 
-def _summary(folder: Path) -> dict[str, Any]:
+def _summary(directory: Path) -> dict[str, Any]:
     """What the run measured, if the directory is still where the run wrote it."""
-    path = folder.parent / "summary.json"
+    path = directory.parent / "summary.json"
     try:
         found: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -138,7 +138,7 @@ def model_card(
 # {publication.name.rpartition("/")[2]}
 
 A side network of [QST](https://arxiv.org/abs/2401.07159) for `{publication.base_model}`, which
-runs in {backbone["quantization"]} beside it and is not part of this folder. It cannot be merged
+runs in {backbone["quantization"]} beside it and is not part of this directory. It cannot be merged
 into that model, and works with no other weights than those of the fingerprint
 `{backbone["fingerprint"][:16]}...`: loading checks it.
 

@@ -13,7 +13,7 @@ from qst_tune.recipes import qst_chat
 
 from qst_tune.errors import UserError
 from qst_tune.sharing.__main__ import main
-from qst_tune.sharing.hub_folder import Publication, make_hub_folder
+from qst_tune.sharing.hub_directory import Publication, make_hub_directory
 from qst_tune.training.config_file import parse_config
 from qst_tune.training.side_checkpoint import SIDE_NETWORK
 from tests.folders import side_network_folder
@@ -66,7 +66,7 @@ def test_a_model_that_is_built_from_a_folder_names_the_public_one(
     described = json.loads((here / SIDE_NETWORK.config_file).read_text())
     described["model"]["checkpoint_dir"] = str(tmp_path / "downloaded")
     (here / SIDE_NETWORK.config_file).write_text(json.dumps(described))
-    make_hub_folder(here, tmp_path / "hub", Publication("me/side", "some/tiny-model"))
+    make_hub_directory(here, tmp_path / "hub", Publication("me/side", "some/tiny-model"))
     shared = json.loads((tmp_path / "hub" / SIDE_NETWORK.config_file).read_text())
     assert shared["model"].pop("checkpoint_dir") == "some/tiny-model"
     del described["model"]["checkpoint_dir"]
@@ -112,7 +112,7 @@ def test_the_command_of_the_card_runs_as_it_stands(
 def test_what_cannot_be_shared_is_told(folder: Path, tmp_path: Path) -> None:
     publication = Publication("me/mine", "some/model")
     with pytest.raises(UserError, match="exists already"):
-        make_hub_folder(folder, tmp_path, publication)
+        make_hub_directory(folder, tmp_path, publication)
     copy = tmp_path / "classifier"
     shutil.copytree(folder, copy)
     path = copy / "qst_config.json"
@@ -120,5 +120,5 @@ def test_what_cannot_be_shared_is_told(folder: Path, tmp_path: Path) -> None:
     description["model"]["num_labels"] = 2
     path.write_text(json.dumps(description))
     with pytest.raises(UserError, match="is a classifier"):
-        make_hub_folder(copy, tmp_path / "new", publication)
+        make_hub_directory(copy, tmp_path / "new", publication)
     assert not (tmp_path / "new").exists()
