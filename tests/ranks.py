@@ -30,9 +30,13 @@ def finetune_on(
     size: int, config: Config, output_dir: Path, *overrides: str, recipe: Any = qst_finetune
 ) -> FinetuneResult:
     """Run a recipe on ``size`` processes; a user's mistake is told as the command line tells it."""
-    cfg = merged(config, f"output_dir={output_dir}", *overrides)
-    _start(size, run_recipe, (recipe, cfg), 1)
+    run_on(size, recipe, merged(config, f"output_dir={output_dir}", *overrides))
     return FinetuneResult(output_dir)
+
+
+def run_on(size: int, recipe: Any, cfg: DictConfig) -> None:
+    """Run a recipe with a merged config on ``size`` processes."""
+    _start(size, run_recipe, (recipe, cfg), 1)
 
 
 def run_recipe(recipe: Any, cfg: DictConfig) -> None:

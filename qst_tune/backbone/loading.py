@@ -11,7 +11,7 @@ from torchtune import utils
 from qst_tune.backbone.directory_format import DirectoryFormat
 from qst_tune.backbone.directory_methods import read_directory_format
 from qst_tune.backbone.hf_quantizer import drop_other_modalities, quantization_config_type
-from qst_tune.backbone.placing import Placing, decode_rest_
+from qst_tune.backbone.placing import Placing, Take, decode_rest_
 from qst_tune.backbone.quantizers import quantization_of_text, quantize_tables, quantized_share
 from qst_tune.backbone.stored_directory import check_unused, lazy_state_dict, report
 from qst_tune.backbone.transformers import TransformersBackbone
@@ -59,6 +59,7 @@ def load_backbone(
     dtype: torch.dtype,
     device: torch.device,
     files: Sequence[Path] | None = None,
+    take: Take | None = None,
 ) -> None:
     """Fill a backbone from a directory with transformers' own loader, weight by weight.
 
@@ -73,13 +74,15 @@ def load_backbone(
         device (torch.device): of the backbone.
         files (Sequence[Path] | None): of the weights, which only a quantised directory is read
             from; None: its safetensors files.
+        take (Take | None): takes the weights of each module instead of the backbone, which gets the
+            rest (:func:`transplant_rest_`).
 
     Raises:
         UserError: if the directory describes another model, a weight is missing or has another
             shape, or the LM head does something that is not known here.
     """
     check_same(backbone, folder)
-    place = Placing(backbone.base_quantization, device, backbone.stored)
+    place = Placing(backbone.base_quantization, device, backbone.stored, take)
     model, info = _from_pretrained(folder, place, dtype, files)
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
@@ -91,8 +94,13 @@ def load_backbone(
         report(place)
     move_dense_(model, device)
     quantize_tables(model.get_input_embeddings(), model, backbone.embedding_quantization)
-    transplant_(backbone.model, model)
-    check_head(backbone)
+    if take is None:
+        transplant_(backbone.model, model)
+        check_head(backbone)
+    else:
+        for path, module in model.named_modules():
+            take(path, module)
+        transplant_rest_(backbone.model, model)
     if backbone.base_quantization != "none":
         _report_share(backbone)
 
@@ -175,11 +183,19 @@ def transplant_(model: Any, loaded: Any) -> None:
             model.set_submodule(name, source)
             continue
         target._parameters.update(source._parameters)
-        target._buffers.update(source._buffers)
-        for key, value in vars(source).items():
-            if isinstance(value, torch.Tensor):
-                setattr(target, key, value)
+    transplant_rest_(model, loaded)
     model.requires_grad_(False)
+
+
+def transplant_rest_(model: Any, loaded: Any) -> None:
+    """Give a model, in place, what another one has beside parameters, such as rotary tables."""
+    for name, source in loaded.named_modules():
+        if not isinstance(source, QuantizedLinear):
+            target = model.get_submodule(name)
+            target._buffers.update(source._buffers)
+            for key, value in vars(source).items():
+                if isinstance(value, torch.Tensor):
+                    setattr(target, key, value)
 
 
 def move_dense_(model: Any, device: torch.device) -> None:
@@ -191,7 +207,7 @@ def move_dense_(model: Any, device: torch.device) -> None:
     """
     for module in model.modules():
         for tensor in [*module._parameters.values(), *module._buffers.values()]:
-            if tensor is not None and tensor.device.type != device.type:
+            if tensor is not None and tensor.numel() and tensor.device.type != device.type:
                 tensor.data = tensor.data.to(device)
 
 

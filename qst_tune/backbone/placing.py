@@ -1,6 +1,6 @@
 """Put weights that are read into a model: taken over, quantised, or as they are; and count."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,9 @@ from qst_tune.backbone.taken_experts import TakenExperts
 from qst_tune.errors import UserError
 from qst_tune.modules.base_quantization import BaseQuantization
 from qst_tune.quantization.stored import stored_on
+
+# Takes the tensors of a module, by its name, away, and leaves empty ones.
+Take = Callable[[str, nn.Module], None]
 
 
 @dataclass
@@ -57,6 +60,7 @@ class Placing:
         base_quantization (BaseQuantization): of linears and experts of the layers.
         device (torch.device): where they must be.
         stored (DirectoryFormat | None): how the directory stores its weights; None: dense.
+        take (Take | None): gets each module, by name, as soon as a weight of it is there.
     """
 
     def __init__(
@@ -64,7 +68,9 @@ class Placing:
         base_quantization: BaseQuantization,
         device: torch.device,
         stored: DirectoryFormat | None = None,
+        take: Take | None = None,
     ) -> None:
+        self.take = take
         self.base_quantization, self.device, self.stored = base_quantization, device, stored
         self.tally = Tally()
         self.error: UserError | None = None
@@ -87,6 +93,9 @@ class Placing:
             self.error = self.error or error
             raise
         self._place(model, name, weight)
+        if self.take is not None:
+            path = name.rpartition(".")[0]
+            self.take(path, model.get_submodule(path))
 
     def _place(self, model: nn.Module, name: str, weight: torch.Tensor) -> None:
         stored = self.stored

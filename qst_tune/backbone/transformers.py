@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention.flex_attention import BlockMask
 
 from qst_tune.backbone.cache import TransformersCache
@@ -192,17 +193,14 @@ class TransformersBackbone(nn.Module):
         return TransformersCache(self)
 
     def row_parts(self, tokens: torch.Tensor, mask: Any) -> list[slice]:
-        """Split a large batch into parts of whole rows.
+        """Split a large batch into parts of whole rows; a BlockMask cannot be split.
 
-        Args:
-            tokens (torch.Tensor): ``[B, T]``.
-            mask (Any): a BlockMask cannot be split.
-
-        Returns:
-            list[slice]: of the batch dimension.
+        A sharded model runs a batch at once: each part gathers all layers, and processes with other
+        numbers of parts would wait for each other.
         """
         rows = max(1, self.chunk_tokens // tokens.shape[1])
-        if self.cache is not None or isinstance(mask, BlockMask):
+        is_sharded = isinstance(self.layers[0], FSDPModule)
+        if self.cache is not None or isinstance(mask, BlockMask) or is_sharded:
             rows = len(tokens)
         return [slice(start, start + rows) for start in range(0, max(1, len(tokens)), rows)]
 
@@ -329,6 +327,12 @@ class TransformersBackbone(nn.Module):
                 )
                 stack.callback(handle.remove)
             yield
+
+
+def transformers_backbone(model: Any) -> TransformersBackbone | None:
+    """Return the backbone of a model over transformers, or the model if it is one; else None."""
+    backbone = getattr(model, "backbone", model)
+    return backbone if isinstance(backbone, TransformersBackbone) else None
 
 
 def _is_padding(mask: Any) -> bool:

@@ -11,8 +11,8 @@ from omegaconf import DictConfig
 from torchtune.modules import TransformerDecoder
 
 from qst_tune.modules.peqa_decoder import PEQADecoder
+from qst_tune.training.backbone_sizes import group_bytes
 from qst_tune.training.memory import GIB, tensor_bytes
-from qst_tune.training.sharding import group_bytes
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,29 @@ def _expose(module: nn.Module, name: str, tensor: torch.Tensor) -> dict[str, Pla
     return {f"{name}/{part}": place for part, place in places.items()}
 
 
+def read_from(module: nn.Module, name: str, owner: nn.Module, own_name: str) -> None:
+    """Let a parameter, in place, be read from another module, which may put it together of parts.
+
+    So a tied LM head reads the embedding's weight at each call. An empty parameter is left behind.
+    """
+    setattr(module, name, nn.Parameter(torch.empty(0), requires_grad=False))
+    read = _Read(owner, own_name)
+    parametrize.register_parametrization(module, name, read, unsafe=True)
+
+
+class _Read(nn.Module):
+    """A parametrisation: what another module has."""
+
+    def __init__(self, owner: nn.Module, name: str) -> None:
+        super().__init__()
+        self._where = (owner, name)  # in a tuple: the owner is no submodule
+
+    def forward(self, _: torch.Tensor) -> torch.Tensor:
+        owner, name = self._where
+        tensor: torch.Tensor = getattr(owner, name)
+        return tensor
+
+
 class _Join(nn.Module):
     """A parametrisation: a quantised tensor of its large parts, which become parameters."""
 

@@ -20,13 +20,14 @@ from qst_tune.training.architecture_check import check_architecture
 from qst_tune.training.automatic import AUTO, automatic_device, automatic_dtype
 from qst_tune.training.backbone_cache import backbone_cache
 from qst_tune.training.backbone_loading import fingerprint_backbone, load_backbone
+from qst_tune.training.backbone_sizes import check_fits
 from qst_tune.training.cli import instantiate
 from qst_tune.training.config_check import check_checkpoint_dir
 from qst_tune.training.config_file import variables_in
 from qst_tune.training.config_keys import TRAINING_KEYS
 from qst_tune.training.distributed import rank_and_world_size
 from qst_tune.training.hub_models import with_hub_names
-from qst_tune.training.sharding import check_fits, choose_sharding, load_sharded_backbone
+from qst_tune.training.sharding import choose_sharding, load_sharded_backbone
 from qst_tune.training.transformers_loading import (
     identify_transformers_backbone,
     load_transformers_backbone,

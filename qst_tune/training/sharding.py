@@ -8,9 +8,10 @@ summed as without sharding. So nothing but frozen codes and those gradients ever
 """
 
 import itertools
-import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,19 +28,21 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 from torchtune.modules import TransformerDecoder
 
+from qst_tune.backbone.loading import load_backbone
+from qst_tune.backbone.transformers import TransformersBackbone
 from qst_tune.errors import UserError
 from qst_tune.modules.base_quantization import QuantizedLinear
-from qst_tune.modules.plain_parts import Place, expose_parts, plain_parts
+from qst_tune.modules.plain_parts import Place, expose_parts, plain_parts, read_from
 from qst_tune.modules.qst_decoder import QSTDecoder
+from qst_tune.modules.qst_model import QSTModel
 from qst_tune.modules.rotary_caches import build_rotary_caches
 from qst_tune.training.backbone_cache import backbone_cache
-from qst_tune.training.backbone_loading import SIDE_PREFIX, read_weights, set_weight
+from qst_tune.training.backbone_loading import read_weights, set_weight
+from qst_tune.training.backbone_sizes import gathered_groups, is_side
 from qst_tune.training.distributed import sum_over_ranks
 from qst_tune.training.loss import zero_loss
-from qst_tune.training.memory import GIB, tensor_bytes
 
 META = torch.device("meta")
-_LARGEST_SHARE = 0.8  # of a device's memory, for a backbone
 
 
 @dataclass(frozen=True)
@@ -60,14 +63,7 @@ class Sharding:
         return f"{self.mesh.get_local_rank()}-of-{self.mesh.size()}"
 
     def rows(self, num_rows: int) -> slice:
-        """Tell which rows of a tensor this process keeps, as FSDP2 cuts it.
-
-        Args:
-            num_rows (int): length of the first dimension.
-
-        Returns:
-            slice: may be empty.
-        """
+        """Return which of a tensor's rows this process keeps, perhaps none, as FSDP2 cuts it."""
         count = -(-num_rows // self.mesh.size())
         start = min(count * self.mesh.get_local_rank(), num_rows)
         return slice(start, min(start + count, num_rows))
@@ -78,17 +74,9 @@ def choose_sharding(
 ) -> Sharding | None:
     """Choose the processes that share one backbone. Collective: call it on all ranks.
 
-    Args:
-        mode (str | None): "full": all of them; "node": those of one machine, so that gathering
-            never leaves it; None: each has its own.
-        device (torch.device): of this process.
-        offload (bool): keep the parts in the host's memory.
-
-    Returns:
-        Sharding | None: None if each process keeps the whole backbone.
-
-    Raises:
-        UserError: if machines are to share it that have different numbers of processes.
+    With ``mode`` "full" it is all of them, with "node" those of one machine, so that gathering
+    never leaves it; None if each process keeps the whole backbone. UserError if machines are to
+    share it that have different numbers of processes.
     """
     if mode is None or not dist.is_initialized():
         return None
@@ -112,16 +100,17 @@ class ShardedBackbone:
     """The parts of a backbone that this process keeps.
 
     Args:
-        model (TransformerDecoder): built on meta; changed in place: its backbone is sharded, its
-            parts are empty tensors. What trains, and a side network, is left alone.
+        model (Any): built on meta; changed in place: its backbone is sharded, its parts are empty
+            tensors. What trains, and a side network, is left alone.
         sharding (Sharding): over which processes.
         device (torch.device): where the model shall compute.
     """
 
-    def __init__(self, model: TransformerDecoder, sharding: Sharding, device: torch.device) -> None:
+    def __init__(self, model: Any, sharding: Sharding, device: torch.device) -> None:
         self.sharding = sharding
-        places = _expose(model)
-        _shard(model, sharding)
+        groups: list[Any] = gathered_groups(model)
+        places, self._tied = _expose(model)
+        _shard(model, groups, sharding)
         for place in places.values():
             _allocate(place, device, sharding)
         self.parts = {name: _local(place.tensor) for name, place in places.items()}
@@ -132,12 +121,34 @@ class ShardedBackbone:
         Args:
             path (str): the module's in the model.
             module (nn.Module): its twin, not sharded; what is still on meta is passed over.
+
+        Raises:
+            UserError: if it is stored otherwise than the model's.
         """
         for name, part in plain_parts(module).items():
-            if not part.is_meta:
-                kept = self.parts[f"{path}.{name}"]
-                is_whole = kept.shape == part.shape
-                kept.copy_(part if is_whole else part[self.sharding.rows(len(part))])
+            key = f"{path}.{name}"
+            if part.is_meta or f"{path}.{name.partition('/')[0]}" in self._tied:
+                continue
+            kept = self.parts.get(key)
+            rows = part
+            if kept is not None and kept.shape != part.shape:
+                rows = part[self.sharding.rows(len(part))]
+            if kept is None or kept.shape != rows.shape:
+                raise UserError(
+                    f"backbone_sharding: {path} is stored otherwise than config.json says, which "
+                    "cannot be sharded; leave backbone_sharding out, or quantise another directory"
+                )
+            kept.copy_(rows)
+
+    def take(self, path: str, module: nn.Module) -> None:
+        """Keep this process's rows, and leave empty tensors on meta."""
+        self.keep(path, module)
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.is_meta:
+                module._parameters[name] = _empty()
+        if isinstance(module, QuantizedLinear):
+            for name, _ in module.named_buffers(recurse=False):
+                module._buffers[name] = torch.empty(0, device=META)
 
 
 @torch.no_grad()
@@ -189,15 +200,43 @@ def load_sharded_backbone(
     return fingerprint
 
 
+@torch.no_grad()
+def load_sharded_directory(
+    model: Any,
+    backbone: TransformersBackbone,
+    folder: Path,
+    sharding: Sharding,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    files: Sequence[Path],
+) -> None:
+    """Load a directory through transformers' loader, keeping only this process's parts.
+
+    Args:
+        model (Any): over ``backbone``, built on meta; changed in place: filled and sharded.
+        backbone (TransformersBackbone): the model's.
+        folder (Path): of the weights.
+        sharding (Sharding): over which processes.
+        dtype (torch.dtype): of what is not quantised.
+        device (torch.device): where the model shall compute.
+        files (Sequence[Path]): of the weights.
+    """
+    root = next(path for path, m in model.named_modules() if m is backbone.model)
+    sharded = ShardedBackbone(model, sharding, device)
+
+    def take(path: str, module: nn.Module) -> None:
+        sharded.take(f"{root}.{path}" if path else root, module)
+
+    load_backbone(backbone, folder, dtype=dtype, device=device, files=files, take=take)
+
+
 def take_part(model: nn.Module, device: torch.device) -> None:
     """Run a model on one token, for nothing but to gather its weights together with the others.
 
     A process without a batch of its own calls it once for each batch of the others, which would
-    wait for its part of the weights for ever. It does nothing to a model that is not sharded.
-
-    Args:
-        model (nn.Module): as the others run it; gradients are zeros, if they are on.
-        device (torch.device): the model's.
+    wait for its part of the weights for ever. Gradients are zeros, if they are on. It does nothing
+    to a model that is not sharded.
     """
     if not isinstance(model, FSDPModule):
         return
@@ -207,16 +246,7 @@ def take_part(model: nn.Module, device: torch.device) -> None:
 
 
 def anyone_has(batch: object, model: nn.Module, device: torch.device) -> bool:
-    """Tell whether a process has a batch left. Collective if the model is sharded.
-
-    Args:
-        batch (object): this process's, or None.
-        model (nn.Module): not sharded, only this process counts.
-        device (torch.device): the model's.
-
-    Returns:
-        bool: the same on all processes of a sharded model.
-    """
+    """Return whether a process has a batch left, of a sharded model any process: collective."""
     if not isinstance(model, FSDPModule):
         return batch is not None
     return bool(sum_over_ranks(torch.tensor(float(batch is not None), device=device)))
@@ -227,98 +257,45 @@ def free_weights(model: nn.Module) -> None:
 
     Otherwise it would be freed by whatever reads the model's state dict next, which is the first
     process alone when it saves: the others would not gather again when it has to.
-
-    Args:
-        model (nn.Module): nothing is done to one that is not sharded.
     """
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
-def backbone_bytes(model: TransformerDecoder) -> int:
-    """Bytes of a backbone as it is stored, all of it and without what trains.
-
-    Args:
-        model (TransformerDecoder): may be on meta; not sharded.
-
-    Returns:
-        int: bytes.
-    """
-    return sum(_own_bytes(m) for path, m in model.named_modules() if not _is_side(path))
-
-
-def group_bytes(model: TransformerDecoder) -> tuple[list[int], int]:
-    """Bytes of what is gathered together when a backbone is sharded.
-
-    Args:
-        model (TransformerDecoder): as for :func:`backbone_bytes`.
-
-    Returns:
-        tuple[list[int], int]: of each group that is freed as soon as it has run; and of the rest,
-        final norm, head and a tied embedding, which is whole during a step.
-    """
-    groups = [sum(map(_own_bytes, group.modules())) for group in _groups(model)]
-    return groups, backbone_bytes(model) - sum(groups)
-
-
-def _own_bytes(module: nn.Module) -> int:
-    """Of what is frozen in a module, without its children."""
-    return sum(tensor_bytes(p) for p in plain_parts(module).values() if not p.requires_grad)
-
-
-def _is_side(path: str) -> bool:
-    return f"{path}.".startswith(SIDE_PREFIX)
-
-
-def check_fits(model: TransformerDecoder, device: torch.device) -> None:
-    """Refuse a whole backbone that takes more than 80 % of a CUDA device.
-
-    The rest is for the side network's activations. Elsewhere nothing is checked.
-
-    Args:
-        model (TransformerDecoder): on meta.
-        device (torch.device): where it shall live.
-
-    Raises:
-        UserError: naming what to set.
-    """
-    if device.type != "cuda":
-        return
-    needed, there = backbone_bytes(model), torch.cuda.get_device_properties(device).total_memory
-    if needed > _LARGEST_SHARE * there:
-        raise UserError(
-            f"the backbone takes {needed / GIB:.1f} GiB and {device} has {there / GIB:.1f} GiB: "
-            "set backbone_sharding=full and start at least "
-            f"{math.ceil(needed / (_LARGEST_SHARE * there))} processes with --nproc_per_node"
-        )
-
-
-def _expose(model: TransformerDecoder) -> dict[str, Place]:
+def _expose(model: nn.Module) -> tuple[dict[str, Place], set[str]]:
+    """Return the places of all parts by name, and the names of tied weights, which have none."""
     places: dict[str, Place] = {}
+    owners: dict[int, tuple[nn.Module, str]] = {}
+    tied: set[str] = set()
     for path, module in list(model.named_modules()):
-        if not _is_side(path):
-            exposed = expose_parts(module)
-            places.update({f"{path}.{name}": place for name, place in exposed.items()})
-    return places
+        if is_side(path):
+            continue
+        for name, tensor in list(module.named_parameters(recurse=False)):
+            owner = owners.setdefault(id(tensor), (module, name))
+            if owner[0] is not module:
+                read_from(module, name, *owner)
+                tied.add(f"{path}.{name}")
+        exposed = expose_parts(module)
+        places.update({f"{path}.{name}": place for name, place in exposed.items()})
+    return places, tied
 
 
-def _shard(model: TransformerDecoder, sharding: Sharding) -> None:
+def _shard(model: Any, groups: list[Any], sharding: Sharding) -> None:
     """A group for each layer and for an untied embedding; the rest is gathered for a whole step."""
-    runs_backward = not isinstance(model, QSTDecoder)
     settings: dict[str, Any] = {
         "mesh": sharding.mesh,
         "offload_policy": _offload_policy(sharding),
-        "ignored_params": {p for p in model.parameters() if p.requires_grad},
+        "ignored_params": {p for p in model.parameters() if p.requires_grad or not p.numel()},
     }
-    groups: list[Any] = _groups(model)
     for group in groups:
         # A QSTDecoder frees a layer itself, since it may run it several times a step.
-        fully_shard(group, reshard_after_forward=runs_backward, **settings)
+        reshard = not isinstance(model, QSTDecoder)
+        fully_shard(group, reshard_after_forward=reshard, **settings)
     fully_shard(model, **settings)
     for group, following in itertools.pairwise(groups):
         group.set_modules_to_forward_prefetch([following])
     _prefetch_backward(model)
-    if isinstance(model, QSTDecoder):
+    if isinstance(model, QSTModel):
         register_fsdp_forward_method(model, "with_reference")
 
 
@@ -328,7 +305,7 @@ def _prefetch_backward(model: Any) -> None:
     For a side network that would be the last layer, and for PEQA the embedding, which both have no
     backward pass. A module that "prefetches" itself is whole at that moment: it prefetches nothing.
     """
-    has_side_network = isinstance(model, QSTDecoder)
+    has_side_network = isinstance(model, QSTModel)
     if has_side_network:
         model.set_modules_to_backward_prefetch([model])
         return
@@ -336,14 +313,6 @@ def _prefetch_backward(model: Any) -> None:
     model.set_modules_to_backward_prefetch([layers[-1]])
     for before, layer in zip([layers[0], *layers[:-1]], layers, strict=True):
         layer.set_modules_to_backward_prefetch([before])
-
-
-def _groups(model: TransformerDecoder) -> list[nn.Module]:
-    """What is gathered and freed by itself, in the order in which it runs."""
-    groups: list[nn.Module] = list(model.layers)
-    if isinstance(model.output, nn.Linear | QuantizedLinear):  # otherwise the head reads it too
-        groups.insert(0, model.tok_embeddings)
-    return groups
 
 
 def _offload_policy(sharding: Sharding) -> OffloadPolicy:
@@ -363,6 +332,12 @@ def _allocate(place: Place, device: torch.device, sharding: Sharding) -> None:
     place.put(
         DTensor.from_local(local, tensor.device_mesh, tensor.placements, shape=shape, stride=stride)
     )
+
+
+def _empty() -> nn.Parameter:
+    empty = nn.Parameter(torch.empty(0, device=META), requires_grad=False)
+    empty._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' mark
+    return empty
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -12,11 +13,13 @@ from qst_tune.backbone.loading import check_same, load_backbone
 from qst_tune.backbone.qst_transformer import QSTTransformer
 from qst_tune.errors import UserError
 from qst_tune.models.hf.folder import weight_files
+from qst_tune.training.backbone_sizes import check_fits
 from qst_tune.training.distributed import rank_and_world_size
+from qst_tune.training.sharding import choose_sharding, load_sharded_directory
 from qst_tune.training.tuned_folder import BackboneId
 
 # What only torchtune's modules can do so far, by key of the config.
-_TORCHTUNE_ONLY = ("backbone_sharding", "fsdp_cpu_offload", "compile")
+_TORCHTUNE_ONLY = ("compile",)
 
 log = utils.get_logger("INFO")
 
@@ -47,7 +50,14 @@ def load_transformers_backbone(
     _check_settings(model, cfg)
     start = time.perf_counter()
     identity = identify_transformers_backbone(model, folder)
-    load_backbone(model.backbone, folder, dtype=dtype, device=device, files=weight_files(folder))
+    offload = bool(cfg.get("fsdp_cpu_offload"))
+    sharding = choose_sharding(cfg.get("backbone_sharding"), device, offload=offload)
+    where: dict[str, Any] = {"dtype": dtype, "device": device, "files": weight_files(folder)}
+    if sharding is None:
+        check_fits(model, device)
+        load_backbone(model.backbone, folder, **where)
+    else:
+        load_sharded_directory(model, model.backbone, folder, sharding, **where)
     if rank_and_world_size()[0] == 0:
         log.info(
             f"backbone loaded in {time.perf_counter() - start:.1f} s "

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from qst_tune.estimation.spread import Spread, spread_line
+from qst_tune.training.backbone_sizes import backbone_bytes, group_bytes
 from qst_tune.training.distributed import sum_gradients
 from qst_tune.training.memory import GIB
-from qst_tune.training.sharding import backbone_bytes, group_bytes
 from tests.hf_models import save_hf_model
 from tests.ranks import on_ranks
 from tests.traffic import Traffic

@@ -12,6 +12,7 @@ from qst_tune.training.config_file import parse_config
 from qst_tune.transformers import QSTForCausalLM
 from tests.backbone.model_types import tiny_model
 from tests.checkpoints import colour_rows, write_chat_tokenizer, write_jsonl
+from tests.ranks import run_on
 from tests.recipe_runs import one_thread, run_tune
 
 CONFIG = Path(__file__).parents[2] / "configs" / "auto" / "qst.yaml"
@@ -106,6 +107,17 @@ def test_both_backbones_of_one_model_learn_alike(tmp_path: Path) -> None:
     ]
     torch.testing.assert_close(*(torch.tensor(row[:1]) for row in losses), rtol=1e-5, atol=0)
     torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("sharding", [pytest.param("null", marks=pytest.mark.slow), "full"])
+def test_two_processes_train_what_one_trains(sharding: str, root: Path, tmp_path: Path) -> None:
+    further = ["epochs=2", "val_fraction=0.25"]
+    alone = run(root, "gpt_oss", tmp_path / "one", *further)
+    further += ["batch_size=2", f"backbone_sharding={sharding}"]
+    given = arguments(root, "gpt_oss", tmp_path / "two", *further)
+    run_on(2, qst_finetune, parse_config(["--config", str(CONFIG), *given]))
+    together = json.loads((tmp_path / "two" / "summary.json").read_text())["train_loss"]
+    assert together == pytest.approx(alone, rel=1e-6)
 
 
 @pytest.mark.parametrize("setting", ["checkpointer.cache_dir=/tmp/c", "compile=True"])

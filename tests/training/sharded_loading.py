@@ -20,12 +20,11 @@ import torch
 
 from qst_tune.models import qst_from_hf
 from qst_tune.training.backbone_loading import load_backbone
+from qst_tune.training.backbone_sizes import backbone_bytes, group_bytes
 from qst_tune.training.distributed import rank_and_world_size
 from qst_tune.training.hf_checkpointer import HFCheckpointer
 from qst_tune.training.sharding import (
-    backbone_bytes,
     choose_sharding,
-    group_bytes,
     load_sharded_backbone,
 )
 from tests.checkpoints import random_weights, write_checkpoint

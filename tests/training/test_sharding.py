@@ -12,12 +12,11 @@ from qst_tune.models import peqa_from_hf, qst_from_hf
 from qst_tune.modules.qst_decoder import QSTDecoder
 from qst_tune.training import backbone_loading, sharding
 from qst_tune.training.backbone_loading import load_backbone
+from qst_tune.training.backbone_sizes import backbone_bytes, check_fits
 from qst_tune.training.distributed import rank_and_world_size, sum_gradients
 from qst_tune.training.hf_checkpointer import HFCheckpointer
 from qst_tune.training.memory import parameter_bytes
 from qst_tune.training.sharding import (
-    backbone_bytes,
-    check_fits,
     choose_sharding,
     load_sharded_backbone,
     take_part,
