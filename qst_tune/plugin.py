@@ -35,7 +35,7 @@ import warnings
 from importlib.abc import Loader, MetaPathFinder
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -45,36 +45,23 @@ if TYPE_CHECKING:
 __all__ = ["install", "report"]
 
 
-class _RecipeEntry(NamedTuple):
-    """A file in recipes/ and what the registry must know of it."""
-
-    file_name: str
-    methods: tuple[str, ...]
-    supports_distributed: bool
-
-
-# A recipe's configs are the files configs/<family>/<size>_<method>.yaml, and in configs/auto
-# <method>.yaml. A recipe whose file is absent is not listed.
-_RECIPES = {
-    "qst_finetune": _RecipeEntry(
-        "qst_finetune.py", ("qst", "qst_sst2", "lst"), supports_distributed=True
-    ),
-    "qst_dpo": _RecipeEntry("qst_dpo.py", ("qst_dpo",), supports_distributed=True),
-    "peqa_finetune": _RecipeEntry(
-        "peqa_finetune.py", ("peqa_4bit", "peqa_3bit"), supports_distributed=True
-    ),
-    # Takes the configs of peqa_finetune.
-    "peqa_export": _RecipeEntry("peqa_export.py", (), supports_distributed=False),
-    # Takes the configs of both: torchtune looks a config up among those of all recipes.
-    "qst_estimate": _RecipeEntry("qst_estimate.py", (), supports_distributed=False),
-    # Takes the configs of classifiers.
-    "qst_classify": _RecipeEntry("qst_classify.py", (), supports_distributed=False),
-    "qst_convert": _RecipeEntry("qst_convert.py", (), supports_distributed=False),
-    "qst_generate": _RecipeEntry("qst_generate.py", ("qst_generate",), supports_distributed=False),
-    # Takes the configs of qst_finetune and peqa_finetune.
-    "qst_evaluate": _RecipeEntry("qst_evaluate.py", (), supports_distributed=False),
-    "qst_chat": _RecipeEntry("qst_chat.py", ("qst_chat",), supports_distributed=False),
+# Recipes, recipes/<name>.py, with the methods of their configs, which are the files
+# configs/<family>/<size>_<method>.yaml and configs/auto/<method>.yaml. A recipe without methods
+# takes the configs of others: torchtune looks a config up among those of all recipes. A recipe
+# whose file is absent is not listed.
+_RECIPES: dict[str, tuple[str, ...]] = {
+    "qst_finetune": ("qst", "qst_sst2", "lst"),
+    "qst_dpo": ("qst_dpo",),
+    "peqa_finetune": ("peqa_4bit", "peqa_3bit"),
+    "peqa_export": (),
+    "qst_estimate": (),
+    "qst_classify": (),
+    "qst_convert": (),
+    "qst_generate": ("qst_generate",),
+    "qst_evaluate": (),
+    "qst_chat": ("qst_chat",),
 }
+_DISTRIBUTED = ("qst_finetune", "qst_dpo", "peqa_finetune")
 
 # torchtune's own recipes that run on our models, with the configs for that.
 _STOCK_RECIPES = {"generate": ("stock_generate",), "eleuther_eval": ("stock_eleuther_eval",)}
@@ -226,12 +213,12 @@ def _our_recipes(registry: ModuleType) -> list[Any]:
     return [
         registry.Recipe(
             name=name,
-            file_path=str(recipe_dir / entry.file_name),
-            configs=_configs(registry, config_dir, entry.methods),
-            supports_distributed=entry.supports_distributed,
+            file_path=str(recipe_dir / f"{name}.py"),
+            configs=_configs(registry, config_dir, methods),
+            supports_distributed=name in _DISTRIBUTED,
         )
-        for name, entry in _RECIPES.items()
-        if (recipe_dir / entry.file_name).is_file()
+        for name, methods in _RECIPES.items()
+        if (recipe_dir / f"{name}.py").is_file()
     ]
 
 
@@ -248,7 +235,7 @@ def _folder(package: str) -> Path:
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise FileNotFoundError(
-            f"package {package!r} must be installed beside qst_tune; reinstall qst_tune with pip"
+            f"package {package!r} must be installed with qst_tune; reinstall qst_tune with pip"
         )
     return Path(spec.submodule_search_locations[0]).resolve()
 

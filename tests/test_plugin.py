@@ -137,8 +137,7 @@ def test_registering_twice_adds_each_recipe_once(fresh_registry: ModuleType) -> 
 def test_recipe_without_its_file_is_not_listed(
     fresh_registry: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    entry = plugin._RecipeEntry("not_written_yet.py", ("qst",), supports_distributed=False)
-    monkeypatch.setattr(plugin, "_RECIPES", {"not_written_yet": entry})
+    monkeypatch.setattr(plugin, "_RECIPES", {"not_written_yet": ("qst",)})
     assert plugin._our_recipes(fresh_registry) == []
 
 

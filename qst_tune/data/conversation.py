@@ -26,7 +26,7 @@ ROLES = {
     "observation": "tool",
     "ipython": "tool",
 }
-# Of a message, besides role and content, what chat templates read.
+# Further keys of a message that chat templates read.
 _FURTHER = ("name", "tool_call_id", "reasoning_content", "thinking")
 
 

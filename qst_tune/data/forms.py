@@ -44,18 +44,6 @@ class Form:
         """All columns that are read."""
         return (*self.needed, *self.optional)
 
-    def fits(self, columns: Collection[str], wanted: Collection[str] = ()) -> bool:
-        """Report whether rows with these columns have this form.
-
-        Args:
-            columns (Collection[str]): of the rows.
-            wanted (Collection[str]): that must be read.
-
-        Returns:
-            bool: True if they have.
-        """
-        return set(self.needed) <= set(columns) and set(wanted) <= set(self.columns)
-
 
 def read_row(form: Form, row: Row) -> Conversation | Pair | Text:
     """Return the meaning of a row, with its system prompt and tools.
@@ -159,7 +147,7 @@ def _messages(column: str) -> Callable[[Row], Conversation]:
 
 
 _CONTEXT = ("system", "tools")
-# The first that fits: rows that hold several are richer than the later ones say.
+# The first that fits: rows with the columns of several have more than the later ones read.
 FORMS = (
     Form(("chosen", "rejected"), ("prompt", *_CONTEXT), _preference),
     Form(("messages",), _CONTEXT, _messages("messages")),
@@ -173,9 +161,9 @@ FORMS = (
     ),
     Form(("text",), (), lambda row: Text(_column(row, "text"))),
 )
-PREFERENCE = FORMS[0]
 
 
 def find_form(columns: Collection[str], wanted: Collection[str] = ()) -> Form | None:
     """Find the first form that fits the columns and reads all that the user named (``wanted``)."""
-    return next((form for form in FORMS if form.fits(columns, wanted)), None)
+    fitting = (f for f in FORMS if {*f.needed} <= {*columns} and {*wanted} <= {*f.columns})
+    return next(fitting, None)

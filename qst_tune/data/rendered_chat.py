@@ -58,7 +58,7 @@ class RenderedChat:
     def lost(self, index: int, why: str) -> UserError:
         """Return the error for a message that is not found in the rendering."""
         return UserError(
-            f"{self.name(index)} cannot be told apart in what the chat template renders: {why}; "
+            f"{self.name(index)} cannot be found in the rendering of the chat template: {why}; "
             "take no loss on it, or use another template (tokenizer.chat_template)"
         )
 

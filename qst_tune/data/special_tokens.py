@@ -101,6 +101,6 @@ def _report_other_id(tokenizer: Tokenizer, token: str, index: int) -> None:
     used = tokenizer.token_to_id(token)
     if used != index:
         log.warning(
-            f"the token {token!r} has the id {index} in the files beside tokenizer.json and {used} "
-            "after it; the latter is used, as in transformers"
+            f"the token {token!r} has the id {index} in added_tokens and {used} in the "
+            "tokenizer; the latter is used, as in transformers"
         )

@@ -9,7 +9,7 @@ from qst_tune.data.special_tokens import read_special_tokens
 from qst_tune.errors import UserError
 from qst_tune.json_files import read_json
 
-# Classes that take tokenizer.json as it is. transformers 5 builds the others anew, with rules of
+# Classes that take tokenizer.json as it is. transformers 5 rebuilds the others, with rules of
 # their own for white space, and it reads files without tokenizer.json (OPT, sentencepiece).
 _PLAIN_CLASSES = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
 
@@ -41,7 +41,7 @@ def _from_file(path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises no narrower class
-        raise UserError(f"tokenizer: {path} cannot be read: {error}; download it anew") from error
+        raise UserError(f"tokenizer: {path} cannot be read: {error}; download it again") from error
 
 
 def _from_transformers(directory: Path) -> tuple[Tokenizer, dict[str, str]]:

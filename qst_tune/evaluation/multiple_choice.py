@@ -1,6 +1,5 @@
 """Questions with several answers, one of them right, such as MMLU, from local files."""
 
-import json
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -8,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qst_tune.data.file_text import FileText
+from qst_tune.data.json_rows import JsonLines
 from qst_tune.errors import UserError
 from qst_tune.evaluation.log_likelihood import Continuation, log_likelihoods
 
@@ -48,30 +49,25 @@ def read_questions(path: Path) -> list[Question]:
     ``answer`` is an index or a letter. A file that cannot be read or has no questions is a
     UserError, and so is an invalid line, which it names.
     """
-    try:
-        # Not splitlines(), which also splits at separators that stand within JSON's strings.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    questions = [_question(line, path, n) for n, line in enumerate(lines, start=1) if line.strip()]
-    if not questions:
+    rows = JsonLines(FileText(path))
+    if not len(rows):
         raise UserError(f"{path} has no questions")
-    return questions
+    return [_question(rows, index) for index in range(len(rows))]
 
 
-def _question(line: str, path: Path, number: int) -> Question:
+def _question(rows: JsonLines, index: int) -> Question:
     try:
-        row = json.loads(line)
+        row = rows[index]
         answer = row["answer"]
-        index = LETTERS.index(answer) if isinstance(answer, str) else int(answer)
+        right = LETTERS.index(answer) if isinstance(answer, str) else int(answer)
         choices = tuple(map(str, row["choices"]))
-        if not 0 <= index < len(choices) <= len(LETTERS):
+        if not 0 <= right < len(choices) <= len(LETTERS):
             raise ValueError(f"answer {answer} is none of {len(choices)} choices")
-        return Question(str(row["question"]), choices, index, str(row.get("subject", "")))
+        return Question(str(row["question"]), choices, right, str(row.get("subject", "")))
     except (ValueError, KeyError, TypeError) as error:
         reason = f"no column {error}" if isinstance(error, KeyError) else error
         raise UserError(
-            f"{path} line {number} is no question ({reason}); it needs question, choices and answer"
+            f"{rows.place(index)} is no question ({reason}): write question, choices and answer"
         ) from error
 
 
@@ -132,7 +128,7 @@ def score_questions(
 
 
 def _encode(tokenizer: Any, context: str, target: str) -> Continuation:
-    # Together, since a blank belongs to the token behind it.
+    # Together, since a space belongs to the token after it.
     alone = tokenizer.encode(context, add_bos=True, add_eos=False)
     whole = tokenizer.encode(context + target, add_bos=True, add_eos=False)
     return Continuation(tuple(whole[: len(alone)]), tuple(whole[len(alone) :]))

@@ -92,7 +92,7 @@ class Conversation:
         if num_tokens > longest:
             raise UserError(
                 f"the context is full: the conversation has {num_tokens} tokens with this turn and "
-                f"the model has room for {longest}; begin anew, or ask something shorter"
+                f"the model has room for {longest}; start again, or ask something shorter"
             )
 
 

@@ -44,7 +44,7 @@ def dequantize_blocks(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 
 
 def _blocks(x: torch.Tensor) -> torch.Tensor:
-    """``[..., D]`` as ``[..., ceil(D / 64), 64]``, zeros behind the last channel."""
+    """``[..., D]`` as ``[..., ceil(D / 64), 64]``, zeros after the last channel."""
     missing = -x.shape[-1] % BLOCK_SIZE
     padded = torch.nn.functional.pad(x, (0, missing)) if missing else x
     blocks: torch.Tensor = padded.unflatten(-1, (-1, BLOCK_SIZE))

@@ -138,7 +138,7 @@ def model_card(
 # {publication.name.rpartition("/")[2]}
 
 A side network of [QST](https://arxiv.org/abs/2401.07159) for `{publication.base_model}`, which
-runs in {backbone["quantization"]} beside it and is not part of this directory. It cannot be merged
+runs in {backbone["quantization"]} and is not part of this directory. It cannot be merged
 into that model, and works with no other weights than those of the fingerprint
 `{backbone["fingerprint"][:16]}...`: loading checks it.
 
@@ -168,7 +168,7 @@ instead if there is one.
 {_table("measured", dict(_measured(summary)))}
 
 The whole config is `recipe_config.yaml`. Made with qst_tune {description["qst_tune_version"]}; this
-card was written beside {", ".join(f"{name} {version(name)}" for name in _PACKAGES)}.
+card was written with {", ".join(f"{name} {version(name)}" for name in _PACKAGES)}.
 
 ## Limits
 

@@ -274,7 +274,7 @@ def test_missing_eos(tmp_path: Path) -> None:
 
 def test_a_content_that_the_template_changes_is_refused_by_name(tmp_path: Path) -> None:
     tokenizer = hf_chat_tokenizer(str(build_folder(tmp_path / "model", CUTTING)))
-    with pytest.raises(UserError, match=r"message 1 \(assistant\) cannot be told apart"):
+    with pytest.raises(UserError, match=r"message 1 \(assistant\) cannot be found"):
         tokenizer.tokenize_messages(to_messages(CONVERSATIONS["one turn"]))
 
 

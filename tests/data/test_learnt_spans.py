@@ -208,7 +208,7 @@ def test_tokens_equal_transformers(tmp_path: Path, name: str, conversation: str)
             "{% endfor %}",
             TWO_TURNS,
             None,
-            r"message 1 \(assistant\) cannot be told apart .* does not render its content",
+            r"message 1 \(assistant\) cannot be found .* does not render its content",
         ),
         (CHATML, [HELLO, CALL], None, r"does not render all tool_calls of message 1 \(assistant\)"),
         (templates.LLAMA3_1, [HELLO, {**CALL, "tool_calls": CALL["tool_calls"] * 2}], TOOLS,

@@ -90,9 +90,7 @@ def test_an_id_that_a_token_does_not_get_is_reported(
     added = {"900": {"content": "<|new|>", "special": True, **FLAGS}}
     hf_chat_tokenizer(str(with_files(folder, tokenizer_config={"added_tokens_decoder": added})))
     number = vocabulary_size(folder)
-    assert f"'<|new|>' has the id 900 in the files beside tokenizer.json and {number}" in (
-        caplog.text
-    )
+    assert f"'<|new|>' has the id 900 in added_tokens and {number}" in (caplog.text)
 
 
 def test_tokens_of_a_template_beside_tokenizer_json_are_one_id_each(tmp_path: Path) -> None:

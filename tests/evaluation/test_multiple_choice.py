@@ -36,10 +36,10 @@ def test_a_file_is_read_with_letters_or_numbers_and_mistakes_have_their_line(tmp
     file.write_text("\n".join(json.dumps({**row, "answer": answer}) for answer in (1, "B")) + "\n")
     assert read_questions(file) == [Question("What?", ("x", "y"), 1, "s")] * 2
     for wrong, reason in [
-        ({**row, "answer": 2}, "line 2 is no question .answer 2 is none of 2 choices"),
-        ({**row, "answer": "Z"}, "line 2 is no question"),
+        ({**row, "answer": 2}, r"line 2\) is no question \(answer 2 is none of 2 choices"),
+        ({**row, "answer": "Z"}, r"line 2\) is no question"),
         (row, "no column 'answer'"),
-        ([1], "line 2 is no question"),
+        ([1], r"line 2\) is no question \(it is a list"),
     ]:
         file.write_text(f"{json.dumps({**row, 'answer': 0})}\n{json.dumps(wrong)}\n")
         with pytest.raises(UserError, match=reason):
