@@ -42,8 +42,7 @@ def main(cfg: DictConfig) -> None:
         run.report(model, data)
         if cfg.get("dry_run"):
             if run.is_main:
-                name = "peqa_checkpointed" if cfg.get("enable_activation_checkpointing") else "peqa"
-                print(describe_run(cfg, name, data, run.device, run.dtype))
+                print(describe_run(cfg, data, run.device, run.dtype))
             return
         method = load_peqa(model, cfg, dtype=run.dtype, device=run.device)
         build_trainer(run, method, task, data).fit()

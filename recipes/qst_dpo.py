@@ -18,7 +18,6 @@ from qst_tune.estimation.dry_run import describe_run
 from qst_tune.modules import QSTClassifier
 from qst_tune.training.cli import run_recipe
 from qst_tune.training.config_keys import TRAINING_KEYS
-from qst_tune.training.memory import GIB, parameter_bytes
 from qst_tune.training.model_setup import build_on_meta
 from qst_tune.training.preference import build_preference_learning, reference_of
 from qst_tune.training.qst_method import REFUSED, load_qst
@@ -41,10 +40,7 @@ def main(cfg: DictConfig) -> None:
         run.report(model, data)
         if cfg.get("dry_run"):
             if run.is_main:
-                print(describe_run(cfg, None, data, run.device, run.dtype))
-            if run.is_main and reference == "start":
-                size = parameter_bytes(model.side) / GIB
-                print(f"the reference, a frozen copy of the side network, takes {size:.3f} GiB")
+                print(describe_run(cfg, data, run.device, run.dtype))
             return
         method = load_qst(model, cfg, dtype=run.dtype, device=run.device)
         if reference == "start":

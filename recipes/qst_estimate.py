@@ -6,8 +6,9 @@ Examples::
     tune run qst_estimate --config llama3_1/8B_qst tokenizer.max_seq_len=1024 fit_gib=24
 
 Neither weights nor tokenizer, data or GPU are needed: the model and the loss of the config run one
-training step on tensors that have shapes but no memory, and every allocation is counted. The same
-is done for PEQA and for torchtune's QLoRA, LoRA and full fine-tuning of the same backbone.
+training step on tensors that have shapes but no memory, and every allocation is counted. Of a model
+on the hub only ``config.json`` is downloaded. ``python -m benchmarks.estimate`` puts torchtune's
+QLoRA, LoRA and full fine-tuning beside it.
 """
 
 from pathlib import Path
@@ -18,13 +19,12 @@ from omegaconf import DictConfig
 from torchtune import utils
 
 from qst_tune.errors import UserError
-from qst_tune.estimation.comparison import Question, estimate_rows
 from qst_tune.estimation.dry_run import DEFAULT_SEQ_LEN
 from qst_tune.estimation.fake_device import Attention, DeviceType
-from qst_tune.estimation.methods import DEFAULT_METHODS, Choices, choose_methods
-from qst_tune.estimation.report import JSON_FILE, PLOT_FILE, fit_line, table, write
+from qst_tune.estimation.question import Question
+from qst_tune.estimation.report import JSON_FILE, table, write
+from qst_tune.estimation.setup import Shape, own_setup
 from qst_tune.estimation.spread import Spread
-from qst_tune.estimation.step import Shape
 from qst_tune.training.automatic import AUTO, DTYPE_NAMES
 from qst_tune.training.cli import run_recipe
 from qst_tune.training.config_check import check_config
@@ -34,12 +34,6 @@ from qst_tune.training.output_folder import output_folder
 
 KEYS = {
     "fit_gib": Key(kind=float, above=0, meaning="look for the largest batch within so many GiB"),
-    "methods": Key(
-        kind=list, meaning=f"rows of the table, or [all]; null: [{','.join(DEFAULT_METHODS)}]"
-    ),
-    "lora_rank": Key(
-        kind=int, default=16, least=1, meaning="of LoRA and QLoRA, on all linears of a layer"
-    ),
     "attention": Key(
         kind=str,
         default="fused",
@@ -58,22 +52,17 @@ log = utils.get_logger("INFO")
 
 
 class QSTEstimateRecipe:
-    """Estimate each method once, and its largest batch if asked."""
+    """Estimate a step of the config's model, and its largest batch if asked."""
 
     def __init__(self, cfg: DictConfig) -> None:
         self.cfg = cfg
-        self.device = _device_type(str(setting(cfg, "device", KEYS)))
-        self.attention: Attention = setting(cfg, "attention", KEYS)
-        self.shape = Shape(cfg.batch_size, self._seq_len())
-        self.methods = choose_methods(list(cfg.get("methods") or DEFAULT_METHODS))
-        self.choices = Choices(
-            cfg, _dtype(str(setting(cfg, "dtype", KEYS))), lora_rank=setting(cfg, "lora_rank", KEYS)
-        )
+        self.dtype = _dtype(str(setting(cfg, "dtype", KEYS)))
         self.question = Question(
-            self.choices,
-            self.shape,
-            device=self.device,
-            attention=self.attention,
+            lambda: own_setup(cfg, self.dtype),
+            cfg,
+            Shape(cfg.batch_size, self._seq_len()),
+            device=_device_type(str(setting(cfg, "device", KEYS))),
+            attention=setting(cfg, "attention", KEYS),
             spread=Spread.of_config(cfg, setting(cfg, "num_processes", KEYS)),
             fit_gib=setting(cfg, "fit_gib", KEYS),
         )
@@ -90,37 +79,36 @@ class QSTEstimateRecipe:
 
     def run(self) -> None:
         """Print the table and write it."""
-        found = estimate_rows(self.question, list(self.methods))
-        rows = {name: row for name, (row, _) in found.items()}
-        print(f"\n{self._title()}")
+        asked = self.question
+        row, spread = asked.answer()
         print(
-            f"peak memory of one training step and its parts, GiB (2^30 bytes)\n\n{table(rows)}\n"
+            f"\n{self.cfg.model._component_}, {asked.shape.batch_size} x {asked.shape.seq_len} "
+            f"tokens, {DTYPE_NAMES[self.dtype]}, {asked.device}\n"
+            f"peak memory of one training step and its parts, GiB (2^30 bytes)\n\n{table([row])}\n"
         )
-        print("".join(f"{line}\n" for _, line in found.values() if line), end="")
-        if self.question.fit_gib:
-            print(fit_line(rows, self.question.fit_gib, self.shape.seq_len))
-        folder = Path(self.cfg.output_dir)
-        write(folder, rows, settings=self._settings(), title=self._title())
-        print(f"{folder / JSON_FILE} and {PLOT_FILE} written")
-
-    def _title(self) -> str:
-        return (
-            f"{self.cfg.model._component_}, {self.shape.batch_size} x {self.shape.seq_len} tokens, "
-            f"{DTYPE_NAMES[self.choices.dtype]}, {self.device}"
-        )
+        if spread:
+            print(spread)
+        if asked.fit_gib:
+            print(
+                f"largest batch of {asked.shape.seq_len} tokens a row that fits in "
+                f"{asked.fit_gib:g} GiB: {row.largest_batch or 'none'}"
+            )
+        directory = Path(self.cfg.output_dir)
+        write(directory, row, self._settings())
+        print(f"{directory / JSON_FILE} written")
 
     def _settings(self) -> dict[str, object]:
+        asked = self.question
         return {
             "model": str(self.cfg.model._component_),
-            "batch_size": self.shape.batch_size,
-            "seq_len": self.shape.seq_len,
-            "dtype": DTYPE_NAMES[self.choices.dtype],
-            "device": self.device,
-            "attention": self.attention,
-            "lora_rank": self.choices.lora_rank,
-            "fit_gib": self.question.fit_gib,
-            "num_processes": self.question.spread.num_processes,
-            "backbone_sharding": self.question.spread.mode,
+            "batch_size": asked.shape.batch_size,
+            "seq_len": asked.shape.seq_len,
+            "dtype": DTYPE_NAMES[self.dtype],
+            "device": asked.device,
+            "attention": asked.attention,
+            "fit_gib": asked.fit_gib,
+            "num_processes": asked.spread.num_processes,
+            "backbone_sharding": asked.spread.mode,
         }
 
 

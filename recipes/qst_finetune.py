@@ -57,8 +57,7 @@ def main(cfg: DictConfig) -> None:
         run.report(model, data)
         if cfg.get("dry_run"):
             if run.is_main:
-                method_name = None if isinstance(model, QSTClassifier) else "qst"
-                print(describe_run(cfg, method_name, data, run.device, run.dtype))
+                print(describe_run(cfg, data, run.device, run.dtype))
             return
         method = load_qst(model, cfg, dtype=run.dtype, device=run.device)
         build_trainer(run, method, task, data).fit()

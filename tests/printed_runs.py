@@ -296,8 +296,7 @@ def shrunk(cfg: DictConfig, place: Place) -> DictConfig:
 
 
 def _shrink_estimate(cfg: DictConfig) -> None:
-    """One method, of which a batch of two rows fits: the others take tens of seconds."""
-    cfg.methods = cfg.get("methods") or ["peqa" if ".peqa_" in cfg.model._component_ else "qst"]
+    """Short rows, of which a batch of two fits."""
     cfg.tokenizer.max_seq_len = 8
     if "fit_gib" in cfg:
         cfg.fit_gib = 1e-6

@@ -29,7 +29,7 @@ from benchmarks.methods import (
     model_arguments,
     recomputes_by_default,
 )
-from qst_tune.estimation.peers import add_lora
+from benchmarks.peers import add_lora
 from qst_tune.models import peqa_decoder, qst_decoder, smollm2_135m
 from qst_tune.modules.peqa_decoder import PEQADecoder
 from qst_tune.modules.qst_model import QSTModel

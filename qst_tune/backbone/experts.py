@@ -112,6 +112,11 @@ def quantize_experts(weight: torch.Tensor, quant_type: QuantType) -> QuantizedEx
     Returns:
         QuantizedExperts: each expert as :func:`~qst_tune.quantization.nf4.quantize_nf4` makes it.
     """
+    if weight.is_meta:  # all alike: an estimate builds models of thousands of experts
+        one = quantize_nf4(weight[0], quant_type)
+        parts = [getattr(one, name) for name in _PARTS[:-1]]
+        stacked = [part.new_empty(len(weight), *part.shape) for part in parts]
+        return QuantizedExperts([*stacked, one.nf4], tuple(weight.shape), quant_type)
     experts = [quantize_nf4(expert, quant_type) for expert in weight]
     stacked = [torch.stack([getattr(e, name) for e in experts]) for name in _PARTS[:-1]]
     return QuantizedExperts([*stacked, experts[0].nf4], tuple(weight.shape), quant_type)

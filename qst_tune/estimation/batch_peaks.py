@@ -1,8 +1,7 @@
 """The peak of a step at any batch size, in a time that depends neither on it nor on the depth."""
 
 from collections.abc import Callable
-
-from torchtune.modules import TransformerDecoder
+from typing import Any
 
 from qst_tune.estimation.depth import Shorten, timeline_of_fewer_layers
 from qst_tune.estimation.fake_device import BATCH_LOOPS, first_and_last_parts
@@ -16,15 +15,13 @@ class BatchPeaks:
     """Peaks by batch size: of fewer layers, if these give the peaks of a whole step that is known.
 
     Args:
-        model (TransformerDecoder): of a method, on meta; only its structure is read.
+        model (Any): of a method, on meta; only its structure is read.
         trace (Trace): of this model.
         batch_size (int): of the known step.
         known (Timeline): all layers, all parts of the batch.
     """
 
-    def __init__(
-        self, model: TransformerDecoder, trace: Trace, batch_size: int, known: Timeline
-    ) -> None:
+    def __init__(self, model: Any, trace: Trace, batch_size: int, known: Timeline) -> None:
         self._model = model
         self._trace = trace
         self._known = {batch_size: max(known.peaks())}

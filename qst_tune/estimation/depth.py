@@ -1,8 +1,10 @@
-"""The memory of a step of a deep model from the steps of two shallow ones.
+"""The memory of a step of a deep model from steps that run some of its layers.
 
-A step allocates and releases the same bytes for every layer but the first and the last. So the
-step of one layer more differs from another's in one block of changes for each phase, and the step
-of L layers is that of n with this block repeated L - n times.
+A step allocates and releases the same bytes for every layer of a kind, except the first and the
+last ones. So of frozen layers in a row, which save nothing, one of each kind is as good as all.
+Where layers do save something, the step of one period of layers more differs in one block of
+changes for each phase, and the step of the whole model is that of a short one with this block
+repeated.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,55 +13,120 @@ from itertools import groupby
 from typing import Any, TypeAlias
 
 from torch import nn
-from torchtune.modules import TransformerDecoder
 
 from qst_tune.estimation.tracker import Timeline
-from qst_tune.modules.qst_decoder import QSTDecoder
+from qst_tune.modules.qst_model import QSTModel
 
-# The first and the last layer may differ from those between.
-SHALLOW = (2, 3)
+Shorten: TypeAlias = Callable[[Any], None]
+_SIMPLE = (bool, int, float, str, type(None))
+# Attributes that number a layer, without changing what it does.
+_NUMBERS = ("layer_idx", "layer_id", "layer_number", "training")
+_LONGEST_PERIOD = 12
 
-Shorten: TypeAlias = Callable[[TransformerDecoder], None]
 
-
-def timeline_of_fewer_layers(
-    model: TransformerDecoder, trace: Callable[[Shorten], Timeline]
-) -> Timeline | None:
+def timeline_of_fewer_layers(model: Any, trace: Callable[[Shorten], Timeline]) -> Timeline | None:
     """Give the step of a model by running a part of its layers.
 
     Args:
-        model (TransformerDecoder): of any method, on meta; only its structure is read.
+        model (Any): of QST, PEQA or torchtune, on meta; only its structure is read.
         trace (Callable[[Shorten], Timeline]): step of the model after a change in place.
 
     Returns:
         Timeline | None: as of all layers, except that ``start_bytes`` lacks the frozen weights of
         those left out; None if the model cannot be shortened so.
     """
-    num_layers = len(model.layers)
-    if isinstance(model, QSTDecoder) and model.side.layers != list(range(num_layers)):
-        return trace(_drop_repeated_frozen_layers)
-    if num_layers <= sum(SHALLOW):
+    kinds = _kinds(model)
+    if isinstance(model, QSTModel) and model.side.layers != list(range(len(kinds))):
+        return trace(partial(_skip, layers=_repeated_frozen_layers(kinds, model.side.layers)))
+    found = _period(kinds)
+    if found is None:
         return None
-    short, longer = (trace(partial(_keep_first_layers, depth=depth)) for depth in SHALLOW)
-    return _deepen(short, longer, num_layers - SHALLOW[0])
+    depth, period = found
+    short, longer = (trace(partial(_keep, depth=n)) for n in (depth, depth + period))
+    return _deepen(short, longer, (len(kinds) - depth) // period)
 
 
-def _drop_repeated_frozen_layers(model: TransformerDecoder) -> None:
-    """Of the layers between two side blocks, which keep nothing, one is as good as many."""
-    side: Any = model.side
-    beside = set(side.layers)
-    # The layer before is one without a side block, too.
-    repeated = {i for i in range(2, len(model.layers)) if not {i, i - 1} & beside}
-    kept = [i for i in range(len(model.layers)) if i not in repeated]
-    model.layers = nn.ModuleList(model.layers[i] for i in kept)
-    side.layers = [kept.index(i) for i in side.layers]
+def _kinds(model: Any) -> list[str]:
+    """What each layer is made of, and what the configuration says of it alone."""
+    layers = model.layers
+    config = getattr(getattr(model, "backbone", None), "config", None)
+    lists = [
+        value
+        for _, value in sorted(getattr(config, "__dict__", {}).items())
+        if isinstance(value, list) and len(value) == len(layers)
+    ]
+    return [
+        repr(([value[index] for value in lists], _structure(layer)))
+        for index, layer in enumerate(layers)
+    ]
 
 
-def _keep_first_layers(model: TransformerDecoder, *, depth: int) -> None:
-    """Cut a model, in place, to its first layers and the side blocks that belong to them."""
+def _structure(layer: nn.Module) -> list[Any]:
+    return [
+        (
+            name,
+            type(module).__name__,
+            [(k, v) for k, v in vars(module).items() if isinstance(v, _SIMPLE) and not _numbers(k)],
+            [(k, tuple(p.shape), type(p).__name__) for k, p in module.named_parameters("", False)],
+        )
+        for name, module in layer.named_modules()
+    ]
+
+
+def _numbers(attribute: str) -> bool:
+    return attribute in _NUMBERS
+
+
+def _repeated_frozen_layers(kinds: Sequence[str], beside: Sequence[int]) -> list[int]:
+    """Layers without a side block that follow one of their kind, with no side block between."""
+    repeated, seen = [], set[str]()
+    for index, kind in enumerate(kinds):
+        if index in beside:
+            seen.clear()
+        elif kind in seen and index >= 2:  # the state before the first layer is saved
+            repeated.append(index)
+        else:
+            seen.add(kind)
+    return repeated
+
+
+def _period(kinds: Sequence[str]) -> tuple[int, int] | None:
+    """The smallest depth, and period by which it grows, that look like the whole model."""
+    total = len(kinds)
+    choices = [
+        (depth, period)
+        for period in range(1, min(_LONGEST_PERIOD, total) + 1)
+        for depth in range(max(2, period), total)
+        if (total - depth) % period == 0
+        and 2 * depth + period < total
+        and all(kinds[i] == kinds[i + period] for i in range(depth - period, total - period))
+    ]
+    return min(choices, key=lambda choice: 2 * choice[0] + choice[1], default=None)
+
+
+def _skip(model: Any, layers: Sequence[int]) -> None:
+    """Let layers do nothing and weigh nothing, in place: the model's own loop runs over all."""
+    is_tuple: list[bool] = []
+    for index, layer in enumerate(model.layers):
+        if index not in layers:
+            layer.register_forward_hook(lambda *seen: is_tuple.append(isinstance(seen[2], tuple)))
+            continue
+        layer = model.layers[index] = getattr(layer, "_checkpoint_wrapped_module", layer)
+        for held in (layer._modules, layer._parameters, layer._buffers):
+            held.clear()
+
+        def nothing(*args: Any, **kwargs: Any) -> Any:
+            state = args[0] if args else kwargs["hidden_states"]
+            return (state, None, None) if is_tuple[-1] else state
+
+        layer.forward = nothing
+
+
+def _keep(model: Any, *, depth: int) -> None:
+    """Let only the first layers run, in place, and the side blocks that belong to them."""
     fewer = len(model.layers) - depth
-    model.layers = model.layers[:depth]
-    if isinstance(model, QSTDecoder):
+    _skip(model, range(depth, len(model.layers)))
+    if isinstance(model, QSTModel):
         side = model.side
         side.layers = side.layers[:depth]
         side.gates, side.blocks = side.gates[:depth], side.blocks[:depth]
@@ -67,7 +134,7 @@ def _keep_first_layers(model: TransformerDecoder, *, depth: int) -> None:
 
 
 def _deepen(short: Timeline, longer: Timeline, more: int) -> Timeline | None:
-    """A step of ``more`` layers than ``short`` has, ``longer`` having one more."""
+    """The step of ``short`` with what ``longer`` has in addition, ``more`` times."""
     if [phase for phase, _ in short.phases] != [phase for phase, _ in longer.phases]:
         return None
     phases = []

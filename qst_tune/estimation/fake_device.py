@@ -107,7 +107,11 @@ def _fake(tensor: torch.Tensor, device: DeviceType) -> torch.Tensor:
 
 
 @contextmanager
-def device_kernels(device: DeviceType, attention: Attention = "fused") -> Iterator[None]:
+def device_kernels(
+    device: DeviceType,
+    attention: Attention = "fused",
+    repeat: Callable[[int], None] = lambda times: None,
+) -> Iterator[None]:
     """Run what a device would run in place of a few functions of torch, for the block.
 
     The functions are replaced and not caught by a TorchFunctionMode, since that is off while
@@ -118,6 +122,7 @@ def device_kernels(device: DeviceType, attention: Attention = "fused") -> Iterat
         attention (Attention): "fused" is torch's own choice of a kernel that never holds the
             ``[B, heads, T, T]`` scores; "plain" computes softmax(q k / sqrt(d) + mask) v one
             operation after the other and keeps the softmax, in the dtype of q.
+        repeat (Callable[[int], None]): is told how many experts of a mixture the next one is for.
 
     Yields:
         None: nothing.
@@ -136,7 +141,7 @@ def device_kernels(device: DeviceType, attention: Attention = "fused") -> Iterat
             stack.enter_context(patch.object(F, name, function))
         stack.enter_context(patch.dict(WEIGHTS_AT_ONCE, cpu=WEIGHTS_AT_ONCE[device]))
         stack.enter_context(first_and_last_parts(nf4))  # lookups, which count as no operation
-        stack.enter_context(UnknownValues())
+        stack.enter_context(UnknownValues(repeat))
         yield
 
 
@@ -170,11 +175,16 @@ class UnknownValues(TorchFunctionMode):
     """Decide what depends on the values of tensors, which fake ones do not have.
 
     Boolean indexing keeps everything, a tensor is true, and a number read from one is 1. In a
-    mixture of experts as transformers writes it, every expert is hit, and all by as many tokens.
+    mixture of experts as transformers writes it, every expert is hit, and all by as many tokens: so
+    the loop over them runs for the first two and the last.
+
+    Args:
+        repeat (Callable[[int], None]): is told how many experts the next one is for.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, repeat: Callable[[int], None]) -> None:
         super().__init__()
+        self._repeat = repeat
         self._num_experts = 1
 
     def __torch_function__(
@@ -186,13 +196,26 @@ class UnknownValues(TorchFunctionMode):
             return 1
         if func is torch.Tensor.__getitem__:
             return _select_all(*args)
-        if func is torch.Tensor.nonzero:  # of the experts that are hit; their numbers, not tensors
-            self._num_experts = len(args[0])
-            return [[index] for index in range(self._num_experts)]
+        if func is torch.Tensor.nonzero:
+            return self._nonzero(*args)
         if func is torch.where and len(args) == 1:  # of an expert's tokens, [k, T]
             count = max(1, args[0].numel() // self._num_experts)
             return tuple(torch.zeros(count, dtype=torch.int64) for _ in args[0].shape)
         return func(*args, **(kwargs or {}))
+
+    def _nonzero(self, tensor: torch.Tensor) -> Any:
+        """Of one dimension the experts that are hit; their numbers, not tensors."""
+        if tensor.ndim != 1:
+            return torch.zeros(tensor.numel(), tensor.ndim, dtype=torch.int64)
+        self._num_experts = len(tensor)
+        return self._experts(len(tensor))
+
+    def _experts(self, count: int) -> Iterator[list[int]]:
+        few = _first_and_last(0, count, 1)
+        for index in few:
+            self._repeat(1 + count - len(few) if index == 1 else 1)
+            yield [index]
+        self._repeat(1)
 
 
 def workspace_of(device: DeviceType) -> Workspace:

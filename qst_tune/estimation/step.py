@@ -1,4 +1,4 @@
-"""One training step of a method on fake tensors, and what it costs."""
+"""One training step on fake tensors, and what it costs."""
 
 import gc
 from collections.abc import Iterator
@@ -11,7 +11,6 @@ from omegaconf import DictConfig
 from torch import nn
 from torch.optim import Optimizer
 from torchtune import training
-from torchtune.modules import TransformerDecoder
 
 from qst_tune.errors import UserError
 from qst_tune.estimation.depth import Shorten
@@ -23,27 +22,13 @@ from qst_tune.estimation.fake_device import (
     fake_tensors,
     workspace_of,
 )
-from qst_tune.estimation.methods import Choices, Method, Setup
+from qst_tune.estimation.setup import Setup, Shape
 from qst_tune.estimation.tracker import PeakMemory, StorageTracker, Timeline
 from qst_tune.modules.rotary_caches import build_rotary_caches
 from qst_tune.training.cli import instantiate
-from qst_tune.training.labels import align_labels
-from qst_tune.training.loss import next_token_loss
 
+_CPU = torch.device("cpu")
 CUDA_GRANULARITY = 512  # bytes, of torch's caching allocator
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Size of one batch.
-
-    Args:
-        batch_size (int): rows.
-        seq_len (int): tokens a row.
-    """
-
-    batch_size: int
-    seq_len: int
 
 
 @dataclass(frozen=True)
@@ -61,49 +46,23 @@ class StepCost:
     trainable_parameters: int
 
 
-def estimate_step(
-    method: Method,
-    choices: Choices,
+def trace_step(
+    setup: Setup,
+    cfg: DictConfig,
     shape: Shape,
     *,
     device: DeviceType,
     attention: Attention = "fused",
-) -> StepCost:
-    """Run one training step of a method on fake tensors.
-
-    Args:
-        method (Method): what to build.
-        choices (Choices): config and what else the comparison fixes.
-        shape (Shape): of the batch.
-        device (DeviceType): the device to imitate.
-        attention (Attention): unless the method has its own.
-
-    Returns:
-        StepCost: memory and operations.
-
-    Raises:
-        UserError: if a row is longer than the model can see.
-    """
-    return trace_step(method, choices, shape, device=device, attention=attention)[0]
-
-
-def trace_step(
-    method: Method,
-    choices: Choices,
-    shape: Shape,
-    *,
-    device: DeviceType,
-    attention: Attention,
     shorten: Shorten | None = None,
 ) -> tuple[StepCost, Timeline]:
-    """Run one training step of a method on fake tensors, perhaps of its first layers only.
+    """Run one training step on fake tensors, perhaps of some layers only.
 
     Args:
-        method (Method): what to build.
-        choices (Choices): config and what else the comparison fixes.
+        setup (Setup): on meta; used up.
+        cfg (DictConfig): has ``optimizer`` and perhaps ``clip_grad_norm``.
         shape (Shape): of the batch.
         device (DeviceType): the device to imitate.
-        attention (Attention): unless the method has its own.
+        attention (Attention): unless the setup has its own.
         shorten (Shorten | None): changes the model first, in place.
 
     Returns:
@@ -112,7 +71,6 @@ def trace_step(
     Raises:
         UserError: if a row is longer than the model can see.
     """
-    setup = method.build(choices)
     if shorten is not None:
         shorten(setup.model)
     longest = setup.model.max_seq_len
@@ -122,12 +80,11 @@ def trace_step(
             f"{longest}: lower it"
         )
     # Real ones first, since Llama 3's code reads what it puts into them.
-    build_rotary_caches(setup.model, torch.device("cpu"))
-    with fake_tensors(choices.dtype):
-        allocate_fake(setup.model, device)
-        return run_step(
-            setup, choices.cfg, shape, device=device, attention=setup.attention or attention
-        )
+    build_rotary_caches(setup.model, _CPU)
+    with fake_tensors(setup.dtype):
+        for module in _modules(setup):
+            allocate_fake(module, device)
+        return run_step(setup, cfg, shape, device=device, attention=setup.attention or attention)
 
 
 def run_step(
@@ -146,17 +103,18 @@ def run_step(
         tuple[StepCost, Timeline]: memory and operations, and every allocation.
     """
     optimizer = make_optimizer(setup, cfg, device)
-    batch = make_batch(setup.model, shape)
+    batch = setup.batch(shape)
     tracker = StorageTracker(
         granularity=CUDA_GRANULARITY if device == "cuda" else 1, workspace=workspace_of(device)
     )
-    _register(tracker, setup.model, optimizer, batch)
+    _register(tracker, setup, optimizer, batch)
     gc.collect()
-    with device_kernels(device, attention), tracker, _watch(tracker, setup):
+    kernels = device_kernels(device, attention, tracker.repeat)
+    with kernels, tracker, _watch(tracker, setup):
         train_step(setup, optimizer, batch, cfg.get("clip_grad_norm"), tracker)
     cost = StepCost(
         memory=tracker.peak(),
-        flops_per_token=tracker.flops() / (shape.batch_size * shape.seq_len),
+        flops_per_token=tracker.flops() / batch["tokens"].numel(),
         trainable_parameters=sum(p.numel() for p in _trainable(setup.model)),
     )
     return cost, tracker.timeline()
@@ -184,24 +142,6 @@ def make_optimizer(setup: Setup, cfg: DictConfig, device: DeviceType) -> Optimiz
     return optimizer
 
 
-def make_batch(model: TransformerDecoder, shape: Shape) -> dict[str, torch.Tensor]:
-    """Make a batch as a collate function does, every token but the first of a row a label.
-
-    Args:
-        model (TransformerDecoder): only its vocabulary matters.
-        shape (Shape): of the batch.
-
-    Returns:
-        dict[str, torch.Tensor]: ``tokens`` and ``labels``, ``[B, T]``.
-    """
-    vocabulary = model.tok_embeddings.num_embeddings
-    size = (shape.batch_size, shape.seq_len)
-    return {
-        "tokens": torch.randint(vocabulary, size),
-        "labels": align_labels(torch.randint(vocabulary, size)),
-    }
-
-
 def train_step(
     setup: Setup,
     optimizer: Optimizer,
@@ -212,17 +152,15 @@ def train_step(
     """Do what the recipes do in one step; ours and torchtune's agree in it.
 
     Args:
-        setup (Setup): model and loss.
+        setup (Setup): with its final tensors.
         optimizer (Optimizer): over its trainable parameters.
-        batch (dict[str, torch.Tensor]): ``tokens`` and ``labels``.
+        batch (dict[str, torch.Tensor]): from ``Setup.batch``.
         clip_grad_norm (float | None): as in the config.
         tracker (StorageTracker | None): is told the phases.
     """
     enter = tracker.enter if tracker else lambda _: None
     enter("forward")
-    loss, num_labels = next_token_loss(setup.model, setup.loss, batch)
-    loss_sum = loss * num_labels
-    del loss
+    loss_sum, num_labels = setup.task.loss(setup.model, batch)
     enter("loss backward")
     loss_sum.backward()
     enter("optimizer")
@@ -237,11 +175,18 @@ def _trainable(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
+def _modules(setup: Setup) -> list[nn.Module]:
+    """The model, and the frozen side network that is the reference of DPO."""
+    reference = getattr(setup.model, "reference_side", None)
+    return [setup.model] if reference is None else [setup.model, reference]
+
+
 def _register(
-    tracker: StorageTracker, model: nn.Module, optimizer: Optimizer, batch: dict[str, Any]
+    tracker: StorageTracker, setup: Setup, optimizer: Optimizer, batch: dict[str, Any]
 ) -> None:
-    trainable = _trainable(model)
-    tracker.register([*model.parameters(), *model.buffers()], "frozen weights")
+    trainable = _trainable(setup.model)
+    for module in _modules(setup):
+        tracker.register([*module.parameters(), *module.buffers()], "frozen weights")
     tracker.register(trainable, "trainable weights")
     tracker.register(list(optimizer.state.values()), "optimizer states")
     tracker.register(batch, "saved activations")
@@ -266,8 +211,8 @@ def _watch(tracker: StorageTracker, setup: Setup) -> Iterator[None]:
 
 def _head_and_loss(setup: Setup) -> list[nn.Module]:
     """The LM head, which may be torchtune's TiedLinear around a module, and the loss."""
-    output = setup.model.output
-    return [output if isinstance(output, nn.Module) else output.linear, setup.loss]
+    output, loss = setup.model.output, setup.task.loss_function
+    return [output if isinstance(output, nn.Module) else output.linear, loss]
 
 
 def _enter_loss(tracker: StorageTracker, hidden: Any) -> None:

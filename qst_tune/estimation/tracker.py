@@ -140,6 +140,7 @@ class StorageTracker(TorchDispatchMode):
         self._granularity = granularity
         self._workspace = workspace or {}
         self._record = _Record(phases=[(0, "setup")])
+        self._times = 1
         self._alive: dict[int, tuple[weakref.ref[Any], _Storage]] = {}
 
     # What the step tells.
@@ -172,6 +173,14 @@ class StorageTracker(TorchDispatchMode):
         yield
         self.enter(before)
 
+    def repeat(self, times: int) -> None:
+        """Count each of the next operations so many times, for parts of a loop that are left out.
+
+        Args:
+            times (int): 1 for those that are just themselves.
+        """
+        self._times = times
+
     def register(self, tensors: Any, part: Part) -> None:
         """Say what tensors are; those that were not seen before count from now on.
 
@@ -194,9 +203,8 @@ class StorageTracker(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         packet = func._overloadpacket
         if packet in _FLOPS:
-            self._record.flops[self.phase] += _FLOPS[packet](
-                *args, **(kwargs or {}), out_val=result
-            )
+            flops = _FLOPS[packet](*args, **(kwargs or {}), out_val=result)
+            self._record.flops[self.phase] += flops * self._times
         if packet in self._workspace:
             self._use_briefly(self._workspace[packet](*args))
         for storage in self._storages_of(result):

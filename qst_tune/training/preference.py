@@ -127,7 +127,7 @@ def build_preference_learning(
     limits = limits_of(model, tokenizer)
     collate = partial(collate_preferences, pad_id=limits.pad_id)
     loss = instantiate(cfg.loss, "loss")
-    _try_loss(loss, cfg.loss._component_)
+    check_loss(loss, cfg.loss._component_)
     data = build_data(cfg, limits, collate, seed=seed)
     check_rows(data, PAIR_KEY)
     return PreferenceTask(loss, device), data
@@ -141,7 +141,8 @@ def reference_of(cfg: DictConfig) -> str:
     return str(chosen)
 
 
-def _try_loss(loss: Any, name: str) -> None:
+def check_loss(loss: Any, name: str) -> None:
+    """Refuse a loss that does not take the four log probabilities of a pair."""
     try:
         losses, _, _ = loss(*torch.zeros(4, 1))
         assert losses.shape == (1,)

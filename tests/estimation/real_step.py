@@ -15,8 +15,9 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torchao.dtypes.nf4tensor import NF4Tensor
 
-from qst_tune.estimation.methods import METHODS, Choices
-from qst_tune.estimation.step import Shape, estimate_step, make_batch, make_optimizer, train_step
+from benchmarks.estimate import METHODS
+from qst_tune.estimation.setup import Setup, Shape
+from qst_tune.estimation.step import make_optimizer, trace_step, train_step
 from qst_tune.modules.rotary_caches import build_rotary_caches
 from qst_tune.quantization.nf4 import quantize_nf4
 from qst_tune.quantization.table import QuantizedTable, quantize_table
@@ -60,14 +61,14 @@ MODELS = {
     },
 }
 SHAPES = (Shape(1, 128), Shape(2, 512), Shape(4, 256))
-COMPARED = (
-    "qst_stored",
-    "qst_recomputed",
-    "peqa",
-    "peqa_checkpointed",
-    "qlora",
-    "qlora_checkpointed",
-)
+COMPARED = {
+    "qst_stored": "QST, nothing recomputed",
+    "qst_recomputed": "QST, side recomputed",
+    "peqa": "PEQA",
+    "peqa_checkpointed": "PEQA, checkpointed",
+    "qlora": "QLoRA",
+    "qlora_checkpointed": "QLoRA, checkpointed",
+}
 
 
 def training_config(model: dict[str, object]) -> DictConfig:
@@ -110,13 +111,12 @@ def _stored_as(parameter: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
     return quantize_nf4(dense) if isinstance(parameter, NF4Tensor) else dense
 
 
-def measured_step_bytes(method: str, cfg: DictConfig, shape: Shape) -> int:
+def measured_step_bytes(setup: Setup, cfg: DictConfig, shape: Shape) -> int:
     """Highest number of bytes that a real step has allocated above what was there before it."""
-    setup = METHODS[method].build(Choices(cfg, torch.bfloat16, lora_rank=16))
     allocate_real(setup.model)
     optimizer = make_optimizer(setup, cfg, "cpu")
-    train_step(setup, optimizer, make_batch(setup.model, shape), 1.0)  # tables, warm-up
-    batch = make_batch(setup.model, shape)
+    train_step(setup, optimizer, setup.batch(shape), 1.0)  # tables, warm-up
+    batch = setup.batch(shape)
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         train_step(setup, optimizer, batch, 1.0)
@@ -135,10 +135,9 @@ def _allocations(profiler: profile) -> Iterator[int]:
         yield event.nbytes()
 
 
-def estimated_step_bytes(method: str, cfg: DictConfig, shape: Shape) -> int:
+def estimated_step_bytes(setup: Setup, cfg: DictConfig, shape: Shape) -> int:
     """The same by the estimate."""
-    choices = Choices(cfg, torch.bfloat16, lora_rank=16)
-    memory = estimate_step(METHODS[method], choices, shape, device="cpu").memory
+    memory = trace_step(setup, cfg, shape, device="cpu")[0].memory
     return memory.num_bytes - memory.start_bytes
 
 
@@ -149,11 +148,11 @@ def rows() -> Iterator[str]:
     for name, model in MODELS.items():
         cfg = training_config(model)
         for shape in SHAPES:
-            for method in COMPARED:
-                estimate = estimated_step_bytes(method, cfg, shape)
-                real = measured_step_bytes(method, cfg, shape)
+            for method, title in COMPARED.items():
+                estimate = estimated_step_bytes(METHODS[method](cfg), cfg, shape)
+                real = measured_step_bytes(METHODS[method](cfg), cfg, shape)
                 yield (
-                    f"| {name} | {shape.batch_size} x {shape.seq_len} | {METHODS[method].title} "
+                    f"| {name} | {shape.batch_size} x {shape.seq_len} | {title} "
                     f"| {estimate / MIB:.1f} | {real / MIB:.1f} | {estimate / real:.3f} |"
                 )
 

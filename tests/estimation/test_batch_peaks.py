@@ -2,19 +2,21 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-import torch
 from omegaconf import OmegaConf
 
+from benchmarks.estimate import METHODS, SHOWN
 from qst_tune.estimation import fake_device
 from qst_tune.estimation.batch_peaks import BatchPeaks
 from qst_tune.estimation.depth import Shorten
 from qst_tune.estimation.fake_device import DeviceType
-from qst_tune.estimation.methods import DEFAULT_METHODS, METHODS, Choices
-from qst_tune.estimation.step import Shape, trace_step
+from qst_tune.estimation.setup import Setup, Shape
+from qst_tune.estimation.step import trace_step
 from qst_tune.estimation.tracker import Timeline
+from tests.backbone.model_types import tiny_config
 
 MODEL = {
     "_component_": "qst_tune.models.qst_llama3_2",
@@ -50,21 +52,18 @@ class Steps:
     """Whole and shortened steps of a method, and the depths of those that were run."""
 
     def __init__(self, name: str, device: DeviceType, **model: object) -> None:
-        self.choices = Choices(OmegaConf.merge(CONFIG, {"model": model}), torch.bfloat16)
-        self.method, self.device = METHODS[name], device
+        self.cfg = OmegaConf.merge(CONFIG, {"model": model})
+        self.name, self.device = name, device
         self.num_whole = 0
+        self.seq_len = TOKENS
+
+    def build(self) -> Setup:
+        return METHODS[self.name](self.cfg)
 
     def __call__(self, batch_size: int, shorten: Shorten | None) -> Timeline:
         self.num_whole += shorten is None
-        shape = Shape(batch_size, TOKENS)
-        return trace_step(
-            self.method,
-            self.choices,
-            shape,
-            device=self.device,
-            attention="fused",
-            shorten=shorten,
-        )[1]
+        shape = Shape(batch_size, self.seq_len)
+        return trace_step(self.build(), self.cfg, shape, device=self.device, shorten=shorten)[1]
 
     def whole(self, batch_size: int) -> Timeline:
         with every_part():
@@ -72,10 +71,10 @@ class Steps:
 
     def peaks(self, known_batch: int) -> BatchPeaks:
         known = self.whole(known_batch)
-        return BatchPeaks(self.method.build(self.choices).model, self, known_batch, known)
+        return BatchPeaks(self.build().model, self, known_batch, known)
 
 
-SLOW = sorted({*DEFAULT_METHODS} - {"qst", "qlora_checkpointed"})
+SLOW = sorted({*SHOWN.split(","), "peqa", "peqa_checkpointed"} - {"qst", "qlora_checkpointed"})
 
 
 @pytest.mark.parametrize(
@@ -126,6 +125,47 @@ def test_a_step_that_few_layers_do_not_give_is_run_whole() -> None:
     steps = Steps("qlora", "cuda")
     known = steps.whole(1)
     known.phases[0][1].append(10**9)
-    peaks = BatchPeaks(steps.method.build(steps.choices).model, steps, 1, known)
+    peaks = BatchPeaks(steps.build().model, steps, 1, known)
     assert not peaks.is_shallow
     assert peaks(2) == max(steps.whole(2).peaks())
+
+
+# Over transformers' own models. Gemma 3: five layers with a window, then one without; gpt-oss: one
+# and one, with experts; DeepSeek V3: a dense layer, then mixtures.
+HF_MODELS = {
+    "llama": {"num_hidden_layers": 8},
+    "gemma3_text": {"num_hidden_layers": 14},
+    "gpt_oss": {"num_hidden_layers": 8},
+    "qwen3_moe": {"num_hidden_layers": 6, "num_experts": 7},
+    "deepseek_v3": {"num_hidden_layers": 7, "n_routed_experts": 7},
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "num_side_blocks"),
+    [
+        ("gemma3_text", 2),
+        ("qwen3_moe", 2),
+        *(pytest.param(name, 2, marks=pytest.mark.slow) for name in ("llama", "gpt_oss")),
+        *(pytest.param(name, None, marks=pytest.mark.slow) for name in HF_MODELS),
+    ],
+)
+def test_so_are_those_of_transformers_models(
+    model_type: str, num_side_blocks: int | None, tmp_path: Path
+) -> None:
+    tiny_config(model_type, **HF_MODELS[model_type]).save_pretrained(tmp_path)
+    blocks = num_side_blocks or HF_MODELS[model_type]["num_hidden_layers"]
+    steps = Steps("qst", "cuda")
+    steps.cfg = OmegaConf.merge(CONFIG)
+    steps.cfg.model = {
+        "_component_": "qst_tune.models.qst_from_hf",
+        "checkpoint_dir": str(tmp_path),
+        "backbone": "transformers",
+        "reduction_factor": 4,
+        "num_side_blocks": blocks,
+    }
+    steps.seq_len = 128
+    peaks = steps.peaks(2)
+    assert peaks.is_shallow
+    assert peaks(33) == max(steps.whole(33).peaks())  # two parts, the last of one row
+    assert steps.num_whole == 2, "only those that this test runs"

@@ -138,7 +138,7 @@ def test_dry_run_tells_the_steps(
     qst_finetune.main(merged(config, f"output_dir={root / 'dry'}", "dry_run=True", "epochs=3"))
     told = capsys.readouterr().out
     assert "dry run: 12 steps in 3 epochs of 16 rows, 7 rows held out" in told
-    assert "the memory of this task is not estimated" in told
+    assert "QST, classifier" in told
 
 
 def test_row_that_is_too_long_for_the_model_is_named(root: Path, config: Config) -> None:

@@ -23,7 +23,7 @@ CONFIGS = sorted(
     for pattern in ("*/*_qst.yaml", "*/*_peqa_*.yaml")
     for path in (ROOT / "configs").glob(pattern)
 )
-FAST = ("methods=[qst,qlora]", "batch_size=1", "tokenizer.max_seq_len=32")
+FAST = ("batch_size=1", "tokenizer.max_seq_len=32")
 
 
 def run(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -45,14 +45,11 @@ def test_estimate_prints_a_table_and_writes_figures(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     # 28.3 M parameters of the embedding in bf16, 106.2 M in 8 bits: 162.8 MB for four.
-    assert "qst, each of 4 processes, backbone_sharding=full: backbone 0.04 GiB" in result.stdout
-    assert "qlora, each of" not in result.stdout
+    assert "each of 4 processes, backbone_sharding=full: backbone 0.04 GiB" in result.stdout
     content = json.loads((tmp_path / "out" / "estimate.json").read_text())
-    assert list(content["methods"]) == ["qst", "qlora"]
-    for row in content["methods"].values():
-        memory = row["cost"]["memory"]
-        assert sum(memory["parts"].values()) == memory["num_bytes"]
-    assert (tmp_path / "out" / "estimate.png").stat().st_size > 1000
+    assert content["estimate"]["title"] == "QST, recomputed"
+    memory = content["estimate"]["cost"]["memory"]
+    assert sum(memory["parts"].values()) == memory["num_bytes"]
 
 
 def settings(*overrides: str) -> DictConfig:
@@ -65,17 +62,17 @@ def test_unknown_length_of_rows_is_said(
 ) -> None:
     monkeypatch.setattr(qst_estimate.log, "propagate", True)
     recipe = qst_estimate.QSTEstimateRecipe(settings("tokenizer.max_seq_len=null"))
-    assert recipe.shape.seq_len == qst_estimate.DEFAULT_SEQ_LEN
+    assert recipe.question.shape.seq_len == qst_estimate.DEFAULT_SEQ_LEN
     assert "tokenizer.max_seq_len is null" in caplog.text
 
 
 def test_estimate_says_which_batch_fits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    given = (*FAST, "methods=[qst]", "fit_gib=0.19", f"output_dir={tmp_path}/out")
+    given = (*FAST, "fit_gib=0.19", f"output_dir={tmp_path}/out")
     qst_estimate.main(settings(*given))
     content = json.loads((tmp_path / "out" / "estimate.json").read_text())
-    fits = content["methods"]["qst"]["largest_batch"]
+    fits = content["estimate"]["largest_batch"]
     assert fits > 0
-    said = f"largest batch of 32 tokens a row that fits in 0.19 GiB: qst {fits}\n"
+    said = f"largest batch of 32 tokens a row that fits in 0.19 GiB: {fits}\n"
     assert said in capsys.readouterr().out
 
 
@@ -87,7 +84,7 @@ def test_estimate_says_which_batch_fits(tmp_path: Path, capsys: pytest.CaptureFi
         ("dtype=fp8", "dtype=fp8 is not supported"),
         ("attention=flash", "attention=flash must be fused, plain or null"),
         ("batch_size=0", "batch_size=0 must be a whole number"),
-        ("methods=[qlorra]", "did you mean 'qlora'"),
+        ("methods=[qlora]", "unknown key 'methods'"),
         ("tokenizer.max_seq_len=9000", "longer than the model's max_seq_len"),
         ("fit_gb=24", "did you mean 'fit_gib'"),
         ("model.reduction_factor=500", "reduction_factor=500"),
@@ -97,16 +94,22 @@ def test_mistakes_are_one_line_and_leave_nothing(
     override: str, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=message) as error:
-        qst_estimate.main(settings(f"output_dir={tmp_path}/out", "methods=[qst]", override))
+        qst_estimate.main(settings(f"output_dir={tmp_path}/out", override))
     assert len(str(error.value).splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_a_classifier_is_refused_with_what_to_do_instead(tmp_path: Path) -> None:
-    config = str(ROOT / "configs" / "smollm2" / "135M_qst_sst2.yaml")
-    cfg = parse_config(["--config", config, f"output_dir={tmp_path}/out", "methods=[qst]"])
-    with pytest.raises(UserError, match=r"qst_classifier is a classifier, .* take a config of"):
-        qst_estimate.main(cfg)
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [("135M_qst_sst2", "QST, classifier, rec"), ("135M_qst_dpo", "QST, DPO, rec")],
+)
+def test_classifiers_and_preferences_are_estimated(
+    name: str, title: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = str(ROOT / "configs" / "smollm2" / f"{name}.yaml")
+    cfg = parse_config(["--config", config, f"output_dir={tmp_path}/out", *FAST])
+    qst_estimate.main(cfg)
+    assert title in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -117,4 +120,4 @@ def test_every_training_config_can_be_estimated(name: str, tmp_path: Path) -> No
         cfg.checkpoint_dir = write_published(tmp_path, name)
     check_config(cfg, qst_estimate.KEYS)
     recipe = qst_estimate.QSTEstimateRecipe(cfg)
-    build_any_on_meta(cfg, recipe.choices.dtype)
+    build_any_on_meta(cfg, recipe.dtype)

@@ -105,7 +105,7 @@ def test_a_run_and_everything_after_it_take_the_hub_name(
 def test_a_dry_run_fetches_no_weights_and_an_estimate_the_config_alone(
     hub: FakeHub, tmp_path: Path
 ) -> None:
-    sizes = [f"checkpoint_dir={REPO}", "methods=[qst]", "tokenizer.max_seq_len=16"]
+    sizes = [f"checkpoint_dir={REPO}", "tokenizer.max_seq_len=16"]
     run(qst_estimate, "auto/qst", *sizes, f"output_dir={tmp_path / 'estimate'}")
     assert names(hub) == {"config.json"}
     run(qst_finetune, "auto/qst", *training(tmp_path), "dry_run=true")

@@ -1,0 +1,152 @@
+"""One training step of a config's own model, on the meta device: QST, PEQA, a classifier, DPO."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+from torchtune import training
+from torchtune.modules import RMSNorm, TransformerSelfAttentionLayer
+
+from qst_tune.errors import UserError
+from qst_tune.estimation.fake_device import Attention
+from qst_tune.modules.peqa_decoder import PEQADecoder
+from qst_tune.modules.qst_classifier import QSTClassifier
+from qst_tune.modules.qst_model import QSTModel
+from qst_tune.training.classification import ClassificationTask
+from qst_tune.training.cli import instantiate
+from qst_tune.training.labels import align_labels
+from qst_tune.training.language_modelling import NextTokenTask
+from qst_tune.training.loss import build_loss, connect_loss
+from qst_tune.training.method import Batch
+from qst_tune.training.model_setup import build_any_on_meta
+from qst_tune.training.parameter_groups import parameter_groups
+from qst_tune.training.preference import PreferenceTask, check_loss, reference_of
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Size of one batch.
+
+    Args:
+        batch_size (int): rows; pairs of rows for preferences.
+        seq_len (int): tokens a row.
+    """
+
+    batch_size: int
+    seq_len: int
+
+
+@dataclass
+class Setup:
+    """What one training step needs, on the meta device.
+
+    Args:
+        title (str): name of the method, for people.
+        model (Any): built, connected to the loss.
+        task (Any): a ``Task`` with a ``loss_function``.
+        trainable (Callable[[], Any]): the optimizer's parameters or groups, once the model has
+            its final tensors.
+        dtype (torch.dtype): of what is not quantised.
+        attention (Attention | None): overrides the one asked for.
+    """
+
+    title: str
+    model: Any
+    task: Any
+    trainable: Callable[[], Any]
+    dtype: torch.dtype
+    attention: Attention | None = None
+
+    def batch(self, shape: Shape) -> Batch:
+        """Make a batch as the task's collate function does, without padding; all tokens are labels.
+
+        Args:
+            shape (Shape): of the batch.
+
+        Returns:
+            Batch: on the default device.
+        """
+        vocabulary = self.model.tok_embeddings.weight.shape[0]
+        rows = shape.batch_size * (2 if isinstance(self.task, PreferenceTask) else 1)
+        tokens = torch.randint(vocabulary, (rows, shape.seq_len))
+        if isinstance(self.task, ClassificationTask):
+            labels = torch.randint(self.model.num_labels, (rows,))
+            is_score = self.model.num_labels == 1
+            mask = torch.ones_like(tokens, dtype=torch.bool)
+            labels = labels.float() if is_score else labels
+            return {"tokens": tokens, "padding_mask": mask, "labels": labels}
+        return {"tokens": tokens, "labels": align_labels(torch.randint_like(tokens, vocabulary))}
+
+
+def own_setup(cfg: DictConfig, dtype: torch.dtype) -> Setup:
+    """Set up a step of the config's own model, as its training recipe does.
+
+    Args:
+        cfg (DictConfig): a training config.
+        dtype (torch.dtype): of what is not quantised.
+
+    Returns:
+        Setup: of a QST or PEQA model.
+
+    Raises:
+        UserError: if the config builds neither.
+    """
+    model = build_any_on_meta(cfg, dtype)
+    recompute = bool(cfg.get("enable_activation_checkpointing", False))
+    if isinstance(model, PEQADecoder):
+        return peqa_setup(cfg, model, dtype, checkpointing=recompute)
+    if isinstance(model, QSTModel):
+        return qst_setup(cfg, model, dtype, recompute=recompute)
+    raise UserError(
+        f"model: {cfg.model._component_} builds neither a QST nor a PEQA model; use one of "
+        "qst_tune.models.qst_* or peqa_*"
+    )
+
+
+def qst_setup(cfg: DictConfig, model: QSTModel, dtype: torch.dtype, *, recompute: bool) -> Setup:
+    """Set up a step as recipes/qst_finetune.py and qst_dpo.py do."""
+    keep_norms_in_fp32(model)
+    model.side.recompute = recompute
+    loss = instantiate(cfg.loss, "loss")
+    task: Any
+    title = "QST"
+    if isinstance(model, QSTClassifier):
+        task, title = ClassificationTask(loss, ["accuracy"], _CPU), "QST, classifier"
+    elif hasattr(loss, "ignore_index"):
+        connect_loss(loss, model)
+        task = NextTokenTask(loss, _CPU)
+    else:
+        check_loss(loss, cfg.loss._component_)
+        if reference_of(cfg) == "start":
+            model.keep_reference()
+        task, title = PreferenceTask(loss, _CPU), "QST, DPO"
+    title += ", recomputed" if recompute else ""
+    return Setup(title, model, task, lambda: parameter_groups(model.side), dtype)
+
+
+def peqa_setup(
+    cfg: DictConfig, model: PEQADecoder, dtype: torch.dtype, *, checkpointing: bool
+) -> Setup:
+    """Set up a step as recipes/peqa_finetune.py does."""
+    keep_norms_in_fp32(model)
+    if checkpointing:
+        policy = {TransformerSelfAttentionLayer}
+        training.set_activation_checkpointing(model, auto_wrap_policy=policy)
+    loss = build_loss(cfg.loss)
+    connect_loss(loss, model)
+    title = "PEQA, checkpointed" if checkpointing else "PEQA"
+    task = NextTokenTask(loss, _CPU)
+    return Setup(title, model, task, lambda: list(model.task().values()), dtype)
+
+
+def keep_norms_in_fp32(model: nn.Module) -> None:
+    """Change torchtune's norms in place, as loading a checkpoint does."""
+    for module in list(model.modules()):
+        if isinstance(module, RMSNorm):
+            scale = module.scale
+            module.scale = nn.Parameter(scale.float(), requires_grad=scale.requires_grad)
