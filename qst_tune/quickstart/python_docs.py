@@ -10,6 +10,8 @@ from pathlib import Path
 from qst_tune.quickstart.docs_parser import Paragraph, Passage, parse_topic
 
 VAL_FRACTION = 0.1
+# Most examples then have 100 to 250 tokens of SmolLM2 with the prompt.
+_MAX_ANSWER_CHARS = 640
 # Shorter answers are stubs such as "See section Exceptions."
 _MIN_ANSWER_CHARS = 80
 # A paragraph of this length in two places is the same text, not a common phrase.
@@ -53,8 +55,6 @@ class DocsSplit:
     val_path: Path
     num_train: int
     num_val: int
-    train_topics: tuple[str, ...]
-    val_topics: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -68,43 +68,25 @@ class _Example:
         return {"input": self.question, "output": self.answer}
 
 
-def build_python_docs(output_dir: Path, max_answer_chars: int = 640) -> DocsSplit:
+def build_python_docs(output_dir: Path) -> DocsSplit:
     """Write ``train.jsonl`` and ``heldout.jsonl`` with questions on Python and their answers.
 
     The bytes depend only on the Python version. Whole topics are for validation, and a text that
     several topics contain is used once, so no answer of one file is in the other.
-
-    Args:
-        output_dir (Path): created if absent.
-        max_answer_chars (int): longest answer. By default most examples have 100 to 250 tokens of
-            SmolLM2 with the prompt.
-
-    Returns:
-        DocsSplit: paths and counts.
-
-    Raises:
-        ValueError: if ``max_answer_chars`` leaves no example for one of the files.
     """
     # Here, since it is half a megabyte of text.
     from pydoc_data.topics import topics
 
     val_topics = choose_val_topics(topics)
-    examples = _make_examples(topics, max_answer_chars)
+    examples = _make_examples(topics)
     train = [e for e in examples if e.topic not in val_topics]
     val = [e for e in examples if e.topic in val_topics]
-    if not train or not val:
-        raise ValueError(
-            f"max_answer_chars={max_answer_chars} leaves {len(train)} training and {len(val)} "
-            "validation examples; use more, 640 is the default"
-        )
     output_dir.mkdir(parents=True, exist_ok=True)
     return DocsSplit(
         train_path=_write_rows(output_dir / "train.jsonl", train),
         val_path=_write_rows(output_dir / "heldout.jsonl", val),
         num_train=len(train),
         num_val=len(val),
-        train_topics=_topics_of(train),
-        val_topics=_topics_of(val),
     )
 
 
@@ -134,13 +116,13 @@ def _is_keyword_overview(row: Mapping[str, str]) -> bool:
     return is_topic and len(paragraphs) > 1 and not paragraphs[-1].startswith(" ")
 
 
-def _make_examples(topics: Mapping[str, str], max_answer_chars: int) -> list[_Example]:
+def _make_examples(topics: Mapping[str, str]) -> list[_Example]:
     """Turn topics into examples, each text and each question once."""
     examples: list[_Example] = []
     seen: set[str] = set()
     # Short topics first: long ones ("compound") repeat them ("if", "while") among their sections.
     for topic in sorted(topics, key=lambda name: (len(topics[name]), name)):
-        for example in _topic_examples(topic, topics[topic], max_answer_chars):
+        for example in _topic_examples(topic, topics[topic]):
             texts = {p for p in example.answer.split("\n\n") if len(p) >= _SAME_TEXT_CHARS}
             if seen.isdisjoint({*texts, example.question}):
                 seen.update(texts, [example.question])
@@ -148,7 +130,7 @@ def _make_examples(topics: Mapping[str, str], max_answer_chars: int) -> list[_Ex
     return examples
 
 
-def _topic_examples(name: str, text: str, max_answer_chars: int) -> list[_Example]:
+def _topic_examples(name: str, text: str) -> list[_Example]:
     topic = parse_topic(text)
     examples = []
     begun: set[tuple[str, str | None]] = set()
@@ -156,7 +138,7 @@ def _topic_examples(name: str, text: str, max_answer_chars: int) -> list[_Exampl
         subject = (passage.title, passage.term)
         opening = None if subject in begun else passage.paragraphs[0]
         begun.add(subject)
-        for group in _groups(passage.paragraphs, max_answer_chars):
+        for group in _groups(passage.paragraphs):
             answer = "\n\n".join(paragraph.text for paragraph in group)
             ask = _opening_question if group[0] is opening else _detail_question
             question = ask(passage, topic.title, answer)
@@ -165,13 +147,13 @@ def _topic_examples(name: str, text: str, max_answer_chars: int) -> list[_Exampl
     return examples
 
 
-def _groups(paragraphs: Sequence[Paragraph], max_chars: int) -> list[list[Paragraph]]:
-    """Gather consecutive paragraphs up to ``max_chars``, without splitting a unit."""
+def _groups(paragraphs: Sequence[Paragraph]) -> list[list[Paragraph]]:
+    """Gather consecutive paragraphs up to the longest answer, without splitting a unit."""
     groups: list[list[Paragraph]] = []
-    size = max_chars
-    for unit in _units(paragraphs, max_chars):
+    size = _MAX_ANSWER_CHARS
+    for unit in _units(paragraphs):
         length = sum(len(p.text) + 2 for p in unit)
-        if not unit or size + length > max_chars:
+        if not unit or size + length > _MAX_ANSWER_CHARS:
             groups.append([])
             size = 0
         groups[-1] += unit
@@ -179,7 +161,7 @@ def _groups(paragraphs: Sequence[Paragraph], max_chars: int) -> list[list[Paragr
     return [group for group in groups if group]
 
 
-def _units(paragraphs: Sequence[Paragraph], max_chars: int) -> list[list[Paragraph]]:
+def _units(paragraphs: Sequence[Paragraph]) -> list[list[Paragraph]]:
     """Join code and lists to the prose that introduces them; empty where one is too long."""
     units: list[list[Paragraph]] = []
     for paragraph in paragraphs:
@@ -187,15 +169,15 @@ def _units(paragraphs: Sequence[Paragraph], max_chars: int) -> list[list[Paragra
             units.append([paragraph])
         elif units:
             units[-1].append(paragraph)
-    return [_shorten(unit, max_chars) for unit in units]
+    return [_shorten(unit) for unit in units]
 
 
-def _shorten(unit: list[Paragraph], max_chars: int) -> list[Paragraph]:
-    if sum(len(p.text) + 2 for p in unit) > max_chars:
+def _shorten(unit: list[Paragraph]) -> list[Paragraph]:
+    if sum(len(p.text) + 2 for p in unit) > _MAX_ANSWER_CHARS:
         unit = unit[:1]
     prose = unit[0].text
     announces_nothing = len(unit) == 1 and prose.endswith(":")
-    return [] if announces_nothing or len(prose) + 2 > max_chars else unit
+    return [] if announces_nothing or len(prose) + 2 > _MAX_ANSWER_CHARS else unit
 
 
 def _opening_question(passage: Passage, root: str, answer: str) -> str:
@@ -235,10 +217,6 @@ def _pick(phrasings: Sequence[str], text: str) -> str:
 def _stable_hash(text: str) -> int:
     # Python's own hash of a string differs from one process to the next.
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-
-
-def _topics_of(examples: Iterable[_Example]) -> tuple[str, ...]:
-    return tuple(sorted({example.topic for example in examples}))
 
 
 def _write_rows(path: Path, examples: Iterable[_Example]) -> Path:
