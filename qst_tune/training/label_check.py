@@ -5,6 +5,10 @@ from collections.abc import Sequence
 from qst_tune.errors import UserError
 from qst_tune.training.survey import Survey
 
+NO_LABEL = (
+    "raise tokenizer.max_seq_len if prompts fill it, and check which messages the dataset masks"
+)
+
 
 def check_labels(
     name: str, surveys: Sequence[Survey], rows: Sequence[int] | None = None

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from qst_tune.errors import UserError
 from qst_tune.training.batches import BatchLoader
 from qst_tune.training.checkpointing import Checkpointing
 from qst_tune.training.distributed import gather_lists, sum_gradients, sum_or_fail
+from qst_tune.training.label_check import NO_LABEL
 from qst_tune.training.memory import count_saved_activations, memory_kind, memory_parts
 from qst_tune.training.method import Batch, Method, Task
 from qst_tune.training.precision import overflow_hint
@@ -24,10 +25,6 @@ from qst_tune.training.run_state import Progress, seed_step
 from qst_tune.training.schedule import Schedule
 from qst_tune.training.sharding import take_part
 from qst_tune.training.stop_signals import StopSignals
-
-NO_LABEL = (
-    "raise tokenizer.max_seq_len if prompts fill it, and check which messages the dataset masks"
-)
 
 
 @dataclass(kw_only=True)
@@ -142,8 +139,10 @@ class Trainer:
         num_tokens, loss_sum, num_labels = self._accumulate(batches)
         sum_gradients(self.trained)
         # Every label weighs the same, however labels are spread over batches and devices.
-        self._scale_gradients(1 / num_labels.clamp(min=1))
-        norm = nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
+        gradients = [p.grad for p in self.trained if p.grad is not None]
+        for gradient in gradients:
+            gradient *= 1 / num_labels.clamp(min=1)
+        norm = nn.utils.get_total_norm(gradients)
         metrics = {
             "loss": (loss_sum / num_labels.clamp(min=1)).item(),
             "lr": float(self.optimizer.param_groups[0]["lr"]),
@@ -153,7 +152,9 @@ class Trainer:
             self._report_empty_step()
             metrics["loss"] = math.nan  # no loss was measured; 0 would read as a perfect one
         elif math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
-            self._update(norm)
+            if self.clip_grad_norm is not None:
+                nn.utils.clip_grads_with_norm_(self.trained, self.clip_grad_norm, norm)
+            self.optimizer.step()
         else:
             self._skip_or_stop(metrics)
         self.optimizer.zero_grad(set_to_none=True)
@@ -191,24 +192,13 @@ class Trainer:
         """Add one batch's gradients; returns the sum of its losses and its number of labels."""
         utils.batch_to_device(batch, self.device)
         model = self.method.model
-        if not self.activation_bytes:
-            with count_saved_activations(model) as kept:
-                loss_sum, num_labels = self.task.loss(model, batch)
-            self.activation_bytes = kept.num_bytes
-        else:
+        counting = nullcontext() if self.activation_bytes else count_saved_activations(model)
+        with counting as saved:
             loss_sum, num_labels = self.task.loss(model, batch)
+        if saved is not None:
+            self.activation_bytes = saved.num_bytes
         loss_sum.backward()
         return torch.stack([loss_sum.detach(), num_labels.to(loss_sum.dtype)])
-
-    def _scale_gradients(self, factor: torch.Tensor) -> None:
-        for parameter in self.trained:
-            if parameter.grad is not None:
-                parameter.grad *= factor
-
-    def _update(self, norm: torch.Tensor) -> None:
-        if self.clip_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(self.trained, self.clip_grad_norm, norm)
-        self.optimizer.step()
 
     def _log_step(self, metrics: dict[str, float], num_tokens: int, seconds: float) -> None:
         self.progress.num_tokens += num_tokens
@@ -227,14 +217,14 @@ class Trainer:
         if self.progress.skipped_steps < self.schedule.max_bad_steps:
             self.progress.skipped_steps += 1
             self.run_log.report(
-                f"{what}: left out, {self.progress.skipped_steps} of at most "
+                f"{what}: skipped, {self.progress.skipped_steps} of at most "
                 f"{self.schedule.max_bad_steps}"
             )
             return
         self._save_before_failing()
         raise UserError(
             f"{what}: stopped before it; lower optimizer.lr, set clip_grad_norm, mend those rows, "
-            "or set skip_bad_steps=<how many> to leave such steps out"
+            "or set skip_bad_steps=<how many> to skip such steps"
             f"{overflow_hint(self.method.model)}"
         )
 
@@ -295,7 +285,7 @@ class Trainer:
             self.run_log.report(str(error))
 
     def _report_end(self) -> None:
-        """Report why the run stopped, and what of it does not deserve to be taken for a success."""
+        """Report why the run stopped, and what must not be mistaken for a success."""
         done = f"after step {self.progress.step} of {self.schedule.num_steps}"
         if self.is_stopping:
             self.run_log.report(

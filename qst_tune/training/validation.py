@@ -9,6 +9,7 @@ from torchtune.modules import TransformerDecoder
 
 from qst_tune.errors import UserError
 from qst_tune.training.distributed import sum_or_fail
+from qst_tune.training.label_check import NO_LABEL
 from qst_tune.training.loss import next_token_loss
 from qst_tune.training.model_limits import check_length
 from qst_tune.training.sharding import anyone_has, free_weights, take_part
@@ -75,7 +76,6 @@ def held_out_loss(
     summed, count = sum_or_fail(on_device, error).tolist()
     if not count:
         raise UserError(
-            "validation: none of its rows has a label, so nothing can be measured: raise "
-            "tokenizer.max_seq_len if prompts fill it, and check which messages the dataset masks"
+            f"validation: none of its rows has a label, so nothing can be measured: {NO_LABEL}"
         )
     return float(summed / count)
