@@ -1,5 +1,6 @@
 """What a config leaves open is filled in before it is checked, and so is seen in every record."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,7 @@ import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from qst_tune.errors import ConfigError, Problem
-from qst_tune.training.automatic import (
-    AUTO,
-    DTYPE_NAMES,
-    automatic_device,
-    automatic_dtype,
-)
+from qst_tune.training.automatic import AUTO, DTYPE_NAMES, automatic_device, automatic_dtype
 
 # What `datasets` calls the formats of local files, by their endings.
 LOCAL_FORMATS = {
@@ -38,11 +34,26 @@ def fill_in(cfg: DictConfig) -> None:
     if cfg.get("dtype") in (None, AUTO):
         cfg.dtype = DTYPE_NAMES[automatic_dtype(torch.device(str(cfg.device).split(":")[0]))]
     _inherit(cfg)
-    for name in ("dataset", "dataset_val"):
+    for _, block in dataset_blocks(cfg, "dataset", "dataset_val"):
+        _name_format(block)
+
+
+def dataset_blocks(cfg: DictConfig, *names: str) -> Iterator[tuple[str, DictConfig]]:
+    """Yield every block under some keys, of a list too, with its path as in ``dataset[0]``."""
+    for name in names:
         block = cfg.get(name)
-        for part in block if isinstance(block, ListConfig) else [block]:
+        parts = block if isinstance(block, ListConfig) else [block]
+        for index, part in enumerate(parts):
             if isinstance(part, DictConfig):
-                _name_format(part)
+                yield f"{name}[{index}]" if parts is block else name, part
+
+
+def data_files(block: DictConfig) -> list[str]:
+    """Return the files of a dataset block, one or a list; empty without any, or for a mapping."""
+    files = block.get("data_files")
+    if not files or isinstance(files, DictConfig):
+        return []
+    return [str(file) for file in files] if isinstance(files, ListConfig) else [str(files)]
 
 
 def _inherit(cfg: DictConfig) -> None:
@@ -72,12 +83,12 @@ def _name_format(block: DictConfig) -> None:
     `datasets` would look for the files inside the source. Only local files that exist change it.
     """
     component = str(block.get("_component_"))
-    files = block.get("data_files")
+    files = data_files(block)
     if not files or not component.startswith(("torchtune.datasets.", "qst_tune.data.")):
         return
     if component.endswith(".auto_dataset") or block.get("source") in LOCAL_FORMATS.values():
         return
-    paths = [Path(str(file)) for file in (files if isinstance(files, ListConfig) else [files])]
+    paths = list(map(Path, files))
     formats = {LOCAL_FORMATS.get(_ending(path)) for path in paths}
     if len(formats) == 1 and None not in formats and all(path.is_file() for path in paths):
         block.source = formats.pop()

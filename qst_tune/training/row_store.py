@@ -20,21 +20,19 @@ class RowStore:
 
     def add(self, row: dict[str, Any]) -> None:
         """Keep a row, unless one was not kept before: rows are found by their number."""
-        self._keys = self._keys or tuple(row)
-        if self._is_full or tuple(row) != self._keys:
-            self._is_full = True
+        if self._is_full:
             return
+        self._keys = self._keys or tuple(row)
         try:
             values = tuple(map(_compact, row.values()))
         except (TypeError, OverflowError):  # not lists of numbers: of the user's own code
             self._is_full = True
             return
         size = sum(v.itemsize * len(v) for v in values if isinstance(v, array))
-        if self.num_bytes + size > self.max_bytes:
-            self._is_full = True
-            return
-        self.num_bytes += size
-        self._rows.append(values)
+        self._is_full = tuple(row) != self._keys or self.num_bytes + size > self.max_bytes
+        if not self._is_full:
+            self.num_bytes += size
+            self._rows.append(values)
 
     def get(self, index: int) -> dict[str, Any] | None:
         """Return the row that was added as number ``index``; None if it was not kept."""

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig
 from torch import nn
 
 from qst_tune.errors import ConfigError, Problem, UserError
 from qst_tune.models.hf.hub import is_hub_name
 from qst_tune.training.cli import instantiate
 from qst_tune.training.config_check import check_checkpoint_dir, config_problems
-from qst_tune.training.config_defaults import LOCAL_FORMATS
+from qst_tune.training.config_defaults import LOCAL_FORMATS, data_files, dataset_blocks
 from qst_tune.training.config_keys import TRAINING_KEYS
 from qst_tune.training.model_setup import choose_device, choose_dtype
 
@@ -83,7 +83,7 @@ def _fsdp_block_problems(cfg: DictConfig) -> Iterator[Problem]:
 
 def _packing_problems(cfg: DictConfig) -> Iterator[Problem]:
     for name in ("dataset", "dataset_val"):
-        packed = [bool(part.get("packed")) for _, part in _blocks(cfg, name)]
+        packed = [bool(part.get("packed")) for _, part in dataset_blocks(cfg, name)]
         if any(packed) and not all(packed):
             yield Problem(name, f"{name}: packed must be the same for all datasets of the list")
         elif any(packed) and cfg.tokenizer.get("max_seq_len") is None:
@@ -101,10 +101,8 @@ def _file_problems(cfg: DictConfig) -> Iterator[Problem]:
         if value and not Path(str(value)).exists() and not _is_on_hub(str(value), cfg):
             yield Problem(f"tokenizer.{key}", f"tokenizer: {key}={value} does not exist")
     yield from _cache_problems(cfg.get("hidden_state_cache"))
-    for name in ("dataset", "dataset_val"):
-        for path, block in _blocks(cfg, name):
-            yield from _streaming_problems(path, block)
-            yield from _data_file_problems(path, block)
+    for path, block in dataset_blocks(cfg, "dataset", "dataset_val"):
+        yield from _dataset_problems(path, block)
 
 
 def _is_on_hub(path: str, cfg: DictConfig) -> bool:
@@ -123,27 +121,14 @@ def _cache_problems(folder: Any) -> Iterator[Problem]:
         yield Problem("hidden_state_cache", text)
 
 
-def _blocks(cfg: DictConfig, name: str) -> list[tuple[str, DictConfig]]:
-    """The dataset, or each of a list of them, with its place in the config."""
-    block = cfg.get(name)
-    if isinstance(block, ListConfig):
-        return [(f"{name}[{index}]", part) for index, part in enumerate(block)]
-    return [(name, block)] if block else []
-
-
-def _streaming_problems(name: str, block: DictConfig) -> Iterator[Problem]:
+def _dataset_problems(name: str, block: DictConfig) -> Iterator[Problem]:
     if block.get("streaming"):
         text = f"{name}: streaming=True gives rows in one order only; set it to False"
         yield Problem(f"{name}.streaming", text)
-
-
-def _data_file_problems(name: str, block: DictConfig) -> Iterator[Problem]:
-    files = block.get("data_files")
     is_local = str(block.get("_component_")).endswith(".auto_dataset")
-    if not files or not (is_local or block.get("source") in LOCAL_FORMATS.values()):
-        return
-    for file in files if isinstance(files, ListConfig) else [files]:
-        is_plain = isinstance(file, str) and not any(mark in file for mark in ("://", *"*?["))
+    is_local = is_local or block.get("source") in LOCAL_FORMATS.values()
+    for file in data_files(block) if is_local else []:
+        is_plain = not any(mark in file for mark in ("://", *"*?["))
         if is_plain and not Path(file).expanduser().exists():
             yield Problem(f"{name}.data_files", f"{name}: data_files={file} does not exist")
 

@@ -7,7 +7,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from qst_tune.errors import UserError
-from qst_tune.training.config_defaults import fill_in
+from qst_tune.training.config_defaults import data_files, dataset_blocks, fill_in
 
 AUTO, CHAT = "qst_tune.data.auto_dataset", "torchtune.datasets.chat_dataset"
 
@@ -85,3 +85,14 @@ def test_local_files_go_before_the_hub_for_torchtunes_components(
     assert filled(dataset=[absent]).dataset[0].source == "hub/rows"
     ours = {**block, "_component_": AUTO}
     assert filled(dataset=ours).dataset.source == "hub/rows", "it reads files itself"
+
+
+def test_every_block_of_the_datasets_is_found_with_its_path_and_files() -> None:
+    several = [{"data_files": "a"}, {"data_files": ["b", "c"]}]
+    cfg = OmegaConf.create({"dataset": several, "dataset_val": {"data_files": {"train": "d"}}})
+    found = dataset_blocks(cfg, "dataset", "dataset_val", "absent")
+    assert {path: data_files(block) for path, block in found} == {
+        "dataset[0]": ["a"],
+        "dataset[1]": ["b", "c"],
+        "dataset_val": [],
+    }
