@@ -1,4 +1,4 @@
-"""Folders on disk that are whole or absent, whenever the process or the machine dies."""
+"""Directories that are whole or absent, whenever the process or the machine dies."""
 
 import os
 import shutil
@@ -22,12 +22,12 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         room = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         new, old = room / "new", room / "old"
         try:
-            new.mkdir()  # with the user's own permissions, which the one around it has not
+            new.mkdir()  # with the user's permissions, unlike the one around it
             yield new
             _flush(new)
             _put_in_place(new, folder, old)
         finally:
-            if folder.exists() or not old.exists():  # otherwise the old one could not be put back
+            if folder.exists() or not old.exists():  # else the old one is still there
                 shutil.rmtree(room, ignore_errors=True)
         _flush_names(folder.parent)
 
@@ -65,7 +65,7 @@ def _put_in_place(new: Path, folder: Path, old: Path) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Make what a folder holds survive a power cut."""
+    """Make what a directory contains survive a power cut."""
     for path in sorted(folder.rglob("*")):
         if path.is_dir():
             _flush_names(path)
@@ -80,7 +80,7 @@ def _flush_file(path: Path) -> None:
 
 
 def _flush_names(folder: Path) -> None:
-    """Make the names in a folder survive a power cut, too."""
+    """Make the names in a directory survive a power cut, too."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

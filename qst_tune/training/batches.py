@@ -11,7 +11,7 @@ from qst_tune.errors import UserError
 from qst_tune.training.distributed import rank_and_world_size
 from qst_tune.training.method import Batch
 
-# How a worker's traceback names the exception that torch raises anew in this process.
+# The name in a worker's traceback, which torch raises again in this process.
 _WORKER_ERROR = f"{UserError.__module__}.{UserError.__qualname__}"
 
 Collate = Callable[[list[Any]], Batch]

@@ -50,7 +50,7 @@ def _run(recipe_main: Callable[[DictConfig], None]) -> None:
         lines = _with_places(error, sys.argv[1:])
         sys.stderr.writelines(f"error: {line}\n" for line in lines)
         sys.exit(USER_ERROR_STATUS)
-    except OSError as error:  # while logging, say; checkpoints report their own
+    except OSError as error:  # a full disk while logging; checkpoints report their own
         if error.errno not in _DISK_ERRORS or os.environ.get(TRACEBACK_VARIABLE):
             raise
         sys.stderr.write(
@@ -72,7 +72,7 @@ def instantiate(block: DictConfig, name: str, *args: Any, **kwargs: Any) -> Any:
     except (TypeError, ValueError) as error:
         raise UserError(f"{name}: {first_line(error)}") from error
     except Exception as error:  # a component may be the user's own code
-        # Messages of other types are not whole sentences: of a KeyError it is the key.
+        # Messages of other types need not be sentences: a KeyError's is the key.
         reason = f"{type(error).__name__}: {first_line(error)}"
         cause = f" ({first_line(error.__cause__)})" if error.__cause__ else ""
         raise UserError(f"{name}: {block._component_} failed: {reason}{cause}") from error

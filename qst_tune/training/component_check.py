@@ -14,7 +14,7 @@ from qst_tune.errors import Problem, did_you_mean
 from qst_tune.training.config_keys import NOUNS
 from qst_tune.training.other_names import other_name_hint
 
-# Block -> how many positional arguments the recipe gives, and which keyword arguments.
+# Block -> number of positional arguments and names of keyword arguments that a recipe gives.
 _GIVEN: dict[str, tuple[int, tuple[str, ...]]] = {
     "dataset": (1, ()),
     "dataset_val": (1, ()),
@@ -119,7 +119,7 @@ def _missing_arguments(path: str, node: DictConfig, parameters: _Parameters) -> 
 def _wrong_types(path: str, node: DictConfig, component: Any) -> list[Problem]:
     problems = []
     for key, allowed in _plain_types(component).items():
-        # A value that refers to another is that one's mistake.
+        # A reference is checked where its value is.
         if key not in node or OmegaConf.is_interpolation(node, key):
             continue
         value = node[key]
@@ -133,7 +133,7 @@ def _plain_types(component: Any) -> dict[str, tuple[type, ...]]:
     """Allowed types of each parameter that is annotated with numbers, bool, text and None alone."""
     try:
         parameters = inspect.signature(component, eval_str=True).parameters
-    except Exception:  # annotations of others may name what is imported for type checkers alone
+    except Exception:  # annotations may name what is imported for type checkers alone
         return {}
     plain = {}
     for name, parameter in parameters.items():

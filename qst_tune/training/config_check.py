@@ -29,7 +29,7 @@ def config_problems(cfg: DictConfig, keys: Keys) -> list[Problem]:
     Keys of a training config are accepted by every recipe.
     """
     known = sorted({*keys, *TRAINING_KEYS})
-    # A key of the user's own is fine where another value refers to it, as in ${cache}/runs.
+    # A key of the user's own is fine if another value refers to it, as in ${cache}/runs.
     variables = variables_in(cfg)
     problems = [
         Problem(str(key), f"unknown key {key!r}{other_name_hint(key) or did_you_mean(key, known)}")
@@ -43,7 +43,7 @@ def config_problems(cfg: DictConfig, keys: Keys) -> list[Problem]:
         if rule.required and values.get(key) is None
     ]
     interpolation = _interpolation_problem(cfg)
-    if interpolation:  # without a value behind every reference, values cannot be looked at
+    if interpolation:  # values that refer to nothing cannot be checked
         return [*problems, interpolation]
     return [*problems, *component_problems(cfg), *_value_problems(cfg, keys)]
 
@@ -79,7 +79,9 @@ def check_checkpoint_dir(checkpointer: DictConfig, *, may_lack_weights: bool = F
             f"checkpointer.checkpoint_dir={folder} does not exist; download the model there "
             "(tune download) or name its directory"
         )
-    if str(checkpointer.get("_component_")).endswith(".HFCheckpointer"):  # it finds its own
+    if str(checkpointer.get("_component_")).endswith(
+        ".HFCheckpointer"
+    ):  # which finds the files itself
         read_settings(folder)
         if not may_lack_weights or any([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
             weight_files(folder)

@@ -19,9 +19,9 @@ from torchtune.config._utils import _has_component, _remove_key_by_dotpath
 from qst_tune.errors import UserError, first_line
 from qst_tune.training.config_keys import TRAINING_KEYS
 
-# What a user writes to be read, and not to be looked up on a disk.
+# Texts for the model, in which a leading ~ is no home directory.
 _TEXTS = ("prompt", "prompts", "system_prompt", "new_system_prompt")
-# Those that are one text, also where the file has none: that of a training run has no prompt.
+# Always one text, even if the file has no such key: a training config has no prompt.
 _PROSE = ("prompt", "system_prompt")
 
 

@@ -29,7 +29,7 @@ def _lines_of(name: str, keys: Keys) -> list[str]:
     key = keys[name]
     choices = [str(choice) for choice in key.choices]
     values = "|".join(choices) if choices else NOUNS[key.kind].removeprefix("a ")
-    # No break in it: textwrap breaks lines at ASCII whitespace only.
+    # A non-breaking space: textwrap breaks lines at ASCII whitespace only.
     end = "required" if key.required else f"default:\xa0{_shown(key.default)}"
     return [f"  {name}: {values}", *_wrapped(f"{key.meaning} [{end}]")]
 

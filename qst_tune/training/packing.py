@@ -87,7 +87,7 @@ def align_packs(packs: Any, name: str, limits: ModelLimits | None = None) -> "Al
     PackedDataset makes them.
     """
     if type(packs) is PackedDataset and packs.split_across_pack:
-        # Where a row continues in the next pack, its last label here is known to the rows alone.
+        # If a row continues in the next pack, only the rows have its last label here.
         return _pack(
             packs.ds,
             name,
@@ -144,8 +144,8 @@ class AlignedPacks:
         if problem:
             raise UserError(f"{self.name}: pack {index} cannot be used: {problem}")
         if self.is_aligned:
-            # torchtune numbers a row modulo the length of a pack: in a row that is longer, the
-            # numbers fall back to 0 amid tokens that see each other.
+            # torchtune numbers positions modulo the length of a pack: in a longer row they fall
+            # back to 0 among tokens that see each other.
             return {**pack, "input_pos": _positions(pack["seq_lens"])}
         missing = {"tokens", "labels", "input_pos", "seq_lens"} - set(pack)
         if missing:

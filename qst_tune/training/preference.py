@@ -72,7 +72,7 @@ class PreferenceTask:
         ``reward_accuracy`` is the share of pairs whose chosen answer has the higher reward,
         ``reward_margin`` by how much on average, in nats.
         """
-        # Pairs, and over them the sums of losses, of won comparisons and of margins.
+        # The number of pairs, and their sums of losses, wins and margins.
         total = torch.zeros(4, device=self.device)
 
         def add(batch: Batch) -> None:

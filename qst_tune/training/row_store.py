@@ -3,8 +3,7 @@
 from array import array
 from typing import Any
 
-# 2^27 tokens with their labels. Rows behind that are read and tokenized again when a batch needs
-# them, as all rows were before there was a store.
+# 2^27 tokens with their labels. Later rows are read and tokenized again when a batch needs them.
 MAX_BYTES = 2**30
 
 

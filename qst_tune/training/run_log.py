@@ -43,7 +43,7 @@ class RunLog:
         self.device = device
         self.every = every
         self.memory = memory
-        # Of the progress bar, where there is little room.
+        # Short, for the progress bar.
         self.memory_name = "peak_cuda" if device.type == "cuda" else "peak_rss"
         self.summary = RunSummary(before=before)
         self.is_main = rank_and_world_size()[0] == 0

@@ -11,8 +11,8 @@ from qst_tune.errors import UserError
 from qst_tune.training.cli import instantiate
 from qst_tune.training.distributed import rank_and_world_size
 
-# One of at most so many steps is looked at: 0.1 s. A warm-up that is too long for a longer run has
-# thousands of steps, and nobody writes that by mistake.
+# Longer runs are not checked, which takes 0.1 s here: nobody writes a warm-up of thousands of steps
+# by mistake.
 _LONGEST = 10_000
 _OWN = "qst_tune.training.lr_schedulers.cosine_with_warmup"
 # Adam moves a weight by about its rate a step: in fewer steps than this a new side network hardly
@@ -55,7 +55,7 @@ def learning_rates(cfg: DictConfig, num_steps: int) -> tuple[float, list[float]]
     if not num_steps:
         return full, []
     settings = {"num_training_steps": num_steps, "last_epoch": -1}
-    # Of an optimizer that is never stepped: torch would warn of the order of the two.
+    # The config's optimizer is never stepped, and torch would warn of that.
     plain = torch.optim.SGD([parameter], lr=full)
     scheduler: Any = instantiate(cfg.lr_scheduler, "lr_scheduler", plain, **settings)
     rates = []

@@ -104,12 +104,12 @@ def _began_from(result: Path, start: Path, form: TunedFormat) -> bool:
         if not start.exists():  # moved or deleted since
             return bool(lineage[-1]["name"] == _name(start))
         return bool(lineage[-1]["digest"] == digest_of(read_tensors(start, form)))
-    except (UserError, KeyError, TypeError):  # said again when one of them is loaded
+    except (UserError, KeyError, TypeError):  # reported when one of them is loaded
         return False
 
 
 def _name(folder: Path) -> str:
-    """Run and directory, without the path, which is nobody else's business."""
+    """Run and directory, without the rest of the path, which is private."""
     return "/".join(folder.resolve().parts[-2:])
 
 
@@ -118,7 +118,7 @@ def _data(folder: Path) -> Iterator[str]:
     try:
         blocks: Any = OmegaConf.to_container(OmegaConf.load(folder / "recipe_config.yaml"))
         blocks = blocks["dataset"]
-    except Exception:  # a card without it is no reason to stop; OmegaConf and YAML raise many types
+    except Exception:  # the card can do without; OmegaConf and YAML raise many types
         return
     for block in blocks if isinstance(blocks, list) else [blocks]:
         files = block.get("data_files") or block.get("source") or block.get("_component_")

@@ -84,7 +84,7 @@ class Trainer:
         with closing(self.run_log):
             with self.stop, self.profiler as profiler, bar:
                 self.method.model.train()
-                if self._is_validation_due():  # before the first step, or where it failed before
+                if self._is_validation_due():  # before the first step, or again after it failed
                     self._validate()
                 while not self._is_finished():
                     self._run_epoch(profiler)
