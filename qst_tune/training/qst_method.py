@@ -9,6 +9,7 @@ import torch
 from omegaconf import DictConfig
 from torchtune import utils
 
+from qst_tune.backbone.experts import compile_forward
 from qst_tune.modules.hidden_state_cache import HiddenStateCache
 from qst_tune.modules.output_mix import AlphaMix, SigmoidMix
 from qst_tune.modules.qst_model import QSTModel
@@ -121,8 +122,7 @@ def load_qst(
         model.hidden_state_cache = _hidden_state_cache(model, cfg, backbone, dtype, device)
     if cfg.get("compile"):
         layers: Any = model.layers
-        for module in [*layers, *model.side.blocks]:
-            module.compile()
+        compile_forward([*layers, *model.side.blocks])
     return QSTMethod(model, provenance_of(cfg, backbone, start.lineage if start else ()))
 
 

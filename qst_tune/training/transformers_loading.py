@@ -18,9 +18,6 @@ from qst_tune.training.distributed import rank_and_world_size
 from qst_tune.training.sharding import choose_sharding, load_sharded_directory
 from qst_tune.training.tuned_folder import BackboneId
 
-# What only torchtune's modules can do so far, by key of the config.
-_TORCHTUNE_ONLY = ("compile",)
-
 log = utils.get_logger("INFO")
 
 
@@ -86,9 +83,6 @@ def identify_transformers_backbone(model: QSTTransformer, folder: Path) -> Backb
 
 def _check_settings(model: QSTTransformer, cfg: DictConfig) -> None:
     kind = f"model_type={model.backbone.config.model_type}, which runs as transformers' own model"
-    for key in _TORCHTUNE_ONLY:
-        if cfg.get(key):
-            raise UserError(f"{key}={cfg[key]} does not work yet with {kind}: leave it out")
     if cfg.checkpointer.get("cache_dir"):
         raise UserError(
             f"checkpointer.cache_dir={cfg.checkpointer.cache_dir} does not work yet with {kind}: "

@@ -120,13 +120,16 @@ def test_two_processes_train_what_one_trains(sharding: str, root: Path, tmp_path
     assert together == pytest.approx(alone, rel=1e-6)
 
 
-@pytest.mark.parametrize("setting", ["checkpointer.cache_dir=/tmp/c", "compile=True"])
-def test_what_needs_torchtunes_modules_is_one_line(
-    setting: str, root: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(UserError, match=r"smollm3") as error:
-        run(root, "smollm3", tmp_path, setting)
-    assert setting.split(".")[-1].split("=")[0] in str(error.value)
+@pytest.mark.slow  # compiles each layer
+def test_compile_gives_the_same_run(root: Path, tmp_path: Path) -> None:
+    plain = run(root, "gpt_oss", tmp_path / "plain", "epochs=2")
+    compiled = run(root, "gpt_oss", tmp_path / "compiled", "epochs=2", "compile=True")
+    assert compiled == pytest.approx(plain, rel=1e-6)
+
+
+def test_what_needs_torchtunes_modules_is_one_line(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cache_dir=/tmp/c .*smollm3") as error:
+        run(root, "smollm3", tmp_path, "checkpointer.cache_dir=/tmp/c")
     assert "\n" not in str(error.value)
 
 
