@@ -28,8 +28,8 @@ from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
 from benchmarks.backbones import BACKBONES, DTYPE, Backbone, dense_backbone
 from qst_tune.models import qst_decoder, smollm2_135m
-from qst_tune.models.qst import VARIANTS
 from qst_tune.modules.qst_model import QSTModel
+from qst_tune.modules.side_config import VARIANTS
 from qst_tune.quantization.nf4 import dequantize_nf4
 from qst_tune.training.backbone_loading import load_backbone
 from qst_tune.training.cli import instantiate

@@ -113,7 +113,7 @@ def reference_choices(model) -> reference.Choices:
         downsample=kind,
         activation=names[activation],
         shared_first=len(side.downsample) == len(side.blocks),
-        normalize_hidden=side.normalize_hidden,
+        normalize_hidden=side.config.normalize_hidden,
         output_mix=next(n for n, kind in mixes.items() if type(side.output_mix) is kind),
     )
 

@@ -53,7 +53,7 @@ from qst_tune.models.peqa import (
     peqa_smollm2_135m,
     peqa_smollm2_360m,
 )
-from qst_tune.models.qst import VARIANTS, qst_builder, qst_decoder
+from qst_tune.models.qst import qst_builder, qst_decoder
 from qst_tune.models.rotary_decoder import rotary_decoder
 from qst_tune.models.smollm2 import (
     qst_smollm2_1_7b,
@@ -66,7 +66,6 @@ from qst_tune.models.smollm2 import (
 )
 
 __all__ = [
-    "VARIANTS",
     "backbone_from_hf",
     "gemma2",
     "opt",

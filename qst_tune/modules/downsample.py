@@ -22,7 +22,7 @@ recomputed in backward starts from what was read and cannot draw another mask.
 """
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -51,17 +51,10 @@ class Downsample(nn.Module):
             exact.
         dropout (float): share of the channels of h that are read as 0 in training, the others as
             h / (1 - dropout). Default: 0.
-
-    Raises:
-        ValueError: if ``hidden_bits`` is none of these or ``dropout`` not in [0, 1).
     """
 
     def __init__(self, hidden_bits: int = 16, dropout: float = 0.0) -> None:
         super().__init__()
-        if hidden_bits not in (4, 8, 16):
-            raise ValueError(f"hidden_bits={hidden_bits} must be 16, 8 or 4")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout={dropout} must be at least 0 and below 1")
         self.hidden_bits = hidden_bits
         self.dropout = dropout
 
@@ -253,18 +246,11 @@ def build_downsample(  # a builder, as those of models/
 
     Returns:
         Downsample: maps ``[..., D]`` to ``[..., S]``.
-
-    Raises:
-        ValueError: if a name is unknown or a number out of range.
     """
-    _check_name("downsample", kind, get_args(DownsampleKind))
-    _check_name("activation", activation, get_args(Activation))
     if kind == "maxpool" or kind == "avgpool":
         return PoolDownsample(out_dim, kind, dropout=dropout)
     if kind == "linear":
         return LinearDownsample(in_dim, out_dim, hidden_bits=hidden_bits, dropout=dropout)
-    if rank < 1:
-        raise ValueError(f"rank={rank} of the {kind} downsampler must be at least 1")
     return LowRankDownsample(
         in_dim,
         out_dim,
@@ -274,8 +260,3 @@ def build_downsample(  # a builder, as those of models/
         hidden_bits=hidden_bits,
         dropout=dropout,
     )
-
-
-def _check_name(argument: str, name: str, known: tuple[str, ...]) -> None:
-    if name not in known:
-        raise ValueError(f"{argument}={name!r} is unknown; choose one of {', '.join(known)}")

@@ -1,17 +1,90 @@
 """Everything that shapes a side network, in one place."""
 
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, get_args
 
 from qst_tune.modules.downsample import Activation, DownsampleKind
 from qst_tune.modules.output_mix import OutputMixKind
+from qst_tune.modules.side_block import MIN_HEAD_DIM
 
 Variant = Literal["default", "paper", "authors"]
+
+_PAPER: dict[str, Any] = {
+    "num_side_blocks": None,  # one for every layer
+    "normalize_hidden": False,
+    "downsample": "adapter",
+    "rank": 16,
+    "output_mix": "alpha",
+    "mix_per_channel": False,
+    "gate_per_channel": False,
+    "initial_gamma": 0.0,
+    "share_first_downsample": False,
+    "downsample_norm": False,
+    "min_head_dim": MIN_HEAD_DIM,
+}
+# What each variant fixes; every one of these is a field of SideConfig and can be overridden.
+VARIANTS: dict[str, dict[str, Any]] = {
+    # What measured best (docs/results.md). Starts at the backbone like the paper's, and learns from
+    # the first step.
+    "default": {
+        **_PAPER,
+        "num_side_blocks": 6,
+        "normalize_hidden": True,
+        "output_mix": "residual",
+        "downsample_norm": True,
+        "min_head_dim": 32,
+    },
+    # The equations of arXiv 2401.07159.
+    "paper": _PAPER,
+    # The authors' code (github.com/YouAreSpecialToMe/QST at 27cef0a), tensor by tensor.
+    "authors": {
+        **_PAPER,
+        "output_mix": "sigmoid",
+        "mix_per_channel": True,
+        "gate_per_channel": True,
+        "initial_gamma": 0.5,
+        "share_first_downsample": True,
+        "downsample_norm": True,
+    },
+}
 
 
 @dataclass(frozen=True)
 class SideConfig:
-    """What shapes a side network."""
+    """What shapes a side network; None takes the variant's value.
+
+    Args:
+        reduction_factor (int): r; the side network has width ``D // r``. Higher trains fewer
+            parameters in less memory.
+        variant (Variant): preset of the fields that are None: "default", "paper" or "authors".
+        hidden_bits (int): 16, 8 or 4; bits in which "linear", "lora" and "adapter" keep the hidden
+            states for backward (with recomputation on, else the decoded ones are kept too).
+        num_side_blocks (int | None): side blocks, evenly spaced beside the backbone's layers; the
+            variant's is at most one for every layer.
+        normalize_hidden (bool | None): read each token's hidden state divided by its root mean
+            square.
+        downsample (DownsampleKind | None): "linear", "lora", "adapter", "maxpool" or "avgpool".
+        rank (int | None): bottleneck of the "lora" and "adapter" downsamplers; the variant's is at
+            most the backbone's width.
+        output_mix (OutputMixKind | None): "residual", "alpha", "sigmoid" or "swapped_sigmoid";
+            "authors" means swapped over OPT.
+        mix_per_channel (bool | None): one alpha, or one z, per channel instead of one for all.
+        gate_per_channel (bool | None): one gamma per channel instead of one per layer.
+        initial_gamma (float | None): start of every gate's gamma.
+        share_first_downsample (bool | None): read the embedding with layer 1's downsampler, as the
+            authors' code does.
+        downsample_norm (bool | None): LayerNorm behind an "adapter".
+        min_head_dim (int | None): fewer heads than the backbone's where theirs would be narrower.
+        initial_mix (float): start of alpha in the "alpha" mix, of z in "sigmoid" and
+            "swapped_sigmoid"; "residual" has nothing to start.
+        activation (Activation): of an "adapter": "silu", "relu", "gelu" or "identity".
+        dropout (float): share of a hidden state's channels that are not read, in training.
+
+    Raises:
+        ValueError: if a name is unknown or a number out of range.
+    """
 
     reduction_factor: int = 16
     variant: Variant = "default"
@@ -29,19 +102,62 @@ class SideConfig:
     min_head_dim: int | None = None
     initial_mix: float = 1.0
     activation: Activation = "silu"
-    downsample_norm_before: bool = False
     dropout: float = 0.0
 
+    def __post_init__(self) -> None:
+        for name, kind in _CHOICES.items():
+            value = getattr(self, name)
+            if value is not None and value not in get_args(kind):
+                known = ", ".join(map(str, get_args(kind)))
+                raise ValueError(f"{name}={value!r} is unknown; choose one of {known}")
+        if self.hidden_bits not in (4, 8, 16):
+            raise ValueError(f"hidden_bits={self.hidden_bits} must be 16, 8 or 4")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
+        if self.rank is not None and self.rank < 1 and self.downsample not in _WITHOUT_RANK:
+            raise ValueError(f"rank={self.rank} must be at least 1")
+        if isinstance(self.initial_gamma, str):
+            raise ValueError(f"initial_gamma={self.initial_gamma!r} must be a number")
+
     @classmethod
-    def of_block(cls, block: dict[str, Any]) -> "SideConfig":
-        """Take the settings out of a model block."""
+    def of_block(cls, block: Mapping[str, Any]) -> "SideConfig":
+        """Take the fields out of a config's model block."""
         names = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in block.items() if name in names})
 
     def settings(self) -> dict[str, Any]:
-        """Return what differs from the defaults, with the reduction factor."""
-        return {
-            field.name: getattr(self, field.name)
-            for field in fields(self)
-            if field.name == "reduction_factor" or getattr(self, field.name) != field.default
-        }
+        """Return r and what differs from the defaults, for a model block."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {n: v for n, v in values.items() if n == "reduction_factor" or v != _DEFAULTS[n]}
+
+    def resolved(self, width: int, num_layers: int) -> "SideConfig":
+        """Fill in what the variant fixes, and what a small backbone leaves of it.
+
+        Args:
+            width (int): D.
+            num_layers (int): N.
+
+        Returns:
+            SideConfig: without None.
+        """
+        preset = dict(VARIANTS[self.variant])
+        preset["rank"] = min(preset["rank"], width)
+        preset["num_side_blocks"] = min(preset["num_side_blocks"] or num_layers, num_layers)
+        open_ones = {name: v for name, v in preset.items() if getattr(self, name) is None}
+        return replace(self, **open_ones)
+
+
+_DEFAULTS = {field.name: field.default for field in fields(SideConfig)}
+_CHOICES = {
+    "variant": Variant,
+    "downsample": DownsampleKind,
+    "output_mix": OutputMixKind,
+    "activation": Activation,
+}
+_WITHOUT_RANK = ("linear", "maxpool", "avgpool")
+
+# The fields as keyword arguments, for the signatures of builders.
+SIDE_PARAMETERS = [
+    parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+    for parameter in inspect.signature(SideConfig).parameters.values()
+]

@@ -4,7 +4,7 @@ Notation: B batch, T tokens, D width of the backbone, S = D / r width of the sid
 of the backbone, M blocks of the side network.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,7 +16,10 @@ from torchtune.models.gemma.rms_norm import GemmaRMSNorm
 from torchtune.modules import RMSNorm
 from torchtune.modules.attention_utils import _MaskType
 
-from qst_tune.modules.downsample import Kept
+from qst_tune.modules.backbone import Backbone
+from qst_tune.modules.downsample import Kept, build_downsample
+from qst_tune.modules.output_mix import build_output_mix
+from qst_tune.modules.side_config import SideConfig
 
 # Given, since torch's own for bf16 is 0.008: as large as the mean square of some embeddings.
 _NORM_EPS = 1e-6
@@ -118,52 +121,48 @@ class SideNetwork(nn.Module):
     again in backward.
 
     Args:
-        downsample (nn.ModuleList): M + 1 or M modules, ``[B, T, D]`` to ``[B, T, S]``.
-        gates (nn.ModuleList): M :class:`Gate`.
-        blocks (nn.ModuleList): M side blocks, ``[B, T, S]`` to ``[B, T, S]``.
-        norm (nn.Module): over S channels.
-        upsample (nn.Module): ``[B, T, S]`` to ``[B, T, D]``.
-        output_mix (nn.Module): combines f and the upsampled state, both ``[B, T, D]``.
-        layers (Sequence[int] | None): for each block the index of the backbone layer beside it,
-            ascending; None: block k is beside layer k.
-        normalize_hidden (bool): read h / rms(h) instead of h. Default: False.
+        backbone (Backbone): of which only sizes are read; it is not kept.
+        config (SideConfig): resolved.
+
+    Attributes:
+        layers (list[int]): for each block the index of the backbone layer beside it, ascending.
 
     Raises:
-        ValueError: if the numbers of downsamplers, gates, blocks and layers do not fit each other.
+        ValueError: if r or the number of blocks does not fit the backbone.
     """
 
-    def __init__(  # its parts and its choices; qst_decoder puts them together
-        self,
-        *,
-        downsample: nn.ModuleList,
-        gates: nn.ModuleList,
-        blocks: nn.ModuleList,
-        norm: nn.Module,
-        upsample: nn.Module,
-        output_mix: nn.Module,
-        layers: Sequence[int] | None = None,
-        normalize_hidden: bool = False,
-    ) -> None:
+    def __init__(self, backbone: Backbone, config: SideConfig) -> None:
         super().__init__()
-        if len(gates) != len(blocks) or len(downsample) not in (len(blocks), len(blocks) + 1):
-            raise ValueError(
-                f"{len(blocks)} side blocks need as many gates (got {len(gates)}) and as many "
-                f"downsamplers or one more (got {len(downsample)})"
+        chosen: Any = config  # resolved: no field is None
+        width, count = backbone.width, chosen.num_side_blocks
+        self.config = config
+        self.layers = evenly_spaced_layers(count, backbone.num_layers)
+        shape = backbone.side_shape(chosen.reduction_factor, chosen.min_head_dim)
+        dim = shape.embed_dim
+        self.downsample = nn.ModuleList(
+            build_downsample(
+                chosen.downsample,
+                width,
+                dim,
+                rank=chosen.rank,
+                activation=chosen.activation,
+                norm=chosen.downsample_norm,
+                hidden_bits=chosen.hidden_bits,
+                dropout=chosen.dropout,
             )
-        layers = range(len(blocks)) if layers is None else layers
-        if len(layers) != len(blocks) or list(layers) != sorted(set(layers)):
-            raise ValueError(f"{len(blocks)} side blocks need as many ascending layers: {layers}")
-        self.layers = list(layers)
-        self.normalize_hidden = normalize_hidden
-        self.downsample = downsample
-        self.gates = gates
-        self.blocks = blocks
-        self.norm = norm
-        self.upsample = upsample
-        self.output_mix = output_mix
+            for _ in range(count if chosen.share_first_downsample else count + 1)
+        )
+        self.gates = nn.ModuleList(
+            Gate(dim if chosen.gate_per_channel else 1, chosen.initial_gamma) for _ in range(count)
+        )
+        self.blocks = backbone.side_blocks(self.layers, shape)
+        self.norm = backbone.side_norm(dim)
+        self.upsample = (ZeroLinear if chosen.output_mix == "residual" else nn.Linear)(dim, width)
+        self.output_mix = build_output_mix(
+            chosen.output_mix, width if chosen.mix_per_channel else 1, chosen.initial_mix
+        )
         self.disabled = False
         self.recompute = False
-        self._shared_first = len(downsample) == len(blocks)
 
     def adapter_params(self) -> list[str]:
         """Names of the trainable parameters: all of them.
@@ -231,7 +230,7 @@ class SideNetwork(nn.Module):
         Returns:
             torch.Tensor: :math:`g_k`, ``[B, T, S]``.
         """
-        downsample = self._downsampler(index if self._shared_first else index + 1)
+        downsample = self._downsampler(index if self.config.share_first_downsample else index + 1)
         gate, block = self.gates[index], self.blocks[index]
 
         def next_state(g_BTS: torch.Tensor, *kept: torch.Tensor) -> torch.Tensor:
@@ -258,7 +257,7 @@ class SideNetwork(nn.Module):
 
     def _read(self, downsample: Any, h_BTD: torch.Tensor) -> Kept:
         """What the downsampler must keep of a hidden state."""
-        if self.normalize_hidden:
+        if self.config.normalize_hidden:
             h_BTD = F.rms_norm(h_BTD, h_BTD.shape[-1:], eps=_NORM_EPS)
         kept: Kept = downsample.read(h_BTD)
         return kept

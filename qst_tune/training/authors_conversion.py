@@ -13,9 +13,10 @@ from torchtune.modules import RMSNorm
 
 from qst_tune.errors import UserError
 from qst_tune.models.hf.weights import Weights
-from qst_tune.models.qst import VARIANTS, qst_decoder
+from qst_tune.models.qst import qst_decoder
 from qst_tune.modules.learned_positions import LearnedPositionEmbedding
 from qst_tune.modules.qst_model import QSTModel
+from qst_tune.modules.side_config import VARIANTS
 from qst_tune.training.authors_checkpoint import (
     Family,
     read_authors_folder,

@@ -21,7 +21,7 @@ import torch
 from qst_tune import __version__
 from qst_tune.modules.side_network import SideNetwork
 from qst_tune.training.atomic_folder import write_folder
-from qst_tune.training.side_structure import side_structure
+from qst_tune.training.side_structure import check_structure, side_structure
 from qst_tune.training.tuned_folder import (
     BackboneId,
     Provenance,
@@ -143,10 +143,9 @@ def read_side_network(
     Raises:
         UserError: as for :func:`load_side_network`.
     """
-    structure = side_structure(side)
-    return load_tuned(
-        SIDE_NETWORK, folder, side.state_dict(), backbone=backbone, structure=structure
-    )
+    tensors = load_tuned(SIDE_NETWORK, folder, side.state_dict(), backbone=backbone)
+    check_structure(folder, read_description(folder, SIDE_NETWORK), side)
+    return tensors
 
 
 def read_provenance(folder: Path, backbone_path: str) -> Provenance:

@@ -1,46 +1,73 @@
 """What a side network computes that the names and shapes of its tensors leave open."""
 
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from qst_tune.modules.downsample import Downsample, LowRankDownsample, PoolDownsample
-from qst_tune.modules.output_mix import SigmoidMix
+from qst_tune.errors import UserError
+from qst_tune.modules.side_config import SideConfig
 from qst_tune.modules.side_network import SideNetwork
+
+# What makes two side networks with equal tensors compute otherwise. The rest of the configuration
+# shows in the tensors, acts in training alone, or (hidden_bits) approximates the same function.
+_FUNCTION = (
+    "layers", "normalize_hidden", "num_heads", "num_kv_heads", "downsample", "activation",
+    "output_mix",
+)  # fmt: skip
 
 
 def side_structure(side: SideNetwork) -> dict[str, Any]:
-    """Describe a side network beside its tensors.
-
-    A folder says this, and a model that differs refuses it: one head of 36 and three heads of 12
-    have the same tensors. What acts in training alone (dropout, initial values) is not in it, nor
-    ``hidden_bits``, which approximates the same function.
+    """Describe a side network beside its tensors: its configuration and what follows from it.
 
     Args:
         side (SideNetwork): may be on the meta device.
 
     Returns:
-        dict[str, Any]: of what JSON has; the same for two side networks that compute the same from
-        the same tensors and backbone.
+        dict[str, Any]: of what JSON has.
     """
     attn: Any = side.blocks[0].attn
-    downsample: Any = side.downsample[0]
-    return {
-        "reads": "output",  # of a layer; directories of older versions may say "input"
-        "layers": side.layers,
-        "normalize_hidden": side.normalize_hidden,
-        "num_heads": attn.num_heads,
-        "num_kv_heads": attn.num_kv_heads,
-        "downsample": _downsample(downsample),
-        "output_mix": _output_mix(side.output_mix),
-    }
+    heads = {"num_heads": attn.num_heads, "num_kv_heads": attn.num_kv_heads}
+    return {**asdict(side.config), "layers": side.layers, **heads}
 
 
-def _downsample(downsample: Downsample) -> str:
-    name = type(downsample).__name__
-    if isinstance(downsample, LowRankDownsample):
-        return f"{name}, {type(downsample.activation).__name__}"
-    return f"{name}, {downsample.kind}" if isinstance(downsample, PoolDownsample) else name
+def check_structure(folder: Path, description: Mapping[str, Any], side: SideNetwork) -> None:
+    """Refuse a directory whose tensors would compute something else here.
+
+    One head of 36 and three heads of 12, for one, have the same tensors.
+
+    Args:
+        folder (Path): of the side network, for the message.
+        description (Mapping[str, Any]): of the directory.
+        side (SideNetwork): what its tensors shall be loaded into.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    found, wanted = _described(description), side_structure(side)
+    if wanted["downsample"] != "adapter":
+        wanted["activation"] = found.get("activation")  # which only an adapter has
+    differing = [
+        f"{key} {found.get(key)!r} there, {wanted[key]!r} here"
+        for key in _FUNCTION
+        if found.get(key) != wanted[key]
+    ]
+    if found.get("reads", "output") != "output":
+        differing.append("it reads the input of layers, which this version does not")
+    if differing:
+        raise UserError(
+            f"{folder} holds tensors of this shape for another model: {'; '.join(differing)}; use "
+            "the model block of its qst_config.json, and for what that leaves to a default the "
+            "values there"
+        )
 
 
-def _output_mix(mix: Any) -> str:
-    swapped = isinstance(mix, SigmoidMix) and mix.swapped
-    return type(mix).__name__ + (", swapped" if swapped else "")
+def _described(description: Mapping[str, Any]) -> dict[str, Any]:
+    found = description.get("structure") or {}
+    if "reads" not in found:
+        return dict(found)
+    # Written before a directory had the whole configuration; its model block has what differs.
+    config = asdict(SideConfig.of_block(description["model"]).resolved(1, 1))
+    swapped = {"output_mix": "swapped_sigmoid"} if "swapped" in found["output_mix"] else {}
+    both = {"downsample", "output_mix"}
+    return {**config, **{k: v for k, v in found.items() if k not in both}, **swapped}

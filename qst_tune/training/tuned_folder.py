@@ -149,7 +149,6 @@ def load_tuned(
     expected: Mapping[str, torch.Tensor],
     *,
     backbone: BackboneId,
-    structure: dict[str, Any] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Read a folder's tensors, after checking that they belong to this model and backbone.
 
@@ -158,20 +157,18 @@ def load_tuned(
         folder (Path): with the files of :func:`tuned_files`.
         expected (Mapping[str, torch.Tensor]): the model's own, for their names and shapes.
         backbone (BackboneId): the model's.
-        structure (dict[str, Any] | None): the model's, as given to :func:`tuned_files`.
 
     Returns:
         dict[str, torch.Tensor]: by name, on the CPU.
 
     Raises:
         UserError: if the folder is missing, damaged, of another method or version, was trained on
-            another backbone, holds other tensors than ``expected`` or is of another ``structure``.
+            another backbone, or holds other tensors than ``expected``.
     """
     description = read_description(folder, form)
     _check_backbone(folder, description, backbone)
     tensors = read_tensors(folder, form)
     _check_tensors(form, folder, tensors, expected)
-    _check_structure(form, folder, description.get("structure") or {}, structure or {})
     return tensors
 
 
@@ -267,22 +264,6 @@ def _check_tensors(
         f"{wanted.get(example, 'absent')} in the model; use the model block of its "
         f"{form.config_file}"
     )
-
-
-def _check_structure(
-    form: TunedFormat, folder: Path, found: dict[str, Any], wanted: dict[str, Any]
-) -> None:
-    differing = [
-        f"{key} {found.get(key)!r} there, {wanted.get(key)!r} here"
-        for key in wanted | found
-        if found.get(key) != wanted.get(key)
-    ]
-    if differing:
-        raise UserError(
-            f"{folder} holds tensors of this shape for another model: {'; '.join(differing)}; use "
-            f"the model block of its {form.config_file}, and for what that leaves to a default "
-            "the values there"
-        )
 
 
 def shown(figure: float) -> str:

@@ -13,12 +13,13 @@ from torchtune.models.llama2 import llama2
 from torchtune.models.qwen2 import qwen2
 
 import qst_tune.models
-from qst_tune.models import VARIANTS, qst_builder, qst_decoder
+from qst_tune.models import qst_builder, qst_decoder
 from qst_tune.modules.base_quantization import quantization_of
 from qst_tune.modules.nf4_linear import NF4Linear
 from qst_tune.modules.output_mix import AlphaMix, ResidualMix, SigmoidMix
 from qst_tune.modules.peqa_linear import PEQALinear
 from qst_tune.modules.qst_decoder import QSTDecoder
+from qst_tune.modules.side_config import VARIANTS
 from qst_tune.modules.side_network import ZeroLinear
 from qst_tune.quantization.table import QuantizedTable
 from tests.helpers import TINY, dense_weight, random_tokens, randomize_, tiny_backbone
@@ -86,7 +87,7 @@ def settings_of(model):
     mix_sizes = [p.numel() for p in side.output_mix.parameters()]
     mix_per_channel = mix_sizes == [D] if mix_sizes else None
     start = gamma[0].item()
-    shape = (head_dim, len(side.blocks), side.normalize_hidden)
+    shape = (head_dim, len(side.blocks), side.config.normalize_hidden)
     return "adapter", rank, mix, mix_per_channel, per_channel, start, shares_first, has_norm, *shape
 
 

@@ -99,17 +99,6 @@ def test_what_was_read_is_dropped_once_and_for_all(kind, bits):
     assert torch.equal(down.project(*kept), down.project(*kept))
 
 
-@pytest.mark.parametrize("dropout", [-0.1, 1.0, 7])
-def test_an_impossible_dropout_is_refused(dropout):
-    with pytest.raises(ValueError, match=f"dropout={dropout} must be at least 0 and below 1"):
-        build_downsample("linear", 12, 4, rank=1, dropout=dropout)
-
-
-def test_an_unknown_activation_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="activation='tanh' is unknown; choose one of silu, relu"):
-        build_downsample("adapter", 12, 4, rank=1, activation="tanh")
-
-
 @pytest.mark.parametrize("kind", ["maxpool", "avgpool"])
 @pytest.mark.parametrize(("in_dim", "out_dim"), [(12, 4), (12, 12), (12, 1), (13, 5), (100, 6)])
 def test_pooling_equals_a_loop_over_its_windows(in_dim, out_dim, kind):
@@ -157,18 +146,6 @@ def test_reading_then_projecting_is_the_whole_and_reading_keeps_no_graph(kind):
     assert torch.equal(down.project(*kept), down(h))
 
 
-def test_an_unknown_kind_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="'conv' is unknown; choose one of linear, lora, adapter"):
-        build_downsample("conv", 12, 4, rank=3, norm=True)
-
-
-@pytest.mark.parametrize("kind", ["lora", "adapter"])
-@pytest.mark.parametrize("rank", [0, -2])
-def test_a_rank_below_one_is_refused(rank, kind):
-    with pytest.raises(ValueError, match=f"rank={rank} of the {kind} downsampler"):
-        build_downsample(kind, 12, 4, rank=rank, norm=True)
-
-
 @pytest.mark.parametrize("kind", ["linear", "maxpool", "avgpool"])
 def test_kinds_without_a_rank_ignore_it(kind):
     assert build_downsample(kind, 12, 4, rank=0, norm=True)(torch.randn(1, 12)).shape == (1, 4)
@@ -189,8 +166,3 @@ def test_fewer_bits_compute_with_the_decoded_state_in_both_directions(bits, kind
     torch.testing.assert_close(coarse(h), exact(rounded), **CLOSE)
     for name, parameter in coarse.named_parameters():
         torch.testing.assert_close(parameter.grad, exact.get_parameter(name).grad, **CLOSE)
-
-
-def test_unsupported_bits_are_refused():
-    with pytest.raises(ValueError, match="hidden_bits=5 must be 16, 8 or 4"):
-        build_downsample("linear", 12, 4, rank=1, hidden_bits=5)

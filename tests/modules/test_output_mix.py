@@ -90,10 +90,3 @@ def test_under_alpha_one_the_side_network_has_no_gradient_and_under_the_residual
         leaf = u.clone().requires_grad_()
         build_output_mix(kind, 1)(f, leaf).sum().backward()
         assert torch.equal(leaf.grad, torch.full_like(u, expected))
-
-
-def test_an_unknown_kind_is_refused_with_the_known_ones():
-    with pytest.raises(
-        ValueError, match="'sum' is unknown; choose one of residual, alpha, sigmoid, "
-    ):
-        build_output_mix("sum", 1)

@@ -9,9 +9,9 @@ from torchtune.models.gemma import gemma
 from torchtune.modules.peft import disable_adapter, get_adapter_params, set_trainable_params
 
 from qst_tune.models import qst_decoder
-from qst_tune.modules.downsample import build_downsample
-from qst_tune.modules.output_mix import AlphaMix, ResidualMix
 from qst_tune.modules.qst_decoder import QSTDecoder
+from qst_tune.modules.side_block import SideShape
+from qst_tune.modules.side_config import SideConfig
 from qst_tune.modules.side_network import (
     Gate,
     SideNetwork,
@@ -32,20 +32,32 @@ class ToyBlock(nn.Module):
         return x + torch.tanh(self.linear(x.cumsum(1)))
 
 
+class ToyBackbone:
+    """What a side network is built from, with toy blocks."""
+
+    def __init__(self, width, num_layers, dim):
+        self.width, self.num_layers, self.dim = width, num_layers, dim
+
+    def side_shape(self, reduction_factor, min_head_dim):
+        return SideShape(self.dim, self.dim, 1, 1)
+
+    def side_blocks(self, layers, shape):
+        return nn.ModuleList(ToyBlock(shape.embed_dim) for _ in layers)
+
+    def side_norm(self, dim):
+        return nn.LayerNorm(dim)
+
+
 def toy_side(num_layers=2, num_downsamplers=None, in_dim=6, dim=3, gamma_channels=1):
-    if num_downsamplers is None:
-        num_downsamplers = num_layers + 1
-    return SideNetwork(
-        downsample=nn.ModuleList(
-            build_downsample("adapter", in_dim, dim, rank=2, norm=True)
-            for _ in range(num_downsamplers)
-        ),
-        gates=nn.ModuleList(Gate(gamma_channels, 0.3) for _ in range(num_layers)),
-        blocks=nn.ModuleList(ToyBlock(dim) for _ in range(num_layers)),
-        norm=nn.LayerNorm(dim),
-        upsample=nn.Linear(dim, in_dim),
-        output_mix=AlphaMix(1),
+    config = SideConfig(
+        variant="paper",
+        rank=2,
+        downsample_norm=True,
+        initial_gamma=0.3,
+        gate_per_channel=gamma_channels > 1,
+        share_first_downsample=num_downsamplers == num_layers,
     )
+    return SideNetwork(ToyBackbone(in_dim, num_layers, dim), config.resolved(in_dim, num_layers))
 
 
 def run(side, hidden_states, f):
@@ -120,19 +132,6 @@ def test_gradients_are_right(shared_first):
         return torch.func.functional_call(Run(), state, ())
 
     assert torch.autograd.gradcheck(of_parameters, tuple(side.parameters()))
-
-
-@pytest.mark.parametrize(("gates", "downsamplers"), [(1, 3), (3, 3), (2, 1), (2, 4), (2, 0)])
-def test_counts_that_do_not_fit_are_refused(gates, downsamplers):
-    with pytest.raises(ValueError, match=f"got {gates}.*got {downsamplers}"):
-        SideNetwork(
-            downsample=nn.ModuleList(nn.Linear(6, 3) for _ in range(downsamplers)),
-            gates=nn.ModuleList(Gate(1, 0.0) for _ in range(gates)),
-            blocks=nn.ModuleList(ToyBlock(3) for _ in range(2)),
-            norm=nn.LayerNorm(3),
-            upsample=nn.Linear(3, 6),
-            output_mix=ResidualMix(),
-        )
 
 
 def side_of(variant="default", **arguments):

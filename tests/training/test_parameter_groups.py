@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from qst_tune.models import VARIANTS, qst_decoder
+from qst_tune.models import qst_decoder
+from qst_tune.modules.side_config import VARIANTS
 from qst_tune.training.parameter_groups import parameter_groups, scale_rates
 from tests.helpers import TINY_REDUCTION, tiny_backbone
 

@@ -250,7 +250,7 @@ DAMAGES = {
     ),
     "no structure": (
         lambda f: edit_description(f, structure=None),
-        "for another model: reads None there, 'output' here; .* num_heads None there, 1 here",
+        r"for another model: layers None there, \[0, 1, 2\] here; .* num_heads None there, 1 here",
     ),
     "no format": (lambda f: edit_description(f, format_version=None), "has format None"),
     "no backbone": (lambda f: edit_description(f, backbone=None), "trained on another backbone"),

@@ -1,12 +1,14 @@
 """Side networks that compute otherwise from the same tensors are told apart, others are not."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
+from qst_tune.errors import UserError
 from qst_tune.models import qst_decoder
-from qst_tune.training.side_structure import side_structure
+from qst_tune.training.side_structure import check_structure, side_structure
 from tests.helpers import TINY_REDUCTION, random_tokens, randomize_, tiny_backbone
 
 
@@ -22,7 +24,7 @@ def model_with(**settings):
 CHANGES = {
     "heads": ({"min_head_dim": 4}, {"min_head_dim": 12}, "num_heads"),
     "pooling": ({"downsample": "maxpool"}, {"downsample": "avgpool"}, "downsample"),
-    "activation": ({"activation": "silu"}, {"activation": "gelu"}, "downsample"),
+    "activation": ({"activation": "silu"}, {"activation": "gelu"}, "activation"),
     "normalised": ({}, {"normalize_hidden": False}, "normalize_hidden"),
     "mix": (
         {"output_mix": "sigmoid"},
@@ -40,8 +42,10 @@ def test_same_tensors_another_function_another_structure(one, other, key: str) -
     tokens = random_tokens()
     with torch.no_grad():
         assert (first(tokens) - second(tokens)).abs().max() > 1e-3
-    here, there = side_structure(first.side), side_structure(second.side)
-    assert {name for name in here if here[name] != there[name]} - {"num_kv_heads"} == {key}
+    description = {"structure": side_structure(first.side)}
+    check_structure(Path("here"), description, first.side)
+    with pytest.raises(UserError, match=f"another model: {key} "):
+        check_structure(Path("here"), description, second.side)
 
 
 def test_the_layers_beside_the_blocks_are_told() -> None:
@@ -54,9 +58,41 @@ def test_the_layers_beside_the_blocks_are_told() -> None:
     ids=lambda settings: next(iter(settings)),
 )
 def test_what_is_not_of_the_side_networks_function_is_not_told(settings) -> None:
-    assert side_structure(model_with(**settings).side) == side_structure(model_with().side)
+    description = {"structure": side_structure(model_with(**settings).side)}
+    check_structure(Path("here"), description, model_with().side)
 
 
 def test_json_keeps_it() -> None:
     structure = side_structure(model_with().side)
     assert json.loads(json.dumps(structure)) == structure
+
+
+OLDER = {
+    "reads": "output",
+    "layers": [0, 1, 2],
+    "normalize_hidden": True,
+    "num_heads": 1,
+    "num_kv_heads": 1,
+    "downsample": "LowRankDownsample, SiLU",
+    "output_mix": "ResidualMix",
+}
+
+
+def older(block: dict[str, object], **changes: object) -> dict[str, object]:
+    return {"model": block, "structure": {**OLDER, **changes}}
+
+
+def test_directories_of_before_the_configuration_was_written_are_read() -> None:
+    check_structure(Path("here"), older({"rank": 4}), model_with().side)
+    swapped = model_with(output_mix="swapped_sigmoid").side
+    mix = "SigmoidMix, swapped"
+    check_structure(Path("here"), older({"variant": "default"}, output_mix=mix), swapped)
+    for block, changes, key in [
+        ({}, {"normalize_hidden": False}, "normalize_hidden"),
+        ({"activation": "gelu"}, {}, "activation"),
+        ({"downsample": "lora"}, {}, "downsample"),
+        ({"output_mix": "alpha"}, {}, "output_mix"),
+        ({}, {"reads": "input"}, "it reads the input of layers"),
+    ]:
+        with pytest.raises(UserError, match=key):
+            check_structure(Path("here"), older(block, **changes), model_with().side)
