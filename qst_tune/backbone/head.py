@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from qst_tune.backbone.text_model import score_of
+
 # What some models multiply their logits (or the head's input, which is the same) with, by the name
 # of the setting: Cohere, Falcon-H1, Granite, MiniCPM 3, Inkling. HyperCLOVA X multiplies where
 # Granite divides. ``check_head`` compares the result with the model's own logits.
@@ -52,12 +54,15 @@ def head_of(model: Any, config: Any) -> nn.Module:
     """Return a model's LM head; a plain linear layer stays one, which the loss is fast for.
 
     Args:
-        model (Any): a causal language model of transformers.
+        model (Any): a causal language model of transformers, or one that classifies sequences.
         config (Any): of its text.
 
     Returns:
         nn.Module: from f to logits.
     """
+    score: nn.Module | None = score_of(model)
+    if score is not None:
+        return score
     linear: nn.Module = model.get_output_embeddings()
     cap = getattr(config, "final_logit_softcapping", None)
     scale = _scale(config)

@@ -24,20 +24,25 @@ def longest_text(config: Any) -> int:
     return next((int(n) for n in found if isinstance(n, int) and n > 0), _UNLIMITED)
 
 
+def score_of(model: Any) -> Any:
+    """Return the head of a model that classifies sequences; None of one that writes text."""
+    return getattr(model, "score", None)
+
+
 def decoder_of(model: Any) -> Any:
     """Find the text model that turns token ids into f.
 
     Args:
-        model (Any): a causal language model of transformers.
+        model (Any): a causal language model of transformers, or one that classifies sequences.
 
     Returns:
-        Any: the module before the LM head.
+        Any: the module before the head.
 
     Raises:
         UserError: if there is none.
     """
-    head = model.get_output_embeddings()
-    decoder = model.get_decoder()
+    head = score_of(model) or model.get_output_embeddings()
+    decoder = model.get_decoder() if score_of(model) is None else model.base_model
     # Llama 4's names a causal language model, or itself, as its decoder.
     while getattr(decoder, "lm_head", None) is not None and hasattr(decoder, "model"):
         decoder = decoder.model

@@ -1,7 +1,12 @@
 """Model builders, named in configs as ``qst_tune.models.<builder>``."""
 
 from qst_tune.models.classifier import qst_classifier
-from qst_tune.models.from_hf import backbone_from_hf, peqa_from_hf, qst_from_hf
+from qst_tune.models.from_hf import (
+    backbone_from_hf,
+    peqa_from_hf,
+    qst_from_hf,
+    transformers_from_hf,
+)
 from qst_tune.models.gemma2 import gemma2
 from qst_tune.models.llama import (
     qst_llama2,
@@ -126,4 +131,5 @@ __all__ = [
     "smollm2_1_7b",
     "smollm2_135m",
     "smollm2_360m",
+    "transformers_from_hf",
 ]

@@ -8,7 +8,6 @@ from qst_tune.models.qst import qst_builder
 from qst_tune.modules.learned_positions import LearnedPositionEmbedding
 from qst_tune.modules.output_mix import SigmoidMix
 from qst_tune.modules.qst_classifier import QSTClassifier
-from qst_tune.modules.qst_decoder import QSTDecoder
 
 
 def qst_classifier(backbone: str, num_labels: int, **arguments: Any) -> QSTClassifier:
@@ -27,7 +26,7 @@ def qst_classifier(backbone: str, num_labels: int, **arguments: Any) -> QSTClass
     (:class:`~qst_tune.modules.qst_classifier.QSTClassifier`).
 
     Args:
-        backbone (str): dotted name of a builder of a torchtune decoder, of ours or of torchtune's.
+        backbone (str): dotted name of a builder of a plain decoder, of ours or of torchtune's.
         num_labels (int): number of classes; 1 for a regression.
         **arguments (Any): of that builder and of :func:`~qst_tune.models.qst.qst_decoder`.
 
@@ -35,8 +34,7 @@ def qst_classifier(backbone: str, num_labels: int, **arguments: Any) -> QSTClass
         QSTClassifier: frozen backbone, fp32 side network and head with random weights.
 
     Raises:
-        ValueError: if ``backbone`` names nothing, a whole model or one of transformers, or as
-            ``qst_decoder``.
+        ValueError: if ``backbone`` names nothing or a whole model, or as ``qst_decoder``.
     """
     try:
         builder = _get_component_from_path(backbone)
@@ -49,11 +47,6 @@ def qst_classifier(backbone: str, num_labels: int, **arguments: Any) -> QSTClass
             f"{plain.__name__} ({plain.__module__})"
         )
     decoder = qst_builder(builder)(**arguments)
-    if not isinstance(decoder, QSTDecoder):
-        raise ValueError(
-            f"backbone={backbone!r} gives a model of transformers, over which there is no "
-            "classifier yet: name a builder of a torchtune decoder"
-        )
     is_opt = isinstance(decoder.tok_embeddings, LearnedPositionEmbedding)
     as_their_opt = is_opt and arguments.get("variant") == "authors"
     mix = decoder.side.output_mix

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from qst_tune.backbone.loading import backbone_on_meta, directory_format
+from qst_tune.backbone.transformers import TransformersBackbone
 from qst_tune.errors import UserError
 from qst_tune.models.hf.families import Architecture, read_architecture, takes_torchtune
 from qst_tune.models.peqa import peqa_builder
@@ -51,6 +52,21 @@ def backbone_from_hf(
         )
     architecture = read_architecture(folder)
     return architecture.build(_length(architecture, max_seq_len, folder))
+
+
+def transformers_from_hf(
+    checkpoint_dir: str, max_seq_len: int | None = None
+) -> TransformersBackbone:
+    """Build a directory's decoder as transformers' own model, on meta, for a classifier.
+
+    Args:
+        checkpoint_dir (str): the directory.
+        max_seq_len (int | None): positions; None: the model's.
+
+    Returns:
+        TransformersBackbone: not quantised.
+    """
+    return backbone_on_meta(Path(checkpoint_dir), max_seq_len)
 
 
 def _length(architecture: Architecture, wanted: int | None, folder: Path) -> int:

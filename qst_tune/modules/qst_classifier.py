@@ -8,11 +8,11 @@ from torchtune.generation import (
     get_position_ids_from_padding_mask,
 )
 
-from qst_tune.modules.qst_decoder import QSTDecoder
+from qst_tune.modules.qst_model import QSTModel
 from qst_tune.modules.side_network import ZeroLinear
 
 
-class QSTClassifier(QSTDecoder):
+class QSTClassifier(QSTModel):
     r"""Quantized Side Tuning with a trained head on the last token in place of the LM head.
 
     .. math:: z = W_{score}\,y_\ell
@@ -31,7 +31,7 @@ class QSTClassifier(QSTDecoder):
     look for the last one (``counts_tokens``).
 
     Args:
-        decoder (QSTDecoder): its modules are taken over, not copied.
+        model (QSTModel): over any backbone; it becomes the classifier.
         num_labels (int): C.
         counts_tokens (bool): read the state at index n - 1 of a row with n real tokens, as the
             authors' code for OPT does, which is another token than the last under padding on the
@@ -41,16 +41,24 @@ class QSTClassifier(QSTDecoder):
         ValueError: if ``num_labels`` is below 1.
     """
 
-    def __init__(
-        self, decoder: QSTDecoder, num_labels: int, *, counts_tokens: bool = False
-    ) -> None:
+    num_labels: int
+    counts_tokens: bool
+
+    def __new__(cls, model: QSTModel, num_labels: int, **_: Any) -> "QSTClassifier":
+        """Make the model itself a classifier: its parameters keep their names."""
+        made: Any = model
+        made.__class__ = _class_over(type(made))
+        classifier: QSTClassifier = made
+        return classifier
+
+    def __init__(self, model: QSTModel, num_labels: int, *, counts_tokens: bool = False) -> None:
         if num_labels < 1:
             raise ValueError(f"num_labels={num_labels} must be at least 1 (1: a regression)")
-        super().__init__(decoder, decoder.side)
+        # No super().__init__(): this is the model, which was initialised.
         self.num_labels = num_labels
         self.counts_tokens = counts_tokens
         self.skip_output_layer = True
-        upsample: Any = decoder.side.upsample
+        upsample: Any = self.side.upsample
         self.side.score = ZeroLinear(
             upsample.out_features,
             num_labels,
@@ -60,7 +68,7 @@ class QSTClassifier(QSTDecoder):
         )
 
     # One answer a row takes no mask or positions: they follow from the padding.
-    def forward(  # type: ignore[override]
+    def forward(
         self, tokens: torch.Tensor, *, padding_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Classify sequences.
@@ -81,7 +89,9 @@ class QSTClassifier(QSTDecoder):
             if self.counts_tokens:
                 last = padding_mask.sum(-1) - 1
             # Causal attention alone keeps padding on the right from every real token.
-            if not padding_mask[:, 0].all():
+            if not padding_mask[:, 0].all() and self.takes_padding:
+                where["mask"] = padding_mask.bool()
+            elif not padding_mask[:, 0].all():
                 where["mask"] = get_causal_mask_from_padding_mask(padding_mask)
                 where["input_pos"] = get_position_ids_from_padding_mask(padding_mask)
         y_BTD: Any = super().forward(tokens, **where)  # one tensor: the head is skipped
@@ -89,3 +99,12 @@ class QSTClassifier(QSTDecoder):
         score: Any = self.side.score
         logits: torch.Tensor = score(y_BD.to(score.weight.dtype)).float()
         return logits
+
+
+_CLASSES: dict[type, Any] = {}
+
+
+def _class_over(kind: type[QSTModel]) -> Any:
+    if kind not in _CLASSES:
+        _CLASSES[kind] = type(f"{kind.__name__}Classifier", (QSTClassifier, kind), {})
+    return _CLASSES[kind]

@@ -4,9 +4,11 @@ A folder may come from anyone. Of what it names, only builders of ``qst_tune.mod
 checkpointers listed here are called; both only read tensors and numbers.
 """
 
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,6 @@ from qst_tune.training.scales_checkpoint import SCALES
 from qst_tune.training.side_checkpoint import SIDE_NETWORK, load_side_network
 from qst_tune.training.tuned_folder import BackboneId, TunedFormat, read_description
 
-_MODELS = "qst_tune.models."
 _HF_CHECKPOINTER = "qst_tune.training.hf_checkpointer.HFCheckpointer"
 # With the settings that are taken over; where folders lie is said anew.
 _CHECKPOINTERS: dict[str, tuple[str, ...]] = {
@@ -58,7 +59,11 @@ def folder_format(folder: Path) -> TunedFormat:
 
 
 def build_described(
-    folder: Path, dtype: torch.dtype, backbone_folder: Path | None = None
+    folder: Path,
+    dtype: torch.dtype,
+    backbone_folder: Path | None = None,
+    *,
+    classifies: bool = False,
 ) -> QSTModel:
     """Build the model of a side network's folder without memory.
 
@@ -67,6 +72,7 @@ def build_described(
         dtype (torch.dtype): of the backbone.
         backbone_folder (Path | None): where the backbone's folder is now, for a builder that reads
             it; None: where it was.
+        classifies (bool): whether it must be a classifier, or a model that writes text.
 
     Returns:
         QSTModel: on the meta device.
@@ -75,8 +81,13 @@ def build_described(
         UserError: if the folder is none, or its model is not one of ``qst_tune.models``.
     """
     model = build_any_described(folder, SIDE_NETWORK, dtype, backbone_folder)
-    if not isinstance(model, QSTModel) or isinstance(model, QSTClassifier):
-        raise UserError(f"{folder} is of no model that writes text; qst_classify takes classifiers")
+    if isinstance(model, QSTClassifier) and not classifies:
+        raise UserError(
+            f"{folder} is a classifier, which writes no text: use qst_classify, or "
+            "QSTForSequenceClassification in Python"
+        )
+    if not isinstance(model, QSTClassifier if classifies else QSTModel):
+        raise UserError(f"{folder} is no {'classifier' if classifies else 'side network'}")
     return model
 
 
@@ -98,19 +109,38 @@ def build_any_described(
         UserError: if the folder is none, or its model is not one of ``qst_tune.models``.
     """
     block = read_description(folder, form).get("model") or {}
-    name = str(block.get("_component_", ""))
-    if not name.startswith(_MODELS) or name.removeprefix(_MODELS) not in qst_tune.models.__all__:
-        raise UserError(
-            f"{folder} names the model {name!r}; from a folder, which may be anyone's, only "
-            f"builders of qst_tune.models are called: use a config with that model block instead"
-        )
+    # A classifier names two builders: its own and its backbone's.
+    names = [str(block.get("_component_", "")), str(block.get("backbone", ""))]
+    for name in names if "." in names[1] else names[:1]:
+        if not _is_known(name):
+            raise UserError(
+                f"{folder} names the model {name!r}; from a folder, which may be anyone's, only "
+                "builders of qst_tune.models are called: use a config with that model block instead"
+            )
     if backbone_folder is not None and "checkpoint_dir" in block:  # of a builder *_from_hf
         block = {**block, "checkpoint_dir": str(backbone_folder)}
     return build_any_on_meta(OmegaConf.create({"model": block}), dtype)
 
 
+def _is_known(name: str) -> bool:
+    """Whether it is a public builder of ours, or of a family of torchtune."""
+    home, _, leaf = name.rpartition(".")
+    is_ours = home == "qst_tune.models" and leaf in qst_tune.models.__all__
+    if is_ours or not re.fullmatch(r"torchtune\.models\.\w+", home):
+        return is_ours
+    try:
+        return leaf in import_module(home).__all__
+    except (ImportError, AttributeError):
+        return False
+
+
 def load_described(
-    folder: Path, backbone_folder: Path, *, dtype: torch.dtype, device: torch.device
+    folder: Path,
+    backbone_folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    classifies: bool = False,
 ) -> tuple[QSTModel, BackboneId]:
     """Load a side network's folder with its backbone, by the folder alone.
 
@@ -119,6 +149,7 @@ def load_described(
         backbone_folder (Path): Hugging Face folder of the backbone it was trained on.
         dtype (torch.dtype): of the backbone.
         device (torch.device): where both shall live.
+        classifies (bool): as for :func:`build_described`.
 
     Returns:
         tuple[QSTModel, BackboneId]: in evaluation mode, and what it was loaded from.
@@ -126,7 +157,7 @@ def load_described(
     Raises:
         UserError: if one of the folders is not what it should be, or they do not belong together.
     """
-    model = build_described(folder, dtype, backbone_folder)
+    model = build_described(folder, dtype, backbone_folder, classifies=classifies)
     with checkpointer_of(folder, backbone_folder) as cfg:
         backbone = load_frozen_backbone(model, cfg, dtype=dtype, device=device)
     model.side.materialize(device)

@@ -67,27 +67,30 @@ runs beside {backbone.name} ({backbone.quantization}), whose weights have the fi
 
 
 def _transformers_files(provenance: Provenance) -> dict[str, bytes]:
-    """What makes the folder one that transformers can load; it knows no classifiers of ours."""
-    if "num_labels" in provenance.model_block:
-        return {}
+    """What makes the folder one that transformers can load."""
     backbone = provenance.backbone_path or provenance.backbone.name
-    return {"config.json": transformers_config(backbone)}
+    num_labels = provenance.model_block.get("num_labels")
+    return {"config.json": transformers_config(backbone, num_labels)}
 
 
-def transformers_config(backbone: str) -> bytes:
+def transformers_config(backbone: str, num_labels: int | None = None) -> bytes:
     """Write the ``config.json`` by which transformers knows the folder.
 
     Args:
         backbone (str): folder of the backbone, or its name on the hub.
+        num_labels (int | None): of a classifier.
 
     Returns:
         bytes: JSON.
     """
-    config = {
+    kind = "QSTForCausalLM" if num_labels is None else "QSTForSequenceClassification"
+    config: dict[str, Any] = {
         "model_type": TRANSFORMERS_MODEL_TYPE,
-        "architectures": ["QSTForCausalLM"],
+        "architectures": [kind],
         "backbone": backbone,
     }
+    if num_labels is not None:
+        config["id2label"] = {str(label): f"LABEL_{label}" for label in range(num_labels)}
     return (json.dumps(config, indent=2) + "\n").encode()
 
 

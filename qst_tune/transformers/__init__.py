@@ -13,15 +13,27 @@ The folder of a side network holds no backbone; its ``config.json`` says where t
 qst_tune.transformers`` is transformers' own command line (``serve``, ``chat``) with this import.
 """
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from qst_tune.transformers.config import QSTConfig
 from qst_tune.transformers.get_model import get_qst_model
-from qst_tune.transformers.model import QSTForCausalLM
+from qst_tune.transformers.model import QSTForCausalLM, QSTForSequenceClassification
 from qst_tune.transformers.tokenizer import BackboneTokenizer
 
-__all__ = ["BackboneTokenizer", "QSTConfig", "QSTForCausalLM", "get_qst_model"]
+__all__ = [
+    "BackboneTokenizer",
+    "QSTConfig",
+    "QSTForCausalLM",
+    "QSTForSequenceClassification",
+    "get_qst_model",
+]
 
 AutoConfig.register(QSTConfig.model_type, QSTConfig, exist_ok=True)
 AutoModelForCausalLM.register(QSTConfig, QSTForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(QSTConfig, QSTForSequenceClassification, exist_ok=True)
 AutoTokenizer.register(QSTConfig, fast_tokenizer_class=BackboneTokenizer, exist_ok=True)

@@ -1,14 +1,16 @@
 """The entry of the Python interface: a side network over any loaded model."""
 
 import copy
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from qst_tune.errors import UserError
 from qst_tune.modules.base_quantization import BaseQuantization
+from qst_tune.modules.qst_classifier import QSTClassifier
 from qst_tune.modules.side_config import SideConfig
 from qst_tune.transformers.config import QSTConfig
-from qst_tune.transformers.model import QSTForCausalLM
+from qst_tune.transformers.model import QSTForCausalLM, QSTForSequenceClassification
 from qst_tune.transformers.over_model import side_over
 from qst_tune.transformers.pretrained import QSTPreTrainedModel
 
@@ -18,18 +20,20 @@ def get_qst_model(
     config: SideConfig | None = None,
     *,
     quantize: BaseQuantization = "none",
-) -> QSTForCausalLM:
+) -> Any:
     """Put a side network over a model of transformers; only that trains.
 
     Args:
-        model (PreTrainedModel): of ``AutoModelForCausalLM``, dense or quantised by another program;
-            taken over and frozen.
+        model (PreTrainedModel): a loaded causal language model or sequence classifier, dense or
+            quantised by another program; taken over and frozen. A classifier's own head joins the
+            side network and trains.
         config (SideConfig | None): of the side network; None: the defaults.
         quantize (BaseQuantization): "nf4", "fp4", "int4" or "int8" rounds the linears of a dense
             model's layers, in place, one after the other; "none" leaves the model as it is.
 
     Returns:
-        QSTForCausalLM: with the logits of the model, for ``Trainer``, ``SFTTrainer`` or a loop.
+        Any: a ``QSTForCausalLM`` or ``QSTForSequenceClassification``, with the logits of the model,
+        for ``Trainer``, ``SFTTrainer`` or a loop.
 
     Raises:
         UserError: if the model is not supported, or a setting does not fit it.
@@ -42,10 +46,12 @@ def get_qst_model(
     decoder, provenance = side_over(model, config or SideConfig(), quantize)
     known = QSTConfig(backbone=provenance.backbone_path)
     known.name_or_path = model.name_or_path
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(known, name, getattr(decoder.backbone.config, name, None))
-    tuned = QSTForCausalLM(known, decoder, provenance)
-    if model.can_generate():
+    tuned: Any
+    if isinstance(decoder, QSTClassifier):
+        known.id2label = model.config.id2label
+        known.problem_type = model.config.problem_type
+        tuned = QSTForSequenceClassification(known, decoder, provenance)
+    else:
+        tuned = QSTForCausalLM(known, decoder, provenance)
         tuned.generation_config = copy.deepcopy(model.generation_config)
-    tuned.eval()  # type: ignore[no-untyped-call]  # as transformers decorates it
-    return tuned
+    return tuned.eval()

@@ -6,7 +6,11 @@ from typing import Any
 import torch
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from transformers import Cache, DynamicCache, GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
 
 from qst_tune.backbone.head import ScaledHead
 from qst_tune.backbone.qst_transformer import QSTTransformer
@@ -19,13 +23,6 @@ from qst_tune.transformers.masks import attention_mask_of, packed_mask, position
 from qst_tune.transformers.own_backbone import cached_length
 from qst_tune.transformers.own_backbone import head_input as own_backbone_pass
 from qst_tune.transformers.pretrained import QSTPreTrainedModel
-
-# generate() hands its caller's tokenizer, for stop strings, to every model too. The rest says for
-# some attention kernels what the positions of packed rows say.
-_ADDRESSED_TO_OTHERS = (
-    "return_dict",
-    "seq_idx", "tokenizer", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"
-)  # fmt: skip
 
 
 class QSTForCausalLM(QSTPreTrainedModel, GenerationMixin):
@@ -118,13 +115,10 @@ class QSTForCausalLM(QSTPreTrainedModel, GenerationMixin):
         **unsupported: Any,
     ) -> BaseModelOutputWithPast:
         """Compute the input of the LM head; arguments as :meth:`forward`."""
-        for name, value in unsupported.items():
-            if value is not None and value is not False and name not in _ADDRESSED_TO_OTHERS:
-                raise ValueError(f"{name} is not supported by {type(self).__name__}")
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache(config=self.config)
         start = self._cached_length(past_key_values)
-        self._check_length(start + input_ids.shape[1])
+        self._check(start + input_ids.shape[1], unsupported)
         if attention_mask is None and position_ids is not None and past_key_values is None:
             attention_mask = packed_mask(position_ids)
         y_BTD = self._head_input(
@@ -179,12 +173,6 @@ class QSTForCausalLM(QSTPreTrainedModel, GenerationMixin):
         layers = [_CacheLayer(cache, index, length) for index in range(num_layers)]
         return attached(self.model, layers)
 
-    def _check_length(self, length: int) -> None:
-        if length > self.model.max_seq_len:
-            raise ValueError(
-                f"{length} tokens are more than the model's max_seq_len {self.model.max_seq_len}"
-            )
-
 
 def _tokens_of(head_input_BTD: torch.Tensor, wanted: int | torch.Tensor) -> torch.Tensor:
     """The last so many tokens, or these; 0: all.
@@ -209,3 +197,45 @@ class _CacheLayer:
         keys, values = self._cache.update(k_val, v_val, self._index)
         # A static cache also shows what is not filled yet.
         return keys[:, :, : self._length], values[:, :, : self._length]
+
+
+class QSTForSequenceClassification(QSTPreTrainedModel):
+    """A classifier of transformers around a ``QSTClassifier``."""
+
+    def __init__(self, config: QSTConfig, decoder: QSTModel, provenance: Provenance) -> None:
+        super().__init__(config, decoder, provenance)
+        config.num_labels = len(decoder.side.get_parameter("score.weight"))
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **unsupported: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """Compute the logits of whole sequences.
+
+        Args:
+            input_ids (torch.Tensor): ``[B, T]``.
+            attention_mask (torch.Tensor | None): ``[B, T]``, 0 for padding; None: what is not the
+                configuration's padding token counts.
+            labels (torch.Tensor | None): ``[B]`` classes, or scores.
+            **unsupported (Any): must be None or False.
+
+        Returns:
+            SequenceClassifierOutputWithPast: fp32 ``logits`` ``[B, C]``, and ``loss`` with labels.
+
+        Raises:
+            ValueError: if an argument is not supported, or there are too many tokens.
+        """
+        self._check(input_ids.shape[1], unsupported)
+        pad = getattr(self.config, "pad_token_id", None)
+        if attention_mask is None and pad is not None:
+            attention_mask = (input_ids != pad).long()
+        logits = self.model(input_ids, padding_mask=attention_mask)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, pooled_logits=logits, config=self.config
+            )
+        return SequenceClassifierOutputWithPast(loss=loss, logits=logits)

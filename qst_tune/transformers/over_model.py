@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 import yaml
+from torch import nn
 from torchtune import utils
 from transformers import PreTrainedModel
 
 from qst_tune.backbone.fingerprint import fingerprint_files, weight_digest
 from qst_tune.backbone.loading import backbone_on_meta, check_head, directory_format
 from qst_tune.backbone.qst_transformer import QSTTransformer
+from qst_tune.backbone.text_model import score_of
 from qst_tune.backbone.transformers import TransformersBackbone
 from qst_tune.backbone.weights_file import read_weights_file
 from qst_tune.errors import UserError
@@ -20,11 +22,19 @@ from qst_tune.models.hf.folder import weight_files
 from qst_tune.models.hf.hub import fetch_model, hub_name, is_hub_name, model_name
 from qst_tune.models.qst import qst_decoder
 from qst_tune.modules.base_quantization import BaseQuantization
+from qst_tune.modules.qst_classifier import QSTClassifier
 from qst_tune.modules.side_config import SideConfig
 from qst_tune.training.side_checkpoint import SIDE_NETWORK, load_side_network
 from qst_tune.training.tuned_folder import BackboneId, Provenance, read_description
 
-_BUILDER = "qst_tune.models.qst_from_hf"
+_BUILDER: dict[str, Any] = {
+    "_component_": "qst_tune.models.qst_from_hf",
+    "backbone": "transformers",
+}
+_CLASSIFIER = {
+    "_component_": "qst_tune.models.qst_classifier",
+    "backbone": "qst_tune.models.transformers_from_hf",
+}
 
 log = utils.get_logger("INFO")
 
@@ -54,7 +64,13 @@ def side_over(
     fingerprint = fingerprint_files(weight_files(home)) if home else _fingerprint(model)
     backbone = TransformersBackbone(model, str(home or ""))
     decoder: Any = qst_decoder(backbone, base_quantization=quantize, **config.settings())
-    check_head(backbone)
+    builder = _BUILDER
+    score = score_of(model)
+    if score is None:
+        check_head(backbone)
+    else:
+        builder = {**_CLASSIFIER, "num_labels": score.out_features}
+        decoder = _classifier(decoder, score)
     stored, quantization = str(quantize), backbone.quantization
     if method is not None:
         stored, quantization = _foreign(method, home)
@@ -62,9 +78,8 @@ def side_over(
     name, revision = model_name(home) if home else (place or str(model.config.model_type), "")
     identity = BackboneId(name, fingerprint, quantization, revision)
     block = {
-        "_component_": _BUILDER,
+        **builder,
         "checkpoint_dir": place,
-        "backbone": "transformers",
         "base_quantization": stored,
         **config.settings(),
     }
@@ -86,10 +101,11 @@ def load_over(folder: Path, model: PreTrainedModel) -> tuple[QSTTransformer, Pro
         UserError: if the directory belongs to another model.
     """
     block = dict(read_description(folder, SIDE_NETWORK)["model"])
-    if block.get("_component_") != _BUILDER or block.get("backbone") != "transformers":
+    builder = _BUILDER if score_of(model) is None else _CLASSIFIER
+    if any(block.get(name) != value for name, value in builder.items()):
         raise UserError(
-            f"{folder} was trained over a model of torchtune: name the directory of its backbone, "
-            "not a model"
+            f"{folder} was not trained over a {type(model).__name__} of transformers: name the "
+            "directory of its backbone, not a model"
         )
     stored = block.get("base_quantization") or "auto"
     is_dense = getattr(model.config, "quantization_config", None) is None
@@ -97,6 +113,16 @@ def load_over(folder: Path, model: PreTrainedModel) -> tuple[QSTTransformer, Pro
     decoder, provenance = side_over(model, SideConfig.of_block(block), quantize)
     load_side_network(folder, decoder.side, backbone=provenance.backbone)
     return decoder, provenance
+
+
+def _classifier(decoder: QSTTransformer, score: Any) -> QSTClassifier:
+    """The model's own head goes on training, in fp32, as a part of the side network."""
+    if getattr(score, "bias", None) is not None or not isinstance(score, nn.Linear):
+        raise UserError(f"a head like {score} is not supported: it must be linear, without bias")
+    model = QSTClassifier(decoder, score.out_features)
+    with torch.no_grad():
+        model.side.get_parameter("score.weight").copy_(score.weight)
+    return model
 
 
 def _check(model: PreTrainedModel, method: Any, quantize: BaseQuantization) -> None:

@@ -38,6 +38,13 @@ _SO_ANYWAY = {
     "trust_remote_code", "use_safetensors",
 }  # fmt: skip
 
+# generate() hands its caller's tokenizer, for stop strings, to every model too. The rest says for
+# some attention kernels what the positions of packed rows say.
+_ADDRESSED_TO_OTHERS = (
+    "return_dict",
+    "seq_idx", "tokenizer", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"
+)  # fmt: skip
+
 
 class QSTPreTrainedModel(PreTrainedModel):
     """A ``QSTModel`` as a model of transformers; only its side network trains and is saved.
@@ -61,6 +68,8 @@ class QSTPreTrainedModel(PreTrainedModel):
         config.num_hidden_layers = len(attentions(decoder))
         if isinstance(decoder, QSTTransformer):
             config.num_hidden_layers += num_cache_layers(decoder)
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+                setattr(config, name, getattr(decoder.backbone.config, name, None))
         config.max_position_embeddings = decoder.max_seq_len
         super().__init__(config)
         self.model = decoder
@@ -113,9 +122,10 @@ class QSTPreTrainedModel(PreTrainedModel):
         folder = side_network_folder(str(pretrained_model_name_or_path), **fetching)
         config = config or QSTConfig.from_pretrained(folder)
         decoder: QSTModel
+        generation: Any = None
         if isinstance(backbone, PreTrainedModel):
             decoder, provenance = load_over(folder, backbone)
-            generation = copy.deepcopy(backbone.generation_config)
+            generation = copy.deepcopy(getattr(backbone, "generation_config", None))
         else:
             fetching.pop("revision", None)
             home = backbone_folder(backbone or config.backbone, folder, **fetching)
@@ -124,13 +134,25 @@ class QSTPreTrainedModel(PreTrainedModel):
                 home,
                 dtype=_dtype(config.dtype if dtype in (None, "auto") else dtype),
                 device=_device(device_map),
+                classifies=not cls.can_generate(),
             )
             provenance = read_provenance(folder, backbone or config.backbone)
-            generation = _generation_config(home, tuned_template(folder, home))
+            if cls.can_generate():
+                generation = _generation_config(home, tuned_template(folder, home))
         model = cls(config, decoder, provenance)
         model.generation_config = generation
         model.eval()  # type: ignore[no-untyped-call]  # as transformers decorates it
         return model
+
+    def _check(self, length: int, unsupported: dict[str, Any]) -> None:
+        """Refuse arguments that would be ignored, and rows that are too long."""
+        for name, value in unsupported.items():
+            if value is not None and value is not False and name not in _ADDRESSED_TO_OTHERS:
+                raise ValueError(f"{name} is not supported by {type(self).__name__}")
+        if length > self.model.max_seq_len:
+            raise ValueError(
+                f"{length} tokens are more than the model's max_seq_len {self.model.max_seq_len}"
+            )
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the backbone's embedding."""
