@@ -58,7 +58,7 @@ def test_steps_lower_the_loss_and_train_side_network_and_head_alone(num_labels, 
     frozen = {n: p.clone() for n, p in tuned.named_parameters() if not p.requires_grad}
     head = tuned.model.side.score.weight.clone()
     labels = torch.tensor([2, 0, 1]) if num_labels > 1 else torch.tensor([2.0, 0.0, 1.0])
-    optimizer = torch.optim.Adam((p for p in tuned.parameters() if p.requires_grad), lr=3e-3)
+    optimizer = torch.optim.Adam((p for p in tuned.parameters() if p.requires_grad), lr=1e-3)
     losses = []
     for _ in range(8):
         loss = tuned.train()(**padded_batch(), labels=labels).loss
@@ -66,7 +66,7 @@ def test_steps_lower_the_loss_and_train_side_network_and_head_alone(num_labels, 
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert losses[-1] < losses[0]
+    assert losses == sorted(losses, reverse=True)
     now = dict(tuned.named_parameters())
     assert all(torch.equal(now[name], before) for name, before in frozen.items())
     assert not torch.equal(tuned.model.side.score.weight, head)
