@@ -62,13 +62,15 @@ def saved(tmp_path: Path) -> Path:
 # Writing.
 
 
-def test_transformers_finds_the_backbone_and_no_classifier(tmp_path: Path) -> None:
+def test_transformers_finds_the_backbone_and_the_classes(tmp_path: Path) -> None:
     save(tmp_path / "text", side_network(), backbone_path="/models/tiny")
     config = json.loads((tmp_path / "text/config.json").read_text())
     assert config["model_type"] == "qst"
     assert config["backbone"] == "/models/tiny"
     save(tmp_path / "classes", side_network(), model_block={**MODEL_BLOCK, "num_labels": 2})
-    assert not (tmp_path / "classes/config.json").exists()
+    config = json.loads((tmp_path / "classes/config.json").read_text())
+    assert config["architectures"] == ["QSTForSequenceClassification"]
+    assert len(config["id2label"]) == 2
 
 
 @pytest.mark.parametrize("variant", ["default", "paper", "authors"])

@@ -56,12 +56,13 @@ def test_it_starts_at_the_models_logits_and_losses(name, folders):
 def test_steps_lower_the_loss_and_train_side_network_and_head_alone(num_labels, folders):
     tuned = get_qst_model(load(folders["llama"], num_labels), SMALL)
     frozen = {n: p.clone() for n, p in tuned.named_parameters() if not p.requires_grad}
+    batch = padded_batch()
     head = tuned.model.side.score.weight.clone()
     labels = torch.tensor([2, 0, 1]) if num_labels > 1 else torch.tensor([2.0, 0.0, 1.0])
     optimizer = torch.optim.Adam((p for p in tuned.parameters() if p.requires_grad), lr=1e-3)
     losses = []
     for _ in range(8):
-        loss = tuned.train()(**padded_batch(), labels=labels).loss
+        loss = tuned.train()(**batch, labels=labels).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
