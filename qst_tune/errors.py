@@ -1,4 +1,4 @@
-"""The exceptions that stand for a mistake of the user, and what their messages share."""
+"""Exceptions for mistakes of the user, and the parts that their messages share."""
 
 import difflib
 from collections.abc import Iterable, Iterator
@@ -18,23 +18,14 @@ class UserError(ValueError):
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake of a config.
+    """One mistake of a config."""
 
-    Args:
-        key (str): dotted path of what is wrong, as in ``dataset[0].packed``; may be empty.
-        text (str): one line that says what, and names the key.
-    """
-
-    key: str
-    text: str
+    key: str  # dotted path, as in dataset[0].packed; may be empty
+    text: str  # one line that names the key and the mistake
 
 
 class ConfigError(UserError):
-    """All mistakes of a config at once, a line for each.
-
-    Args:
-        problems (list[Problem]): at least one.
-    """
+    """All mistakes of a config, a line for each."""
 
     def __init__(self, problems: list[Problem]) -> None:
         super().__init__("\n".join(f"config: {problem.text}" for problem in problems))

@@ -73,7 +73,6 @@ class AutoDataset(Dataset[Row]):
         self._unread = [c for c in self._renamed(first) if c not in form.columns]
 
     def __len__(self) -> int:
-        """Return the number of rows."""
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Row:

@@ -9,9 +9,9 @@ from torchtune.data import Message
 from qst_tune.data.json_values import from_json, kind_of, text_of
 from qst_tune.errors import UserError
 
-# Hugging Face templates know the return of a tool call under another name than torchtune.
+# Hugging Face templates have another name than torchtune for the return of a tool call.
 _HF_ROLES = {"ipython": "tool"}
-# The names a message's thought is passed under; templates read the first, gpt-oss's the second.
+# Keys of a message's thought; most templates read the first, gpt-oss's the second.
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 
 _ONLY_TEXT = "only text can be tokenized; for others use the model's own torchtune transform"

@@ -22,7 +22,7 @@ from qst_tune.errors import UserError
 Messages = Sequence[Mapping[str, Any]]
 Tools = Sequence[Mapping[str, Any]]
 
-# What a template raises of its own, and what Python raises for None + "text" inside it.
+# Raised by a template itself, and by Python for None + "text" inside it.
 _REFUSALS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
 
 

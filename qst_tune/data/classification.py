@@ -50,7 +50,6 @@ class ClassificationDataset(Dataset[Row]):
         return 1 if self.labels is None else len(self.labels)
 
     def __len__(self) -> int:
-        """Return the number of rows."""
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Row:

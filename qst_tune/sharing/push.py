@@ -9,7 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from qst_tune.errors import UserError
 from qst_tune.training.described_model import folder_format
-from qst_tune.training.tuned_folder import TunedFormat, read_description, read_tensors
+from qst_tune.training.tuned_folder import read_description, read_tensors
 
 _LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -20,20 +20,9 @@ _MACHINE_PATH = re.compile(r"(?<![\w:/.~-])(?:~/|/[\w.-]+/)[\w./-]+|\b[A-Za-z]:\
 def push_directory(directory: Path, name: str, *, private: bool = False) -> str:
     """Upload a side network or a set of scales, and return the address of the repository.
 
-    A missing repository is created. The token is the one that huggingface_hub finds; it is neither
-    stored nor shown.
-
-    Args:
-        directory (Path): directory of the result.
-        name (str): ``org/name`` of the repository.
-        private (bool): create a private repository; otherwise the account's default holds (public).
-
-    Returns:
-        str: the address.
-
-    Raises:
-        UserError: if the result is damaged, has other files or local paths, or the hub refuses or
-            cannot be reached.
+    A missing repository, ``org/name``, is created: private, or as the account's default has it
+    (public). The token is the one that huggingface_hub finds; it is neither stored nor shown. A
+    damaged result, other files, local paths and a refusal of the hub are a UserError.
     """
     if not _NAME.fullmatch(name):
         raise UserError(f"{name!r} is not of the form org/name")
@@ -63,23 +52,20 @@ def _check(directory: Path) -> list[str]:
     ]
     if broken:
         raise UserError(f"{directory}: {len(broken)} tensors are not finite, such as {broken[0]}")
-    allowed = _known_files(form)
-    strange = sorted(path.name for path in directory.iterdir() if path.name not in allowed)
+    known = (form.weights_file, form.config_file, "recipe_config.yaml", "config.json", "README.md")
+    files = sorted(path.name for path in directory.iterdir())
+    strange = [name for name in files if name not in known]
     if strange:
         raise UserError(
             f"{directory} has other files than a result's, such as {strange[0]}: move them, or "
             "make a clean copy with `python -m qst_tune.sharing share`"
         )
-    files = sorted(path.name for path in directory.iterdir())
-    for name in (name for name in files if name != form.weights_file):
-        _check_text(directory / name)
+    for name in files:
+        if name != form.weights_file:
+            _check_text(directory / name)
     if "num_labels" in description["model"]:
         raise UserError(f"{directory} is a classifier, which transformers cannot load")
     return files
-
-
-def _known_files(form: TunedFormat) -> set[str]:
-    return {form.weights_file, form.config_file, "recipe_config.yaml", "config.json", "README.md"}
 
 
 def _check_text(path: Path) -> None:
@@ -93,7 +79,7 @@ def _check_text(path: Path) -> None:
 
 def _token() -> str:
     if constants.HF_HUB_OFFLINE:
-        raise UserError("HF_HUB_OFFLINE=1 forbids to upload: unset it")
+        raise UserError("HF_HUB_OFFLINE=1 forbids uploads: unset it")
     token = huggingface_hub.get_token()
     if not token:
         raise UserError(f"there is no token of the Hugging Face Hub: {_LOGIN}")

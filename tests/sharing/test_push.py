@@ -131,4 +131,4 @@ def test_without_a_token_a_right_or_a_network_it_says_so(
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert "http://127.0.0.1:9 cannot be reached" in problem(ready)
     use(monkeypatch, hub.url, tmp_path / "home", offline=True)
-    assert "HF_HUB_OFFLINE=1 forbids to upload" in problem(ready)
+    assert "HF_HUB_OFFLINE=1 forbids uploads" in problem(ready)
