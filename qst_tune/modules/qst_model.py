@@ -181,7 +181,7 @@ class QSTModel(nn.Module):
         # A method of its own: FSDP wraps with_reference, and forward must not enter it twice.
         sides = [self.side] if reference_side is None else [self.side, reference_side]
         parts = self.backbone.row_parts(tokens, mask)
-        if len(parts) == 1:
+        if len(parts) == 1 or not self.side.rows_are_alike:
             return self._rows(sides, tokens, mask=mask, input_pos=input_pos)
         where = {"mask": mask, "input_pos": input_pos}
         pairs = [self._rows(sides, tokens[rows], **_of(where, rows, len(tokens))) for rows in parts]

@@ -131,6 +131,9 @@ class SideNetwork(nn.Module):
         ValueError: if r or the number of blocks does not fit the backbone.
     """
 
+    # Whether a batch may run some rows at a time: the same network reads them all.
+    rows_are_alike = True
+
     def __init__(self, backbone: Backbone, config: SideConfig) -> None:
         super().__init__()
         chosen: Any = config  # resolved: no field is None

@@ -37,6 +37,8 @@ class SideNetworks(nn.Module):
         ValueError: if there are none, or they are beside different layers.
     """
 
+    rows_are_alike = False
+
     def __init__(self, networks: Mapping[str, SideNetwork]) -> None:
         super().__init__()
         if not networks:

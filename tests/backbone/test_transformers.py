@@ -9,7 +9,9 @@ import torch
 from qst_tune.backbone.transformers import TransformersBackbone
 from qst_tune.errors import UserError
 from qst_tune.models import qst_decoder
+from qst_tune.modules.side_networks import share_backbone
 from tests.backbone.model_types import tiny_model
+from tests.helpers import randomize_
 
 TOKENS = torch.arange(3, 27).view(2, 12)
 
@@ -18,11 +20,11 @@ def test_states_are_transformers_hidden_states_in_order() -> None:
     theirs = tiny_model("smollm3")
     backbone = TransformersBackbone(theirs)
     seen: list[torch.Tensor] = []
-    f = backbone.run(TOKENS, taps=[0, 0, 2, 4], visit=seen.append)
+    f = backbone.run(TOKENS, taps=[0, 2, 4], visit=seen.append)
     assert not any(layer._forward_hooks for layer in backbone.layers)
     with torch.no_grad():
         expected = theirs(input_ids=TOKENS, output_hidden_states=True).hidden_states
-    for state, index in zip(seen[:3], (0, 0, 2), strict=True):
+    for state, index in zip(seen[:2], (0, 2), strict=True):
         assert torch.equal(state, expected[index])
     assert torch.equal(f, expected[4])  # transformers' last one is behind the final norm
     assert torch.equal(backbone.embed(TOKENS), expected[0])
@@ -82,3 +84,27 @@ def test_what_is_no_decoder_is_refused() -> None:
     model = BertModel(BertConfig(**sizes, intermediate_size=16, vocab_size=20))
     with pytest.raises(UserError, match=r"model_type='bert'.*not supported"):
         TransformersBackbone(model)
+
+
+@torch.no_grad()
+def test_rows_with_side_networks_of_their_own_give_what_they_give_alone() -> None:
+    """Of a batch that would run in parts, padded on the left."""
+    tokens, padding = torch.randint(3, 250, (3, 20)), torch.ones(3, 20, dtype=torch.bool)
+    padding[1, :7] = False
+    models, expected = {}, []
+    for name, row in (("a", slice(0, 1)), ("b", slice(1, 2))):
+        backbone = TransformersBackbone(tiny_model("gemma3_text"))
+        models[name] = qst_decoder(backbone, reduction_factor=4, num_side_blocks=2).eval()
+        randomize_(models[name].side)
+        expected.append(models[name](tokens[row], mask=padding[row]))
+    shared = models["a"]
+    shared.side.disabled = True
+    expected.append(shared(tokens[2:]))
+    shared.side.disabled = False
+    shared.backbone.chunk_tokens = 20
+    share_backbone(shared, {name: model.side for name, model in models.items()})
+    shared.side.use(["a", "b", None])
+    together = shared(tokens, mask=padding)
+    for row, alone in enumerate(expected):
+        real = padding[row]
+        torch.testing.assert_close(together[row, real], alone[0, real], rtol=0, atol=1e-5)

@@ -5,15 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from qst_tune.recipes import qst_finetune, qst_generate
+from qst_tune.recipes import qst_dpo, qst_evaluate, qst_finetune, qst_generate
 
 from qst_tune.errors import UserError
+from qst_tune.sharing.inspection import verify_directory
 from qst_tune.training.config_file import parse_config
 from qst_tune.transformers import QSTForCausalLM
 from tests.backbone.model_types import tiny_model
 from tests.checkpoints import colour_rows, write_chat_tokenizer, write_jsonl
 from tests.ranks import run_on
 from tests.recipe_runs import one_thread, run_tune
+from tests.recipes.test_qst_dpo import write_pairs
 
 CONFIG = Path(__file__).parents[2] / "configs" / "auto" / "qst.yaml"
 
@@ -94,6 +96,36 @@ def test_the_result_generates_by_the_recipe_and_by_transformers(
     assert torch.equal(
         with_cache, model.generate(tokens, max_new_tokens=5, do_sample=False, use_cache=False)
     )
+
+
+def test_the_result_is_evaluated_verified_and_tuned_on_by_preferences(
+    root: Path, tmp_path: Path
+) -> None:
+    """Over a mixture of experts with sliding windows; the reference is the tuned model."""
+    run(root, "gpt_oss", tmp_path / "sft", "epochs=10")
+    tuned = f"side_network={tmp_path / 'sft' / 'side_network'}"
+    text = " ".join(f"{row['input']} {row['output']}" for row in colour_rows(8))
+    (tmp_path / "text.txt").write_text(text)
+    further = [f"text={tmp_path / 'text.txt'}", "window=24", tuned]
+    given = arguments(root, "gpt_oss", tmp_path / "evaluated", *further)
+    with one_thread():
+        qst_evaluate.main(parse_config(["--config", str(CONFIG), *given]))
+    table = json.loads((tmp_path / "evaluated" / "evaluation.json").read_text())
+    base, after = (row["perplexity"] for row in table.values())
+    assert after < 0.9 * base
+    verify_directory(tmp_path / "sft" / "side_network", root / "gpt_oss")
+    pairs = write_pairs(tmp_path / "pairs.jsonl", 12)
+    given = arguments(root, "gpt_oss", tmp_path / "dpo", "epochs=4", "val_fraction=0.25", tuned)
+    given = [setting for setting in given if not setting.startswith("dataset.")]
+    given += ["dataset._component_=qst_tune.data.auto_dataset", f"dataset.data_files={pairs}"]
+    given += ["loss._component_=torchtune.rlhf.loss.DPOLoss"]
+    with one_thread():
+        qst_dpo.main(parse_config(["--config", str(CONFIG), *given]))
+    summary = json.loads((tmp_path / "dpo" / "summary.json").read_text())
+    first, *_, last = summary["held_out_loss"].values()
+    assert first == pytest.approx(0.6931, abs=1e-4)
+    assert last < first
+    assert list(summary["metrics"]["reward_accuracy"].values())[-1] == 1.0
 
 
 def test_both_backbones_of_one_model_learn_alike(tmp_path: Path) -> None:
