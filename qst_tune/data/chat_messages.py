@@ -78,11 +78,12 @@ def _check_message(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"{where} has the role {role!r}; name who speaks, such as user")
     if "content" in checked:
         checked["content"] = join_text(checked["content"], f"{where}.content")
-    calls = checked.pop("tool_calls", None)
-    if calls:
-        checked["tool_calls"] = check_calls(calls, f"{where}.tool_calls")
-    elif "content" not in checked:
-        raise UserError(f"{where} ({role}) has neither content nor tool_calls")
+    if checked.get("tool_calls"):
+        checked["tool_calls"] = check_calls(checked["tool_calls"], f"{where}.tool_calls")
+    else:
+        checked.pop("tool_calls", None)
+        if "content" not in checked:
+            raise UserError(f"{where} ({role}) has neither content nor tool_calls")
     thought = next((checked[name] for name in THOUGHTS if name in checked), None)
     if thought is not None:
         checked = {"thinking": thought, **checked, "reasoning_content": thought}

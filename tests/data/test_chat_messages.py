@@ -22,6 +22,11 @@ def test_keys_of_null_and_empty_calls_are_left_out() -> None:
     assert "content" not in checked(content=None, tool_calls=[CALL])
 
 
+def test_keys_keep_their_order_for_templates_that_write_the_whole_message() -> None:
+    message = checked(tool_calls=[CALL], content="a")
+    assert list(message) == ["role", "tool_calls", "content"]
+
+
 def test_parts_of_text_are_joined() -> None:
     parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
     assert checked(content=parts)["content"] == "a b"
@@ -74,6 +79,7 @@ def test_variants_of_calls_begin_with_the_usual_form_and_end_with_an_empty_conte
         ([{"role": 3, "content": "a"}], "messages[0] has the role 3"),
         ([{"role": "user"}], "messages[0] (user) has neither content nor tool_calls"),
         ([{"role": "user", "content": None}], "has neither content nor tool_calls"),
+        ([assistant([])], "messages[0] (assistant) has neither content nor tool_calls"),
         ([{"role": "user", "content": 5}], "messages[0].content is a number (5)"),
         ([{"role": "user", "content": [{"text": 5}]}], "messages[0].content is a number (5)"),
         (
