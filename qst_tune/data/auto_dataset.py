@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 
 from qst_tune.data.conversation import Conversation
-from qst_tune.data.forms import Form, Pair, Text, find_form, read_row, with_system
+from qst_tune.data.forms import Form, Pair, Sample, Text, find_form, read_row, with_system
 from qst_tune.data.hub_rows import HubRows, read_hub
 from qst_tune.data.local_files import FORMATS, LocalRows, read_local_files
 from qst_tune.data.nearest_form import check_column_map, no_form
@@ -26,7 +26,7 @@ class Prompts:
     new_system_prompt: str | None = None  # for all conversations; it replaces their own
     train_on_input: bool = False  # learn every message, not only the assistant's
 
-    def apply(self, sample: Conversation | Pair | Text) -> Conversation | Pair | Text:
+    def apply(self, sample: Sample) -> Sample:
         """Return a sample with the system prompt and the learnt messages of these settings."""
         prompt = self.new_system_prompt or self.system_prompt
         if prompt:

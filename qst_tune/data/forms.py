@@ -26,13 +26,16 @@ class Pair:
     rejected: Conversation
 
 
+Sample = Conversation | Pair | Text
+
+
 @dataclass(frozen=True)
 class Form:
     """One form of rows."""
 
     needed: tuple[str, ...]  # columns that every row has
     optional: tuple[str, ...]  # columns that a row may have
-    read: Callable[[Row], Conversation | Pair | Text]  # from a row to its meaning
+    read: Callable[[Row], Sample]  # from a row to its meaning
 
     @property
     def name(self) -> str:
@@ -45,7 +48,7 @@ class Form:
         return (*self.needed, *self.optional)
 
 
-def read_row(form: Form, row: Row) -> Conversation | Pair | Text:
+def read_row(form: Form, row: Row) -> Sample:
     """Return the meaning of a row, with its system prompt and tools.
 
     A missing value, or one of a wrong type, is a UserError that names it.
@@ -60,9 +63,7 @@ def read_row(form: Form, row: Row) -> Conversation | Pair | Text:
     return with_system(sample, text_of(system, "column 'system'"), replace=False)
 
 
-def with_system(
-    sample: Conversation | Pair | Text, prompt: str, *, replace: bool
-) -> Conversation | Pair | Text:
+def with_system(sample: Sample, prompt: str, *, replace: bool) -> Sample:
     """Begin a conversation with a system prompt; ``replace`` drops those of the row."""
     if isinstance(sample, Pair):
         return Pair(*(_begin(side, prompt, replace) for side in (sample.chosen, sample.rejected)))
