@@ -45,7 +45,7 @@ from qst_tune.modules import nf4_linear
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.training.labels import align_labels
 from qst_tune.training.loss import connect_loss, next_token_loss
-from qst_tune.training.validation import held_out_loss
+from qst_tune.training.validation import validation_loss
 
 BATCH_SIZE = 4
 HELD_OUT_BATCHES = 4
@@ -260,7 +260,7 @@ def train(
         trainee = _trainee(source, variant, seed)
         batches = _batches(to_train, seed)
         losses = [trainee.step(next(batches)) for _ in range(num_steps)]
-        after = held_out_loss(trainee.model, trainee.loss, held_out, CPU)
+        after = validation_loss(trainee.model, trainee.loss, held_out, CPU)
         side: Any = trainee.model.get_submodule("side")
         learnt = {name: tensor.clone() for name, tensor in side.state_dict().items()}
         side.load_state_dict(compared or learnt)

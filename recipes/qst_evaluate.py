@@ -41,7 +41,7 @@ from qst_tune.training.tuned_model import (
     TunedModel,
     load_tuned_model,
 )
-from qst_tune.training.validation import held_out_loss
+from qst_tune.training.validation import validation_loss
 
 KEYS = {
     "text": Key(kind=Path, meaning="text file: perplexity and bits a byte"),
@@ -74,14 +74,14 @@ def measures(cfg: DictConfig, tuned: TunedModel) -> Iterator[Measure]:
     """Read what the config names, and yield functions that measure it."""
     batch_size = cfg.get("batch_size_val") or cfg.get("batch_size") or BATCH_SIZE
     if cfg.get("dataset_val"):
-        yield _held_out(cfg, tuned, batch_size)
+        yield _validation(cfg, tuned, batch_size)
     if cfg.get("text"):
         yield _text(cfg, tuned, batch_size)
     if cfg.get("questions"):
         yield _questions(cfg, tuned, batch_size)
 
 
-def _held_out(cfg: DictConfig, tuned: TunedModel, batch_size: int) -> Measure:
+def _validation(cfg: DictConfig, tuned: TunedModel, batch_size: int) -> Measure:
     model, device = tuned.model, tuned.model.tok_embeddings.weight.device
     loss = LinearCrossEntropyLoss()
     tokenizer = instantiate(cfg.tokenizer, "tokenizer")  # with its limit, as in training
@@ -96,7 +96,7 @@ def _held_out(cfg: DictConfig, tuned: TunedModel, batch_size: int) -> Measure:
     def measure() -> dict[str, float]:
         with without_head(model):
             loss.set_model_output(model)
-            return {"held-out loss": held_out_loss(model, loss, batches, device)}
+            return {"validation loss": validation_loss(model, loss, batches, device)}
 
     return measure
 

@@ -45,7 +45,7 @@ def build_task(run: Run, model: QSTModel) -> tuple[Task, TrainingData]:
     pad_id, longest = limits.pad_id, limits.max_seq_len
     collate = partial(collate_classification, pad_id=pad_id, max_seq_len=longest)
     data = build_data(cfg, limits, collate, seed=seed)
-    datasets = [loader.dataset for loader in (data.train, data.held_out) if loader]
+    datasets = [loader.dataset for loader in (data.train, data.validation) if loader]
     return build_classification_task(cfg, model, datasets, device), data
 
 

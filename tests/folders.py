@@ -37,6 +37,6 @@ def side_network_folder(
         model_block=origin.model_block,
         recipe_config=origin.recipe_config,
         backbone_path=origin.backbone_path,
-        results={"held-out loss at step 8": 1.25},
+        results={"validation loss at step 8": 1.25},
     )
     return root / name, model.eval()

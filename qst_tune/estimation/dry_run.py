@@ -34,7 +34,7 @@ def describe_run(
         UserError: if memory on the device cannot be estimated.
     """
     schedule = schedule_of(cfg, data.train)
-    held_out = len(data.held_out.dataset) if data.held_out else 0
+    num_validation = len(data.validation.dataset) if data.validation else 0
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"dry_run: memory on device={device} cannot be estimated: use cpu or cuda")
     shape = Shape(cfg.batch_size, cfg.tokenizer.get("max_seq_len") or DEFAULT_SEQ_LEN)
@@ -48,7 +48,8 @@ def describe_run(
     row, spread = question.answer()
     lines = [
         f"dry run: {schedule.num_steps} steps in {schedule.epochs} epochs of "
-        f"{len(data.train.dataset)} rows, {held_out} rows held out; nothing was written",
+        f"{len(data.train.dataset)} rows, {num_validation} rows for validation; nothing was "
+        "written",
         f"peak memory of a step of {shape.batch_size} x {shape.seq_len} tokens and its parts, "
         "GiB (2^30 bytes)",
         table([row]),

@@ -18,7 +18,7 @@ from qst_tune.training.training_data import (
     check_rows,
     text_collate,
 )
-from qst_tune.training.validation import held_out_loss
+from qst_tune.training.validation import validation_loss
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class NextTokenTask:
 
     def evaluate(self, model: TransformerDecoder, batches: Iterable[Batch]) -> dict[str, float]:
         """Return ``val_loss``, the mean over every label, in nats a token."""
-        return {"val_loss": held_out_loss(model, self.loss_function, batches, self.device)}
+        return {"val_loss": validation_loss(model, self.loss_function, batches, self.device)}
 
 
 def build_language_modelling(

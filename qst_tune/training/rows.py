@@ -66,8 +66,10 @@ def hold_out(rows: Any, fraction: float, seed: int) -> tuple[Subset[Any], Subset
     At least one row is held out.
     """
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    num_held_out = max(1, round(len(rows) * fraction))
-    return Subset(rows, sorted(order[num_held_out:])), Subset(rows, sorted(order[:num_held_out]))
+    num_validation = max(1, round(len(rows) * fraction))
+    return Subset(rows, sorted(order[num_validation:])), Subset(
+        rows, sorted(order[:num_validation])
+    )
 
 
 def row_numbers(rows: Any, indices: Sequence[int]) -> list[int]:

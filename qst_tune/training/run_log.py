@@ -85,7 +85,7 @@ class RunLog:
             else:
                 self.summary.metrics.setdefault(name, {})[step] = value
         where = self.summary.before if step == 0 else f"step {step}"
-        texts = {"val_loss": "held-out loss"}
+        texts = {"val_loss": "validation loss"}
         for name, value in figures.items():
             self.report(f"{texts.get(name, name)}, {where}: {value:.4f}")
         self._log(figures, step)

@@ -50,7 +50,7 @@ class RunSummary:
 
     def results(self) -> dict[str, float]:
         """Return the figures of validation by name and step, for a model card."""
-        figures = {"held-out loss": self.held_out_loss, **self.metrics}
+        figures = {"validation loss": self.held_out_loss, **self.metrics}
         return {
             f"{name} at step {step}": value
             for name, values in figures.items()

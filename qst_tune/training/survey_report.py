@@ -23,7 +23,7 @@ def report_data(data: TrainingData, tokenizer: Any) -> None:
         return
     for survey in data.surveys:
         tqdm.write(report(survey, tokenizer))
-    for survey in data.held_out_surveys:
+    for survey in data.validation_surveys:
         tqdm.write(report(survey))
     for note in data.notes:
         tqdm.write(note)

@@ -35,7 +35,7 @@ class Trainer:
         method (Method): the model and its trainable parameters.
         task (Task): the loss.
         train_data (BatchLoader): of the training set.
-        held_out_data (BatchLoader | None): of the validation set.
+        validation_data (BatchLoader | None): of the validation set.
         schedule (Schedule): how long, and when what happens.
         optimizer (Any): over the method's parameter groups.
         lr_scheduler (Any): stepped after each optimizer step; may be None.
@@ -50,7 +50,7 @@ class Trainer:
     method: Method
     task: Task
     train_data: BatchLoader
-    held_out_data: BatchLoader | None
+    validation_data: BatchLoader | None
     schedule: Schedule
     optimizer: Any
     lr_scheduler: Any
@@ -255,10 +255,10 @@ class Trainer:
 
     def _validate(self) -> bool:
         """Measure on the validation set; returns whether this is the best step so far."""
-        if self.held_out_data is None:
+        if self.validation_data is None:
             return False
         try:
-            figures = self.task.evaluate(self.method.model, self.held_out_data)
+            figures = self.task.evaluate(self.method.model, self.validation_data)
         except (UserError, SystemExit):  # a row that cannot be used
             self._save_before_failing()
             raise

@@ -37,7 +37,7 @@ def build_trainer(run: Run, method: Method, task: Task, data: TrainingData) -> T
     UserError if a component cannot be built, or the saved run was another one.
     """
     cfg, saved = run.cfg, run.saved
-    description = describe_data(data.train, data.held_out, data.digests)
+    description = describe_data(data.train, data.validation, data.digests)
     if saved is not None:
         check_same_data(saved, description)
         check_same_start(saved, run.start)
@@ -56,7 +56,7 @@ def build_trainer(run: Run, method: Method, task: Task, data: TrainingData) -> T
         method=method,
         task=task,
         train_data=data.train,
-        held_out_data=data.held_out,
+        validation_data=data.validation,
         schedule=schedule,
         optimizer=optimizer,
         lr_scheduler=lr_scheduler,

@@ -35,17 +35,17 @@ class TrainingData:
 
     Args:
         train (BatchLoader): training rows.
-        held_out (BatchLoader | None): validation rows.
+        validation (BatchLoader | None): validation rows.
         surveys (Sequence[Survey]): figures of the datasets of the training rows.
-        held_out_surveys (Sequence[Survey]): of the validation rows, if they are datasets of
+        validation_surveys (Sequence[Survey]): of the validation rows, if they are datasets of
             their own.
         notes (Sequence[str]): what a user must know of them, one line each.
     """
 
     train: BatchLoader
-    held_out: BatchLoader | None
+    validation: BatchLoader | None
     surveys: Sequence[Survey] = ()
-    held_out_surveys: Sequence[Survey] = ()
+    validation_surveys: Sequence[Survey] = ()
     notes: Sequence[str] = ()
 
     @property
@@ -53,7 +53,7 @@ class TrainingData:
         """Digests of the content of all rows, by the names of ``saved_run.describe_data``."""
         surveys = {
             "training rows": self.surveys,
-            "held-out rows": self.held_out_surveys or self.surveys,
+            "held-out rows": self.validation_surveys or self.surveys,
         }
         return {
             name: " ".join(survey.digest for survey in some)
@@ -84,19 +84,19 @@ def build_data(
     tokenizer = limits.tokenizer
     settings = {"limits": limits, "skip_bad_rows": setting(cfg, "on_bad_row") == "skip"}
     surveys: list[Survey] = []
-    held_out_surveys: list[Survey] = []
+    validation_surveys: list[Survey] = []
     rows = build_dataset(cfg.dataset, "dataset", tokenizer, surveys=surveys, **settings)
-    held_out_rows = None
+    validation_rows = None
     if cfg.get("dataset_val"):
-        held_out_rows = build_dataset(
-            cfg.dataset_val, "dataset_val", tokenizer, surveys=held_out_surveys, **settings
+        validation_rows = build_dataset(
+            cfg.dataset_val, "dataset_val", tokenizer, surveys=validation_surveys, **settings
         )
     elif cfg.get("val_fraction"):
-        rows, held_out_rows = hold_out(rows, float(cfg.val_fraction), seed)
+        rows, validation_rows = hold_out(rows, float(cfg.val_fraction), seed)
     step = describe_step(cfg, len(rows), noun="packs" if is_packed(rows) else "rows")
     notes = [
         *_label_warnings("dataset", surveys, rows),
-        *_label_warnings("validation rows", held_out_surveys or surveys, held_out_rows),
+        *_label_warnings("validation rows", validation_surveys or surveys, validation_rows),
         *([step] if step else []),
     ]
     num_workers = setting(cfg, "num_workers")
@@ -109,20 +109,20 @@ def build_data(
         same_batches=cfg.get("hidden_state_cache") is not None,
     )
     schedule_of(cfg, train)  # fails early, before the model loads
-    held_out = held_out_rows and BatchLoader(
-        held_out_rows,
-        collate_of(held_out_rows, collate),
+    validation = validation_rows and BatchLoader(
+        validation_rows,
+        collate_of(validation_rows, collate),
         batch_size=cfg.get("batch_size_val") or cfg.batch_size,
         seed=None,
         drop_last=False,
         num_workers=num_workers,
     )
-    return TrainingData(train, held_out, surveys, held_out_surveys, notes)
+    return TrainingData(train, validation, surveys, validation_surveys, notes)
 
 
 def check_rows(data: TrainingData, key: str) -> None:
     """Refuse rows without ``TEXT_KEY`` or ``PAIR_KEY``, and name the recipe for them."""
-    for survey in (*data.surveys, *data.held_out_surveys):
+    for survey in (*data.surveys, *data.validation_surveys):
         if key not in survey.first:
             raise UserError(f"{survey.name}: {survey.description}: {_REASONS[key]}")
 

@@ -53,7 +53,7 @@ def visit(
         free_weights(model)
 
 
-def held_out_loss(
+def validation_loss(
     model: TransformerDecoder,
     loss: Any,
     batches: Iterable[dict[str, torch.Tensor]],

@@ -137,7 +137,7 @@ def test_dry_run_tells_the_steps(
 ) -> None:
     qst_finetune.main(merged(config, f"output_dir={root / 'dry'}", "dry_run=True", "epochs=3"))
     told = capsys.readouterr().out
-    assert "dry run: 12 steps in 3 epochs of 16 rows, 7 rows held out" in told
+    assert "dry run: 12 steps in 3 epochs of 16 rows, 7 rows for validation" in told
     assert "QST, classifier" in told
 
 

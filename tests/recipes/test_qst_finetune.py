@@ -73,7 +73,7 @@ def trained(root: Path, config: Config) -> FinetuneResult:
     path = write_config(root / "config.yaml", config)
     result = run_tune("run", "qst_finetune", "--config", path, TRAINED_EPOCHS, cwd=root)
     assert result.returncode == 0, result.stderr
-    assert "held-out loss, quantised base model: " in result.stdout
+    assert "validation loss, quantised base model: " in result.stdout
     assert file_hashes(root / "model") == before, "the base checkpoint was changed"
     return FinetuneResult(root / "run")
 
@@ -247,7 +247,9 @@ def test_two_processes_equal_one_with_twice_the_batch(
     assert result.returncode == 0, result.stderr
     run = FinetuneResult(tmp_path / "run")
     assert_same_run(run, batch_of_four)
-    assert result.stdout.count("held-out loss, quantised base model") == 1, "a rank too many speaks"
+    assert result.stdout.count("validation loss, quantised base model") == 1, (
+        "a rank too many speaks"
+    )
     alone = finetune(
         sgd_config | {"dataset_val": held_out}, tmp_path / "alone", "max_steps_per_epoch=1"
     )

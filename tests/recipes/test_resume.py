@@ -502,7 +502,7 @@ def test_fraction_of_the_rows_is_held_out_and_never_trained_on(
     fit = Trainer.fit
 
     def spy(trainer: Trainer) -> None:
-        loaders.append((trainer.train_data, trainer.held_out_data))
+        loaders.append((trainer.train_data, trainer.validation_data))
         fit(trainer)
 
     monkeypatch.setattr(Trainer, "fit", spy)
@@ -538,7 +538,7 @@ def test_lost_best_checkpoint_is_told_and_another_becomes_the_best(
     assert run.weights_file.exists()
 
 
-def test_other_held_out_rows_are_refused(config: Config, tmp_path: Path) -> None:
+def test_other_validation_rows_are_refused(config: Config, tmp_path: Path) -> None:
     finetune(config, tmp_path / "run", *SETTINGS, "epochs=1")
     write_jsonl(tmp_path / "other.jsonl", colour_rows(5)[1:] + colour_rows(9)[8:])
     other = f"dataset_val.data_files={tmp_path / 'other.jsonl'}"

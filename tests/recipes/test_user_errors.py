@@ -495,7 +495,10 @@ def test_dry_run_tells_steps_and_memory_and_writes_nothing(
     with one_thread():
         run_recipe(qst_finetune.main)
     lines = capfd.readouterr().out.splitlines()
-    assert "dry run: 6 steps in 3 epochs of 8 rows, 5 rows held out; nothing was written" in lines
+    assert (
+        "dry run: 6 steps in 3 epochs of 8 rows, 5 rows for validation; nothing was written"
+        in lines
+    )
     assert any(line.startswith("QST") for line in lines)
     assert {path.name for path in root.iterdir()} - before <= {"cache"}
 

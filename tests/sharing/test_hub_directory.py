@@ -81,7 +81,7 @@ def test_the_card_is_written_from_the_run(shared: Path) -> None:
     for row in (
         "| data | train.jsonl |",
         "| lr | 0.01 |",
-        "| held-out loss at step 8 | 1.25 |",
+        "| validation loss at step 8 | 1.25 |",
         "| trainable parameters | 184,146 |",
         "| memory, GiB: peak | 1.34 |",
     ):

@@ -80,7 +80,9 @@ def test_error_of_a_worker_is_told_as_one_of_this_process(num_workers: int) -> N
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7, 16])
-def test_held_out_rows_come_exactly_once(world_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_validation_rows_come_exactly_once(
+    world_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     loaders = [
         loader_of(rank, world_size, monkeypatch, drop_last=False) for rank in range(world_size)
     ]

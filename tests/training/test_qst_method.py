@@ -43,7 +43,7 @@ def test_statistics_are_those_of_the_parameters(variant: str) -> None:
 
 def test_everything_that_trains_is_in_the_files_and_comes_back(tmp_path: Path) -> None:
     method, other = method_of("default"), method_of("default")
-    for name, content in method.files({"held-out loss": 1.0}).items():
+    for name, content in method.files({"validation loss": 1.0}).items():
         (tmp_path / name).write_bytes(content)
     other.load(tmp_path)
     trained = {id(p) for group in method.parameter_groups() for p in group["params"]}

@@ -207,7 +207,7 @@ def test_data_is_told_apart_by_number_and_content(tmp_path: Path) -> None:
         check_same_data(saved, describe_data(loader(rows), loader([1])))
 
 
-def test_other_held_out_rows_are_told(tmp_path: Path) -> None:
+def test_other_validation_rows_are_told(tmp_path: Path) -> None:
     train = loader([1, 2])
     save(tmp_path, {**STATE, "data": describe_data(train, loader([3]))})
     saved = find(tmp_path)

@@ -47,7 +47,7 @@ def save(folder: Path, side, **changes) -> None:
         "backbone": BACKBONE,
         "model_block": MODEL_BLOCK,
         "recipe_config": "epochs: 1\n",
-        "results": {"held-out loss": 1.25},
+        "results": {"validation loss": 1.25},
         **changes,
     }
     save_side_network(folder, side, **arguments)
@@ -103,14 +103,14 @@ def test_description_says_what_it_was_trained_on(saved: Path) -> None:
         },
         "model": MODEL_BLOCK,
         "structure": side_structure(side_network()),
-        "results": {"held-out loss": 1.25},
+        "results": {"validation loss": 1.25},
     }
 
 
 def test_model_card_names_the_backbone_and_the_results(saved: Path) -> None:
     card = (saved / "README.md").read_text()
     assert "# A QST side network for tiny" in card
-    assert "| held-out loss | 1.25 |" in card
+    assert "| validation loss | 1.25 |" in card
     assert BACKBONE.fingerprint[:16] in card
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from qst_tune.errors import UserError
 from qst_tune.models import qst_decoder
 from qst_tune.training.labels import align_labels
-from qst_tune.training.validation import held_out_loss
+from qst_tune.training.validation import validation_loss
 from tests.helpers import TINY, TINY_REDUCTION, random_tokens, randomize_, tiny_backbone
 
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ def test_every_label_weighs_the_same(model) -> None:
             for b in batches
         ]
     expected = -torch.cat([p.flatten() for p in log_probabilities]).double().mean()
-    actual = held_out_loss(model, nn.CrossEntropyLoss(), batches, CPU)
+    actual = validation_loss(model, nn.CrossEntropyLoss(), batches, CPU)
     assert actual == pytest.approx(expected.item(), rel=1e-6)
 
 
@@ -41,10 +41,10 @@ def test_rows_without_a_label_are_passed_over_and_refused_alone(model) -> None:
     empty = batch(1, 5)
     empty["labels"].fill_(-100)
     with pytest.raises(UserError, match=r"^validation: none of its rows has a label"):
-        held_out_loss(model, nn.CrossEntropyLoss(), [empty], CPU)
+        validation_loss(model, nn.CrossEntropyLoss(), [empty], CPU)
     full = batch(1, 5)
-    alone = held_out_loss(model, nn.CrossEntropyLoss(), [full], CPU)
-    assert held_out_loss(model, nn.CrossEntropyLoss(), [empty, full], CPU) == alone
+    alone = validation_loss(model, nn.CrossEntropyLoss(), [full], CPU)
+    assert validation_loss(model, nn.CrossEntropyLoss(), [empty, full], CPU) == alone
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -52,7 +52,7 @@ def test_mode_is_put_back_and_no_gradient_is_left(training: bool, model) -> None
     model.train(training)
     seen = []
     model.side.norm.register_forward_hook(lambda *args: seen.append(model.side.training))
-    held_out_loss(model, nn.CrossEntropyLoss(), [batch(1, 5)], CPU)
+    validation_loss(model, nn.CrossEntropyLoss(), [batch(1, 5)], CPU)
     assert seen == [False]
     assert model.training is model.side.training is training
     assert all(p.grad is None for p in model.parameters())
@@ -60,4 +60,4 @@ def test_mode_is_put_back_and_no_gradient_is_left(training: bool, model) -> None
 
 def test_row_longer_than_the_model_is_told(model) -> None:
     with pytest.raises(UserError, match=r"a row of 65 tokens .* max_seq_len 64"):
-        held_out_loss(model, nn.CrossEntropyLoss(), [batch(1, TINY["max_seq_len"] + 1)], CPU)
+        validation_loss(model, nn.CrossEntropyLoss(), [batch(1, TINY["max_seq_len"] + 1)], CPU)
