@@ -16,6 +16,7 @@ from qst_tune.training.config_check import check_checkpoint_dir, config_problems
 from qst_tune.training.config_defaults import LOCAL_FORMATS, data_files, dataset_blocks
 from qst_tune.training.config_keys import TRAINING_KEYS
 from qst_tune.training.model_setup import choose_device, choose_dtype
+from qst_tune.training.schedule_check import learning_rates
 
 
 def check_training_config(cfg: DictConfig, refused: Mapping[str, str]) -> None:
@@ -135,41 +136,33 @@ def _dataset_problems(name: str, block: DictConfig) -> Iterator[Problem]:
 
 def _trial_problems(cfg: DictConfig) -> Iterator[Problem]:
     """Build, for a single number, what otherwise fails only after the model has loaded."""
-
-    def optimizer() -> Any:
-        parameter = nn.Parameter(torch.zeros(1))
-        parameter.grad = torch.ones(1)
-        built = instantiate(cfg.optimizer, "optimizer", [parameter])
-        _try_a_step(built, cfg.optimizer["_component_"])
-        return built
-
-    def schedule() -> None:
-        if cfg.get("lr_scheduler"):
-            settings = {"num_training_steps": 10, "last_epoch": -1}
-            instantiate(cfg.lr_scheduler, "lr_scheduler", optimizer(), **settings)
-
     trials: dict[str, Callable[[], Any]] = {
         "device": lambda: choose_dtype(cfg, choose_device(cfg)),
         "loss": lambda: instantiate(cfg.loss, "loss"),
-        "optimizer": optimizer,
-        "lr_scheduler": schedule,
+        "optimizer": lambda: _try_optimizer(cfg.optimizer),
+        "lr_scheduler": lambda: cfg.get("lr_scheduler") and learning_rates(cfg, 10),
     }
     failed = set()
-    for key, build in trials.items():
+    for key, trial in trials.items():
         try:
-            build()
+            trial()
         except UserError as error:
             if str(error) not in failed:  # the schedule's optimizer fails as the optimizer did
                 yield Problem(key, str(error))
             failed.add(str(error))
 
 
-def _try_a_step(optimizer: Any, name: str) -> None:
+def _try_optimizer(block: DictConfig) -> None:
     """Refuse one that needs a closure (LBFGS) or sparse gradients (SparseAdam)."""
+    parameter = nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.ones(1)
+    optimizer = instantiate(block, "optimizer", [parameter])
     if not type(optimizer).__module__.startswith("torch.optim"):
         return  # torchao's compile their first step
     try:
         optimizer.step()
     except (RuntimeError, TypeError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"optimizer: {name} cannot train this model: {reason}") from error
+        raise UserError(
+            f"optimizer: {block._component_} cannot train this model: {reason}"
+        ) from error
