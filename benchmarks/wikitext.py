@@ -29,7 +29,7 @@ from benchmarks.backbones import DTYPE
 from benchmarks.methods import CPU
 from qst_tune.models import peqa_decoder, smollm2_135m
 from qst_tune.modules import LinearCrossEntropyLoss
-from qst_tune.modules.peqa_decoder import PEQADecoder
+from qst_tune.modules.peqa_model import PEQAModel
 from qst_tune.training.backbone_loading import load_backbone
 from qst_tune.training.labels import align_labels
 from qst_tune.training.loss import next_token_loss
@@ -197,7 +197,7 @@ def load(checkpoint: Path, run: Run) -> tuple[TransformerDecoder, list[nn.Parame
     return load_dense(checkpoint, run.tuned)
 
 
-def load_peqa(checkpoint: Path, bits: int, group_size: int | None) -> PEQADecoder:
+def load_peqa(checkpoint: Path, bits: int, group_size: int | None) -> PEQAModel:
     """Load the model with integer linears.
 
     Args:
@@ -206,7 +206,7 @@ def load_peqa(checkpoint: Path, bits: int, group_size: int | None) -> PEQADecode
         group_size (int | None): input channels that share a scale.
 
     Returns:
-        PEQADecoder: ready to train.
+        PEQAModel: ready to train.
     """
     with training.set_default_dtype(DTYPE), torch.device("meta"):
         model = peqa_decoder(smollm2_135m(), bits=bits, group_size=group_size)
@@ -243,7 +243,7 @@ def load_dense(checkpoint: Path, tuned: str) -> tuple[TransformerDecoder, list[n
     return model, trained
 
 
-def rounded(model: TransformerDecoder, bits: int, group_size: int | None) -> PEQADecoder:
+def rounded(model: TransformerDecoder, bits: int, group_size: int | None) -> PEQAModel:
     """Copy a model with LoRA merged, where there is one, and the linears rounded to integers.
 
     Args:
@@ -252,7 +252,7 @@ def rounded(model: TransformerDecoder, bits: int, group_size: int | None) -> PEQ
         group_size (int | None): input channels that share a scale.
 
     Returns:
-        PEQADecoder: not to be trained.
+        PEQAModel: not to be trained.
     """
     model = copy.deepcopy(model)
     for module in list(model.layers.modules()):
@@ -349,7 +349,7 @@ def _loss_function(
 ) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
     """Mean loss of a batch and its number of labels; products in bf16 whatever the weights are."""
     loss: Any = nn.CrossEntropyLoss()
-    if isinstance(model, PEQADecoder):
+    if isinstance(model, PEQAModel):
         loss = LinearCrossEntropyLoss()
         loss.set_model_output(model)
 

@@ -31,7 +31,7 @@ from benchmarks.methods import (
 )
 from benchmarks.peers import add_lora
 from qst_tune.models import peqa_decoder, qst_decoder, smollm2_135m
-from qst_tune.modules.peqa_decoder import PEQADecoder
+from qst_tune.modules.peqa_model import PEQAModel
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.quantization.nf4 import dequantize_nf4, quantize_nf4
 from qst_tune.training.backbone_loading import load_backbone
@@ -103,7 +103,7 @@ def _load(model: Any, folder: Path) -> Any:
             default_config().checkpointer, {"checkpoint_dir": str(folder), "output_dir": unused}
         )
         checkpointer = instantiate(cast(DictConfig, block), "checkpointer")
-        if isinstance(model, QSTModel | PEQADecoder):
+        if isinstance(model, QSTModel | PEQAModel):
             load_backbone(model, checkpointer, dtype=DTYPE, device=CPU)
         else:
             weights = checkpointer.load_checkpoint()[training.MODEL_KEY]

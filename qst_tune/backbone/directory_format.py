@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from qst_tune.backbone.stored_weight import Decode
-from qst_tune.backbone.taken_experts import TransposedLinear
-from qst_tune.modules.base_quantization import BaseQuantization, MakeLinear
+from qst_tune.modules.base_quantization import BaseQuantization, LinearFormat, MakeLinear
 from qst_tune.modules.nf4_linear import NF4Linear
 from qst_tune.quantization.stored import Stored, StoredAffine, StoredNF4, StoredTransposed
 
@@ -72,11 +71,11 @@ class DirectoryFormat:
         """
         return any(self.skips(f"{prefix}.{name}") for prefix in _PREFIXES)
 
-    def takes_over(self, base_quantization: BaseQuantization) -> bool:
+    def takes_over(self, base_quantization: LinearFormat) -> bool:
         """Tell whether codes are taken over.
 
         Args:
-            base_quantization (BaseQuantization): asked for; "auto": the directory's own.
+            base_quantization (LinearFormat): asked for; "auto": the directory's own.
 
         Returns:
             bool: False where weights are decoded, and quantised to another format.
@@ -95,9 +94,11 @@ class DirectoryFormat:
             nn.Module: frozen.
         """
         if isinstance(stored, StoredTransposed):
-            return TransposedLinear(stored.weight.nf4(dtype))
+            stored = stored.weight  # of experts, which are linear layers here
         if isinstance(stored, StoredNF4):
-            return NF4Linear(stored.nf4(dtype), bias, quant_type=stored.quant_type)
+            taken = NF4Linear(stored.nf4(dtype), bias, quant_type=stored.quant_type)
+            taken.quantization = self.own or taken.quantization
+            return taken
         assert isinstance(stored, StoredAffine)
         linear: Any = self.make(torch.empty(stored.shape, device="meta"), bias)
         linear.take_(stored)

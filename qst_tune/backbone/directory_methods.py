@@ -200,7 +200,13 @@ def _decode_float8(parts: _Tensors, *, scale: str, block: tuple[int, int] | None
 def _mxfp4(settings: _Settings) -> DirectoryFormat:
     layout = Layout("_blocks", "_scales", ("_blocks", "_scales"), target="")
     skips = _skipper(settings.get("modules_to_not_convert"))
-    return DirectoryFormat("MXFP4", (layout,), _read_mxfp4, "mxfp4", NF4Linear, skips)
+    return DirectoryFormat("MXFP4", (layout,), _read_mxfp4, "mxfp4", _mxfp4_linear, skips)
+
+
+def _mxfp4_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
+    linear = NF4Linear(weight, bias)  # of other levels
+    linear.quantization = "mxfp4"
+    return linear
 
 
 def _read_mxfp4(parts: _Tensors) -> list[Stored]:

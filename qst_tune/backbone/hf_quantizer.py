@@ -33,7 +33,7 @@ def quantization_config_type() -> Any:
             self.place = place
 
         def to_dict(self) -> dict[str, Any]:
-            return {"quant_method": NAME, "base_quantization": self.place.base_quantization}
+            return {"quant_method": NAME, "base_quantization": str(self.place.base_quantization)}
 
     class Quantize(ConversionOps):
         def __init__(self, quantizer: Any) -> None:

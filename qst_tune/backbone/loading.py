@@ -10,6 +10,7 @@ from torchtune import utils
 
 from qst_tune.backbone.directory_format import DirectoryFormat
 from qst_tune.backbone.directory_methods import read_directory_format
+from qst_tune.backbone.expert_linears import ExpertLinears
 from qst_tune.backbone.hf_quantizer import drop_other_modalities, quantization_config_type
 from qst_tune.backbone.placing import Placing, Take, decode_rest_
 from qst_tune.backbone.quantizers import quantization_of_text, quantize_tables, quantized_share
@@ -178,12 +179,15 @@ def transplant_(model: Any, loaded: Any) -> None:
     """
     for name, source in list(loaded.named_modules()):
         target = model.get_submodule(name)
-        if isinstance(source, QuantizedLinear) or isinstance(target, QuantizedLinear):
+        if any(isinstance(m, QuantizedLinear | ExpertLinears) for m in (source, target)):
             # Its layout is that of the directory, which config.json may not give for each weight.
             model.set_submodule(name, source)
             continue
+        for experts in source._parameters.keys() & target._modules.keys():
+            del target._modules[experts]  # that the directory has dense
         target._parameters.update(source._parameters)
     transplant_rest_(model, loaded)
+    model._weight_conversions = getattr(loaded, "_weight_conversions", None)  # export reverts them
     model.requires_grad_(False)
 
 

@@ -8,12 +8,11 @@ import torch
 from torch import nn
 
 from qst_tune.backbone.directory_format import DirectoryFormat
-from qst_tune.backbone.experts import QuantizedExperts
-from qst_tune.backbone.quantizers import set_quantized
+from qst_tune.backbone.expert_linears import JoinedLinear
+from qst_tune.backbone.quantizers import keep, replace_experts, set_quantized
 from qst_tune.backbone.stored_weight import StoredWeight
-from qst_tune.backbone.taken_experts import TakenExperts
 from qst_tune.errors import UserError
-from qst_tune.modules.base_quantization import BaseQuantization
+from qst_tune.modules.base_quantization import LinearFormat
 from qst_tune.quantization.stored import stored_on
 
 # Takes the tensors of a module, by its name, away, and leaves empty ones.
@@ -57,7 +56,7 @@ class Placing:
     """Puts each weight into a model as it is read.
 
     Args:
-        base_quantization (BaseQuantization): of linears and experts of the layers.
+        base_quantization (LinearFormat): of linears and experts of the layers.
         device (torch.device): where they must be.
         stored (DirectoryFormat | None): how the directory stores its weights; None: dense.
         take (Take | None): gets each module, by name, as soon as a weight of it is there.
@@ -65,7 +64,7 @@ class Placing:
 
     def __init__(
         self,
-        base_quantization: BaseQuantization,
+        base_quantization: LinearFormat,
         device: torch.device,
         stored: DirectoryFormat | None = None,
         take: Take | None = None,
@@ -113,7 +112,7 @@ class Placing:
             self._take_over(model, name, weight, stored)
         else:  # the directory has it dense
             owner.weight = nn.Parameter(weight.to(self.device), requires_grad=False)
-            _keep(owner)
+            keep(owner)
 
     def _take_over(
         self, model: nn.Module, name: str, weight: StoredWeight, stored: DirectoryFormat
@@ -126,15 +125,17 @@ class Placing:
             for weights in weight.pieces
         ]
         if weight.is_stack:
-            shape, name_of_codes = tuple(weight.shape), stored.own or ""
-            experts = TakenExperts(pieces, shape, weight.dtype, self.device, name_of_codes)
-            setattr(owner, leaf, nn.Parameter(experts, requires_grad=False))
+            experts = [
+                parts[0] if len(parts) == 1 else JoinedLinear(parts)
+                for parts in zip(*pieces, strict=True)
+            ]
+            replace_experts(owner, leaf, experts, weight.dtype)
             self.tally.taken_over += len(weight.pieces) * len(weight)
         else:
             ((owner,),) = pieces
             model.set_submodule(path, owner)
             self.tally.taken_over += 1
-        _keep(owner)
+        keep(owner)
 
     def _round(self, model: nn.Module, name: str, weight: torch.Tensor) -> None:
         if isinstance(weight, StoredWeight):
@@ -165,17 +166,9 @@ def _pairs(
     if hasattr(owner, "dense_weight"):
         yield dense, owner.dense_weight(torch.float32)
         return
-    experts = getattr(owner, leaf)
-    assert isinstance(experts, QuantizedExperts)
     for index, expert in enumerate(dense):
-        yield expert, experts[index]
-
-
-def _keep(module: nn.Module) -> None:
-    """Mark weights as loaded: else the ``_init_weights`` of some models would draw new ones."""
-    for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
-        if not tensor.is_meta:
-            tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' mark
+        after = getattr(owner, leaf)[index]
+        yield expert, after if isinstance(after, torch.Tensor) else after.dense()
 
 
 def decode_rest_(model: nn.Module, device: torch.device) -> None:

@@ -3,20 +3,19 @@
 from typing import Any
 
 import torch
-from torch import nn
 
 from qst_tune.backbone.masks import causal_mask, positions
 from qst_tune.backbone.transformers import TransformersBackbone
-from qst_tune.modules.backbone import Head
+from qst_tune.backbone.transformers_model import TransformersModel
+from qst_tune.modules.backbone import head_output
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.modules.side_network import SideNetwork
 
 
-class QSTTransformer(QSTModel):
+class QSTTransformer(TransformersModel, QSTModel):
     """Quantized Side Tuning over any decoder that transformers can load.
 
-    Its parameters are those of the backbone, under ``frozen.model.`` and transformers' names, and
-    those of the side network, under ``side.``.
+    The side network's parameters are under ``side.``.
 
     Args:
         backbone (TransformersBackbone): taken over and frozen.
@@ -30,47 +29,6 @@ class QSTTransformer(QSTModel):
         super().__init__()
         self.frozen = backbone
         self.adopt(side)
-
-    takes_padding = True
-
-    @property
-    def backbone(self) -> TransformersBackbone:
-        """The frozen decoder."""
-        frozen: Any = self.frozen
-        backbone: TransformersBackbone = frozen
-        return backbone
-
-    @property
-    def max_seq_len(self) -> int:
-        """The backbone's."""
-        return self.backbone.max_seq_len
-
-    @property
-    def output(self) -> Head:
-        """The LM head, with the model's own soft cap and scale."""
-        return self.backbone.head
-
-    @property
-    def tok_embeddings(self) -> Any:
-        """The token embedding."""
-        return self.backbone.embedding
-
-    @property
-    def layers(self) -> nn.ModuleList:
-        """The backbone's layers."""
-        return self.backbone.layers
-
-    def caches_are_enabled(self) -> bool:
-        """Whether keys and values are cached, so that a pass depends on those before it."""
-        return self.backbone.cache is not None
-
-    def set_num_output_chunks(self, num_output_chunks: int) -> None:
-        """Return logits in chunks, as torchtune's chunked loss takes them.
-
-        Args:
-            num_output_chunks (int): number of chunks along the tokens.
-        """
-        self.num_output_chunks = num_output_chunks
 
     def forward(
         self,
@@ -93,7 +51,7 @@ class QSTTransformer(QSTModel):
             ``set_num_output_chunks``; the head's input ``[B, T, D]`` if ``skip_output_layer``.
         """
         y_BTD, _ = self._both(tokens, mask=mask, input_pos=input_pos)
-        return self.head_output(y_BTD)
+        return head_output(self, y_BTD)
 
     def side_where(self, tokens: torch.Tensor, **where: Any) -> dict[str, Any]:
         """Return mask and positions for the side network, whose layers are torchtune's.

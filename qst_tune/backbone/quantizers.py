@@ -8,17 +8,16 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from qst_tune.backbone.directory_format import DirectoryFormat
+from qst_tune.backbone.expert_linears import ExpertLinears
 from qst_tune.backbone.experts import QuantizedExperts, quantize_experts
-from qst_tune.backbone.taken_experts import TakenExperts
-from qst_tune.errors import UserError
 from qst_tune.modules.base_quantization import (
-    BaseQuantization,
+    LinearFormat,
+    MakeLinear,
     QuantizedLinear,
     linear_format,
     quantization_of,
 )
 from qst_tune.modules.embedding_quantization import EmbeddingQuantization, check_table_format
-from qst_tune.quantization.nf4 import QuantType
 from qst_tune.quantization.table import QuantizedTable, quantize_table
 
 # Plain linear layers under a name of their own.
@@ -31,36 +30,24 @@ _READ_AS_WEIGHTS = ("dt_proj",)
 
 def quantize_text(
     layers: nn.ModuleList,
-    base_quantization: BaseQuantization,
+    base_quantization: LinearFormat,
     stored: DirectoryFormat | None = None,
 ) -> None:
     """Store, in place, the linears and the experts of layers; routers and norms stay as they are.
 
     Args:
         layers (nn.ModuleList): of a transformers model, on meta or with weights.
-        base_quantization (BaseQuantization): format; "none" changes nothing.
+        base_quantization (LinearFormat): format; "none" changes nothing.
         stored (DirectoryFormat | None): of a quantised directory, whose format "auto" means.
-
-    Raises:
-        UserError: if there are experts and the format has no form for them.
     """
     make = linear_format(base_quantization)
     if make is None:
         return
-    if stored is not None and stored.takes_over(base_quantization):
-        make = stored.make
+    take_over = stored.make if stored and stored.takes_over(base_quantization) else None
     for owner, name, linear in list(_linears(layers, stored)):
-        setattr(owner, name, make(linear.weight, linear.bias))
+        setattr(owner, name, (take_over or make)(linear.weight, linear.bias))
     for owner, name, weight in list(_experts(layers)):
-        if base_quantization not in ("auto", "nf4", "fp4"):
-            raise UserError(
-                f"base_quantization={base_quantization} has no form for the experts of a mixture "
-                f"({type(owner).__name__}.{name}): use nf4, fp4 or none"
-            )
-        quantized: Any = quantize_experts(weight.detach(), _quant_type(base_quantization))
-        if stored is not None and stored.takes_over(base_quantization):
-            quantized.quantization = stored.own  # what they will be once they are loaded
-        setattr(owner, name, nn.Parameter(quantized, requires_grad=False))
+        put_experts(owner, name, weight.detach(), base_quantization, take_over)
 
 
 def _linears(
@@ -69,7 +56,8 @@ def _linears(
     """Linears to quantise. Two codes share a byte, so one with an odd number of weights stays."""
     for path, owner in layers.named_modules():
         for name, child in owner.named_children():
-            if _is_plain_linear(child) and name not in (*_ROUTERS, *_READ_AS_WEIGHTS):
+            names = {*path.split("."), name}
+            if _is_plain_linear(child) and not names & {*_ROUTERS, *_READ_AS_WEIGHTS}:
                 linear: Any = child
                 is_left_out = stored is not None and stored.leaves_out(f"{path}.{name}")
                 if linear.weight.numel() % 2 == 0 and not is_left_out:
@@ -101,9 +89,8 @@ def quantization_of_text(layers: nn.ModuleList, embedding: Any) -> str:
         str: as ``quantization_of_backbone`` names that of a torchtune decoder.
     """
     stored = quantization_of(layers)
-    if stored == "none":  # gpt-oss in MXFP4: only its experts are quantised
-        of_experts = (QuantizedExperts, TakenExperts)
-        experts = (p for p in layers.parameters() if isinstance(p, of_experts))
+    if stored == "none":  # gpt-oss of MXFP4, rounded to NF4: only its experts are quantised
+        experts = (p for p in layers.parameters() if isinstance(p, QuantizedExperts))
         stored = next((expert.quantization for expert in experts), "none")
     weight = embedding.weight
     return f"{stored}; embedding {weight.form}" if isinstance(weight, QuantizedTable) else stored
@@ -138,7 +125,7 @@ def _quantize_table(owner: Any, form: Any) -> None:
 def names_to_quantize(
     model: nn.Module,
     layers: nn.ModuleList,
-    base_quantization: BaseQuantization,
+    base_quantization: LinearFormat,
     stored: DirectoryFormat | None = None,
 ) -> frozenset[str]:
     """Name the weights that :func:`quantize_text` would quantise.
@@ -146,7 +133,7 @@ def names_to_quantize(
     Args:
         model (nn.Module): on meta, not quantised.
         layers (nn.ModuleList): of its text.
-        base_quantization (BaseQuantization): format.
+        base_quantization (LinearFormat): format.
         stored (DirectoryFormat | None): of a quantised directory.
 
     Returns:
@@ -161,7 +148,7 @@ def names_to_quantize(
 
 
 def set_quantized(
-    model: nn.Module, name: str, weight: torch.Tensor, base_quantization: BaseQuantization
+    model: nn.Module, name: str, weight: torch.Tensor, base_quantization: LinearFormat
 ) -> None:
     """Quantise one weight, in place.
 
@@ -169,7 +156,7 @@ def set_quantized(
         model (nn.Module): its linear layer is replaced by a quantised one.
         name (str): one of :func:`names_to_quantize`.
         weight (torch.Tensor): dense, on the device of the model.
-        base_quantization (BaseQuantization): format.
+        base_quantization (LinearFormat): format.
     """
     path, _, leaf = name.rpartition(".")
     owner: Any = model.get_submodule(path)
@@ -180,16 +167,61 @@ def set_quantized(
         parent, _, own_name = path.rpartition(".")
         setattr(model.get_submodule(parent), own_name, owner)
     else:
-        experts = quantize_experts(weight, _quant_type(base_quantization))
-        setattr(owner, leaf, nn.Parameter(experts, requires_grad=False))
-    # Else the _init_weights of some models (Mamba's) would fill it with random numbers.
-    for tensor in [*owner.parameters(recurse=False), *owner.buffers(recurse=False)]:
+        put_experts(owner, leaf, weight, base_quantization)
+    keep(owner)
+
+
+def put_experts(
+    owner: Any,
+    name: str,
+    weight: torch.Tensor,
+    base_quantization: LinearFormat,
+    take_over: MakeLinear | None = None,
+) -> None:
+    """Quantise the experts of a layer, in place: in one tensor of NF4 or FP4, else a linear each.
+
+    Args:
+        owner (Any): the module that has them.
+        name (str): of its parameter.
+        weight (torch.Tensor): ``[E, O, I]``, or ``[E, I, O]`` where the model multiplies ``x W``.
+        base_quantization (LinearFormat): format; "auto" is NF4.
+        take_over (MakeLinear | None): makes linears of a directory's own format instead.
+    """
+    if take_over is None and base_quantization in ("auto", "nf4", "fp4"):
+        quantized = quantize_experts(weight, "fp4" if base_quantization == "fp4" else "nf4")
+        setattr(owner, name, nn.Parameter(quantized, requires_grad=False))
+        return
+    make = take_over or linear_format(base_quantization)
+    assert make is not None
+    experts = [make(expert.T if is_transposed(owner) else expert, None) for expert in weight]
+    replace_experts(owner, name, experts, weight.dtype)
+
+
+def replace_experts(owner: Any, name: str, experts: list[nn.Module], dtype: torch.dtype) -> None:
+    """Put linear layers in the place of a parameter.
+
+    Args:
+        owner (Any): the module that has it.
+        name (str): of the parameter.
+        experts (list[nn.Module]): one linear each.
+        dtype (torch.dtype): that they decode to.
+    """
+    delattr(owner, name)
+    setattr(owner, name, ExpertLinears(experts, dtype, is_transposed=is_transposed(owner)))
+    for linear in getattr(owner, name).modules():
+        keep(linear)
+
+
+def keep(module: nn.Module) -> None:
+    """Mark weights as loaded: else the ``_init_weights`` of some models would draw new ones."""
+    for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
         if not tensor.is_meta:
-            tensor._is_hf_initialized = True
+            tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' mark
 
 
-def _quant_type(base_quantization: BaseQuantization) -> QuantType:
-    return "fp4" if base_quantization == "fp4" else "nf4"
+def is_transposed(owner: Any) -> bool:
+    """Whether a layer's experts are ``[E, I, O]`` (gpt-oss, Llama 4)."""
+    return bool(getattr(owner, "is_transposed", type(owner).__name__ == "Llama4TextExperts"))
 
 
 def quantized_share(layers: nn.Module) -> float:
@@ -203,12 +235,10 @@ def quantized_share(layers: nn.Module) -> float:
     """
     modules = [m for m in layers.modules() if isinstance(m, QuantizedLinear)]
     quantized = sum(m.in_features * m.out_features for m in modules)
-    of_experts = (QuantizedExperts, TakenExperts)
-    experts = [p for p in layers.parameters() if isinstance(p, of_experts)]
+    experts = [p for p in layers.parameters() if isinstance(p, QuantizedExperts)]
     quantized += sum(p.numel() for p in experts)
-    rest = {id(p): p for p in layers.parameters() if not isinstance(p, of_experts)}
-    for module in modules:
-        weight: Any = module
-        for parameter in weight.parameters(recurse=False):
-            rest.pop(id(parameter), None)
-    return quantized / max(1, quantized + sum(p.numel() for p in rest.values()))
+    weights: list[Any] = [*modules]
+    own = {id(p) for weight in weights for p in weight.parameters(recurse=False)}
+    own |= {id(p) for p in experts}
+    rest = sum(p.numel() for p in layers.parameters() if id(p) not in own)
+    return quantized / max(1, quantized + rest)

@@ -12,6 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from qst_tune.backbone.cache import TransformersCache
 from qst_tune.backbone.directory_format import DirectoryFormat
+from qst_tune.backbone.expert_linears import ExpertLinears
 from qst_tune.backbone.experts import QuantizedExperts
 from qst_tune.backbone.head import head_of
 from qst_tune.backbone.masks import positions
@@ -25,7 +26,7 @@ from qst_tune.backbone.side_blocks import (
 )
 from qst_tune.backbone.text_model import decoder_of, layers_of, longest_text
 from qst_tune.modules.backbone import Head, Visit
-from qst_tune.modules.base_quantization import BaseQuantization
+from qst_tune.modules.base_quantization import LinearFormat
 from qst_tune.modules.embedding_quantization import EmbeddingQuantization
 from qst_tune.modules.side_block import SideShape, side_shape
 
@@ -74,7 +75,7 @@ class TransformersBackbone(nn.Module):
         self._packing: Packing | None = None
         self._limit = max_seq_len
         self.embedding_quantization: EmbeddingQuantization = "none"
-        self.base_quantization: BaseQuantization = "none"
+        self.base_quantization: LinearFormat = "none"
         self.model = model.eval().requires_grad_(False)
         self.config = model.config.get_text_config(decoder=True)
         # In tuples: the modules belong to the model, where their parameters have their names.
@@ -130,12 +131,12 @@ class TransformersBackbone(nn.Module):
         return quantization_of_text(self.layers, self.embedding)
 
     def quantize(
-        self, base_quantization: BaseQuantization, embedding_quantization: EmbeddingQuantization
+        self, base_quantization: LinearFormat, embedding_quantization: EmbeddingQuantization
     ) -> None:
         """Store layers and embedding in these formats, in place; remembered for loading.
 
         Args:
-            base_quantization (BaseQuantization): of linears and experts of the layers.
+            base_quantization (LinearFormat): of linears and experts of the layers.
             embedding_quantization (EmbeddingQuantization): of embedding and LM head.
         """
         if base_quantization == "auto":
@@ -143,7 +144,8 @@ class TransformersBackbone(nn.Module):
         self.base_quantization = base_quantization
         self.embedding_quantization = embedding_quantization
         quantize_text(self.layers, base_quantization, self.stored)
-        if any(isinstance(p, QuantizedExperts) for p in self.layers.parameters()):
+        parts = [*self.layers.parameters(), *self.layers.modules()]
+        if any(isinstance(part, QuantizedExperts | ExpertLinears) for part in parts):
             # transformers' default multiplies all experts of a layer at once, and so decodes them.
             self.model.set_experts_implementation("eager")
         quantize_tables(self.embedding, self.model, embedding_quantization)
@@ -246,19 +248,30 @@ class TransformersBackbone(nn.Module):
         Returns:
             torch.Tensor: f, ``[B, T, D]``.
         """
-        packing = None
-        if self.cache is None and mask is not None and not _is_padding(mask):
-            packing = self._packing = self._packing or find_packing(self)
+        packing = self._packing_of(mask)
         gradient = torch.is_grad_enabled()
 
         def show(state: torch.Tensor) -> None:
             with torch.set_grad_enabled(gradient):
                 visit(_plain(state, tokens, self.config))
 
-        with self._hooks(taps, show):
+        with self._hooks(taps, show), torch.no_grad():
             return self.text_state(tokens, mask=mask, input_pos=input_pos, packing=packing)
 
-    @torch.no_grad()
+    def last_state(
+        self, tokens: torch.Tensor, *, mask: Any = None, input_pos: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Run up to the LM head, in the caller's gradient mode; arguments as for :meth:`run`."""
+        packing = self._packing_of(mask)
+        return self.text_state(tokens, mask=mask, input_pos=input_pos, packing=packing)
+
+    def _packing_of(self, mask: Any) -> Packing | None:
+        """How the rows of a batch are packed, if they are; may run the model."""
+        if self.cache is not None or mask is None or _is_padding(mask):
+            return None
+        self._packing = self._packing or find_packing(self)
+        return self._packing
+
     def text_state(
         self,
         tokens: torch.Tensor,

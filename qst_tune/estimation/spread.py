@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from omegaconf import DictConfig
 from torchtune.modules import TransformerDecoder
 
-from qst_tune.modules.peqa_decoder import PEQADecoder
+from qst_tune.modules.peqa_model import PEQAModel
 from qst_tune.training.backbone_sizes import group_bytes
 from qst_tune.training.memory import GIB, tensor_bytes
 
@@ -100,7 +100,7 @@ class Spread:
         if not self.is_sharded:
             return 0
         groups, rest = group_bytes(model)
-        again = sum(groups[-len(model.layers) :]) if isinstance(model, PEQADecoder) else 0
+        again = sum(groups[-len(model.layers) :]) if isinstance(model, PEQAModel) else 0
         return self.accumulation * self._from_others(sum(groups) + rest + again)
 
     def gradient_bytes(self, model: TransformerDecoder) -> int:

@@ -4,20 +4,20 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from torchtune.modules import TransformerDecoder
+from torch import nn
 
 
 def method_builder(
     prefix: str,
-    method: Callable[..., TransformerDecoder],
-    backbone_builder: Callable[..., TransformerDecoder],
+    method: Callable[..., nn.Module],
+    backbone_builder: Callable[..., nn.Module],
 ) -> Callable[..., Any]:
     """Turn a builder of a torchtune decoder into a builder of a method's model over it.
 
     Args:
         prefix (str): of the new builder's name, in place of ``backbone_`` if there is that.
-        method (Callable[..., TransformerDecoder]): takes a decoder and keyword arguments.
-        backbone_builder (Callable[..., TransformerDecoder]): a component or model builder.
+        method (Callable[..., nn.Module]): takes a decoder and keyword arguments.
+        backbone_builder (Callable[..., nn.Module]): a component or model builder.
 
     Returns:
         Callable[..., Any]: takes the arguments of both, all flat, as torchtune's configs want them.
@@ -28,7 +28,7 @@ def method_builder(
     own_signature = inspect.signature(method)
     own_parameters = list(own_signature.parameters.values())[1:]
 
-    def build(*args: Any, **kwargs: Any) -> TransformerDecoder:
+    def build(*args: Any, **kwargs: Any) -> nn.Module:
         for_backbone = {
             name: kwargs.pop(name) for name in list(kwargs) if name in backbone_parameters
         }

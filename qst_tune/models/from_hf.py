@@ -80,21 +80,12 @@ def _length(architecture: Architecture, wanted: int | None, folder: Path) -> int
     return wanted or longest
 
 
-def _integers_from_hf(
-    checkpoint_dir: str, max_seq_len: int | None = None, backbone: BackboneKind = "auto"
-) -> Decoder:
-    """As :func:`backbone_from_hf`; here torchtune's modules take a directory's integers over."""
-    folder = Path(checkpoint_dir)
-    stored = directory_format(folder)
-    if stored is None or backbone == "transformers" or not takes_torchtune(folder):
-        return backbone_from_hf(checkpoint_dir, max_seq_len, backbone)
-    architecture = read_architecture(folder)
-    decoder = architecture.build(_length(architecture, max_seq_len, folder))
-    decoder.stored_format = stored
-    return decoder
+def _transformers_from_hf(checkpoint_dir: str, max_seq_len: int | None = None) -> Decoder:
+    """Transformers' own model of a directory."""
+    return backbone_on_meta(Path(checkpoint_dir), max_seq_len)
 
 
-_integers_from_hf.__name__ = backbone_from_hf.__name__  # the builder's name is made of it
+_transformers_from_hf.__name__ = backbone_from_hf.__name__  # the builder's name is made of it
 
 qst_from_hf = qst_builder(backbone_from_hf)
-peqa_from_hf = peqa_builder(_integers_from_hf)
+peqa_from_hf = peqa_builder(_transformers_from_hf)

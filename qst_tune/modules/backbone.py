@@ -137,3 +137,22 @@ class Backbone(Protocol):
         Returns:
             torch.Tensor: f, ``[B, T, D]``.
         """
+
+
+def head_output(model: Any, y_BTD: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+    """Return what the loss or the caller asked a model for: logits, chunks of them, or y itself.
+
+    Args:
+        model (Any): of ours.
+        y_BTD (torch.Tensor): the LM head's input.
+
+    Returns:
+        torch.Tensor | list[torch.Tensor]: fp32 logits ``[B, T, V]``; chunks of logits after
+        ``set_num_output_chunks``; ``y_BTD`` if ``skip_output_layer``.
+    """
+    if model.skip_output_layer:
+        return y_BTD
+    if model.num_output_chunks > 0:
+        return [model.output(y) for y in y_BTD.chunk(model.num_output_chunks, dim=1)]
+    logits: torch.Tensor = model.output(y_BTD).float()
+    return logits

@@ -2,16 +2,30 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, TypeAlias, get_args, runtime_checkable
 
 import torch
 from torch import nn
 
 from qst_tune.modules.nf4_linear import NF4Linear
 from qst_tune.modules.peqa_linear import PEQALinear
+from qst_tune.quantization.affine import AffineInit
 
 # "auto" is the format of a directory that is quantised already, and NF4 for any other.
 BaseQuantization = Literal["auto", "nf4", "fp4", "int4", "int8", "none"]
+
+
+class Integers(NamedTuple):
+    """The format of PEQA; see :class:`~qst_tune.modules.peqa_linear.PEQALinear`."""
+
+    bits: int = 4
+    group_size: int | None = None
+    init: AffineInit = "rtn"
+    train_zero_points: bool = False
+
+
+# How the linears of layers are stored, whichever method asks.
+LinearFormat: TypeAlias = BaseQuantization | Integers
 
 
 @runtime_checkable
@@ -67,11 +81,11 @@ def quantize_linears(module: nn.Module, base_quantization: BaseQuantization = "n
         replace_linears(module, make)
 
 
-def linear_format(base_quantization: BaseQuantization) -> MakeLinear | None:
+def linear_format(base_quantization: LinearFormat) -> MakeLinear | None:
     """Look a format up.
 
     Args:
-        base_quantization (BaseQuantization): its name.
+        base_quantization (LinearFormat): its name, or integers.
 
     Returns:
         MakeLinear | None: makes a :class:`QuantizedLinear` from a dense weight, which may be on the
@@ -80,6 +94,8 @@ def linear_format(base_quantization: BaseQuantization) -> MakeLinear | None:
     Raises:
         ValueError: if the format is unknown.
     """
+    if isinstance(base_quantization, Integers):
+        return partial(PEQALinear, **base_quantization._asdict())
     if base_quantization not in get_args(BaseQuantization):
         known = ", ".join(get_args(BaseQuantization))
         raise ValueError(

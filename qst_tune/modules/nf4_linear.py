@@ -57,7 +57,8 @@ class NF4Linear(nn.Linear):
     ) -> None:
         out_dim, in_dim = weight.shape
         super().__init__(in_dim, out_dim, bias=bias is not None, device="meta")
-        self.quantization = quant_type
+        self.quant_type: QuantType = quant_type
+        self.quantization: str = quant_type
         if isinstance(weight, NF4Tensor):
             self.weight = nn.Parameter(weight, requires_grad=False)
         else:
@@ -71,7 +72,7 @@ class NF4Linear(nn.Linear):
         Args:
             weight (torch.Tensor): ``[out_dim, in_dim]``; its dtype becomes that of the layer.
         """
-        quantized = quantize_nf4(weight, self.quantization)
+        quantized = quantize_nf4(weight, self.quant_type)
         self.weight = nn.Parameter(quantized, requires_grad=False)
 
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
@@ -116,6 +117,6 @@ class NF4Linear(nn.Linear):
         if isinstance(weight, torch.Tensor) and not isinstance(weight, NF4Tensor):
             device = weight.device if self.weight.is_meta else self.weight.device
             dense = weight.to(device=device, dtype=self.weight.dtype)
-            quantized = quantize_nf4(dense, self.quantization)
+            quantized = quantize_nf4(dense, self.quant_type)
             state_dict = {**state_dict, f"{prefix}weight": quantized}
         super()._load_from_state_dict(state_dict, prefix, *args)

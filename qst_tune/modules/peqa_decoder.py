@@ -1,69 +1,34 @@
-"""The PEQA model: a decoder with integer weights of which the scales train."""
+"""The PEQA model over a torchtune decoder."""
 
 from typing import Any
 
 import torch
-from torch import nn
 from torchtune.modules import TransformerDecoder
 
 from qst_tune.modules.decoder_parts import decoder_parts
 from qst_tune.modules.learned_positions import LearnedPositionDecoder, LearnedPositionEmbedding
-from qst_tune.modules.peqa_linear import PEQALinear
+from qst_tune.modules.peqa_model import PEQAModel
 
 
-class PEQADecoder(TransformerDecoder):
+class PEQADecoder(PEQAModel, TransformerDecoder):
     """A torchtune decoder whose linears are :class:`~qst_tune.modules.peqa_linear.PEQALinear`.
 
     It computes what the backbone's decoder does and keeps its names. Beyond that it can leave out
-    the LM head for a loss that applies the head itself, and it knows its task: the set of trained
-    tensors, which can be exchanged in a loaded model while the codes stay.
-
-    Source: PEQA (https://arxiv.org/abs/2305.14152). Embedding, norms and LM head do not train.
+    the LM head for a loss that applies the head itself.
 
     Args:
         backbone (TransformerDecoder): with integer linears; its modules are taken over, not copied,
-            and frozen but for the scales.
+            and frozen except for the scales.
 
     Raises:
         ValueError: if it has no integer linear.
     """
 
+    norm: Any
+
     def __init__(self, backbone: TransformerDecoder) -> None:
-        super().__init__(**decoder_parts(backbone))
-        linears = [module for module in self.modules() if isinstance(module, PEQALinear)]
-        if not linears:
-            raise ValueError("a PEQA model needs at least one integer linear: use peqa_decoder")
-        self.requires_grad_(False)
-        for linear in linears:
-            for name in linear.adapter_params():
-                linear.get_parameter(name).requires_grad_(True)
-        self.skip_output_layer = False
-
-    def task(self) -> dict[str, nn.Parameter]:
-        """What trains: the scales, and the zero points if they train too.
-
-        Returns:
-            dict[str, nn.Parameter]: the model's own parameters, by the names of its state dict,
-                which stay the same when layers are wrapped for recomputation.
-        """
-        state = self.state_dict(keep_vars=True)
-        return {name: value for name, value in state.items() if value.requires_grad}
-
-    @torch.no_grad()
-    def load_task(self, task: dict[str, torch.Tensor]) -> None:
-        """Exchange what trains, in place; codes and everything else that is frozen stay.
-
-        Args:
-            task (dict[str, torch.Tensor]): from :meth:`task` of a model with the same codes.
-
-        Raises:
-            ValueError: if names or shapes differ from this model's.
-        """
-        own = self.task()
-        if {n: t.shape for n, t in task.items()} != {n: t.shape for n, t in own.items()}:
-            raise ValueError("the task's tensors are not those that train in this model")
-        for name, parameter in own.items():
-            parameter.copy_(task[name])
+        TransformerDecoder.__init__(self, **decoder_parts(backbone))
+        self.adopt()
 
     def forward(self, tokens: torch.Tensor, **where: Any) -> torch.Tensor | list[torch.Tensor]:
         """Compute logits; arguments and result as torchtune's ``TransformerDecoder.forward``.

@@ -35,7 +35,8 @@ class PEQALinear(nn.Module):
 
     With one scale a channel it is applied behind the product, so that its gradient needs neither
     the input nor a gradient of the weight; in groups the weight's gradient is made and summed a few
-    rows at a time. What is kept for backward: the output per channel, the input in groups.
+    rows at a time. What is kept for backward: the output per channel, the input in groups and where
+    the model overwrites outputs.
 
     Source: PEQA (https://arxiv.org/abs/2305.14152), equation 2, with ``weight_scale`` for its
     :math:`s_0 + \Delta s`.
@@ -54,10 +55,14 @@ class PEQALinear(nn.Module):
         ``[O, G]`` uint8, fp32 if trained. input_order: None, or ``[I]`` int64: the input channel
         of each column of the codes, where a GPTQ directory groups them so (act-order).
 
+    Attributes:
+        output_is_overwritten (bool): the model changes the layer's outputs in place.
+
     Raises:
         ValueError: if an argument is not supported.
     """
 
+    output_is_overwritten = False
     codes: torch.Tensor
     zero_point: torch.Tensor
     input_order: torch.Tensor | None
@@ -191,7 +196,7 @@ class PEQALinear(nn.Module):
         # A trained zero point is no whole number, so codes minus it would be rounded in bf16.
         per_channel = self.layout.num_groups == 1 and not self.train_zero_points
         # A product with codes, before its scale, can leave the range of fp16, which ends at 65504.
-        per_channel = per_channel and x.dtype != torch.float16
+        per_channel = per_channel and x.dtype != torch.float16 and not self.output_is_overwritten
         function: Any = _PerChannel if per_channel else _Grouped
         y: torch.Tensor = function.apply(
             x, self.weight_scale, self.zero_point, self.codes, self.layout

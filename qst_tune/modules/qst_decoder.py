@@ -7,6 +7,7 @@ import torch
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.attention_utils import _MaskType
 
+from qst_tune.modules.backbone import head_output
 from qst_tune.modules.decoder_parts import decoder_parts
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.modules.side_network import SideNetwork
@@ -119,4 +120,4 @@ class QSTDecoder(QSTModel, TransformerDecoder):
             input_pos=input_pos,
         )
         y_BTD, _ = self._both(tokens, mask=mask, input_pos=input_pos)
-        return self.head_output(y_BTD)
+        return head_output(self, y_BTD)

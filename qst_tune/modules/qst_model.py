@@ -101,23 +101,6 @@ class QSTModel(nn.Module):
         if any(parameter.is_meta for parameter in self.side.parameters()):
             self.side.materialize(device)
 
-    def head_output(self, y_BTD: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
-        """Return what the loss or the caller asked for: logits, chunks of them, or y itself.
-
-        Args:
-            y_BTD (torch.Tensor): the LM head's input.
-
-        Returns:
-            torch.Tensor | list[torch.Tensor]: fp32 logits ``[B, T, V]``; chunks of logits after
-            ``set_num_output_chunks``; ``y_BTD`` if ``skip_output_layer``.
-        """
-        if self.skip_output_layer:
-            return y_BTD
-        if self.num_output_chunks > 0:
-            return [self.output(y) for y in y_BTD.chunk(self.num_output_chunks, dim=1)]
-        logits: torch.Tensor = self.output(y_BTD).float()
-        return logits
-
     def keep_reference(self) -> None:
         """Let :meth:`with_reference` compare with the model as it is now, not with the backbone.
 

@@ -10,7 +10,7 @@ from typing import Any
 from torchtune.modules import TransformerDecoder
 
 from qst_tune.backbone.loading import check_same
-from qst_tune.backbone.qst_transformer import QSTTransformer
+from qst_tune.backbone.transformers_model import TransformersModel
 from qst_tune.errors import UserError
 from qst_tune.json_files import read_json
 
@@ -19,13 +19,13 @@ def check_architecture(model: Any, checkpoint_dir: Path) -> None:
     """Refuse a model that is not the checkpoint's; does nothing without a ``config.json``.
 
     Args:
-        model (Any): a decoder of torchtune's or a ``QSTTransformer``; may be on the meta device.
+        model (Any): a decoder of torchtune's or a ``TransformersModel``; may be on the meta device.
         checkpoint_dir (Path): Hugging Face folder.
 
     Raises:
         UserError: naming every property that differs, with both values.
     """
-    if isinstance(model, QSTTransformer):
+    if isinstance(model, TransformersModel):
         check_same(model.backbone, checkpoint_dir)
         return
     config = read_json(checkpoint_dir / "config.json", optional=True)

@@ -11,12 +11,10 @@ from torchtune import training
 from torchtune.modules import RMSNorm, TransformerDecoder
 
 from qst_tune.backbone.fingerprint import weight_digest
-from qst_tune.backbone.stored_weight import StoredWeight
 from qst_tune.errors import UserError
 from qst_tune.modules.base_quantization import QuantizedLinear
 from qst_tune.modules.peqa_linear import PEQALinear
 from qst_tune.modules.rotary_caches import build_rotary_caches
-from qst_tune.quantization.stored import StoredAffine, stored_on
 from qst_tune.quantization.table import QuantizedTable, quantize_table
 from qst_tune.training.hf_checkpointer import HFCheckpointer
 from qst_tune.training.tied_head import EMBEDDING, TiedHead
@@ -204,11 +202,6 @@ def set_weight(
     if isinstance(before, QuantizedTable):
         table = quantize_table(weight, before.form, dtype=dtype, device=device)
         setattr(owner, leaf, nn.Parameter(table, requires_grad=False))
-        return
-    if isinstance(owner, PEQALinear) and isinstance(weight, StoredWeight):
-        stored = stored_on(weight.pieces[0][0], device)
-        assert isinstance(stored, StoredAffine)
-        owner.take_(stored)
         return
     # torchtune's RMSNorm computes in fp32: with an fp32 weight torch takes its fused kernel.
     # Integers are rounded from the checkpoint's own precision.

@@ -1,35 +1,37 @@
 """Write a tuned PEQA model as a Hugging Face folder, dense or in the GPTQ format."""
 
 import json
+import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from torchtune.models.convert_weights import tune_to_hf
+from torch import nn
+from torchtune import utils
 
+from qst_tune.backbone.peqa_transformer import PEQATransformer
 from qst_tune.errors import UserError
 from qst_tune.modules.peqa_decoder import PEQADecoder
-from qst_tune.modules.peqa_linear import PEQALinear
-from qst_tune.modules.stretched_rope import StretchedRoPE
+from qst_tune.modules.peqa_model import PEQAModel, without_wrappers
 from qst_tune.quantization.affine import AffineWeight
 from qst_tune.quantization.gptq import GPTQFormat, to_gptq
-from qst_tune.quantization.table import QuantizedTable
 from qst_tune.training.atomic_folder import whole_folder
+from qst_tune.training.hub_tensors import IntegerRows, Tensors, dense_tensors, integer_tensors
 
 ExportFormat = Literal["dense", "gptq", "gptq_v2"]
 # Beside the weights, whatever a tokenizer or a generation needs.
 _COPIED = (".json", ".jinja", ".model", ".txt")
 
-_Tensors = dict[str, torch.Tensor]
-# From a linear and the order of its rows in the Hugging Face model to its tensors by name.
-_LinearExport = Callable[[PEQALinear, torch.Tensor], _Tensors]
+# Of group sizes that kernels run, the widest first.
+_KERNEL_GROUPS = (128, 64, 32)
+
+log = utils.get_logger("INFO")
 
 
 def export_model(
-    model: PEQADecoder,
+    model: PEQAModel,
     checkpoint_dir: Path,
     folder: Path,
     *,
@@ -39,12 +41,13 @@ def export_model(
     """Write the folder, whole or not at all.
 
     "dense" decodes the weights to ``dtype``: an ordinary model of full size. "gptq" and "gptq_v2"
-    keep the codes, with scales in fp16, for programs with integer kernels. Tokenizer and other
+    keep the codes, with scales in fp16, for programs with integer kernels: a scale a channel is
+    written once for each group of 128, 64 or 32 input channels, which they run. Tokenizer and other
     small files come from the checkpoint; a result of the run is never overwritten.
 
     Args:
-        model (PEQADecoder): tuned.
-        checkpoint_dir (Path): the Hugging Face folder that it was loaded from, of type "llama".
+        model (PEQAModel): tuned.
+        checkpoint_dir (Path): the Hugging Face directory that it was loaded from.
         folder (Path): must not exist.
         form (ExportFormat): "dense", "gptq" or "gptq_v2".
         dtype (torch.dtype): of a dense model's weights. The others are in fp16.
@@ -54,16 +57,17 @@ def export_model(
     """
     if folder.exists():
         raise UserError(f"{folder} exists; remove it or name another with export_dir=<folder>")
-    config = _read_config(checkpoint_dir)
+    config = _read_config(model, checkpoint_dir)
     config.pop("quantization_config", None)  # of the directory whose scales were trained
-    _check_convertible(model)
     if form == "dense":
-        tensors = _tensors(model, dtype, lambda linear, rows: _dense(linear, rows, dtype))
+        tensors = dense_tensors(model, dtype)
         config.update(torch_dtype=str(dtype).removeprefix("torch."))
     else:
         kind: GPTQFormat = form
-        tensors = _tensors(model, torch.float16, lambda linear, rows: _gptq(linear, rows, kind))
-        quantization = _gptq_config(model, kind)
+        dense, integers = integer_tensors(model, torch.float16)
+        size = None if _is_gptq_directory(model) else _group_size(integers)
+        tensors = {**dense, **_to_gptq(integers, kind, size)}
+        quantization = _gptq_config(model, integers, kind, size)
         config.update(torch_dtype="float16", quantization_config=quantization)
     config.pop("dtype", None)  # transformers 5's name of torch_dtype
     _write(folder, tensors, config, checkpoint_dir)
@@ -87,100 +91,92 @@ def check_export_format(form: Any) -> ExportFormat:
     return known
 
 
-def _read_config(checkpoint_dir: Path) -> dict[str, Any]:
+def _read_config(model: PEQAModel, checkpoint_dir: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads((checkpoint_dir / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{checkpoint_dir}/config.json cannot be read: {error}") from error
-    if config.get("model_type") != "llama":
+    if isinstance(model, PEQADecoder) and config.get("model_type") != "llama":
         raise UserError(
-            f"{checkpoint_dir} has model_type {config.get('model_type')!r}; only models of type "
-            "'llama' can be exported"
+            f"{checkpoint_dir} has model_type {config.get('model_type')!r}; of torchtune's "
+            "decoders only models of type 'llama' can be exported: use qst_tune.models.peqa_from_hf"
         )
     return config
 
 
-def _check_convertible(model: PEQADecoder) -> None:
-    """Refuse what torchtune's conversion to Hugging Face's names does not know."""
-    if isinstance(model.layers[0].attn.pos_embeddings, StretchedRoPE):
-        raise UserError("a model with this rope_scaling cannot be exported yet")
-    biases = [name for name, _ in model.named_parameters() if name.endswith(".bias")]
-    if biases:
-        raise UserError(f"a model with biases ({biases[0]}) cannot be exported yet")
-
-
-def _tensors(model: PEQADecoder, dtype: torch.dtype, export_linear: _LinearExport) -> _Tensors:
-    """The whole model under Hugging Face names."""
-    linears = {n: m for n, m in _unwrapped_modules(model) if isinstance(m, PEQALinear)}
-    inside = tuple(f"{name}." for name in linears)
-    others = {
-        name: tensor.dense(dtype) if isinstance(tensor, QuantizedTable) else tensor.to(dtype)
-        for name, tensor in model.state_dict().items()
-        if not name.startswith(inside)
-    }
-    tensors = _to_hf(model, others)
-    for name, linear in linears.items():
-        # torchtune turns rows of q and k around for its rotary embeddings; numbers show how.
-        numbers = torch.arange(linear.out_features, dtype=torch.int32)
-        numbered = {f"{name}.weight": numbers[:, None].expand(linear.weight_shape)}
-        ((hf_name, rows),) = _to_hf(model, numbered).items()
-        exported = export_linear(linear, rows[:, 0].long().to(linear.codes.device))
-        tensors |= {hf_name.removesuffix("weight") + k: v.cpu() for k, v in exported.items()}
+def _to_gptq(integers: dict[str, IntegerRows], form: GPTQFormat, group_size: int | None) -> Tensors:
+    """Lay all integer weights out; those with a scale a channel in groups, if there is a size."""
+    tensors: Tensors = {}
+    for name, (weight, linear) in integers.items():
+        if linear.train_zero_points:
+            raise UserError(
+                "train_zero_points=True: such a model has no whole-numbered zero points, "
+                "which GPTQ needs; use format=dense"
+            )
+        bits, width, in_dim = linear.layout
+        if group_size is not None:
+            repeated = (part.expand(-1, in_dim // group_size) for part in weight[1:])
+            weight, width = AffineWeight(weight.codes, *repeated), group_size
+        try:
+            parts = to_gptq(
+                weight, bits=bits, group_size=width, form=form, order=linear.input_order
+            )
+        except ValueError as error:
+            raise UserError(f"format={form}: {name}: {error}") from error
+        stem = name.removesuffix("weight")
+        tensors |= {stem + part: value.cpu() for part, value in parts.items()}
     return tensors
 
 
-def _unwrapped_modules(model: PEQADecoder) -> list[tuple[str, torch.nn.Module]]:
-    return [(n.replace("_checkpoint_wrapped_module.", ""), m) for n, m in model.named_modules()]
+def _is_gptq_directory(model: PEQAModel) -> bool:
+    """Whether the codes are a GPTQ directory's, whose readers run its groups."""
+    stored = model.backbone.stored if isinstance(model, PEQATransformer) else None
+    return stored is not None and (stored.own or "").endswith("gptq")
 
 
-def _to_hf(model: PEQADecoder, tensors: _Tensors) -> _Tensors:
-    attention = model.layers[0].attn
-    converted: _Tensors = tune_to_hf(
-        tensors,
-        num_heads=attention.num_heads,
-        num_kv_heads=attention.num_kv_heads,
-        dim=attention.embed_dim,
-        head_dim=attention.head_dim,
-    )
-    return converted
+def _group_size(integers: dict[str, IntegerRows]) -> int | None:
+    """How wide groups must be written that repeat a channel's scale; None: they stay as they are.
 
-
-def _dense(linear: PEQALinear, rows: torch.Tensor, dtype: torch.dtype) -> _Tensors:
-    return {"weight": linear.dense_weight(dtype)[rows]}
-
-
-def _gptq(linear: PEQALinear, rows: torch.Tensor, form: GPTQFormat) -> _Tensors:
-    if linear.train_zero_points:
-        raise UserError(
-            "train_zero_points=True: such a model has no whole-numbered zero points, "
-            "which GPTQ needs; use format=dense"
+    Kernels for GPTQ's format run groups of 32 to 128, and no row as one group.
+    """
+    layouts = {rows.linear.layout for rows in integers.values()}
+    if any(layout.num_groups > 1 for layout in layouts):
+        return None
+    widths = {layout.in_dim for layout in layouts}
+    size = next((g for g in _KERNEL_GROUPS if all(w % g == 0 for w in widths)), None)
+    if size is None:
+        log.warning(
+            f"the model's widths {sorted(widths)} are no multiples of {_KERNEL_GROUPS[-1]}: it is "
+            "written with a scale a channel (group_size -1), which few kernels run; "
+            "format=dense is read by every program"
         )
-    weight = AffineWeight(*(part[rows] for part in linear.affine_weight()))
-    bits, group_size, _ = linear.layout
-    try:
-        return to_gptq(
-            weight, bits=bits, group_size=group_size, form=form, order=linear.input_order
-        )
-    except ValueError as error:
-        raise UserError(f"format={form}: {error}") from error
+    return size
 
 
-def _gptq_config(model: PEQADecoder, form: GPTQFormat) -> dict[str, Any]:
-    linears = [m for m in model.modules() if isinstance(m, PEQALinear)]
+def _gptq_config(
+    model: PEQAModel, integers: dict[str, IntegerRows], form: GPTQFormat, group_size: int | None
+) -> dict[str, Any]:
+    linears = [rows.linear for rows in integers.values()]
     layouts = [linear.layout for linear in linears]
+    own = max(layout.group_size for layout in layouts)
     per_channel = all(layout.num_groups == 1 for layout in layouts)
-    return {
+    config = {
         "quant_method": "gptq",
         "bits": layouts[0].bits,
-        "group_size": -1 if per_channel else max(layout.group_size for layout in layouts),
+        "group_size": group_size or (-1 if per_channel else own),
         "desc_act": any(linear.input_order is not None for linear in linears),
         "sym": False,
         "lm_head": False,
         "checkpoint_format": form,
     }
+    dense = (n for n, m in model.layers.named_modules() if type(m) is nn.Linear)
+    names = {re.sub(r"\d+", "[0-9]+", re.escape(without_wrappers(name))) for name in dense}
+    if names:  # routers: a reader must not look for their codes
+        config["dynamic"] = {rf"-:.*\.{name}$": {} for name in sorted(names)}
+    return config
 
 
-def _write(folder: Path, tensors: _Tensors, config: dict[str, Any], source: Path) -> None:
+def _write(folder: Path, tensors: Tensors, config: dict[str, Any], source: Path) -> None:
     with whole_folder(folder) as aside:
         for path in source.iterdir():
             is_about_weights = path.name.endswith((".index.json", "quantize_config.json"))
@@ -190,5 +186,11 @@ def _write(folder: Path, tensors: _Tensors, config: dict[str, Any], source: Path
         if "quantization_config" in config:  # where AutoGPTQ and older readers look
             quantization = json.dumps(config["quantization_config"], indent=2)
             (aside / "quantize_config.json").write_text(quantization + "\n")
-        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_torch_state_dict(contiguous, aside, max_shard_size="4GB", metadata={"format": "pt"})
+        whole = {name: _whole(tensors.pop(name)) for name in list(tensors)}
+        save_torch_state_dict(whole, aside, max_shard_size="4GB", metadata={"format": "pt"})
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor with a storage of its own, which safetensors wants: not a part of all experts."""
+    is_part = tensor.untyped_storage().nbytes() != tensor.nbytes
+    return tensor.clone() if is_part else tensor.contiguous()

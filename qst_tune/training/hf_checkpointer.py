@@ -15,7 +15,6 @@ from qst_tune.models.hf.families import Architecture, read_architecture
 from qst_tune.models.hf.folder import weight_files
 from qst_tune.models.hf.hub import model_name
 from qst_tune.models.hf.weights import Weights
-from qst_tune.training.stored_checkpoint import stored_weights
 
 
 class HFCheckpointer:
@@ -92,10 +91,6 @@ class HFCheckpointer:
         Raises:
             UserError: if a file cannot be read, or has a weight that the architecture has not.
         """
-        stored = directory_format(self.folder)
-        if stored is not None:
-            yield from stored_weights(self._paths, stored, self._architecture.convert)
-            return
         for path in self._paths:
             yield self._load(path)
 

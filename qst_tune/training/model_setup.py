@@ -10,11 +10,11 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import training, utils
 from torchtune.modules import TransformerDecoder
 
-from qst_tune.backbone.qst_transformer import QSTTransformer
+from qst_tune.backbone.transformers_model import TransformersModel
 from qst_tune.errors import UserError
 from qst_tune.models.hf.hub import hub_name, model_name
 from qst_tune.modules.embedding_quantization import quantization_of_backbone
-from qst_tune.modules.peqa_decoder import PEQADecoder
+from qst_tune.modules.peqa_model import PEQAModel
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.training.architecture_check import check_architecture
 from qst_tune.training.automatic import AUTO, automatic_device, automatic_dtype
@@ -34,7 +34,7 @@ from qst_tune.training.transformers_loading import (
 )
 from qst_tune.training.tuned_folder import BackboneId, Provenance
 
-ModelT = TypeVar("ModelT", QSTModel, PEQADecoder)
+ModelT = TypeVar("ModelT", QSTModel, PEQAModel)
 
 log = utils.get_logger("INFO")
 
@@ -110,7 +110,7 @@ def build_on_meta(cfg: DictConfig, dtype: torch.dtype) -> QSTModel:
     return _expect(QSTModel, "QST", build_any_on_meta(cfg, dtype), cfg)
 
 
-def build_peqa_on_meta(cfg: DictConfig, dtype: torch.dtype) -> PEQADecoder:
+def build_peqa_on_meta(cfg: DictConfig, dtype: torch.dtype) -> PEQAModel:
     """Build the config's PEQA model without memory.
 
     Args:
@@ -118,12 +118,12 @@ def build_peqa_on_meta(cfg: DictConfig, dtype: torch.dtype) -> PEQADecoder:
         dtype (torch.dtype): of what is not quantised.
 
     Returns:
-        PEQADecoder: all of it on the meta device.
+        PEQAModel: all of it on the meta device.
 
     Raises:
         UserError: if the block does not build a PEQA model.
     """
-    return _expect(PEQADecoder, "PEQA", build_any_on_meta(cfg, dtype), cfg)
+    return _expect(PEQAModel, "PEQA", build_any_on_meta(cfg, dtype), cfg)
 
 
 def _expect(model_type: type[ModelT], method: str, model: Any, cfg: DictConfig) -> ModelT:
@@ -171,7 +171,7 @@ def load_frozen_backbone(
         UserError: if the checkpoint is missing, damaged or not of this architecture.
     """
     checkpoint_dir = check_checkpoint_dir(cfg.checkpointer)
-    if isinstance(model, QSTTransformer):
+    if isinstance(model, TransformersModel):
         return load_transformers_backbone(model, cfg, checkpoint_dir, dtype=dtype, device=device)
     check_architecture(model, checkpoint_dir)
     start = time.perf_counter()
@@ -224,7 +224,7 @@ def identify_backbone(model: QSTModel, cfg: DictConfig) -> BackboneId:
         UserError: if the checkpoint is missing, damaged or not of this architecture.
     """
     checkpoint_dir = check_checkpoint_dir(cfg.checkpointer)
-    if isinstance(model, QSTTransformer):
+    if isinstance(model, TransformersModel):
         return identify_transformers_backbone(model, checkpoint_dir)
     check_architecture(model, checkpoint_dir)
     checkpointer = instantiate(cfg.checkpointer, "checkpointer")

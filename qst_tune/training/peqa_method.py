@@ -6,10 +6,8 @@ from typing import Any, ClassVar
 
 import torch
 from omegaconf import DictConfig
-from torchtune import training
-from torchtune.modules import TransformerSelfAttentionLayer
 
-from qst_tune.modules.peqa_decoder import PEQADecoder
+from qst_tune.modules.peqa_model import PEQAModel
 from qst_tune.training.model_setup import load_frozen_backbone, provenance_of
 from qst_tune.training.scales_checkpoint import load_scales, scales_files
 from qst_tune.training.start import find_start
@@ -23,11 +21,11 @@ class PEQAMethod:
     See :class:`~qst_tune.training.method.Method` for what the members are.
 
     Args:
-        model (PEQADecoder): on its device, loaded.
+        model (PEQAModel): on its device, loaded.
         provenance (Provenance): what the folder of the result says of the run, but for figures.
     """
 
-    model: PEQADecoder
+    model: PEQAModel
     provenance: Provenance
 
     result_name: ClassVar[str] = "scales"
@@ -65,14 +63,14 @@ class PEQAMethod:
 
 
 def load_peqa(
-    model: PEQADecoder, cfg: DictConfig, *, dtype: torch.dtype, device: torch.device
+    model: PEQAModel, cfg: DictConfig, *, dtype: torch.dtype, device: torch.device
 ) -> PEQAMethod:
     """Fill a model that was built on meta from its checkpoint, rounding weight by weight.
 
     The scales start from those of the directory ``scales``, if the config has it.
 
     Args:
-        model (PEQADecoder): from ``build_peqa_on_meta``; changed in place.
+        model (PEQAModel): from ``build_peqa_on_meta``; changed in place.
         cfg (DictConfig): has ``checkpointer`` and ``model``; ``compile`` and
             ``enable_activation_checkpointing`` decide as in torchtune.
         dtype (torch.dtype): of what is not quantised.
@@ -93,6 +91,5 @@ def load_peqa(
         for layer in model.layers:
             layer.compile()
     if cfg.get("enable_activation_checkpointing"):
-        policy = {TransformerSelfAttentionLayer}
-        training.set_activation_checkpointing(model, auto_wrap_policy=policy)
+        model.recompute_layers()
     return PEQAMethod(model, provenance_of(cfg, backbone, start.lineage if start else ()))

@@ -13,7 +13,7 @@ Codes are not in it: whoever has the backbone's checkpoint gets the same ones by
 from pathlib import Path
 
 from qst_tune import __version__
-from qst_tune.modules.peqa_decoder import PEQADecoder
+from qst_tune.modules.peqa_model import PEQAModel
 from qst_tune.training.tuned_folder import (
     BackboneId,
     Provenance,
@@ -31,11 +31,11 @@ SCALES = TunedFormat(
 )
 
 
-def scales_files(model: PEQADecoder, provenance: Provenance) -> dict[str, bytes]:
+def scales_files(model: PEQAModel, provenance: Provenance) -> dict[str, bytes]:
     """Return the folder's files by name.
 
     Args:
-        model (PEQADecoder): tuned.
+        model (PEQAModel): tuned.
         provenance (Provenance): how it came to be.
 
     Returns:
@@ -51,12 +51,12 @@ writes the tuned model for other programs."""
     return tuned_files(SCALES, model.task(), provenance, about=about)
 
 
-def load_scales(folder: Path, model: PEQADecoder, *, backbone: BackboneId) -> None:
+def load_scales(folder: Path, model: PEQAModel, *, backbone: BackboneId) -> None:
     """Exchange a loaded model's scales for those of a folder, after checking that they belong.
 
     Args:
         folder (Path): with the files of :func:`scales_files`.
-        model (PEQADecoder): loaded; its codes stay.
+        model (PEQAModel): loaded; its codes stay.
         backbone (BackboneId): what ``model`` was loaded from.
 
     Raises:

@@ -10,7 +10,8 @@ from torchtune import utils
 
 from qst_tune.backbone.fingerprint import fingerprint_files
 from qst_tune.backbone.loading import check_same, load_backbone
-from qst_tune.backbone.qst_transformer import QSTTransformer
+from qst_tune.backbone.peqa_transformer import PEQATransformer
+from qst_tune.backbone.transformers_model import TransformersModel
 from qst_tune.errors import UserError
 from qst_tune.models.hf.folder import weight_files
 from qst_tune.training.backbone_sizes import check_fits
@@ -22,7 +23,7 @@ log = utils.get_logger("INFO")
 
 
 def load_transformers_backbone(
-    model: QSTTransformer,
+    model: TransformersModel,
     cfg: DictConfig,
     folder: Path,
     *,
@@ -32,7 +33,7 @@ def load_transformers_backbone(
     """Fill the backbone, quantising what the model has quantised.
 
     Args:
-        model (QSTTransformer): built on meta; changed in place.
+        model (TransformersModel): built on meta; changed in place.
         cfg (DictConfig): the merged config.
         folder (Path): the checkpoint's directory.
         dtype (torch.dtype): of what is not quantised.
@@ -55,6 +56,8 @@ def load_transformers_backbone(
         load_backbone(model.backbone, folder, **where)
     else:
         load_sharded_directory(model, model.backbone, folder, sharding, **where)
+    if isinstance(model, PEQATransformer):
+        model.train_scales()  # of the layers that were loaded
     if rank_and_world_size()[0] == 0:
         log.info(
             f"backbone loaded in {time.perf_counter() - start:.1f} s "
@@ -63,11 +66,11 @@ def load_transformers_backbone(
     return identity
 
 
-def identify_transformers_backbone(model: QSTTransformer, folder: Path) -> BackboneId:
+def identify_transformers_backbone(model: TransformersModel, folder: Path) -> BackboneId:
     """Identify the weights that a backbone will be loaded from; little of them is read.
 
     Args:
-        model (QSTTransformer): may be on meta.
+        model (TransformersModel): may be on meta.
         folder (Path): the checkpoint's directory.
 
     Returns:
@@ -81,7 +84,7 @@ def identify_transformers_backbone(model: QSTTransformer, folder: Path) -> Backb
     return BackboneId(folder.resolve().name, fingerprint, model.backbone.quantization)
 
 
-def _check_settings(model: QSTTransformer, cfg: DictConfig) -> None:
+def _check_settings(model: TransformersModel, cfg: DictConfig) -> None:
     kind = f"model_type={model.backbone.config.model_type}, which runs as transformers' own model"
     if cfg.checkpointer.get("cache_dir"):
         raise UserError(

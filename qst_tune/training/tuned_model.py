@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from torchtune.modules.peft import disable_adapter
 
 from qst_tune.errors import UserError
-from qst_tune.modules.peqa_decoder import PEQADecoder
+from qst_tune.modules.peqa_model import PEQAModel
 from qst_tune.modules.qst_classifier import QSTClassifier
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.training.cli import instantiate
@@ -46,7 +46,7 @@ MODEL_KEYS = {
 }
 
 # Key of the config, which is also the folder's name in a run's output_dir.
-_KEYS: dict[type, str] = {QSTModel: "side_network", PEQADecoder: "scales"}
+_KEYS: dict[type, str] = {QSTModel: "side_network", PEQAModel: "scales"}
 _TITLES = {"side_network": "with the side network", "scales": "with the tuned scales"}
 
 
@@ -55,7 +55,7 @@ class TunedModel:
     """A model on its device, in evaluation mode, that can be used tuned or as it was.
 
     Args:
-        model (Any): a ``QSTModel`` or ``PEQADecoder``.
+        model (Any): a ``QSTModel`` or ``PEQAModel``.
         tokenizer (Any): torchtune model tokenizer, which cuts nothing.
         backbone (BackboneId): what the model was loaded from.
         title (str): what the tuned model is, for people.

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from qst_tune.backbone.loading import backbone_on_meta, load_backbone
 from qst_tune.backbone.transformers import TransformersBackbone
 from qst_tune.errors import UserError
-from qst_tune.models import backbone_from_hf, peqa_from_hf, qst_from_hf
+from qst_tune.models import backbone_from_hf, qst_from_hf
 from qst_tune.quantization.table import QuantizedTable
 from tests.backbone.model_types import SIZES, tiny_model
 
@@ -112,11 +112,6 @@ def test_what_cannot_be_a_backbone_is_one_line(settings, message, folder: Path) 
     with pytest.raises(UserError, match=message) as error:
         backbone_from_hf(str(folder))
     assert "\n" not in str(error.value)
-
-
-def test_peqa_is_refused_by_name(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"smollm3.*PEQA does not train"):
-        peqa_from_hf(str(folder))
 
 
 def test_an_older_transformers_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qst_tune.backbone.expert_linears import ExpertLinears
 from qst_tune.backbone.loading import backbone_on_meta, load_backbone
 from qst_tune.backbone.quantizers import quantized_share
-from qst_tune.backbone.taken_experts import TakenExperts
 from qst_tune.backbone.transformers import TransformersBackbone
 from qst_tune.errors import UserError
 from qst_tune.modules.base_quantization import QuantizedLinear
@@ -44,9 +44,10 @@ def dense_weights(backbone: TransformersBackbone) -> dict[str, torch.Tensor]:
     for name, module in backbone.model.named_modules():
         if isinstance(module, QuantizedLinear):
             decoded[f"{name}.weight"] = module.dense_weight(torch.float32)
-    for name, parameter in backbone.model.named_parameters():
-        if isinstance(parameter, TakenExperts):
-            decoded[name] = parameter.dense()
+    for name, module in backbone.model.named_modules():
+        if isinstance(module, ExpertLinears):
+            decoded = {n: w for n, w in decoded.items() if not n.startswith(name)}
+            decoded[name] = module.dense()
     return decoded
 
 
@@ -154,9 +155,10 @@ def test_mxfp4_experts_are_taken_over_exactly(
     on_meta = backbone_on_meta(tmp_path)
     on_meta.quantize("auto", "none")
     assert backbone.quantization == on_meta.quantization == "mxfp4"
-    for name, parameter in backbone.model.named_parameters():
-        if isinstance(parameter, TakenExperts):
-            assert torch.equal(parameter.dense().float(), reference.get_parameter(name)), name
+    experts = {n: m for n, m in backbone.model.named_modules() if isinstance(m, ExpertLinears)}
+    assert len(experts) == 4
+    for name, module in experts.items():
+        assert torch.equal(module.dense().float(), reference.get_parameter(name)), name
     expected = reference.to(dtype)(tokens()).logits
     # bf16: transformers' default adds experts up in another order.
     atol = 5e-3 if dtype == torch.bfloat16 else 1e-5

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import training
 
-from qst_tune.models import peqa_from_hf, qst_from_hf
+from qst_tune.models import backbone_from_hf, peqa_builder, qst_from_hf
 from qst_tune.quantization.table import QuantizedTable
 from qst_tune.training import backbone_cache as module
 from qst_tune.training.backbone_cache import BackboneCache, backbone_cache
@@ -27,7 +27,7 @@ MODELS = {
         qst_from_hf,
         {"reduction_factor": 4, "base_quantization": "none", "embedding_quantization": "nf4"},
     ),
-    "peqa": (peqa_from_hf, {"bits": 3, "group_size": 32}),
+    "peqa": (peqa_builder(backbone_from_hf), {"bits": 3, "group_size": 32}),
 }
 
 

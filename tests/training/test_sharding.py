@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from qst_tune.errors import UserError
-from qst_tune.models import peqa_from_hf, qst_from_hf
+from qst_tune.models import backbone_from_hf, peqa_builder, qst_from_hf
 from qst_tune.modules.qst_decoder import QSTDecoder
 from qst_tune.training import backbone_loading, sharding
 from qst_tune.training.backbone_loading import load_backbone
@@ -41,8 +41,8 @@ MODELS: dict[str, tuple[str, Any, dict[str, Any]]] = {
         {**QST, "embedding_quantization": "nf4"},
     ),
     "learned positions": ("opt narrow", qst_from_hf, QST),
-    "peqa": ("qwen3 biases", peqa_from_hf, {"bits": 3, "group_size": 32}),
-    "peqa, zero points": ("llama", peqa_from_hf, {"train_zero_points": True}),
+    "peqa": ("qwen3 biases", peqa_builder(backbone_from_hf), {"bits": 3, "group_size": 32}),
+    "peqa, zero points": ("llama", peqa_builder(backbone_from_hf), {"train_zero_points": True}),
 }
 
 SLOW = {"fp4, tied", "int4", "int8, capped head", "nf4 embedding, tied", "peqa, zero points"}

@@ -1,0 +1,114 @@
+"""The PEQA model over any decoder: integer weights of which the scales train."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torchtune import training
+
+from qst_tune.modules.peqa_linear import PEQALinear
+
+# What recomputation by torchtune puts into the names of modules.
+_WRAPPED = "_checkpoint_wrapped_module."
+
+
+class PEQAModel(nn.Module):
+    """A decoder with integer linears that knows its task: the tensors that train.
+
+    They can be exchanged in a loaded model while the codes stay. Embedding, norms, routers and LM
+    head do not train. Source: PEQA (https://arxiv.org/abs/2305.14152).
+
+    This is what :class:`~qst_tune.modules.peqa_decoder.PEQADecoder` (torchtune) and
+    :class:`~qst_tune.backbone.peqa_transformer.PEQATransformer` (transformers) share.
+
+    Attributes:
+        skip_output_layer (bool): return the LM head's input instead of logits.
+    """
+
+    skip_output_layer: bool
+    # torchtune's names: the LM head, the embedding, the layers and the longest sequence.
+    output: Any
+    tok_embeddings: Any
+    layers: Any
+    max_seq_len: Any
+
+    def adopt(self) -> None:
+        """Freeze everything except the scales.
+
+        Raises:
+            ValueError: if there is no integer linear.
+        """
+        if not self.task():
+            raise ValueError("a PEQA model needs at least one integer linear: use peqa_decoder")
+        self.train_scales()
+        self.skip_output_layer = False
+
+    def train_scales(self) -> None:
+        """Let the task require gradients, and nothing else."""
+        self.requires_grad_(False)
+        for parameter in self.task().values():
+            parameter.requires_grad_(True)
+
+    def recompute_layers(self) -> None:
+        """Recompute each layer in backward instead of keeping its activations."""
+        policy = {type(layer) for layer in self.layers}
+        training.set_activation_checkpointing(self, auto_wrap_policy=policy)
+
+    def task(self) -> dict[str, nn.Parameter]:
+        """Return what trains: the scales, and the zero points if they train too.
+
+        Returns:
+            dict[str, nn.Parameter]: the model's own parameters. Their names stay the same when
+                layers are wrapped for recomputation.
+        """
+        return scales_of(self)
+
+    @torch.no_grad()
+    def load_task(self, task: dict[str, torch.Tensor]) -> None:
+        """Exchange what trains, in place; codes and everything else that is frozen stay.
+
+        Args:
+            task (dict[str, torch.Tensor]): from :meth:`task` of a model with the same codes.
+
+        Raises:
+            ValueError: if names or shapes differ from this model's.
+        """
+        own = self.task()
+        if {n: t.shape for n, t in task.items()} != {n: t.shape for n, t in own.items()}:
+            raise ValueError("the task's tensors are not those that train in this model")
+        for name, parameter in own.items():
+            parameter.copy_(task[name])
+
+
+def named_integers(module: nn.Module) -> dict[str, PEQALinear]:
+    """List the integer linears below a module.
+
+    Args:
+        module (nn.Module): its layers may be wrapped for recomputation.
+
+    Returns:
+        dict[str, PEQALinear]: by name, without the wrappers'.
+    """
+    named = module.named_modules()
+    return {without_wrappers(name): m for name, m in named if isinstance(m, PEQALinear)}
+
+
+def without_wrappers(name: str) -> str:
+    """Name a module as if no layer was wrapped for recomputation."""
+    return name.replace(_WRAPPED, "")
+
+
+def scales_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    """List what trains in the integer linears below a module.
+
+    Args:
+        module (nn.Module): as for :func:`named_integers`.
+
+    Returns:
+        dict[str, nn.Parameter]: by name.
+    """
+    return {
+        f"{name}.{leaf}": linear.get_parameter(leaf)
+        for name, linear in named_integers(module).items()
+        for leaf in linear.adapter_params()
+    }
