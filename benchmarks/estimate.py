@@ -31,7 +31,7 @@ from qst_tune.estimation.question import Question
 from qst_tune.estimation.report import Row, table
 from qst_tune.estimation.setup import Setup, Shape, peqa_setup, qst_setup
 from qst_tune.models import peqa_decoder, qst_decoder
-from qst_tune.modules.peqa_decoder import PEQADecoder
+from qst_tune.modules.peqa_model import PEQAModel
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.training.config_file import parse_config
 from qst_tune.training.language_modelling import NextTokenTask
@@ -54,7 +54,7 @@ def qst(cfg: DictConfig, *, recompute: bool | None = None, **changes: Any) -> Se
 
 def peqa(cfg: DictConfig, *, checkpointing: bool) -> Setup:
     """As recipes/peqa_finetune.py sets it up; at 4 bits per channel for another method's config."""
-    model = build_any_on_meta(cfg, DTYPE) if _is(cfg, PEQADecoder) else peqa_decoder(_backbone(cfg))
+    model = build_any_on_meta(cfg, DTYPE) if _is(cfg, PEQAModel) else peqa_decoder(_backbone(cfg))
     return peqa_setup(cfg, model, DTYPE, checkpointing=checkpointing)
 
 

@@ -187,12 +187,12 @@ def transplant_(model: Any, loaded: Any) -> None:
             del target._modules[experts]  # that the directory has dense
         target._parameters.update(source._parameters)
     transplant_rest_(model, loaded)
-    model._weight_conversions = getattr(loaded, "_weight_conversions", None)  # export reverts them
     model.requires_grad_(False)
 
 
 def transplant_rest_(model: Any, loaded: Any) -> None:
     """Give a model, in place, what another one has beside parameters, such as rotary tables."""
+    model._weight_conversions = getattr(loaded, "_weight_conversions", None)  # export reverts them
     for name, source in loaded.named_modules():
         if not isinstance(source, QuantizedLinear):
             target = model.get_submodule(name)

@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from torch import nn
-from torchtune import training
-from torchtune.modules import RMSNorm, TransformerSelfAttentionLayer
+from torchtune.modules import RMSNorm
 
 from qst_tune.errors import UserError
 from qst_tune.estimation.fake_device import Attention
-from qst_tune.modules.peqa_decoder import PEQADecoder
+from qst_tune.modules.peqa_model import PEQAModel
 from qst_tune.modules.qst_classifier import QSTClassifier
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.training.classification import ClassificationTask
@@ -98,7 +97,7 @@ def own_setup(cfg: DictConfig, dtype: torch.dtype) -> Setup:
     """
     model = build_any_on_meta(cfg, dtype)
     recompute = bool(cfg.get("enable_activation_checkpointing", False))
-    if isinstance(model, PEQADecoder):
+    if isinstance(model, PEQAModel):
         return peqa_setup(cfg, model, dtype, checkpointing=recompute)
     if isinstance(model, QSTModel):
         return qst_setup(cfg, model, dtype, recompute=recompute)
@@ -130,13 +129,12 @@ def qst_setup(cfg: DictConfig, model: QSTModel, dtype: torch.dtype, *, recompute
 
 
 def peqa_setup(
-    cfg: DictConfig, model: PEQADecoder, dtype: torch.dtype, *, checkpointing: bool
+    cfg: DictConfig, model: PEQAModel, dtype: torch.dtype, *, checkpointing: bool
 ) -> Setup:
     """Set up a step as recipes/peqa_finetune.py does."""
     keep_norms_in_fp32(model)
     if checkpointing:
-        policy = {TransformerSelfAttentionLayer}
-        training.set_activation_checkpointing(model, auto_wrap_policy=policy)
+        model.recompute_layers()
     loss = build_loss(cfg.loss)
     connect_loss(loss, model)
     title = "PEQA, checkpointed" if checkpointing else "PEQA"

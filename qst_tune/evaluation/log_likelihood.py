@@ -40,7 +40,7 @@ def log_likelihoods(
     continuations share is run once. The LM head runs only on the positions of the targets.
 
     Args:
-        model (Any): a ``QSTModel`` or ``PEQADecoder`` in evaluation mode.
+        model (Any): a ``QSTModel`` or ``PEQAModel`` in evaluation mode.
         continuations (Sequence[Continuation]): in any order.
         batch_size (int): sequences at once.
         name (str): of the progress bar.

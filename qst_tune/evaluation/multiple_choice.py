@@ -100,7 +100,7 @@ def score_questions(
     """Take the most likely letter as the answer and count the right ones.
 
     Args:
-        model (Any): a ``QSTModel`` or ``PEQADecoder`` in evaluation mode.
+        model (Any): a ``QSTModel`` or ``PEQAModel`` in evaluation mode.
         tokenizer (Any): torchtune tokenizer.
         questions (Sequence[Question]): to be answered.
         examples (Sequence[Question]): the first ones of a question's subject come before it.

@@ -21,7 +21,7 @@ def answer_batch(
     """Generate an answer for each prompt.
 
     Args:
-        model (Any): a ``QSTModel`` or ``PEQADecoder`` in evaluation mode, with positions for the
+        model (Any): a ``QSTModel`` or ``PEQAModel`` in evaluation mode, with positions for the
             longest prompt and ``max_new_tokens``.
         prompts (Sequence[Sequence[int]]): token ids, at least one each.
         sampling (Sampling): how to choose a token.

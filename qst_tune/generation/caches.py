@@ -74,7 +74,7 @@ class ModelCaches:
     """Keys and values of all attentions of a model, backbone and side network.
 
     Args:
-        model (Any): a ``QSTModel`` or ``PEQADecoder`` in evaluation mode.
+        model (Any): a ``QSTModel`` or ``PEQAModel`` in evaluation mode.
     """
 
     def __init__(self, model: Any) -> None:

@@ -22,7 +22,7 @@ class Conversation:
     generated text is tokenized differently as a whole is it run again from that position.
 
     Args:
-        model (Any): a ``QSTModel`` or ``PEQADecoder`` in evaluation mode.
+        model (Any): a ``QSTModel`` or ``PEQAModel`` in evaluation mode.
         tokenizer (Any): torchtune model tokenizer.
         system_prompt (str | None): first message.
         sampling (Sampling | None): how tokens are chosen; None: always the most likely.

@@ -18,7 +18,7 @@ class CachedSequence:
     there. One model can have several of these.
 
     Args:
-        model (Any): a ``QSTModel`` or ``PEQADecoder`` in evaluation mode. What it computes must
+        model (Any): a ``QSTModel`` or ``PEQAModel`` in evaluation mode. What it computes must
             not change meanwhile; in particular its side network stays on, or off.
     """
 
