@@ -1,7 +1,7 @@
 """The counters and random numbers of a run: a resumed run continues both."""
 
 import random
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -57,13 +57,9 @@ class Progress:
             self.validations_since_best += 1
         return is_best
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the counters by name."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, counters: dict[str, Any]) -> "Progress":
-        """Read :meth:`as_dict` back; unknown names are left out."""
+        """Read the counters by name; unknown names are left out."""
         known = {field.name for field in fields(cls)}
         return cls(**{name: value for name, value in counters.items() if name in known})
 

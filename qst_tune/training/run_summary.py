@@ -131,7 +131,7 @@ class RunSummary:
         axes.plot(list(self.train_loss), list(self.train_loss.values()), lw=0.8, label="training")
         if self.held_out_loss:
             steps, losses = list(self.held_out_loss), list(self.held_out_loss.values())
-            axes.plot(steps, losses, "o-", label=f"held out (step 0: {self.before})")
+            axes.plot(steps, losses, "o-", label=f"validation (step 0: {self.before})")
         axes.set_xlabel("step")
         axes.set_ylabel("loss, nats a token")
         axes.legend()

@@ -24,7 +24,7 @@ log = utils.get_logger("INFO")
 
 
 def report_schedule(cfg: DictConfig, num_steps: int) -> None:
-    """Log what :func:`check_schedule` finds, and a run of very few steps, once."""
+    """Warn, on the main process, of steps that a schedule wastes and of a very short run."""
     warnings = [*check_schedule(cfg, num_steps), *_few_steps(cfg, num_steps)]
     if rank_and_world_size()[0] == 0:
         for warning in warnings:
@@ -96,7 +96,7 @@ def _long_warmup(block: DictConfig, full: float, rates: list[float]) -> list[str
 
 
 def _first_rate(block: DictConfig, rates: list[float]) -> list[str]:
-    if rates[0] or not any(rates):
+    if rates[0]:
         return []
     return [
         f"lr_scheduler: {block._component_} gives step 1 of {len(rates)} a learning rate of 0, so "

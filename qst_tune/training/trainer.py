@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -98,7 +98,7 @@ class Trainer:
         """Return what a resumed run needs besides the method's own files."""
         return {
             "seed": self.seed,
-            "progress": self.progress.as_dict(),
+            "progress": asdict(self.progress),
             "history": self.run_log.summary.history(),
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict() if self.lr_scheduler else None,

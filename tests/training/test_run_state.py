@@ -1,6 +1,7 @@
 """Where a run stands, and the random numbers of its steps."""
 
 import random
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -45,4 +46,4 @@ def test_best_step_is_the_first_with_the_best_figure(
         is_best = progress.record(value, higher_is_better=higher_is_better)
         assert is_best == (progress.best_step == step)
     assert (progress.best_step, progress.validations_since_best) == (best_step, since)
-    assert Progress.from_dict({**progress.as_dict(), "of a later version": 1}) == progress
+    assert Progress.from_dict({**asdict(progress), "of a later version": 1}) == progress
