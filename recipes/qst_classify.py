@@ -28,15 +28,8 @@ from qst_tune.training.config_check import check_checkpoint_dir, check_config
 from qst_tune.training.config_keys import Key, pick
 from qst_tune.training.hub_models import fetch_models
 from qst_tune.training.model_limits import check_ids
-from qst_tune.training.model_setup import (
-    build_on_meta,
-    choose_device,
-    choose_dtype,
-    load_frozen_backbone,
-)
 from qst_tune.training.output_folder import output_folder
-from qst_tune.training.side_checkpoint import load_side_network
-from qst_tune.training.start import tuned_directory
+from qst_tune.training.tuned_model import load_tuned_model
 
 KEYS = {
     "side_network": Key(kind=Path, required=True, meaning="directory of the trained classifier"),
@@ -68,26 +61,9 @@ def read_rows(cfg: DictConfig) -> ClassificationDataset:
     return dataset
 
 
-def load_model(cfg: DictConfig, device: torch.device) -> QSTClassifier:
-    """Load backbone, side network and head."""
-    dtype = choose_dtype(cfg, device)
-    model = build_on_meta(cfg, dtype)
-    if not isinstance(model, QSTClassifier):
-        raise UserError(f"model: {cfg.model._component_} does not build a classifier")
-    backbone = load_frozen_backbone(model, cfg, dtype=dtype, device=device)
-    model.initialize_side(device)
-    load_side_network(
-        tuned_directory(cfg, "side_network") or Path(cfg.side_network),
-        model.side,
-        backbone=backbone,
-    )
-    model.eval()
-    return model
-
-
 @torch.no_grad()
 def answers(
-    model: QSTClassifier, dataset: ClassificationDataset, batch_size: int, device: torch.device
+    model: QSTClassifier, dataset: ClassificationDataset, batch_size: int
 ) -> Iterator[dict[str, Any]]:
     """Yield ``prediction`` of each row, in order: a class with its ``probability``, or a score."""
     for start in tqdm(range(0, len(dataset), batch_size), desc="classifying"):
@@ -95,6 +71,7 @@ def answers(
         encoded = [dataset.encode(row) for row in rows]
         check_ids(model, encoded)
         batch = collate_classification([{"tokens": ids, "labels": 0} for ids in encoded], pad_id=0)
+        device = model.tok_embeddings.weight.device
         inputs = {name: batch[name].to(device) for name in ("tokens", "padding_mask")}
         logits = model(**inputs)
         if dataset.labels is None:
@@ -110,12 +87,10 @@ def main(cfg: DictConfig) -> None:
     check_config(cfg, KEYS)
     check_checkpoint_dir(cfg.checkpointer)
     fetch_models(cfg)
-    device = choose_device(cfg)
     with output_folder(Path(cfg.output_dir)) as folder:
         dataset = read_rows(cfg)
-        model = load_model(cfg, device)
-        batch_size = cfg.get("batch_size_val") or cfg.batch_size
-        found = answers(model, dataset, batch_size, device)
+        model = load_tuned_model(cfg, classifies=True).model
+        found = answers(model, dataset, cfg.get("batch_size_val") or cfg.batch_size)
         lines = [
             json.dumps({**row, **answer}, default=str)
             for row, answer in zip(dataset.rows, found, strict=True)

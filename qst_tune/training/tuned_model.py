@@ -89,27 +89,19 @@ class TunedModel:
             self.model.load_task(tuned)
 
 
-def load_tuned_model(cfg: DictConfig) -> TunedModel:
-    """Load a model with its side network or its scales.
+def load_tuned_model(cfg: DictConfig, *, classifies: bool = False) -> TunedModel:
+    """Load a model that writes text, or one that classifies, with its side network or scales.
 
-    Args:
-        cfg (DictConfig): with the keys of :data:`MODEL_KEYS`. ``side_network`` (QST) or
-            ``scales`` (PEQA) names the directory of what was tuned; null is the base model, and
-            without the key it is where training writes it, in ``output_dir``. So it is where the
-            key names what that run started from.
-
-    Returns:
-        TunedModel: ready to use.
-
-    Raises:
-        UserError: if the model is of neither method, or what is to be loaded does not fit it.
+    ``side_network`` (QST) or ``scales`` (PEQA) names the directory of the result; null is the base
+    model. Without the key, or if it names what the run started from, it is the result in
+    ``output_dir``. UserError if the model is of another kind, or the result does not fit it.
     """
     check_checkpoint_dir(cfg.checkpointer)
     fetch_models(cfg)
     device = choose_device(cfg)
     dtype = choose_dtype(cfg, device)
     model = build_any_on_meta(cfg, dtype)
-    key = _key_of(model, cfg)
+    key = _key_of(model, cfg, classifies)
     tuned = tuned_directory(cfg, key)
     tokenizer = instantiate(_without_limit(cfg.tokenizer), "tokenizer")
     backbone = load_frozen_backbone(model, cfg, dtype=dtype, device=device)
@@ -126,10 +118,12 @@ def load_tuned_model(cfg: DictConfig) -> TunedModel:
     return TunedModel(model, tokenizer, backbone, _TITLES[key], bool(tuned), untuned_scales)
 
 
-def _key_of(model: Any, cfg: DictConfig) -> str:
+def _key_of(model: Any, cfg: DictConfig, classifies: bool) -> str:
     """The key that names what was tuned; the other method's must not be set."""
-    is_known = isinstance(model, tuple(_KEYS)) and not isinstance(model, QSTClassifier)
-    if not is_known:
+    if classifies and not isinstance(model, QSTClassifier):
+        raise UserError(f"model: {cfg.model._component_} does not build a classifier")
+    is_text_model = isinstance(model, tuple(_KEYS)) and not isinstance(model, QSTClassifier)
+    if not (classifies or is_text_model):
         raise UserError(
             f"model: {cfg.model._component_} builds no model that writes text; use one of "
             "qst_tune.models.qst_* or peqa_*"
