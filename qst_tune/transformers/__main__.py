@@ -1,8 +1,10 @@
-"""transformers' command line, with side networks known to it.
+r"""The command lines of transformers and of EleutherAI's harness, with side networks known to them.
 
-Example::
+Examples::
 
     python -m qst_tune.transformers serve runs/135M_qst/side_network --port 8000
+    python -m qst_tune.transformers lm_eval --model hf \
+        --model_args pretrained=runs/135M_qst/side_network --tasks arc_easy
 """
 
 import sys
@@ -18,7 +20,10 @@ from qst_tune.transformers import QSTForCausalLM
 
 
 def main() -> None:
-    """Run transformers' command on the arguments of this one."""
+    """Run transformers' command, or the harness, on the arguments of this one."""
+    if sys.argv[1:2] == ["lm_eval"]:
+        _run_harness()
+        return
     # `serve` of transformers 5.23 asks no registry: it looks the class up here by its name.
     transformers.QSTForCausalLM = QSTForCausalLM  # type: ignore[attr-defined]
     if sys.argv[1:2] == ["serve"]:
@@ -26,6 +31,15 @@ def main() -> None:
     sys.argv[0] = "transformers"
     with safe_streams():
         import_module("transformers.cli.transformers").main()
+
+
+def _run_harness() -> None:
+    try:
+        harness = import_module("lm_eval.__main__")
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {error}: install EleutherAI's harness, the extra eval")
+    sys.argv = sys.argv[1:]
+    harness.cli_evaluate()
 
 
 def _list_what_is_served() -> None:

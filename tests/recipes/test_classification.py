@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from qst_tune.recipes import qst_classify, qst_finetune
+from transformers import AutoTokenizer
 
+from qst_tune import QSTForSequenceClassification
 from qst_tune.errors import UserError
 from tests.checkpoints import Config, finetune_config, write_config, write_jsonl
 from tests.recipe_runs import FinetuneResult, finetune, merged, run_tune
@@ -182,3 +185,39 @@ def test_a_users_mistake_is_one_line(
     with pytest.raises(UserError, match=message) as error:
         finetune(config, root / "mistake", override)
     assert "\n" not in str(error.value)
+
+
+def test_a_model_of_transformers_classifies_and_its_result_opens_in_transformers(
+    root: Path, config: Config
+) -> None:
+    model = str(root / "model")
+    block = {
+        "_component_": "qst_tune.models.qst_classifier",
+        "backbone": "qst_tune.models.transformers_from_hf",
+        "checkpoint_dir": model,
+        "num_labels": 2,
+        "reduction_factor": 4,
+    }
+    reader = "qst_tune.training.hf_checkpointer.HFCheckpointer"
+    cfg = merged(
+        {
+            **config,
+            "model": block,
+            "checkpointer": {"_component_": reader, "checkpoint_dir": model},
+            "output_dir": str(root / "over_transformers"),
+            "metric_logger": {**config["metric_logger"], "log_dir": str(root / "over/logs")},
+        },
+        "epochs=10",
+        "dtype=fp32",
+    )
+    qst_finetune.main(cfg)
+    result = FinetuneResult(root / "over_transformers")
+    assert result.summary["metrics"]["accuracy"]["40"] == 1.0
+    side_network = result.folder / "side_network"
+    tuned = QSTForSequenceClassification.from_pretrained(side_network, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rows = [json.loads(line) for line in (root / "dev.jsonl").read_text().splitlines()]
+    for row in rows:
+        ids = tokenizer(TEMPLATE.format(text=row["text"]), return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            assert LABELS[tuned(ids).logits.argmax()] == row["label"]

@@ -9,9 +9,57 @@ from transformers import AutoTokenizer
 from qst_tune.data import hf_chat_tokenizer
 from qst_tune.evaluation.log_likelihood import Continuation, log_likelihoods
 from qst_tune.transformers import QSTForCausalLM
+from qst_tune.transformers.__main__ import main
+from tests.checkpoints import write_jsonl
 from tests.folders import side_network_folder
 
 pytest.importorskip("lm_eval", reason="needs the extra eval")
+
+TASK = """\
+task: colours
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {rows}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: question
+doc_to_choice: choices
+doc_to_target: answer
+metric_list: [{{metric: acc}}]
+"""
+
+
+def test_the_command_scores_a_directory_by_its_path(tmp_path, monkeypatch, capsys) -> None:
+    folder, torchtune_model = side_network_folder(tmp_path)
+    rows = [
+        {"question": f"{start} of it", "choices": ["red", "box"], "answer": 0}
+        for start in ("the colour", "what is the name", "tell me", "blue is the colour", "a")
+    ]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    (tmp_path / "colours.yaml").write_text(TASK.format(rows=tmp_path / "rows.jsonl"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(
+        "sys.argv",
+        ["qst_tune.transformers", "lm_eval", "--model", "hf", "--model_args",
+         f"pretrained={folder},dtype=float32", "--tasks", "colours", "--device", "cpu",
+         "--include_path", str(tmp_path)],
+    )  # fmt: skip
+    main()
+    tokenizer = hf_chat_tokenizer(str(tmp_path / "model"))
+    right = 0
+    for row in rows:
+        asked = tokenizer.encode(row["question"], add_bos=False, add_eos=False)
+        both = [
+            tokenizer.encode(f"{row['question']} {choice}", add_bos=False, add_eos=False)
+            for choice in row["choices"]
+        ]
+        scores = log_likelihoods(
+            torchtune_model,
+            [Continuation(tuple(asked), tuple(ids[len(asked) :])) for ids in both],
+            batch_size=1,
+        )
+        right += scores[0] > scores[1]
+    line = next(line for line in capsys.readouterr().out.splitlines() if "|acc" in line)
+    assert float(line.split("|")[7]) == pytest.approx(right / len(rows), abs=1e-4)
 
 
 def test_log_likelihoods_are_ours(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qst_tune import QSTForCausalLM, SideConfig, get_qst_model
 from tests.checkpoints import write_model_folder
+from tests.documented import ROOT, commands
+from tests.printed_runs import Place, run
 
 pytest.importorskip("accelerate", reason="needs the extra trl")
 
@@ -102,3 +104,15 @@ def test_sft_trainer_learns_a_conversation(packing, folder, tmp_path):
     assert losses[0] == pytest.approx(expected, abs=1e-3)
     assert losses == sorted(losses, reverse=True)
     QSTForCausalLM.from_pretrained(tmp_path / "checkpoint-4")
+
+
+def test_the_snippets_of_the_page_run_as_printed(tmp_path, capsys):
+    pytest.importorskip("trl", reason="needs the extra trl")
+    place = Place(tmp_path)
+    snippets = [printed for printed in commands(ROOT / "docs/python.md") if printed.is_python]
+    assert len(snippets) == 2
+    for printed in snippets:
+        run(printed, place)
+    assert "trainable params: " in capsys.readouterr().out
+    assert (tmp_path / "my_side_network/side_network.safetensors").is_file()
+    assert list((tmp_path / "my_sft_run").glob("checkpoint-*"))
