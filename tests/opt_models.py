@@ -1,12 +1,18 @@
 """Tiny OPT models: transformers' and ours, with the same random weights."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
 
-from qst_tune.models import opt, opt_hf_to_tune
+from qst_tune.backbone.transformers import TransformersBackbone
+from qst_tune.models import opt
+from qst_tune.models.opt_weights import opt_hf_to_tune
 from tests.helpers import randomize_
 
+# Its config.json alone.
+OPT_DIRECTORY = str(Path(__file__).parent / "opt_tiny")
 # 61 is prime; 100 is not 4 x 48.
 SIZES = {
     "vocab_size": 61,
@@ -44,6 +50,18 @@ def randomize_opt_(module: nn.Module) -> None:
         for name, parameter in module.named_parameters():
             if name.endswith(".bias"):
                 parameter.normal_(std=0.3)
+
+
+def opt_backbone(**changes) -> TransformersBackbone:
+    """transformers' model as a backbone."""
+    return TransformersBackbone(hf_opt(**changes))
+
+
+def authors_opt_weights(model) -> dict[str, torch.Tensor]:
+    """The frozen weights of a QST model over OPT under Hugging Face's names."""
+    prefix = "frozen.model."
+    state = model.state_dict()
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
 def our_opt(theirs: OPTForCausalLM):

@@ -110,6 +110,22 @@ def _phi3(*sizes: int, **further: Any) -> dict[str, Any]:
     }
 
 
+def _opt(layers: int, width: int, heads: int) -> dict[str, Any]:
+    return {
+        "model_type": "opt",
+        "architectures": ["OPTForCausalLM"],
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "word_embed_proj_dim": width,
+        "num_attention_heads": heads,
+        "ffn_dim": 4 * width,
+        "vocab_size": 50_272,
+        "max_position_embeddings": 2048,
+        "activation_function": "relu",
+        "do_layer_norm_before": True,
+    }
+
+
 # name of our config: (config.json, number of parameters)
 PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
     "llama3_3/70B": (
@@ -186,6 +202,13 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         ),
         14_659_507_200,
     ),
+    "opt/125M": (_opt(12, 768, 12), 125_239_296),
+    "opt/1.3B": (_opt(24, 2048, 32), 1_315_758_080),
+    "opt/2.7B": (_opt(32, 2560, 32), 2_651_596_800),
+    "opt/6.7B": (_opt(32, 4096, 32), 6_658_473_984),
+    "opt/13B": (_opt(40, 5120, 40), 12_853_473_280),
+    "opt/30B": (_opt(48, 7168, 56), 29_974_540_288),
+    "opt/66B": (_opt(64, 9216, 72), 65_719_701_504),
 }
 
 

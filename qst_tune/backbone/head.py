@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qst_tune.backbone.opt_side_blocks import ProjectedHead
 from qst_tune.backbone.text_model import score_of
 
 # What some models multiply their logits (or the head's input, which is the same) with, by the name
@@ -64,6 +65,9 @@ def head_of(model: Any, config: Any) -> nn.Module:
     if score is not None:
         return score
     linear: nn.Module = model.get_output_embeddings()
+    project_out = getattr(model.get_decoder(), "project_out", None)
+    if project_out is not None:
+        return ProjectedHead(project_out, linear)
     cap = getattr(config, "final_logit_softcapping", None)
     scale = _scale(config)
     return linear if cap is None and scale == 1 else ScaledHead(linear, scale, cap)

@@ -15,6 +15,7 @@ from qst_tune.backbone.hf_quantizer import drop_other_modalities, quantization_c
 from qst_tune.backbone.placing import Placing, Take, decode_rest_
 from qst_tune.backbone.quantizers import quantization_of_text, quantize_tables, quantized_share
 from qst_tune.backbone.stored_directory import check_unused, lazy_state_dict, report
+from qst_tune.backbone.text_model import longest_text
 from qst_tune.backbone.transformers import TransformersBackbone
 from qst_tune.errors import UserError
 from qst_tune.json_files import read_json
@@ -36,21 +37,28 @@ def backbone_on_meta(folder: Path, max_seq_len: int | None = None) -> Transforme
         TransformersBackbone: on the meta device, not quantised.
 
     Raises:
-        UserError: if transformers has no such model, it is no decoder, or its weights are stored
-            in a format that cannot be read.
+        UserError: if transformers has no such model, it is no decoder, its weights are stored in a
+            format that cannot be read, or it has fewer positions.
     """
     config = _read_config(folder)
     _check_version(config)
     with torch.device("meta"):
         try:
-            model = _model_type(config, folder).from_config(config)
+            dtype = torch.get_default_dtype()  # not that of the file: the recipe's
+            model = _model_type(config, folder).from_config(config, dtype=dtype)
         except UserError:
             raise
         except Exception as error:  # transformers' models raise what they like
             raise _refused(folder, config, error) from error
     drop_other_modalities(model)
     stored = directory_format(folder)
-    return TransformersBackbone(model, str(folder), max_seq_len, stored=stored)
+    backbone = TransformersBackbone(model, str(folder), max_seq_len, stored=stored)
+    longest = longest_text(backbone.config)
+    if max_seq_len is not None and max_seq_len > longest:
+        raise UserError(
+            f"max_seq_len={max_seq_len} is more than the {longest} positions of {folder}: lower it"
+        )
+    return backbone
 
 
 def load_backbone(
@@ -228,8 +236,7 @@ def check_head(backbone: TransformersBackbone) -> None:
     weight: Any = backbone.embedding.weight
     tokens = torch.arange(4, device=weight.device)[None] % len(weight)
     want = backbone.model(input_ids=tokens, use_cache=False).logits.float()
-    f_BTD = backbone.run(tokens, taps=(), visit=lambda h: None)
-    difference = (backbone.head(f_BTD).float() - want).abs().max()
+    difference = (backbone(tokens).float() - want).abs().max()
     if not difference <= 0.02 * want.abs().max():
         raise UserError(
             f"model_type={backbone.config.model_type!r}: its logits are more than its LM head and "
@@ -274,7 +281,7 @@ def directory_format(folder: Path) -> DirectoryFormat | None:
 
 
 def _check_version(config: Any) -> None:
-    """Our quantizer is one of transformers 5; torchtune's families do without it."""
+    """Our quantizer is one of transformers 5."""
     import transformers
 
     if int(transformers.__version__.split(".")[0]) < 5:

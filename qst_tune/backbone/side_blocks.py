@@ -1,4 +1,4 @@
-"""Side blocks over a transformers backbone: torchtune's own layer, whatever the backbone's is."""
+"""Side blocks over a transformers backbone: torchtune's own layer; over OPT, that of OPT."""
 
 from typing import Any
 
@@ -10,6 +10,7 @@ from torchtune.modules import (
     TransformerSelfAttentionLayer,
 )
 
+from qst_tune.backbone.opt_side_blocks import opt_side_block
 from qst_tune.backbone.rotary import TablelessRotary
 from qst_tune.modules.side_block import LayerSizes, SideShape
 
@@ -35,8 +36,43 @@ def text_sizes(config: Any) -> LayerSizes:
         hidden_dim=hidden or 4 * width,
         num_heads=heads,
         num_kv_heads=min(_first(getattr(config, "num_key_value_heads", None)) or heads, heads),
-        is_rotary=True,
+        is_rotary=not is_opt(config),
     )
+
+
+def is_opt(config: Any) -> bool:
+    """Tell whether a text model is an OPT, of which the authors have code of its own."""
+    return bool(config.model_type == "opt")
+
+
+def side_block(config: Any, shape: SideShape) -> TransformerSelfAttentionLayer:
+    """Build a side block with random weights.
+
+    Args:
+        config (Any): of the text.
+        shape (SideShape): its sizes.
+
+    Returns:
+        TransformerSelfAttentionLayer: of width ``shape.embed_dim``.
+    """
+    if is_opt(config):
+        return opt_side_block(shape, post_norm=not config.do_layer_norm_before)
+    return plain_side_block(shape, rope_base(config))
+
+
+def side_norm(config: Any, dim: int) -> nn.Module:
+    """Build the side network's final norm; OPT-350M has none.
+
+    Args:
+        config (Any): of the text.
+        dim (int): number of channels.
+
+    Returns:
+        nn.Module: an RMSNorm; over OPT a LayerNorm.
+    """
+    if is_opt(config):
+        return nn.LayerNorm(dim) if config.do_layer_norm_before else nn.Identity()
+    return plain_side_norm(dim)
 
 
 def _has(config: Any, name: str) -> bool:

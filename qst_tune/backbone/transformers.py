@@ -18,12 +18,7 @@ from qst_tune.backbone.head import head_of
 from qst_tune.backbone.masks import positions
 from qst_tune.backbone.packing import Packing, find_packing
 from qst_tune.backbone.quantizers import quantization_of_text, quantize_tables, quantize_text
-from qst_tune.backbone.side_blocks import (
-    plain_side_block,
-    plain_side_norm,
-    rope_base,
-    text_sizes,
-)
+from qst_tune.backbone.side_blocks import side_block, side_norm, text_sizes
 from qst_tune.backbone.text_model import decoder_of, layers_of, longest_text
 from qst_tune.modules.backbone import Head, Visit
 from qst_tune.modules.base_quantization import LinearFormat
@@ -163,7 +158,7 @@ class TransformersBackbone(nn.Module):
         return side_shape(text_sizes(self.config), reduction_factor, min_head_dim)
 
     def side_blocks(self, layers: Sequence[int], shape: SideShape) -> nn.ModuleList:
-        """Build torchtune's own layer at the width of the side network, once for each layer.
+        """Build a layer at the width of the side network, once for each of these layers.
 
         Args:
             layers (Sequence[int]): indices.
@@ -172,19 +167,11 @@ class TransformersBackbone(nn.Module):
         Returns:
             nn.ModuleList: with random weights.
         """
-        base = rope_base(self.config)
-        return nn.ModuleList(plain_side_block(shape, base) for _ in layers)
+        return nn.ModuleList(side_block(self.config, shape) for _ in layers)
 
     def side_norm(self, dim: int) -> nn.Module:
-        """Build an RMSNorm.
-
-        Args:
-            dim (int): S.
-
-        Returns:
-            nn.Module: over ``dim`` channels.
-        """
-        return plain_side_norm(dim)
+        """Build the side network's final norm over ``dim`` channels."""
+        return side_norm(self.config, dim)
 
     def new_cache(self) -> TransformersCache:
         """Make an empty cache of keys and values.
@@ -265,6 +252,10 @@ class TransformersBackbone(nn.Module):
         packing = self._packing_of(mask)
         return self.text_state(tokens, mask=mask, input_pos=input_pos, packing=packing)
 
+    def forward(self, tokens: torch.Tensor, **where: Any) -> torch.Tensor:
+        """Compute the model's own logits, ``[B, T, V]``; arguments as for :meth:`run`."""
+        return self.head(self.last_state(tokens, **where))
+
     def _packing_of(self, mask: Any) -> Packing | None:
         """How the rows of a batch are packed, if they are; may run the model."""
         if self.cache is not None or mask is None or _is_padding(mask):
@@ -295,9 +286,23 @@ class TransformersBackbone(nn.Module):
         if packing is not None and input_pos is not None:
             dtype = self.embedding.weight.dtype
             inputs["attention_mask"] = packing(self.config, input_pos, dtype)
-        with self._extended(tokens.shape[1]) as cache:
+        projected: list[torch.Tensor] = []
+        with self._extended(tokens.shape[1]) as cache, self._before_projection(projected):
             f_BTD: torch.Tensor = self.decoder(input_ids=tokens, **inputs, **cache)[0]
-        return f_BTD
+        return projected[0] if projected else f_BTD
+
+    @contextmanager
+    def _before_projection(self, kept: list[torch.Tensor]) -> Iterator[None]:
+        """Keep what OPT-350M brings to the width of its embedding: here the head does that."""
+        project_out = getattr(self.decoder, "project_out", None)
+        if project_out is None:
+            yield
+            return
+        handle = project_out.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+        try:
+            yield
+        finally:
+            handle.remove()
 
     @contextmanager
     def _extended(self, num_new: int) -> Iterator[dict[str, Any]]:

@@ -5,7 +5,6 @@ from qst_tune.models.from_hf import (
     backbone_from_hf,
     peqa_from_hf,
     qst_from_hf,
-    transformers_from_hf,
 )
 from qst_tune.models.gemma2 import gemma2
 from qst_tune.models.llama import (
@@ -20,27 +19,7 @@ from qst_tune.models.llama import (
     qst_llama3_2_1b,
     qst_llama3_2_3b,
 )
-from qst_tune.models.opt import (
-    opt,
-    opt_1_3b,
-    opt_2_7b,
-    opt_6_7b,
-    opt_13b,
-    opt_30b,
-    opt_66b,
-    opt_125m,
-    opt_350m,
-    qst_opt,
-    qst_opt_1_3b,
-    qst_opt_2_7b,
-    qst_opt_6_7b,
-    qst_opt_13b,
-    qst_opt_30b,
-    qst_opt_66b,
-    qst_opt_125m,
-    qst_opt_350m,
-)
-from qst_tune.models.opt_weights import opt_hf_to_tune, opt_tune_to_hf
+from qst_tune.models.opt import opt
 from qst_tune.models.peqa import (
     peqa_builder,
     peqa_decoder,
@@ -74,16 +53,6 @@ __all__ = [
     "backbone_from_hf",
     "gemma2",
     "opt",
-    "opt_1_3b",
-    "opt_2_7b",
-    "opt_6_7b",
-    "opt_13b",
-    "opt_30b",
-    "opt_66b",
-    "opt_125m",
-    "opt_350m",
-    "opt_hf_to_tune",
-    "opt_tune_to_hf",
     "peqa_builder",
     "peqa_decoder",
     "peqa_from_hf",
@@ -114,15 +83,6 @@ __all__ = [
     "qst_llama3_2",
     "qst_llama3_2_1b",
     "qst_llama3_2_3b",
-    "qst_opt",
-    "qst_opt_1_3b",
-    "qst_opt_2_7b",
-    "qst_opt_6_7b",
-    "qst_opt_13b",
-    "qst_opt_30b",
-    "qst_opt_66b",
-    "qst_opt_125m",
-    "qst_opt_350m",
     "qst_smollm2_1_7b",
     "qst_smollm2_135m",
     "qst_smollm2_360m",
@@ -131,5 +91,9 @@ __all__ = [
     "smollm2_1_7b",
     "smollm2_135m",
     "smollm2_360m",
-    "transformers_from_hf",
 ]
+
+
+def __getattr__(name: str) -> None:
+    hint = ": OPT is tuned with qst_from_hf and its directory" if "opt" in name.split("_") else ""
+    raise AttributeError(f"qst_tune.models has no {name}{hint}")

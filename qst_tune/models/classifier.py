@@ -4,8 +4,7 @@ from typing import Any
 
 from torchtune.config._utils import _get_component_from_path
 
-from qst_tune.models.qst import qst_builder
-from qst_tune.modules.learned_positions import LearnedPositionEmbedding
+from qst_tune.models.qst import is_opt_model, qst_builder
 from qst_tune.modules.output_mix import SigmoidMix
 from qst_tune.modules.qst_classifier import QSTClassifier
 
@@ -47,8 +46,7 @@ def qst_classifier(backbone: str, num_labels: int, **arguments: Any) -> QSTClass
             f"{plain.__name__} ({plain.__module__})"
         )
     decoder = qst_builder(builder)(**arguments)
-    is_opt = isinstance(decoder.tok_embeddings, LearnedPositionEmbedding)
-    as_their_opt = is_opt and arguments.get("variant") == "authors"
+    as_their_opt = is_opt_model(decoder.backbone) and arguments.get("variant") == "authors"
     mix = decoder.side.output_mix
     if as_their_opt and isinstance(mix, SigmoidMix) and arguments.get("initial_mix") is None:
         mix.initial_logit = 0.0  # modeling_opt_qst.py: of a classifier zeros, else ones

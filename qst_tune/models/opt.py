@@ -12,7 +12,6 @@ from torchtune.modules import (
     TransformerSelfAttentionLayer,
 )
 
-from qst_tune.models.qst import qst_builder
 from qst_tune.modules.learned_positions import LearnedPositionDecoder, LearnedPositionEmbedding
 from qst_tune.modules.post_norm_layer import PostNormLayer
 from qst_tune.modules.projected_head import ProjectedHead
@@ -87,87 +86,3 @@ def _layer(
         sa_norm=nn.LayerNorm(embed_dim),
         mlp_norm=nn.LayerNorm(embed_dim),
     )
-
-
-def opt_125m() -> LearnedPositionDecoder:
-    """Build OPT-125M.
-
-    Returns:
-        LearnedPositionDecoder: 125,239,296 parameters.
-    """
-    return opt(num_layers=12, num_heads=12, embed_dim=768)
-
-
-def opt_350m() -> LearnedPositionDecoder:
-    """Build OPT-350M, the only size with post-norm and a narrower token embedding.
-
-    Returns:
-        LearnedPositionDecoder: 331,196,416 parameters.
-    """
-    return opt(num_layers=24, num_heads=16, embed_dim=1024, token_dim=512, post_norm=True)
-
-
-def opt_1_3b() -> LearnedPositionDecoder:
-    """Build OPT-1.3B.
-
-    Returns:
-        LearnedPositionDecoder: 1,315,758,080 parameters.
-    """
-    return opt(num_layers=24, num_heads=32, embed_dim=2048)
-
-
-def opt_2_7b() -> LearnedPositionDecoder:
-    """Build OPT-2.7B.
-
-    Returns:
-        LearnedPositionDecoder: 2,651,596,800 parameters.
-    """
-    return opt(num_layers=32, num_heads=32, embed_dim=2560)
-
-
-def opt_6_7b() -> LearnedPositionDecoder:
-    """Build OPT-6.7B.
-
-    Returns:
-        LearnedPositionDecoder: 6,658,473,984 parameters.
-    """
-    return opt(num_layers=32, num_heads=32, embed_dim=4096)
-
-
-def opt_13b() -> LearnedPositionDecoder:
-    """Build OPT-13B.
-
-    Returns:
-        LearnedPositionDecoder: 12,853,473,280 parameters.
-    """
-    return opt(num_layers=40, num_heads=40, embed_dim=5120)
-
-
-def opt_30b() -> LearnedPositionDecoder:
-    """Build OPT-30B.
-
-    Returns:
-        LearnedPositionDecoder: 29,974,540,288 parameters.
-    """
-    return opt(num_layers=48, num_heads=56, embed_dim=7168)
-
-
-def opt_66b() -> LearnedPositionDecoder:
-    """Build OPT-66B.
-
-    Returns:
-        LearnedPositionDecoder: 65,719,701,504 parameters.
-    """
-    return opt(num_layers=64, num_heads=72, embed_dim=9216)
-
-
-# The component builder takes every size as an argument; the others are the published sizes.
-qst_opt = qst_builder(opt)
-qst_opt_125m = qst_builder(opt_125m)
-qst_opt_350m = qst_builder(opt_350m)
-qst_opt_1_3b = qst_builder(opt_1_3b)
-qst_opt_2_7b = qst_builder(opt_2_7b)
-qst_opt_6_7b = qst_builder(opt_6_7b)
-qst_opt_13b = qst_builder(opt_13b)
-qst_opt_30b = qst_builder(opt_30b)
-qst_opt_66b = qst_builder(opt_66b)

@@ -10,12 +10,12 @@ from torchtune import training
 from torchtune.modules import TransformerDecoder
 
 from qst_tune.backbone.qst_transformer import QSTTransformer
+from qst_tune.backbone.side_blocks import is_opt
 from qst_tune.backbone.transformers import TransformersBackbone
 from qst_tune.models.builder import method_builder
 from qst_tune.modules.backbone import Backbone
 from qst_tune.modules.base_quantization import BaseQuantization
 from qst_tune.modules.embedding_quantization import EmbeddingQuantization
-from qst_tune.modules.learned_positions import LearnedPositionDecoder
 from qst_tune.modules.qst_decoder import QSTDecoder
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.modules.side_config import SIDE_PARAMETERS, SideConfig
@@ -68,7 +68,7 @@ def qst_decoder(
             "other; leave one of them out"
         )
     config = SideConfig(**side)
-    if config.variant == "authors" and isinstance(backbone, LearnedPositionDecoder):
+    if config.variant == "authors" and is_opt_model(backbone):
         # Their OPT code (modeling_opt_qst.py:1821) weighs the side network with sigmoid(z), their
         # LLaMA code (modeling_llama_qst.py:1470) the backbone.
         config = replace(config, output_mix=config.output_mix or "swapped_sigmoid")
@@ -82,6 +82,11 @@ def qst_decoder(
     if device.type != "meta":
         model.initialize_side(device)
     return model
+
+
+def is_opt_model(backbone: Any) -> bool:
+    """Tell whether a backbone is an OPT, which the authors' code treats otherwise than LLaMA."""
+    return isinstance(backbone, TransformersBackbone) and is_opt(backbone.config)
 
 
 _OWN = [p for p in inspect.signature(qst_decoder).parameters.values() if p.name != "side"]

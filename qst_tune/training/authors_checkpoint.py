@@ -19,10 +19,9 @@ from torchtune.models import convert_weights
 from torchtune.models.convert_weights import get_mapped_key
 
 from qst_tune.errors import UserError
-from qst_tune.models.hf.weights import Weights
-from qst_tune.models.opt_weights import opt_hf_to_tune, opt_tune_to_hf
 from qst_tune.training.atomic_folder import write_folder
 
+Weights = dict[str, torch.Tensor]
 Family = Literal["llama", "opt"]
 Gate = Literal["lm_head_z", "score_z"]  # of a language model, of a classifier
 
@@ -70,6 +69,22 @@ _SHARED_NAMES = {
     "upsample.weight": "upsample.weight",
     "upsample.bias": "upsample.bias",
     "score.weight": "score.weight",
+}
+# Modules of OPT's layer -> those of torchtune's layer; it has no rotary embedding to permute for.
+_OPT_LAYER = {
+    "self_attn.q_proj": "attn.q_proj",
+    "self_attn.k_proj": "attn.k_proj",
+    "self_attn.v_proj": "attn.v_proj",
+    "self_attn.out_proj": "attn.output_proj",
+    "self_attn_layer_norm": "sa_norm",
+    "fc1": "mlp.w1",
+    "fc2": "mlp.w2",
+    "final_layer_norm": "mlp_norm",
+}
+_OPT_NAMES = {
+    f"layers.{{}}.{theirs}.{leaf}": f"layers.{{}}.{ours}.{leaf}"
+    for theirs, ours in _OPT_LAYER.items()
+    for leaf in ("weight", "bias")
 }
 _LAYOUTS: dict[Family, _Layout] = {
     "llama": _Layout("model.", {"norm_qst.weight": "norm.scale"}, "_path.pt"),
@@ -144,7 +159,7 @@ def side_from_authors(state: Weights, *, num_heads: int, num_kv_heads: int) -> W
         if name.startswith(blocks_prefix)
     }
     if family == "opt":
-        converted = opt_hf_to_tune(blocks)
+        converted = {get_mapped_key(n, _OPT_NAMES): value for n, value in blocks.items()}
     else:
         converted = convert_weights.hf_to_tune(
             {f"model.{name}": value for name, value in blocks.items()},
@@ -179,7 +194,10 @@ def side_to_authors(side: Weights, family: Family, *, num_heads: int, num_kv_hea
         if name.startswith("blocks.")
     }
     if family == "opt":
-        converted = opt_tune_to_hf(blocks)
+        names_of_opt = {ours: theirs for theirs, ours in _OPT_NAMES.items()}
+        converted = {
+            f"{layout.prefix}{get_mapped_key(n, names_of_opt)}": v for n, v in blocks.items()
+        }
     else:
         converted = convert_weights.tune_to_hf(
             blocks,

@@ -11,14 +11,15 @@ from torch import nn
 from torchtune import utils
 from torchtune.modules import RMSNorm
 
+from qst_tune.backbone.qst_transformer import QSTTransformer
+from qst_tune.backbone.side_blocks import is_opt, text_sizes
 from qst_tune.errors import UserError
-from qst_tune.models.hf.weights import Weights
 from qst_tune.models.qst import qst_decoder
-from qst_tune.modules.learned_positions import LearnedPositionEmbedding
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.modules.side_config import VARIANTS
 from qst_tune.training.authors_checkpoint import (
     Family,
+    Weights,
     read_authors_folder,
     side_from_authors,
     side_to_authors,
@@ -150,9 +151,15 @@ def _build(block: dict[str, Any]) -> QSTModel:
 
 def _family(model: QSTModel) -> Family:
     """Which of the authors' two models has these layers; others may fit without computing alike."""
+    if isinstance(model, QSTTransformer):
+        if is_opt(model.backbone.config):
+            return "opt"
+        raise UserError(
+            "the authors' code is for LLaMA and OPT: name LLaMA by a builder of its size, such as "
+            "qst_tune.models.qst_llama2_7b, and OPT by qst_tune.models.qst_from_hf (found "
+            f"model_type={model.backbone.config.model_type})"
+        )
     layer: Any = model.layers[0]
-    if isinstance(model.tok_embeddings, LearnedPositionEmbedding):
-        return "opt"
     is_llama = type(layer.sa_norm) is RMSNorm and isinstance(layer.mlp.activation, nn.SiLU)
     if is_llama and layer.attn.q_proj.bias is None:
         return "llama"
@@ -164,10 +171,16 @@ def _heads(layers: Any) -> dict[str, int]:
     return {"num_heads": attn.num_heads, "num_kv_heads": attn.num_kv_heads}
 
 
+def _backbone_heads(model: QSTModel) -> dict[str, int]:
+    if not isinstance(model, QSTTransformer):
+        return _heads(model.layers)
+    sizes = text_sizes(model.backbone.config)
+    return {"num_heads": sizes.num_heads, "num_kv_heads": sizes.num_kv_heads}
+
+
 def _check_backbone(folder: Path, state: Weights, model: QSTModel, embed_dim: int) -> None:
     num_layers = sum(name.endswith(".adapter_A.weight") for name in state)
-    layers: Any = model.layers
-    here = (len(layers), layers[0].attn.embed_dim)
+    here = (model.backbone.num_layers, model.backbone.width)
     if (num_layers, embed_dim) != here:
         raise UserError(
             f"{folder} is for a backbone of {num_layers} layers of width {embed_dim}, the config's "
@@ -198,7 +211,7 @@ def _converted(folder: Path, state: Weights, model: QSTModel) -> Weights:
 
 def _other_heads(model: QSTModel) -> str:
     """Their code keeps the backbone's heads; ours takes fewer where they would be too narrow."""
-    ours, theirs = _heads(model.side.blocks), _heads(model.layers)
+    ours, theirs = _heads(model.side.blocks), _backbone_heads(model)
     return "" if ours == theirs else f"side blocks have {ours} here, and {theirs} there"
 
 

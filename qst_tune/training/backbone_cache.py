@@ -12,14 +12,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torchtune import utils
-from torchtune.modules import TransformerDecoder
 
 from qst_tune import __version__
-from qst_tune.modules.embedding_quantization import quantization_of_backbone
+from qst_tune.backbone.transformers import transformers_backbone
 from qst_tune.modules.peqa_linear import PEQALinear
+from qst_tune.modules.plain_parts import Place
 from qst_tune.modules.rotary_caches import build_rotary_caches
 from qst_tune.quantization.parts import join_parts, named_parts
-from qst_tune.training.backbone_loading import SIDE_PREFIX
+from qst_tune.training.backbone_loading import SIDE_PREFIX, stored_as
 from qst_tune.training.distributed import rank_and_world_size
 from qst_tune.training.hf_checkpointer import HFCheckpointer
 
@@ -37,11 +37,11 @@ class BackboneCache:
 
     path: Path
 
-    def load(self, model: TransformerDecoder, device: torch.device) -> str | None:
+    def load(self, model: Any, device: torch.device) -> str | None:
         """Fill the backbone of a model that was built on the meta device.
 
         Args:
-            model (TransformerDecoder): changed in place; a side network is left alone.
+            model (Any): changed in place; a side network is left alone.
             device (torch.device): where the backbone shall live.
 
         Returns:
@@ -49,26 +49,9 @@ class BackboneCache:
                 nothing is changed, if there is no file or it is damaged.
         """
         fingerprint = self._read(_all_parts(model), device, lambda file: _replace(file, model))
-        if fingerprint is not None:
+        if fingerprint is not None and transformers_backbone(model) is None:
             build_rotary_caches(model.layers, device)
         return fingerprint
-
-    def load_parts(self, parts: Mapping[str, torch.Tensor]) -> str | None:
-        """Fill tensors that are there already.
-
-        Args:
-            parts (Mapping[str, torch.Tensor]): changed in place; other tensors than the file's
-                count as damage.
-
-        Returns:
-            str | None: as :meth:`load`.
-        """
-
-        def copy(file: Any) -> None:
-            for key, part in parts.items():
-                part.copy_(file.get_tensor(key))
-
-        return self._read(parts, torch.device("cpu"), copy)
 
     def _read(
         self,
@@ -89,23 +72,16 @@ class BackboneCache:
         log.info(f"quantised backbone read from {self.path}")
         return fingerprint
 
-    def save(self, model: TransformerDecoder, fingerprint: str) -> None:
+    def save(self, model: Any, fingerprint: str) -> None:
         """Write the file, whole or not at all, on the first process; failing is only a warning.
 
         Args:
-            model (TransformerDecoder): loaded.
+            model (Any): loaded.
             fingerprint (str): from ``load_backbone``.
         """
-        if rank_and_world_size()[0] == 0:
-            self.save_parts(_all_parts(model), fingerprint)
-
-    def save_parts(self, parts: Mapping[str, torch.Tensor], fingerprint: str) -> None:
-        """Write the file of these tensors, as :meth:`save`, on whichever process calls.
-
-        Args:
-            parts (Mapping[str, torch.Tensor]): by name.
-            fingerprint (str): from ``load_backbone``.
-        """
+        if rank_and_world_size()[0] != 0:
+            return
+        parts = _all_parts(model)
         aside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,21 +95,18 @@ class BackboneCache:
             aside.unlink(missing_ok=True)
 
 
-def backbone_cache(
-    checkpointer: Any, model: TransformerDecoder, dtype: torch.dtype, *, shard: str = ""
-) -> BackboneCache | None:
+def backbone_cache(checkpointer: Any, model: Any, dtype: torch.dtype) -> BackboneCache | None:
     """Find where a model's quantised backbone is kept.
 
     Args:
         checkpointer (Any): an ``HFCheckpointer``; any other keeps none.
-        model (TransformerDecoder): built, perhaps on meta.
+        model (Any): built, perhaps on meta.
         dtype (torch.dtype): of what is not quantised.
-        shard (str): names the part of the backbone that this process keeps; "" is all of it.
 
     Returns:
         BackboneCache | None: None if the checkpointer keeps none or nothing is quantised.
     """
-    quantization = quantization_of_backbone(model)
+    quantization = stored_as(model)
     if (
         not isinstance(checkpointer, HFCheckpointer)
         or checkpointer.cache_dir is None
@@ -142,26 +115,40 @@ def backbone_cache(
         return None
     described = repr((checkpointer.identity, quantization, str(dtype), __version__))
     key = hashlib.sha256(described.encode()).hexdigest()[:16]
-    name = f"{checkpointer.name}-{key}{shard and '-' + shard}.safetensors"
+    name = f"{checkpointer.name}-{key}.safetensors"
     return BackboneCache(checkpointer.cache_dir / name)
 
 
-def _all_parts(model: TransformerDecoder) -> dict[str, torch.Tensor]:
+def _all_parts(model: Any) -> dict[str, torch.Tensor]:
     """The plain tensors of the whole backbone."""
     parts: dict[str, torch.Tensor] = {}
-    for name, tensor in _tensors(model).items():
+    for name, (tensor, _) in _tensors(model).items():
         parts.update(named_parts(name, tensor))
     return parts
 
 
-def _tensors(model: TransformerDecoder) -> dict[str, torch.Tensor]:
-    """Everything of the backbone that comes from its checkpoint."""
-    tensors = {n: p for n, p in model.named_parameters() if not n.startswith(SIDE_PREFIX)}
-    for prefix, module in model.named_modules():
-        if isinstance(module, PEQALinear):
-            buffers = module.named_buffers(recurse=False)
-            tensors.update((f"{prefix}.{name}", buffer) for name, buffer in buffers)
-    return tensors
+def _tensors(model: Any) -> dict[str, tuple[torch.Tensor, list[Place]]]:
+    """Everything of the backbone that loading fills, and where it is: a tied head's in two places.
+
+    Of a model of transformers these are also tables that it makes of its config while it loads.
+    """
+    is_whole = transformers_backbone(model) is not None
+    found: dict[int, tuple[str, torch.Tensor, list[Place]]] = {}
+    for path, module in model.named_modules():
+        if f"{path}.".startswith(SIDE_PREFIX):
+            continue
+        own = dict(module._parameters)
+        if is_whole or isinstance(module, PEQALinear):
+            own |= module._buffers
+        if is_whole:
+            own |= {
+                n: value for n, value in vars(module).items() if isinstance(value, torch.Tensor)
+            }
+        for name, tensor in own.items():
+            if tensor is not None:
+                places = found.setdefault(id(tensor), (f"{path}.{name}", tensor, []))[2]
+                places.append(Place(module, name))
+    return {name: (tensor, places) for name, tensor, places in found.values()}
 
 
 def _check(file: Any, parts: Mapping[str, torch.Tensor]) -> None:
@@ -171,11 +158,10 @@ def _check(file: Any, parts: Mapping[str, torch.Tensor]) -> None:
         raise ValueError("it holds other tensors than the model")
 
 
-def _replace(file: Any, model: TransformerDecoder) -> None:
-    for name, tensor in _tensors(model).items():
+def _replace(file: Any, model: Any) -> None:
+    for name, (tensor, places) in _tensors(model).items():
         # A copy on a CPU: there the source is a view of the memory-mapped file.
         parts = {key: file.get_tensor(key).clone() for key in named_parts(name, tensor)}
-        owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         if name in parts:
             filled = parts[name]
         else:
@@ -183,7 +169,8 @@ def _replace(file: Any, model: TransformerDecoder) -> None:
             filled = join_parts(own, tensor)
         if isinstance(tensor, nn.Parameter):
             filled = nn.Parameter(filled, requires_grad=tensor.requires_grad)
-        setattr(owner, leaf, filled)
+        for place in places:
+            setattr(place.owner, place.name, filled)
 
 
 def _gigabytes(path: Path) -> float:

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,9 +11,13 @@ from torch import nn
 from torchtune import training
 from torchtune.modules import RMSNorm, TransformerDecoder
 
-from qst_tune.backbone.fingerprint import weight_digest
+from qst_tune.backbone.fingerprint import fingerprint_files, weight_digest
+from qst_tune.backbone.loading import load_backbone as load_directory
+from qst_tune.backbone.transformers import transformers_backbone
 from qst_tune.errors import UserError
+from qst_tune.models.hf.folder import weight_files
 from qst_tune.modules.base_quantization import QuantizedLinear
+from qst_tune.modules.embedding_quantization import quantization_of_backbone
 from qst_tune.modules.peqa_linear import PEQALinear
 from qst_tune.modules.rotary_caches import build_rotary_caches
 from qst_tune.quantization.table import QuantizedTable, quantize_table
@@ -23,7 +28,7 @@ SIDE_PREFIX = "side."
 
 
 def load_backbone(
-    model: TransformerDecoder, checkpointer: Any, *, dtype: torch.dtype, device: torch.device
+    model: Any, checkpointer: Any, *, dtype: torch.dtype, device: torch.device
 ) -> str:
     """Load a checkpoint into the backbone of a model that was built on the meta device.
 
@@ -31,7 +36,8 @@ def load_backbone(
     dropped before the next: the whole unquantised model is never in memory.
 
     Args:
-        model (TransformerDecoder): backbone parameters on meta; a side network is left alone.
+        model (Any): over a decoder of torchtune or transformers, with its parameters on meta; a
+            side network is left alone.
         checkpointer (Any): one of torchtune's checkpointers, or ours, not loaded yet.
         dtype (torch.dtype): of what is not quantised, and of the values that codes stand for.
         device (torch.device): where the backbone shall live.
@@ -42,17 +48,35 @@ def load_backbone(
     Raises:
         UserError: if the checkpoint lacks a weight, or has one more, or one of another shape.
     """
+    backbone = transformers_backbone(model)
+    if backbone is not None:
+        fingerprint = fingerprint_backbone(model, checkpointer)
+        folder = _directory_of(checkpointer)
+        files = weight_files(folder)
+        load_directory(backbone, folder, dtype=dtype, device=device, files=files)
+        return fingerprint
     place = partial(set_weight, model, dtype=dtype, device=device)
     fingerprint = read_weights(model, checkpointer, place)
     build_rotary_caches(model.layers, device)
     return fingerprint
 
 
-def fingerprint_backbone(model: TransformerDecoder, checkpointer: Any) -> str:
+def _directory_of(checkpointer: Any) -> Path:
+    """Where the weights are: transformers reads those of its models itself."""
+    return Path(getattr(checkpointer, "folder", None) or checkpointer._checkpoint_dir)
+
+
+def stored_as(model: Any) -> str:
+    """Name how a model's backbone is stored, as ``quantization_of_backbone`` does."""
+    backbone = transformers_backbone(model)
+    return quantization_of_backbone(model) if backbone is None else backbone.quantization
+
+
+def fingerprint_backbone(model: Any, checkpointer: Any) -> str:
     """Read a checkpoint only to check and to identify it; nothing of it is kept.
 
     Args:
-        model (TransformerDecoder): may be on meta; left alone.
+        model (Any): may be on meta; left alone.
         checkpointer (Any): one of torchtune's checkpointers, or ours, not loaded yet.
 
     Returns:
@@ -61,6 +85,8 @@ def fingerprint_backbone(model: TransformerDecoder, checkpointer: Any) -> str:
     Raises:
         UserError: as :func:`load_backbone`.
     """
+    if transformers_backbone(model) is not None:
+        return fingerprint_files(weight_files(_directory_of(checkpointer)))
     return read_weights(model, checkpointer, lambda name, weight: None)
 
 

@@ -32,7 +32,6 @@ _CHECKPOINTERS: dict[str, tuple[str, ...]] = {
         "model_type",
         "safe_serialization",
     ),
-    "qst_tune.training.opt_checkpointer.OPTCheckpointer": ("checkpoint_files",),
     _HF_CHECKPOINTER: (),
 }
 
@@ -115,8 +114,11 @@ def build_any_described(
         if not _is_known(name):
             raise UserError(
                 f"{folder} names the model {name!r}; from a folder, which may be anyone's, only "
-                "builders of qst_tune.models are called: use a config with that model block instead"
+                "builders that qst_tune.models has are called: use a config with that model block, "
+                "or if it is a qst_opt_*, which are gone, tune again with qst_from_hf"
             )
+    if names[0].endswith("_from_hf"):
+        block.pop("backbone", None)  # until 0.1 a choice; BackboneId knows what it was
     if backbone_folder is not None and "checkpoint_dir" in block:  # of a builder *_from_hf
         block = {**block, "checkpoint_dir": str(backbone_folder)}
     return build_any_on_meta(OmegaConf.create({"model": block}), dtype)

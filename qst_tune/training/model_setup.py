@@ -10,16 +10,17 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import training, utils
 from torchtune.modules import TransformerDecoder
 
-from qst_tune.backbone.transformers_model import TransformersModel
+from qst_tune.backbone.peqa_transformer import PEQATransformer
+from qst_tune.backbone.transformers import transformers_backbone
 from qst_tune.errors import UserError
+from qst_tune.models.hf.folder import weight_files
 from qst_tune.models.hf.hub import hub_name, model_name
-from qst_tune.modules.embedding_quantization import quantization_of_backbone
 from qst_tune.modules.peqa_model import PEQAModel
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.training.architecture_check import check_architecture
 from qst_tune.training.automatic import AUTO, automatic_device, automatic_dtype
 from qst_tune.training.backbone_cache import backbone_cache
-from qst_tune.training.backbone_loading import fingerprint_backbone, load_backbone
+from qst_tune.training.backbone_loading import fingerprint_backbone, load_backbone, stored_as
 from qst_tune.training.backbone_sizes import check_fits
 from qst_tune.training.cli import instantiate
 from qst_tune.training.config_check import check_checkpoint_dir
@@ -27,10 +28,10 @@ from qst_tune.training.config_file import variables_in
 from qst_tune.training.config_keys import TRAINING_KEYS
 from qst_tune.training.distributed import rank_and_world_size
 from qst_tune.training.hub_models import with_hub_names
-from qst_tune.training.sharding import choose_sharding, load_sharded_backbone
-from qst_tune.training.transformers_loading import (
-    identify_transformers_backbone,
-    load_transformers_backbone,
+from qst_tune.training.sharding import (
+    choose_sharding,
+    load_sharded_backbone,
+    load_sharded_directory,
 )
 from qst_tune.training.tuned_folder import BackboneId, Provenance
 
@@ -171,16 +172,25 @@ def load_frozen_backbone(
         UserError: if the checkpoint is missing, damaged or not of this architecture.
     """
     checkpoint_dir = check_checkpoint_dir(cfg.checkpointer)
-    if isinstance(model, TransformersModel):
-        return load_transformers_backbone(model, cfg, checkpoint_dir, dtype=dtype, device=device)
     check_architecture(model, checkpoint_dir)
     start = time.perf_counter()
     checkpointer = instantiate(cfg.checkpointer, "checkpointer")
     offload = bool(cfg.get("fsdp_cpu_offload"))
     sharding = choose_sharding(cfg.get("backbone_sharding"), device, offload=offload)
-    quantization = quantization_of_backbone(model)
+    quantization = stored_as(model)
+    backbone = transformers_backbone(model)
     if sharding is None:
         fingerprint = _load_whole(model, checkpointer, dtype, device)
+    elif cfg.checkpointer.get("cache_dir"):
+        raise UserError(
+            f"checkpointer.cache_dir={cfg.checkpointer.cache_dir} does not work yet with "
+            "backbone_sharding: set it to null"
+        )
+    elif backbone is not None:
+        where: dict[str, Any] = {"dtype": dtype, "device": device}
+        fingerprint = fingerprint_backbone(model, checkpointer)
+        files = weight_files(checkpoint_dir)
+        load_sharded_directory(model, backbone, checkpoint_dir, sharding, files=files, **where)
     else:
         fingerprint = load_sharded_backbone(
             model,
@@ -190,10 +200,17 @@ def load_frozen_backbone(
             dtype=dtype,
             device=device,
         )
+    if isinstance(model, PEQATransformer):
+        model.train_scales()  # of the layers that were loaded
     if rank_and_world_size()[0] == 0:
         log.info(f"backbone loaded in {time.perf_counter() - start:.1f} s")
-    name, revision = model_name(checkpoint_dir)
-    return BackboneId(name, fingerprint, quantization, revision)
+    return _identity(model, checkpoint_dir, fingerprint, quantization)
+
+
+def _identity(model: Any, folder: Path, fingerprint: str, quantization: str) -> BackboneId:
+    name, revision = model_name(folder)
+    library = "torchtune" if transformers_backbone(model) is None else "transformers"
+    return BackboneId(name, fingerprint, quantization, revision, library)
 
 
 def _load_whole(
@@ -224,13 +241,10 @@ def identify_backbone(model: QSTModel, cfg: DictConfig) -> BackboneId:
         UserError: if the checkpoint is missing, damaged or not of this architecture.
     """
     checkpoint_dir = check_checkpoint_dir(cfg.checkpointer)
-    if isinstance(model, TransformersModel):
-        return identify_transformers_backbone(model, checkpoint_dir)
     check_architecture(model, checkpoint_dir)
     checkpointer = instantiate(cfg.checkpointer, "checkpointer")
     fingerprint = fingerprint_backbone(model, checkpointer)
-    name, revision = model_name(checkpoint_dir)
-    return BackboneId(name, fingerprint, quantization_of_backbone(model), revision)
+    return _identity(model, checkpoint_dir, fingerprint, stored_as(model))
 
 
 def provenance_of(

@@ -20,6 +20,7 @@ OTHER_NAMES: dict[str, str] = {
     "adam_beta2": "optimizer.betas=[0.9,0.999]",
     "adam_epsilon": "optimizer.eps=...",
     "adapter": "none: the recipe is the method (qst_finetune, peqa_finetune)",
+    "backbone": "none: *_from_hf runs transformers' own model, builders by size torchtune's",
     "base_model": _MODEL,
     "beta": "loss.beta=...",
     "bf16": "dtype=bf16",

@@ -36,7 +36,6 @@ from qst_tune.modules.plain_parts import Place, expose_parts, plain_parts, read_
 from qst_tune.modules.qst_decoder import QSTDecoder
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.modules.rotary_caches import build_rotary_caches
-from qst_tune.training.backbone_cache import backbone_cache
 from qst_tune.training.backbone_loading import read_weights, set_weight
 from qst_tune.training.backbone_sizes import gathered_groups, is_side
 from qst_tune.training.distributed import sum_over_ranks
@@ -56,11 +55,6 @@ class Sharding:
 
     mesh: DeviceMesh
     offload: bool = False
-
-    @property
-    def name(self) -> str:
-        """Of this process's part, for a file."""
-        return f"{self.mesh.get_local_rank()}-of-{self.mesh.size()}"
 
     def rows(self, num_rows: int) -> slice:
         """Return which of a tensor's rows this process keeps, perhaps none, as FSDP2 cuts it."""
@@ -164,8 +158,7 @@ def load_sharded_backbone(
     """Load a checkpoint as ``load_backbone`` does, keeping of each weight only this process's part.
 
     A process holds no more than its parts and one whole weight. It still has to read every weight:
-    the scales of a 4-bit weight are quantised together, so its part cannot be made of a part. With
-    a ``cache_dir`` the next start on as many processes reads the parts alone.
+    the scales of a 4-bit weight are quantised together, so its part cannot be made of a part.
 
     Args:
         model (TransformerDecoder): built on meta; changed in place: filled and sharded.
@@ -190,12 +183,7 @@ def load_sharded_backbone(
         sharded.keep(path, twin.get_submodule(path))
         set_weight(twin, name, weight, dtype=dtype, device=META)
 
-    cache = backbone_cache(checkpointer, twin, dtype, shard=sharding.name)
-    fingerprint = cache.load_parts(sharded.parts) if cache else None
-    if fingerprint is None:
-        fingerprint = read_weights(twin, checkpointer, place)
-        if cache:
-            cache.save_parts(sharded.parts, fingerprint)
+    fingerprint = read_weights(twin, checkpointer, place)
     build_rotary_caches(model.layers, device)
     return fingerprint
 

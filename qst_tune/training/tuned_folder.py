@@ -35,12 +35,14 @@ class BackboneId:
         quantization (str): how it is stored, from ``quantization_of_backbone``: "nf4", "none",
             "int4, groups of 64, rtn", "nf4; embedding int8" and the like.
         revision (str): commit of a hub name; "" for a directory.
+        library (str): whose modules computed the hidden states, "torchtune" or "transformers".
     """
 
     name: str
     fingerprint: str
     quantization: str
     revision: str = ""
+    library: str = "torchtune"
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,14 @@ def read_description(folder: Path, form: TunedFormat) -> dict[str, Any]:
 
 def _check_backbone(folder: Path, description: dict[str, Any], backbone: BackboneId) -> None:
     trained_on = description.get("backbone") or {}
+    is_same = trained_on.get("fingerprint") == backbone.fingerprint
+    library = trained_on.get("library", backbone.library if is_same else "torchtune")
+    if library != backbone.library:  # until 0.1 every *_from_hf of a known family was torchtune's
+        raise UserError(
+            f"{folder} was tuned over {trained_on.get('name')} in {library}'s modules, and here "
+            f"{backbone.name} runs in {backbone.library}'s: use the model block that it was tuned "
+            "with, or if that is *_from_hf, which were torchtune's until now, tune it again"
+        )
     differing = [
         f"{field} {trained_on.get(field)!r} there, {value!r} here"
         for field, value in asdict(backbone).items()

@@ -27,13 +27,10 @@ from qst_tune.modules.side_config import SideConfig
 from qst_tune.training.side_checkpoint import SIDE_NETWORK, load_side_network
 from qst_tune.training.tuned_folder import BackboneId, Provenance, read_description
 
-_BUILDER: dict[str, Any] = {
-    "_component_": "qst_tune.models.qst_from_hf",
-    "backbone": "transformers",
-}
+_BUILDER: dict[str, Any] = {"_component_": "qst_tune.models.qst_from_hf"}
 _CLASSIFIER = {
     "_component_": "qst_tune.models.qst_classifier",
-    "backbone": "qst_tune.models.transformers_from_hf",
+    "backbone": "qst_tune.models.backbone_from_hf",
 }
 
 log = utils.get_logger("INFO")
@@ -76,7 +73,7 @@ def side_over(
         stored, quantization = _foreign(method, home)
     place = (hub_name(home) or str(home.resolve())) if home else _name(model)
     name, revision = model_name(home) if home else (place or str(model.config.model_type), "")
-    identity = BackboneId(name, fingerprint, quantization, revision)
+    identity = BackboneId(name, fingerprint, quantization, revision, "transformers")
     block = {
         **builder,
         "checkpoint_dir": place,

@@ -23,7 +23,7 @@ def own_memory() -> int:
 def main() -> None:
     folder = Path(sys.argv[1])
     with torch.device("meta"):
-        model = qst_from_hf(str(folder), backbone="transformers")
+        model = qst_from_hf(str(folder))
     quantization_config_type()
     before, peak, done = own_memory(), 0, threading.Event()
 

@@ -26,7 +26,7 @@ MEMORY = Path(__file__).parent / "loading_memory.py"
 
 def load(folder: Path, **settings: Any) -> Any:
     with torch.device("meta"):
-        model = qst_from_hf(str(folder), backbone="transformers", reduction_factor=4, **settings)
+        model = qst_from_hf(str(folder), reduction_factor=4, **settings)
     load_backbone(model.backbone, folder, dtype=torch.float32, device=CPU)
     model.initialize_side(CPU)
     return model
@@ -76,6 +76,13 @@ def test_other_formats_are_what_a_model_in_memory_is_rounded_to(form: str, folde
     assert torch.equal(load(folder, base_quantization=form)(TOKENS), expected(TOKENS))
 
 
+def test_a_row_may_not_be_longer_than_the_models_positions(folder: Path) -> None:
+    assert backbone_from_hf(str(folder)).max_seq_len == SIZES["max_position_embeddings"]
+    assert backbone_from_hf(str(folder), max_seq_len=10).max_seq_len == 10
+    with pytest.raises(UserError, match=r"max_seq_len=257 is more than the 256 positions"):
+        backbone_from_hf(str(folder), max_seq_len=257)
+
+
 def test_a_missing_weight_is_named(folder: Path) -> None:
     edit(folder, lambda w: w.pop("model.layers.1.mlp.up_proj.weight"))
     with pytest.raises(UserError, match=r"lacks 1 of .*model\.layers\.1\.mlp\.up_proj\.weight"):
@@ -118,11 +125,6 @@ def test_an_older_transformers_is_one_line(folder: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("transformers.__version__", "4.57.6")
     with pytest.raises(UserError, match=r"needs transformers 5 \(found 4\.57\.6\): pip install"):
         backbone_on_meta(folder)
-
-
-def test_an_unknown_backbone_is_refused(folder: Path) -> None:
-    with pytest.raises(UserError, match=r"backbone='vllm' is unknown.*torchtune, transformers"):
-        backbone_from_hf(str(folder), backbone="vllm")
 
 
 @torch.no_grad()

@@ -186,7 +186,7 @@ def test_a_saved_model_is_loaded_as_it_was(model_type: str, form: str, tmp_path:
     theirs.save_pretrained(tmp_path)
     settings: dict[str, Any] = {"reduction_factor": 4, "base_quantization": form}
     with torch.device("meta"):
-        model = qst_from_hf(str(tmp_path), backbone="transformers", **settings)
+        model = qst_from_hf(str(tmp_path), **settings)
     load_backbone(model.backbone, tmp_path, dtype=torch.float32, device=CPU)
     model.initialize_side(CPU)
     expected = qst_decoder(TransformersBackbone(theirs), **settings)

@@ -160,7 +160,6 @@ def test_so_are_those_of_transformers_models(
     steps.cfg.model = {
         "_component_": "qst_tune.models.qst_from_hf",
         "checkpoint_dir": str(tmp_path),
-        "backbone": "transformers",
         "reduction_factor": 4,
         "num_side_blocks": blocks,
     }

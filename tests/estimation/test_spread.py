@@ -22,7 +22,7 @@ def received(traffic: Traffic, size: int) -> int:
 
 
 def estimate_is_what_happens(folder: Path, kind: str, size: int) -> None:
-    spread, plan, model = Spread(size, "full"), build(folder, kind), load_sharded(folder, kind)
+    spread, plan, model = Spread(size, "full"), build(kind), load_sharded(folder, kind)
     held = sum(p.to_local().nbytes for p in model.parameters() if not p.requires_grad)
     model(own_tokens()).sum().backward()
     with Traffic() as step:
@@ -44,9 +44,8 @@ def test_bytes_held_and_received_are_those_of_a_real_step(kind: str, tmp_path: P
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Any:
-    save_hf_model(tmp_path / "model", MODELS["nf4"][0])
-    return build(tmp_path / "model", "nf4")
+def model() -> Any:
+    return build("nf4")
 
 
 def test_groups_add_up_to_the_backbone(model: Any) -> None:

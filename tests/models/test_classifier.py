@@ -1,8 +1,10 @@
 import pytest
 import torch
 
+from qst_tune.backbone.qst_transformer import QSTTransformer
 from qst_tune.models import qst_classifier
 from qst_tune.modules import NF4Linear, QSTClassifier
+from tests.opt_models import OPT_DIRECTORY
 
 
 def build(**arguments):
@@ -23,22 +25,16 @@ def test_any_builder_of_a_torchtune_decoder_is_a_backbone(backbone):
 
 
 def test_arguments_go_to_the_backbone_and_to_the_side_network():
-    model = build(
-        backbone="qst_tune.models.opt",
-        num_labels=1,
-        num_layers=2,
-        num_heads=4,
-        embed_dim=64,
-        reduction_factor=4,
-        variant="authors",
-    )
-    assert len(model.layers) == len(model.side.blocks) == 2
+    model = build(**OPT, num_labels=1, reduction_factor=3, variant="authors")
+    assert isinstance(model, QSTTransformer)
+    assert isinstance(model, QSTClassifier)
+    assert len(model.layers) == len(model.side.blocks) == 3
     assert model.side.output_mix.swapped
 
 
-OPT = {"backbone": "qst_tune.models.opt", "num_layers": 2, "num_heads": 4, "embed_dim": 64}
-LLAMA = {**OPT, "backbone": "torchtune.models.llama2.llama2", "num_kv_heads": 2}
-LLAMA |= {"vocab_size": 61, "max_seq_len": 32}
+OPT = {"backbone": "qst_tune.models.backbone_from_hf", "checkpoint_dir": OPT_DIRECTORY}
+LLAMA = {"backbone": "torchtune.models.llama2.llama2", "num_layers": 2, "num_heads": 4}
+LLAMA |= {"num_kv_heads": 2, "embed_dim": 96, "vocab_size": 61, "max_seq_len": 32}
 
 
 @pytest.mark.parametrize(
@@ -55,7 +51,7 @@ def test_the_authors_opt_classifier_alone_starts_halfway_between_the_networks(
 ):
     for device in ("cpu", "meta"):
         with torch.device(device):
-            model = qst_classifier(**sizes, num_labels=2, reduction_factor=4, **settings)
+            model = qst_classifier(**sizes, num_labels=2, reduction_factor=3, **settings)
         model.initialize_side(torch.device("cpu"))
         assert torch.all(model.side.output_mix.logit == start)
         assert model.counts_tokens == (sizes is OPT and settings.get("variant") == "authors")

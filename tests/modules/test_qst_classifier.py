@@ -6,11 +6,13 @@ import torch.nn.functional as F
 from torch import nn
 from torchtune.generation import get_causal_mask_from_padding_mask
 
-from qst_tune.models import opt_tune_to_hf, qst_classifier, qst_decoder
-from qst_tune.modules import QSTClassifier
-from qst_tune.modules.learned_positions import LearnedPositionEmbedding
+from qst_tune.backbone.qst_transformer import QSTTransformer
+from qst_tune.models import qst_classifier, qst_decoder
+from qst_tune.modules.qst_classifier import QSTClassifier
 from qst_tune.training.authors_checkpoint import side_to_authors
+from qst_tune.training.backbone_loading import load_backbone
 from qst_tune.training.classification import ClassificationTask
+from qst_tune.training.hf_checkpointer import HFCheckpointer
 from qst_tune.training.parameter_groups import parameter_groups
 from tests.helpers import (
     TINY,
@@ -21,10 +23,17 @@ from tests.helpers import (
     reference_shape,
     tiny_backbone,
 )
-from tests.opt_models import SIZES, hf_opt, our_opt, padded_batch, randomize_opt_
+from tests.opt_models import (
+    SIZES,
+    authors_opt_weights,
+    hf_opt,
+    opt_backbone,
+    padded_batch,
+    randomize_opt_,
+)
 from tests.reference import qst_reference as reference
 
-BACKBONES = {"rotary positions": tiny_backbone, "learned positions": lambda: our_opt(hf_opt())}
+BACKBONES = {"torchtune": tiny_backbone, "transformers": opt_backbone}
 # fp32 sums in another order.
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
@@ -117,16 +126,31 @@ def test_no_label_is_refused():
 # The authors' classifier.
 
 LLAMA_SIZES = {"backbone": "torchtune.models.llama2.llama2", **TINY}
-OPT_SIZES = {"backbone": "qst_tune.models.opt", **SIZES}
 PAD = 1  # of padded_batch
 
 
-def authors_classifier(sizes, num_labels):
+def built(family, folder, **settings):
+    """A classifier over a random backbone, built as a config does it."""
+    if family == "llama":
+        model = qst_classifier(**LLAMA_SIZES, **settings)
+        randomize_opt_(model)
+        return model
+    hf_opt().save_pretrained(folder)
+    with torch.device("meta"):
+        model = qst_classifier(
+            "qst_tune.models.backbone_from_hf", checkpoint_dir=str(folder), **settings
+        )
+    cpu = torch.device("cpu")
+    load_backbone(model, HFCheckpointer(str(folder)), dtype=torch.float32, device=cpu)
+    model.initialize_side(cpu)
+    randomize_opt_(model.side)
+    return model
+
+
+def authors_classifier(family, folder, num_labels):
     """Ours, with random weights, and its side network under the authors' names, as leaves."""
     settings = {"variant": "authors", "reduction_factor": 3, "rank": 8, "quantize_base": False}
-    model = qst_classifier(**sizes, **settings, num_labels=num_labels)
-    randomize_opt_(model)
-    family = "opt" if sizes is OPT_SIZES else "llama"
+    model = built(family, folder, **settings, num_labels=num_labels)
     side = side_to_authors(dict(model.side.named_parameters()), family, **heads_of(model))
     return model, {name: value.detach().clone().requires_grad_() for name, value in side.items()}
 
@@ -137,12 +161,10 @@ def heads_of(model):
 
 
 def reference_logits(model, side, tokens, real):
-    if isinstance(model.tok_embeddings, LearnedPositionEmbedding):
-        frozen = {k: v for k, v in model.state_dict().items() if not k.startswith("side.")}
+    if isinstance(model, QSTTransformer):
         sizes = (SIZES["num_layers"], SIZES["num_heads"])
-        return reference.opt_classifier(
-            opt_tune_to_hf(frozen), side, tokens, real.long(), *sizes, PAD
-        )
+        frozen = authors_opt_weights(model)
+        return reference.opt_classifier(frozen, side, tokens, real.long(), *sizes, PAD)
     shapes = (reference_shape(model.layers), reference_shape(model.side.blocks))
     mask = get_causal_mask_from_padding_mask(real)
     return reference.llama_classifier(reference_backbone(model), side, tokens, *shapes, PAD, mask)
@@ -150,10 +172,10 @@ def reference_logits(model, side, tokens, real):
 
 @pytest.mark.parametrize("num_labels", [1, 3])
 @pytest.mark.parametrize("padding", ["left", "right"])
-@pytest.mark.parametrize("sizes", [LLAMA_SIZES, OPT_SIZES], ids=["llama", "opt"])
-def test_logits_loss_and_gradients_equal_the_authors(sizes, padding, num_labels):
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_logits_loss_and_gradients_equal_the_authors(family, padding, num_labels, tmp_path):
     """On the left too: lengths for which the token that OPT's count picks there is a real one."""
-    model, side = authors_classifier(sizes, num_labels)
+    model, side = authors_classifier(family, tmp_path, num_labels)
     tokens, real = padded_batch(padding, (9, 5, 7))
     expected = reference_logits(model, side, tokens, real)
     torch.testing.assert_close(model(tokens, padding_mask=real), expected, **CLOSE)
@@ -166,7 +188,7 @@ def test_logits_loss_and_gradients_equal_the_authors(sizes, padding, num_labels)
     loss.backward()
     (total / rows).backward()
     grads = {name: parameter.grad for name, parameter in model.side.named_parameters()}
-    ours = side_to_authors(grads, "opt" if sizes is OPT_SIZES else "llama", **heads_of(model))
+    ours = side_to_authors(grads, family, **heads_of(model))
     assert set(ours) == set(side)
     assert {"score_z", "score.weight"} < set(ours)
     for name, leaf in side.items():
@@ -185,10 +207,10 @@ def test_authors_count_of_tokens_finds_the_last_one_under_left_padding_for_llama
 
 
 @torch.no_grad()
-def test_only_the_authors_opt_classifier_reads_another_token_than_the_last():
+def test_only_the_authors_opt_classifier_reads_another_token_than_the_last(tmp_path):
     tokens, real = padded_batch("left", (9, 5, 7))
     for variant in ("default", "paper", "authors"):
-        model = qst_classifier(**OPT_SIZES, num_labels=2, variant=variant, reduction_factor=3)
+        model = built("opt", tmp_path, num_labels=2, variant=variant, reduction_factor=3)
         randomize_(model.side)
         alone = torch.cat(
             [model(row[is_real][None]) for row, is_real in zip(tokens, real, strict=True)]
@@ -203,10 +225,11 @@ def test_only_the_authors_opt_classifier_reads_another_token_than_the_last():
 @torch.no_grad()
 def test_given_mask_semantics_are_those_of_the_decoder():
     """Left padding goes through the same mask and positions as generation's."""
-    model = classifier(our_opt(hf_opt()))
+    model = classifier()
     tokens, real = padded_batch("left")
     decoder = qst_decoder_of(model)
-    state = decoder(tokens, mask=get_causal_mask_from_padding_mask(real))[:, -1]
+    where = {"input_pos": (real.cumsum(-1) - 1).clamp(min=0)}
+    state = decoder(tokens, mask=get_causal_mask_from_padding_mask(real), **where)[:, -1]
     torch.testing.assert_close(
         model(tokens, padding_mask=real), state @ model.side.score.weight.T, **CLOSE
     )

@@ -1,6 +1,5 @@
 """The authors' folders through the real `tune`: read, used, written, refused."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from qst_tune.recipes import qst_convert
-from safetensors.torch import save_file
 
 from qst_tune.errors import UserError
 from qst_tune.training.authors_checkpoint import write_authors_folder
@@ -104,18 +102,13 @@ def test_a_classifiers_folder_comes_back_and_computes_what_the_authors_equations
 def test_an_opt_classifiers_folder_comes_back(tmp_path: Path, config: Config):
     state = random_state({**OPT_CLASSIFIER, "reduction_factor": 3, "rank": 5})
     write_authors_folder(tmp_path / "theirs", state)
-    (tmp_path / "model").mkdir()
-    theirs = hf_opt()
-    (tmp_path / "model" / "config.json").write_text(json.dumps(theirs.config.to_dict()))
-    weights = {n: v for n, v in theirs.state_dict().items() if n != "lm_head.weight"}
-    save_file(weights, tmp_path / "model" / "model.safetensors")
+    hf_opt().save_pretrained(tmp_path / "model")
     checkpointer = {
-        **config["checkpointer"],
-        "_component_": "qst_tune.training.opt_checkpointer.OPTCheckpointer",
+        "_component_": "qst_tune.training.hf_checkpointer.HFCheckpointer",
         "checkpoint_dir": str(tmp_path / "model"),
     }
-    del checkpointer["model_type"]
-    cfg = {**config, "model": OPT_CLASSIFIER, "checkpointer": checkpointer}
+    model = {**OPT_CLASSIFIER, "checkpoint_dir": str(tmp_path / "model")}
+    cfg = {**config, "model": model, "checkpointer": checkpointer}
     ours = f"side_network={tmp_path / 'ours'}"
     qst_convert.main(merged(cfg, f"from_authors={tmp_path / 'theirs'}", ours))
     qst_convert.main(merged(cfg, ours, f"to_authors={tmp_path / 'back'}"))

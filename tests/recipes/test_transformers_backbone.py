@@ -12,9 +12,9 @@ from qst_tune.sharing.inspection import verify_directory
 from qst_tune.training.config_file import parse_config
 from qst_tune.transformers import QSTForCausalLM
 from tests.backbone.model_types import tiny_model
-from tests.checkpoints import colour_rows, write_chat_tokenizer, write_jsonl
+from tests.checkpoints import colour_rows, finetune_config, write_chat_tokenizer, write_jsonl
 from tests.ranks import run_on
-from tests.recipe_runs import one_thread, run_tune
+from tests.recipe_runs import merged, one_thread, run_tune
 from tests.recipes.test_qst_dpo import write_pairs
 
 CONFIG = Path(__file__).parents[2] / "configs" / "auto" / "qst.yaml"
@@ -130,15 +130,39 @@ def test_the_result_is_evaluated_verified_and_tuned_on_by_preferences(
 
 def test_both_backbones_of_one_model_learn_alike(tmp_path: Path) -> None:
     """A Llama, which torchtune has too: the first loss is the same, later ones nearly."""
-    tiny_model("llama", vocab_size=307).save_pretrained(tmp_path / "llama")
-    write_chat_tokenizer(tmp_path / "llama")
-    write_jsonl(tmp_path / "train.jsonl", colour_rows(8))
-    losses = [
-        list(run(tmp_path, "llama", tmp_path / kind, f"model.backbone={kind}").values())
-        for kind in ("torchtune", "transformers")
-    ]
-    torch.testing.assert_close(*(torch.tensor(row[:1]) for row in losses), rtol=1e-5, atol=0)
-    torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-2, atol=0)
+    config = {**finetune_config(tmp_path), "epochs": 3, "dataset_val": None}
+    folder = str(tmp_path / "model")
+    choices = {"_component_": "qst_tune.models.qst_from_hf", "reduction_factor": 4, "rank": 4}
+    other = {
+        **config,
+        "model": {
+            **choices,
+            "_component_": "qst_tune.models.qst_from_hf",
+            "checkpoint_dir": folder,
+        },
+        "checkpointer": {
+            "_component_": "qst_tune.training.hf_checkpointer.HFCheckpointer",
+            "checkpoint_dir": folder,
+        },
+    }
+    losses = []
+    for name, chosen in (("torchtune", config), ("transformers", other)):
+        with one_thread():
+            qst_finetune.main(merged(chosen, f"output_dir={tmp_path / name}"))
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        losses.append(torch.tensor(list(summary["train_loss"].values())))
+    torch.testing.assert_close(losses[0][:1], losses[1][:1], rtol=1e-5, atol=0)
+    torch.testing.assert_close(*losses, rtol=1e-2, atol=0)
+    with pytest.raises(UserError, match="was tuned over model in torchtune's modules, and here"):
+        qst_evaluate.main(
+            merged(
+                {k: other[k] for k in ("model", "checkpointer", "tokenizer", "device", "dtype")},
+                f"output_dir={tmp_path / 'out'}",
+                f"side_network={tmp_path / 'torchtune' / 'side_network'}",
+                f"text={tmp_path / 'train.jsonl'}",
+                "window=24",
+            )
+        )
 
 
 @pytest.mark.parametrize("sharding", [pytest.param("null", marks=pytest.mark.slow), "full"])
@@ -159,10 +183,22 @@ def test_compile_gives_the_same_run(root: Path, tmp_path: Path) -> None:
     assert compiled == pytest.approx(plain, rel=1e-6)
 
 
-def test_what_needs_torchtunes_modules_is_one_line(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"cache_dir=/tmp/c .*smollm3") as error:
-        run(root, "smollm3", tmp_path, "checkpointer.cache_dir=/tmp/c")
+def test_a_choice_of_backbone_is_refused_in_one_line(root: Path, tmp_path: Path) -> None:
+    message = r"takes no argument 'backbone'; in qst_tune it is none"
+    with pytest.raises(UserError, match=message) as error:
+        run(root, "smollm3", tmp_path, "model.backbone=torchtune")
     assert "\n" not in str(error.value)
+
+
+def test_the_second_start_reads_the_quantised_weights(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = (
+        run(root, "gpt_oss", tmp_path / name, f"checkpointer.cache_dir={tmp_path / 'cache'}")
+        for name in ("first", "second")
+    )
+    assert first == second
+    assert caplog.text.count("quantised backbone read from") == 1
 
 
 @pytest.mark.slow

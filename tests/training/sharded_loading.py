@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torchtune.training import FullModelHFCheckpointer
 
-from qst_tune.models import qst_from_hf
+from qst_tune.models import qst_llama3_2
 from qst_tune.training.backbone_loading import load_backbone
 from qst_tune.training.backbone_sizes import backbone_bytes, group_bytes
 from qst_tune.training.distributed import rank_and_world_size
-from qst_tune.training.hf_checkpointer import HFCheckpointer
 from qst_tune.training.sharding import (
     choose_sharding,
     load_sharded_backbone,
@@ -74,30 +74,33 @@ def watched() -> Iterator[dict[str, int]]:
     thread.join()
 
 
-def build(folder: Path) -> Any:
+def build() -> Any:
     with torch.device("meta"):
         default = torch.get_default_dtype()
         torch.set_default_dtype(torch.bfloat16)
         try:
-            return qst_from_hf(str(folder))
+            return qst_llama3_2(**SIZES)
         finally:
             torch.set_default_dtype(default)
 
 
 def load(folder: Path) -> None:
-    model, checkpointer = build(folder), HFCheckpointer(str(folder))
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    out = str(folder / "out")
+    checkpointer = FullModelHFCheckpointer(str(folder), files, "LLAMA3_2", output_dir=out)
+    model = build()
     rank, size = rank_and_world_size()
     sharding = choose_sharding("full", CPU)
     with watched() as seen:
         if sharding is None:
             load_backbone(model, checkpointer, dtype=torch.bfloat16, device=CPU)
         else:
-            twin = build(folder)
+            twin = build()
             load_sharded_backbone(
                 model, twin, checkpointer, sharding, dtype=torch.bfloat16, device=CPU
             )
     if rank == 0:
-        share = backbone_bytes(build(folder)) / size / MIB
+        share = backbone_bytes(build()) / size / MIB
         say(
             f"{size} processes: share {share:6.1f} MiB, held {seen['end'] / MIB:6.1f} MiB, "
             f"peak {seen['peak'] / MIB:6.1f} MiB"
@@ -112,7 +115,7 @@ def main() -> None:
         dense = sum(w.nbytes for w in weights.values())
         largest = max(w.nbytes for w in weights.values())
         del weights
-        groups, _ = group_bytes(build(folder))
+        groups, _ = group_bytes(build())
         say(
             f"bf16 checkpoint {dense / MIB:.0f} MiB, its largest weight {largest / MIB:.0f} MiB, "
             f"a layer in NF4 {max(groups) / MIB:.0f} MiB"

@@ -6,15 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torchtune.generation import get_causal_mask_from_padding_mask
 from torchtune.models import convert_weights
 from torchtune.models.llama2 import llama2
 
+from qst_tune.backbone.qst_transformer import QSTTransformer
 from qst_tune.errors import UserError
 from qst_tune.generation.sampling import Sampling
 from qst_tune.generation.sequence import CachedSequence, continue_sequence
-from qst_tune.models import opt_tune_to_hf, qst_decoder
-from qst_tune.modules import QSTClassifier
+from qst_tune.models import qst_decoder
+from qst_tune.modules.qst_classifier import QSTClassifier
 from qst_tune.training.authors_checkpoint import (
     read_authors_folder,
     side_from_authors,
@@ -29,7 +29,13 @@ from tests.helpers import (
     reference_side,
     tiny_backbone,
 )
-from tests.opt_models import SIZES, hf_opt, our_opt, padded_batch, randomize_opt_
+from tests.opt_models import (
+    SIZES,
+    authors_opt_weights,
+    opt_backbone,
+    padded_batch,
+    randomize_opt_,
+)
 from tests.reference import qst_reference as reference
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden" / "llama"
@@ -83,8 +89,14 @@ def record_side_tensors(model):
         block.register_forward_hook(keep(f"side_hidden.{i + 1}", lambda args, out: out))
     for i, layer in enumerate(model.layers):
         layer.register_forward_hook(keep(f"backbone_hidden.{i + 1}", lambda args, out: out))
-    model.tok_embeddings.register_forward_hook(keep("backbone_hidden.0", lambda args, out: out))
-    model.norm.register_forward_hook(keep("backbone_last", lambda args, out: out))
+    of_transformers = isinstance(model, QSTTransformer)
+    norm = model.backbone.decoder.final_layer_norm if of_transformers else model.norm
+    norm.register_forward_hook(keep("backbone_last", lambda args, out: out))
+    if of_transformers:  # the first layer's input is tokens and positions
+        first = keep("backbone_hidden.0", lambda args, out: args[0])
+        model.layers[0].register_forward_hook(first)
+    else:
+        model.tok_embeddings.register_forward_hook(keep("backbone_hidden.0", lambda args, out: out))
     model.side.norm.register_forward_hook(keep("side_last", lambda args, out: out))
     model.side.upsample.register_forward_hook(keep("upsampled", lambda args, out: out))
     model.side.output_mix.register_forward_hook(keep("mixed", lambda args, out: out))
@@ -170,12 +182,11 @@ OPT_HEADS = {"num_heads": SIZES["num_heads"], "num_kv_heads": SIZES["num_heads"]
 def opt_model():
     """Ours, with random weights, and the same weights under the authors' names."""
     model = qst_decoder(
-        our_opt(hf_opt()), reduction_factor=3, rank=8, variant="authors", quantize_base=False
+        opt_backbone(), reduction_factor=3, rank=8, variant="authors", quantize_base=False
     )
     randomize_opt_(model.side)
     side = side_to_authors(dict(model.side.named_parameters()), "opt", **OPT_HEADS)
-    frozen = {k: v for k, v in model.state_dict().items() if not k.startswith("side.")}
-    return model, opt_tune_to_hf(frozen), side
+    return model, authors_opt_weights(model), side
 
 
 @pytest.mark.parametrize("padding", ["none", "right", "left"])
@@ -189,8 +200,7 @@ def test_every_opt_tensor_and_gradient_equals_the_transcription(padding):
         backbone, leaves, tokens, real.long(), SIZES["num_layers"], SIZES["num_heads"]
     )
     seen = record_side_tensors(model)
-    mask = None if padding == "none" else get_causal_mask_from_padding_mask(real)
-    seen["logits"] = model(tokens, mask=mask)
+    seen["logits"] = model(tokens, mask=None if padding == "none" else real)
     seen["side_hidden.0"] = model.side.start(seen["backbone_hidden.0"])
     assert set(seen) == set(expected)
     for name, tensor in seen.items():
@@ -282,7 +292,7 @@ def test_opt_weighs_the_side_network_with_the_output_gate():
     torch.nn.init.constant_(model.side.output_mix.logit, 20.0)
     f, u = torch.randn(2, 1, 3, SIZES["embed_dim"]).unbind()
     torch.testing.assert_close(model.side.output_mix(f, u), u)
-    fresh = qst_decoder(our_opt(hf_opt()), reduction_factor=3, variant="authors")
+    fresh = qst_decoder(opt_backbone(), reduction_factor=3, variant="authors")
     assert torch.all(fresh.side.output_mix.logit == 1)
 
 
@@ -331,7 +341,7 @@ def test_a_missing_file_of_an_opt_folder_is_named_with_its_own_list(tmp_path):
 def test_a_classifiers_folder_is_what_the_authors_code_loads(family, gate_file, tmp_path):
     builder = {
         "llama": lambda: tiny_backbone(num_heads=4, num_kv_heads=2, embed_dim=64),
-        "opt": lambda: our_opt(hf_opt()),
+        "opt": opt_backbone,
     }
     decoder = qst_decoder(builder[family](), reduction_factor=4, variant="authors")
     side = QSTClassifier(decoder, 3).side.state_dict()

@@ -12,8 +12,8 @@ from torchtune.models.qwen2 import qwen2
 
 from qst_tune.errors import UserError
 from qst_tune.models import qst_builder
-from qst_tune.models.hf.weights import Weights
 from qst_tune.training.authors_checkpoint import (
+    Weights,
     read_authors_folder,
     side_to_authors,
     write_authors_folder,
@@ -33,10 +33,10 @@ BACKBONE = BackboneId("somewhere", "0" * 64, "nf4")
 LLAMA = {"_component_": "qst_tune.models.qst_llama3_2", **SIZES}
 # 288 / 17 and 288 / 18 are both 16; 300 / 17 and 300 / 18 are not the same.
 AMBIGUOUS = {**LLAMA, "num_heads": 2, "embed_dim": 288, "intermediate_dim": 300}
-OPT = {"_component_": "qst_tune.models.qst_opt", **opt_models.SIZES}
+OPT = {"_component_": "qst_tune.models.qst_from_hf", "checkpoint_dir": opt_models.OPT_DIRECTORY}
 CLASSIFIER = {"_component_": "qst_tune.models.qst_classifier", "num_labels": 3}
 LLAMA_CLASSIFIER = {**LLAMA, **CLASSIFIER, "backbone": "torchtune.models.llama3_2.llama3_2"}
-OPT_CLASSIFIER = {**OPT, **CLASSIFIER, "backbone": "qst_tune.models.opt"}
+OPT_CLASSIFIER = {**OPT, **CLASSIFIER, "backbone": "qst_tune.models.backbone_from_hf"}
 GOLDEN_BLOCK = {
     "_component_": "qst_tune.models.qst_llama2",
     "vocab_size": 128,
@@ -70,7 +70,7 @@ def random_state(block: dict[str, Any], dtype=torch.float32) -> Weights:
     """A side network under the names of the authors' model."""
     side = random_side({"variant": "authors", **block}, dtype)
     attn = side.blocks[0].attn
-    family = "opt" if "opt" in block.get("backbone", block["_component_"]) else "llama"
+    family = "opt" if "checkpoint_dir" in block else "llama"
     heads = {"num_heads": attn.num_heads, "num_kv_heads": attn.num_kv_heads}
     return side_to_authors(side.state_dict(), family, **heads)
 
@@ -164,7 +164,8 @@ def test_a_gate_that_their_code_did_not_write_has_its_start_and_is_said_to(
     assert f"taking its start {start:g}" in caplog.text
     save(tmp_path / "ours", model.side, found)
     exported, _ = export_authors(tmp_path / "ours", config(block))
-    assert_same_tensors(exported, {**state, "score_z": torch.full((block["embed_dim"],), start)})
+    gate = torch.full_like(state["score_z"], start)
+    assert_same_tensors(exported, {**state, "score_z": gate})
     write_authors_folder(tmp_path / "again", exported)
     assert (tmp_path / "again" / gate_file.name).exists()
 

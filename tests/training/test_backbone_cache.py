@@ -9,12 +9,14 @@ from safetensors.torch import load_file, save_file
 from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import training
 
-from qst_tune.models import backbone_from_hf, peqa_builder, qst_from_hf
+from qst_tune.backbone.experts import QuantizedExperts
+from qst_tune.models import peqa_from_hf, qst_from_hf
 from qst_tune.quantization.table import QuantizedTable
 from qst_tune.training import backbone_cache as module
 from qst_tune.training.backbone_cache import BackboneCache, backbone_cache
 from qst_tune.training.backbone_loading import load_backbone
 from qst_tune.training.hf_checkpointer import HFCheckpointer
+from tests.backbone.model_types import tiny_model
 from tests.hf_models import edit_config, padded_batch, save_hf_model
 
 CPU = torch.device("cpu")
@@ -27,7 +29,7 @@ MODELS = {
         qst_from_hf,
         {"reduction_factor": 4, "base_quantization": "none", "embedding_quantization": "nf4"},
     ),
-    "peqa": (peqa_builder(backbone_from_hf), {"bits": 3, "group_size": 32}),
+    "peqa": (peqa_from_hf, {"bits": 3, "group_size": 32}),
 }
 
 
@@ -60,6 +62,8 @@ def contents(model) -> dict[str, torch.Tensor]:
 def decoded(tensor: torch.Tensor) -> torch.Tensor:
     if isinstance(tensor, QuantizedTable):
         return tensor.dense()
+    if isinstance(tensor, QuantizedExperts):
+        return tensor.dense()
     return tensor.get_original_weight() if isinstance(tensor, NF4Tensor) else tensor
 
 
@@ -81,8 +85,12 @@ def test_the_backbone_comes_back_to_the_last_bit(kind: str, dtype, folder: Path)
         assert torch.equal(actual[name], wanted[name]), name
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt_oss", "qwen3_5_text"])
 @torch.no_grad()
-def test_a_model_from_the_cache_computes_the_same(folder: Path) -> None:
+def test_a_model_from_the_cache_computes_the_same(model_type: str, tmp_path: Path) -> None:
+    """Tied and untied heads, tables of two kinds of layers, experts, states."""
+    folder = tmp_path / "model"
+    tiny_model(model_type, vocab_size=307).save_pretrained(folder)
     expected, fingerprint, cache = loaded(folder)
     cache.save(expected, fingerprint)
     model, _, cache = build(folder)

@@ -48,9 +48,7 @@ def save(folder: Path, kind: str) -> Path:
 
 def build(folder: Path, kind: str) -> Any:
     with torch.device("meta"):
-        return qst_from_hf(
-            str(folder), backbone="transformers", reduction_factor=4, **MODELS[kind][2]
-        )
+        return qst_from_hf(str(folder), reduction_factor=4, **MODELS[kind][2])
 
 
 def begun(model: Any) -> Any:

@@ -103,7 +103,7 @@ def test_a_folder_cannot_have_foreign_code_called_as_its_backbone(folders, tmp_p
     tuned.save_pretrained(tmp_path)
     text = (tmp_path / "qst_config.json").read_text()
     for foreign in ("os.system", "torchtune.models.llama2.partial", "qst_tune.models.qst.inspect"):
-        changed = text.replace("qst_tune.models.transformers_from_hf", foreign)
+        changed = text.replace("qst_tune.models.backbone_from_hf", foreign)
         (tmp_path / "qst_config.json").write_text(changed)
         with pytest.raises(UserError, match=f"names the model '{foreign}'"):
             AutoModelForSequenceClassification.from_pretrained(tmp_path)
