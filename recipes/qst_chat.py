@@ -18,7 +18,7 @@ from torchtune import training, utils
 
 from qst_tune.errors import UserError
 from qst_tune.generation.conversation import Conversation
-from qst_tune.generation.sampling import SAMPLING_KEYS, SAMPLING_NAMES, Sampling
+from qst_tune.generation.sampling import SAMPLING_KEYS, Sampling
 from qst_tune.training.cli import run_recipe
 from qst_tune.training.config_check import check_config
 from qst_tune.training.config_keys import Key, setting
@@ -107,7 +107,7 @@ def main(cfg: DictConfig) -> None:
         tuned.model,
         tuned.tokenizer,
         system_prompt=cfg.get("system_prompt"),
-        sampling=Sampling(**{name: setting(cfg, name, KEYS) for name in SAMPLING_NAMES}),
+        sampling=Sampling.of_config(cfg),
         max_new_tokens=setting(cfg, "max_new_tokens", KEYS),
     )
     what = tuned.title if tuned.is_tuned else "without anything tuned"

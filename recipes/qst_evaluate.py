@@ -56,12 +56,10 @@ KEYS = {
     ),
     "limit": Key(kind=int, least=1, meaning="questions, spread evenly over the file; null: all"),
     **pick("dataset_val", "on_bad_row", "batch_size_val"),
-    **pick("batch_size", required=False),
+    **pick("batch_size", required=False, default=8),
     **MODEL_KEYS,
     **pick("output_dir"),
 }
-# Where the config has no batch_size.
-BATCH_SIZE = 8
 RESULT_FILE = "evaluation.json"
 
 # Measures a model as it is now.
@@ -72,7 +70,7 @@ log = utils.get_logger("INFO")
 
 def measures(cfg: DictConfig, tuned: TunedModel) -> Iterator[Measure]:
     """Read what the config names, and yield functions that measure it."""
-    batch_size = cfg.get("batch_size_val") or cfg.get("batch_size") or BATCH_SIZE
+    batch_size = cfg.get("batch_size_val") or setting(cfg, "batch_size", KEYS)
     if cfg.get("dataset_val"):
         yield _validation(cfg, tuned, batch_size)
     if cfg.get("text"):

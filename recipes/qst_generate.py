@@ -21,7 +21,7 @@ from torchtune.data import Message
 from qst_tune.errors import UserError
 from qst_tune.generation.batch import answer_batch
 from qst_tune.generation.conversation import prompt_tokens
-from qst_tune.generation.sampling import SAMPLING_KEYS, SAMPLING_NAMES, Sampling
+from qst_tune.generation.sampling import SAMPLING_KEYS, Sampling
 from qst_tune.generation.tools import read_tool_file
 from qst_tune.training.cli import run_recipe
 from qst_tune.training.config_check import check_config
@@ -86,7 +86,7 @@ class QSTGenerateRecipe:
         return answer_batch(
             self.model,
             encoded,
-            sampling=Sampling(**{name: setting(self.cfg, name, KEYS) for name in SAMPLING_NAMES}),
+            sampling=Sampling.of_config(self.cfg),
             stop_tokens=self.tokenizer.stop_tokens,
             max_new_tokens=budget,
         )

@@ -1,11 +1,12 @@
 """How the next token is chosen: greedily, or drawn after temperature, top-k and top-p."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
+from omegaconf import DictConfig
 from torchtune.generation import sample
 
-from qst_tune.training.config_keys import Key, pick
+from qst_tune.training.config_keys import Key, pick, setting
 
 SAMPLING_KEYS = {
     "temperature": Key(
@@ -20,8 +21,6 @@ SAMPLING_KEYS = {
     ),
     **pick("seed"),
 }
-# Those that are arguments of Sampling.
-SAMPLING_NAMES = ("temperature", "top_k", "top_p")
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,12 @@ class Sampling:
     top_k: int | None = None  # draw among this many of the most likely; None: all
     # draw among the fewest of the most likely tokens with at least this total probability
     top_p: float | None = None
+
+    @classmethod
+    def of_config(cls, cfg: DictConfig) -> "Sampling":
+        """Read the keys of :data:`SAMPLING_KEYS`, except the seed."""
+        names = [field.name for field in fields(cls)]
+        return cls(**{name: setting(cfg, name, SAMPLING_KEYS) for name in names})
 
     def choose(self, logits_BV: torch.Tensor) -> torch.Tensor:
         """Choose a token id for each sequence: ``[B, V]`` to ``[B]``."""

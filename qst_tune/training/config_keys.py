@@ -226,12 +226,9 @@ TRAINING_KEYS: dict[str, Key] = {
 }
 
 
-def pick(*names: str, required: bool | None = None) -> dict[str, Key]:
-    """Return keys of training configs by name; ``required`` replaces what training needs."""
-    keys = {name: TRAINING_KEYS[name] for name in names}
-    if required is None:
-        return keys
-    return {name: replace(key, required=required) for name, key in keys.items()}
+def pick(*names: str, **changes: Any) -> dict[str, Key]:
+    """Return keys of training configs by name; ``changes`` replaces some of their fields."""
+    return {name: replace(TRAINING_KEYS[name], **changes) for name in names}
 
 
 def setting(cfg: Mapping[Any, Any], name: str, keys: Keys = TRAINING_KEYS) -> Any:

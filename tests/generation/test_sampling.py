@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from qst_tune.generation.sampling import Sampling
@@ -49,3 +50,9 @@ def test_draws_follow_the_softmax_of_what_is_kept(sampling: Sampling) -> None:
 def test_without_a_temperature_it_is_the_likeliest_token() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0], [3.0, 1.0, 2.0, -1.0]])
     assert Sampling(0.0, top_k=2, top_p=0.1).choose(logits).tolist() == [2, 0]
+
+
+def test_a_config_without_a_setting_or_with_null_takes_its_default() -> None:
+    assert Sampling.of_config(OmegaConf.create({"top_k": 3, "seed": 1})) == Sampling(0.0, 3, None)
+    given = OmegaConf.create({"temperature": "0.5", "top_k": None, "top_p": 0.25})
+    assert Sampling.of_config(given) == Sampling(0.5, None, 0.25)
