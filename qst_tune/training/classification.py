@@ -94,13 +94,12 @@ def build_classification_task(
             )
         metrics = dataset.metrics
     loss = instantiate(cfg.loss, "loss")
-    wanted = torch.nn.MSELoss if model.num_labels == 1 else torch.nn.CrossEntropyLoss
-    if hasattr(loss, "set_model_output") or isinstance(loss, torch.nn.MSELoss) != (
-        wanted is torch.nn.MSELoss
-    ):
+    gives_scores = model.num_labels == 1
+    is_of_scores = isinstance(loss, torch.nn.MSELoss)
+    if hasattr(loss, "set_model_output") or is_of_scores != gives_scores:
         raise UserError(
             f"loss: {cfg.loss._component_} does not fit model.num_labels={model.num_labels}; use "
-            f"torch.nn.{wanted.__name__}"
+            f"torch.nn.{'MSELoss' if gives_scores else 'CrossEntropyLoss'}"
         )
     return ClassificationTask(loss, metrics, device)
 
