@@ -193,7 +193,7 @@ def test_a_model_of_transformers_classifies_and_its_result_opens_in_transformers
     model = str(root / "model")
     block = {
         "_component_": "qst_tune.models.qst_classifier",
-        "backbone": "qst_tune.models.transformers_from_hf",
+        "backbone": "qst_tune.models.backbone_from_hf",
         "checkpoint_dir": model,
         "num_labels": 2,
         "reduction_factor": 4,
