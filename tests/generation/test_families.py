@@ -13,6 +13,7 @@ from torchtune.models.llama3_2 import llama3_2
 from qst_tune.generation.sequence import CachedSequence
 from qst_tune.models import qst_decoder, qst_from_hf
 from qst_tune.modules.downsample import DownsampleKind
+from qst_tune.training.tuned_folder import BackboneId, Provenance
 from qst_tune.transformers import QSTConfig, QSTForCausalLM
 from tests import hf_models
 from tests.generation.test_sequence import greedy
@@ -70,7 +71,8 @@ def test_logits_with_caches_are_those_without(family, downsample, folders) -> No
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_of_padded_rows_and_beams_are_those_without_caches(family, folders) -> None:
     decoder = qst_model(family, folders)
-    model = QSTForCausalLM(QSTConfig(), decoder).eval()
+    unsaved = Provenance(BackboneId("tiny", "", "none"), {}, "")
+    model = QSTForCausalLM(QSTConfig(), decoder, unsaved).eval()
     rows = [PROMPT, [33, 4]]
     padded = torch.tensor([PROMPT, [0, 0, 0, *rows[1]]])
     mask = torch.tensor([[1] * 5, [0] * 3 + [1] * 2])
