@@ -1,7 +1,7 @@
 """Identify a model by its weights, whatever reads them and in whatever precision."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -11,8 +11,14 @@ from qst_tune.backbone.weights_file import read_weights_file
 _SAMPLES = 64
 
 
+def weight_sample(weight: torch.Tensor) -> torch.Tensor:
+    """Return a few dozen evenly spaced values, fp32 on the CPU."""
+    stride = max(1, weight.numel() // _SAMPLES)
+    return weight.detach().reshape(-1)[::stride].cpu().float().contiguous()
+
+
 def weight_digest(weight: torch.Tensor) -> str:
-    """Hash a weight's shape and a few dozen evenly spaced values.
+    """Hash a weight's shape and its sample.
 
     Args:
         weight (torch.Tensor): a view of a memory-mapped file will do: little of it is read.
@@ -20,9 +26,14 @@ def weight_digest(weight: torch.Tensor) -> str:
     Returns:
         str: the same for fp32 and for the fp16 or bf16 that it came from.
     """
-    stride = max(1, weight.numel() // _SAMPLES)
-    sample = weight.detach().reshape(-1)[::stride].float().contiguous()
-    return hashlib.sha256(repr(tuple(weight.shape)).encode() + sample.numpy().tobytes()).hexdigest()
+    sample = weight_sample(weight).numpy().tobytes()
+    return hashlib.sha256(repr(tuple(weight.shape)).encode() + sample).hexdigest()
+
+
+def fingerprint(digests: Mapping[str, str]) -> str:
+    """Hash the digests of a model's weights, by their names."""
+    summary = "".join(f"{name}:{digests[name]};" for name in sorted(digests))
+    return hashlib.sha256(summary.encode()).hexdigest()
 
 
 def fingerprint_files(paths: Iterable[Path]) -> str:
@@ -37,10 +48,5 @@ def fingerprint_files(paths: Iterable[Path]) -> str:
     Raises:
         UserError: if a file cannot be read.
     """
-    digests = {
-        name: weight_digest(weight)
-        for path in paths
-        for name, weight in read_weights_file(path).items()
-    }
-    summary = "".join(f"{name}:{digests[name]};" for name in sorted(digests))
-    return hashlib.sha256(summary.encode()).hexdigest()
+    weights = (item for path in paths for item in read_weights_file(path).items())
+    return fingerprint({name: weight_digest(weight) for name, weight in weights})

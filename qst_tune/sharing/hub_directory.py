@@ -50,7 +50,7 @@ def make_hub_directory(directory: Path, target: Path, publication: Publication) 
     description = read_description(directory, SIDE_NETWORK)
     public = _public_name(description["backbone"], publication.base_model)
     if "num_labels" in description["model"]:
-        raise UserError(f"{directory} is a classifier, which transformers cannot load")
+        raise UserError(f"{directory} is a classifier; only models that write text are shared")
     read_tensors(directory, SIDE_NETWORK)  # raises if damaged
     cfg = _portable(directory / "recipe_config.yaml", public)
     home = str(description["model"].get("checkpoint_dir", ""))

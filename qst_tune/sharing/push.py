@@ -64,7 +64,7 @@ def _check(directory: Path) -> list[str]:
         if name != form.weights_file:
             _check_text(directory / name)
     if "num_labels" in description["model"]:
-        raise UserError(f"{directory} is a classifier, which transformers cannot load")
+        raise UserError(f"{directory} is a classifier; only models that write text are shared")
     return files
 
 

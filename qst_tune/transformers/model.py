@@ -232,7 +232,8 @@ class QSTForSequenceClassification(QSTPreTrainedModel):
         pad = getattr(self.config, "pad_token_id", None)
         if attention_mask is None and pad is not None:
             attention_mask = (input_ids != pad).long()
-        logits = self.model(input_ids, padding_mask=attention_mask)
+        padding = None if attention_mask is None else attention_mask.bool()
+        logits = self.model(input_ids, padding_mask=padding)
         loss = None
         if labels is not None:
             loss = self.loss_function(

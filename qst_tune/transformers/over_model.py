@@ -1,7 +1,5 @@
 """A side network over a model of transformers that is in memory."""
 
-import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,12 @@ from torch import nn
 from torchtune import utils
 from transformers import PreTrainedModel
 
-from qst_tune.backbone.fingerprint import fingerprint_files, weight_digest
+from qst_tune.backbone.fingerprint import (
+    fingerprint,
+    fingerprint_files,
+    weight_digest,
+    weight_sample,
+)
 from qst_tune.backbone.loading import backbone_on_meta, check_head, directory_format
 from qst_tune.backbone.qst_transformer import QSTTransformer
 from qst_tune.backbone.text_model import score_of
@@ -58,7 +61,10 @@ def side_over(
     if home is not None and not _has_weights_of(model, home):
         log.warning(f"the model's weights are not those of {home}: it is identified by its own")
         home = None
-    fingerprint = fingerprint_files(weight_files(home)) if home else _fingerprint(model)
+    if home is None:
+        of_weights = fingerprint({n: weight_digest(w) for n, w in model.named_parameters()})
+    else:
+        of_weights = fingerprint_files(weight_files(home))
     backbone = TransformersBackbone(model, str(home or ""))
     decoder: Any = qst_decoder(backbone, base_quantization=quantize, **config.settings())
     builder = _BUILDER
@@ -73,7 +79,7 @@ def side_over(
         stored, quantization = _foreign(method, home)
     place = (hub_name(home) or str(home.resolve())) if home else _name(model)
     name, revision = model_name(home) if home else (place or str(model.config.model_type), "")
-    identity = BackboneId(name, fingerprint, quantization, revision, "transformers")
+    identity = BackboneId(name, of_weights, quantization, revision, "transformers")
     block = {
         **builder,
         "checkpoint_dir": place,
@@ -153,31 +159,17 @@ def _has_weights_of(model: PreTrainedModel, home: Path) -> bool:
     A merged adapter, a resized embedding or a tuned layer makes it another model.
     """
     own = dict(model.named_parameters(remove_duplicate=False))
-    for name, stored in _weights_in(home):
+    weights = (item for path in weight_files(home) for item in read_weights_file(path).items())
+    for name, stored in weights:
         mine = own.get(name)
         if mine is None or mine.dtype != model.dtype or not mine.is_floating_point():
             continue
-        if mine.shape != stored.shape:
-            return False
-        if weight_digest(stored) != weight_digest(mine) and not _equal_rounded(stored, mine):
+        same_shape = mine.shape == stored.shape
+        if not same_shape or not torch.equal(
+            weight_sample(stored).to(mine.dtype), weight_sample(mine).to(mine.dtype)
+        ):
             return False
     return True
-
-
-def _weights_in(home: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    for path in weight_files(home):
-        yield from read_weights_file(path).items()
-
-
-def _equal_rounded(stored: torch.Tensor, mine: torch.Tensor) -> bool:
-    """Equal in the precision of the model in memory."""
-    return weight_digest(stored.to(mine.dtype)) == weight_digest(mine)
-
-
-def _fingerprint(model: PreTrainedModel) -> str:
-    named = sorted(model.named_parameters())
-    summary = "".join(f"{name}:{weight_digest(weight.cpu())};" for name, weight in named)
-    return hashlib.sha256(summary.encode()).hexdigest()
 
 
 def _foreign(method: Any, home: Path | None) -> tuple[str, str]:

@@ -187,6 +187,19 @@ def test_a_users_mistake_is_one_line(
     assert "\n" not in str(error.value)
 
 
+def test_the_result_over_torchtunes_modules_opens_in_transformers(
+    trained: FinetuneResult, root: Path
+) -> None:
+    tuned = QSTForSequenceClassification.from_pretrained(trained.folder / "side_network")
+    tokenizer = AutoTokenizer.from_pretrained(root / "model")
+    rows = [json.loads(line) for line in (root / "dev.jsonl").read_text().splitlines()]
+    texts = [TEMPLATE.format(text=row["text"]) for row in rows]
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        found = tuned(**{n: batch[n] for n in ("input_ids", "attention_mask")}).logits.argmax(-1)
+    assert [LABELS[label] for label in found] == [row["label"] for row in rows]
+
+
 def test_a_model_of_transformers_classifies_and_its_result_opens_in_transformers(
     root: Path, config: Config
 ) -> None:

@@ -1,5 +1,6 @@
 """A side network over a loaded model starts as the model, trains alone, and is saved as ours."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import snapshot_download
 from torchao.dtypes.nf4tensor import NF4Tensor
 from transformers import AutoModelForCausalLM
 
@@ -15,6 +17,7 @@ from qst_tune import QSTForCausalLM, SideConfig, get_qst_model
 from qst_tune.errors import UserError
 from qst_tune.training.described_model import load_described
 from tests.backbone.model_types import tiny_model
+from tests.fake_hub import COMMIT, serving, use
 from tests.helpers import random_tokens, randomize_
 
 TYPES = ("llama", "qwen3", "gemma2", "opt", "qwen3_moe")
@@ -194,6 +197,44 @@ def test_a_model_that_bitsandbytes_has_quantised(folders, tokens, tmp_path, capl
         assert torch.equal(again(tokens).logits, tuned(tokens).logits)
     with pytest.raises(UserError, match=r"quantised already \(bitsandbytes\)"):
         get_qst_model(model, SMALL, quantize="nf4")
+
+
+@torch.no_grad()
+def test_a_directory_in_4_bits_is_taken_over_with_its_codes(folders, tokens, tmp_path):
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="only its own users have it")
+    from transformers import BitsAndBytesConfig
+
+    method = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    AutoModelForCausalLM.from_pretrained(
+        folders["llama"], quantization_config=method, dtype=torch.float32
+    ).save_pretrained(tmp_path / "in_4_bits")
+    tuned = saved(tmp_path / "in_4_bits", tmp_path / "side")
+    opened = QSTForCausalLM.from_pretrained(tmp_path / "side", dtype=torch.float32)
+    # Its first product on a CPU puts the codes in another order, and is not one in fp32.
+    stored = load(tmp_path / "in_4_bits").model.layers[1].mlp.up_proj.weight
+    ours = opened.get_submodule("model.frozen.model.model.layers.1.mlp.up_proj")
+    exact = bitsandbytes.functional.dequantize_4bit(stored.data, stored.quant_state)
+    assert torch.equal(ours.dense_weight(torch.float32), exact)
+    torch.testing.assert_close(opened(tokens).logits, tuned(tokens).logits, rtol=0, atol=0.02)
+
+
+@torch.no_grad()
+def test_a_model_of_the_hub_keeps_its_name_and_commit(folders, tokens, tmp_path, monkeypatch):
+    shutil.copytree(folders["llama"], tmp_path / "served/org/tiny")
+    with serving(tmp_path / "served") as hub:
+        use(monkeypatch, hub.url, tmp_path / "home")
+        source = snapshot_download("org/tiny")
+        model = load(Path(source))
+        model.config._name_or_path, model.config._commit_hash = "org/tiny", COMMIT
+        model.name_or_path = "org/tiny"
+        tuned = get_qst_model(model, SMALL)
+        randomize_(tuned.model.side)
+        tuned.save_pretrained(tmp_path / "side")
+        backbone = tuned.provenance.backbone
+        assert (backbone.name, backbone.revision) == ("org/tiny", COMMIT)
+        opened = QSTForCausalLM.from_pretrained(tmp_path / "side", dtype=torch.float32)
+    assert torch.equal(opened(tokens).logits, tuned(tokens).logits)
+    assert str(tmp_path) not in (tmp_path / "side/recipe_config.yaml").read_text()
 
 
 def test_what_is_no_model_of_transformers_is_refused(folders):
