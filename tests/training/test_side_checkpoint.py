@@ -100,6 +100,7 @@ def test_description_says_what_it_was_trained_on(saved: Path) -> None:
             "fingerprint": BACKBONE.fingerprint,
             "quantization": "nf4",
             "revision": "",
+            "library": "torchtune",
         },
         "model": MODEL_BLOCK,
         "structure": side_structure(side_network()),
