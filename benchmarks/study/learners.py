@@ -252,6 +252,5 @@ METHODS: dict[str, Method] = {
     "heads_4": qst("QST, side heads 4 wide", min_head_dim=4),
     "heads_12": qst("QST, side heads 12 wide", min_head_dim=12),
     "bf16": Method("QST, trained in bf16", _qst_in_bf16, 3e-3, QST_RATES),
-    "bits_4": qst("QST, hidden states kept in 4 bits", hidden_bits=4),
     "fp4": qst("QST over FP4", base_quantization="fp4"),
 }

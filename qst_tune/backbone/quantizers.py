@@ -93,7 +93,7 @@ def quantization_of_text(layers: nn.ModuleList, embedding: Any) -> str:
         experts = (p for p in layers.parameters() if isinstance(p, QuantizedExperts))
         stored = next((expert.quantization for expert in experts), "none")
     weight = embedding.weight
-    return f"{stored}; embedding {weight.form}" if isinstance(weight, QuantizedTable) else stored
+    return f"{stored}; embedding int8" if isinstance(weight, QuantizedTable) else stored
 
 
 def quantize_tables(embedding: Any, model: Any, form: EmbeddingQuantization) -> None:
@@ -102,23 +102,23 @@ def quantize_tables(embedding: Any, model: Any, form: EmbeddingQuantization) -> 
     Args:
         embedding (Any): the token embedding.
         model (Any): the model, for its LM head.
-        form (EmbeddingQuantization): "int8", "nf4", or "none", which changes nothing.
+        form (EmbeddingQuantization): "int8", or "none", which changes nothing.
     """
     if form == "none":
         return
     check_table_format(form, embedding)
     head = model.get_output_embeddings()
     is_tied = head.weight is embedding.weight
-    _quantize_table(embedding, form)
+    _quantize_table(embedding)
     if is_tied:
         head.weight = embedding.weight
     else:
-        _quantize_table(head, form)
+        _quantize_table(head)
 
 
-def _quantize_table(owner: Any, form: Any) -> None:
+def _quantize_table(owner: Any) -> None:
     if not isinstance(owner.weight, QuantizedTable):
-        table = quantize_table(owner.weight.detach(), form)
+        table = quantize_table(owner.weight.detach())
         owner.weight = nn.Parameter(table, requires_grad=False)
 
 

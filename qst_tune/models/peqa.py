@@ -46,7 +46,7 @@ def peqa_decoder(
         train_zero_points (bool): train them beside the scales, the paper's ablation. Such a model
             cannot be exported for integer kernels.
         embedding_quantization (EmbeddingQuantization): format of the embedding and the LM head,
-            which the paper keeps as they are: "none", "int8" (a scale a token) or "nf4".
+            which the paper keeps as they are: "none" or "int8" (a scale a token).
 
     Returns:
         PEQAModel: trains ``O x ceil(I / group_size)`` fp32 numbers a linear of O x I.

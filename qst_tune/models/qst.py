@@ -45,8 +45,8 @@ def qst_decoder(
             "auto": the own format of a directory that is quantised already (docs/models.md), else
             "nf4"; None: "auto" if ``quantize_base``.
         embedding_quantization (EmbeddingQuantization): format of the embedding and the LM head:
-            "int8" (a scale a token), "nf4", or "none", which keeps them as they are. They are 2 GB
-            of an 8B model with a vocabulary of 128k.
+            "int8" (a scale a token), or "none", which keeps them as they are. They are 2 GB of an
+            8B model with a vocabulary of 128k.
         **side (Any): fields of :class:`~qst_tune.modules.side_config.SideConfig`; the signature
             lists them.
 

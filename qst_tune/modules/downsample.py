@@ -15,7 +15,7 @@ avgpool  mean over r neighbouring channels  none           S numbers a token
 
 What is kept is the memory that grows with the batch, so each downsampler has two parts:
 ``read`` runs without gradient and returns all that must be kept of h; ``project`` is the trained
-rest. One that must keep h may do so in 8 or 4 bits (:mod:`qst_tune.quantization.block`).
+rest. One that must keep h may do so in 8 bits (:mod:`qst_tune.quantization.block`).
 
 Dropout belongs to ``read``: it needs no gradient there, so that no mask is kept, and a step that is
 recomputed in backward starts from what was read and cannot draw another mask.
@@ -46,7 +46,7 @@ class Downsample(nn.Module):
     """What all downsamplers share: ``forward(h) == project(*read(h))``.
 
     Args:
-        hidden_bits (int): 16 keeps h as it is, 8 and 4 keep integer codes of it with one scale for
+        hidden_bits (int): 16 keeps h as it is, 8 keeps integer codes of it with one scale for
             every 64 channels; the forward pass sees the decoded values too, so its gradient is
             exact.
         dropout (float): share of the channels of h that are read as 0 in training, the others as
@@ -74,7 +74,7 @@ class Downsample(nn.Module):
 
     def _summary(self, h: torch.Tensor) -> Kept:
         """What is kept: h itself, or its codes and scales."""
-        return (h,) if self.hidden_bits == 16 else quantize_blocks(h, self.hidden_bits)
+        return (h,) if self.hidden_bits == 16 else quantize_blocks(h)
 
     def project(self, *kept: torch.Tensor) -> torch.Tensor:
         """Apply the trained part.
@@ -241,7 +241,7 @@ def build_downsample(  # a builder, as those of models/
         activation (Activation): of the "adapter": "silu", as in the authors' code, "relu", "gelu"
             or "identity".
         norm (bool): put a LayerNorm behind an "adapter", as the authors' code does.
-        hidden_bits (int): 16, 8 or 4 bits a number for what "linear", "lora" and "adapter" keep.
+        hidden_bits (int): 16 or 8 bits a number for what "linear", "lora" and "adapter" keep.
         dropout (float): share of the channels that are not read in training.
 
     Returns:

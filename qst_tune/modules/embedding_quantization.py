@@ -9,7 +9,7 @@ from torchtune.modules import TransformerDecoder
 from qst_tune.modules.base_quantization import quantization_of
 from qst_tune.quantization.table import QuantizedTable, quantize_table
 
-EmbeddingQuantization = Literal["none", "int8", "nf4"]
+EmbeddingQuantization = Literal["none", "int8"]
 
 
 def quantize_embedding(
@@ -22,18 +22,17 @@ def quantize_embedding(
 
     Args:
         decoder (TransformerDecoder): on the meta device or with weights.
-        embedding_quantization (EmbeddingQuantization): "int8" (a scale a token), "nf4" (a scale for
-            64 channels of a token), or "none", which changes nothing.
+        embedding_quantization (EmbeddingQuantization): "int8" (a scale a token), or "none", which
+            changes nothing.
 
     Raises:
-        ValueError: if the format is unknown or cannot hold a weight of this width, or the decoder's
-            embedding is not an ``nn.Embedding``.
+        ValueError: if the format is unknown, or the decoder's embedding is not an ``nn.Embedding``.
     """
     if embedding_quantization == "none":
         return
     check_table_format(embedding_quantization, decoder.tok_embeddings)
     for owner in _owners(decoder):
-        table = quantize_table(owner.weight, embedding_quantization)
+        table = quantize_table(owner.weight)
         owner.weight = nn.Parameter(table, requires_grad=False)
 
 
@@ -77,8 +76,8 @@ def quantization_of_backbone(decoder: TransformerDecoder) -> str:
 
     Returns:
         str: as :func:`~qst_tune.modules.base_quantization.quantization_of` of its layers, with
-            "; embedding int8" or "; embedding nf4" behind it if that is quantised too.
+            "; embedding int8" behind it if that is quantised too.
     """
     layers = quantization_of(decoder.layers)
     weight = decoder.tok_embeddings.weight
-    return f"{layers}; embedding {weight.form}" if isinstance(weight, QuantizedTable) else layers
+    return f"{layers}; embedding int8" if isinstance(weight, QuantizedTable) else layers

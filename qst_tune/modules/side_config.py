@@ -59,8 +59,8 @@ class SideConfig:
         reduction_factor (int): r; the side network has width ``D // r``. Higher trains fewer
             parameters in less memory.
         variant (Variant): preset of the fields that are None: "default", "paper" or "authors".
-        hidden_bits (int): 16, 8 or 4; bits in which "linear", "lora" and "adapter" keep the hidden
-            states for backward (with recomputation on, else the decoded ones are kept too).
+        hidden_bits (int): 16 or 8; bits in which "linear", "lora" and "adapter" save hidden states
+            for backward (with recomputation on, else the decoded ones are saved too).
         num_side_blocks (int | None): side blocks, evenly spaced beside the backbone's layers; the
             variant's is at most one for every layer.
         normalize_hidden (bool | None): read each token's hidden state divided by its root mean
@@ -110,8 +110,8 @@ class SideConfig:
             if value is not None and value not in get_args(kind):
                 known = ", ".join(map(str, get_args(kind)))
                 raise ValueError(f"{name}={value!r} is unknown; choose one of {known}")
-        if self.hidden_bits not in (4, 8, 16):
-            raise ValueError(f"hidden_bits={self.hidden_bits} must be 16, 8 or 4")
+        if self.hidden_bits not in (8, 16):
+            raise ValueError(f"hidden_bits={self.hidden_bits} must be 16 or 8")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
         if self.rank is not None and self.rank < 1 and self.downsample not in _WITHOUT_RANK:

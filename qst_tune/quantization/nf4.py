@@ -144,20 +144,6 @@ def _scale_blocks_(blocks: torch.Tensor, absmax: torch.Tensor) -> None:
         part.copy_(part.to(scale.dtype).mul_(scale.unsqueeze(-1)))
 
 
-def decode_levels(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Decode NF4 codes ``[..., C]``, two a byte, to their levels ``[..., 2 C]``, from -1 to 1.
-
-    The levels are as torchao rounds them to ``dtype`` (bf16, fp16 or fp32).
-    """
-    pairs = torch.index_select(_nf4_pairs(dtype, codes.device), 0, codes.flatten().int())
-    return pairs.view(dtype).view(*codes.shape[:-1], 2 * codes.shape[-1])
-
-
-@lru_cache(maxsize=8)
-def _nf4_pairs(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return _byte_to_pair(_levels(dtype, "nf4")).to(device)
-
-
 def _byte_to_pair(levels: torch.Tensor) -> torch.Tensor:
     """``[256]`` integers, each the bits of the two levels that a byte of codes stands for."""
     pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=-1)

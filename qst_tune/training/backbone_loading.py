@@ -226,7 +226,7 @@ def set_weight(
     leaf = name.rpartition(".")[2]
     before = getattr(owner, leaf, None)
     if isinstance(before, QuantizedTable):
-        table = quantize_table(weight, before.form, dtype=dtype, device=device)
+        table = quantize_table(weight, dtype=dtype, device=device)
         setattr(owner, leaf, nn.Parameter(table, requires_grad=False))
         return
     # torchtune's RMSNorm computes in fp32: with an fp32 weight torch takes its fused kernel.

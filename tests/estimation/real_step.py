@@ -107,7 +107,7 @@ def allocate_real(module: nn.Module) -> None:
 
 def _stored_as(parameter: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
     if isinstance(parameter, QuantizedTable):
-        return quantize_table(dense, parameter.form)
+        return quantize_table(dense)
     return quantize_nf4(dense) if isinstance(parameter, NF4Tensor) else dense
 
 

@@ -45,7 +45,7 @@ def test_a_weight_of_another_dtype_is_not_fused():
 def test_a_quantised_head_decodes_as_many_rows_at_once_as_it_will_on_the_device(device):
     """By the largest dense part of a head of 80 thousand rows: 2^22, or all 5 million weights."""
     with torch.device("meta"):
-        table = quantize_table(torch.empty(80_000, 64), "int8")
+        table = quantize_table(torch.empty(80_000, 64))
     head = nn.Linear(64, 80_000, bias=False, device="meta")
     head.weight = nn.Parameter(table, requires_grad=False)
     with fake_tensors(torch.float32):

@@ -151,15 +151,14 @@ def test_kinds_without_a_rank_ignore_it(kind):
     assert build_downsample(kind, 12, 4, rank=0, norm=True)(torch.randn(1, 12)).shape == (1, 4)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("kind", ["linear", "lora", "adapter"])
-def test_fewer_bits_compute_with_the_decoded_state_in_both_directions(bits, kind):
+def test_fewer_bits_compute_with_the_decoded_state_in_both_directions(kind):
     """Not an approximate gradient: the exact one of a slightly rounded input."""
     exact = build_downsample(kind, 128, 5, rank=3)
-    coarse = build_downsample(kind, 128, 5, rank=3, hidden_bits=bits)
+    coarse = build_downsample(kind, 128, 5, rank=3, hidden_bits=8)
     coarse.load_state_dict(exact.state_dict())
     h = torch.randn(2, 7, 128)
-    rounded = dequantize_blocks(*quantize_blocks(h, bits))
+    rounded = dequantize_blocks(*quantize_blocks(h))
     weights = torch.randn(2, 7, 5)
     for down, seen in ((exact, rounded), (coarse, h)):
         (down(seen) * weights).sum().backward()

@@ -44,7 +44,7 @@ def build_head(kind, dtype=torch.float32):
     for module in (embedding, linear):
         module.requires_grad_(False)
     if kind == "int8 table":
-        linear.weight = nn.Parameter(quantize_table(linear.weight, "int8"), requires_grad=False)
+        linear.weight = nn.Parameter(quantize_table(linear.weight), requires_grad=False)
     return head
 
 

@@ -14,7 +14,7 @@ from qst_tune.modules.side_config import VARIANTS, SideConfig
         ({"downsample": "conv"}, "'conv' is unknown; choose one of linear, lora, adapter"),
         ({"output_mix": "sum"}, "'sum' is unknown; choose one of residual, alpha, sigmoid, "),
         ({"activation": "tanh"}, "activation='tanh' is unknown; choose one of silu, relu"),
-        ({"hidden_bits": 5}, "hidden_bits=5 must be 16, 8 or 4"),
+        ({"hidden_bits": 5}, "hidden_bits=5 must be 16 or 8"),
         ({"dropout": -0.1}, "dropout=-0.1 must be at least 0 and below 1"),
         ({"dropout": 1.0}, "dropout=1.0 must be at least 0 and below 1"),
         ({"rank": 0}, "rank=0 must be at least 1"),

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torchao.dtypes.nf4tensor import NF4Tensor, get_block_absmax, to_nf4
 from torchao.quantization.quant_primitives import (
     MappingType,
     choose_qparams_affine,
@@ -19,7 +18,6 @@ from qst_tune.quantization import table as module
 from qst_tune.quantization.table import QuantizedTable, quantize_table
 
 VOCAB, DIM = 61, 96
-FORMS = ("int8", "nf4")
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -41,20 +39,10 @@ def int8_by_torchao(weight):
     return codes, dequantize_affine(codes, block, scale, zero, torch.int8, *limits)
 
 
-def nf4_by_torchao(weight, block):
-    """torchao's codes and levels, with the scales as they are: it would round them again."""
-    levels = to_nf4(torch.ones(64, dtype=weight.dtype), 64, 1).nf4
-    flat = weight.flatten()
-    packed = NF4Tensor.convert_to_norm_float_weight(flat, flat.numel() // block, block, levels)
-    codes = torch.stack([packed >> 4, packed & 0xF], dim=-1).flatten().long()
-    absmax = get_block_absmax(flat, block)
-    return packed, (levels[codes].view(-1, block) * absmax[:, None]).view(weight.shape)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_int8_is_torchaos_symmetric_rounding(dtype):
     weight = random_weight(dtype)
-    table = quantize_table(weight, "int8")
+    table = quantize_table(weight)
     codes, dense = int8_by_torchao(weight)
     same = table.codes == codes
     ours = table.dense(torch.float32)
@@ -69,39 +57,20 @@ def test_int8_is_torchaos_symmetric_rounding(dtype):
     assert table.row_scale.shape == (VOCAB, 1)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("dim", "block"), [(96, 32), (128, 64), (50, 2)])
-def test_nf4_is_torchaos_with_blocks_within_a_row(dtype, dim, block):
-    weight = random_weight(dtype, dim)
-    table = quantize_table(weight, "nf4")
-    packed, dense = nf4_by_torchao(weight, block)
-    assert torch.equal(table.codes.flatten(), packed)
-    assert torch.equal(table.dense(), dense)
-    assert table.row_scale.shape == (VOCAB, dim // block)
-
-
-@pytest.mark.parametrize(("form", "share"), [("int8", 1 / 254), ("nf4", 0.16)])
-def test_no_weight_moves_further_than_half_a_step_of_its_row(form, share):
+def test_no_weight_moves_further_than_half_a_step_of_its_row():
     weight = random_weight()
-    error = (quantize_table(weight, form).dense() - weight).abs()
-    assert (error <= 1.0001 * share * weight.abs().amax(1, keepdim=True)).all()
+    error = (quantize_table(weight).dense() - weight).abs()
+    assert (error <= 1.0001 / 254 * weight.abs().amax(1, keepdim=True)).all()
     assert not error[7].any(), "a row of zeros stays one"
-
-
-def test_rows_of_odd_width_are_refused_in_4_bits_only():
-    with pytest.raises(ValueError, match=r"rows of 7 weights cannot be stored in 4 bits.*=int8"):
-        quantize_table(torch.randn(4, 7), "nf4")
-    assert quantize_table(torch.randn(4, 7), "int8").shape == (4, 7)
 
 
 # What an embedding and a head compute.
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("form", FORMS)
-def test_an_embedding_looks_up_the_dense_rows(form, dtype):
+def test_an_embedding_looks_up_the_dense_rows(dtype):
     embedding = nn.Embedding(VOCAB, DIM, padding_idx=3, dtype=dtype)
-    table = quantize_table(random_weight(dtype), form)
+    table = quantize_table(random_weight(dtype))
     embedding.weight = nn.Parameter(table, requires_grad=False)
     tokens = torch.randint(VOCAB, (2, 5))
     found = embedding(tokens)
@@ -118,15 +87,14 @@ def small_parts(monkeypatch):
 
 @pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("dim", [DIM, 32])  # of NF4 three scales a row, and one
-@pytest.mark.parametrize("form", FORMS)
-def test_a_linear_and_its_gradient_are_those_of_the_dense_weight(form, dim, bias):
-    table = quantize_table(torch.randn(VOCAB, dim), form)
+@pytest.mark.parametrize("dim", [DIM, 32])
+def test_a_linear_and_its_gradient_are_those_of_the_dense_weight(dim, bias):
+    table = quantize_table(torch.randn(VOCAB, dim))
     dense = table.dense(torch.float64)
     shift = torch.randn(VOCAB, dtype=torch.float64) if bias else None
     x = torch.randn(2, 3, dim, dtype=torch.float64, requires_grad=True)
     y, expected = F.linear(x, table, shift), F.linear(x, dense, shift)
-    torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)  # NF4 is decoded in fp32
+    torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
     grad = torch.randn_like(y)
     actual, wanted = (torch.autograd.grad(out, x, grad)[0] for out in (y, expected))
     torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=1e-6)
@@ -134,9 +102,8 @@ def test_a_linear_and_its_gradient_are_those_of_the_dense_weight(form, dim, bias
 
 
 @pytest.mark.usefixtures("small_parts")
-@pytest.mark.parametrize("form", FORMS)
-def test_bfloat16_products_are_as_near_as_those_of_a_dense_weight(form):
-    table = quantize_table(torch.randn(VOCAB, DIM, dtype=torch.bfloat16), form)
+def test_bfloat16_products_are_as_near_as_those_of_a_dense_weight():
+    table = quantize_table(torch.randn(VOCAB, DIM, dtype=torch.bfloat16))
     exact, dense = table.dense(torch.float64), table.dense()
     x = torch.randn(50, DIM, dtype=torch.bfloat16)
     shares = torch.rand(50, VOCAB, dtype=torch.bfloat16)
@@ -164,9 +131,8 @@ class LargestFloat(TorchDispatchMode):
 
 
 @pytest.mark.usefixtures("small_parts")
-@pytest.mark.parametrize("form", FORMS)
-def test_the_dense_weight_never_exists(form):
-    table = quantize_table(torch.randn(VOCAB, DIM), form)
+def test_the_dense_weight_never_exists():
+    table = quantize_table(torch.randn(VOCAB, DIM))
     x = torch.randn(2, DIM, requires_grad=True)
     with LargestFloat() as largest:
         F.linear(x, table).sum().backward()
@@ -176,10 +142,10 @@ def test_the_dense_weight_never_exists(form):
 
 def test_quantising_copies_a_few_rows_at_a_time(monkeypatch):
     weight = random_weight(torch.bfloat16)
-    whole = quantize_table(weight.float(), "int8")
+    whole = quantize_table(weight.float())
     monkeypatch.setattr(module, "row_parts", lambda n, d: (slice(i, i + 5) for i in range(0, n, 5)))
     with LargestFloat() as largest:
-        table = quantize_table(weight, "int8", dtype=torch.float32)
+        table = quantize_table(weight, dtype=torch.float32)
     assert largest.numel <= 5 * DIM
     assert table.dtype == torch.float32
     assert torch.equal(table.codes, whole.codes)
@@ -188,11 +154,10 @@ def test_quantising_copies_a_few_rows_at_a_time(monkeypatch):
 # What else is done with a weight.
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_copies_loads_and_moves_keep_the_format(form):
+def test_copies_loads_and_moves_keep_the_format():
     weight = random_weight(torch.bfloat16)
     linear = nn.Linear(DIM, VOCAB, bias=False, dtype=torch.bfloat16)
-    linear.weight = nn.Parameter(quantize_table(weight, form), requires_grad=False)
+    linear.weight = nn.Parameter(quantize_table(weight), requires_grad=False)
     twin = copy.deepcopy(linear)
     twin.load_state_dict({"weight": weight[torch.arange(VOCAB).flip(0)]})
     assert torch.equal(twin.weight.dense(), linear.weight.dense().flip(0))
@@ -208,7 +173,7 @@ def test_copies_loads_and_moves_keep_the_format(form):
 
 
 def test_what_needs_the_dense_weight_is_refused():
-    table = quantize_table(torch.randn(4, 8), "int8")
+    table = quantize_table(torch.randn(4, 8))
     with pytest.raises(
         NotImplementedError, match=r"aten\.sum.* QuantizedTable: decode it with dense"
     ):
@@ -217,13 +182,12 @@ def test_what_needs_the_dense_weight_is_refused():
         F.embedding(torch.tensor([1]), table, max_norm=1.0)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_on_meta_it_has_shapes_and_no_values(form):
-    table = quantize_table(torch.empty(VOCAB, DIM, device="meta"), form)
-    real = quantize_table(torch.randn(VOCAB, DIM), form)
+def test_on_meta_it_has_shapes_and_no_values():
+    table = quantize_table(torch.empty(VOCAB, DIM, device="meta"))
+    real = quantize_table(torch.randn(VOCAB, DIM))
     assert table.is_meta
     assert table.codes.is_meta
     for name in ("codes", "row_scale"):
         ours, theirs = getattr(table, name), getattr(real, name)
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
-    assert repr(table) == f"QuantizedTable({form}, (61, 96), torch.float32, meta)"
+    assert repr(table) == "QuantizedTable((61, 96), torch.float32, meta)"

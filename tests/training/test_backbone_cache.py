@@ -25,10 +25,6 @@ MODELS = {
     "fp4": (qst_from_hf, {"reduction_factor": 4, "base_quantization": "fp4"}),
     "int8": (qst_from_hf, {"reduction_factor": 4, "base_quantization": "int8"}),
     "int8 embedding": (qst_from_hf, {"reduction_factor": 4, "embedding_quantization": "int8"}),
-    "nf4 embedding": (
-        qst_from_hf,
-        {"reduction_factor": 4, "base_quantization": "none", "embedding_quantization": "nf4"},
-    ),
     "peqa": (peqa_from_hf, {"bits": 3, "group_size": 32}),
 }
 

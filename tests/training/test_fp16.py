@@ -106,6 +106,6 @@ def test_product_with_codes_stays_in_range() -> None:
     scale_grad = layer.weight_scale.grad
     assert scale_grad is not None
     assert scale_grad.isfinite().all()
-    table = quantize_table(torch.rand(8, 512) * 1e-3, "int8", dtype=torch.float16)
+    table = quantize_table(torch.rand(8, 512) * 1e-3, dtype=torch.float16)
     expected = x.detach().float() @ table.dense(torch.float32).T
     torch.testing.assert_close(table.scores(x.detach()).float(), expected, rtol=2e-3, atol=0)

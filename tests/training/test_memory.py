@@ -37,7 +37,7 @@ def test_nf4_weight_counts_its_codes_scales_and_levels() -> None:
 
 def test_a_quantised_embedding_counts_its_codes_and_a_scale_a_row() -> None:
     embedding = nn.Embedding(10, 64)
-    embedding.weight = nn.Parameter(quantize_table(embedding.weight, "int8"), requires_grad=False)
+    embedding.weight = nn.Parameter(quantize_table(embedding.weight), requires_grad=False)
     assert parameter_bytes(embedding) == 10 * 64 + 10 * 4
 
 

@@ -75,11 +75,11 @@ MODELS: dict[str, tuple[str, str, Any, dict[str, Any]]] = {
         qst_builder(llama2),
         {**LLAMA, **QST, "embedding_quantization": "int8"},
     ),
-    "nf4 embedding, tied": (
+    "int8 embedding, tied": (
         "llama tied llama3",
         "LLAMA3_2",
         qst_builder(llama3_2),
-        {**SIZES, **QST, "embedding_quantization": "nf4"},
+        {**SIZES, **QST, "embedding_quantization": "int8"},
     ),
     "peqa": ("qwen2", "QWEN2", peqa_builder(qwen2), {**SIZES, "bits": 3, "group_size": 32}),
     "peqa, zero points": (
@@ -90,7 +90,7 @@ MODELS: dict[str, tuple[str, str, Any, dict[str, Any]]] = {
     ),
 }
 
-SLOW = {"fp4, tied", "int4", "int8, scaled embedding", "nf4 embedding, tied", "peqa, zero points"}
+SLOW = {"fp4, tied", "int4", "int8, scaled embedding", "int8 embedding, tied", "peqa, zero points"}
 
 
 def build(kind: str) -> Any:
