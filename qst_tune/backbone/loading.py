@@ -13,7 +13,12 @@ from qst_tune.backbone.directory_methods import read_directory_format
 from qst_tune.backbone.expert_linears import ExpertLinears
 from qst_tune.backbone.hf_quantizer import drop_other_modalities, quantization_config_type
 from qst_tune.backbone.placing import Placing, Take, decode_rest_
-from qst_tune.backbone.quantizers import quantization_of_text, quantize_tables, quantized_share
+from qst_tune.backbone.quantizers import (
+    forget_weights,
+    quantization_of_text,
+    quantize_tables,
+    quantized_share,
+)
 from qst_tune.backbone.stored_directory import check_unused, lazy_state_dict, report
 from qst_tune.backbone.text_model import longest_text
 from qst_tune.backbone.transformers import TransformersBackbone
@@ -141,6 +146,7 @@ def _from_pretrained(
             raise
         except Exception as error:
             raise place.error or _refused(folder, config, error) from error
+    forget_weights(model)
     if place.stored is not None:
         check_unused(info["unexpected_keys"], source["state_dict"], folder)
     return model, info

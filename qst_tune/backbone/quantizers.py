@@ -18,6 +18,7 @@ from qst_tune.modules.base_quantization import (
     quantization_of,
 )
 from qst_tune.modules.embedding_quantization import EmbeddingQuantization, check_table_format
+from qst_tune.modules.peqa_linear import PEQALinear
 from qst_tune.quantization.table import QuantizedTable, quantize_table
 
 # Plain linear layers under a name of their own.
@@ -217,6 +218,15 @@ def keep(module: nn.Module) -> None:
     for tensor in [*module.parameters(recurse=False), *module.buffers(recurse=False)]:
         if not tensor.is_meta:
             tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' mark
+    if isinstance(module, PEQALinear):  # they ask for its weight (Mamba, GPT-BigCode)
+        vars(module)["weight"] = module.codes
+
+
+def forget_weights(model: nn.Module) -> None:
+    """Take away what :func:`keep` has put where a dense weight would be, once all is loaded."""
+    for module in model.modules():
+        if isinstance(module, PEQALinear):
+            vars(module).pop("weight", None)
 
 
 def is_transposed(owner: Any) -> bool:

@@ -175,7 +175,7 @@ class UnknownValues(TorchFunctionMode):
 
     Boolean indexing keeps everything, a tensor is true, and a number read from one is 1. In a
     mixture of experts as transformers writes it, every expert is hit, and all by as many tokens: so
-    the loop over them runs for the first two and the last.
+    without gradient the loop over them runs for the first two and the last.
 
     Args:
         repeat (Callable[[int], None]): is told how many experts the next one is for.
@@ -210,7 +210,7 @@ class UnknownValues(TorchFunctionMode):
         return self._experts(len(tensor))
 
     def _experts(self, count: int) -> Iterator[list[int]]:
-        few = _first_and_last(0, count, 1)
+        few = range(count) if torch.is_grad_enabled() else _first_and_last(0, count, 1)
         for index in few:
             self._repeat(1 + count - len(few) if index == 1 else 1)
             yield [index]

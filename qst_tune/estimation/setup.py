@@ -1,16 +1,19 @@
 """One training step of a config's own model, on the meta device: QST, PEQA, a classifier, DPO."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torchtune.modules import RMSNorm
 
 from qst_tune.errors import UserError
-from qst_tune.estimation.fake_device import Attention
+from qst_tune.estimation.fake_device import Attention, UnknownValues
 from qst_tune.modules.peqa_model import PEQAModel
 from qst_tune.modules.qst_classifier import QSTClassifier
 from qst_tune.modules.qst_model import QSTModel
@@ -135,11 +138,18 @@ def peqa_setup(
     keep_norms_in_fp32(model)
     if checkpointing:
         model.recompute_layers()
+        for wrapper in (m for m in model.modules() if isinstance(m, CheckpointWrapper)):
+            # In backward torch takes the modes of the caller away.
+            wrapper.checkpoint_fn = partial(wrapper.checkpoint_fn, context_fn=_fake_recomputation)
     loss = build_loss(cfg.loss)
     connect_loss(loss, model)
     title = "PEQA, checkpointed" if checkpointing else "PEQA"
     task = NextTokenTask(loss, _CPU)
     return Setup(title, model, task, lambda: list(model.task().values()), dtype)
+
+
+def _fake_recomputation() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    return nullcontext(), UnknownValues(lambda times: None)
 
 
 def keep_norms_in_fp32(model: nn.Module) -> None:

@@ -56,7 +56,7 @@ def to_gptq(
     codes, scale, zero_point = weight
     out_dim, in_dim = codes.shape
     together, _ = units_together(bits, _WORD_BITS)
-    if in_dim % group_size or in_dim % together or out_dim % together:
+    if not fits_gptq(out_dim, in_dim, bits=bits, group_size=group_size):
         raise ValueError(
             f"a weight of {out_dim} x {in_dim} does not fit the GPTQ format at {bits} bits and "
             f"group_size={group_size}: sizes must be multiples of {together}, and whole groups"
@@ -75,6 +75,12 @@ def to_gptq(
         "scales": scale.T.to(torch.float16).contiguous(),
         "g_idx": g_idx,
     }
+
+
+def fits_gptq(out_dim: int, in_dim: int, *, bits: int, group_size: int) -> bool:
+    """Whether a weight fills whole words and groups, which :func:`to_gptq` needs."""
+    together, _ = units_together(bits, _WORD_BITS)
+    return not (in_dim % group_size or in_dim % together or out_dim % together)
 
 
 def pack_words(values: torch.Tensor, bits: int) -> torch.Tensor:

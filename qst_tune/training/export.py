@@ -8,17 +8,22 @@ from typing import Any, Literal, get_args
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from torch import nn
 from torchtune import utils
 
 from qst_tune.backbone.peqa_transformer import PEQATransformer
 from qst_tune.errors import UserError
 from qst_tune.modules.peqa_decoder import PEQADecoder
-from qst_tune.modules.peqa_model import PEQAModel, without_wrappers
+from qst_tune.modules.peqa_model import PEQAModel
 from qst_tune.quantization.affine import AffineWeight
-from qst_tune.quantization.gptq import GPTQFormat, to_gptq
+from qst_tune.quantization.gptq import GPTQFormat, fits_gptq, to_gptq
 from qst_tune.training.atomic_folder import whole_folder
-from qst_tune.training.hub_tensors import IntegerRows, Tensors, dense_tensors, integer_tensors
+from qst_tune.training.hub_tensors import (
+    IntegerRows,
+    Tensors,
+    decoded_rows,
+    dense_tensors,
+    integer_tensors,
+)
 
 ExportFormat = Literal["dense", "gptq", "gptq_v2"]
 # Beside the weights, whatever a tokenizer or a generation needs.
@@ -65,9 +70,10 @@ def export_model(
     else:
         kind: GPTQFormat = form
         dense, integers = integer_tensors(model, torch.float16)
+        dense |= _decode_misfits(integers)
         size = None if _is_gptq_directory(model) else _group_size(integers)
         tensors = {**dense, **_to_gptq(integers, kind, size)}
-        quantization = _gptq_config(model, integers, kind, size)
+        quantization = _gptq_config(dense, integers, kind, size)
         config.update(torch_dtype="float16", quantization_config=quantization)
     config.pop("dtype", None)  # transformers 5's name of torch_dtype
     _write(folder, tensors, config, checkpoint_dir)
@@ -128,6 +134,20 @@ def _to_gptq(integers: dict[str, IntegerRows], form: GPTQFormat, group_size: int
     return tensors
 
 
+def _decode_misfits(integers: dict[str, IntegerRows]) -> Tensors:
+    """Take weights out that fill no whole words of GPTQ's format, as of Gemma 3n, if few do so."""
+    misfits = {}
+    for name, (weight, linear) in integers.items():
+        bits, width, in_dim = linear.layout
+        if not fits_gptq(len(weight.codes), in_dim, bits=bits, group_size=width):
+            misfits[name] = decoded_rows(integers[name]).half().cpu()
+    if 2 * len(misfits) > len(integers):  # a group size that fits no weight: refused by name
+        return {}
+    for name in misfits:
+        del integers[name]
+    return misfits
+
+
 def _is_gptq_directory(model: PEQAModel) -> bool:
     """Whether the codes are a GPTQ directory's, whose readers run its groups."""
     stored = model.backbone.stored if isinstance(model, PEQATransformer) else None
@@ -154,7 +174,7 @@ def _group_size(integers: dict[str, IntegerRows]) -> int | None:
 
 
 def _gptq_config(
-    model: PEQAModel, integers: dict[str, IntegerRows], form: GPTQFormat, group_size: int | None
+    dense: Tensors, integers: dict[str, IntegerRows], form: GPTQFormat, group_size: int | None
 ) -> dict[str, Any]:
     linears = [rows.linear for rows in integers.values()]
     layouts = [linear.layout for linear in linears]
@@ -169,10 +189,11 @@ def _gptq_config(
         "lm_head": False,
         "checkpoint_format": form,
     }
-    dense = (n for n, m in model.layers.named_modules() if type(m) is nn.Linear)
-    names = {re.sub(r"\d+", "[0-9]+", re.escape(without_wrappers(name))) for name in dense}
-    if names:  # routers: a reader must not look for their codes
-        config["dynamic"] = {rf"-:.*\.{name}$": {} for name in sorted(names)}
+    # Routers and misfits: a reader must not look for their codes.
+    names = [name.removesuffix(".weight") for name, weight in dense.items() if weight.ndim == 2]
+    patterns = {re.sub(r"\d+", "[0-9]+", re.escape(n)) for n in names if re.search(r"\.\d+\.", n)}
+    if patterns:
+        config["dynamic"] = {f"-:^{pattern}$": {} for pattern in sorted(patterns)}
     return config
 
 

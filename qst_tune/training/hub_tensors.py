@@ -18,6 +18,7 @@ from qst_tune.errors import UserError
 from qst_tune.modules.peqa_linear import PEQALinear
 from qst_tune.modules.peqa_model import PEQAModel, without_wrappers
 from qst_tune.quantization.affine import AffineWeight
+from qst_tune.quantization.stored import in_own_order
 from qst_tune.quantization.table import QuantizedTable
 
 Tensors = dict[str, torch.Tensor]
@@ -128,6 +129,18 @@ def _gather(linears: list[PEQALinear], rows: torch.Tensor) -> IntegerRows:
             "linears of other groups are one weight in the hub's form: use format=dense"
         )
     return IntegerRows(AffineWeight(*map(torch.cat, zip(*pieces, strict=True))), first)
+
+
+def decoded_rows(rows: IntegerRows) -> torch.Tensor:
+    """Decode rows of a weight, fp32, with the input channels in their own order."""
+    codes, scale, zero_point = rows.weight
+
+    def spread(values: torch.Tensor) -> torch.Tensor:
+        return values.repeat_interleave(rows.linear.layout.group_size, 1)[:, : codes.shape[1]]
+
+    weight = spread(scale) * (codes.float() - spread(zero_point).float())
+    order = rows.linear.input_order
+    return weight if order is None else in_own_order(weight, order)
 
 
 def _root(model: PEQAModel) -> nn.Module:

@@ -221,7 +221,7 @@ SAMPLE = ("llama", "gemma2", "opt", "gpt_neox", "qwen3_moe", "gpt_oss", "phi3", 
 EXPORTED = [
     pytest.param(name, marks=() if name in SAMPLE else pytest.mark.slow)
     for name in TYPES
-    if name != "gpt2"
+    if name not in ("gpt2", "zamba2")  # zamba2: not loaded, see test_peqa_transformer
 ]
 
 
@@ -240,8 +240,8 @@ def test_transformers_reads_a_dense_model_of_any_type_with_our_logits(
     torch.testing.assert_close(theirs(rows).logits, model(rows), rtol=0, atol=1e-5)
 
 
-# Of these the hub has experts in one tensor each, or a width that is no multiple of 8.
-NO_LINEARS = {"gpt_oss", "llama4_text"}
+# Of these the hub has the experts of a layer in one tensor.
+NO_LINEARS = {"gpt_oss", "llama4_text", "granitemoe", "granitemoehybrid"}
 
 
 @torch.no_grad()
