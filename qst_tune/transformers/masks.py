@@ -6,6 +6,8 @@ L is the number of tokens in the cache and of new ones together, T that of the n
 import torch
 import torch.nn.functional as F
 
+from qst_tune.backbone.masks import causal_mask, positions
+
 
 def attention_mask_of(
     attention_mask: torch.Tensor | None, *, start: int, length: int, like: torch.Tensor
@@ -27,54 +29,34 @@ def attention_mask_of(
         ValueError: if the mask has another number of dimensions, or of tokens, or is not boolean
             where it should be.
     """
-    everywhere = torch.arange(length, device=like.device)
-    positions = everywhere[start:, None]
-    causal_TL = positions >= everywhere
-    if attention_mask is None:
-        return causal_TL[None]
-    if attention_mask.ndim == 3 and attention_mask.dtype == torch.bool:
-        return attention_mask
-    if attention_mask.ndim == 4 and attention_mask.dtype == torch.bool:
-        allowed = attention_mask[:, 0, :, :length]
-    elif attention_mask.ndim == 2 and attention_mask.shape[1] == length:
-        allowed = attention_mask.bool()[:, None, :]
-    else:
-        raise ValueError(
-            f"attention_mask of shape {tuple(attention_mask.shape)} and type "
-            f"{attention_mask.dtype} is not supported: give [batch, {length}], 0 for padding, or "
-            "booleans [batch, 1, new tokens, all tokens]"
-        )
-    return (causal_TL & allowed) | (positions == everywhere)
+    every = like.new_ones(1, length)
+    mask = every if attention_mask is None else attention_mask
+    if mask.ndim == 2 and mask.shape[1] == length:
+        return causal_mask(mask, length - start)
+    if mask.ndim == 3 and mask.dtype == torch.bool:
+        return mask
+    if mask.ndim == 4 and mask.dtype == torch.bool:
+        itself = torch.eye(length, dtype=torch.bool, device=like.device)[start:]
+        return (causal_mask(every, length - start) & mask[:, 0, :, :length]) | itself
+    raise ValueError(
+        f"attention_mask of shape {tuple(mask.shape)} and type {mask.dtype} is not supported: give "
+        f"[batch, {length}], 0 for padding, or booleans [batch, 1, new tokens, all tokens]"
+    )
 
 
 def positions_of(
     attention_mask: torch.Tensor | None, *, start: int, length: int, like: torch.Tensor
 ) -> torch.Tensor:
-    """Count the new tokens' positions, padding left out where the mask tells it.
-
-    Args:
-        attention_mask (torch.Tensor | None): as in :func:`attention_mask_of`.
-        start (int): tokens in the cache.
-        length (int): L.
-        like (torch.Tensor): the new tokens ``[B, T]``, for their device.
-
-    Returns:
-        torch.Tensor: ``[B, T]`` or ``[1, T]``.
-    """
+    """Count the new tokens' positions, without padding if the mask is one of padding."""
     if attention_mask is None or attention_mask.ndim != 2:
-        return torch.arange(start, length, device=like.device)[None]
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, start:]
+        attention_mask = like.new_ones(1, length)
+    return positions(attention_mask, length - start)
 
 
 def packed_mask(positions_BT: torch.Tensor) -> torch.Tensor | None:
-    """Make the mask of rows in which a sample begins wherever positions begin again.
+    """Make the mask ``[B, T, T]`` of rows in which a sample begins where positions begin again.
 
-    Args:
-        positions_BT (torch.Tensor): ``[B, T]``.
-
-    Returns:
-        torch.Tensor | None: ``[B, T, T]`` booleans, causal inside each sample; None if each row is
-        one sample.
+    Booleans, causal inside each sample; None if each row is one sample.
     """
     begins = positions_BT[:, 1:] <= positions_BT[:, :-1]
     if not bool(begins.any()):

@@ -1,6 +1,5 @@
 """A side network and its backbone as a transformers model; it computes nothing of its own."""
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,15 +12,12 @@ from transformers.modeling_outputs import (
 )
 
 from qst_tune.backbone.head import ScaledHead
-from qst_tune.backbone.qst_transformer import QSTTransformer
-from qst_tune.generation.caches import attached, attentions, without_head
 from qst_tune.modules.linear_cross_entropy import linear_cross_entropy
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.training.tuned_folder import Provenance
 from qst_tune.transformers.config import QSTConfig
-from qst_tune.transformers.masks import attention_mask_of, packed_mask, positions_of
-from qst_tune.transformers.own_backbone import cached_length
-from qst_tune.transformers.own_backbone import head_input as own_backbone_pass
+from qst_tune.transformers.masks import packed_mask
+from qst_tune.transformers.passes import cached_length, head_input
 from qst_tune.transformers.pretrained import QSTPreTrainedModel
 
 
@@ -117,13 +113,11 @@ class QSTForCausalLM(QSTPreTrainedModel, GenerationMixin):
         """Compute the input of the LM head; arguments as :meth:`forward`."""
         if past_key_values is None and use_cache:
             past_key_values = DynamicCache(config=self.config)
-        start = self._cached_length(past_key_values)
-        self._check(start + input_ids.shape[1], unsupported)
+        length = cached_length(self.model, past_key_values) + input_ids.shape[1]
+        self._check(length, unsupported)
         if attention_mask is None and position_ids is not None and past_key_values is None:
             attention_mask = packed_mask(position_ids)
-        y_BTD = self._head_input(
-            input_ids, attention_mask, position_ids, past_key_values, start=start
-        )
+        y_BTD = head_input(self.model, input_ids, attention_mask, position_ids, past_key_values)
         return BaseModelOutputWithPast(last_hidden_state=y_BTD, past_key_values=past_key_values)
 
     def _loss(
@@ -135,43 +129,6 @@ class QSTForCausalLM(QSTPreTrainedModel, GenerationMixin):
         losses = linear_cross_entropy(y_BTD[:, :-1][kept], shifted[kept], self.model.output)
         count = kept.sum().clamp(min=1) if num_items is None else num_items
         return losses.sum() / torch.as_tensor(count, device=losses.device)
-
-    def _head_input(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        cache: Cache | None,
-        *,
-        start: int,
-    ) -> torch.Tensor:
-        """The input of the LM head, ``[B, T, D]``."""
-        if isinstance(self.model, QSTTransformer):
-            return own_backbone_pass(self.model, input_ids, attention_mask, position_ids, cache)
-        length = start + input_ids.shape[1]
-        mask: torch.Tensor | None = attention_mask_of(
-            attention_mask, start=start, length=length, like=input_ids
-        )
-        if position_ids is None:
-            position_ids = positions_of(attention_mask, start=start, length=length, like=input_ids)
-        # Asked in this order: to look into a mask stops a GPU.
-        if cache is None and (attention_mask is None or bool((attention_mask == 1).all())):
-            mask = None  # torchtune's own causal attention is faster
-        with self._caches(cache, length), without_head(self.model):
-            head_input: torch.Tensor = self.model(input_ids, mask=mask, input_pos=position_ids)
-        return head_input
-
-    def _cached_length(self, cache: Cache | None) -> int:
-        if isinstance(self.model, QSTTransformer):
-            return cached_length(self.model, cache)
-        return 0 if cache is None else int(cache.get_seq_length())
-
-    def _caches(self, cache: Cache | None, length: int) -> AbstractContextManager[None]:
-        if cache is None:
-            return nullcontext()
-        num_layers = len(attentions(self.model))
-        layers = [_CacheLayer(cache, index, length) for index in range(num_layers)]
-        return attached(self.model, layers)
 
 
 def _tokens_of(head_input_BTD: torch.Tensor, wanted: int | torch.Tensor) -> torch.Tensor:
@@ -185,18 +142,6 @@ def _tokens_of(head_input_BTD: torch.Tensor, wanted: int | torch.Tensor) -> torc
             return head_input_BTD
         wanted = torch.arange(head_input_BTD.shape[1], device=head_input_BTD.device)[-wanted:]
     return head_input_BTD[:, wanted]
-
-
-class _CacheLayer:
-    """One layer of a transformers cache, where torchtune's attention looks for its own."""
-
-    def __init__(self, cache: Cache, index: int, length: int) -> None:
-        self._cache, self._index, self._length = cache, index, length
-
-    def update(self, k_val: torch.Tensor, v_val: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = self._cache.update(k_val, v_val, self._index)
-        # A static cache also shows what is not filled yet.
-        return keys[:, :, : self._length], values[:, :, : self._length]
 
 
 class QSTForSequenceClassification(QSTPreTrainedModel):

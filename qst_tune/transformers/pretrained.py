@@ -22,7 +22,7 @@ from qst_tune.training.side_checkpoint import SIDE_NETWORK, read_provenance, sid
 from qst_tune.training.tuned_folder import Provenance
 from qst_tune.transformers.config import FETCHING, QSTConfig, backbone_folder, side_network_folder
 from qst_tune.transformers.over_model import load_over
-from qst_tune.transformers.own_backbone import num_cache_layers
+from qst_tune.transformers.passes import num_cache_layers
 from qst_tune.transformers.tuned_template import TunedTemplate, tuned_template
 
 _SIDE = "model.side."
@@ -65,9 +65,8 @@ class QSTPreTrainedModel(PreTrainedModel):
         config.vocab_size = decoder.tok_embeddings.num_embeddings
         config.hidden_size = decoder.backbone.width
         config.num_attention_heads = _num_heads(decoder)
-        config.num_hidden_layers = len(attentions(decoder))
+        config.num_hidden_layers = num_cache_layers(decoder) + len(attentions(decoder))
         if isinstance(decoder, QSTTransformer):
-            config.num_hidden_layers += num_cache_layers(decoder)
             for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
                 setattr(config, name, getattr(decoder.backbone.config, name, None))
         config.max_position_embeddings = decoder.max_seq_len
