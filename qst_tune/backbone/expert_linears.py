@@ -3,13 +3,15 @@
 Notation: E experts, each with a weight ``[O, I]``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_map
+
+from qst_tune.backbone.experts import QuantizedExperts
 
 _PRODUCTS = ("matmul", "__matmul__", "mm")
 
@@ -131,6 +133,19 @@ class JoinedLinear(nn.ModuleList):
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """Decode the weight ``[O, I]``."""
         return torch.cat([part.dense_weight(dtype) for part in self._parts])
+
+
+def compile_forward(modules: Iterable[Any]) -> None:
+    """Compile what these modules compute, in place, except experts that are decoded one by one.
+
+    Unlike ``nn.Module.compile`` this leaves hooks alone, which are other ones at each pass.
+    """
+    for module in modules:
+        for inner in module.modules():
+            parts = [*inner.parameters(recurse=False), *inner.children()]
+            if any(isinstance(part, QuantizedExperts | ExpertLinears) for part in parts):
+                inner.forward = torch.compiler.disable(inner.forward)
+        module.forward = torch.compile(module.forward)
 
 
 def _with_dense(func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:

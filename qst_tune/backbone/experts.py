@@ -3,7 +3,6 @@
 Notation: E experts, each with a weight ``[O, I]``.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -101,18 +100,6 @@ class QuantizedExperts(torch.Tensor):
 
 def _dense(value: Any) -> Any:
     return value.dense() if isinstance(value, QuantizedExperts) else value
-
-
-def compile_forward(modules: Iterable[Any]) -> None:
-    """Compile what these modules compute, in place, except experts that are decoded one by one.
-
-    Unlike ``nn.Module.compile`` this leaves hooks alone, which are other ones at each pass.
-    """
-    for module in modules:
-        for inner in module.modules():
-            if any(isinstance(p, QuantizedExperts) for p in inner.parameters(recurse=False)):
-                inner.forward = torch.compiler.disable(inner.forward)
-        module.forward = torch.compile(module.forward)
 
 
 def quantize_experts(weight: torch.Tensor, quant_type: QuantType) -> QuantizedExperts:

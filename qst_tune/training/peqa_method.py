@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from omegaconf import DictConfig
 
+from qst_tune.backbone.expert_linears import compile_forward
 from qst_tune.modules.peqa_model import PEQAModel
 from qst_tune.training.model_setup import load_frozen_backbone, provenance_of
 from qst_tune.training.scales_checkpoint import load_scales, scales_files
@@ -88,8 +89,7 @@ def load_peqa(
     if start is not None:
         load_scales(start.folder, model, backbone=backbone)
     if cfg.get("compile"):
-        for layer in model.layers:
-            layer.compile()
+        compile_forward(model.layers)
     if cfg.get("enable_activation_checkpointing"):
         model.recompute_layers()
     return PEQAMethod(model, provenance_of(cfg, backbone, start.lineage if start else ()))

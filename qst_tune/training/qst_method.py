@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig
 from torchtune import utils
 
-from qst_tune.backbone.experts import compile_forward
+from qst_tune.backbone.expert_linears import compile_forward
 from qst_tune.modules.hidden_state_cache import HiddenStateCache
 from qst_tune.modules.output_mix import AlphaMix, SigmoidMix
 from qst_tune.modules.qst_model import QSTModel

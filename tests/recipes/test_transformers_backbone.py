@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from qst_tune.recipes import qst_dpo, qst_evaluate, qst_finetune, qst_generate
+from qst_tune.recipes import peqa_finetune, qst_dpo, qst_evaluate, qst_finetune, qst_generate
 
 from qst_tune.errors import UserError
 from qst_tune.sharing.inspection import verify_directory
@@ -177,10 +177,30 @@ def test_two_processes_train_what_one_trains(sharding: str, root: Path, tmp_path
 
 
 @pytest.mark.slow  # compiles each layer
-def test_compile_gives_the_same_run(root: Path, tmp_path: Path) -> None:
-    plain = run(root, "gpt_oss", tmp_path / "plain", "epochs=2")
-    compiled = run(root, "gpt_oss", tmp_path / "compiled", "epochs=2", "compile=True")
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+def test_compile_gives_the_same_run(form: str, root: Path, tmp_path: Path) -> None:
+    """Of a mixture, whose experts are one tensor in NF4 and a linear layer each in int8."""
+    further = ["epochs=2", f"model.base_quantization={form}"]
+    plain = run(root, "gpt_oss", tmp_path / "plain", *further)
+    compiled = run(root, "gpt_oss", tmp_path / "compiled", *further, "compile=True")
     assert compiled == pytest.approx(plain, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_integers_whose_scales_train(root: Path, tmp_path: Path) -> None:
+    """PEQA over a mixture; each process gathers layers in both passes."""
+    losses = []
+    for size in (1, 2):
+        further = ["epochs=3", "optimizer.lr=1e-4", f"batch_size={4 // size}"]
+        further += ["backbone_sharding=full"] * (size > 1)
+        given = arguments(root, "gpt_oss", tmp_path / str(size), *further)
+        given = [setting for setting in given if "reduction_factor" not in setting]
+        config = CONFIG.with_name("peqa_4bit.yaml")
+        run_on(size, peqa_finetune, parse_config(["--config", str(config), *given]))
+        summary = json.loads((tmp_path / str(size) / "summary.json").read_text())
+        losses.append(summary["train_loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert learns(losses[1])
 
 
 def test_a_choice_of_backbone_is_refused_in_one_line(root: Path, tmp_path: Path) -> None:
