@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from qst_tune.recipes import peqa_finetune, qst_evaluate, qst_finetune
+from qst_tune.recipes import peqa_finetune, qst_evaluate, qst_finetune, qst_generate
 from safetensors.torch import load_file, save_file
 
 from qst_tune.errors import UserError
@@ -132,14 +132,29 @@ def test_embedding_and_head_can_be_quantised_from_the_config_to_transformers(
         run(qst_evaluate, "auto/qst", *given, *question)
 
 
-def test_peqa_takes_a_folder_too(root: Path, tmp_path: Path) -> None:
-    further = ["max_steps_per_epoch=1", "epochs=3", "optimizer.lr=1e-3"]
-    run(
-        peqa_finetune,
-        "auto/peqa_4bit",
-        *arguments(root, root / "gemma2", tmp_path / "out", *further),
-    )
-    assert losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0]
+def test_peqa_trains_resumes_and_is_used_over_a_directory(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, whole, parts = root / "gemma2", tmp_path / "whole", tmp_path / "parts"
+
+    def given(output: Path, *further: str) -> list[str]:
+        settings = ("max_steps_per_epoch=1", "optimizer.lr=1e-3", *further)
+        return arguments(root, folder, output, *settings)
+
+    run(peqa_finetune, "auto/peqa_4bit", *given(whole, "epochs=3"))
+    assert losses(whole)[-1] < losses(whole)[0]
+    run(peqa_finetune, "auto/peqa_4bit", *given(parts, "epochs=2"))
+    run(peqa_finetune, "auto/peqa_4bit", *given(parts, "epochs=3", "resume_from_checkpoint=True"))
+    once, resumed = (load_file(out / "scales" / "scales.safetensors") for out in (whole, parts))
+    assert once.keys() == resumed.keys()
+    assert all(torch.equal(once[name], resumed[name]) for name in once)
+    run(peqa_finetune, "auto/peqa_4bit", *given(tmp_path / "dry", "dry_run=True"))
+    assert "PEQA, checkpointed" in capsys.readouterr().out
+    run(qst_evaluate, "auto/peqa_4bit", *given(whole, f"text={root / 'train.jsonl'}", "window=24"))
+    question = ("prompt=what is it", "max_new_tokens=3", "compare_with_base=True")
+    run(qst_generate, "auto/peqa_4bit", *given(whole, *question))
+    assert "with the tuned scales" in capsys.readouterr().out
+    verify_directory(whole / "scales", folder)
 
 
 def test_a_run_goes_on_after_the_folder_has_moved(root: Path, tmp_path: Path) -> None:
