@@ -128,12 +128,7 @@ class TransformersBackbone(nn.Module):
     def quantize(
         self, base_quantization: LinearFormat, embedding_quantization: EmbeddingQuantization
     ) -> None:
-        """Store layers and embedding in these formats, in place; remembered for loading.
-
-        Args:
-            base_quantization (LinearFormat): of linears and experts of the layers.
-            embedding_quantization (EmbeddingQuantization): of embedding and LM head.
-        """
+        """Store layers and embedding in these formats, in place; remembered for loading."""
         if base_quantization == "auto":
             base_quantization = "nf4" if self.stored is None else self.stored.default
         self.base_quantization = base_quantization
@@ -146,27 +141,11 @@ class TransformersBackbone(nn.Module):
         quantize_tables(self.embedding, self.model, embedding_quantization)
 
     def side_shape(self, reduction_factor: int, min_head_dim: int) -> SideShape:
-        """Choose the sizes of a side block.
-
-        Args:
-            reduction_factor (int): r.
-            min_head_dim (int): least width of a head.
-
-        Returns:
-            SideShape: of width D // r.
-        """
+        """Choose the sizes of a side block, of width D // r."""
         return side_shape(text_sizes(self.config), reduction_factor, min_head_dim)
 
     def side_blocks(self, layers: Sequence[int], shape: SideShape) -> nn.ModuleList:
-        """Build a layer at the width of the side network, once for each of these layers.
-
-        Args:
-            layers (Sequence[int]): indices.
-            shape (SideShape): from :meth:`side_shape`.
-
-        Returns:
-            nn.ModuleList: with random weights.
-        """
+        """Build a layer at the width of the side network, once for each of these layers."""
         return nn.ModuleList(side_block(self.config, shape) for _ in layers)
 
     def side_norm(self, dim: int) -> nn.Module:
@@ -174,11 +153,7 @@ class TransformersBackbone(nn.Module):
         return side_norm(self.config, dim)
 
     def new_cache(self) -> TransformersCache:
-        """Make an empty cache of keys and values.
-
-        Returns:
-            TransformersCache: used while it is attached.
-        """
+        """Make an empty cache of keys and values, used while it is attached."""
         return TransformersCache(self)
 
     def row_parts(self, tokens: torch.Tensor, mask: Any) -> list[slice]:
@@ -195,15 +170,7 @@ class TransformersBackbone(nn.Module):
 
     @torch.no_grad()
     def embed(self, tokens: torch.Tensor, **where: Any) -> torch.Tensor:
-        """Compute h_0: run until the first layer begins.
-
-        Args:
-            tokens (torch.Tensor): ``[B, T]``.
-            **where (Any): ``mask`` and ``input_pos``.
-
-        Returns:
-            torch.Tensor: ``[B, T, D]``.
-        """
+        """Compute h_0, ``[B, T, D]``: run until the first layer begins."""
 
         def stop(h_BTD: torch.Tensor) -> None:
             raise _Reached(h_BTD)
@@ -271,17 +238,7 @@ class TransformersBackbone(nn.Module):
         input_pos: torch.Tensor | None = None,
         packing: Packing | None = None,
     ) -> torch.Tensor:
-        """Run the model up to its LM head.
-
-        Args:
-            tokens (torch.Tensor): ``[B, T]``.
-            mask (Any): ``[B, L]`` padding; any other is not looked at.
-            input_pos (torch.Tensor | None): ``[B, T]`` positions.
-            packing (Packing | None): given for packed rows.
-
-        Returns:
-            torch.Tensor: f, ``[B, T, D]``.
-        """
+        """Run the model up to its LM head; a mask that is not padding ``[B, L]`` is not read."""
         inputs = self._inputs(tokens, mask if _is_padding(mask) else None, input_pos)
         if packing is not None and input_pos is not None:
             dtype = self.embedding.weight.dtype
