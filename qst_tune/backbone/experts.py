@@ -89,9 +89,13 @@ class QuantizedExperts(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]  # torch declares the disabled one
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Decode one expert, or all where the operation is not an index."""
+        """Move the codes; decode one expert, or all where the operation is not an index."""
         if func is _aten.detach.default:
             return cls(args[0].parts, tuple(args[0].shape), args[0].quantization)
+        to_dtype, device = (kwargs or {}).get("dtype"), (kwargs or {}).get("device")
+        if func is _aten._to_copy.default and to_dtype in (None, args[0].dtype):
+            moved = [part.to(device, copy=True) for part in args[0].parts]
+            return cls(moved, tuple(args[0].shape), args[0].quantization)
         if func is _aten.select.int and args[1] == 0:
             return dequantize_nf4(args[0].expert(args[2]))
         decoded = tree_map(_dense, (args, kwargs or {}))

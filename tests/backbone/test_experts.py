@@ -41,6 +41,21 @@ def test_as_a_parameter_it_is_frozen_and_keeps_its_type() -> None:
     assert not parameter.requires_grad
 
 
+def test_it_moves_to_a_device_as_codes() -> None:
+    """``Trainer`` moves whole models."""
+    owner = torch.nn.Module()
+    owner.weight = torch.nn.Parameter(quantize_experts(WEIGHT, "nf4"), requires_grad=False)
+    expected = owner.weight.dense()
+    moved = owner.weight.to("cpu", copy=True)
+    assert isinstance(moved, QuantizedExperts)
+    assert torch.equal(moved.dense(), expected)
+    assert moved.parts[3].data_ptr() != owner.weight.parts[3].data_ptr()
+    assert not isinstance(owner.weight.to(torch.bfloat16), QuantizedExperts)
+    owner.to("meta")
+    assert isinstance(owner.weight, QuantizedExperts)
+    assert all(part.is_meta for part in owner.weight.parts)
+
+
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "mixtral"])
 def test_a_pass_never_holds_two_dense_experts_of_a_weight(model_type, monkeypatch) -> None:
     """Only experts that a token chose are decoded, each by itself."""
