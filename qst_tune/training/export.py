@@ -11,7 +11,9 @@ from huggingface_hub import save_torch_state_dict
 from torchtune import utils
 
 from qst_tune.backbone.peqa_transformer import PEQATransformer
+from qst_tune.backbone.weights_file import read_weights_file
 from qst_tune.errors import UserError
+from qst_tune.models.hf.folder import weight_files
 from qst_tune.modules.peqa_decoder import PEQADecoder
 from qst_tune.modules.peqa_model import PEQAModel
 from qst_tune.quantization.affine import AffineWeight
@@ -76,6 +78,9 @@ def export_model(
         quantization = _gptq_config(dense, integers, kind, size)
         config.update(torch_dtype="float16", quantization_config=quantization)
     config.pop("dtype", None)  # transformers 5's name of torch_dtype
+    if "text_config" in config:
+        config["text_config"].pop("quantization_config", None)
+        tensors |= _other_modalities(tensors, checkpoint_dir)
     _write(folder, tensors, config, checkpoint_dir)
 
 
@@ -195,6 +200,25 @@ def _gptq_config(
     if patterns:
         config["dynamic"] = {f"-:^{pattern}$": {} for pattern in sorted(patterns)}
     return config
+
+
+def _other_modalities(tensors: Tensors, checkpoint_dir: Path) -> Tensors:
+    """What a vision-language model has beside its text, as its directory has it."""
+    stems = {name.rpartition(".")[0] for name in tensors}
+    found: Tensors = {}
+    missing = set(stems)
+    for path in weight_files(checkpoint_dir):
+        for name, tensor in read_weights_file(path).items():
+            stem = name.rpartition(".")[0]
+            missing.discard(stem)
+            if stem not in stems:
+                found[name] = tensor
+    if missing:
+        raise UserError(
+            f"{checkpoint_dir} names the weights of its text otherwise than transformers writes "
+            f"them, for example {min(missing)}: it cannot be exported beside the other modalities"
+        )
+    return found
 
 
 def _write(folder: Path, tensors: Tensors, config: dict[str, Any], source: Path) -> None:

@@ -10,7 +10,7 @@ from torchtune import training
 from torchtune.generation import generate
 from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.training import FullModelHFCheckpointer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from qst_tune.backbone.loading import backbone_on_meta
 from qst_tune.backbone.loading import load_backbone as load_stored_backbone
@@ -19,6 +19,7 @@ from qst_tune.models import peqa_from_hf, peqa_llama3_2
 from qst_tune.training.backbone_loading import load_backbone
 from qst_tune.training.export import check_export_format, export_model
 from tests.backbone.model_types import TYPES, tiny_model
+from tests.backbone.test_loading import vision_language_model
 from tests.checkpoints import SIZES as SMALL
 from tests.checkpoints import random_weights, write_model_folder
 from tests.reference.gptq_reader import decode
@@ -301,3 +302,27 @@ def test_routers_are_named_as_not_quantised(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "gptq" / "model.safetensors")
     assert "model.layers.0.mlp.experts.3.gate_proj.qweight" in tensors
     assert tensors["model.layers.0.mlp.gate.weight"].dtype == torch.float16
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["gemma3", "mistral3"])
+def test_of_a_vision_language_model_the_rest_comes_along(model_type: str, tmp_path: Path) -> None:
+    theirs = vision_language_model(model_type)
+    theirs.save_pretrained(tmp_path / "model")
+    with torch.device("meta"):
+        model = peqa_from_hf(str(tmp_path / "model"))
+    load_stored_backbone(model.backbone, tmp_path / "model", dtype=torch.float32, device=CPU)
+    for form in ("dense", "gptq_v2"):
+        folder = tmp_path / form
+        export_model(model, tmp_path / "model", folder, form=form, dtype=torch.float32)
+        before, after = (
+            load_file(path / "model.safetensors") for path in (tmp_path / "model", folder)
+        )
+        if form == "dense":
+            assert after.keys() == before.keys()
+        rest = [name for name in before if "vision" in name or "projector" in name]
+        assert len(rest) > 4
+        assert all(torch.equal(after[name], before[name]) for name in rest)
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "dense").eval()
+    rows = tokens() % 256
+    torch.testing.assert_close(again(rows).logits, model(rows), rtol=0, atol=1e-5)
