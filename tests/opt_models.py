@@ -1,4 +1,4 @@
-"""Tiny OPT models: transformers' and ours, with the same random weights."""
+"""Tiny OPT models: with random weights."""
 
 from pathlib import Path
 
@@ -7,8 +7,6 @@ from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
 
 from qst_tune.backbone.transformers import TransformersBackbone
-from qst_tune.models import opt
-from qst_tune.models.opt_weights import opt_hf_to_tune
 from tests.helpers import randomize_
 
 # Its config.json alone.
@@ -62,19 +60,6 @@ def authors_opt_weights(model) -> dict[str, torch.Tensor]:
     prefix = "frozen.model."
     state = model.state_dict()
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-
-
-def our_opt(theirs: OPTForCausalLM):
-    """Our model with the weights of ``theirs``."""
-    config = theirs.config
-    is_narrow = config.word_embed_proj_dim != config.hidden_size
-    model = opt(
-        **SIZES,
-        post_norm=not config.do_layer_norm_before,
-        token_dim=config.word_embed_proj_dim if is_narrow else None,
-    )
-    model.load_state_dict(opt_hf_to_tune(theirs.state_dict()))
-    return model.eval()
 
 
 def padded_batch(side: str, lengths=(9, 5, 1)):

@@ -6,7 +6,6 @@ from qst_tune.models.from_hf import (
     peqa_from_hf,
     qst_from_hf,
 )
-from qst_tune.models.gemma2 import gemma2
 from qst_tune.models.llama import (
     qst_llama2,
     qst_llama2_7b,
@@ -19,7 +18,6 @@ from qst_tune.models.llama import (
     qst_llama3_2_1b,
     qst_llama3_2_3b,
 )
-from qst_tune.models.opt import opt
 from qst_tune.models.peqa import (
     peqa_builder,
     peqa_decoder,
@@ -38,7 +36,6 @@ from qst_tune.models.peqa import (
     peqa_smollm2_360m,
 )
 from qst_tune.models.qst import qst_builder, qst_decoder
-from qst_tune.models.rotary_decoder import rotary_decoder
 from qst_tune.models.smollm2 import (
     qst_smollm2_1_7b,
     qst_smollm2_135m,
@@ -51,8 +48,6 @@ from qst_tune.models.smollm2 import (
 
 __all__ = [
     "backbone_from_hf",
-    "gemma2",
-    "opt",
     "peqa_builder",
     "peqa_decoder",
     "peqa_from_hf",
@@ -86,7 +81,6 @@ __all__ = [
     "qst_smollm2_1_7b",
     "qst_smollm2_135m",
     "qst_smollm2_360m",
-    "rotary_decoder",
     "smollm2",
     "smollm2_1_7b",
     "smollm2_135m",

@@ -6,7 +6,6 @@ import torch
 from torchtune.modules import TransformerDecoder
 
 from qst_tune.modules.decoder_parts import decoder_parts
-from qst_tune.modules.learned_positions import LearnedPositionDecoder, LearnedPositionEmbedding
 from qst_tune.modules.peqa_model import PEQAModel
 
 
@@ -29,22 +28,6 @@ class PEQADecoder(PEQAModel, TransformerDecoder):
     def __init__(self, backbone: TransformerDecoder) -> None:
         TransformerDecoder.__init__(self, **decoder_parts(backbone))
         self.adopt()
-
-    def forward(self, tokens: torch.Tensor, **where: Any) -> torch.Tensor | list[torch.Tensor]:
-        """Compute logits; arguments and result as torchtune's ``TransformerDecoder.forward``.
-
-        Args:
-            tokens (torch.Tensor): ``[B, T]`` token ids.
-            **where (Any): ``mask`` and ``input_pos``; a learned embedding of positions, as OPT's,
-                reads them too.
-
-        Returns:
-            torch.Tensor | list[torch.Tensor]: as :meth:`unembed` of the last hidden state.
-        """
-        learned = isinstance(self.tok_embeddings, LearnedPositionEmbedding)
-        compute: Any = LearnedPositionDecoder.forward if learned else TransformerDecoder.forward
-        logits: torch.Tensor | list[torch.Tensor] = compute(self, tokens, **where)
-        return logits
 
     def unembed(self, h: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
         """Turn the last hidden state into logits, or into the LM head's input.

@@ -17,7 +17,6 @@ from qst_tune.modules.embedding_quantization import (
     quantization_of_backbone,
     quantize_embedding,
 )
-from qst_tune.modules.learned_positions import LearnedPositionEmbedding
 from qst_tune.modules.side_block import (
     SideShape,
     build_side_blocks,
@@ -137,17 +136,8 @@ class TorchtuneBackbone:
         return [slice(0, len(tokens))]
 
     def embed(self, tokens: torch.Tensor, **where: Any) -> torch.Tensor:
-        """Compute h_0; only a learned embedding of positions asks for them.
-
-        Args:
-            tokens (torch.Tensor): ``[B, T]``.
-            **where (Any): ``mask`` and ``input_pos``.
-
-        Returns:
-            torch.Tensor: ``[B, T, D]``.
-        """
-        learned = isinstance(self.decoder.tok_embeddings, LearnedPositionEmbedding)
-        return self._frozen(self.decoder.tok_embeddings, tokens, **(where if learned else {}))
+        """Compute h_0, ``[B, T, D]``, of ``tokens``; rotary positions are not in it."""
+        return self._frozen(self.decoder.tok_embeddings, tokens)
 
     def run(
         self, tokens: torch.Tensor, *, taps: Sequence[int], visit: Visit, **where: Any

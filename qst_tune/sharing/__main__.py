@@ -13,8 +13,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from qst_tune.backbone.hub import local_model
 from qst_tune.errors import USER_ERROR_STATUS, UserError
-from qst_tune.models.hf.hub import local_model
 from qst_tune.sharing.hub_directory import Publication, base_model_of, make_hub_directory
 from qst_tune.sharing.inspection import inspect_directory, verify_directory
 from qst_tune.sharing.push import push_directory

@@ -54,7 +54,7 @@ def _stored_properties(config: dict[str, Any]) -> dict[str, Any]:
         "embed_dim": config.get("hidden_size"),
         "num_heads": config.get("num_attention_heads"),
         "num_kv_heads": config.get("num_key_value_heads"),
-        "intermediate_dim": config.get("intermediate_size") or config.get("ffn_dim"),  # OPT's name
+        "intermediate_dim": config.get("intermediate_size"),
         "rope_base": _as_number(config.get("rope_theta") or rope.get("rope_theta")),
         "rope scale_factor": _as_number(scaling.get("factor")) if is_scaled else 1.0,
     }

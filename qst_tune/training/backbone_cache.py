@@ -14,10 +14,7 @@ from torch import nn
 from torchtune import utils
 
 from qst_tune import __version__
-from qst_tune.backbone.transformers import transformers_backbone
-from qst_tune.modules.peqa_linear import PEQALinear
 from qst_tune.modules.plain_parts import Place
-from qst_tune.modules.rotary_caches import build_rotary_caches
 from qst_tune.quantization.parts import join_parts, named_parts
 from qst_tune.training.backbone_loading import SIDE_PREFIX, stored_as
 from qst_tune.training.distributed import rank_and_world_size
@@ -48,10 +45,7 @@ class BackboneCache:
             str | None: the checkpoint's fingerprint, as ``load_backbone`` gives it; None, and
                 nothing is changed, if there is no file or it is damaged.
         """
-        fingerprint = self._read(_all_parts(model), device, lambda file: _replace(file, model))
-        if fingerprint is not None and transformers_backbone(model) is None:
-            build_rotary_caches(model.layers, device)
-        return fingerprint
+        return self._read(_all_parts(model), device, lambda file: _replace(file, model))
 
     def _read(
         self,
@@ -127,25 +121,18 @@ def _all_parts(model: Any) -> dict[str, torch.Tensor]:
     return parts
 
 
-def _tensors(model: Any) -> dict[str, tuple[torch.Tensor, list[Place]]]:
+def _tensors(model: nn.Module) -> dict[str, tuple[torch.Tensor, list[Place]]]:
     """Everything of the backbone that loading fills, and where it is: a tied head's in two places.
 
-    Of a model of transformers these are also tables that it makes of its config while it loads.
+    That is also what transformers' models make of their config while they load, such as the
+    frequencies of a rotary embedding.
     """
-    is_whole = transformers_backbone(model) is not None
     found: dict[int, tuple[str, torch.Tensor, list[Place]]] = {}
     for path, module in model.named_modules():
         if f"{path}.".startswith(SIDE_PREFIX):
             continue
-        own = dict(module._parameters)
-        if is_whole or isinstance(module, PEQALinear):
-            own |= module._buffers
-        if is_whole:
-            own |= {
-                n: value for n, value in vars(module).items() if isinstance(value, torch.Tensor)
-            }
-        for name, tensor in own.items():
-            if tensor is not None:
+        for name, tensor in {**module._parameters, **module._buffers, **vars(module)}.items():
+            if isinstance(tensor, torch.Tensor):
                 places = found.setdefault(id(tensor), (f"{path}.{name}", tensor, []))[2]
                 places.append(Place(module, name))
     return {name: (tensor, places) for name, tensor, places in found.values()}

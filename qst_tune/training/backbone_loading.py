@@ -11,17 +11,16 @@ from torch import nn
 from torchtune import training
 from torchtune.modules import RMSNorm, TransformerDecoder
 
+from qst_tune.backbone.directory_files import weight_files
 from qst_tune.backbone.fingerprint import fingerprint_files, weight_digest
 from qst_tune.backbone.loading import load_backbone as load_directory
 from qst_tune.backbone.transformers import transformers_backbone
 from qst_tune.errors import UserError
-from qst_tune.models.hf.folder import weight_files
 from qst_tune.modules.base_quantization import QuantizedLinear
 from qst_tune.modules.embedding_quantization import quantization_of_backbone
 from qst_tune.modules.peqa_linear import PEQALinear
 from qst_tune.modules.rotary_caches import build_rotary_caches
 from qst_tune.quantization.table import QuantizedTable, quantize_table
-from qst_tune.training.hf_checkpointer import HFCheckpointer
 from qst_tune.training.tied_head import EMBEDDING, TiedHead
 
 SIDE_PREFIX = "side."
@@ -163,9 +162,6 @@ _FIX = "the config's model block must describe, or name the folder of, this very
 
 def _checkpoint_files(checkpointer: Any) -> Iterator[dict[str, torch.Tensor]]:
     """State dicts under torchtune's names, one file of the checkpoint at a time where possible."""
-    if isinstance(checkpointer, HFCheckpointer):
-        yield from checkpointer.load_files()
-        return
     paths = getattr(checkpointer, "_checkpoint_paths", None)
     if not isinstance(checkpointer, training.FullModelHFCheckpointer) or paths is None:
         yield _load_weights(checkpointer, "the checkpoint")
@@ -179,6 +175,8 @@ def _checkpoint_files(checkpointer: Any) -> Iterator[dict[str, torch.Tensor]]:
 def _load_weights(checkpointer: Any, name: str) -> dict[str, torch.Tensor]:
     try:
         weights: dict[str, torch.Tensor] = checkpointer.load_checkpoint()[training.MODEL_KEY]
+    except UserError:
+        raise
     except Exception as error:  # torchtune's conversion raises a bare Exception
         cause = error.__cause__
         # A reader's error says what is wrong, the KeyError of a conversion does not.

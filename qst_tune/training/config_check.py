@@ -7,9 +7,9 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from qst_tune.backbone.directory_files import read_settings, weight_files
+from qst_tune.backbone.hub import is_hub_name
 from qst_tune.errors import ConfigError, Problem, UserError, did_you_mean
-from qst_tune.models.hf.folder import read_settings, weight_files
-from qst_tune.models.hf.hub import is_hub_name
 from qst_tune.training.component_check import component_problems
 from qst_tune.training.config_file import variables_in
 from qst_tune.training.config_keys import TRAINING_KEYS, Keys

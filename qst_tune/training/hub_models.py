@@ -8,7 +8,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
 
-from qst_tune.models.hf.hub import Parts, fetch_model, hub_name, is_hub_name
+from qst_tune.backbone.hub import Parts, fetch_model, hub_name, is_hub_name
 
 # Only here does a text with one slash mean a model.
 _PLACES = ("checkpoint_dir", "model", "tokenizer", "checkpointer")

@@ -10,11 +10,11 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import training, utils
 from torchtune.modules import TransformerDecoder
 
+from qst_tune.backbone.directory_files import weight_files
+from qst_tune.backbone.hub import hub_name, model_name
 from qst_tune.backbone.peqa_transformer import PEQATransformer
 from qst_tune.backbone.transformers import transformers_backbone
 from qst_tune.errors import UserError
-from qst_tune.models.hf.folder import weight_files
-from qst_tune.models.hf.hub import hub_name, model_name
 from qst_tune.modules.peqa_model import PEQAModel
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.training.architecture_check import check_architecture

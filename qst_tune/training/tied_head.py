@@ -1,7 +1,5 @@
 """The LM head of a checkpoint whose head is its embedding: a file may hold either, or both."""
 
-from typing import Any
-
 import torch
 from torchtune.modules import TiedLinear, TransformerDecoder
 
@@ -22,8 +20,7 @@ class TiedHead:
     """
 
     def __init__(self, model: TransformerDecoder) -> None:
-        output: Any = model.output
-        self._is_tied = isinstance(output, TiedLinear) or hasattr(output, "tied")
+        self._is_tied = isinstance(model.output, TiedLinear)
         self._found: dict[str, torch.Tensor] = {}
 
     def is_head(self, name: str) -> bool:

@@ -9,8 +9,8 @@ import torch
 from omegaconf import DictConfig
 from torch import nn
 
+from qst_tune.backbone.hub import is_hub_name
 from qst_tune.errors import ConfigError, Problem, UserError
-from qst_tune.models.hf.hub import is_hub_name
 from qst_tune.training.cli import instantiate
 from qst_tune.training.config_check import check_checkpoint_dir, config_problems
 from qst_tune.training.config_defaults import LOCAL_FORMATS, data_files, dataset_blocks

@@ -7,7 +7,9 @@ import torch
 from torchtune import training
 from torchtune.config._utils import _get_component_from_path
 
-from qst_tune.models.hf.hub import model_name
+from qst_tune.backbone.hub import model_name
+from qst_tune.backbone.transformers import transformers_backbone
+from qst_tune.errors import UserError
 from qst_tune.modules.embedding_quantization import quantization_of_backbone
 from qst_tune.training.architecture_check import check_architecture
 from qst_tune.training.backbone_loading import SIDE_PREFIX, read_backbone
@@ -54,6 +56,11 @@ class TunedCheckpointer:
             UserError: if they do not, or one of them is missing or damaged.
         """
         model = build_described(self.side_network, torch.float32, self.checkpoint_dir)
+        if transformers_backbone(model) is not None:
+            raise UserError(
+                f"{self.side_network} was tuned over transformers' own model, which torchtune's "
+                "recipes do not run: use qst_generate or qst_evaluate, or qst_tune.transformers"
+            )
         check_architecture(model, self.checkpoint_dir)
         weights, fingerprint = read_backbone(model, self._base)
         name, _ = model_name(self.checkpoint_dir)

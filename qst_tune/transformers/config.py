@@ -5,8 +5,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from qst_tune.backbone.hub import Parts, fetch_model, is_hub_name
 from qst_tune.errors import UserError
-from qst_tune.models.hf.hub import Parts, fetch_model, is_hub_name
 from qst_tune.training.side_checkpoint import SIDE_NETWORK, TRANSFORMERS_MODEL_TYPE
 
 # How to fetch a folder; a revision is one of the side network's, not of its backbone's.

@@ -2,12 +2,7 @@
 
 import pytest
 import torch
-from torch import nn
 from torchtune import training
-from torchtune.generation import (
-    get_causal_mask_from_padding_mask,
-    get_position_ids_from_padding_mask,
-)
 from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
@@ -16,7 +11,6 @@ from qst_tune.modules import LinearCrossEntropyLoss
 from qst_tune.modules.peqa_decoder import PEQADecoder
 from qst_tune.modules.peqa_linear import PEQALinear
 from tests.helpers import random_tokens, randomize_, tiny_backbone
-from tests.opt_models import hf_opt, our_opt, padded_batch
 
 GROUPS = [None, 32]
 
@@ -44,45 +38,6 @@ def test_logits_are_those_of_torchtunes_decoder_with_the_decoded_weights(group_s
     model, tokens = tiny_model(group_size, tied=tied), random_tokens()
     expected = dense_copy(model, tied=tied)(tokens)
     torch.testing.assert_close(model(tokens), expected, rtol=1e-4, atol=1e-5)
-
-
-def learned_positions_model(group_size):
-    """A PEQA model over OPT, and the decoder that it shall equal."""
-    torch.manual_seed(0)
-    theirs = hf_opt()
-    model, dense = peqa_decoder(our_opt(theirs), group_size=group_size), our_opt(theirs)
-    for name, linear in model.named_modules():
-        if isinstance(linear, PEQALinear):
-            weight = nn.Parameter(linear.dense_weight(torch.float32))
-            dense.get_submodule(name).weight = weight
-    return model, dense
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("group_size", GROUPS)
-@pytest.mark.parametrize("where", ["mask", "input_pos"])
-def test_learned_positions_follow_mask_and_given_positions(where, group_size):
-    """OPT, padded on the left: the embedding too must know where a row starts."""
-    model, dense = learned_positions_model(group_size)
-    tokens, real = padded_batch("left")
-    given = {
-        "mask": get_causal_mask_from_padding_mask(real),
-        "input_pos": get_position_ids_from_padding_mask(real).flip(0),
-    }
-    logits = model(tokens, **{where: given[where]})
-    expected = dense(tokens, **{where: given[where]})
-    torch.testing.assert_close(logits[real], expected[real], rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(logits[real], model(tokens)[real], atol=0.1)
-
-
-@torch.no_grad()
-def test_padding_changes_no_logits_over_learned_positions():
-    model, _ = learned_positions_model(None)
-    tokens, real = padded_batch("left")
-    together = model(tokens, mask=get_causal_mask_from_padding_mask(real))
-    for row, is_real, logits in zip(tokens, real, together, strict=True):
-        alone = model(row[is_real][None])[0]
-        torch.testing.assert_close(logits[is_real], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_chunked_and_skipped_heads_give_the_same_logits():

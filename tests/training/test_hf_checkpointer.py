@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qst_tune.errors import UserError
-from qst_tune.models import backbone_from_hf
-from qst_tune.training.backbone_loading import fingerprint_backbone
+from qst_tune.models import backbone_from_hf, qst_llama2
+from qst_tune.training.backbone_loading import fingerprint_backbone, load_backbone
 from qst_tune.training.hf_checkpointer import HFCheckpointer
+from tests.helpers import TINY
 from tests.hf_models import edit_config, loaded, save_hf_model
 
 TOKENS = torch.arange(3, 15)[None]
@@ -127,7 +128,9 @@ def test_weights_in_half_precision_are_loaded_as_what_the_recipe_wants(tmp_path:
     torch.testing.assert_close(logits(tmp_path), expected, **CLOSE)
 
 
-def test_saving_is_refused(tmp_path: Path) -> None:
+def test_it_is_not_for_torchtunes_builders(tmp_path: Path) -> None:
     save_hf_model(tmp_path, "llama")
-    with pytest.raises(NotImplementedError, match="only reads"):
-        HFCheckpointer(str(tmp_path)).save_checkpoint({}, epoch=0)
+    model = qst_llama2(**TINY, reduction_factor=4)
+    checkpointer = HFCheckpointer(str(tmp_path))
+    with pytest.raises(UserError, match=r"is for \*_from_hf; .* FullModelHFCheckpointer"):
+        load_backbone(model, checkpointer, dtype=torch.float32, device=torch.device("cpu"))

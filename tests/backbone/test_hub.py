@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from qst_tune.backbone.hub import fetch_model, hub_name, is_hub_name, local_model, model_name
 from qst_tune.errors import UserError
-from qst_tune.models.hf.hub import fetch_model, hub_name, is_hub_name, local_model, model_name
 from tests.fake_hub import COMMIT, FakeHub, serving, use
 
 REPO = "some-org/Tiny-1.5B"

@@ -16,8 +16,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from qst_tune.backbone.directory_files import weight_files
 from qst_tune.errors import UserError
-from qst_tune.models.hf.folder import weight_files
 
 # How much of a model: its config.json; that and the tokenizer; that and the weights.
 Parts = Literal["config", "tokenizer", "weights"]

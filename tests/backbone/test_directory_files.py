@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from qst_tune.backbone.directory_files import read_settings, weight_files
 from qst_tune.errors import UserError
-from qst_tune.models.hf.folder import read_settings, weight_files
 
 SHARDS = [f"model-{i:05}-of-00003.safetensors" for i in (1, 2, 3)]
 
