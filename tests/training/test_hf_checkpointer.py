@@ -132,5 +132,5 @@ def test_it_is_not_for_torchtunes_builders(tmp_path: Path) -> None:
     save_hf_model(tmp_path, "llama")
     model = qst_llama2(**TINY, reduction_factor=4)
     checkpointer = HFCheckpointer(str(tmp_path))
-    with pytest.raises(UserError, match=r"is for \*_from_hf; .* FullModelHFCheckpointer"):
+    with pytest.raises(UserError, match=r"is for \*_from_hf; .*FullModelHFCheckpointer"):
         load_backbone(model, checkpointer, dtype=torch.float32, device=torch.device("cpu"))
