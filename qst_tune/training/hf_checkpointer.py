@@ -2,7 +2,6 @@
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 from qst_tune.backbone.directory_files import weight_files
 from qst_tune.backbone.hub import model_name
@@ -53,12 +52,8 @@ class HFCheckpointer:
         files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.files]
         return hashlib.sha256(self._config + repr(files).encode()).hexdigest()
 
-    def load_checkpoint(self) -> dict[str, Any]:
-        """Refuse: weights under torchtune's names are read by torchtune's checkpointers.
-
-        Raises:
-            UserError: always.
-        """
+    def load_checkpoint(self) -> None:
+        """Refuse, always with a UserError: torchtune's names are those of its own checkpointers."""
         raise UserError(
             "checkpointer: HFCheckpointer is for *_from_hf; with a builder over torchtune, such as "
             "qst_llama2_7b, use torchtune.training.FullModelHFCheckpointer"
