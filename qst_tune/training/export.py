@@ -10,10 +10,10 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torchtune import utils
 
+from qst_tune.backbone.directory_files import weight_files
 from qst_tune.backbone.peqa_transformer import PEQATransformer
 from qst_tune.backbone.weights_file import read_weights_file
 from qst_tune.errors import UserError
-from qst_tune.models.hf.folder import weight_files
 from qst_tune.modules.peqa_decoder import PEQADecoder
 from qst_tune.modules.peqa_model import PEQAModel
 from qst_tune.quantization.affine import AffineWeight
