@@ -29,13 +29,13 @@ def text_sizes(config: Any) -> LayerSizes:
     """
     width = config.hidden_size
     # A model without attention (Mamba) leaves the number of heads to us.
-    heads = _first(getattr(config, "num_attention_heads", None)) or max(1, width // 64)
-    hidden = next((_first(getattr(config, n, None)) for n in _MLP_NAMES if _has(config, n)), None)
+    heads = _setting(config, "num_attention_heads") or max(1, width // 64)
+    hidden = next((size for name in _MLP_NAMES if (size := _setting(config, name))), None)
     return LayerSizes(
         embed_dim=width,
         hidden_dim=hidden or 4 * width,
         num_heads=heads,
-        num_kv_heads=min(_first(getattr(config, "num_key_value_heads", None)) or heads, heads),
+        num_kv_heads=min(_setting(config, "num_key_value_heads") or heads, heads),
         is_rotary=not is_opt(config),
     )
 
@@ -75,12 +75,12 @@ def side_norm(config: Any, dim: int) -> nn.Module:
     return plain_side_norm(dim)
 
 
-def _has(config: Any, name: str) -> bool:
-    return bool(_first(getattr(config, name, None)))
-
-
-def _first(value: Any) -> Any:
-    """Of a setting with a value for each layer the largest; one number as it is."""
+def _setting(config: Any, name: str) -> Any:
+    """A setting; the largest where layers have different ones (Gemma 4's larger models)."""
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:  # transformers': it differs between layers
+        value = [getattr(layer, name) for layer in config.per_layer_config]
     return max(value) if isinstance(value, list | tuple) else value
 
 

@@ -1,29 +1,39 @@
 """The peak of a step at any batch size, in a time that depends neither on it nor on the depth."""
 
 from collections.abc import Callable
+from functools import cache, cached_property
 from typing import Any
 
-from qst_tune.estimation.depth import Shorten, timeline_of_fewer_layers
+from qst_tune.estimation.depth import Shorten, of_more_parts, timeline_of_fewer_layers
 from qst_tune.estimation.fake_device import BATCH_LOOPS, first_and_last_parts
 from qst_tune.estimation.tracker import Timeline
 
 # Steps of a batch size, of a whole model or of one that is changed first.
 Trace = Callable[[int, Shorten | None], Timeline]
+# Full parts of a batch: of the smaller step that is extended, and of the one that it is checked by.
+_FEW, _CHECKED = 2, 4
 
 
 class BatchPeaks:
     """Peaks by batch size: of fewer layers, if these give the peaks of a whole step that is known.
+
+    So it is with a batch that runs through the whole model in parts: of two and three full parts,
+    if these give the peaks of four.
 
     Args:
         model (Any): of a method, on meta; only its structure is read.
         trace (Trace): of this model.
         batch_size (int): of the known step.
         known (Timeline): all layers, all parts of the batch.
+        part_rows (int): rows of a full part.
     """
 
-    def __init__(self, model: Any, trace: Trace, batch_size: int, known: Timeline) -> None:
+    def __init__(
+        self, model: Any, trace: Trace, batch_size: int, known: Timeline, part_rows: int
+    ) -> None:
         self._model = model
         self._trace = trace
+        self._part_rows = part_rows
         self._known = {batch_size: max(known.peaks())}
         shallow = self._shallow(batch_size)
         self._missing = _missing_bytes(shallow, known) if shallow else None
@@ -47,11 +57,47 @@ class BatchPeaks:
         return self._known[batch_size]
 
     def _peak(self, batch_size: int) -> int:
+        parts, rest = divmod(batch_size, self._part_rows)
+        if parts > _CHECKED and self._parts_repeat:
+            found = self._from_parts(parts, rest)
+            if found is not None:
+                return max(found)
+        return max(self._peaks(batch_size))
+
+    @cached_property
+    def _parts_repeat(self) -> bool:
+        return self._from_parts(_CHECKED, 0) == self._peaks(_CHECKED * self._part_rows)
+
+    def _from_parts(self, parts: int, rest: int) -> list[int] | None:
+        found = self._few_parts(rest)
+        timeline = of_more_parts(*found, parts - _FEW) if found else None
+        return None if timeline is None else self._with_missing(timeline)
+
+    @cache  # noqa: B019  # lives as long as one question
+    def _few_parts(self, rest: int) -> tuple[Timeline, Timeline]:
+        sizes = [n * self._part_rows + rest for n in (_FEW, _FEW + 1)]
+        was_shallow = self.is_shallow
+        few, many = map(self._step, sizes)
+        if was_shallow != self.is_shallow:  # few layers were not enough: both of all, then
+            few, many = map(self._step, sizes)
+        return few, many
+
+    def _peaks(self, batch_size: int) -> list[int]:
+        return self._with_missing(self._step(batch_size))
+
+    def _with_missing(self, timeline: Timeline) -> list[int]:
+        peaks = timeline.peaks()
+        missing = self._missing or [0] * len(peaks)
+        return [peak + more for peak, more in zip(peaks, missing, strict=True)]
+
+    def _step(self, batch_size: int) -> Timeline:
+        """Of few layers where they are enough."""
         shallow = self._shallow(batch_size) if self._missing else None
-        if shallow is None or self._missing is None:
-            with first_and_last_parts(*BATCH_LOOPS):
-                return max(self._trace(batch_size, None).peaks())
-        return max(map(sum, zip(shallow.peaks(), self._missing, strict=True)))
+        if shallow is not None:
+            return shallow
+        self._missing = None
+        with first_and_last_parts(*BATCH_LOOPS):
+            return self._trace(batch_size, None)
 
     def _shallow(self, batch_size: int) -> Timeline | None:
         with first_and_last_parts(*BATCH_LOOPS):

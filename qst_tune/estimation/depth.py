@@ -43,7 +43,7 @@ def timeline_of_fewer_layers(model: Any, trace: Callable[[Shorten], Timeline]) -
         return None
     depth, period = found
     short, longer = (trace(partial(_keep, depth=n)) for n in (depth, depth + period))
-    return _deepen(short, longer, (len(kinds) - depth) // period)
+    return _extend(short, longer, (len(kinds) - depth) // period, _add_layers)
 
 
 def _kinds(model: Any) -> list[str]:
@@ -133,23 +133,57 @@ def _keep(model: Any, *, depth: int) -> None:
         side.downsample = side.downsample[: len(side.downsample) - fewer]
 
 
-def _deepen(short: Timeline, longer: Timeline, more: int) -> Timeline | None:
-    """The step of ``short`` with what ``longer`` has in addition, ``more`` times."""
-    if [phase for phase, _ in short.phases] != [phase for phase, _ in longer.phases]:
+def of_more_parts(few: Timeline, many: Timeline, more: int) -> Timeline | None:
+    """Give the step of a batch whose rows run through the whole model in parts, one after another.
+
+    Args:
+        few (Timeline): of some full parts and a rest.
+        many (Timeline): of one full part more.
+        more (int): by how many full parts the batch has more than ``few``.
+
+    Returns:
+        Timeline | None: None if the parts do not repeat in it.
+    """
+    return _extend(few, many, more, _add_parts)
+
+
+def _add_parts(few: list[int], many: list[int], more: int) -> list[int] | None:
+    """What repeats stays as it is; what is of the whole batch grows with it."""
+    period = len(many) - len(few)
+    starts = range(len(many) - 2 * period + 1) if period > 0 else range(0)
+    same = (i for i in starts if many[i : i + period] == many[i + period : i + 2 * period])
+    first = next(same, None)
+    if first is None:
+        return None
+    rest = map(_affine, few, many[:first] + many[first + period :], [more] * len(few))
+    changes = list(rest)
+    return changes[:first] + many[first : first + period] * more + changes[first:]
+
+
+def _extend(
+    few: Timeline,
+    many: Timeline,
+    more: int,
+    insert: Callable[[list[int], list[int], int], list[int] | None],
+) -> Timeline | None:
+    """The step of ``few`` with what ``many`` has in addition, ``more`` times, phase by phase."""
+    if [phase for phase, _ in few.phases] != [phase for phase, _ in many.phases]:
         return None
     phases = []
-    for (phase, few), (_, many) in zip(short.phases, longer.phases, strict=True):
-        changes = _repeat(_runs(few), _runs(many), more)
-        if changes is None:
+    for (phase, a), (_, b) in zip(few.phases, many.phases, strict=True):
+        short, longer = _runs(a), _runs(b)
+        if len(short) == len(longer):  # one operation for the tensors of all layers or rows
+            changes = [_affine(x, y, more) for x, y in zip(short, longer, strict=True)]
+        elif (found := insert(short, longer, more)) is None:
             return None
+        else:
+            changes = found
         phases.append((phase, changes))
-    return Timeline(_affine(short.start_bytes, longer.start_bytes, more), phases)
+    return Timeline(_affine(few.start_bytes, many.start_bytes, more), phases)
 
 
-def _repeat(few: list[int], many: list[int], more: int) -> list[int] | None:
+def _add_layers(few: list[int], many: list[int], more: int) -> list[int] | None:
     period = len(many) - len(few)
-    if period == 0:  # one operation for the tensors of all layers
-        return [_affine(a, b, more) for a, b in zip(few, many, strict=True)]
     same = next((i for i, (a, b) in enumerate(zip(few, many, strict=False)) if a != b), len(few))
     if period < 0 or few[same:] != many[same + period :]:
         return None

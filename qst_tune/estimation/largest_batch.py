@@ -37,7 +37,12 @@ class _Search:
 
 
 def largest_batch(
-    peak_bytes: Callable[[int], int], limit_bytes: float, *, start: int, fixed_bytes: int = 0
+    peak_bytes: Callable[[int], int],
+    limit_bytes: float,
+    *,
+    start: int,
+    fixed_bytes: int = 0,
+    step: int = 1,
 ) -> int:
     """Find the largest batch size; memory is nearly affine in it, so few trials are needed.
 
@@ -46,11 +51,18 @@ def largest_batch(
         limit_bytes (float): what the peak may be at most.
         start (int): a batch size to begin with.
         fixed_bytes (int): about what no row adds to, such as the weights. Default: 0.
+        step (int): its multiples are tried first, for a ``peak_bytes`` that is quick for them.
 
     Returns:
         int: rows, the same as of trying every batch size; 0 if not even one fits.
     """
     search = _Search(peak_bytes, limit_bytes)
+    if step > 1:
+        known = {"start": max(1, start // step), "fixed_bytes": fixed_bytes}
+        full = step * largest_batch(lambda n: peak_bytes(n * step), limit_bytes, **known)
+        if full and search.fits(full) and not search.fits(full + step):
+            return search.between(full, full + step)
+        start = min(start, step)
     if not search.fits(start):
         low = 1 if start > 1 and search.fits(1) else 0
         return search.between(low, start) if low else 0

@@ -13,7 +13,7 @@ from qst_tune.estimation.depth import Shorten
 from qst_tune.estimation.fake_device import Attention, DeviceType
 from qst_tune.estimation.largest_batch import largest_batch
 from qst_tune.estimation.report import Row
-from qst_tune.estimation.setup import Setup, Shape
+from qst_tune.estimation.setup import ALL_ROWS, Setup, Shape
 from qst_tune.estimation.spread import Spread, spread_line
 from qst_tune.estimation.step import StepCost, trace_step
 from qst_tune.estimation.tracker import Timeline
@@ -80,17 +80,20 @@ class Question:
         fixed, limit = of_a_process(timeline.start_bytes), self.fit_gib * GIB
         if fixed > limit:
             return 0
+        part_rows = setup.part_rows(self.shape.seq_len)
         peaks = BatchPeaks(
             setup.model,
             lambda batch_size, shorten: self._trace(batch_size, shorten)[1],
             self.shape.batch_size,
             timeline,
+            part_rows,
         )
         return largest_batch(
             lambda batch_size: of_a_process(peaks(batch_size)),
             limit,
             start=self.shape.batch_size,
             fixed_bytes=fixed,
+            step=part_rows if part_rows < ALL_ROWS else 1,
         )
 
 

@@ -28,6 +28,7 @@ from qst_tune.training.parameter_groups import parameter_groups
 from qst_tune.training.preference import PreferenceTask, check_loss, reference_of
 
 _CPU = torch.device("cpu")
+ALL_ROWS = 2**20  # more than any batch
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,13 @@ class Setup:
     trainable: Callable[[], Any]
     dtype: torch.dtype
     attention: Attention | None = None
+
+    def part_rows(self, seq_len: int) -> int:
+        """Rows of a batch that run through the whole model before the next ones do."""
+        if not isinstance(self.model, QSTModel):
+            return ALL_ROWS
+        tokens = torch.empty(ALL_ROWS, seq_len, dtype=torch.int64, device="meta")
+        return int(self.model.backbone.row_parts(tokens, None)[0].stop)
 
     def batch(self, shape: Shape) -> Batch:
         """Make a batch as the task's collate function does, without padding; all tokens are labels.

@@ -35,6 +35,14 @@ def test_it_is_stored_in_its_parts_alone() -> None:
     assert torch.equal(again.dense(), quantized.dense())
 
 
+@pytest.mark.parametrize("form", ["nf4", "fp4"])
+def test_on_meta_it_has_the_parts_that_it_will_have(form: str) -> None:
+    """An estimate counts them."""
+    parts = [quantize_experts(weight, form).parts for weight in (WEIGHT, WEIGHT.to("meta"))]
+    shapes = [[(part.shape, part.dtype) for part in of_one] for of_one in parts]
+    assert shapes[0] == shapes[1]
+
+
 def test_as_a_parameter_it_is_frozen_and_keeps_its_type() -> None:
     parameter = torch.nn.Parameter(quantize_experts(WEIGHT, "nf4"), requires_grad=False)
     assert isinstance(parameter, QuantizedExperts)

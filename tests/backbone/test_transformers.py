@@ -108,3 +108,14 @@ def test_rows_with_side_networks_of_their_own_give_what_they_give_alone() -> Non
     for row, alone in enumerate(expected):
         real = padding[row]
         torch.testing.assert_close(together[row, real], alone[0, real], rtol=0, atol=1e-5)
+
+
+def test_a_model_whose_layers_have_different_heads_starts_as_it_is() -> None:
+    """Gemma 4's larger models: full attention has fewer key-value heads, and no values."""
+    settings = {"num_global_key_value_heads": 1, "attention_k_eq_v": True}
+    theirs = tiny_model(
+        "gemma4_text", **settings, layer_types=["sliding_attention", "full_attention"] * 2
+    )
+    model = qst_decoder(TransformersBackbone(theirs), reduction_factor=4, base_quantization="none")
+    assert model.side.blocks[0].attn.num_kv_heads == 1  # of two, at a quarter of the width
+    torch.testing.assert_close(model(TOKENS), theirs(TOKENS).logits)

@@ -71,7 +71,8 @@ class Steps:
 
     def peaks(self, known_batch: int) -> BatchPeaks:
         known = self.whole(known_batch)
-        return BatchPeaks(self.build().model, self, known_batch, known)
+        setup = self.build()
+        return BatchPeaks(setup.model, self, known_batch, known, setup.part_rows(self.seq_len))
 
 
 SLOW = sorted({*SHOWN.split(","), "peqa", "peqa_checkpointed"} - {"qst", "qlora_checkpointed"})
@@ -125,7 +126,7 @@ def test_a_step_that_few_layers_do_not_give_is_run_whole() -> None:
     steps = Steps("qlora", "cuda")
     known = steps.whole(1)
     known.phases[0][1].append(10**9)
-    peaks = BatchPeaks(steps.build().model, steps, 1, known)
+    peaks = BatchPeaks(steps.build().model, steps, 1, known, 1000)
     assert not peaks.is_shallow
     assert peaks(2) == max(steps.whole(2).peaks())
 
@@ -134,37 +135,59 @@ def test_a_step_that_few_layers_do_not_give_is_run_whole() -> None:
 # and one, with experts; DeepSeek V3: a dense layer, then mixtures.
 HF_MODELS = {
     "llama": {"num_hidden_layers": 8},
-    "gemma3_text": {"num_hidden_layers": 14},
+    "gemma3_text": {"num_hidden_layers": 26},
     "gpt_oss": {"num_hidden_layers": 8},
     "qwen3_moe": {"num_hidden_layers": 6, "num_experts": 7},
     "deepseek_v3": {"num_hidden_layers": 7, "n_routed_experts": 7},
 }
 
 
-@pytest.mark.parametrize(
-    ("model_type", "num_side_blocks"),
-    [
-        ("gemma3_text", 2),
-        ("qwen3_moe", 2),
-        *(pytest.param(name, 2, marks=pytest.mark.slow) for name in ("llama", "gpt_oss")),
-        *(pytest.param(name, None, marks=pytest.mark.slow) for name in HF_MODELS),
-    ],
-)
-def test_so_are_those_of_transformers_models(
-    model_type: str, num_side_blocks: int | None, tmp_path: Path
-) -> None:
-    tiny_config(model_type, **HF_MODELS[model_type]).save_pretrained(tmp_path)
-    blocks = num_side_blocks or HF_MODELS[model_type]["num_hidden_layers"]
+def over_transformers(model_type: str, directory: Path, num_side_blocks: int) -> Steps:
+    tiny_config(model_type, **HF_MODELS[model_type]).save_pretrained(directory)
     steps = Steps("qst", "cuda")
     steps.cfg = OmegaConf.merge(CONFIG)
     steps.cfg.model = {
         "_component_": "qst_tune.models.qst_from_hf",
-        "checkpoint_dir": str(tmp_path),
+        "checkpoint_dir": str(directory),
         "reduction_factor": 4,
-        "num_side_blocks": blocks,
+        "num_side_blocks": num_side_blocks,
     }
     steps.seq_len = 128
+    return steps
+
+
+SLOW_TYPES = [pytest.param(n, marks=pytest.mark.slow) for n in HF_MODELS if n != "qwen3_moe"]
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", *SLOW_TYPES])
+def test_so_are_those_of_transformers_models(model_type: str, tmp_path: Path) -> None:
+    steps = over_transformers(model_type, tmp_path, 2)
     peaks = steps.peaks(2)
     assert peaks.is_shallow
     assert peaks(33) == max(steps.whole(33).peaks())  # two parts, the last of one row
+    assert peaks(229) == max(steps.whole(229).peaks())  # eight parts, of which four are run
+    assert steps.num_whole == 3, "only those that this test runs"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", HF_MODELS)
+def test_so_are_those_of_a_side_block_for_each_layer(model_type: str, tmp_path: Path) -> None:
+    steps = over_transformers(model_type, tmp_path, HF_MODELS[model_type]["num_hidden_layers"])
+    peaks = steps.peaks(2)
+    assert peaks.is_shallow
+    assert peaks(7) == max(steps.whole(7).peaks())
     assert steps.num_whole == 2, "only those that this test runs"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["peqa", "peqa_checkpointed"])
+def test_so_are_those_of_integers_over_transformers(name: str, tmp_path: Path) -> None:
+    steps = over_transformers("gemma3_text", tmp_path, 2)
+    steps.name = name
+    steps.cfg.model = {
+        "_component_": "qst_tune.models.peqa_from_hf",
+        "checkpoint_dir": str(tmp_path),
+    }
+    peaks = steps.peaks(2)
+    assert peaks.is_shallow
+    assert peaks(7) == max(steps.whole(7).peaks())

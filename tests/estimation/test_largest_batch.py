@@ -32,11 +32,12 @@ def chunked(batch: int) -> int:
 @pytest.mark.parametrize("peak", [affine, bent, curved, chunked])
 @pytest.mark.parametrize("start", [1, 3, 4, 16, 60])
 @pytest.mark.parametrize("fixed", [0, 90, 100])
+@pytest.mark.parametrize("step", [1, 8])
 def test_answer_is_that_of_trying_every_batch_size(
-    peak: Callable[[int], int], start: int, fixed: int
+    peak: Callable[[int], int], start: int, fixed: int, step: int
 ) -> None:
     for limit in (101, 105, 111, 150, 499, 500, 501, 777, 1000, 1009, 1010, 2999, 5000):
-        answer = largest_batch(peak, limit, start=start, fixed_bytes=fixed)
+        answer = largest_batch(peak, limit, start=start, fixed_bytes=fixed, step=step)
         assert answer == exhaustive(peak, limit), (limit, start)
 
 
