@@ -42,18 +42,9 @@ log = utils.get_logger("INFO")
 def side_over(
     model: PreTrainedModel, config: SideConfig, quantize: BaseQuantization = "none"
 ) -> tuple[QSTTransformer, Provenance]:
-    """Put a new side network over a model.
+    """Put a new side network over a loaded model, which is frozen, and quantised in place if asked.
 
-    Args:
-        model (PreTrainedModel): loaded; taken over, frozen, and quantised in place if asked for.
-        config (SideConfig): of the side network.
-        quantize (BaseQuantization): format for the layers of a dense model.
-
-    Returns:
-        tuple[QSTTransformer, Provenance]: the model, and what a saved directory says of it.
-
-    Raises:
-        UserError: if the model is not supported, or is quantised already and shall be once more.
+    Also returns what a saved directory says of it. A model that is not supported is a UserError.
     """
     method = getattr(model.config, "quantization_config", None)
     _check(model, method, quantize)
@@ -91,18 +82,7 @@ def side_over(
 
 
 def load_over(folder: Path, model: PreTrainedModel) -> tuple[QSTTransformer, Provenance]:
-    """Put a saved side network over the model that it was trained on.
-
-    Args:
-        folder (Path): of the side network.
-        model (PreTrainedModel): as for :func:`side_over`.
-
-    Returns:
-        tuple[QSTTransformer, Provenance]: as from :func:`side_over`.
-
-    Raises:
-        UserError: if the directory belongs to another model.
-    """
+    """Put a saved side network over the model that it was trained on; any other is a UserError."""
     block = dict(read_description(folder, SIDE_NETWORK)["model"])
     builder = _BUILDER if score_of(model) is None else _CLASSIFIER
     if any(block.get(name) != value for name, value in builder.items()):

@@ -168,14 +168,8 @@ class QSTPreTrainedModel(PreTrainedModel):
     ) -> None:
         """Write the side network, as the recipes do; other files of the directory stay.
 
-        Args:
-            save_directory (str | Path): made if it is not there.
-            is_main_process (bool): of several processes, only this one writes.
-            push_to_hub (bool): then :meth:`push_to_hub` under the directory's name.
-            **settings (Any): only what has no meaning for a side network.
-
-        Raises:
-            UserError: if the directory cannot be written, or a setting is not supported.
+        Of several processes only the main one writes. ``push_to_hub`` uploads it under the
+        directory's name. A setting that would change what is written is a UserError.
         """
         for name, value in settings.items():
             if value is not None and name not in _SAVED_SO_ANYWAY:
@@ -232,13 +226,7 @@ class QSTPreTrainedModel(PreTrainedModel):
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """Fill the side network; ``strict`` or not, all of its tensors must be there, and no other.
 
-        Args:
-            state_dict (Any): under the names of :meth:`state_dict` or of the saved file.
-            strict (bool): ignored.
-            assign (bool): as in torch.
-
-        Returns:
-            Any: as in torch.
+        Their names are those of :meth:`state_dict` or of the saved file.
         """
         own = {name.removeprefix(_SIDE): value for name, value in state_dict.items()}
         return self.model.side.load_state_dict(own, assign=assign)
