@@ -1,4 +1,7 @@
-"""Print the peak of a process's own memory while a directory is loaded in NF4, and the result's."""
+"""Print the peak of a process's own memory while a directory is loaded, and the result's bytes.
+
+Arguments: the directory, and the ``base_quantization`` if not NF4.
+"""
 
 import sys
 import threading
@@ -23,7 +26,8 @@ def own_memory() -> int:
 def main() -> None:
     folder = Path(sys.argv[1])
     with torch.device("meta"):
-        model = qst_from_hf(str(folder))
+        form = sys.argv[2] if len(sys.argv) > 2 else "nf4"
+        model = qst_from_hf(str(folder), base_quantization=form)
     quantization_config_type()
     before, peak, done = own_memory(), 0, threading.Event()
 
