@@ -163,16 +163,15 @@ class QSTPreTrainedModel(PreTrainedModel):
         save_directory: str | Path,
         *,
         is_main_process: bool = True,
-        push_to_hub: bool = False,
         **settings: Any,
     ) -> None:
         """Write the side network, as the recipes do; other files of the directory stay.
 
-        Of several processes only the main one writes. ``push_to_hub`` uploads it under the
-        directory's name. A setting that would change what is written is a UserError.
+        Of several processes only the main one writes. A setting that would change what is written
+        is a UserError; :meth:`push_to_hub` uploads.
         """
         for name, value in settings.items():
-            if value is not None and name not in _SAVED_SO_ANYWAY:
+            if value and name not in _SAVED_SO_ANYWAY:
                 raise UserError(f"save_pretrained: {name}={value} is not supported by a QST model")
         if not is_main_process:
             return
@@ -181,8 +180,6 @@ class QSTPreTrainedModel(PreTrainedModel):
         index = {"metadata": {}, "weight_map": names}
         files[_INDEX] = (json.dumps(index, indent=2) + "\n").encode()
         replace_files(Path(save_directory), files)
-        if push_to_hub:
-            self.push_to_hub(Path(save_directory).name)
 
     def push_to_hub(  # type: ignore[override]  # the directory is ours, not transformers'
         self,
