@@ -112,7 +112,7 @@ def test_logits_and_gradients_are_those_of_the_dense_weights(model_type: str) ->
                 continue
             wanted = expected_gradient(linear, grad)
             size = wanted.abs().max().clamp(min=1e-3)
-            torch.testing.assert_close(own / size, wanted / size, rtol=0, atol=1e-4, msg=name)
+            torch.testing.assert_close(own / size, wanted / size, rtol=0, atol=10 * atol, msg=name)
             compared += 1
     assert compared >= 4
 
