@@ -86,8 +86,3 @@ __all__ = [
     "smollm2_135m",
     "smollm2_360m",
 ]
-
-
-def __getattr__(name: str) -> None:
-    hint = ": OPT is tuned with qst_from_hf and its directory" if "opt" in name.split("_") else ""
-    raise AttributeError(f"qst_tune.models has no {name}{hint}")

@@ -29,6 +29,12 @@ _GIVEN: dict[str, tuple[int, tuple[str, ...]]] = {
 }
 _PLAIN = {int, float, bool, str, type(None)}
 
+# How what an earlier version had begins, and what to use now.
+_GONE = {
+    "qst_tune.models.qst_opt": "OPT is qst_tune.models.qst_from_hf with its checkpoint_dir",
+    "qst_tune.training.opt_checkpointer": "use qst_tune.training.hf_checkpointer.HFCheckpointer",
+}
+
 
 def component_problems(cfg: DictConfig) -> list[Problem]:
     """Find components that do not exist, and arguments that they do not take, lack or misread."""
@@ -66,7 +72,8 @@ def _problems(path: str, node: DictConfig) -> list[Problem]:
     try:
         component = _get_component_from_path(str(name))
     except Exception as error:  # importing a user's own module may raise anything
-        text = f"{path}: component {name!r} cannot be imported: {_last_line(error)}"
+        now = next((f"; {now}" for old, now in _GONE.items() if str(name).startswith(old)), "")
+        text = f"{path}: component {name!r} cannot be imported: {_last_line(error)}{now}"
         return [Problem(key, text)]
     if not callable(component):
         return [Problem(key, f"{path}: component {name!r} is not callable")]

@@ -96,3 +96,10 @@ def test_missing_argument_is_told_but_not_those_that_the_recipe_gives() -> None:
 )
 def test_what_is_no_component_is_told(config: dict, message: str) -> None:
     assert texts(config) == [message]
+
+
+def test_what_an_earlier_version_had_is_named_with_what_to_use() -> None:
+    (text,) = texts({"model": {"_component_": "qst_tune.models.qst_opt_125m"}})
+    assert text.endswith("; OPT is qst_tune.models.qst_from_hf with its checkpoint_dir")
+    (text,) = texts({"checkpointer": {"_component_": "qst_tune.training.opt_checkpointer.X"}})
+    assert text.endswith("; use qst_tune.training.hf_checkpointer.HFCheckpointer")
