@@ -90,8 +90,8 @@ def test_logits_and_gradients_are_those_of_the_dense_weights(model_type: str) ->
     model = model_of(model_type, group_size=group_size)
     dense, tokens = dense_of(model, model_type), tokens_of(24)
     logits, expected = model(tokens), dense(input_ids=tokens, use_cache=False).logits
-    # Gemma 4's norms enlarge the error of a sum in another order: measured 2e-5.
-    atol = 5e-5 if model_type == "gemma4_text" else 1e-5
+    # Gemma 4's norms enlarge errors: in fp32 the reference's gradients differ from fp64's by 9e-4.
+    atol, atol_of_gradients = (5e-5, 2e-3) if model_type == "gemma4_text" else (1e-5, 1e-4)
     torch.testing.assert_close(logits, expected, rtol=0, atol=atol)
     loss_of(logits, tokens).backward()
     loss_of(expected, tokens).backward()
@@ -112,7 +112,9 @@ def test_logits_and_gradients_are_those_of_the_dense_weights(model_type: str) ->
                 continue
             wanted = expected_gradient(linear, grad)
             size = wanted.abs().max().clamp(min=1e-3)
-            torch.testing.assert_close(own / size, wanted / size, rtol=0, atol=10 * atol, msg=name)
+            torch.testing.assert_close(
+                own / size, wanted / size, rtol=0, atol=atol_of_gradients, msg=name
+            )
             compared += 1
     assert compared >= 4
 
