@@ -11,14 +11,14 @@ from qst_tune.estimation.tracker import Timeline
 # Steps of a batch size, of a whole model or of one that is changed first.
 Trace = Callable[[int, Shorten | None], Timeline]
 # Full parts of a batch: of the smaller step that is extended, and of the one that it is checked by.
-_FEW, _CHECKED = 2, 4
+_FEW, _CHECKED = 3, 5
 
 
 class BatchPeaks:
     """Peaks by batch size: of fewer layers, if these give the peaks of a whole step that is known.
 
-    So it is with a batch that runs through the whole model in parts: of two and three full parts,
-    if these give the peaks of four.
+    So it is with a batch that runs through the whole model in parts: of three and four full parts,
+    if these give the peaks of five.
 
     Args:
         model (Any): of a method, on meta; only its structure is read.

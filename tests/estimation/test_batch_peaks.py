@@ -165,7 +165,8 @@ def test_so_are_those_of_transformers_models(model_type: str, tmp_path: Path) ->
     peaks = steps.peaks(2)
     assert peaks.is_shallow
     assert peaks(33) == max(steps.whole(33).peaks())  # two parts, the last of one row
-    assert peaks(229) == max(steps.whole(229).peaks())  # eight parts, of which four are run
+    assert peaks(229) == max(steps.whole(229).peaks())  # eight parts, of five
+    assert peaks._parts_repeat
     assert steps.num_whole == 3, "only those that this test runs"
 
 
