@@ -1,7 +1,6 @@
 """The eight tasks: columns, classes and metrics of nyu-mll/glue."""
 
 import json
-from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -10,6 +9,8 @@ from qst_tune.data import GLUE_TASKS, glue, glue_dataset
 from qst_tune.errors import UserError
 from qst_tune.training.classification_metrics import METRICS
 from tests.data.test_classification import Tokenizer
+from tests.shared_data import GLUE as REAL_DATA
+from tests.shared_data import needs
 
 # task: columns and number of classes (1: a score), as the hub's dataset card has them.
 COLUMNS = {
@@ -22,7 +23,6 @@ COLUMNS = {
     "qqp": (("question1", "question2"), 2),
     "mnli": (("premise", "hypothesis"), 3),
 }
-REAL_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
 def test_there_are_eight_tasks():
@@ -78,7 +78,7 @@ def test_an_unknown_task_is_named_with_the_known_ones():
         glue_dataset(Tokenizer(), task="sst-2")
 
 
-@pytest.mark.skipif(not REAL_DATA.is_dir(), reason="GLUE's rows are not here")
+@needs(REAL_DATA)
 @pytest.mark.parametrize(("task", "num_rows"), [("rte", 277), ("sst2", 872)])
 def test_every_row_of_the_real_dev_set_can_be_read(task, num_rows, tmp_path):
     rows = glue_dataset(

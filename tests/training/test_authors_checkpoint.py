@@ -37,9 +37,10 @@ from tests.opt_models import (
     randomize_opt_,
 )
 from tests.reference import qst_reference as reference
+from tests.shared_data import AUTHORS_LLAMA as GOLDEN
+from tests.shared_data import needs
 
-GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden" / "llama"
-needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the authors' tensors are not here")
+needs_golden = needs(GOLDEN)
 
 NUM_HEADS, NUM_KV_HEADS = 4, 2
 SHAPE = reference.Shape(num_layers=3, num_heads=NUM_HEADS, num_kv_heads=NUM_KV_HEADS)

@@ -25,9 +25,10 @@ from qst_tune.training.tuned_folder import BackboneId
 from tests import opt_models
 from tests.checkpoints import SIZES
 from tests.helpers import TINY
+from tests.shared_data import AUTHORS_LLAMA as GOLDEN
+from tests.shared_data import needs
 
-GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden" / "llama"
-needs_golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="the authors' tensors are not here")
+needs_golden = needs(GOLDEN)
 BACKBONE = BackboneId("somewhere", "0" * 64, "nf4")
 
 LLAMA = {"_component_": "qst_tune.models.qst_llama3_2", **SIZES}
