@@ -14,20 +14,12 @@ _OWN_CACHE = ("minimax",)
 class TransformersCache:
     """A cache of transformers that can forget its end, where the model allows it.
 
-    Layers with a sliding window keep all keys here, as those without do: cut to its window a layer
+    Layers with a sliding window keep all keys here, as those without do: cut to its window, a layer
     could not go back to an earlier token. Masks still hide what is outside the window. A model with
     a state along the row (Mamba, linear attention) cannot go back at all, and begins again.
 
-    Args:
-        backbone (Any): a ``TransformersBackbone``.
-        cache (Any): transformers' own; None: a new one.
-
-    Attributes:
-        cache (Any): transformers' own.
-        length (int): tokens in it.
-
-    Raises:
-        UserError: if the model type takes no cache of transformers.
+    ``cache`` is transformers' own, and ``length`` the number of tokens in it. UserError if the
+    model type takes no cache of transformers.
     """
 
     def __init__(self, backbone: Any, cache: Any = None) -> None:
@@ -53,15 +45,11 @@ class TransformersCache:
         self.length, self._is_whole = 0, True
 
     def cut(self, length: int, num_new: int = 1) -> int:
-        """Forget everything from a position on.
+        """Forget all tokens after the first ``length``; return ``length``, or 0 to begin again.
 
-        Args:
-            length (int): tokens to keep.
-            num_new (int): tokens that the next pass adds. transformers' Mamba is wrong where a
-                state is continued by several at once (5.23, 0.06 where 1e-6 is right).
-
-        Returns:
-            int: tokens that are kept: ``length``, or 0 where the model must begin again.
+        A model with a state cannot go back. ``num_new`` tokens are in the next pass: transformers'
+        Mamba is wrong where several tokens at once continue a state (5.23, 0.06 where 1e-6 is
+        right).
         """
         is_continued = self._is_whole and length == self.length
         if is_continued and not (self._is_stateful and num_new > 1):
@@ -76,25 +64,14 @@ class TransformersCache:
 
     @contextmanager
     def extended(self, num_new: int) -> Iterator[Any]:
-        """Let a pass read and extend the cache.
-
-        Args:
-            num_new (int): tokens of the pass.
-
-        Yields:
-            Any: transformers' cache.
-        """
+        """Let a pass of ``num_new`` tokens read and extend transformers' cache."""
         self._is_whole = False
         yield self.cache
         self.length, self._is_whole = self.length + num_new, True
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Let the backbone use the cache for as long as the context lasts.
-
-        Yields:
-            None: meanwhile a pass takes the tokens that follow.
-        """
+        """Let the backbone's passes use the cache; each takes the tokens that follow."""
         self._backbone.cache = self
         try:
             yield

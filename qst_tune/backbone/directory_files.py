@@ -1,4 +1,4 @@
-"""What kind of folder it is, and which of its files hold the weights."""
+"""Which kind of directory it is, and which of its files contain the weights."""
 
 import json
 import re
@@ -18,17 +18,7 @@ _FORMATS = (("model", "safetensors"), ("pytorch_model", "bin"))
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """Read ``config.json``.
-
-    Args:
-        folder (Path): a Hugging Face folder.
-
-    Returns:
-        dict[str, Any]: its content.
-
-    Raises:
-        UserError: if it is missing, saying what the folder is instead, or no JSON object.
-    """
+    """Read ``config.json``; UserError, saying what the directory is instead, if it is missing."""
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} {_what_it_is(folder)}")
@@ -60,16 +50,9 @@ def _base(adapter: Path) -> str:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Find the files that hold the weights, and see whether all are there and whole.
+    """Return the sorted files with the weights, safetensors where a directory has both formats.
 
-    Args:
-        folder (Path): a Hugging Face folder.
-
-    Returns:
-        list[Path]: of one format, sorted; safetensors where there are both.
-
-    Raises:
-        UserError: if there are none, or some are missing or cut off.
+    UserError if there are none, or some are missing or cut off.
     """
     for stem, kind in _FORMATS:
         whole = f"{stem}.{kind}"

@@ -17,13 +17,10 @@ _PREFIXES = ("model.layers", "model.language_model.layers", "language_model.mode
 
 
 class Layout(NamedTuple):
-    """The tensors that make one weight.
+    """The tensors that make one weight; all share what comes before these ends of their names.
 
-    Args:
-        main (str): how the name of the first one ends; what comes before it, all have in common.
-        needs (str): how another one ends, without which ``main`` is an ordinary weight.
-        parts (tuple[str, ...]): ends of all that may be there, further ones included.
-        target (str): how the name of the dense weight ends.
+    ``main`` is the end of the first one. Without one that ends in ``needs`` it is an ordinary
+    weight. ``parts`` are all ends, optional ones included; ``target`` is that of the dense weight.
     """
 
     main: str
@@ -40,9 +37,8 @@ class DirectoryFormat:
         title (str): for messages.
         layouts (tuple[Layout, ...]): of the tensors of a weight.
         decode (Decode): puts them together.
-        own (str | None): what a linear of ours that takes its codes over is named; None: no format
-            of ours has such codes.
-        make (MakeLinear): a linear of ours of this format, of a weight on meta.
+        own (str | None): name of our linear format with the same codes; None: no format has them.
+        make (MakeLinear): makes a linear of that format, of a weight on meta.
         skips (Callable[[str], bool]): whether a module of this name is not quantised.
     """
 
@@ -61,38 +57,18 @@ class DirectoryFormat:
         return "fp4" if self.own == "fp4" else "nf4" if self.own == "nf4" else "auto"
 
     def leaves_out(self, name: str) -> bool:
-        """Tell whether the config lists a linear of the layers among those not quantised.
+        """Return whether the config lists a linear among those not quantised, by any of its names.
 
-        Args:
-            name (str): from the list of layers on, such as "0.self_attn.q_proj".
-
-        Returns:
-            bool: under any of the names that such a list may use.
+        ``name`` starts after the list of layers, such as "0.self_attn.q_proj".
         """
         return any(self.skips(f"{prefix}.{name}") for prefix in _PREFIXES)
 
     def takes_over(self, base_quantization: LinearFormat) -> bool:
-        """Tell whether codes are taken over.
-
-        Args:
-            base_quantization (LinearFormat): asked for; "auto": the directory's own.
-
-        Returns:
-            bool: False where weights are decoded, and quantised to another format.
-        """
+        """Return whether codes are taken over; else weights are decoded and quantised again."""
         return self.own is not None and base_quantization in ("auto", self.own)
 
     def linear(self, stored: Stored, bias: torch.Tensor | None, dtype: torch.dtype) -> nn.Module:
-        """Make a linear layer that takes codes over.
-
-        Args:
-            stored (Stored): of a format that has an own one.
-            bias (torch.Tensor | None): ``[O]``.
-            dtype (torch.dtype): that the weight decodes to.
-
-        Returns:
-            nn.Module: frozen.
-        """
+        """Make a frozen linear of codes, which decodes to ``dtype``, and of a bias ``[O]``."""
         if isinstance(stored, StoredTransposed):
             stored = stored.weight  # of experts, which are linear layers here
         if isinstance(stored, StoredNF4):

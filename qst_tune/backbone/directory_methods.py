@@ -29,17 +29,9 @@ _Settings = dict[str, Any]
 
 
 def read_directory_format(path: Path, settings: Any) -> DirectoryFormat:
-    """Read a ``quantization_config``.
+    """Read a ``quantization_config`` of the ``config.json`` at ``path``.
 
-    Args:
-        path (Path): of the ``config.json``, for messages.
-        settings (Any): the block.
-
-    Returns:
-        DirectoryFormat: of the whole directory.
-
-    Raises:
-        UserError: if weights so stored cannot be read.
+    UserError if weights stored in this way cannot be read.
     """
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     if method is None and isinstance(settings, dict) and "load_in_4bit" in settings:

@@ -69,13 +69,7 @@ class ExpertLinears(nn.Module):
 
 
 class ExpertWeight:
-    """The weight of one expert, not decoded.
-
-    Args:
-        linear (Any): of the expert.
-        dtype (torch.dtype): that it decodes to.
-        is_transposed (bool): the model multiplies ``x W``.
-    """
+    """The weight of one expert, not decoded; ``is_transposed`` if the model multiplies ``x W``."""
 
     def __init__(self, linear: Any, dtype: torch.dtype, is_transposed: bool) -> None:
         self.linear, self.dtype, self.is_transposed = linear, dtype, is_transposed

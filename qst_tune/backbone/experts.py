@@ -54,23 +54,12 @@ class QuantizedExperts(torch.Tensor):
         return made
 
     def expert(self, index: int) -> NF4Tensor:
-        """Return one expert's weight, as codes.
-
-        Args:
-            index (int): which.
-
-        Returns:
-            NF4Tensor: ``[O, I]``.
-        """
+        """Return one expert's weight ``[O, I]``, as codes."""
         *own, levels = self.parts
         return nf4_from_parts(self.shape[1:], [*(part[index] for part in own), levels])
 
     def dense(self) -> torch.Tensor:
-        """Decode all experts.
-
-        Returns:
-            torch.Tensor: ``[E, O, I]``.
-        """
+        """Decode all experts to ``[E, O, I]``."""
         return torch.stack([dequantize_nf4(self.expert(index)) for index in range(len(self))])
 
     def __repr__(self) -> str:  # type: ignore[override]  # torch's takes an argument
@@ -107,15 +96,7 @@ def _dense(value: Any) -> Any:
 
 
 def quantize_experts(weight: torch.Tensor, quant_type: QuantType) -> QuantizedExperts:
-    """Quantise the experts of a layer, one after the other.
-
-    Args:
-        weight (torch.Tensor): ``[E, O, I]``, may be meta.
-        quant_type (QuantType): "nf4" or "fp4".
-
-    Returns:
-        QuantizedExperts: each expert as :func:`~qst_tune.quantization.nf4.quantize_nf4` makes it.
-    """
+    """Quantise a layer's experts ``[E, O, I]``, perhaps on meta, each with ``quantize_nf4``."""
     if weight.is_meta:  # all alike: an estimate builds models of thousands of experts
         one = quantize_nf4(weight[0], quant_type)
         parts = [getattr(one, name) for name in _PARTS[:-1]]

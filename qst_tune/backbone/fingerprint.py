@@ -18,13 +18,9 @@ def weight_sample(weight: torch.Tensor) -> torch.Tensor:
 
 
 def weight_digest(weight: torch.Tensor) -> str:
-    """Hash a weight's shape and its sample.
+    """Hash a weight's shape and its sample: equal for fp32 and for the 16 bits that it came from.
 
-    Args:
-        weight (torch.Tensor): a view of a memory-mapped file will do: little of it is read.
-
-    Returns:
-        str: the same for fp32 and for the fp16 or bf16 that it came from.
+    A view of a memory-mapped file will do: little of it is read.
     """
     sample = weight_sample(weight).numpy().tobytes()
     return hashlib.sha256(repr(tuple(weight.shape)).encode() + sample).hexdigest()
@@ -37,16 +33,9 @@ def fingerprint(digests: Mapping[str, str]) -> str:
 
 
 def fingerprint_files(paths: Iterable[Path]) -> str:
-    """Identify the weights in files, under the names that they have there.
+    """Identify the weights in files by their names there, however they are spread over the files.
 
-    Args:
-        paths (Iterable[Path]): safetensors or ``.bin`` files.
-
-    Returns:
-        str: the same however the weights are spread over files.
-
-    Raises:
-        UserError: if a file cannot be read.
+    UserError if a file cannot be read.
     """
     weights = (item for path in paths for item in read_weights_file(path).items())
     return fingerprint({name: weight_digest(weight) for name, weight in weights})

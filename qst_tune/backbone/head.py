@@ -16,14 +16,11 @@ _OTHER_SIGN = {"hyperclovax": {"logits_scaling": 1}}
 
 
 class ScaledHead(nn.Module):
-    r"""Logits with a scale and a soft cap behind the matrix product.
+    r"""Logits with a scale s and a soft cap c behind the matrix product.
 
     .. math:: z = c\,\tanh(s\,W y / c)
 
-    Args:
-        linear (nn.Module): W, the model's own head; not owned here.
-        scale (float): s.
-        cap (float | None): c; None: no cap.
+    The model owns W, its own head; c may be None.
     """
 
     def __init__(self, linear: nn.Module, scale: float, cap: float | None) -> None:
@@ -37,14 +34,7 @@ class ScaledHead(nn.Module):
         return self._linear[0]
 
     def forward(self, y: torch.Tensor) -> torch.Tensor:
-        """Compute logits.
-
-        Args:
-            y (torch.Tensor): ``[..., D]``.
-
-        Returns:
-            torch.Tensor: ``[..., V]``.
-        """
+        """Compute logits ``[..., V]`` of ``y``, ``[..., D]``."""
         logits: torch.Tensor = self.linear(y)
         if self.scale != 1:
             logits = logits * self.scale
@@ -52,14 +42,9 @@ class ScaledHead(nn.Module):
 
 
 def head_of(model: Any, config: Any) -> nn.Module:
-    """Return a model's LM head; a plain linear layer stays one, which the loss is fast for.
+    """Return a model's head, from f to logits; a plain linear stays one: the loss is fast for it.
 
-    Args:
-        model (Any): a causal language model of transformers, or one that classifies sequences.
-        config (Any): of its text.
-
-    Returns:
-        nn.Module: from f to logits.
+    The model of transformers writes text or classifies sequences; ``config`` is that of its text.
     """
     score: nn.Module | None = score_of(model)
     if score is not None:

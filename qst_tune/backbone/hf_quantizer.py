@@ -14,11 +14,9 @@ NAME = "qst_tune"
 
 @lru_cache(maxsize=1)
 def quantization_config_type() -> Any:
-    """Register our quantizer with transformers, once.
+    """Register our quantizer with transformers, once, and return the type of its configuration.
 
-    Returns:
-        Any: the type of its configuration; ``from_pretrained`` takes one as
-        ``quantization_config``.
+    ``from_pretrained`` takes one as ``quantization_config``.
     """
     # Here, since importing transformers' models takes a second, also of runs without them.
     from transformers.core_model_loading import ConversionOps
@@ -79,14 +77,7 @@ def quantization_config_type() -> Any:
 
 
 def drop_other_modalities(model: Any) -> nn.ModuleList:
-    """Take away, in place, what a vision-language model has besides its language model.
-
-    Args:
-        model (Any): of transformers, on meta.
-
-    Returns:
-        nn.ModuleList: the layers of its text.
-    """
+    """Remove everything except the language model, on meta and in place; return its layers."""
     decoder = decoder_of(model)
     base = getattr(model, "model", None)
     if base is not None and base is not decoder:

@@ -1,4 +1,4 @@
-"""Find a model by its name on the Hugging Face Hub, and fetch only what is needed of it."""
+"""Find a model by its name on the Hugging Face Hub, and download only the files that are needed."""
 
 import difflib
 import re
@@ -42,14 +42,9 @@ def is_hub_name(name: str) -> bool:
 
 
 def hub_name(path: str | Path) -> str | None:
-    """Return the name of a model in huggingface_hub's cache.
+    """Return ``org/name@commit`` of a path in huggingface_hub's cache, followed by a file's name.
 
-    Args:
-        path (str | Path): a directory that :func:`fetch_model` returned, or a file in it.
-
-    Returns:
-        str | None: ``org/name@commit``, followed by the file's name if it is one; None for a path
-        outside the cache.
+    None for a path outside the cache.
     """
     found = _CACHED.match(Path(path).absolute().as_posix())
     if found is None:
@@ -59,30 +54,15 @@ def hub_name(path: str | Path) -> str | None:
 
 
 def model_name(folder: Path) -> tuple[str, str]:
-    """Name a model for people and for results.
-
-    Args:
-        folder (Path): a local directory, or one that :func:`fetch_model` returned.
-
-    Returns:
-        tuple[str, str]: name on the hub and commit, or the directory's own name and "".
-    """
+    """Return a model's name on the hub and its commit, or the directory's own name and ""."""
     name, _, revision = (hub_name(folder) or folder.resolve().name).partition("@")
     return name, revision
 
 
 def local_model(name: str, parts: Parts = "weights") -> Path:
-    """Return a model's directory: the one of that name, or the hub's, fetched if it must be.
+    """Return the directory of that name, or the hub's model, downloaded if needed.
 
-    Args:
-        name (str): a directory, or ``org/name`` or ``org/name@revision``.
-        parts (Parts): how much of it is needed.
-
-    Returns:
-        Path: the directory; whatever is no hub name as it is.
-
-    Raises:
-        UserError: as :func:`fetch_model`.
+    What is no hub name is returned as it is. UserError as from :func:`fetch_model`.
     """
     return fetch_model(name, parts) if is_hub_name(name) else Path(name)
 
@@ -92,23 +72,14 @@ def fetch_model(
 ) -> Path:
     """Find a model's directory in huggingface_hub's cache, and download what is missing.
 
-    Only tensors, JSON and text are fetched, never code; ``.bin`` weights only where the model has
-    no safetensors, and nothing of other formats (GGUF, ONNX, ``original/``). Of several processes
-    one downloads a file and the others wait for it (huggingface_hub locks each file).
+    Only tensors, JSON and text are downloaded, never code; ``.bin`` weights only where the model
+    has no safetensors, and nothing of other formats (GGUF, ONNX, ``original/``). Of several
+    processes one downloads a file and the others wait for it (huggingface_hub locks each file).
 
-    Args:
-        name (str): ``org/name`` or ``org/name@revision``.
-        parts (Parts): how much of it.
-        files (Collection[str]): weight files, or others, that a config names; they replace the
-            weights that are found by their usual names.
-        **settings (Any): of ``snapshot_download``, such as ``token`` and ``cache_dir``.
-
-    Returns:
-        Path: the directory of that revision.
-
-    Raises:
-        UserError: if the model is not on the hub, is gated, lacks what is needed, or the hub cannot
-            be reached and the cache does not have it.
+    ``name`` is ``org/name`` or ``org/name@revision``. ``files`` that a config names replace the
+    weights that are found by their usual names. ``settings`` are those of ``snapshot_download``,
+    such as ``token`` and ``cache_dir``. UserError if the model is not on the hub, is gated, lacks
+    what is needed, or the hub cannot be reached and the cache does not have it.
     """
     repo, _, revision = name.partition("@")
     settings["revision"] = revision or settings.get("revision")

@@ -1,6 +1,6 @@
 """Build and load decoders by transformers' own means."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torchtune import utils
 
+from qst_tune.backbone.directory_files import weight_files
 from qst_tune.backbone.directory_format import DirectoryFormat
 from qst_tune.backbone.directory_methods import read_directory_format
 from qst_tune.backbone.expert_linears import ExpertLinears
@@ -32,18 +33,11 @@ log = utils.get_logger("INFO")
 
 
 def backbone_on_meta(folder: Path, max_seq_len: int | None = None) -> TransformersBackbone:
-    """Build the decoder that a directory's ``config.json`` describes, without memory.
+    """Build the decoder that a directory's ``config.json`` describes on meta, not quantised.
 
-    Args:
-        folder (Path): in Hugging Face's format; only ``config.json`` is read.
-        max_seq_len (int | None): the longest sequence; None: the model's number of positions.
-
-    Returns:
-        TransformersBackbone: on the meta device, not quantised.
-
-    Raises:
-        UserError: if transformers has no such model, it is no decoder, its weights are stored in a
-            format that cannot be read, or it has fewer positions.
+    ``max_seq_len`` is the longest sequence; None: the model's number of positions. UserError if
+    transformers has no such model, it is no decoder, its weights are stored in a format that cannot
+    be read, or it has fewer positions.
     """
     config = _read_config(folder)
     _check_version(config)
@@ -72,13 +66,12 @@ def load_backbone(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    files: Sequence[Path] | None = None,
     take: Take | None = None,
 ) -> None:
     """Fill a backbone from a directory with transformers' own loader, weight by weight.
 
     Each weight is read, renamed and fused as transformers does it for the model type, then
-    quantised and dropped, before the next: the whole unquantised model is never in memory.
+    quantised and dropped before the next: the whole unquantised model is never in memory.
 
     Args:
         backbone (TransformersBackbone): built by :func:`backbone_on_meta`, perhaps quantised there;
@@ -86,8 +79,6 @@ def load_backbone(
         folder (Path): of the model that it was built for.
         dtype (torch.dtype): of what is not quantised.
         device (torch.device): of the backbone.
-        files (Sequence[Path] | None): of the weights, which only a quantised directory is read
-            from; None: its safetensors files.
         take (Take | None): takes the weights of each module instead of the backbone, which gets the
             rest (:func:`transplant_rest_`).
 
@@ -97,7 +88,7 @@ def load_backbone(
     """
     check_same(backbone, folder)
     place = Placing(backbone.base_quantization, device, backbone.stored, take)
-    model, info = _from_pretrained(folder, place, dtype, files)
+    model, info = _from_pretrained(folder, place, dtype)
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(
@@ -120,7 +111,7 @@ def load_backbone(
 
 
 def _from_pretrained(
-    folder: Path, place: Placing, dtype: torch.dtype, files: Sequence[Path] | None
+    folder: Path, place: Placing, dtype: torch.dtype
 ) -> tuple[Any, dict[str, Any]]:
     from transformers.models.auto.auto_factory import _get_model_class
 
@@ -128,8 +119,7 @@ def _from_pretrained(
     model_type = _model_type(config, folder)
     source: dict[str, Any] = {"pretrained_model_name_or_path": folder}
     if place.stored is not None:
-        paths = files or sorted(folder.glob("*.safetensors"))
-        weights = lazy_state_dict(paths, place.stored, dtype)
+        weights = lazy_state_dict(weight_files(folder), place.stored, dtype)
         source = {"pretrained_model_name_or_path": None, "state_dict": weights}
         # An auto class wants the name of a directory.
         model_type = _get_model_class(config, model_type._model_mapping)
@@ -183,13 +173,10 @@ def _report_share(backbone: TransformersBackbone) -> None:
 
 
 def transplant_(model: Any, loaded: Any) -> None:
-    """Give a model, in place, the weights of another one; its modules stay the ones they are.
+    """Give a model on meta, in place, the weights of an equal one; its modules stay the same.
 
-    The loss, for one, has taken the LM head of the model that was built on meta.
-
-    Args:
-        model (Any): on meta.
-        loaded (Any): of the same configuration and quantisation; not usable afterwards.
+    The loss, for one, has taken the LM head of the model that was built on meta. ``loaded`` is not
+    usable afterwards.
     """
     for name, source in list(loaded.named_modules()):
         target = model.get_submodule(name)
@@ -205,7 +192,7 @@ def transplant_(model: Any, loaded: Any) -> None:
 
 
 def transplant_rest_(model: Any, loaded: Any) -> None:
-    """Give a model, in place, what another one has beside parameters, such as rotary tables."""
+    """Give a model, in place, what another one has except parameters, such as rotary tables."""
     model._weight_conversions = getattr(loaded, "_weight_conversions", None)  # export reverts them
     for name, source in loaded.named_modules():
         if not isinstance(source, QuantizedLinear):
@@ -217,12 +204,7 @@ def transplant_rest_(model: Any, loaded: Any) -> None:
 
 
 def move_dense_(model: Any, device: torch.device) -> None:
-    """Move, in place, what is not quantised; quantised weights were made where they belong.
-
-    Args:
-        model (Any): loaded.
-        device (torch.device): where to.
-    """
+    """Move, in place, what is not quantised; quantised weights were made where they belong."""
     for module in model.modules():
         for tensor in [*module._parameters.values(), *module._buffers.values()]:
             if tensor is not None and tensor.numel() and tensor.device.type != device.type:
@@ -233,11 +215,7 @@ def move_dense_(model: Any, device: torch.device) -> None:
 def check_head(backbone: TransformersBackbone) -> None:
     """Compare head(f) with the model's own logits on four tokens.
 
-    Args:
-        backbone (TransformersBackbone): loaded.
-
-    Raises:
-        UserError: if they differ: the model does something between its decoder and its logits.
+    UserError if they differ: the model does something between its decoder and its logits.
     """
     weight: Any = backbone.embedding.weight
     tokens = torch.arange(4, device=weight.device)[None] % len(weight)
@@ -269,16 +247,9 @@ def _read_config(folder: Path) -> Any:
 
 
 def directory_format(folder: Path) -> DirectoryFormat | None:
-    """Read how a directory stores its weights.
+    """Read how a directory stores its weights; None: as they are.
 
-    Args:
-        folder (Path): in Hugging Face's format.
-
-    Returns:
-        DirectoryFormat | None: None: as they are.
-
-    Raises:
-        UserError: if weights so stored cannot be read.
+    UserError if weights stored in this way cannot be read.
     """
     settings = read_json(folder / "config.json")
     text = settings.get("text_config") or {}
@@ -321,15 +292,7 @@ def _model_type(config: Any, folder: Path) -> Any:
 
 
 def check_same(backbone: TransformersBackbone, folder: Path) -> None:
-    """Refuse a directory that describes another model than the one that was built.
-
-    Args:
-        backbone (TransformersBackbone): built from a directory.
-        folder (Path): the directory of the weights.
-
-    Raises:
-        UserError: if their ``config.json`` differ.
-    """
+    """Refuse a directory whose ``config.json`` is not the one that the backbone is built from."""
     if not backbone.folder or Path(backbone.folder).resolve() == folder.resolve():
         return
     built, found = (read_json(Path(path) / "config.json") for path in (backbone.folder, folder))

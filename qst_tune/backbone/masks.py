@@ -7,15 +7,10 @@ import torch
 
 
 def causal_mask(padding_BL: torch.Tensor, num_new: int) -> torch.Tensor:
-    """Make a causal mask that hides padding.
+    """Make a causal mask ``[B, T, L]`` that hides padding, false in ``padding_BL``.
 
-    Args:
-        padding_BL (torch.Tensor): ``[B, L]``, false for padding.
-        num_new (int): T.
-
-    Returns:
-        torch.Tensor: ``[B, T, L]`` booleans, True where a token may attend. Each attends to itself,
-        also padding: a row without any would give NaN.
+    True where a token may attend. Each attends to itself, also padding: a row without any would
+    give NaN.
     """
     everywhere = torch.arange(padding_BL.shape[1], device=padding_BL.device)
     new = everywhere[-num_new:, None]
@@ -23,13 +18,5 @@ def causal_mask(padding_BL: torch.Tensor, num_new: int) -> torch.Tensor:
 
 
 def positions(padding_BL: torch.Tensor, num_new: int) -> torch.Tensor:
-    """Count positions without padding.
-
-    Args:
-        padding_BL (torch.Tensor): ``[B, L]``, false for padding.
-        num_new (int): T.
-
-    Returns:
-        torch.Tensor: ``[B, T]``.
-    """
+    """Count the positions ``[B, T]`` of the new tokens without padding, false in ``padding_BL``."""
     return (padding_BL.long().cumsum(-1) - 1).clamp(min=0)[:, -num_new:]

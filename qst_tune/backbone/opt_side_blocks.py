@@ -42,12 +42,9 @@ class ProjectedHead(nn.Module):
 
     .. math:: z = E\,W_{out}\,y
 
-    The output mix stands before it, so that f and u have the model's width; the authors' code
-    projects f first, and then fails on shapes.
-
-    Args:
-        project_out (nn.Module): :math:`W_{out}`, ``[W, D]``; not owned here.
-        linear (nn.Module): E, ``[V, W]``, the model's LM head; not owned here.
+    W_out is ``[W, D]``; E, ``[V, W]``, is the model's LM head; the model owns both. The output mix
+    comes before this head, so that f and u have the model's width; the authors' code projects f
+    first, and then fails on shapes.
     """
 
     def __init__(self, project_out: nn.Module, linear: nn.Module) -> None:
@@ -62,15 +59,7 @@ class ProjectedHead(nn.Module):
 
 
 def opt_side_block(shape: SideShape, *, post_norm: bool) -> TransformerSelfAttentionLayer:
-    """Build one of OPT's layers with random weights.
-
-    Args:
-        shape (SideShape): its sizes.
-        post_norm (bool): the opposite of ``do_layer_norm_before``.
-
-    Returns:
-        TransformerSelfAttentionLayer: of width ``shape.embed_dim``.
-    """
+    """Build one of OPT's layers with random weights; ``post_norm``: norms after the sums."""
     dim = shape.embed_dim
     q_proj, k_proj, v_proj, output_proj = (nn.Linear(dim, dim) for _ in range(4))
     layer_type = PostNormLayer if post_norm else TransformerSelfAttentionLayer

@@ -18,30 +18,12 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.02, torch.float16: 0.005}
 
 
 def by_positions(config: Any, input_pos: torch.Tensor, dtype: torch.dtype) -> Any:
-    """Give no mask: most models separate samples by positions that begin again.
-
-    Args:
-        config (Any): of the text.
-        input_pos (torch.Tensor): ``[B, T]``.
-        dtype (torch.dtype): of the model.
-
-    Returns:
-        Any: None.
-    """
+    """Give no mask: most models separate samples by positions that begin again."""
     return None
 
 
 def by_mask_of_each_kind(config: Any, input_pos: torch.Tensor, dtype: torch.dtype) -> Any:
-    """Give transformers' own masks by kind of layer, as gpt-oss and others take them.
-
-    Args:
-        config (Any): of the text.
-        input_pos (torch.Tensor): ``[B, T]``.
-        dtype (torch.dtype): of the model.
-
-    Returns:
-        Any: masks by name.
-    """
+    """Give transformers' own masks by kind of layer, as gpt-oss and others take them."""
     from transformers.masking_utils import create_masks_for_generate
 
     masks = create_masks_for_generate(**_mask_arguments(config, input_pos, dtype))
@@ -49,16 +31,7 @@ def by_mask_of_each_kind(config: Any, input_pos: torch.Tensor, dtype: torch.dtyp
 
 
 def by_mask(config: Any, input_pos: torch.Tensor, dtype: torch.dtype) -> Any:
-    """Give one mask for all layers, where none of them has a window.
-
-    Args:
-        config (Any): of the text.
-        input_pos (torch.Tensor): ``[B, T]``.
-        dtype (torch.dtype): of the model.
-
-    Returns:
-        Any: ``[B, 1, T, T]``, as the model's attention takes it.
-    """
+    """Give one mask ``[B, 1, T, T]`` for all layers, where none of them has a window."""
     from transformers.masking_utils import create_causal_mask
 
     if _has_windows(config):
@@ -89,16 +62,10 @@ def _has_windows(config: Any) -> bool:
 
 @torch.no_grad()
 def find_packing(backbone: Any) -> Packing:
-    """Find a way to pack that gives each sample what it gives alone, on two short samples.
+    """Find a way to pack that gives each of two short samples what it gives alone.
 
-    Args:
-        backbone (Any): a ``TransformersBackbone`` with weights; run a few times.
-
-    Returns:
-        Packing: the first that works.
-
-    Raises:
-        UserError: if none does, or the model carries a state along the row.
+    The backbone has its weights and runs a few times. UserError if no way works, or the model
+    carries a state along the row.
     """
     if carries_state(backbone.model, backbone.config):
         raise _refusal(backbone.config, "carries a state along the row")
@@ -119,14 +86,10 @@ def find_packing(backbone: Any) -> Packing:
 
 
 def carries_state(model: Any, config: Any) -> bool:
-    """Tell whether not only attention runs along the row: Mamba, linear attention, convolutions.
+    """Return whether not only attention runs along the row: Mamba, linear attention, convolutions.
 
-    Args:
-        model (Any): of transformers, which marks some of them.
-        config (Any): of the text, which names the kind of each layer.
-
-    Returns:
-        bool: such a model cannot be packed, nor its cache be shortened.
+    transformers marks some such models, and the text's ``config`` names the kind of each layer.
+    They cannot be packed, nor can their cache be shortened.
     """
     kinds = set(getattr(config, "layer_types", None) or ())
     return bool(getattr(model, "_is_stateful", False) or kinds - _ATTENTION)

@@ -16,14 +16,8 @@ from qst_tune.modules.peqa_model import PEQAModel, scales_of
 class PEQATransformer(TransformersModel, PEQAModel):
     """A model of transformers whose linears and experts are integers with trained scales.
 
-    transformers' own code computes everything, here with gradient; dropout stays off.
-
-    Args:
-        backbone (TransformersBackbone): quantised to integers; taken over, and frozen except for
-            the scales.
-
-    Raises:
-        ValueError: if it has no integer linear.
+    transformers' own code computes everything, here with gradient; dropout stays off. The backbone
+    is taken over and frozen except for the scales; ValueError if it has no integer linear.
     """
 
     def __init__(self, backbone: TransformersBackbone) -> None:
@@ -46,18 +40,11 @@ class PEQATransformer(TransformersModel, PEQAModel):
     def forward(
         self, tokens: torch.Tensor, *, mask: Any = None, input_pos: torch.Tensor | None = None
     ) -> torch.Tensor | list[torch.Tensor]:
-        """Compute logits.
+        """Compute logits, as :func:`~qst_tune.modules.backbone.head_output` returns them.
 
-        Args:
-            tokens (torch.Tensor): ``[B, T]`` token ids.
-            mask (Any): ``[B, L]`` padding, false where there is some, or ``[B, T, L]`` of packed
-                rows; None: causal.
-            input_pos (torch.Tensor | None): ``[B, T]`` positions; those of a packed row begin again
-                with each sample.
-
-        Returns:
-            torch.Tensor | list[torch.Tensor]: as
-            :func:`~qst_tune.modules.backbone.head_output`.
+        ``tokens`` are ``[B, T]``. ``mask`` is padding ``[B, L]``, false where there is some, or
+        ``[B, T, L]`` of packed rows; None: causal. Positions ``[B, T]`` begin again with each
+        packed sample.
         """
         if torch.is_grad_enabled() and not self._has_run:
             self._has_run = True
@@ -68,10 +55,9 @@ class PEQATransformer(TransformersModel, PEQAModel):
 
 @torch.no_grad()
 def find_overwritten_outputs(backbone: TransformersBackbone) -> None:
-    """Let linears keep inputs for backward where the model changes outputs in place (Falcon).
+    """Let linears save inputs for backward where the model changes outputs in place (Falcon).
 
-    Args:
-        backbone (TransformersBackbone): run once, on four tokens.
+    The backbone runs once, on four tokens.
     """
     linears = [m for m in backbone.layers.modules() if isinstance(m, PEQALinear)]
     outputs: list[tuple[torch.Tensor, int]] = []

@@ -23,11 +23,9 @@ Take = Callable[[str, nn.Module], None]
 class Tally:
     """What became of the weights of a quantised directory.
 
-    Args:
-        taken_over (int): weights of which the codes are the directory's.
-        rounded (int): weights that were quantised here.
-        error (float): sum of squared differences of the latter to the directory's numbers.
-        norm (float): sum of squares of these numbers.
+    ``taken_over`` weights have the directory's codes; ``rounded`` ones were quantised here.
+    ``error`` is the sum of squared differences of the latter to the directory's numbers, ``norm``
+    the sum of squares of these numbers.
     """
 
     taken_over: int = 0
@@ -41,12 +39,7 @@ class Tally:
         return float((self.error / self.norm) ** 0.5) if self.norm else 0.0
 
     def compare(self, before: torch.Tensor, after: torch.Tensor) -> None:
-        """Add the rounding of one weight.
-
-        Args:
-            before (torch.Tensor): the directory's numbers.
-            after (torch.Tensor): decoded, of the same shape.
-        """
+        """Add the rounding of one weight: the directory's numbers, and the decoded ones."""
         before = before.float()
         self.norm += float(before.square().sum())
         self.error += float((after.float() - before).square_().sum())
@@ -59,7 +52,7 @@ class Placing:
         base_quantization (LinearFormat): of linears and experts of the layers.
         device (torch.device): where they must be.
         stored (DirectoryFormat | None): how the directory stores its weights; None: dense.
-        take (Take | None): gets each module, by name, as soon as a weight of it is there.
+        take (Take | None): gets each module, by name, as soon as it has a weight.
     """
 
     def __init__(
@@ -75,16 +68,10 @@ class Placing:
         self.error: UserError | None = None
 
     def __call__(self, model: nn.Module, name: str, weight: torch.Tensor) -> None:
-        """Put one weight in, in place.
+        """Put one weight, perhaps a ``StoredWeight``, into a model, in place.
 
-        Args:
-            model (nn.Module): a linear layer is replaced where its weight is stored as codes.
-            name (str): of a weight that may be quantised.
-            weight (torch.Tensor): as the loader gives it, perhaps a ``StoredWeight``.
-
-        Raises:
-            UserError: if it has another shape than in the model. transformers makes a report of
-                it; ``error`` is what a user must see.
+        UserError if it has another shape than in the model. transformers turns that into a report
+        of its own; ``error`` is what a user must see.
         """
         try:
             _check_shape(model, name, weight)
@@ -172,12 +159,7 @@ def _pairs(
 
 
 def decode_rest_(model: nn.Module, device: torch.device) -> None:
-    """Decode, in place, stored weights where the model has dense ones, as an LM head in codes.
-
-    Args:
-        model (nn.Module): loaded.
-        device (torch.device): where they must be.
-    """
+    """Decode, in place, stored weights where the model has dense ones, as an LM head in codes."""
     decoded: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, weight in list(module._parameters.items()):

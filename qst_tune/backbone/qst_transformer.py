@@ -15,14 +15,8 @@ from qst_tune.modules.side_network import SideNetwork
 class QSTTransformer(TransformersModel, QSTModel):
     """Quantized Side Tuning over any decoder that transformers can load.
 
-    The side network's parameters are under ``side.``.
-
-    Args:
-        backbone (TransformersBackbone): taken over and frozen.
-        side (SideNetwork): its blocks belong to layers of the backbone.
-
-    Raises:
-        ValueError: if a side block belongs to a layer that is not there.
+    The side network's parameters are under ``side.``. The backbone is taken over and frozen;
+    ValueError if a side block belongs to a layer that it lacks.
     """
 
     def __init__(self, backbone: TransformersBackbone, side: SideNetwork) -> None:
@@ -37,31 +31,20 @@ class QSTTransformer(TransformersModel, QSTModel):
         mask: torch.Tensor | None = None,
         input_pos: torch.Tensor | None = None,
     ) -> torch.Tensor | list[torch.Tensor]:
-        """Compute logits.
+        """Compute fp32 logits ``[B, T, V]``, or what ``head_output`` returns instead.
 
-        Args:
-            tokens (torch.Tensor): ``[B, T]`` token ids.
-            mask (torch.Tensor | None): ``[B, L]`` padding, false where there is some; or
-                ``[B, T, L]`` booleans of packed rows, True where a token may attend; None: causal.
-            input_pos (torch.Tensor | None): ``[B, T]`` positions; those of a packed row begin again
-                with each sample.
-
-        Returns:
-            torch.Tensor | list[torch.Tensor]: fp32 logits ``[B, T, V]``; chunks of logits after
-            ``set_num_output_chunks``; the head's input ``[B, T, D]`` if ``skip_output_layer``.
+        ``tokens`` are ``[B, T]``. ``mask`` is padding ``[B, L]``, false where there is some, or
+        ``[B, T, L]`` booleans of packed rows, True where a token may attend; None: causal.
+        Positions ``[B, T]`` begin again with each packed sample.
         """
         y_BTD, _ = self._both(tokens, mask=mask, input_pos=input_pos)
         return head_output(self, y_BTD)
 
     def side_where(self, tokens: torch.Tensor, **where: Any) -> dict[str, Any]:
-        """Return mask and positions for the side network, whose layers are torchtune's.
+        """Return mask and positions for the side network, with padding as a mask ``[B, T, L]``.
 
-        Args:
-            tokens (torch.Tensor): ``[B, T]``.
-            **where (Any): ``mask`` and ``input_pos`` as the backbone gets them.
-
-        Returns:
-            dict[str, Any]: the same, with padding as a mask ``[B, T, L]``.
+        ``where`` is ``mask`` and ``input_pos`` as the backbone gets them: the side network's layers
+        are torchtune's.
         """
         padding, num_new = where.get("mask"), tokens.shape[1]
         cache = self.backbone.cache

@@ -36,10 +36,8 @@ def quantize_text(
 ) -> None:
     """Store, in place, the linears and the experts of layers; routers and norms stay as they are.
 
-    Args:
-        layers (nn.ModuleList): of a transformers model, on meta or with weights.
-        base_quantization (LinearFormat): format; "none" changes nothing.
-        stored (DirectoryFormat | None): of a quantised directory, whose format "auto" means.
+    The layers may be on meta. "none" changes nothing; "auto" is the format of ``stored``, a
+    quantised directory.
     """
     make = linear_format(base_quantization)
     if make is None:
@@ -80,15 +78,7 @@ def _experts(layers: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]
 
 
 def quantization_of_text(layers: nn.ModuleList, embedding: Any) -> str:
-    """Name how a backbone is stored; a tuned side network belongs to it.
-
-    Args:
-        layers (nn.ModuleList): of a transformers model.
-        embedding (Any): its token embedding.
-
-    Returns:
-        str: as ``quantization_of_backbone`` names that of a torchtune decoder.
-    """
+    """Name how a backbone is stored, as ``quantization_of_backbone`` does for torchtune's."""
     stored = quantization_of(layers)
     if stored == "none":  # gpt-oss of MXFP4, rounded to NF4: only its experts are quantised
         experts = (p for p in layers.parameters() if isinstance(p, QuantizedExperts))
@@ -98,13 +88,7 @@ def quantization_of_text(layers: nn.ModuleList, embedding: Any) -> str:
 
 
 def quantize_tables(embedding: Any, model: Any, form: EmbeddingQuantization) -> None:
-    """Store, in place, the embedding and the LM head as codes; a head that is tied stays so.
-
-    Args:
-        embedding (Any): the token embedding.
-        model (Any): the model, for its LM head.
-        form (EmbeddingQuantization): "int8", or "none", which changes nothing.
-    """
+    """Store, in place, the embedding and the LM head as codes; a tied head stays tied."""
     if form == "none":
         return
     check_table_format(form, embedding)
@@ -129,17 +113,7 @@ def names_to_quantize(
     base_quantization: LinearFormat,
     stored: DirectoryFormat | None = None,
 ) -> frozenset[str]:
-    """Name the weights that :func:`quantize_text` would quantise.
-
-    Args:
-        model (nn.Module): on meta, not quantised.
-        layers (nn.ModuleList): of its text.
-        base_quantization (LinearFormat): format.
-        stored (DirectoryFormat | None): of a quantised directory.
-
-    Returns:
-        frozenset[str]: names in ``model``.
-    """
+    """Name the weights of a model on meta that :func:`quantize_text` would quantise."""
     if base_quantization == "none":
         return frozenset()
     chosen = {id(linear.weight) for _, _, linear in _linears(layers, stored)}
@@ -151,14 +125,7 @@ def names_to_quantize(
 def set_quantized(
     model: nn.Module, name: str, weight: torch.Tensor, base_quantization: LinearFormat
 ) -> None:
-    """Quantise one weight, in place.
-
-    Args:
-        model (nn.Module): its linear layer is replaced by a quantised one.
-        name (str): one of :func:`names_to_quantize`.
-        weight (torch.Tensor): dense, on the device of the model.
-        base_quantization (LinearFormat): format.
-    """
+    """Quantise one dense weight of :func:`names_to_quantize` on its device, in place."""
     path, _, leaf = name.rpartition(".")
     owner: Any = model.get_submodule(path)
     if isinstance(owner, nn.Linear):
@@ -181,12 +148,8 @@ def put_experts(
 ) -> None:
     """Quantise the experts of a layer, in place: in one tensor of NF4 or FP4, else a linear each.
 
-    Args:
-        owner (Any): the module that has them.
-        name (str): of its parameter.
-        weight (torch.Tensor): ``[E, O, I]``, or ``[E, I, O]`` where the model multiplies ``x W``.
-        base_quantization (LinearFormat): format; "auto" is NF4.
-        take_over (MakeLinear | None): makes linears of a directory's own format instead.
+    ``weight`` is ``[E, O, I]``, or ``[E, I, O]`` where the model multiplies ``x W``; "auto" is NF4.
+    ``take_over`` makes linears of a directory's own format instead.
     """
     if take_over is None and base_quantization in ("auto", "nf4", "fp4"):
         quantized = quantize_experts(weight, "fp4" if base_quantization == "fp4" else "nf4")
@@ -199,14 +162,7 @@ def put_experts(
 
 
 def replace_experts(owner: Any, name: str, experts: list[nn.Module], dtype: torch.dtype) -> None:
-    """Put linear layers in the place of a parameter.
-
-    Args:
-        owner (Any): the module that has it.
-        name (str): of the parameter.
-        experts (list[nn.Module]): one linear each.
-        dtype (torch.dtype): that they decode to.
-    """
+    """Replace a parameter of ``owner`` by one linear for each expert, which decode to ``dtype``."""
     delattr(owner, name)
     setattr(owner, name, ExpertLinears(experts, dtype, is_transposed=is_transposed(owner)))
     for linear in getattr(owner, name).modules():
@@ -235,14 +191,7 @@ def is_transposed(owner: Any) -> bool:
 
 
 def quantized_share(layers: nn.Module) -> float:
-    """Return how much of the layers' weights is quantised.
-
-    Args:
-        layers (nn.Module): quantised by :func:`quantize_text`.
-
-    Returns:
-        float: from 0 to 1, of the number of weights.
-    """
+    """Return the share of the layers' weights that is quantised, from 0 to 1."""
     modules = [m for m in layers.modules() if isinstance(m, QuantizedLinear)]
     quantized = sum(m.in_features * m.out_features for m in modules)
     experts = [p for p in layers.parameters() if isinstance(p, QuantizedExperts)]

@@ -5,19 +5,15 @@ from torch import nn
 
 
 class TablelessRotary(nn.Module):
-    r"""Turns the channels of a head by angles that grow with the position.
+    r"""Rotates the channels of a head by angles that grow with the position.
 
     .. math:: \theta_j(p) = p\,b^{-2j / C}
 
-    where C is the head's width and b the base; channel j turns with channel j + C / 2. Angles are
-    computed from the positions at each call: a table for 131,072 positions would take 16 MiB, one
-    for Llama 4's 10 million 1.2 GiB.
+    where C is the head's width, even, and b the base; channel j rotates with channel j + C / 2.
+    Angles are computed from the positions at each call: a table for 131,072 positions would take 16
+    MiB, one for Llama 4's 10 million 1.2 GiB.
 
     Source: RoFormer (https://arxiv.org/abs/2104.09864).
-
-    Args:
-        dim (int): C, even.
-        base (float): b.
     """
 
     def __init__(self, dim: int, base: float = 10_000.0) -> None:
@@ -25,15 +21,7 @@ class TablelessRotary(nn.Module):
         self.dim, self.base = dim, base
 
     def forward(self, x: torch.Tensor, *, input_pos: torch.Tensor | None = None) -> torch.Tensor:
-        """Turn queries or keys.
-
-        Args:
-            x (torch.Tensor): ``[B, T, H, C]``.
-            input_pos (torch.Tensor | None): ``[B, T]`` positions; None: from 0.
-
-        Returns:
-            torch.Tensor: as ``x``.
-        """
+        """Rotate queries or keys ``[B, T, H, C]``; positions ``[B, T]``, None: from 0."""
         if input_pos is None:
             input_pos = torch.arange(x.shape[1], device=x.device)[None]
         exponents = torch.arange(0, self.dim, 2, device=x.device) / self.dim

@@ -41,35 +41,19 @@ def text_sizes(config: Any) -> LayerSizes:
 
 
 def is_opt(config: Any) -> bool:
-    """Tell whether a text model is an OPT, of which the authors have code of its own."""
+    """Return whether a text model is an OPT, of which the authors have code of its own."""
     return bool(config.model_type == "opt")
 
 
 def side_block(config: Any, shape: SideShape) -> TransformerSelfAttentionLayer:
-    """Build a side block with random weights.
-
-    Args:
-        config (Any): of the text.
-        shape (SideShape): its sizes.
-
-    Returns:
-        TransformerSelfAttentionLayer: of width ``shape.embed_dim``.
-    """
+    """Build a side block of width ``shape.embed_dim`` with random weights."""
     if is_opt(config):
         return opt_side_block(shape, post_norm=not config.do_layer_norm_before)
     return plain_side_block(shape, rope_base(config))
 
 
 def side_norm(config: Any, dim: int) -> nn.Module:
-    """Build the side network's final norm; OPT-350M has none.
-
-    Args:
-        config (Any): of the text.
-        dim (int): number of channels.
-
-    Returns:
-        nn.Module: an RMSNorm; over OPT a LayerNorm.
-    """
+    """Build the side network's final norm: RMSNorm; LayerNorm over OPT, none over OPT-350M."""
     if is_opt(config):
         return nn.LayerNorm(dim) if config.do_layer_norm_before else nn.Identity()
     return plain_side_norm(dim)
@@ -85,14 +69,9 @@ def _setting(config: Any, name: str) -> Any:
 
 
 def plain_side_block(shape: SideShape, base: float) -> TransformerSelfAttentionLayer:
-    """Build a pre-norm layer of RMSNorm, rotary attention and a gated MLP, with random weights.
+    """Build a pre-norm layer of RMSNorm, rotary attention and a gated MLP, without biases.
 
-    Args:
-        shape (SideShape): its sizes.
-        base (float): of the rotary embedding.
-
-    Returns:
-        TransformerSelfAttentionLayer: width ``shape.embed_dim``, without biases.
+    Its weights are random; ``base`` is that of the rotary embedding.
     """
     dim, kv_dim = shape.embed_dim, shape.num_kv_heads * shape.head_dim
     return TransformerSelfAttentionLayer(
@@ -118,27 +97,13 @@ def plain_side_block(shape: SideShape, base: float) -> TransformerSelfAttentionL
 
 
 def plain_side_norm(dim: int) -> nn.Module:
-    """Build an RMSNorm.
-
-    Args:
-        dim (int): number of channels.
-
-    Returns:
-        nn.Module: starts as the identity of a normalised input.
-    """
+    """Build an RMSNorm, which starts as the identity of a normalised input."""
     norm: nn.Module = RMSNorm(dim, eps=_NORM_EPS)
     return norm
 
 
 def rope_base(config: Any) -> float:
-    """Return the base of the model's rotary embedding, or 10,000 where it has none or several.
-
-    Args:
-        config (Any): of the text.
-
-    Returns:
-        float: b.
-    """
+    """Return the base of the model's rotary embedding, or 10,000 where it has none or several."""
     parameters = getattr(config, "rope_parameters", None) or {}
     base = parameters.get("rope_theta") or getattr(config, "rope_theta", None)
     return float(base) if isinstance(base, int | float) else 10_000.0

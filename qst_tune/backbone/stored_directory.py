@@ -1,67 +1,44 @@
 """Show a quantised directory to transformers' loader as if its weights were dense."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torchtune import utils
 
 from qst_tune.backbone.directory_format import DirectoryFormat, Layout
 from qst_tune.backbone.placing import Placing
 from qst_tune.backbone.stored_weight import LazyWeight
+from qst_tune.backbone.weights_file import read_weights_file
 from qst_tune.errors import UserError
 
 log = utils.get_logger("INFO")
-
-# Reads a tensor of a file.
-_Read = Callable[[], torch.Tensor]
 
 
 def lazy_state_dict(
     paths: Iterable[Path], stored: DirectoryFormat, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Name the weights of a directory; each is read once the loader comes to it.
+    """Name a directory's weights as a dense one would; the loader reads each with ``[...]``.
 
-    Args:
-        paths (Iterable[Path]): of the files of weights.
-        stored (DirectoryFormat): how they are stored.
-        dtype (torch.dtype): of dense weights.
-
-    Returns:
-        dict[str, Any]: by the names that a dense directory would have; a value has ``[...]``.
-
-    Raises:
-        UserError: if a file cannot be read, or nothing in it is stored so.
+    ``dtype`` is that of decoded weights. UserError if a file cannot be read, or no weight is stored
+    as ``stored`` says.
     """
-    readers = {name: read for path in paths for name, read in _readers(path)}
+    tensors = {name: tensor for path in paths for name, tensor in read_weights_file(path).items()}
     weights: dict[str, Any] = {}
     used: set[str] = set()
-    for stem, layout in _stems(readers, stored.layouts):
-        own = {part: stem + part for part in layout.parts if stem + part in readers}
-        read = {part.lstrip("._"): readers[name] for part, name in own.items()}
+    for stem, layout in _stems(tensors, stored.layouts):
+        own = {part: stem + part for part in layout.parts if stem + part in tensors}
+        parts = {part.lstrip("._"): tensors[name] for part, name in own.items()}
         name = stem + layout.target
-        weights[name] = LazyWeight(name, read, stored.decode, dtype)
+        weights[name] = LazyWeight(name, parts, stored.decode, dtype)
         used.update(own.values())
     if not weights:
         raise UserError(
             f"config.json: quantization_config says {stored.title}, but no weight is stored so "
             f"(no tensor is named *{stored.layouts[0].needs})"
         )
-    dense = {name: _Lazy(read) for name, read in readers.items() if name not in used}
-    return {**dense, **weights}
-
-
-class _Lazy:
-    """A tensor that is stored as it is."""
-
-    def __init__(self, read: _Read) -> None:
-        self._read = read
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        return self._read()[index]
+    return {name: tensor for name, tensor in tensors.items() if name not in used} | weights
 
 
 def _stems(names: Mapping[str, Any], layouts: Iterable[Layout]) -> Iterator[tuple[str, Layout]]:
@@ -76,35 +53,10 @@ def _stems(names: Mapping[str, Any], layouts: Iterable[Layout]) -> Iterator[tupl
                 )
 
 
-def _readers(path: Path) -> Iterator[tuple[str, _Read]]:
-    try:
-        if path.suffix == ".safetensors":
-            file = safe_open(path, "pt")
-            for name in file.keys():  # type: ignore[no-untyped-call]  # noqa: SIM118  # not a dict
-                yield name, partial(file.get_tensor, name)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            for name, tensor in weights.items():
-                yield name, partial(_same, tensor)
-    except Exception as error:  # each format has errors of its own
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path} is damaged, or holds more than weights: {reason}") from error
-
-
-def _same(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
-
-
 def check_unused(unexpected: Iterable[str], weights: Mapping[str, Any], folder: Path) -> None:
-    """Refuse biases that the model has no place for, and count what else it has none for.
+    """Refuse biases that the model has no place for, and count the other unused tensors.
 
-    Args:
-        unexpected (Iterable[str]): names that the loader had no use for.
-        weights (Mapping[str, Any]): from :func:`lazy_state_dict`.
-        folder (Path): the directory, for messages.
-
-    Raises:
-        UserError: if one is not zero. (AutoGPTQ wrote zeros for linears without a bias.)
+    UserError if a bias is not zero. (AutoGPTQ wrote zeros for linears without a bias.)
     """
     biases = {name for name in unexpected if name.endswith(".bias")}
     for name in sorted(biases):
@@ -116,11 +68,7 @@ def check_unused(unexpected: Iterable[str], weights: Mapping[str, Any], folder: 
 
 
 def report(place: Placing) -> None:
-    """Log what became of the weights of a directory.
-
-    Args:
-        place (Placing): after loading.
-    """
+    """Log what became of the weights of a directory."""
     assert place.stored is not None
     tally = place.tally
     parts = []

@@ -1,6 +1,6 @@
 """A weight of a quantised directory on its way into a model of transformers."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ class StoredWeight(torch.Tensor):
     and perhaps joined along their outputs; any other one arrives dense.
 
     Args:
-        pieces (list[list[Stored]]): one of one weight; of experts, for each piece of their rows
+        pieces (list[list[Stored]]): one of one weight; of experts, for each piece of their outputs
             a list of the E experts' weights.
         shape (tuple[int, ...]): ``[O, I]``, or ``[E, O, I]``.
         dtype (torch.dtype): of the dense weight.
@@ -47,14 +47,7 @@ class StoredWeight(torch.Tensor):
         return self.ndim > len(self.pieces[0][0].shape)
 
     def dense(self, device: torch.device | None = None) -> torch.Tensor:
-        """Decode the weight.
-
-        Args:
-            device (torch.device | None): where to; None: the CPU.
-
-        Returns:
-            torch.Tensor: in the dtype of this one.
-        """
+        """Decode the weight to its dtype, on the CPU by default."""
         there = device or torch.device("cpu")
         pieces = [
             [stored_on(weight, there).dense(self.dtype) for weight in weights]
@@ -104,38 +97,24 @@ def _dense(value: Any) -> Any:
 
 
 class LazyWeight:
-    """What transformers' loader reads a weight from: all tensors of one, once they are needed.
-
-    Args:
-        name (str): of the weight, for messages.
-        read (Mapping[str, Callable[[], torch.Tensor]]): reads each tensor, by its short name.
-        decode (Decode): puts them together.
-        dtype (torch.dtype): of the dense weight.
-    """
+    """One weight for transformers' loader: its tensors are read and put together on demand."""
 
     def __init__(
         self,
         name: str,
-        read: Mapping[str, Callable[[], torch.Tensor]],
+        parts: dict[str, torch.Tensor],
         decode: Decode,
         dtype: torch.dtype,
     ) -> None:
-        self._name, self._read, self._decode, self.dtype = name, read, decode, dtype
+        self._name, self._parts, self._decode, self.dtype = name, parts, decode, dtype
 
     def __getitem__(self, index: Any) -> StoredWeight:
-        """Read the whole weight, whatever the index: the loader asks for ``[...]``.
+        """Read the whole weight, not decoded, whatever the index: the loader asks for ``[...]``.
 
-        Args:
-            index (Any): not looked at.
-
-        Returns:
-            StoredWeight: not decoded yet.
-
-        Raises:
-            UserError: if a tensor is missing or they do not belong together.
+        UserError if a tensor is missing or they do not belong together.
         """
         try:
-            stored = self._decode({name: read() for name, read in self._read.items()})
+            stored = self._decode(self._parts)
         except KeyError as error:
             raise UserError(f"{self._name} is damaged: its tensor {error} is missing") from error
         except (ValueError, RuntimeError, IndexError) as error:

@@ -12,14 +12,7 @@ _UNLIMITED = 2**20
 
 
 def longest_text(config: Any) -> int:
-    """Return the number of positions of a model.
-
-    Args:
-        config (Any): of the text.
-
-    Returns:
-        int: a large number if there is no limit.
-    """
+    """Return a text model's number of positions, or a large number if it has no limit."""
     found = [getattr(config, name, None) for name in _LENGTHS]
     return next((int(n) for n in found if isinstance(n, int) and n > 0), _UNLIMITED)
 
@@ -30,16 +23,9 @@ def score_of(model: Any) -> Any:
 
 
 def decoder_of(model: Any) -> Any:
-    """Find the text model that turns token ids into f.
+    """Find the module that turns token ids into f, in front of the head.
 
-    Args:
-        model (Any): a causal language model of transformers, or one that classifies sequences.
-
-    Returns:
-        Any: the module before the head.
-
-    Raises:
-        UserError: if there is none.
+    The model of transformers writes text or classifies sequences. UserError if there is none.
     """
     head = score_of(model) or model.get_output_embeddings()
     decoder = model.get_decoder() if score_of(model) is None else model.base_model
@@ -55,18 +41,7 @@ def decoder_of(model: Any) -> Any:
 
 
 def layers_of(decoder: Any, config: Any) -> nn.ModuleList:
-    """Find the first list of as many modules as the model has layers.
-
-    Args:
-        decoder (Any): from :func:`decoder_of`.
-        config (Any): of the text.
-
-    Returns:
-        nn.ModuleList: the layers.
-
-    Raises:
-        UserError: if there is none.
-    """
+    """Find the first list of as many modules as the model has layers; UserError if none is."""
     for module in decoder.modules():
         if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
             return module

@@ -34,11 +34,12 @@ class TransformersBackbone(nn.Module):
 
     The model's own code computes everything: masks, sliding windows, positions, caches. Hooks on
     its layers hand each state on, at once; see :class:`~qst_tune.modules.backbone.Backbone`. Of a
-    vision-language model the language model inside is used.
+    vision-language model the language model inside is used. UserError if the model's layers or its
+    LM head cannot be found.
 
     A 2-d ``mask`` is padding, as transformers' ``attention_mask``. A 3-d one is that of packed rows
-    (or, with a cache, of what is cached): then ``input_pos`` must begin again with each sample,
-    by which transformers separates packed samples.
+    (or, with a cache, of what is cached): then ``input_pos`` must begin again with each sample, by
+    which transformers separates packed samples.
 
     Args:
         model (Any): a causal language model of transformers; taken over.
@@ -49,9 +50,6 @@ class TransformersBackbone(nn.Module):
     Attributes:
         cache (TransformersCache | None): attached: the next passes read and extend it.
         chunk_tokens (int): a batch of more tokens runs in parts, some rows at a time.
-
-    Raises:
-        UserError: if the model's layers or its LM head cannot be found.
     """
 
     def __init__(
@@ -190,17 +188,10 @@ class TransformersBackbone(nn.Module):
         mask: Any = None,
         input_pos: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Run forward without gradient, and show hidden states as they come.
+        """Run forward without gradient up to f, ``[B, T, D]``; show the states ``taps`` on the way.
 
-        Args:
-            tokens (torch.Tensor): ``[B, T]``.
-            taps (Sequence[int]): states to show.
-            visit (Visit): called for each, in the caller's gradient mode.
-            mask (Any): ``[B, L]`` padding, or ``[B, T, L]`` of packed rows.
-            input_pos (torch.Tensor | None): ``[B, T]`` positions.
-
-        Returns:
-            torch.Tensor: f, ``[B, T, D]``.
+        ``tokens`` are ``[B, T]``. ``visit`` is called for each state in the caller's gradient mode.
+        ``mask`` is padding ``[B, L]``, or ``[B, T, L]`` of packed rows; positions are ``[B, T]``.
         """
         packing = self._packing_of(mask)
         gradient = torch.is_grad_enabled()

@@ -9,17 +9,11 @@ from qst_tune.errors import UserError
 
 
 def read_weights_file(path: Path) -> dict[str, torch.Tensor]:
-    """Open a file; its weights are memory-mapped, so that little is read before it is used.
+    """Open a file, safetensors or torch's ``.bin``, and return its weights by name.
 
-    Args:
-        path (Path): safetensors, or a ``.bin`` of torch. One as torch wrote it before 1.6 cannot be
-            mapped and is read whole.
-
-    Returns:
-        dict[str, torch.Tensor]: by their names in the file.
-
-    Raises:
-        UserError: if it is damaged or has more than tensors.
+    They are memory-mapped, so that little is read before it is used; a ``.bin`` from before torch
+    1.6 cannot be mapped and is read whole. UserError if the file is damaged or has more than
+    tensors.
     """
     try:
         if path.suffix == ".safetensors":

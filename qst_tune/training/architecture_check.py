@@ -16,14 +16,9 @@ from qst_tune.json_files import read_json
 
 
 def check_architecture(model: Any, checkpoint_dir: Path) -> None:
-    """Refuse a model that is not the checkpoint's; does nothing without a ``config.json``.
+    """Refuse a model that is not the checkpoint's, naming every property that differs.
 
-    Args:
-        model (Any): a decoder of torchtune's or a ``TransformersModel``; may be on the meta device.
-        checkpoint_dir (Path): Hugging Face folder.
-
-    Raises:
-        UserError: naming every property that differs, with both values.
+    Without a ``config.json`` a decoder of torchtune's is not checked. The model may be on meta.
     """
     if isinstance(model, TransformersModel):
         check_same(model.backbone, checkpoint_dir)

@@ -1,11 +1,12 @@
 """Side networks of the authors' code (github.com/YouAreSpecialToMe/QST at 27cef0a).
 
-Their ``save_qst_state`` leaves a folder of pickled state dicts with Hugging Face names and without
-any configuration. They are read with ``weights_only``: a pickle that wants to run code is refused.
+Their ``save_qst_state`` writes a directory of pickled state dicts with Hugging Face names and
+without any configuration. They are read with ``weights_only``: a pickle that wants to run code is
+refused.
 
-A classifier's folder holds its head besides, and the output gate under another name. Their code
-fails before it writes that gate (LLaMA: ``torch.save`` gets no tensor; OPT: it is given
-``lm_head_z``, which a classifier lacks), and its loading asks for the file all the same.
+A classifier's directory also has its head, and the output gate under another name. Their code fails
+before it writes that gate (LLaMA: ``torch.save`` gets no tensor; OPT: it is given ``lm_head_z``,
+which a classifier lacks), and its loading asks for the file all the same.
 """
 
 from dataclasses import dataclass
@@ -101,20 +102,11 @@ _OUTSIDE = ("upsample.", "score", "lm_head_z")  # stand beside their decoder, no
 
 
 def read_authors_folder(folder: Path, *, classifier: bool = False) -> Weights:
-    """Read a folder of the authors' LLaMA or OPT code.
+    """Read a directory of the authors' LLaMA or OPT code, by the parameter names of their model.
 
-    Args:
-        folder (Path): holds the six files of ``save_qst_state``; of a classifier seven, or six
-            without the output gate.
-        classifier (bool): whether it is of a classifier. Default: of a language model.
-
-    Returns:
-        Weights: tensors under the parameter names of the authors' model; without ``score_z`` if
-        the classifier's folder lacks it.
-
-    Raises:
-        UserError: if a file is missing or is not a plain state dict, or the folder is a
-            classifier's and none was asked for.
+    It has the six files of ``save_qst_state``; a classifier's has seven, or six without the output
+    gate, and then there is no ``score_z``. UserError if a file is missing or is not a plain state
+    dict, or it is a classifier's and none was asked for.
     """
     gate: Gate = "score_z" if classifier else "lm_head_z"
     blocks = _load_tensors(folder / BLOCKS_FILE, f"{BLOCKS_FILE} and others")
@@ -139,15 +131,7 @@ def side_from_authors(state: Weights, *, num_heads: int, num_kv_heads: int) -> W
     """Rename the authors' parameters to those of ``qst_decoder(..., variant="authors").side``.
 
     Over LLaMA, rows of the query and key projections are permuted from transformers' half-split
-    rotary embeddings to torchtune's interleaved ones.
-
-    Args:
-        state (Weights): from :func:`read_authors_folder`.
-        num_heads (int): query heads of the side blocks (the backbone's own number).
-        num_kv_heads (int): key and value heads of the side blocks.
-
-    Returns:
-        Weights: a state dict for the side network.
+    rotary embeddings to torchtune's interleaved ones. The numbers of heads are the side blocks'.
     """
     family = family_of(state)
     layout = _LAYOUTS[family]
@@ -175,17 +159,7 @@ def side_from_authors(state: Weights, *, num_heads: int, num_kv_heads: int) -> W
 
 
 def side_to_authors(side: Weights, family: Family, *, num_heads: int, num_kv_heads: int) -> Weights:
-    """Rename the other way; the inverse of :func:`side_from_authors`.
-
-    Args:
-        side (Weights): state dict of a side network of ``variant="authors"``.
-        family (Family): "llama" or "opt", the family of the backbone.
-        num_heads (int): query heads of the side blocks.
-        num_kv_heads (int): key and value heads of the side blocks.
-
-    Returns:
-        Weights: tensors under the parameter names of the authors' model.
-    """
+    """Rename the other way; the inverse of :func:`side_from_authors`."""
     layout = _LAYOUTS[family]
     names = {ours: theirs for theirs, ours in layout.names(_gate_of(side)).items()}
     blocks = {
@@ -217,12 +191,7 @@ def side_to_authors(side: Weights, family: Family, *, num_heads: int, num_kv_hea
 def write_authors_folder(folder: Path, state: Weights) -> None:
     """Write the files that the authors' code loads, six or a classifier's seven, or none at all.
 
-    Args:
-        folder (Path): replaced if it exists.
-        state (Weights): from :func:`side_to_authors`.
-
-    Raises:
-        UserError: if the folder cannot be written.
+    An existing directory is replaced. UserError if it cannot be written.
     """
     files: dict[str, bytes] = {}
     for name, prefix in _LAYOUTS[family_of(state)].files(_gate_of(state)).items():
@@ -241,14 +210,7 @@ def write_authors_folder(folder: Path, state: Weights) -> None:
 
 
 def family_of(state: Weights) -> Family:
-    """Tell for which of the authors' two models a state is.
-
-    Args:
-        state (Weights): from :func:`read_authors_folder`.
-
-    Returns:
-        Family: "llama" or "opt".
-    """
+    """Return for which of the authors' two models a state of :func:`read_authors_folder` is."""
     return "opt" if any(name.startswith("model.decoder.") for name in state) else "llama"
 
 

@@ -1,4 +1,4 @@
-"""Between folders of the authors' code and ours: shapes inferred, and checked on both sides."""
+"""Between directories of the authors' code and ours: shapes inferred, and checked on both sides."""
 
 import inspect
 from collections.abc import Iterable
@@ -38,25 +38,17 @@ log = utils.get_logger("INFO")
 
 
 def import_authors(folder: Path, cfg: DictConfig) -> tuple[QSTModel, dict[str, Any]]:
-    """Read a folder of the authors' code as the side network of a config's backbone.
+    """Read a directory of the authors' code as the side network of a config's backbone.
 
-    The folder has no configuration: r, the rank and a classifier's number of labels are those that
-    give its tensors' shapes over the config's backbone, and the heads are the backbone's, as in
-    their code. A classifier's output gate that their code failed to write has the value that it
-    starts with; on a GPU their code never trains it.
+    It has no configuration: r, the rank and a classifier's number of labels are those that give its
+    tensors' shapes over the config's backbone, and the heads are the backbone's, as in their code.
+    A classifier's output gate that their code failed to write gets its initial value; on a GPU
+    their code never trains it.
 
-    Args:
-        folder (Path): holds the files of their ``save_qst_state``.
-        cfg (DictConfig): has ``model``, a builder of a QST model, a classifier for a classifier's
-            folder; its side network's settings are replaced.
-
-    Returns:
-        tuple[QSTModel, dict[str, Any]]: the model, backbone on meta and the side network's
-        parameters as in the files; and the ``model`` block that builds it.
-
-    Raises:
-        UserError: if a file is missing or no plain state dict, or the tensors are not those of a
-            side network over this backbone.
+    ``cfg.model`` builds a QST model, a classifier for a classifier's directory; its side network's
+    settings are replaced. Returns the model, its backbone on meta, and the ``model`` block that
+    builds it. UserError if a file is missing or no plain state dict, or the tensors are not those
+    of a side network over this backbone.
     """
     block: Any = OmegaConf.to_container(cfg.model, resolve=True)
     state = read_authors_folder(folder, classifier=_CLASSIFIER in block)
@@ -83,21 +75,13 @@ def import_authors(folder: Path, cfg: DictConfig) -> tuple[QSTModel, dict[str, A
 
 
 def export_authors(folder: Path, cfg: DictConfig) -> tuple[Weights, dict[str, Any]]:
-    """Read one of our folders as tensors of the authors' code.
+    """Read one of our directories, of ``variant="authors"``, as tensors of the authors' code.
 
-    Of the folder's own ``model`` block only the side network's settings are used: what it names as
-    the builder of the backbone would be called, and the folder may come from anywhere.
-
-    Args:
-        folder (Path): a side network's, of ``variant="authors"``.
-        cfg (DictConfig): has ``model``, a builder of a QST model over the folder's backbone.
-
-    Returns:
-        tuple[Weights, dict[str, Any]]: tensors under the names of their model, and what their
-        configuration must say to load them.
-
-    Raises:
-        UserError: if the folder is damaged, or their code cannot compute what it holds.
+    Of its own ``model`` block only the side network's settings are used: the builder of the
+    backbone that it names would be called, and the directory may come from anywhere. ``cfg.model``
+    builds a QST model over its backbone. Also returns what their configuration must have to load
+    the tensors. UserError if the directory is damaged, or their code cannot compute what it
+    contains.
     """
     ours: Any = OmegaConf.to_container(cfg.model, resolve=True)
     theirs = dict(read_description(folder, SIDE_NETWORK).get("model") or {})

@@ -27,23 +27,17 @@ log = utils.get_logger("INFO")
 class BackboneCache:
     """One quantised backbone as a safetensors file.
 
-    Args:
-        path (Path): need not exist. Its name says of which files, format and dtype it is, so one
-            that is there is the right one; it may be deleted at any time.
+    The name of ``path`` identifies files, format and dtype, so an existing one is the right one; it
+    may be deleted at any time.
     """
 
     path: Path
 
     def load(self, model: Any, device: torch.device) -> str | None:
-        """Fill the backbone of a model that was built on the meta device.
+        """Fill the backbone of a model that was built on meta; a side network stays as it is.
 
-        Args:
-            model (Any): changed in place; a side network is left alone.
-            device (torch.device): where the backbone shall live.
-
-        Returns:
-            str | None: the checkpoint's fingerprint, as ``load_backbone`` gives it; None, and
-                nothing is changed, if there is no file or it is damaged.
+        Returns the checkpoint's fingerprint, as ``load_backbone`` does; None, and nothing is
+        changed, if there is no file or it is damaged.
         """
         return self._read(_all_parts(model), device, lambda file: _replace(file, model))
 
@@ -67,12 +61,7 @@ class BackboneCache:
         return fingerprint
 
     def save(self, model: Any, fingerprint: str) -> None:
-        """Write the file, whole or not at all, on the first process; failing is only a warning.
-
-        Args:
-            model (Any): loaded.
-            fingerprint (str): from ``load_backbone``.
-        """
+        """Write the file, whole or not at all, on the first process; failing is only a warning."""
         if rank_and_world_size()[0] != 0:
             return
         parts = _all_parts(model)
@@ -90,15 +79,9 @@ class BackboneCache:
 
 
 def backbone_cache(checkpointer: Any, model: Any, dtype: torch.dtype) -> BackboneCache | None:
-    """Find where a model's quantised backbone is kept.
+    """Find where a model's quantised backbone is kept, by an ``HFCheckpointer`` only.
 
-    Args:
-        checkpointer (Any): an ``HFCheckpointer``; any other keeps none.
-        model (Any): built, perhaps on meta.
-        dtype (torch.dtype): of what is not quantised.
-
-    Returns:
-        BackboneCache | None: None if the checkpointer keeps none or nothing is quantised.
+    None if the checkpointer keeps none or nothing is quantised.
     """
     quantization = stored_as(model)
     if (

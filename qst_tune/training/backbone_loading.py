@@ -1,6 +1,5 @@
 """Fill a frozen backbone from a checkpoint, weight by weight, quantising on the way."""
 
-import hashlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ from torchtune import training
 from torchtune.modules import RMSNorm, TransformerDecoder
 
 from qst_tune.backbone.directory_files import weight_files
-from qst_tune.backbone.fingerprint import fingerprint_files, weight_digest
+from qst_tune.backbone.fingerprint import fingerprint, fingerprint_files, weight_digest
 from qst_tune.backbone.loading import load_backbone as load_directory
 from qst_tune.backbone.transformers import transformers_backbone
 from qst_tune.errors import UserError
@@ -35,11 +34,10 @@ def load_backbone(
     dropped before the next: the whole unquantised model is never in memory.
 
     Args:
-        model (Any): over a decoder of torchtune or transformers, with its parameters on meta; a
-            side network is left alone.
+        model (Any): over a decoder of torchtune or transformers; a side network stays as it is.
         checkpointer (Any): one of torchtune's checkpointers, or ours, not loaded yet.
         dtype (torch.dtype): of what is not quantised, and of the values that codes stand for.
-        device (torch.device): where the backbone shall live.
+        device (torch.device): of the backbone.
 
     Returns:
         str: fingerprint of the checkpoint's weights, the same for any dtype, device or sharding.
@@ -49,20 +47,13 @@ def load_backbone(
     """
     backbone = transformers_backbone(model)
     if backbone is not None:
-        fingerprint = fingerprint_backbone(model, checkpointer)
-        folder = _directory_of(checkpointer)
-        files = weight_files(folder)
-        load_directory(backbone, folder, dtype=dtype, device=device, files=files)
-        return fingerprint
+        of_files = fingerprint_backbone(model, checkpointer)  # first: it finds damaged files
+        load_directory(backbone, Path(checkpointer._checkpoint_dir), dtype=dtype, device=device)
+        return of_files
     place = partial(set_weight, model, dtype=dtype, device=device)
-    fingerprint = read_weights(model, checkpointer, place)
+    of_weights = read_weights(model, checkpointer, place)
     build_rotary_caches(model.layers, device)
-    return fingerprint
-
-
-def _directory_of(checkpointer: Any) -> Path:
-    """Where the weights are: transformers reads those of its models itself."""
-    return Path(getattr(checkpointer, "folder", None) or checkpointer._checkpoint_dir)
+    return of_weights
 
 
 def stored_as(model: Any) -> str:
@@ -72,60 +63,26 @@ def stored_as(model: Any) -> str:
 
 
 def fingerprint_backbone(model: Any, checkpointer: Any) -> str:
-    """Read a checkpoint only to check and to identify it; nothing of it is kept.
-
-    Args:
-        model (Any): may be on meta; left alone.
-        checkpointer (Any): one of torchtune's checkpointers, or ours, not loaded yet.
-
-    Returns:
-        str: as :func:`load_backbone`.
-
-    Raises:
-        UserError: as :func:`load_backbone`.
-    """
+    """Read a checkpoint only to check and to identify it, as :func:`load_backbone` does."""
     if transformers_backbone(model) is not None:
-        return fingerprint_files(weight_files(_directory_of(checkpointer)))
+        return fingerprint_files(weight_files(Path(checkpointer._checkpoint_dir)))
     return read_weights(model, checkpointer, lambda name, weight: None)
 
 
 def read_backbone(
     model: TransformerDecoder, checkpointer: Any
 ) -> tuple[dict[str, torch.Tensor], str]:
-    """Read a checkpoint's weights as they are, checked against a model.
-
-    Args:
-        model (TransformerDecoder): may be on meta; left alone.
-        checkpointer (Any): one of torchtune's checkpointers, not loaded yet.
-
-    Returns:
-        tuple[dict[str, torch.Tensor], str]: the model's weights by name, and the fingerprint as
-            from :func:`load_backbone`.
-
-    Raises:
-        UserError: as :func:`load_backbone`.
-    """
+    """Read a checkpoint's weights as they are, and :func:`load_backbone`'s fingerprint."""
     weights: dict[str, torch.Tensor] = {}
-    fingerprint = read_weights(model, checkpointer, weights.__setitem__)
-    return weights, fingerprint
+    return weights, read_weights(model, checkpointer, weights.__setitem__)
 
 
 def read_weights(
     model: TransformerDecoder, checkpointer: Any, use: Callable[[str, torch.Tensor], None]
 ) -> str:
-    """Read a checkpoint one weight after the other.
+    """Read a checkpoint one weight after the other; return :func:`load_backbone`'s fingerprint.
 
-    Args:
-        model (TransformerDecoder): may be on meta; left alone.
-        checkpointer (Any): one of torchtune's checkpointers, or ours, not loaded yet.
-        use (Callable[[str, torch.Tensor], None]): gets each weight's name and the weight, which may
-            be a view of a memory-mapped file.
-
-    Returns:
-        str: as :func:`load_backbone`.
-
-    Raises:
-        UserError: as :func:`load_backbone`.
+    ``use`` gets each weight's name and the weight, which may be a view of a memory-mapped file.
     """
     expected = _backbone_shapes(model)
     digests: dict[str, str] = {}
@@ -153,8 +110,7 @@ def read_weights(
             f"the checkpoint lacks {len(missing)} of the model's {len(expected)} weights, "
             f"for example {min(missing)}; {_FIX}"
         )
-    summary = "".join(f"{name}:{digests[name]};" for name in sorted(expected))
-    return hashlib.sha256(summary.encode()).hexdigest()
+    return fingerprint(digests)
 
 
 _FIX = "the config's model block must describe, or name the folder of, this very checkpoint"
@@ -213,12 +169,7 @@ def set_weight(
 ) -> None:
     """Give a model one weight of its checkpoint, quantised if the model has it quantised.
 
-    Args:
-        model (nn.Module): changed in place.
-        name (str): of the weight, as in :func:`read_weights`.
-        weight (torch.Tensor): copied.
-        dtype (torch.dtype): as for :func:`load_backbone`.
-        device (torch.device): where the weight shall live; meta takes it away again.
+    The weight is copied to ``device``; meta takes it away again.
     """
     owner = model.get_submodule(name.rpartition(".")[0])
     leaf = name.rpartition(".")[2]

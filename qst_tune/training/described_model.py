@@ -1,6 +1,6 @@
-"""Build a model from what the folder of a run's result says of it, without running foreign code.
+"""Build a model from the description in a result's directory, without running foreign code.
 
-A folder may come from anyone. Of what it names, only builders of ``qst_tune.models`` and the
+The directory may come from anyone. Of what it names, only builders of ``qst_tune.models`` and the
 checkpointers listed here are called; both only read tensors and numbers.
 """
 
@@ -37,17 +37,7 @@ _CHECKPOINTERS: dict[str, tuple[str, ...]] = {
 
 
 def folder_format(folder: Path) -> TunedFormat:
-    """Find out which method wrote a folder.
-
-    Args:
-        folder (Path): of a side network or of scales.
-
-    Returns:
-        TunedFormat: the method's.
-
-    Raises:
-        UserError: if it is neither.
-    """
+    """Find out which method wrote a directory; UserError if none did."""
     for form in (SIDE_NETWORK, SCALES):
         if (folder / form.config_file).is_file():
             return form
@@ -64,20 +54,11 @@ def build_described(
     *,
     classifies: bool = False,
 ) -> QSTModel:
-    """Build the model of a side network's folder without memory.
+    """Build a side network's model on meta; the backbone has ``dtype``.
 
-    Args:
-        folder (Path): of a side network.
-        dtype (torch.dtype): of the backbone.
-        backbone_folder (Path | None): where the backbone's folder is now, for a builder that reads
-            it; None: where it was.
-        classifies (bool): whether it must be a classifier, or a model that writes text.
-
-    Returns:
-        QSTModel: on the meta device.
-
-    Raises:
-        UserError: if the folder is none, or its model is not one of ``qst_tune.models``.
+    ``backbone_folder`` is where the backbone's directory is now, for a builder that reads it; None:
+    where it was. UserError if the model is not one of ``qst_tune.models``, or if ``classifies``
+    does not match: whether it must be a classifier, or a model that writes text.
     """
     model = build_any_described(folder, SIDE_NETWORK, dtype, backbone_folder)
     if isinstance(model, QSTClassifier) and not classifies:
@@ -93,20 +74,7 @@ def build_described(
 def build_any_described(
     folder: Path, form: TunedFormat, dtype: torch.dtype, backbone_folder: Path | None = None
 ) -> Any:
-    """Build the model of a result's folder without memory.
-
-    Args:
-        folder (Path): of a side network or of scales.
-        form (TunedFormat): which of them.
-        dtype (torch.dtype): of what is not quantised.
-        backbone_folder (Path | None): as for :func:`build_described`.
-
-    Returns:
-        Any: on the meta device.
-
-    Raises:
-        UserError: if the folder is none, or its model is not one of ``qst_tune.models``.
-    """
+    """Build the model of a result on meta, of either format; see :func:`build_described`."""
     block = read_description(folder, form).get("model") or {}
     # A classifier names two builders: its own and its backbone's.
     names = [str(block.get("_component_", "")), str(block.get("backbone", ""))]
@@ -144,20 +112,10 @@ def load_described(
     device: torch.device,
     classifies: bool = False,
 ) -> tuple[QSTModel, BackboneId]:
-    """Load a side network's folder with its backbone, by the folder alone.
+    """Load a side network and its backbone in evaluation mode, by the result's directory alone.
 
-    Args:
-        folder (Path): of a side network.
-        backbone_folder (Path): Hugging Face folder of the backbone it was trained on.
-        dtype (torch.dtype): of the backbone.
-        device (torch.device): where both shall live.
-        classifies (bool): as for :func:`build_described`.
-
-    Returns:
-        tuple[QSTModel, BackboneId]: in evaluation mode, and what it was loaded from.
-
-    Raises:
-        UserError: if one of the folders is not what it should be, or they do not belong together.
+    Also returns what the backbone was loaded from. UserError if one of the directories is not what
+    it should be, or they do not belong together.
     """
     model = build_described(folder, dtype, backbone_folder, classifies=classifies)
     with checkpointer_of(folder, backbone_folder) as cfg:
@@ -170,17 +128,10 @@ def load_described(
 
 @contextmanager
 def checkpointer_of(folder: Path, backbone_folder: Path) -> Iterator[DictConfig]:
-    """Give the run's ``checkpointer`` block for a backbone that may now lie elsewhere.
+    """Give a config with the run's ``checkpointer`` block, for a backbone that may have moved.
 
-    Args:
-        folder (Path): of a side network or of scales.
-        backbone_folder (Path): Hugging Face folder.
-
-    Yields:
-        DictConfig: a config with that block, valid as long as the context lasts.
-
-    Raises:
-        UserError: if the run's config cannot be read, or names a checkpointer that is not known.
+    It is valid for as long as the context lasts. UserError if the run's config cannot be read, or
+    names an unknown checkpointer.
     """
     path = folder / "recipe_config.yaml"
     try:

@@ -25,14 +25,7 @@ T = TypeVar("T")
 def process_group(device: torch.device) -> Iterator[None]:
     """Join the processes that torchrun started; does nothing for a single process.
 
-    Args:
-        device (torch.device): tensors on CUDA go by NCCL, those on the CPU by Gloo.
-
-    Yields:
-        None: while the group exists.
-
-    Raises:
-        UserError: if another process of the group has died.
+    Tensors on CUDA go by NCCL, those on the CPU by Gloo. UserError if another process has died.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
@@ -80,57 +73,33 @@ def _reason(error: RuntimeError) -> str:
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """Return this process's number and how many there are; (0, 1) without a process group.
-
-    Returns:
-        tuple[int, int]: rank and world size.
-    """
+    """Return this process's number and how many there are; (0, 1) without a process group."""
     if not dist.is_initialized():
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
 
 
 def broadcast_tensors(module: nn.Module) -> None:
-    """Give every process the tensors of the first. Collective: call it on all ranks.
-
-    Args:
-        module (nn.Module): changed in place on all ranks but 0.
-    """
+    """Give every process the tensors of the first, in place. Collective: call it on all ranks."""
     if dist.is_initialized():
         for tensor in [*module.parameters(), *module.buffers()]:
             dist.broadcast(tensor.data, src=0)
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """Sum a tensor over all processes. Collective: call it on all ranks.
-
-    Args:
-        values (torch.Tensor): changed in place.
-
-    Returns:
-        torch.Tensor: ``values``.
-    """
+    """Sum a tensor over all processes, in place. Collective: call it on all ranks."""
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
 
 
 def sum_or_fail(values: torch.Tensor, error: UserError | None) -> torch.Tensor:
-    """Sum a tensor over all processes, unless one of them has failed. Collective.
+    """Sum a tensor over all processes, in place, unless one of them has failed. Collective.
 
-    Without it, the others would wait in their next collective for the one that has left. Its
-    message is printed here: the first process to leave makes torchrun stop the others.
-
-    Args:
-        values (torch.Tensor): changed in place.
-        error (UserError | None): of this process.
-
-    Returns:
-        torch.Tensor: ``values``.
-
-    Raises:
-        UserError: this process's, if it is the only one.
-        SystemExit: with status 2 on all of several processes.
+    Without it, the others would wait in their next collective for the one that has left. A failed
+    process passes its ``error``, whose message is printed here: the first process to leave makes
+    torchrun stop the others. Raises the error of a single process, and SystemExit with status 2 on
+    all of several.
     """
     if error is not None:
         if not dist.is_initialized():
@@ -146,14 +115,7 @@ def sum_or_fail(values: torch.Tensor, error: UserError | None) -> torch.Tensor:
 
 
 def gather_lists(values: list[T]) -> list[T]:
-    """Join the lists of all processes, in their order. Collective: call it on all ranks.
-
-    Args:
-        values (list[T]): this process's; tensors lie on the CPU.
-
-    Returns:
-        list[T]: everybody's.
-    """
+    """Join the lists of all processes, in order. Collective; tensors in them are on the CPU."""
     if not dist.is_initialized():
         return values
     gathered: list[list[T]] = [[] for _ in range(dist.get_world_size())]
@@ -162,11 +124,9 @@ def gather_lists(values: list[T]) -> list[T]:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Sum gradients over all processes, in one message. Collective: call it on all ranks.
+    """Sum gradients over all processes, in place and in one message. Collective.
 
-    Args:
-        parameters (Iterable[nn.Parameter]): their ``grad`` is changed in place; one that is None
-            counts as zero, so that ranks agree on the message.
+    A gradient that is None counts as zero, so that ranks agree on the message.
     """
     if not dist.is_initialized():
         return

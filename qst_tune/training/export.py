@@ -1,4 +1,4 @@
-"""Write a tuned PEQA model as a Hugging Face folder, dense or in the GPTQ format."""
+"""Write a tuned PEQA model as a Hugging Face directory, dense or in the GPTQ format."""
 
 import json
 import re
@@ -45,22 +45,15 @@ def export_model(
     form: ExportFormat,
     dtype: torch.dtype,
 ) -> None:
-    """Write the folder, whole or not at all.
+    """Write the directory, whole or not at all.
 
     "dense" decodes the weights to ``dtype``: an ordinary model of full size. "gptq" and "gptq_v2"
-    keep the codes, with scales in fp16, for programs with integer kernels: a scale a channel is
-    written once for each group of 128, 64 or 32 input channels, which they run. Tokenizer and other
-    small files come from the checkpoint; a result of the run is never overwritten.
+    keep the codes, with everything else in fp16, for programs with integer kernels: a scale a
+    channel is written once for each group of 128, 64 or 32 input channels, which they run.
+    Tokenizer and other small files come from ``checkpoint_dir``, the directory that the model was
+    loaded from; a result of the run is never overwritten.
 
-    Args:
-        model (PEQAModel): tuned.
-        checkpoint_dir (Path): the Hugging Face directory that it was loaded from.
-        folder (Path): must not exist.
-        form (ExportFormat): "dense", "gptq" or "gptq_v2".
-        dtype (torch.dtype): of a dense model's weights. The others are in fp16.
-
-    Raises:
-        UserError: if the folder exists or cannot be written, or the format cannot hold the model.
+    UserError if the directory exists or cannot be written, or the format cannot hold the model.
     """
     if folder.exists():
         raise UserError(f"{folder} exists; remove it or name another with export_dir=<folder>")
@@ -85,17 +78,7 @@ def export_model(
 
 
 def check_export_format(form: Any) -> ExportFormat:
-    """Check the name of a format.
-
-    Args:
-        form (Any): from a config.
-
-    Returns:
-        ExportFormat: the same.
-
-    Raises:
-        UserError: if it is unknown.
-    """
+    """Return a format's name from a config; UserError if it is unknown."""
     if form not in get_args(ExportFormat):
         raise UserError(f"format={form} is unknown: use {', '.join(get_args(ExportFormat))}")
     known: ExportFormat = form

@@ -1,4 +1,4 @@
-"""Names the directory of ``qst_from_hf`` and ``peqa_from_hf``: it says everything itself."""
+"""The checkpointer of ``qst_from_hf`` and ``peqa_from_hf``: it only names their directory."""
 
 import hashlib
 from pathlib import Path
@@ -10,7 +10,7 @@ from qst_tune.errors import UserError
 
 
 class HFCheckpointer:
-    """A checkpointer for which the directory says everything; transformers reads the weights.
+    """A checkpointer that names the directory, which transformers reads.
 
     In a config::
 
@@ -18,26 +18,15 @@ class HFCheckpointer:
           _component_: qst_tune.training.hf_checkpointer.HFCheckpointer
           checkpoint_dir: ${checkpoint_dir}
 
-    Args:
-        checkpoint_dir (str): the directory; nothing of its weights is read yet.
-        cache_dir (str | None): another directory, where the recipe keeps the quantised backbone for
-            its next start; None keeps nothing.
-
-    Attributes:
-        name (str): of the model, as the beginning of a file's name.
-        cache_dir (Path | None): as given.
-        folder (Path): the model's.
-        files (list[Path]): of its weights.
-
-    Raises:
-        UserError: if weight files are missing or cut off, or a quantised directory has a cache.
+    The recipe keeps the quantised backbone in ``cache_dir`` for its next start; None keeps nothing.
+    UserError if weight files are missing or cut off, or a quantised directory has a cache.
     """
 
     def __init__(self, checkpoint_dir: str, cache_dir: str | None = None) -> None:
         folder = Path(checkpoint_dir)
         self.name = model_name(folder)[0].replace("/", "--")
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
-        self.folder = folder
+        self._checkpoint_dir = folder  # torchtune's name
         self._config = (folder / "config.json").read_bytes()
         self.files = weight_files(folder)
         if cache_dir is not None and directory_format(folder) is not None:
@@ -48,7 +37,7 @@ class HFCheckpointer:
 
     @property
     def identity(self) -> str:
-        """Tells one state of the directory from another, without reading the weights."""
+        """Identifies the state of the directory, without reading the weights."""
         files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.files]
         return hashlib.sha256(self._config + repr(files).encode()).hexdigest()
 

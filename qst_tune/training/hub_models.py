@@ -1,4 +1,4 @@
-"""Put the local directories of models in the place of their hub names, at the edge of a recipe."""
+"""Replace hub names by the models' local directories, at the edge of a recipe."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -18,15 +18,8 @@ _NAMED_BY = ("checkpoint_dir", "path")
 def fetch_models(cfg: DictConfig, parts: Parts = "weights") -> None:
     """Download what a config names by a hub name, and let the config name the directory.
 
-    A directory of that name on this machine goes first. Call it when the config has been checked:
-    a download may take long.
-
-    Args:
-        cfg (DictConfig): the merged config; changed in place.
-        parts (Parts): how much of the models is needed.
-
-    Raises:
-        UserError: if a model cannot be fetched.
+    A directory of that name on this machine goes first. Call it when the config has been checked: a
+    download may take long. UserError if a model cannot be downloaded.
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":  # one process of a machine shows the progress
         disable_progress_bars()
@@ -74,12 +67,8 @@ def _changed(node: Any, change: Callable[[str], str]) -> Any:
 
 
 def with_hub_names(node: Any) -> Any:
-    """Undo :func:`fetch_models` in what is written for others.
+    """Undo :func:`fetch_models` in a copy of a plain config that is written for others.
 
-    Args:
-        node (Any): a config as plain dicts, lists and values.
-
-    Returns:
-        Any: a copy with ``org/name@commit`` in place of directories of huggingface_hub's cache.
+    It has ``org/name@commit`` in place of directories of huggingface_hub's cache.
     """
     return _changed(node, lambda text: hub_name(text) or text)

@@ -25,41 +25,20 @@ Tensors = dict[str, torch.Tensor]
 
 
 class IntegerRows(NamedTuple):
-    """Rows of a weight of the hub directory, all of integer linears of one layout.
-
-    Args:
-        weight (AffineWeight): of these rows.
-        linear (PEQALinear): that the first of them is of.
-    """
+    """Integer rows of a hub weight, of linears of one layout; ``linear`` is that of the first."""
 
     weight: AffineWeight
     linear: PEQALinear
 
 
 def dense_tensors(model: PEQAModel, dtype: torch.dtype) -> Tensors:
-    """Decode the whole model.
-
-    Args:
-        model (PEQAModel): loaded.
-        dtype (torch.dtype): of the result.
-
-    Returns:
-        Tensors: on the CPU, by the hub's names.
-    """
+    """Decode the whole model to the CPU, by the hub's names."""
     weights = {name: _decoded(module, dtype) for name, module in _quantised(_root(model))}
     return _to_hub(model)({**other_tensors(model, dtype), **weights})
 
 
 def other_tensors(model: PEQAModel, dtype: torch.dtype) -> Tensors:
-    """Collect what is not stored as integers.
-
-    Args:
-        model (PEQAModel): loaded.
-        dtype (torch.dtype): of the result.
-
-    Returns:
-        Tensors: on the CPU, by the model's names; a tied head is left out.
-    """
+    """Collect what is not integers on the CPU, by the model's names, without a tied head."""
     root = _root(model)
     inside = tuple(f"{name.removesuffix('.weight')}." for name, _ in _quantised(root))
     found: dict[int, tuple[str, Any]] = {}
@@ -70,17 +49,9 @@ def other_tensors(model: PEQAModel, dtype: torch.dtype) -> Tensors:
 
 
 def integer_tensors(model: PEQAModel, dtype: torch.dtype) -> tuple[Tensors, dict[str, IntegerRows]]:
-    """Split the model into dense tensors and integer weights, both by the hub's names.
+    """Split the model into dense tensors, on the CPU, and integer weights, both by the hub's names.
 
-    Args:
-        model (PEQAModel): loaded.
-        dtype (torch.dtype): of the dense tensors.
-
-    Returns:
-        tuple[Tensors, dict[str, IntegerRows]]: dense tensors, on the CPU, and integer weights.
-
-    Raises:
-        UserError: if the hub's form of a weight is not that of linear layers.
+    UserError if the hub's form of a weight is not that of linear layers.
     """
     linears: list[PEQALinear] = []
     numbers: Tensors = {}

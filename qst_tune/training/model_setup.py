@@ -10,7 +10,6 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import training, utils
 from torchtune.modules import TransformerDecoder
 
-from qst_tune.backbone.directory_files import weight_files
 from qst_tune.backbone.hub import hub_name, model_name
 from qst_tune.backbone.peqa_transformer import PEQATransformer
 from qst_tune.backbone.transformers import transformers_backbone
@@ -41,16 +40,9 @@ log = utils.get_logger("INFO")
 
 
 def choose_device(cfg: DictConfig) -> torch.device:
-    """Return the config's device.
+    """Return the config's device, with this process's index under torchrun.
 
-    Args:
-        cfg (DictConfig): may have ``device``; without it, or with "auto", what there is.
-
-    Returns:
-        torch.device: with this process's index under torchrun.
-
-    Raises:
-        UserError: if this machine does not have it.
+    Without ``device``, or with "auto", it is what there is. UserError if this machine lacks it.
     """
     if cfg.get("device") in (None, AUTO):
         return choose_device(OmegaConf.create({"device": automatic_device()}))
@@ -69,18 +61,10 @@ def choose_device(cfg: DictConfig) -> torch.device:
 
 
 def choose_dtype(cfg: DictConfig, device: torch.device) -> torch.dtype:
-    """Return the dtype of the backbone.
+    """Return the dtype of the backbone: bfloat16, float16 or float32.
 
-    Args:
-        cfg (DictConfig): may have ``dtype``, "bf16", "fp16" or "fp32"; without it, or with "auto",
-            what the device is best at.
-        device (torch.device): must support it.
-
-    Returns:
-        torch.dtype: bfloat16, float16 or float32.
-
-    Raises:
-        UserError: if it is another one or the device cannot compute in it.
+    Without ``dtype``, or with "auto", it is what the device is best at. UserError if it is another
+    one or the device cannot compute in it.
     """
     if cfg.get("dtype") in (None, AUTO):
         return automatic_dtype(device)
@@ -96,34 +80,12 @@ def choose_dtype(cfg: DictConfig, device: torch.device) -> torch.dtype:
 
 
 def build_on_meta(cfg: DictConfig, dtype: torch.dtype) -> QSTModel:
-    """Build the config's QST model without memory.
-
-    Args:
-        cfg (DictConfig): has a ``model`` block.
-        dtype (torch.dtype): of the backbone.
-
-    Returns:
-        QSTModel: all of it on the meta device.
-
-    Raises:
-        UserError: if the block does not build a QST model.
-    """
+    """Build the config's QST model on meta; UserError if its ``model`` block builds another."""
     return _expect(QSTModel, "QST", build_any_on_meta(cfg, dtype), cfg)
 
 
 def build_peqa_on_meta(cfg: DictConfig, dtype: torch.dtype) -> PEQAModel:
-    """Build the config's PEQA model without memory.
-
-    Args:
-        cfg (DictConfig): has a ``model`` block.
-        dtype (torch.dtype): of what is not quantised.
-
-    Returns:
-        PEQAModel: all of it on the meta device.
-
-    Raises:
-        UserError: if the block does not build a PEQA model.
-    """
+    """Build the config's PEQA model on meta; UserError if its ``model`` block builds another."""
     return _expect(PEQAModel, "PEQA", build_any_on_meta(cfg, dtype), cfg)
 
 
@@ -137,18 +99,7 @@ def _expect(model_type: type[ModelT], method: str, model: Any, cfg: DictConfig) 
 
 
 def build_any_on_meta(cfg: DictConfig, dtype: torch.dtype) -> Any:
-    """Build whatever the config's ``model`` block names without memory.
-
-    Args:
-        cfg (DictConfig): has a ``model`` block.
-        dtype (torch.dtype): the default one meanwhile.
-
-    Returns:
-        Any: all of it on the meta device.
-
-    Raises:
-        UserError: if it cannot be built.
-    """
+    """Build what the config's ``model`` block names on meta; ``dtype`` is the default there."""
     with training.set_default_dtype(dtype), torch.device("meta"):
         return instantiate(cfg.model, "model")
 
@@ -158,18 +109,9 @@ def load_frozen_backbone(
 ) -> BackboneId:
     """Fill the backbone from the config's checkpoint, quantising what the model has quantised.
 
-    Args:
-        model (TransformerDecoder): built on meta; changed in place.
-        cfg (DictConfig): has ``checkpointer``; ``backbone_sharding`` and ``fsdp_cpu_offload`` say
-            how much of it each of several processes keeps.
-        dtype (torch.dtype): of what is not quantised.
-        device (torch.device): where the model shall compute.
-
-    Returns:
-        BackboneId: what the run's result will be tied to.
-
-    Raises:
-        UserError: if the checkpoint is missing, damaged or not of this architecture.
+    ``backbone_sharding`` and ``fsdp_cpu_offload`` of the config decide how much of it each of
+    several processes keeps. Returns what the run's result will be tied to. UserError if the
+    checkpoint is missing, damaged or not of this architecture.
     """
     checkpoint_dir = check_checkpoint_dir(cfg.checkpointer)
     check_architecture(model, checkpoint_dir)
@@ -189,8 +131,7 @@ def load_frozen_backbone(
     elif backbone is not None:
         where: dict[str, Any] = {"dtype": dtype, "device": device}
         fingerprint = fingerprint_backbone(model, checkpointer)
-        files = weight_files(checkpoint_dir)
-        load_sharded_directory(model, backbone, checkpoint_dir, sharding, files=files, **where)
+        load_sharded_directory(model, backbone, checkpoint_dir, sharding, **where)
     else:
         fingerprint = load_sharded_backbone(
             model,
@@ -228,18 +169,7 @@ def _load_whole(
 
 
 def identify_backbone(model: QSTModel, cfg: DictConfig) -> BackboneId:
-    """Check the config's checkpoint against a model and identify it, without loading it.
-
-    Args:
-        model (QSTModel): from :func:`build_on_meta`; left alone.
-        cfg (DictConfig): has ``checkpointer``.
-
-    Returns:
-        BackboneId: as :func:`load_frozen_backbone`.
-
-    Raises:
-        UserError: if the checkpoint is missing, damaged or not of this architecture.
-    """
+    """Check the config's checkpoint against a model and identify it, without loading it."""
     checkpoint_dir = check_checkpoint_dir(cfg.checkpointer)
     check_architecture(model, checkpoint_dir)
     checkpointer = instantiate(cfg.checkpointer, "checkpointer")
@@ -250,16 +180,7 @@ def identify_backbone(model: QSTModel, cfg: DictConfig) -> BackboneId:
 def provenance_of(
     cfg: DictConfig, backbone: BackboneId, lineage: Sequence[dict[str, Any]] = ()
 ) -> Provenance:
-    """Return what the folder of a run's result says of it, but for figures.
-
-    Args:
-        cfg (DictConfig): the merged config.
-        backbone (BackboneId): from :func:`load_frozen_backbone`.
-        lineage (Sequence[dict[str, Any]]): of what the run started from.
-
-    Returns:
-        Provenance: without results.
-    """
+    """Return what the directory of a run's result says of the run, without its results."""
     plain = with_hub_names(OmegaConf.to_container(cfg, resolve=True))
     for name in variables_in(cfg) - set(TRAINING_KEYS):
         plain.pop(name, None)  # nothing refers to it any more: it would be an unknown key

@@ -17,13 +17,9 @@ from qst_tune.training.tuned_folder import Provenance
 
 @dataclass(frozen=True)
 class PEQAMethod:
-    """An integer model of which the scales train.
+    """An integer model of which the scales train; see :class:`~qst_tune.training.method.Method`.
 
-    See :class:`~qst_tune.training.method.Method` for what the members are.
-
-    Args:
-        model (PEQAModel): on its device, loaded.
-        provenance (Provenance): what the folder of the result says of the run, but for figures.
+    ``provenance`` is what the result's directory says of the run, except for its figures.
     """
 
     model: PEQAModel
@@ -36,26 +32,12 @@ class PEQAMethod:
         return [{"params": list(self.model.task().values())}]
 
     def files(self, results: dict[str, float]) -> dict[str, bytes]:
-        """Return the scales as files by name.
-
-        Args:
-            results (dict[str, float]): figures for the model card.
-
-        Returns:
-            dict[str, bytes]: as in ``scales_checkpoint``.
-        """
+        """Return the scales as files by name; ``results`` are figures for the model card."""
         provenance = replace(self.provenance, results=results)
         return scales_files(self.model, provenance)
 
     def load(self, folder: Path) -> None:
-        """Exchange the scales for those of a folder.
-
-        Args:
-            folder (Path): written from :meth:`files`.
-
-        Raises:
-            UserError: if it is damaged or belongs to another model or backbone.
-        """
+        """Exchange the scales for those of a directory; UserError if it does not fit."""
         load_scales(folder, self.model, backbone=self.provenance.backbone)
 
     def statistics(self) -> dict[str, float]:
@@ -68,21 +50,9 @@ def load_peqa(
 ) -> PEQAMethod:
     """Fill a model that was built on meta from its checkpoint, rounding weight by weight.
 
-    The scales start from those of the directory ``scales``, if the config has it.
-
-    Args:
-        model (PEQAModel): from ``build_peqa_on_meta``; changed in place.
-        cfg (DictConfig): has ``checkpointer`` and ``model``; ``compile`` and
-            ``enable_activation_checkpointing`` decide as in torchtune.
-        dtype (torch.dtype): of what is not quantised.
-        device (torch.device): of the model.
-
-    Returns:
-        PEQAMethod: ready to train.
-
-    Raises:
-        UserError: if the checkpoint is missing, damaged or not of this architecture, or what the
-            run starts from does not fit.
+    The scales start from those of the config's directory ``scales``, if it has one. ``compile`` and
+    ``enable_activation_checkpointing`` decide as in torchtune. UserError if the checkpoint is
+    missing, damaged or not of this architecture, or what the run starts from does not fit.
     """
     backbone = load_frozen_backbone(model, cfg, dtype=dtype, device=device)
     start = find_start(cfg)

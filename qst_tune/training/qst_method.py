@@ -31,13 +31,9 @@ log = utils.get_logger("INFO")
 
 @dataclass(frozen=True)
 class QSTMethod:
-    """A frozen backbone with a side network that trains.
+    """A frozen backbone with a side network that trains; see ``training.method.Method``.
 
-    See :class:`~qst_tune.training.method.Method` for what the members are.
-
-    Args:
-        model (QSTModel): on its device, loaded.
-        provenance (Provenance): what the folder of the result says of the run, but for figures.
+    ``provenance`` is what the result's directory says of the run, except for its figures.
     """
 
     model: QSTModel
@@ -50,26 +46,12 @@ class QSTMethod:
         return parameter_groups(self.model.side)
 
     def files(self, results: dict[str, float]) -> dict[str, bytes]:
-        """Return the side network as files by name.
-
-        Args:
-            results (dict[str, float]): figures for the model card.
-
-        Returns:
-            dict[str, bytes]: as in ``side_checkpoint``.
-        """
+        """Return the side network as files by name; ``results`` are figures for the model card."""
         provenance = replace(self.provenance, results=results)
         return side_network_files(self.model.side, provenance)
 
     def load(self, folder: Path) -> None:
-        """Fill the side network from a folder.
-
-        Args:
-            folder (Path): written from :meth:`files`.
-
-        Raises:
-            UserError: if it is damaged or belongs to another model or backbone.
-        """
+        """Fill the side network from a directory; UserError if it does not fit."""
         load_side_network(folder, self.model.side, backbone=self.provenance.backbone)
 
     @torch.no_grad()
@@ -95,21 +77,9 @@ def load_qst(
 ) -> QSTMethod:
     """Fill a model that was built on meta: the backbone from its checkpoint, the side network anew.
 
-    The side network starts from what ``side_network`` names, if the config has it.
-
-    Args:
-        model (QSTModel): from ``build_on_meta``; changed in place.
-        cfg (DictConfig): has ``checkpointer`` and ``model``; ``compile`` and
-            ``enable_activation_checkpointing`` decide as in torchtune.
-        dtype (torch.dtype): of what is not quantised.
-        device (torch.device): of the model.
-
-    Returns:
-        QSTMethod: ready to train.
-
-    Raises:
-        UserError: if the checkpoint is missing, damaged or not of this architecture, or what the
-            run starts from does not fit.
+    The side network starts from what ``side_network`` names, if the config has it. ``compile`` and
+    ``enable_activation_checkpointing`` decide as in torchtune. UserError if the checkpoint is
+    missing, damaged or not of this architecture, or what the run starts from does not fit.
     """
     backbone = load_frozen_backbone(model, cfg, dtype=dtype, device=device)
     model.initialize_side(device)

@@ -1,4 +1,4 @@
-"""Find the checkpoint that a run goes on from, and tell whether it still is the same run."""
+"""Find the checkpoint that a run resumes from, and check that it still is the same run."""
 
 import hashlib
 import math
@@ -59,30 +59,17 @@ log = utils.get_logger("INFO")
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A checkpoint with its state.
-
-    Args:
-        checkpoint (Checkpoint): the newest good one.
-        state (dict[str, Any]): from :func:`~qst_tune.training.state_file.unpack_state`.
-    """
+    """The newest good checkpoint, with its state from ``unpack_state``."""
 
     checkpoint: Checkpoint
     state: dict[str, Any]
 
 
 def find_saved_run(cfg: DictConfig) -> SavedRun | None:
-    """Find what ``resume_from_checkpoint=True`` goes on from, and say what it is.
+    """Find what ``resume_from_checkpoint=True`` resumes, and log it; None: begin at step 0.
 
-    Processes that torchrun has started again (``--max-restarts``) go on in any case.
-
-    Args:
-        cfg (DictConfig): the merged config.
-
-    Returns:
-        SavedRun | None: None for a run that begins at the beginning.
-
-    Raises:
-        UserError: naming every key of the config whose change would break the run.
+    Processes that torchrun has started again (``--max-restarts``) resume in any case. UserError
+    naming every key of the config whose change would break the run.
     """
     if not cfg.get("resume_from_checkpoint") and not _is_restarted():
         return None
@@ -104,14 +91,9 @@ def _is_restarted() -> bool:
 
 
 def set_run_seed(cfg: DictConfig, saved: SavedRun | None) -> int:
-    """Seed all generators.
+    """Seed all generators, and return the seed, the same on every process.
 
-    Args:
-        cfg (DictConfig): ``seed: null`` draws one, or takes the saved run's.
-        saved (SavedRun | None): what is resumed.
-
-    Returns:
-        int: the seed, the same on every process.
+    ``seed: null`` draws one, or takes the saved run's.
     """
     seed = cfg.get("seed") if saved is None else saved.state["seed"]
     chosen: int = training.set_seed(seed=seed, debug_mode=cfg.get("cudnn_deterministic_mode"))
@@ -123,12 +105,7 @@ def set_run_seed(cfg: DictConfig, saved: SavedRun | None) -> int:
 def set_run_date(tokenizer: Any, saved: SavedRun | None) -> str | None:
     """Let chat templates write the date of the run's first day, also in a resumed run.
 
-    Args:
-        tokenizer (Any): changed in place if its rows may have a date.
-        saved (SavedRun | None): what is resumed.
-
-    Returns:
-        str | None: ISO format; None for a tokenizer without dates.
+    Returns it in ISO format; None for a tokenizer without dates.
     """
     if not isinstance(getattr(tokenizer, "date", None), datetime):
         return None
@@ -142,16 +119,10 @@ def describe_data(
     held_out: BatchLoader | None = None,
     digests: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Return what tells one choice of data from another.
+    """Return the number of processes, and for each set of examples their number and a digest.
 
-    Args:
-        train (BatchLoader): of the training rows.
-        held_out (BatchLoader | None): of the held-out rows.
-        digests (Mapping[str, str] | None): of the content of all rows, where they are known.
-
-    Returns:
-        dict[str, Any]: number of processes, and of each kind of rows the number and a digest: the
-        one that is given or, for packs of the user's own code, of some rows, evenly spaced.
+    ``digests`` are of the content of all examples, where they are known; for packs of the user's
+    own code the digest is of some examples, evenly spaced.
     """
     known = digests or {}
     kinds = {"training rows": train.dataset, "held-out rows": held_out.dataset if held_out else []}
@@ -162,15 +133,7 @@ def describe_data(
 
 
 def check_same_data(saved: SavedRun, description: dict[str, Any]) -> None:
-    """Refuse to go on with other rows.
-
-    Args:
-        saved (SavedRun): what is resumed.
-        description (dict[str, Any]): from :func:`describe_data`.
-
-    Raises:
-        UserError: naming what differs.
-    """
+    """Refuse to resume with other data than :func:`describe_data` gave when the run was saved."""
     before = saved.state["data"]
     cannot = f"cannot resume from {saved.checkpoint.folder}"
     for name in ("training rows", "held-out rows"):
@@ -182,15 +145,7 @@ def check_same_data(saved: SavedRun, description: dict[str, Any]) -> None:
 
 
 def check_same_start(saved: SavedRun, start: Start | None) -> None:
-    """Refuse to resume where what the run started from has changed.
-
-    Args:
-        saved (SavedRun): what is resumed.
-        start (Start | None): of this config.
-
-    Raises:
-        UserError: if the tensors of the directory are others.
-    """
+    """Refuse to resume if the tensors of the directory that the run started from have changed."""
     before = saved.state.get("start")
     if before is not None and start is not None and before != start.digest:
         raise UserError(

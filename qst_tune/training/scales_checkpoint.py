@@ -1,13 +1,12 @@
-"""A task of PEQA on disk: the folder of ``tuned_folder``, with nothing but the trained scales.
+"""A task of PEQA on disk: the directory of ``tuned_folder``, with nothing but the trained scales.
 
-==============================  ===================================================================
-``scales.safetensors``          the scales, fp32 (and the zero points, if they were trained)
-``peqa_config.json``            method, format, model block, the backbone's name and fingerprint
-``recipe_config.yaml``          the config of the run that made it
-``README.md``                   a model card
-==============================  ===================================================================
+============================== ===================================================================
+``scales.safetensors`` the scales, fp32 (and the zero points, if they were trained)
+``peqa_config.json`` method, format, model block, the backbone's name and fingerprint
+``recipe_config.yaml`` the config of the run that made it ``README.md`` a model card
+============================== ===================================================================
 
-Codes are not in it: whoever has the backbone's checkpoint gets the same ones by rounding it again.
+It has no codes: whoever has the backbone's checkpoint gets the same ones by rounding it again.
 """
 
 from pathlib import Path
@@ -32,15 +31,7 @@ SCALES = TunedFormat(
 
 
 def scales_files(model: PEQAModel, provenance: Provenance) -> dict[str, bytes]:
-    """Return the folder's files by name.
-
-    Args:
-        model (PEQAModel): tuned.
-        provenance (Provenance): how it came to be.
-
-    Returns:
-        dict[str, bytes]: contents.
-    """
+    """Return the directory's files by name."""
     backbone = provenance.backbone
     about = f"""\
 Made with qst_tune {__version__} by PEQA (https://arxiv.org/abs/2305.14152). It is not a model by
@@ -52,15 +43,8 @@ writes the tuned model for other programs."""
 
 
 def load_scales(folder: Path, model: PEQAModel, *, backbone: BackboneId) -> None:
-    """Exchange a loaded model's scales for those of a folder, after checking that they belong.
+    """Exchange a loaded model's scales for those of a directory; its codes stay.
 
-    Args:
-        folder (Path): with the files of :func:`scales_files`.
-        model (PEQAModel): loaded; its codes stay.
-        backbone (BackboneId): what ``model`` was loaded from.
-
-    Raises:
-        UserError: if the folder is missing, damaged, of another method or version, was trained on
-            another backbone or format, or holds other tensors.
+    UserError, as :func:`load_tuned`, if they do not belong to ``backbone`` and this model.
     """
     model.load_task(load_tuned(SCALES, folder, model.task(), backbone=backbone))

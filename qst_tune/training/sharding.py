@@ -9,7 +9,6 @@ summed as without sharding. So nothing but frozen codes and those gradients ever
 
 import itertools
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,11 +92,8 @@ def choose_sharding(
 class ShardedBackbone:
     """The parts of a backbone that this process keeps.
 
-    Args:
-        model (Any): built on meta; changed in place: its backbone is sharded, its parts are empty
-            tensors. What trains, and a side network, is left alone.
-        sharding (Sharding): over which processes.
-        device (torch.device): where the model shall compute.
+    The model, built on meta, is changed in place: its backbone is sharded, its parts are empty
+    tensors on ``device``. What trains, and a side network, stays as it is.
     """
 
     def __init__(self, model: Any, sharding: Sharding, device: torch.device) -> None:
@@ -110,14 +106,9 @@ class ShardedBackbone:
         self.parts = {name: _local(place.tensor) for name, place in places.items()}
 
     def keep(self, path: str, module: nn.Module) -> None:
-        """Keep this process's rows of what a module holds.
+        """Keep this process's rows of the tensors of an unsharded module; skip those on meta.
 
-        Args:
-            path (str): the module's in the model.
-            module (nn.Module): its twin, not sharded; what is still on meta is passed over.
-
-        Raises:
-            UserError: if it is stored otherwise than the model's.
+        ``path`` is the module's in the model. UserError if it is stored otherwise than the model's.
         """
         for name, part in plain_parts(module).items():
             key = f"{path}.{name}"
@@ -157,23 +148,10 @@ def load_sharded_backbone(
 ) -> str:
     """Load a checkpoint as ``load_backbone`` does, keeping of each weight only this process's part.
 
-    A process holds no more than its parts and one whole weight. It still has to read every weight:
-    the scales of a 4-bit weight are quantised together, so its part cannot be made of a part.
-
-    Args:
-        model (TransformerDecoder): built on meta; changed in place: filled and sharded.
-        twin (TransformerDecoder): another one built alike; used to quantise, and on meta again
-            afterwards.
-        checkpointer (Any): one of torchtune's checkpointers, or ours, not loaded yet.
-        sharding (Sharding): over which processes.
-        dtype (torch.dtype): of what is not quantised, and of the values that codes stand for.
-        device (torch.device): where the model shall compute.
-
-    Returns:
-        str: the checkpoint's fingerprint, as ``load_backbone``.
-
-    Raises:
-        UserError: as ``load_backbone``.
+    A process has no more than its parts and one whole weight in memory. It still has to read every
+    weight: the scales of a 4-bit weight are quantised together, so its part cannot be made of a
+    part. ``twin`` is another model built alike; it is used to quantise, and on meta again
+    afterwards.
     """
     sharded = ShardedBackbone(model, sharding, device)
 
@@ -197,18 +175,10 @@ def load_sharded_directory(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    files: Sequence[Path],
 ) -> None:
     """Load a directory through transformers' loader, keeping only this process's parts.
 
-    Args:
-        model (Any): over ``backbone``, built on meta; changed in place: filled and sharded.
-        backbone (TransformersBackbone): the model's.
-        folder (Path): of the weights.
-        sharding (Sharding): over which processes.
-        dtype (torch.dtype): of what is not quantised.
-        device (torch.device): where the model shall compute.
-        files (Sequence[Path]): of the weights.
+    The model, over ``backbone``, was built on meta; it is filled and sharded in place.
     """
     root = next(path for path, m in model.named_modules() if m is backbone.model)
     sharded = ShardedBackbone(model, sharding, device)
@@ -216,7 +186,7 @@ def load_sharded_directory(
     def take(path: str, module: nn.Module) -> None:
         sharded.take(f"{root}.{path}" if path else root, module)
 
-    load_backbone(backbone, folder, dtype=dtype, device=device, files=files, take=take)
+    load_backbone(backbone, folder, dtype=dtype, device=device, take=take)
 
 
 def take_part(model: nn.Module, device: torch.device) -> None:

@@ -43,15 +43,7 @@ SIDE_NETWORK = TunedFormat(
 
 
 def side_network_files(side: SideNetwork, provenance: Provenance) -> dict[str, bytes]:
-    """Return the folder's files by name.
-
-    Args:
-        side (SideNetwork): the side network.
-        provenance (Provenance): how it came to be.
-
-    Returns:
-        dict[str, bytes]: contents.
-    """
+    """Return the directory's files by name."""
     backbone = provenance.backbone
     about = f"""\
 Made with qst_tune {__version__} by Quantized Side Tuning
@@ -102,30 +94,17 @@ def _usage(model_block: dict[str, Any]) -> str:
 
 
 def save_side_network(folder: Path, side: SideNetwork, **provenance: Any) -> None:
-    """Write the folder, whole or not at all.
+    """Write the directory, whole or not at all; ``provenance`` are fields of ``Provenance``.
 
-    Args:
-        folder (Path): replaced if it exists.
-        side (SideNetwork): the side network.
-        **provenance (Any): fields of :class:`~qst_tune.training.tuned_folder.Provenance`.
-
-    Raises:
-        UserError: if the folder cannot be written; the one that was there is untouched.
+    UserError if it cannot be written; the one that was there is untouched.
     """
     write_folder(folder, side_network_files(side, Provenance(**provenance)))
 
 
 def load_side_network(folder: Path, side: SideNetwork, *, backbone: BackboneId) -> None:
-    """Load a folder into a side network, after checking that it belongs to this backbone.
+    """Load a directory into a side network, after checking that it belongs to this backbone.
 
-    Args:
-        folder (Path): written by :func:`save_side_network`.
-        side (SideNetwork): receives the tensors.
-        backbone (BackboneId): what ``side`` sits on now.
-
-    Raises:
-        UserError: if the folder is missing, damaged, of another method or version, was trained on
-            another backbone, or holds other tensors than ``side`` or those of another structure.
+    UserError as :func:`load_tuned`, or if the tensors are those of another structure.
     """
     side.load_state_dict(read_side_network(folder, side, backbone=backbone))
 
@@ -133,19 +112,7 @@ def load_side_network(folder: Path, side: SideNetwork, *, backbone: BackboneId) 
 def read_side_network(
     folder: Path, side: SideNetwork, *, backbone: BackboneId
 ) -> dict[str, torch.Tensor]:
-    """Read a folder's tensors, after the checks of :func:`load_side_network`.
-
-    Args:
-        folder (Path): written by :func:`save_side_network`.
-        side (SideNetwork): what they shall fit; may be on the meta device.
-        backbone (BackboneId): what ``side`` sits on.
-
-    Returns:
-        dict[str, torch.Tensor]: by name, on the CPU.
-
-    Raises:
-        UserError: as for :func:`load_side_network`.
-    """
+    """Read a directory's tensors, after the checks of :func:`load_side_network`."""
     tensors = load_tuned(SIDE_NETWORK, folder, side.state_dict(), backbone=backbone)
     check_structure(folder, read_description(folder, SIDE_NETWORK), side)
     return tensors
@@ -154,15 +121,7 @@ def read_side_network(
 def read_provenance(folder: Path, backbone_path: str) -> Provenance:
     """Read how a side network came to be, without its figures, which further training makes old.
 
-    Args:
-        folder (Path): of a side network.
-        backbone_path (str): where its backbone is now, or its name on the hub.
-
-    Returns:
-        Provenance: for the next directory.
-
-    Raises:
-        UserError: if the description cannot be read.
+    ``backbone_path`` is where its backbone is now, or its name on the hub.
     """
     description = read_description(folder, SIDE_NETWORK)
     return Provenance(

@@ -18,31 +18,16 @@ _FUNCTION = (
 
 
 def side_structure(side: SideNetwork) -> dict[str, Any]:
-    """Describe a side network beside its tensors: its configuration and what follows from it.
-
-    Args:
-        side (SideNetwork): may be on the meta device.
-
-    Returns:
-        dict[str, Any]: of what JSON has.
-    """
+    """Describe a side network, perhaps on meta: its configuration and what follows from it."""
     attn: Any = side.blocks[0].attn
     heads = {"num_heads": attn.num_heads, "num_kv_heads": attn.num_kv_heads}
     return {**asdict(side.config), "layers": side.layers, **heads}
 
 
 def check_structure(folder: Path, description: Mapping[str, Any], side: SideNetwork) -> None:
-    """Refuse a directory whose tensors would compute something else here.
+    """Refuse a directory whose tensors would compute something else in ``side``.
 
     One head of 36 and three heads of 12, for one, have the same tensors.
-
-    Args:
-        folder (Path): of the side network, for the message.
-        description (Mapping[str, Any]): of the directory.
-        side (SideNetwork): what its tensors shall be loaded into.
-
-    Raises:
-        UserError: naming what differs.
     """
     found, wanted = _described(description), side_structure(side)
     if wanted["downsample"] != "adapter":

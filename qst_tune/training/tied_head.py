@@ -1,4 +1,4 @@
-"""The LM head of a checkpoint whose head is its embedding: a file may hold either, or both."""
+"""The LM head of a checkpoint whose head is its embedding: a file may have either, or both."""
 
 import torch
 from torchtune.modules import TiedLinear, TransformerDecoder
@@ -10,13 +10,9 @@ HEAD = "output.weight"
 
 
 class TiedHead:
-    """Watches the weights of a checkpoint for the two that must be one.
+    """Watches a checkpoint's weights for the two that must be one, if the model's head is tied.
 
-    Both are views of memory-mapped files, so they are held without being read.
-
-    Args:
-        model (TransformerDecoder): may be on meta. Nothing is watched where it has a head of its
-            own.
+    Both are views of memory-mapped files, so they are kept without being read.
     """
 
     def __init__(self, model: TransformerDecoder) -> None:
@@ -24,34 +20,18 @@ class TiedHead:
         self._found: dict[str, torch.Tensor] = {}
 
     def is_head(self, name: str) -> bool:
-        """Tell whether a weight is a head that the model has not.
-
-        Args:
-            name (str): torchtune's.
-
-        Returns:
-            bool: True for one that is tied.
-        """
+        """Return whether the weight is a tied head, which is not a weight of the model."""
         return self._is_tied and name == HEAD
 
     def look_at(self, name: str, weight: torch.Tensor) -> None:
-        """Keep a weight if it is one of the two.
-
-        Args:
-            name (str): torchtune's.
-            weight (torch.Tensor): of the checkpoint.
-        """
+        """Keep a weight if it is one of the two."""
         if self._is_tied and name in (EMBEDDING, HEAD):
             self._found[name] = weight
 
     def head_without_embedding(self) -> torch.Tensor | None:
-        """Compare the two, when all weights were looked at.
+        """Return the head if the checkpoint has it in place of the embedding, once all are read.
 
-        Returns:
-            torch.Tensor | None: the head, if the checkpoint has it in the embedding's place.
-
-        Raises:
-            UserError: if it has both, and they differ.
+        UserError if it has both, and they differ.
         """
         embedding, head = self._found.get(EMBEDDING), self._found.get(HEAD)
         if embedding is None or head is None:

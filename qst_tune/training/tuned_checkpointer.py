@@ -22,15 +22,9 @@ class TunedCheckpointer:
     """Reads what torchtune's recipes load into a QST model: the backbone and the side network.
 
     Stock recipes such as ``generate`` take one checkpoint with every weight of the model. In their
-    configs this class stands where ``FullModelHFCheckpointer`` stood, with one key more; the
-    weights are quantised as the model loads them.
-
-    Args:
-        side_network (str): folder of the side network.
-        checkpoint_dir (str): Hugging Face folder of its backbone.
-        base_checkpointer (str): what reads that folder.
-            Default: "torchtune.training.FullModelHFCheckpointer".
-        **settings (Any): further arguments of ``base_checkpointer``.
+    configs this class replaces ``FullModelHFCheckpointer``, with one more key, ``side_network``;
+    the weights are quantised as the model loads them. ``base_checkpointer`` reads
+    ``checkpoint_dir``, with the further ``settings``.
     """
 
     def __init__(
@@ -47,13 +41,9 @@ class TunedCheckpointer:
         self._base = make(checkpoint_dir=checkpoint_dir, **settings)
 
     def load_checkpoint(self) -> dict[str, Any]:
-        """Read both, after checking that they belong together.
+        """Read both, under torchtune's names below its ``MODEL_KEY``.
 
-        Returns:
-            dict[str, Any]: the weights under torchtune's names, below its ``MODEL_KEY``.
-
-        Raises:
-            UserError: if they do not, or one of them is missing or damaged.
+        UserError if they do not belong together, or one of them is missing or damaged.
         """
         model = build_described(self.side_network, torch.float32, self.checkpoint_dir)
         if transformers_backbone(model) is not None:

@@ -1,9 +1,9 @@
-"""What a run leaves: a folder of trained tensors that can be shared, checked and loaded safely.
+"""What a run leaves: a directory of trained tensors that can be shared, checked and loaded safely.
 
 Every method writes the same four files: the trained tensors (safetensors), their description (JSON:
 method, format, model block, structure, the backbone's name and fingerprint), the run's config and a
-model card. It never holds a weight of the backbone or a pickle, and no ``adapter_config.json``,
-which PEFT would misread.
+model card. It has no weight of the backbone, no pickle, and no ``adapter_config.json``, which PEFT
+would misread.
 """
 
 import json
@@ -47,14 +47,9 @@ class BackboneId:
 
 @dataclass(frozen=True)
 class TunedFormat:
-    """How a method names the files of its folder.
+    """How a method names the files of its directory; ``title`` is for people: "QST side network".
 
-    Args:
-        method (str): as in the description.
-        title (str): what the folder holds, for people: "QST side network".
-        weights_file (str): name of the safetensors file.
-        config_file (str): name of the description.
-        origin (str): which recipe writes it, and where to.
+    ``origin`` is which recipe writes it, and where to.
     """
 
     method: str
@@ -93,18 +88,10 @@ def tuned_files(
     about: str,
     structure: dict[str, Any] | None = None,
 ) -> dict[str, bytes]:
-    """Return the folder's files by name.
+    """Return the directory's files by name.
 
-    Args:
-        form (TunedFormat): of the method.
-        tensors (Mapping[str, torch.Tensor]): what was trained, by name.
-        provenance (Provenance): how.
-        about (str): first paragraph of the model card.
-        structure (dict[str, Any] | None): what the tensors' names and shapes leave open of the
-            model, of what JSON has; None: nothing.
-
-    Returns:
-        dict[str, bytes]: contents.
+    ``about`` is the first paragraph of the model card; ``structure`` is what the tensors' names and
+    shapes leave open of the model.
     """
     description = {
         "method": form.method,
@@ -126,15 +113,7 @@ def tuned_files(
 
 
 def add_verdict(files: Mapping[str, bytes], verdict: str) -> dict[str, bytes]:
-    """Write into a folder's card and description that the run made the model no better.
-
-    Args:
-        files (Mapping[str, bytes]): from :func:`tuned_files`.
-        verdict (str): of the run's validation.
-
-    Returns:
-        dict[str, bytes]: contents by name.
-    """
+    """Write into a directory's card and description that the run made the model no better."""
     changed = dict(files)
     for name, content in files.items():
         if name == CARD_FILE:
@@ -152,20 +131,11 @@ def load_tuned(
     *,
     backbone: BackboneId,
 ) -> dict[str, torch.Tensor]:
-    """Read a folder's tensors, after checking that they belong to this model and backbone.
+    """Read a directory's tensors, after checking that they belong to this model and backbone.
 
-    Args:
-        form (TunedFormat): of the method.
-        folder (Path): with the files of :func:`tuned_files`.
-        expected (Mapping[str, torch.Tensor]): the model's own, for their names and shapes.
-        backbone (BackboneId): the model's.
-
-    Returns:
-        dict[str, torch.Tensor]: by name, on the CPU.
-
-    Raises:
-        UserError: if the folder is missing, damaged, of another method or version, was trained on
-            another backbone, or holds other tensors than ``expected``.
+    ``expected`` are the model's own, for their names and shapes. UserError if the directory is
+    missing, damaged, of another method or version, was trained on another backbone, or has other
+    tensors.
     """
     description = read_description(folder, form)
     _check_backbone(folder, description, backbone)
@@ -175,17 +145,9 @@ def load_tuned(
 
 
 def read_description(folder: Path, form: TunedFormat) -> dict[str, Any]:
-    """Read and check a folder's description.
+    """Read and check a directory's description.
 
-    Args:
-        folder (Path): with the files of :func:`tuned_files`.
-        form (TunedFormat): of the method.
-
-    Returns:
-        dict[str, Any]: its content.
-
-    Raises:
-        UserError: if it is missing, not JSON, or of another method or a newer format.
+    UserError if it is missing, not JSON, or of another method or a newer format.
     """
     path = folder / form.config_file
     try:
@@ -232,18 +194,7 @@ def _check_backbone(folder: Path, description: dict[str, Any], backbone: Backbon
 
 
 def read_tensors(folder: Path, form: TunedFormat) -> dict[str, torch.Tensor]:
-    """Read a folder's tensors as they are.
-
-    Args:
-        folder (Path): with the files of :func:`tuned_files`.
-        form (TunedFormat): of the method.
-
-    Returns:
-        dict[str, torch.Tensor]: by name, on the CPU.
-
-    Raises:
-        UserError: if the file is missing or damaged.
-    """
+    """Read a directory's tensors to the CPU; UserError if they are missing or damaged."""
     path = folder / form.weights_file
     try:
         tensors: dict[str, torch.Tensor] = load_file(path)
@@ -277,14 +228,7 @@ def _check_tensors(
 
 
 def shown(figure: float) -> str:
-    """Format a figure for people.
-
-    Args:
-        figure (float): a count, if it is an int.
-
-    Returns:
-        str: all digits of a count, four of a measurement.
-    """
+    """Format a figure for people: all digits of a count, four of a measurement."""
     return f"{figure:,}" if isinstance(figure, int) else f"{figure:.4g}"
 
 

@@ -72,11 +72,7 @@ class TunedModel:
 
     @contextmanager
     def untuned(self) -> Iterator[None]:
-        """Make the model the quantised base model for as long as the context lasts.
-
-        Yields:
-            None: meanwhile the model answers as it did before training.
-        """
+        """Make the model the quantised base model for as long as the context lasts."""
         if isinstance(self.model, QSTModel):
             with disable_adapter(self.model):
                 yield

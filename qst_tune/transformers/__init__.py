@@ -8,8 +8,8 @@
     model = AutoModelForCausalLM.from_pretrained("runs/135M_qst/side_network")
     chat = pipeline("text-generation", model="runs/135M_qst/side_network")
 
-The folder of a side network holds no backbone; its ``config.json`` says where that is, and
-``from_pretrained(folder, backbone="another/folder")`` says otherwise. ``python -m
+A side network's directory has no backbone; its ``config.json`` says where that is, unless
+``from_pretrained(directory, backbone="another/directory")`` does. ``python -m
 qst_tune.transformers`` is transformers' own command line (``serve``, ``chat``) with this import.
 """
 

@@ -17,12 +17,10 @@ _SIDE_NETWORK_FILES = (SIDE_NETWORK.weights_file, SIDE_NETWORK.config_file, "rec
 class QSTConfig(PretrainedConfig):
     """Configuration of a side network and its backbone.
 
-    Sizes stand in the backbone's own configuration; loading a model puts those that generation
-    asks for here. ``num_hidden_layers`` is then the number of attentions of both networks, which
-    is the number of layers of a cache.
-
-    Attributes:
-        backbone (str): folder of the backbone, or its name on the Hugging Face Hub.
+    ``backbone`` is the backbone's directory, or its name on the Hugging Face Hub. Sizes are in the
+    backbone's own configuration; loading a model puts those that generation asks for here.
+    ``num_hidden_layers`` is then the number of attentions of both networks, which is the number of
+    layers of a cache.
     """
 
     model_type = TRANSFORMERS_MODEL_TYPE
@@ -30,35 +28,18 @@ class QSTConfig(PretrainedConfig):
 
 
 def side_network_folder(name: str, **settings: Any) -> Path:
-    """Find a side network's directory on this machine, or fetch it from the Hugging Face Hub.
+    """Find a side network's directory here, or download it from the Hugging Face Hub.
 
-    Args:
-        name (str): a directory, or a name on the hub.
-        **settings (Any): how to fetch it, such as ``token`` and ``cache_dir``.
-
-    Returns:
-        Path: the directory.
-
-    Raises:
-        UserError: if it is neither here nor to be had.
+    ``settings`` such as ``token`` and ``cache_dir`` are for the download. UserError if it fails.
     """
     return _local(name) or fetch_model(name, files=_SIDE_NETWORK_FILES, **settings)
 
 
 def backbone_folder(name: str, beside: Path, parts: Parts = "weights", **settings: Any) -> Path:
-    """Find the directory of a side network's backbone, or fetch it from the Hugging Face Hub.
+    """Find the directory of a side network's backbone here, or download it from the Hub.
 
-    Args:
-        name (str): a directory, or a name on the hub.
-        beside (Path): the side network's directory, where a relative one may also start.
-        parts (Parts): how much of it is needed.
-        **settings (Any): how to fetch it, such as ``token`` and ``cache_dir``.
-
-    Returns:
-        Path: the directory.
-
-    Raises:
-        UserError: if it is neither here nor to be had.
+    A relative name may also start at the side network's directory, ``beside``. ``settings`` are for
+    the download. UserError if it is neither here nor available.
     """
     found = _local(name) or (_local(str(beside / name)) if name else None)
     if found is None and not is_hub_name(name):

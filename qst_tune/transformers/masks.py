@@ -12,22 +12,12 @@ from qst_tune.backbone.masks import causal_mask, positions
 def attention_mask_of(
     attention_mask: torch.Tensor | None, *, start: int, length: int, like: torch.Tensor
 ) -> torch.Tensor:
-    """Make torchtune's mask.
+    """Make torchtune's mask, ``[B, T, L]`` or ``[1, T, L]`` booleans, True: a token may attend.
 
-    Args:
-        attention_mask (torch.Tensor | None): ``[B, L]``, 0 for padding; or ``[B, 1, T, L]``
-            booleans, longer than L for a static cache; or ``[B, T, T]`` booleans, taken as it is.
-        start (int): tokens in the cache.
-        length (int): L.
-        like (torch.Tensor): the new tokens ``[B, T]``, for their device.
-
-    Returns:
-        torch.Tensor: ``[B, T, L]`` or ``[1, T, L]`` booleans, True where a token may attend. Each
-        attends to itself, also padding: a row without any would give NaN.
-
-    Raises:
-        ValueError: if the mask has another number of dimensions, or of tokens, or is not boolean
-            where it should be.
+    Given are ``[B, L]``, 0 for padding; or ``[B, 1, T, L]`` booleans, longer than L for a static
+    cache; or ``[B, T, T]`` booleans, taken as they are. ``start`` tokens are in the cache,
+    ``length`` is L, and ``like`` has the new tokens' device. Each token attends to itself, also
+    padding: a row without any would give NaN. ValueError for a mask of another shape or type.
     """
     every = like.new_ones(1, length)
     mask = every if attention_mask is None else attention_mask

@@ -158,20 +158,11 @@ class QSTForSequenceClassification(QSTPreTrainedModel):
         labels: torch.Tensor | None = None,
         **unsupported: Any,
     ) -> SequenceClassifierOutputWithPast:
-        """Compute the logits of whole sequences.
+        """Compute the fp32 logits ``[B, C]`` of whole sequences ``[B, T]``, and a loss with labels.
 
-        Args:
-            input_ids (torch.Tensor): ``[B, T]``.
-            attention_mask (torch.Tensor | None): ``[B, T]``, 0 for padding; None: what is not the
-                configuration's padding token counts.
-            labels (torch.Tensor | None): ``[B]`` classes, or scores.
-            **unsupported (Any): must be None or False.
-
-        Returns:
-            SequenceClassifierOutputWithPast: fp32 ``logits`` ``[B, C]``, and ``loss`` with labels.
-
-        Raises:
-            ValueError: if an argument is not supported, or there are too many tokens.
+        A token with 0 in ``attention_mask``, ``[B, T]``, is padding; without a mask, one that is
+        the configuration's padding token. ``labels`` are ``[B]`` classes, or scores. ValueError if
+        an argument is not supported, or there are too many tokens.
         """
         self._check(input_ids.shape[1], unsupported)
         pad = getattr(self.config, "pad_token_id", None)

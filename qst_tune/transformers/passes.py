@@ -36,21 +36,11 @@ def head_input(
     position_ids: torch.Tensor | None,
     cache: Cache | None,
 ) -> torch.Tensor:
-    """Run both networks.
+    """Run both networks up to the LM head's input, ``[B, T, D]``; read and extend the cache.
 
-    Args:
-        model (QSTModel): writes text.
-        tokens (torch.Tensor): ``[B, T]``, those after the cached ones.
-        attention_mask (torch.Tensor | None): ``[B, L]``, 0 for padding; ``[B, T, T]`` booleans of
-            packed rows; over torchtune's modules also ``[B, 1, T, L]`` booleans.
-        position_ids (torch.Tensor | None): ``[B, T]``.
-        cache (Cache | None): to read and extend.
-
-    Returns:
-        torch.Tensor: the LM head's input, ``[B, T, D]``.
-
-    Raises:
-        ValueError: if the mask or the cache is of another kind.
+    ``tokens``, ``[B, T]``, are those after the cached ones. ``attention_mask`` is ``[B, L]``, 0 for
+    padding, or ``[B, T, T]`` booleans of packed rows; over torchtune's modules also ``[B, 1, T,
+    L]`` booleans. ValueError if the mask or the cache is of another kind.
     """
     start = cached_length(model, cache)
     if isinstance(model, QSTTransformer):

@@ -49,10 +49,8 @@ _ADDRESSED_TO_OTHERS = (
 class QSTPreTrainedModel(PreTrainedModel):
     """A ``QSTModel`` as a model of transformers; only its side network trains and is saved.
 
-    Args:
-        config (QSTConfig): its sizes are filled in here.
-        decoder (QSTModel): loaded; taken over, not copied.
-        provenance (Provenance): what the saved directory says of the model.
+    ``config`` gets its sizes here; the loaded ``decoder`` is taken over, not copied; ``provenance``
+    is what the saved directory says of the model.
     """
 
     config_class = QSTConfig
@@ -190,20 +188,12 @@ class QSTPreTrainedModel(PreTrainedModel):
         license: str | None = None,
         data: str | None = None,
     ) -> str:
-        """Upload the side network with a model card, without paths of this machine.
+        """Upload the side network with a model card, without local paths; return its address.
 
-        Args:
-            repo_id (str): ``org/name``.
-            private (bool): make a new repository private.
-            base_model (str | None): the backbone's name on the hub; None: where it came from.
-            license (str | None): of the side network, as the hub names licences.
-            data (str | None): what it was trained on, for people.
-
-        Returns:
-            str: address of the repository.
-
-        Raises:
-            UserError: if the backbone has no name on the hub, or the hub refuses.
+        ``repo_id`` is ``org/name``; a new repository may be ``private``. ``base_model`` is the
+        backbone's name on the hub (None: where it came from), ``license`` that of the side network
+        in the hub's names, and ``data`` what it was trained on, for people. UserError if the
+        backbone has no name on the hub, or the hub refuses.
         """
         with tempfile.TemporaryDirectory() as made:
             saved, shared = Path(made) / "saved", Path(made) / "shared"

@@ -13,16 +13,10 @@ class BackboneTokenizer:
 
     @classmethod
     def from_pretrained(cls, folder: str, *args: Any, **settings: Any) -> Any:
-        """Load the tokenizer of a side network's backbone.
+        """Load the tokenizer of a side network's backbone, with transformers' own arguments.
 
-        Args:
-            folder (str): of the side network.
-            *args (Any): for transformers.
-            **settings (Any): for transformers; ``backbone`` is the backbone's folder, if it is not
-                where the side network's ``config.json`` says.
-
-        Returns:
-            Any: a transformers tokenizer.
+        ``backbone`` is the backbone's directory, if it is not where the side network's
+        ``config.json`` says.
         """
         # What AutoTokenizer found out about this folder is not true of the backbone's.
         own = ("backbone", "config", "revision", "subfolder")

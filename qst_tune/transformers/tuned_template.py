@@ -17,32 +17,18 @@ log = utils.get_logger("INFO")
 
 @dataclass(frozen=True)
 class TunedTemplate:
-    """How the run rendered conversations.
-
-    Args:
-        source (str | None): the run's own template, Jinja; None: the backbone's.
-        stop_tokens (list[int]): that end an answer.
-    """
+    """The run's own template, Jinja (None: the backbone's), and the tokens that end an answer."""
 
     source: str | None
     stop_tokens: list[int]
 
 
 def tuned_template(folder: Path, backbone: Path) -> TunedTemplate | None:
-    """Read the template from a result's ``recipe_config.yaml``.
+    """Read the template from ``recipe_config.yaml``; None for a tokenizer of torchtune, or none.
 
     The directory may be anyone's: a template is Jinja and runs in a sandbox, and a file that the
-    config names is not read.
-
-    Args:
-        folder (Path): of the side network.
-        backbone (Path): directory of the tokenizer's files.
-
-    Returns:
-        TunedTemplate | None: None if the run had a tokenizer of torchtune, or there is none.
-
-    Raises:
-        UserError: if the template does not render messages.
+    config names is not read. ``backbone`` has the tokenizer's files. UserError if the template does
+    not render messages.
     """
     block = _tokenizer_block(folder / "recipe_config.yaml")
     if block.get("_component_") not in _COMPONENTS or not any(backbone.glob("tokenizer*")):

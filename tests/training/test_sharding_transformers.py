@@ -67,9 +67,7 @@ def load_whole(folder: Path, kind: str) -> Any:
 def load_sharded(folder: Path, kind: str) -> Any:
     model, sharding = build(folder, kind), choose_sharding("full", CPU)
     assert sharding is not None
-    load_sharded_directory(
-        model, model.backbone, folder, sharding, dtype=torch.float32, device=CPU, files=[]
-    )
+    load_sharded_directory(model, model.backbone, folder, sharding, dtype=torch.float32, device=CPU)
     return begun(model)
 
 
