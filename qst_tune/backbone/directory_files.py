@@ -13,7 +13,7 @@ from qst_tune.json_files import read_json
 _SHARD = re.compile(
     r"(?P<stem>model|pytorch_model)-(?P<number>\d+)-of-(?P<total>\d+)\.(?P<kind>\w+)"
 )
-# In the order that transformers takes them; a folder may hold the same weights in both formats.
+# In the order that transformers takes them; a directory may have the same weights in both formats.
 _FORMATS = (("model", "safetensors"), ("pytorch_model", "bin"))
 
 
@@ -26,16 +26,18 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def _what_it_is(folder: Path) -> str:
-    """The rest of a sentence about a folder without ``config.json``."""
+    """The rest of a sentence about a directory without ``config.json``."""
     if not folder.is_dir():
-        return "does not exist; download the model there (tune download), or name its folder"
+        return "does not exist; download the model there (tune download), or name its directory"
     adapter = folder / "adapter_config.json"
     if adapter.is_file():
-        return f"is a PEFT adapter, not a model; name the folder of its base model{_base(adapter)}"
+        return (
+            f"is a PEFT adapter, not a model; name the directory of its base model{_base(adapter)}"
+        )
     if (folder / "qst_config.json").is_file():
-        return "is what a run of qst_tune left, not a model; name the folder of its base model"
+        return "is the result of a qst_tune run, not a model; name the directory of its base model"
     if any(folder.glob("*.gguf")):
-        return "has GGUF files only; name the folder of the Hugging Face model they were made from"
+        return "has GGUF files only; name the directory of their original Hugging Face model"
     if (folder / "params.json").is_file():
         return "is in Meta's or Mistral's own format; download the model in Hugging Face's format"
     return "has no config.json; it is not a Hugging Face model, or its download is not complete"
@@ -83,12 +85,12 @@ def _indexed(folder: Path, index_name: str) -> set[str]:
         raise UserError(f"{path} is not an index of shards: download it again") from error
     outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
     if outside:
-        raise UserError(f"{path} names {outside[0]!r}, which is no file of the folder")
+        raise UserError(f"{path} names {outside[0]!r}, which is no file of the directory")
     return names
 
 
 def _listed(folder: Path, stem: str, kind: str) -> set[str]:
-    """Names of the shards without an index, as many as each name says."""
+    """Names of the shards without an index, as many as their names give."""
     for path in folder.glob(f"{stem}-*-of-*.{kind}"):
         match = _SHARD.fullmatch(path.name)
         if match:

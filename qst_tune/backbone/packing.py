@@ -82,7 +82,7 @@ def find_packing(backbone: Any) -> Packing:
             continue
         if (together - alone).abs().max() <= _TOLERANCE[precision] * alone.abs().max():
             return packing
-    raise _refusal(backbone.config, "tells packed samples apart in no way that is known here")
+    raise _refusal(backbone.config, "separates packed samples in no way that is known here")
 
 
 def carries_state(model: Any, config: Any) -> bool:

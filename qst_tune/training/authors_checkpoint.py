@@ -39,7 +39,7 @@ class _Layout:
     gate_suffix: str  # of the file that holds the output gate
 
     def files(self, gate: Gate) -> dict[str, str]:
-        """File of the folder -> prefix of its keys in the authors' model."""
+        """Name of a file -> prefix of its keys in the authors' model."""
         files = {
             BLOCKS_FILE: f"{self.prefix}qst_layers.",
             "qst_z_parameters.pt": f"{self.prefix}z.",
@@ -60,7 +60,7 @@ class _Layout:
         return {**_SHARED_NAMES, **self.norm, gate: "output_mix.logit"}
 
 
-# ``{}`` stands for the number of a layer.
+# ``{}`` is the number of a layer.
 _SHARED_NAMES = {
     "z.{}": "gates.{}.gamma",
     "downsample.{}.adapter_A.weight": "downsample.{}.reduce.weight",
@@ -98,7 +98,7 @@ _LAYOUTS: dict[Family, _Layout] = {
         "_parameters.pt",
     ),
 }
-_OUTSIDE = ("upsample.", "score", "lm_head_z")  # stand beside their decoder, not in it
+_OUTSIDE = ("upsample.", "score", "lm_head_z")  # outside their decoder
 
 
 def read_authors_folder(folder: Path, *, classifier: bool = False) -> Weights:
@@ -225,7 +225,9 @@ def _load_tensors(path: Path, files: str) -> Weights:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: a folder of the authors' code holds {files}") from None
+        raise UserError(
+            f"{path} is missing: a directory of the authors' code has {files}"
+        ) from None
     except Exception as error:  # torch.load raises many types for a damaged or hostile file
         reason = str(error).split(". ")[0].split("\n")[0]
         raise UserError(f"{path} is not a plain state dict and was not loaded: {reason}") from error

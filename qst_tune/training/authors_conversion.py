@@ -28,7 +28,7 @@ from qst_tune.training.model_setup import build_on_meta
 from qst_tune.training.side_checkpoint import SIDE_NETWORK
 from qst_tune.training.tuned_folder import read_description, read_tensors
 
-# What their code can do in one way only, and no tensor shows, beside what the variant fixes.
+# Settings that their code fixes and no tensor shows, in addition to those of the variant.
 _FIXED = {"activation": "silu"}
 # Of the variant: starts, and what the tensors' shapes show.
 _FREE = ("rank", "initial_gamma", "min_head_dim", "num_side_blocks")
@@ -104,7 +104,7 @@ def export_authors(folder: Path, cfg: DictConfig) -> tuple[Weights, dict[str, An
 
 
 def _candidates(embed_dim: int, side_dim: int) -> Iterable[int]:
-    """Every r that turns one width into the other; the MLP tells them apart."""
+    """Every r that turns one width into the other; the MLP's width decides between them."""
     return [r for r in range(embed_dim // side_dim, 0, -1) if embed_dim // r == side_dim]
 
 
@@ -200,7 +200,7 @@ def _other_heads(model: QSTModel) -> str:
 
 
 def _difference(side: Weights, model: QSTModel) -> str:
-    """What tells the tensors from the model's, in words; empty if nothing does."""
+    """Describe how the tensors differ from the model's; empty if they do not."""
     wanted = {name: tuple(value.shape) for name, value in model.side.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in side.items()}
     wrong = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
@@ -223,5 +223,5 @@ def _foreign_setting(block: dict[str, Any], model: QSTModel) -> str:
             return f"{name} is {chosen[name]}, there it is {value}"
     blocks, layers = len(model.side.blocks), len(model.layers)
     if blocks != layers:
-        return f"it has {blocks} side blocks beside {layers} layers, there is one beside each"
+        return f"it has {blocks} side blocks for {layers} layers, there each layer has one"
     return _other_heads(model)

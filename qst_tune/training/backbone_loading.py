@@ -113,7 +113,7 @@ def read_weights(
     return fingerprint(digests)
 
 
-_FIX = "the config's model block must describe, or name the folder of, this very checkpoint"
+_FIX = "the config's model block must describe, or name the directory of, this very checkpoint"
 
 
 def _checkpoint_files(checkpointer: Any) -> Iterator[dict[str, torch.Tensor]]:

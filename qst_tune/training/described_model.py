@@ -25,7 +25,7 @@ from qst_tune.training.side_checkpoint import SIDE_NETWORK, load_side_network
 from qst_tune.training.tuned_folder import BackboneId, TunedFormat, read_description
 
 _HF_CHECKPOINTER = "qst_tune.training.hf_checkpointer.HFCheckpointer"
-# With the settings that are taken over; where folders lie is said anew.
+# With the settings that are kept; all paths are given anew.
 _CHECKPOINTERS: dict[str, tuple[str, ...]] = {
     "torchtune.training.FullModelHFCheckpointer": (
         "checkpoint_files",
@@ -138,7 +138,7 @@ def checkpointer_of(folder: Path, backbone_folder: Path) -> Iterator[DictConfig]
         block = dict(OmegaConf.load(path).checkpointer)
     except Exception as error:  # OmegaConf and YAML raise many types
         reason = " ".join(str(error).split())
-        raise UserError(f"{path} says nothing of the backbone's checkpoint: {reason}") from error
+        raise UserError(f"{path} has no valid checkpointer block: {reason}") from error
     if block.get("_component_") not in _CHECKPOINTERS:
         known = " or ".join(_CHECKPOINTERS)
         raise UserError(f"{path} names the checkpointer {block.get('_component_')!r}, not {known}")
@@ -146,6 +146,6 @@ def checkpointer_of(folder: Path, backbone_folder: Path) -> Iterator[DictConfig]
     found = {name: block[name] for name in kept if name in block}
     found["checkpoint_dir"] = str(backbone_folder)
     with tempfile.TemporaryDirectory() as unused:
-        if found["_component_"] != _HF_CHECKPOINTER:  # torchtune's make a folder of their own
+        if found["_component_"] != _HF_CHECKPOINTER:  # torchtune's make a directory of their own
             found["output_dir"] = unused
         yield OmegaConf.create({"checkpointer": found})

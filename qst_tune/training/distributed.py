@@ -30,7 +30,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
-    # Counters of held-out rows may lie on the CPU, whatever the model is on.
+    # Counters of the validation set may be on the CPU, whatever the model is on.
     _join("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo")
     try:
         yield
@@ -40,7 +40,7 @@ def process_group(device: torch.device) -> Iterator[None]:
         raise UserError(
             f"process {dist.get_rank()} has lost another process of this run, which has died or "
             f"cannot be reached ({_reason(error)}): the run ends. The last checkpoint is whole; "
-            "resume_from_checkpoint=True goes on from it"
+            "resume_from_checkpoint=True resumes from it"
         ) from error
     finally:
         dist.destroy_process_group()

@@ -28,7 +28,7 @@ from qst_tune.training.hub_tensors import (
 )
 
 ExportFormat = Literal["dense", "gptq", "gptq_v2"]
-# Beside the weights, whatever a tokenizer or a generation needs.
+# Besides the weights, whatever a tokenizer or generation needs.
 _COPIED = (".json", ".jinja", ".model", ".txt")
 
 # Of group sizes that kernels run, the widest first.
@@ -56,7 +56,7 @@ def export_model(
     UserError if the directory exists or cannot be written, or the format cannot hold the model.
     """
     if folder.exists():
-        raise UserError(f"{folder} exists; remove it or name another with export_dir=<folder>")
+        raise UserError(f"{folder} exists; remove it or name another with export_dir=<directory>")
     config = _read_config(model, checkpoint_dir)
     config.pop("quantization_config", None)  # of the directory whose scales were trained
     if form == "dense":
@@ -186,7 +186,7 @@ def _gptq_config(
 
 
 def _other_modalities(tensors: Tensors, checkpoint_dir: Path) -> Tensors:
-    """What a vision-language model has beside its text, as its directory has it."""
+    """The other parts of a vision-language model than its text, as its directory has them."""
     stems = {name.rpartition(".")[0] for name in tensors}
     found: Tensors = {}
     missing = set(stems)
@@ -199,7 +199,7 @@ def _other_modalities(tensors: Tensors, checkpoint_dir: Path) -> Tensors:
     if missing:
         raise UserError(
             f"{checkpoint_dir} names the weights of its text otherwise than transformers writes "
-            f"them, for example {min(missing)}: it cannot be exported beside the other modalities"
+            f"them, for example {min(missing)}: it cannot be exported with the other modalities"
         )
     return found
 

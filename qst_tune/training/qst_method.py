@@ -22,7 +22,7 @@ from qst_tune.training.tuned_folder import BackboneId, Provenance
 
 REFUSED = {
     "scales": "is what PEQA starts from; use side_network",
-    "enable_activation_offloading": "has nothing to offload, since QST keeps no activation of the "
+    "enable_activation_offloading": "has nothing to offload, since QST saves no activation of the "
     "backbone; set it to False",
 }
 
@@ -103,7 +103,7 @@ def _hidden_state_cache(
     dtype: torch.dtype,
     device: torch.device,
 ) -> HiddenStateCache:
-    """The folder for this backbone, on this kind of device, and for what is read of it."""
+    """The cache for this backbone, its dtype, this kind of device and these layers."""
     side: Any = model.side
     described = (asdict(backbone), str(dtype), device.type, side.layers)
     key = hashlib.sha256(repr(described).encode()).hexdigest()[:16]

@@ -24,7 +24,7 @@ FORMAT_VERSION = 3  # 1 had no digest of held-out rows, 2 one of 16 rows
 _SAMPLED_ROWS = 16
 _CONTENT = {"config", "data", "seed", "progress", "history", "optimizer", "lr_scheduler"}
 
-# Keys that may not change, with the reason. Every other change is told and taken.
+# Keys that must not change, with the reason. Every other change is logged and accepted.
 _FIXED = {
     "model": "the saved tensors belong to that model",
     "tokenizer": "the rows would become other tokens",
@@ -43,7 +43,7 @@ _FIXED = {
     "reference": "the losses so far would not be comparable",
     "loss": "the losses so far would not be comparable",
 }
-# Below those, where things lie may change: what lies there is checked by its content.
+# Paths below those keys may change: the content of their files is checked instead.
 _MOVABLE = (
     "path",
     "checkpoint_dir",
@@ -188,7 +188,7 @@ def _compare(state: dict[str, Any], cfg: DictConfig) -> None:
         change = f"{key}: {before.get(key)} when saved, {now.get(key)} now"
         reason = _reason_to_refuse(key)
         if key == "hidden_state_cache" and before.get(key) and now.get(key):
-            reason = None  # what the folder holds is found by its content
+            reason = None  # its entries are found by their content
         if reason:
             refused.append(f"cannot resume with {change}: {reason}")
         else:

@@ -1,11 +1,11 @@
-"""A side network on disk: the folder of ``tuned_folder``, with the tensors of ``model.side``.
+"""A side network on disk: the directory of ``tuned_folder``, with the tensors of ``model.side``.
 
 ==============================  ===================================================================
 ``side_network.safetensors``    the tensors, under the names of ``model.side``: fp32 if trained
                                 here, else as they were imported
 ``qst_config.json``             method, format, model block, structure, the backbone's name and
                                 fingerprint
-``config.json``                 what transformers wants to know (``qst_tune.transformers``): the
+``config.json``                 for transformers (``qst_tune.transformers``): the
                                 type of model, and where the backbone is
 ``recipe_config.yaml``          the config of the run that made it
 ``README.md``                   a model card
@@ -59,7 +59,7 @@ runs beside {backbone.name} ({backbone.quantization}), whose weights have the fi
 
 
 def _transformers_files(provenance: Provenance) -> dict[str, bytes]:
-    """What makes the folder one that transformers can load."""
+    """What transformers needs to load the directory."""
     backbone = provenance.backbone_path or provenance.backbone.name
     num_labels = provenance.model_block.get("num_labels")
     return {"config.json": transformers_config(backbone, num_labels)}

@@ -45,7 +45,7 @@ MODEL_KEYS = {
     **pick("output_dir", required=False),
 }
 
-# Key of the config, which is also the folder's name in a run's output_dir.
+# Key of the config, which is also the directory's name in a run's output_dir.
 _KEYS: dict[type, str] = {QSTModel: "side_network", PEQAModel: "scales"}
 _TITLES = {"side_network": "with the side network", "scales": "with the tuned scales"}
 

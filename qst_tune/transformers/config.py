@@ -1,4 +1,4 @@
-"""What ``config.json`` in the folder of a side network says, and where its backbone is."""
+"""The ``config.json`` of a side network's directory, and where its backbone is."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ from qst_tune.backbone.hub import Parts, fetch_model, is_hub_name
 from qst_tune.errors import UserError
 from qst_tune.training.side_checkpoint import SIDE_NETWORK, TRANSFORMERS_MODEL_TYPE
 
-# How to fetch a folder; a revision is one of the side network's, not of its backbone's.
+# Settings of a download; a revision is the side network's, not its backbone's.
 FETCHING = {"cache_dir", "force_download", "local_files_only", "revision", "token"}
 _SIDE_NETWORK_FILES = (SIDE_NETWORK.weights_file, SIDE_NETWORK.config_file, "recipe_config.yaml")
 

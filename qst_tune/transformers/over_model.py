@@ -99,7 +99,7 @@ def load_over(folder: Path, model: PreTrainedModel) -> tuple[QSTTransformer, Pro
 
 
 def _classifier(decoder: QSTTransformer, score: Any) -> QSTClassifier:
-    """The model's own head goes on training, in fp32, as a part of the side network."""
+    """The model's own head continues to train, in fp32, as a part of the side network."""
     if getattr(score, "bias", None) is not None or not isinstance(score, nn.Linear):
         raise UserError(f"a head like {score} is not supported: it must be linear, without bias")
     model = QSTClassifier(decoder, score.out_features)
@@ -153,7 +153,7 @@ def _has_weights_of(model: PreTrainedModel, home: Path) -> bool:
 
 
 def _foreign(method: Any, home: Path | None) -> tuple[str, str]:
-    """How recipes shall store a model that another program has quantised, and what that is called.
+    """How recipes must store a model that another program has quantised, and what that is called.
 
     Codes of a directory are taken over. What was rounded while it was loaded is rounded again, by
     our own NF4 or FP4, or cannot be made here.

@@ -38,8 +38,8 @@ _SO_ANYWAY = {
     "trust_remote_code", "use_safetensors",
 }  # fmt: skip
 
-# generate() hands its caller's tokenizer, for stop strings, to every model too. The rest says for
-# some attention kernels what the positions of packed rows say.
+# generate() hands its caller's tokenizer, for stop strings, to every model too. The rest
+# gives some attention kernels what the positions of packed rows give.
 _ADDRESSED_TO_OTHERS = (
     "return_dict",
     "seq_idx", "tokenizer", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"
@@ -88,11 +88,12 @@ class QSTPreTrainedModel(PreTrainedModel):
         device_map: Any = None,
         **settings: Any,
     ) -> Any:
-        """Load a side network's folder with its backbone.
+        """Load a side network's directory with its backbone.
 
         Args:
-            pretrained_model_name_or_path (str): folder of the side network, or its name on the hub.
-            config (QSTConfig | None): the folder's by default.
+            pretrained_model_name_or_path (str): directory of the side network, or its name on the
+                hub.
+            config (QSTConfig | None): the directory's by default.
             backbone (str | PreTrainedModel | None): directory of the backbone, or its name on the
                 hub, in place of the one in the configuration; or the loaded model itself.
             dtype (torch.dtype | str | None): of what is not quantised, torch.float32 or
@@ -105,8 +106,8 @@ class QSTPreTrainedModel(PreTrainedModel):
             Any: a model of this class, in evaluation mode.
 
         Raises:
-            UserError: if an argument has no meaning for a side network, or the two folders are not
-                to be had or do not belong together.
+            UserError: if an argument has no meaning for a side network, or a directory is not to be
+                had, or the two do not belong together.
         """
         strange = sorted(
             name
@@ -238,7 +239,7 @@ class QSTPreTrainedModel(PreTrainedModel):
 
 
 def num_weights(model: nn.Module) -> int:
-    """Count a model's weights; those in codes as what they stand for, tied ones once."""
+    """Count a model's weights; those in codes as dense weights, tied ones once."""
     total = 0
     seen: set[int] = set()
     for module in model.modules():
@@ -273,7 +274,7 @@ def _device(device_map: Any) -> torch.device:
     if isinstance(device_map, dict):
         devices = set(map(str, device_map.values()))
         if len(devices) != 1:
-            raise UserError(f"device_map={device_map}: a QST model lies on one device")
+            raise UserError(f"device_map={device_map}: a QST model must be on one device")
         device_map = devices.pop()
     if device_map == "auto":
         device_map = "cuda" if torch.cuda.is_available() else "cpu"

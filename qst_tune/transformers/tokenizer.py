@@ -18,7 +18,7 @@ class BackboneTokenizer:
         ``backbone`` is the backbone's directory, if it is not where the side network's
         ``config.json`` says.
         """
-        # What AutoTokenizer found out about this folder is not true of the backbone's.
+        # What AutoTokenizer found out about this directory is not true of the backbone's.
         own = ("backbone", "config", "revision", "subfolder")
         public = {k: v for k, v in settings.items() if not k.startswith("_") and k not in own}
         fetching = {k: v for k, v in settings.items() if k in FETCHING and v is not None}

@@ -38,9 +38,15 @@ def names(folder: Path) -> list[str]:
     ("files", "message"),
     [
         ((), "has no config.json; it is not a Hugging Face model, or its download is not complete"),
-        (("model-q4.gguf",), "has GGUF files only; name the folder of the Hugging Face model they"),
-        (("adapter_config.json",), "is a PEFT adapter, not a model; name the folder of its base"),
-        (("qst_config.json",), "is what a run of qst_tune left, not a model; name the folder of"),
+        (("model-q4.gguf",), "has GGUF files only; name the directory of their original"),
+        (
+            ("adapter_config.json",),
+            "is a PEFT adapter, not a model; name the directory of its base",
+        ),
+        (
+            ("qst_config.json",),
+            "is the result of a qst_tune run, not a model; name the directory of",
+        ),
         (("params.json", "consolidated.00.pth"), "is in Meta's or Mistral's own format"),
     ],
 )

@@ -45,7 +45,7 @@ WITH_STATE = [
 ]
 CANNOT_PACK = {
     **dict.fromkeys(WITH_STATE, "carries a state along the row"),
-    "bloom": "tells packed samples apart in no way that is known here",  # ALiBi of the 2-d mask
+    "bloom": "separates packed samples in no way that is known here",  # ALiBi of the 2-d mask
 }
 CANNOT_GENERATE = {"minimax": "takes no cache but its own"}
 

@@ -198,8 +198,11 @@ def half_downloaded(folder: Path) -> None:
     [
         (lambda f: shutil.rmtree(f), "checkpoint_dir={folder} does not exist; download"),
         (lambda f: (f / "config.json").unlink(), "{folder} has no config.json; it is not a"),
-        (only_gguf, "{folder} has GGUF files only; name the folder of the Hugging Face model"),
-        (adapter, "{folder} is a PEFT adapter, not a model; name the folder of its base model, or"),
+        (only_gguf, "{folder} has GGUF files only; name the directory of their original"),
+        (
+            adapter,
+            "{folder} is a PEFT adapter, not a model; name the directory of its base model, or",
+        ),
         (half_downloaded, "{folder} lacks 2 of its 3 weight files, for example model-00002-of-000"),
         (cut_off, "{folder}/model.safetensors is damaged or cut off"),
         (

@@ -257,7 +257,7 @@ def test_what_cannot_be_loaded_is_told(folder, tmp_path, monkeypatch):
         load(folder, load_in_4bit=True)
     with pytest.raises(UserError, match=r"dtype=torch.float64 is not supported"):
         load(folder, dtype=torch.float64)
-    with pytest.raises(UserError, match="lies on one device"):
+    with pytest.raises(UserError, match="must be on one device"):
         load(folder, device_map={"a": "cpu", "b": "meta"})
 
 
