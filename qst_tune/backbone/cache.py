@@ -1,4 +1,4 @@
-"""Keys, values and states of a transformers backbone, kept between passes."""
+"""Keys, values and states of a transformers backbone, for the next pass."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

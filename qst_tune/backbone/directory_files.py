@@ -14,7 +14,7 @@ _SHARD = re.compile(
     r"(?P<stem>model|pytorch_model)-(?P<number>\d+)-of-(?P<total>\d+)\.(?P<kind>\w+)"
 )
 # In the order that transformers takes them; a directory may have the same weights in both formats.
-_FORMATS = (("model", "safetensors"), ("pytorch_model", "bin"))
+FORMATS = (("model", "safetensors"), ("pytorch_model", "bin"))
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def weight_files(folder: Path) -> list[Path]:
 
     UserError if there are none, or some are missing or cut off.
     """
-    for stem, kind in _FORMATS:
+    for stem, kind in FORMATS:
         whole = f"{stem}.{kind}"
         is_one = (folder / whole).is_file()
         names = {whole} if is_one else _indexed(folder, f"{whole}.index.json")

@@ -51,7 +51,7 @@ class DirectoryFormat:
 
     @property
     def default(self) -> BaseQuantization:
-        """The format where none is asked for: "auto" is the directory's own, of integers."""
+        """The format unless another is asked for: "auto" is the directory's own, of integers."""
         if self.own is None:
             return "nf4"
         return "fp4" if self.own == "fp4" else "nf4" if self.own == "nf4" else "auto"

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._pytree import tree_map
 
-from qst_tune.backbone.experts import QuantizedExperts
+from qst_tune.backbone.experts import QuantizedExperts, with_dense
 
 _PRODUCTS = ("matmul", "__matmul__", "mm")
 
@@ -65,7 +64,7 @@ class ExpertLinears(nn.Module):
         """Multiply expert by expert in ``bmm`` (Llama 4), decode for all else."""
         if func is torch.bmm and isinstance(args[1], cls):
             return torch.stack([x @ args[1][index] for index, x in enumerate(args[0])])
-        return _with_dense(func, args, kwargs)
+        return with_dense(ExpertLinears | ExpertWeight, func, args, kwargs)
 
 
 class ExpertWeight:
@@ -96,7 +95,7 @@ class ExpertWeight:
             return y if bias is None else y + bias
         if own is not None and own.is_transposed and func.__name__ in _PRODUCTS:
             return own.linear(args[0])
-        return _with_dense(func, args, kwargs)
+        return with_dense(ExpertLinears | ExpertWeight, func, args, kwargs)
 
 
 class JoinedLinear(nn.ModuleList):
@@ -105,7 +104,7 @@ class JoinedLinear(nn.ModuleList):
     @property
     def in_features(self) -> int:
         """I."""
-        return int(self._first.in_features)
+        return int(self._parts[0].in_features)
 
     @property
     def out_features(self) -> int:
@@ -115,10 +114,6 @@ class JoinedLinear(nn.ModuleList):
     @property
     def _parts(self) -> list[Any]:
         return list(self)
-
-    @property
-    def _first(self) -> Any:
-        return self[0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply each layer to the same input."""
@@ -140,12 +135,3 @@ def compile_forward(modules: Iterable[Any]) -> None:
             if any(isinstance(part, QuantizedExperts | ExpertLinears) for part in parts):
                 inner.forward = torch.compiler.disable(inner.forward)
         module.forward = torch.compile(module.forward)
-
-
-def _with_dense(func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
-    decoded = tree_map(_dense, (args, kwargs or {}))
-    return func(*decoded[0], **decoded[1])
-
-
-def _dense(value: Any) -> Any:
-    return value.dense() if isinstance(value, ExpertLinears | ExpertWeight) else value

@@ -87,12 +87,15 @@ class QuantizedExperts(torch.Tensor):
             return cls(moved, tuple(args[0].shape), args[0].quantization)
         if func is _aten.select.int and args[1] == 0:
             return dequantize_nf4(args[0].expert(args[2]))
-        decoded = tree_map(_dense, (args, kwargs or {}))
-        return func(*decoded[0], **decoded[1])
+        return with_dense(cls, func, args, kwargs)
 
 
-def _dense(value: Any) -> Any:
-    return value.dense() if isinstance(value, QuantizedExperts) else value
+def with_dense(kinds: Any, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any:
+    """Call an operation with the decoded weights of all arguments of these types."""
+    args, kwargs = tree_map(
+        lambda v: v.dense() if isinstance(v, kinds) else v, (args, kwargs or {})
+    )
+    return func(*args, **kwargs)
 
 
 def quantize_experts(weight: torch.Tensor, quant_type: QuantType) -> QuantizedExperts:

@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from qst_tune.backbone.directory_files import weight_files
+from qst_tune.backbone.directory_files import FORMATS, weight_files
 from qst_tune.errors import UserError
 
 # How much of a model: its config.json; that and the tokenizer; that and the weights.
@@ -32,8 +32,6 @@ _TOKENIZER = (
     "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja",
     "chat_template.json", "additional_chat_templates/*.jinja",
 )  # fmt: skip
-# In the order that transformers takes them; the second format only where a model lacks the first.
-_FORMATS = (("model", "safetensors"), ("pytorch_model", "bin"))
 
 
 def is_hub_name(name: str) -> bool:
@@ -94,7 +92,7 @@ def fetch_model(
 
 def _fetch(repo: str, parts: Parts, files: Collection[str], settings: dict[str, Any]) -> Path:
     small = ["config.json", *(_TOKENIZER if parts != "config" else ())]
-    indices = [f"{stem}.{kind}.index.json" for stem, kind in _FORMATS]
+    indices = [f"{stem}.{kind}.index.json" for stem, kind in FORMATS]
     wanted = [*small, *(indices if parts == "weights" else ())]
     folder = Path(snapshot_download(repo, allow_patterns=wanted, **settings))
     if not (folder / "config.json").is_file():
@@ -113,7 +111,7 @@ def _fetch(repo: str, parts: Parts, files: Collection[str], settings: dict[str, 
 
 def _weight_patterns(folder: Path) -> Iterator[list[str]]:
     """What to look for, one format after the other; shards where there is an index of them."""
-    for stem, kind in _FORMATS:
+    for stem, kind in FORMATS:
         is_indexed = (folder / f"{stem}.{kind}.index.json").is_file()
         shards = f"{stem}-*-of-*.{kind}"
         yield [shards] if is_indexed else [f"{stem}.{kind}", shards]

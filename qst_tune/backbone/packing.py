@@ -86,7 +86,7 @@ def find_packing(backbone: Any) -> Packing:
 
 
 def carries_state(model: Any, config: Any) -> bool:
-    """Return whether not only attention runs along the row: Mamba, linear attention, convolutions.
+    """Return whether states run along the tokens: of Mamba, linear attention or convolutions.
 
     transformers marks some such models, and the text's ``config`` names the kind of each layer.
     They cannot be packed, nor can their cache be shortened.

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
 
+from qst_tune.backbone.experts import with_dense
 from qst_tune.errors import UserError
 from qst_tune.quantization.stored import Stored, stored_on
 
@@ -80,8 +80,7 @@ class StoredWeight(torch.Tensor):
             shape = list(first[0].shape)
             shape[1] = sum(stack.shape[1] for stack in first)
             return cls([p for stack in first for p in stack.pieces], tuple(shape), first[0].dtype)
-        decoded = tree_map(_dense, (args, kwargs))
-        return func(*decoded[0], **decoded[1])
+        return with_dense(cls, func, args, kwargs)
 
 
 def _stays(device: Any) -> bool:
@@ -90,10 +89,6 @@ def _stays(device: Any) -> bool:
 
 def _are(weights: Any, *, is_stack: bool) -> bool:
     return all(isinstance(w, StoredWeight) and w.is_stack == is_stack for w in weights)
-
-
-def _dense(value: Any) -> Any:
-    return value.dense() if isinstance(value, StoredWeight) else value
 
 
 class LazyWeight:

@@ -22,7 +22,7 @@ def read_weights_file(path: Path) -> dict[str, torch.Tensor]:
         return _read_bin(path)
     except Exception as error:  # each format has errors of its own
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} is damaged, or holds more than weights: {reason}") from error
+        raise UserError(f"{path} is damaged, or has more than weights: {reason}") from error
 
 
 def _read_bin(path: Path) -> dict[str, torch.Tensor]:

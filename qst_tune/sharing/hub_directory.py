@@ -13,7 +13,7 @@ from qst_tune.errors import UserError
 from qst_tune.training.atomic_folder import write_folder
 from qst_tune.training.lineage import describe_lineage
 from qst_tune.training.side_checkpoint import SIDE_NETWORK, transformers_config
-from qst_tune.training.tuned_folder import read_description, read_tensors, shown
+from qst_tune.training.tuned_folder import read_description, read_tensors, shown, table
 
 _PACKAGES = ("torch", "torchtune", "torchao", "transformers")
 
@@ -153,12 +153,12 @@ instead if there is one.
 
 ## Training
 
-{_table("", _training(cfg, publication))}
+{table("", _training(cfg, publication))}
 
-{_table("result", {name: shown(value) for name, value in description["results"].items()})}
+{table("result", {name: shown(value) for name, value in description["results"].items()})}
 
 {_verdict(description)}{describe_lineage(description.get("lineage") or ())}\
-{_table("measured", dict(_measured(summary)))}
+{table("measured", dict(_measured(summary)))}
 
 The whole config is `recipe_config.yaml`. Made with qst_tune {description["qst_tune_version"]}; this
 card was written with {", ".join(f"{name} {version(name)}" for name in _PACKAGES)}.
@@ -228,12 +228,4 @@ def _measured(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     memory = summary.get("memory_gib") or {}
     for name, value in {**single, **{f"memory, GiB: {k}": v for k, v in memory.items()}}.items():
         if isinstance(value, int | float):
-            shown = f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
-            yield name.replace("_", " "), shown
-
-
-def _table(title: str, rows: dict[str, Any]) -> str:
-    if not rows:
-        return ""
-    lines = [f"| {name} | {value} |" for name, value in rows.items()]
-    return "\n".join([f"| {title} | |", "| --- | --- |", *lines])
+            yield name.replace("_", " "), shown(value)

@@ -36,7 +36,7 @@ class _Layout:
 
     prefix: str  # before the names of what belongs to their decoder
     norm: dict[str, str]  # their names -> ours
-    gate_suffix: str  # of the file that holds the output gate
+    gate_suffix: str  # of the file with the output gate
 
     def files(self, gate: Gate) -> dict[str, str]:
         """Name of a file -> prefix of its keys in the authors' model."""
@@ -52,7 +52,7 @@ class _Layout:
         return {**files, self.gate_file(gate): gate}
 
     def gate_file(self, gate: Gate) -> str:
-        """Name of the file that holds the output gate."""
+        """Name of the file with the output gate."""
         return gate + self.gate_suffix
 
     def names(self, gate: Gate) -> dict[str, str]:
@@ -114,7 +114,7 @@ def read_authors_folder(folder: Path, *, classifier: bool = False) -> Weights:
     has_gate = (folder / layout.gate_file(gate)).exists()
     if not classifier and not has_gate and (folder / SCORE_FILE).exists():
         raise UserError(
-            f"{folder} is a classifier's, it holds {SCORE_FILE}: name a config whose model is "
+            f"{folder} is a classifier's, it has {SCORE_FILE}: name a config whose model is "
             "qst_tune.models.qst_classifier"
         )
     files = layout.files(gate)
@@ -233,5 +233,5 @@ def _load_tensors(path: Path, files: str) -> Weights:
         raise UserError(f"{path} is not a plain state dict and was not loaded: {reason}") from error
     tensors: Weights = content if isinstance(content, dict) else {"": content}
     if not all(isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in tensors.items()):
-        raise UserError(f"{path} is not a plain state dict: it holds more than tensors")
+        raise UserError(f"{path} is not a plain state dict: it has more than tensors")
     return tensors

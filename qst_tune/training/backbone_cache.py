@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from torchtune import utils
 from qst_tune import __version__
 from qst_tune.modules.plain_parts import Place
 from qst_tune.quantization.parts import join_parts, named_parts
-from qst_tune.training.backbone_loading import SIDE_PREFIX, stored_as
+from qst_tune.training.backbone_loading import stored_as
+from qst_tune.training.backbone_sizes import is_side
 from qst_tune.training.distributed import rank_and_world_size
 from qst_tune.training.hf_checkpointer import HFCheckpointer
 
@@ -39,21 +40,13 @@ class BackboneCache:
         Returns the checkpoint's fingerprint, as ``load_backbone`` does; None, and nothing is
         changed, if there is no file or it is damaged.
         """
-        return self._read(_all_parts(model), device, lambda file: _replace(file, model))
-
-    def _read(
-        self,
-        expected: Mapping[str, torch.Tensor],
-        device: torch.device,
-        use: Callable[[Any], None],
-    ) -> str | None:
         if not self.path.is_file():
             return None
         try:
             with safe_open(self.path, framework="pt", device=str(device)) as file:
-                _check(file, expected)
+                _check(file, _all_parts(model))
                 fingerprint = str(file.metadata()["fingerprint"])
-                use(file)
+                _replace(file, model)
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             log.warning(f"{self.path} is damaged ({error}); quantising again")
             return None
@@ -112,7 +105,7 @@ def _tensors(model: nn.Module) -> dict[str, tuple[torch.Tensor, list[Place]]]:
     """
     found: dict[int, tuple[str, torch.Tensor, list[Place]]] = {}
     for path, module in model.named_modules():
-        if f"{path}.".startswith(SIDE_PREFIX):
+        if is_side(path):
             continue
         for name, tensor in {**module._parameters, **module._buffers, **vars(module)}.items():
             if isinstance(tensor, torch.Tensor):
@@ -125,7 +118,7 @@ def _check(file: Any, parts: Mapping[str, torch.Tensor]) -> None:
     expected = {key: list(part.shape) for key, part in parts.items()}
     found = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
     if found != expected:
-        raise ValueError("it holds other tensors than the model")
+        raise ValueError("it has other tensors than the model")
 
 
 def _replace(file: Any, model: Any) -> None:

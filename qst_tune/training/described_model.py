@@ -20,12 +20,12 @@ from qst_tune.errors import UserError
 from qst_tune.modules.qst_classifier import QSTClassifier
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.training.model_setup import build_any_on_meta, load_frozen_backbone
-from qst_tune.training.scales_checkpoint import SCALES
 from qst_tune.training.side_checkpoint import SIDE_NETWORK, load_side_network
+from qst_tune.training.start import FORMATS
 from qst_tune.training.tuned_folder import BackboneId, TunedFormat, read_description
 
 _HF_CHECKPOINTER = "qst_tune.training.hf_checkpointer.HFCheckpointer"
-# With the settings that are kept; all paths are given anew.
+# With the settings that are kept; all paths are replaced.
 _CHECKPOINTERS: dict[str, tuple[str, ...]] = {
     "torchtune.training.FullModelHFCheckpointer": (
         "checkpoint_files",
@@ -38,12 +38,12 @@ _CHECKPOINTERS: dict[str, tuple[str, ...]] = {
 
 def folder_format(folder: Path) -> TunedFormat:
     """Find out which method wrote a directory; UserError if none did."""
-    for form in (SIDE_NETWORK, SCALES):
+    for form in FORMATS.values():
         if (folder / form.config_file).is_file():
             return form
     raise UserError(
-        f"{folder} is no result of qst_tune: it has neither {SIDE_NETWORK.config_file} nor "
-        f"{SCALES.config_file}"
+        f"{folder} is no result of qst_tune: it has neither "
+        f"{' nor '.join(form.config_file for form in FORMATS.values())}"
     )
 
 
@@ -81,7 +81,7 @@ def build_any_described(
     for name in names if "." in names[1] else names[:1]:
         if not _is_known(name):
             raise UserError(
-                f"{folder} names the model {name!r}; from a folder, which may be anyone's, only "
+                f"{folder} names the model {name!r}; from a directory, which may be anyone's, only "
                 "builders that qst_tune.models has are called: use a config with that model block, "
                 "or if it is a qst_opt_*, which are gone, tune again with qst_from_hf"
             )

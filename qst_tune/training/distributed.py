@@ -1,4 +1,4 @@
-"""Data parallelism for a side network: every process holds the whole model, gradients are summed.
+"""Data parallelism for a side network: every process has the whole model, gradients are summed.
 
 The frozen backbone needs no communication and the side network is some thousandth of it, so plain
 replication with one all-reduce a step is all there is to do while the 4-bit backbone fits a device.

@@ -4,7 +4,7 @@ A conversion from the model's names to the hub's may rename, split, join and reo
 weights: of integers it is applied to the numbers of their rows.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +34,7 @@ class IntegerRows(NamedTuple):
 def dense_tensors(model: PEQAModel, dtype: torch.dtype) -> Tensors:
     """Decode the whole model to the CPU, by the hub's names."""
     weights = {name: _decoded(module, dtype) for name, module in _quantised(_root(model))}
-    return _to_hub(model)({**other_tensors(model, dtype), **weights})
+    return _to_hub(model, {**other_tensors(model, dtype), **weights})
 
 
 def other_tensors(model: PEQAModel, dtype: torch.dtype) -> Tensors:
@@ -66,8 +66,7 @@ def integer_tensors(model: PEQAModel, dtype: torch.dtype) -> tuple[Tensors, dict
             numbers[name] = rows.mT if module.is_transposed else rows
         else:
             numbers[name] = rows[:, None]
-    convert = _to_hub(model)
-    converted = convert({**other_tensors(model, dtype), **numbers})
+    converted = _to_hub(model, {**other_tensors(model, dtype), **numbers})
     dense, integers = {}, {}
     for name, tensor in converted.items():
         if tensor.dtype != torch.int64:
@@ -151,16 +150,12 @@ def _plain(tensor: Any, dtype: torch.dtype) -> torch.Tensor:
     return dense.to(dtype=dtype, device="cpu")
 
 
-def _to_hub(model: PEQAModel) -> Callable[[Tensors], Tensors]:
-    if isinstance(model, PEQATransformer):
-        return lambda tensors: _revert(model.backbone.model, tensors)
-    return lambda tensors: _from_torchtune(model, tensors)
-
-
-def _revert(model: Any, tensors: Tensors) -> Tensors:
+def _to_hub(model: PEQAModel, tensors: Tensors) -> Tensors:
+    if not isinstance(model, PEQATransformer):
+        return _from_torchtune(model, tensors)
     from transformers.core_model_loading import revert_weight_conversion
 
-    reverted: Tensors = revert_weight_conversion(model, tensors)
+    reverted: Tensors = revert_weight_conversion(model.backbone.model, tensors)
     return reverted
 
 

@@ -121,6 +121,7 @@ def load_frozen_backbone(
     sharding = choose_sharding(cfg.get("backbone_sharding"), device, offload=offload)
     quantization = stored_as(model)
     backbone = transformers_backbone(model)
+    where: dict[str, Any] = {"dtype": dtype, "device": device}
     if sharding is None:
         fingerprint = _load_whole(model, checkpointer, dtype, device)
     elif cfg.checkpointer.get("cache_dir"):
@@ -129,18 +130,11 @@ def load_frozen_backbone(
             "backbone_sharding: set it to null"
         )
     elif backbone is not None:
-        where: dict[str, Any] = {"dtype": dtype, "device": device}
         fingerprint = fingerprint_backbone(model, checkpointer)
         load_sharded_directory(model, backbone, checkpoint_dir, sharding, **where)
     else:
-        fingerprint = load_sharded_backbone(
-            model,
-            build_any_on_meta(cfg, dtype),
-            checkpointer,
-            sharding,
-            dtype=dtype,
-            device=device,
-        )
+        twin = build_any_on_meta(cfg, dtype)
+        fingerprint = load_sharded_backbone(model, twin, checkpointer, sharding, **where)
     if isinstance(model, PEQATransformer):
         model.train_scales()  # of the layers that were loaded
     if rank_and_world_size()[0] == 0:

@@ -75,7 +75,7 @@ class QSTMethod:
 def load_qst(
     model: QSTModel, cfg: DictConfig, *, dtype: torch.dtype, device: torch.device
 ) -> QSTMethod:
-    """Fill a model that was built on meta: the backbone from its checkpoint, the side network anew.
+    """Fill a model that was built on meta: the backbone from its checkpoint; a new side network.
 
     The side network starts from what ``side_network`` names, if the config has it. ``compile`` and
     ``enable_activation_checkpointing`` decide as in torchtune. UserError if the checkpoint is
@@ -111,5 +111,5 @@ def _hidden_state_cache(
     folder = Path(cfg.hidden_state_cache) / f"{name}-{key}"
     if rank_and_world_size()[0] == 0:
         size = (len(side.layers) + 1) * side.upsample.out_features * dtype.itemsize
-        log.info(f"hidden states are kept in {folder}: {size / 1000:.1f} kB a token")
+        log.info(f"hidden states are cached in {folder}: {size / 1000:.1f} kB a token")
     return HiddenStateCache(folder)

@@ -27,15 +27,15 @@ _CONTENT = {"config", "data", "seed", "progress", "history", "optimizer", "lr_sc
 # Keys that must not change, with the reason. Every other change is logged and accepted.
 _FIXED = {
     "model": "the saved tensors belong to that model",
-    "tokenizer": "the rows would become other tokens",
-    "dataset": "the place in the data would be another",
+    "tokenizer": "the examples would become other tokens",
+    "dataset": "the position in the data would be another",
     "dataset_val": "the best step so far was measured on it",
-    "val_fraction": "held-out rows would be trained on",
+    "val_fraction": "validation examples would be trained on",
     "collate_fn": "the batches would be others",
     "max_steps_per_epoch": "it decides where an epoch ends",
-    "shuffle": "the order of the rows would be another",
+    "shuffle": "the order of the examples would be another",
     "hidden_state_cache": "the batches would be others",
-    "seed": "the order of the rows would be another",
+    "seed": "the order of the examples would be another",
     "optimizer": "its state, which holds its settings, is the saved one",
     "lr_scheduler": "its state is the saved one",
     "side_network": "the run started from it",
@@ -154,7 +154,7 @@ def check_same_start(saved: SavedRun, start: Start | None) -> None:
         )
 
 
-_ANEW = "restore that, or begin anew with another output_dir"
+_ANEW = "restore that, or start again with another output_dir"
 
 
 def _describe_rows(rows: Any, digest_of_all: str | None) -> dict[str, Any]:
@@ -199,21 +199,21 @@ def _compare(state: dict[str, Any], cfg: DictConfig) -> None:
 
 
 def _compare_step(state: dict[str, Any], cfg: DictConfig) -> list[str]:
-    """The rows of a step must be as many as before, however they are spread."""
+    """A step must have as many examples as before, however they are spread."""
     processes = {"saved": state["data"]["processes"], "now": rank_and_world_size()[1]}
     factors = {"saved": _step_factors(state["config"]), "now": _step_factors(cfg)}
     before, now = ((*factors[when], processes[when]) for when in ("saved", "now"))
     if math.prod(before) != math.prod(now):
         return [
             f"cannot resume with batch_size x gradient_accumulation_steps x processes = "
-            f"{' x '.join(map(str, now))} rows a step: it was {' x '.join(map(str, before))} when "
-            f"saved, and the place in the data is counted in steps; change one of the three so "
-            f"that it is {math.prod(before)} again"
+            f"{' x '.join(map(str, now))} examples a step: it was {' x '.join(map(str, before))} "
+            f"when saved, and the position in the data is counted in steps; change one of the "
+            f"three so that it is {math.prod(before)} again"
         ]
     if before != now:
         spread = f"{processes['saved']} processes when saved, {processes['now']} now"
-        exact = "the run goes on as before but for rounding and the random numbers of dropout"
-        _say([f"{spread}: each step has the same rows, so {exact}"])
+        exact = "the run continues as before, except for rounding and the random numbers of dropout"
+        _say([f"{spread}: each step has the same examples, so {exact}"])
     return []
 
 

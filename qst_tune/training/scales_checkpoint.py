@@ -37,7 +37,7 @@ def scales_files(model: PEQAModel, provenance: Provenance) -> dict[str, bytes]:
 Made with qst_tune {__version__} by PEQA (https://arxiv.org/abs/2305.14152). It is not a model by
 itself: it replaces the scales of {backbone.name} after rounding to integers
 ({backbone.quantization}), whose weights have the fingerprint `{backbone.fingerprint[:16]}...`. The
-codes are the same for every task. `tune run peqa_export --config <config> scales=<this folder>`
+codes are the same for every task. `tune run peqa_export --config <config> scales=<this directory>`
 writes the tuned model for other programs."""
     return tuned_files(SCALES, model.task(), provenance, about=about)
 

@@ -55,25 +55,15 @@ runs beside {backbone.name} ({backbone.quantization}), whose weights have the fi
     files = tuned_files(
         SIDE_NETWORK, side.state_dict(), provenance, about=about, structure=side_structure(side)
     )
-    return files | _transformers_files(provenance)
-
-
-def _transformers_files(provenance: Provenance) -> dict[str, bytes]:
-    """What transformers needs to load the directory."""
-    backbone = provenance.backbone_path or provenance.backbone.name
     num_labels = provenance.model_block.get("num_labels")
-    return {"config.json": transformers_config(backbone, num_labels)}
+    home = provenance.backbone_path or backbone.name
+    return {**files, "config.json": transformers_config(home, num_labels)}
 
 
 def transformers_config(backbone: str, num_labels: int | None = None) -> bytes:
-    """Write the ``config.json`` by which transformers knows the folder.
+    """Write the ``config.json`` for transformers; only a classifier has ``num_labels``.
 
-    Args:
-        backbone (str): folder of the backbone, or its name on the hub.
-        num_labels (int | None): of a classifier.
-
-    Returns:
-        bytes: JSON.
+    ``backbone`` is the backbone's directory, or its name on the hub.
     """
     kind = "QSTForCausalLM" if num_labels is None else "QSTForSequenceClassification"
     config: dict[str, Any] = {
@@ -87,7 +77,7 @@ def transformers_config(backbone: str, num_labels: int | None = None) -> bytes:
 
 
 def _usage(model_block: dict[str, Any]) -> str:
-    where = "--config <config> side_network=<this folder>"
+    where = "--config <config> side_network=<this directory>"
     if "num_labels" in model_block:  # a classifier
         return f"qst_classify {where} rows=<rows.jsonl>"
     return f'qst_generate {where} prompt="..."'

@@ -41,7 +41,7 @@ def check_structure(folder: Path, description: Mapping[str, Any], side: SideNetw
         differing.append("it reads the input of layers, which this version does not")
     if differing:
         raise UserError(
-            f"{folder} holds tensors of this shape for another model: {'; '.join(differing)}; use "
+            f"{folder} has tensors of this shape for another model: {'; '.join(differing)}; use "
             "the model block of its qst_config.json, and for what that leaves to a default the "
             "values there"
         )

@@ -61,7 +61,7 @@ class TunedFormat:
 
 @dataclass(frozen=True)
 class Provenance:
-    """How the tensors of a folder came to be.
+    """How the tensors of a directory came to be.
 
     Args:
         backbone (BackboneId): what they were trained on.
@@ -69,7 +69,7 @@ class Provenance:
         recipe_config (str): the run's config, YAML.
         results (dict[str, float]): figures for the model card, by name.
         lineage (Sequence[dict[str, Any]]): results that it was tuned from, oldest first.
-        backbone_path (str): folder of the backbone's checkpoint, where another program looks first.
+        backbone_path (str): directory of the backbone, where another program looks first.
     """
 
     backbone: BackboneId
@@ -154,7 +154,7 @@ def read_description(folder: Path, form: TunedFormat) -> dict[str, Any]:
         description = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(
-            f"{folder} is not a {form.title}: it has no {form.config_file}; name a folder that "
+            f"{folder} is not a {form.title}: it has no {form.config_file}; name a directory that "
             f"{form.origin}"
         ) from None
     except (OSError, ValueError) as error:
@@ -199,7 +199,7 @@ def read_tensors(folder: Path, form: TunedFormat) -> dict[str, torch.Tensor]:
     try:
         tensors: dict[str, torch.Tensor] = load_file(path)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: copy the whole folder") from None
+        raise UserError(f"{path} is missing: copy the whole directory") from None
     except (SafetensorError, OSError) as error:
         raise UserError(
             f"{path} is damaged or not a safetensors file ({error}): copy it again"
@@ -229,23 +229,25 @@ def _check_tensors(
 
 def shown(figure: float) -> str:
     """Format a figure for people: all digits of a count, four of a measurement."""
-    return f"{figure:,}" if isinstance(figure, int) else f"{figure:.4g}"
+    return f"{figure:,}" if isinstance(figure, int) else f"{figure:,.4g}"
+
+
+def table(title: str, rows: Mapping[str, Any]) -> str:
+    """Write names and values, if there are any, as a table in Markdown."""
+    lines = [f"| {name} | {value} |" for name, value in rows.items()]
+    if not lines:
+        return ""
+    return "\n".join([f"| {title} | |", "| --- | --- |", *lines])
 
 
 def _model_card(form: TunedFormat, provenance: Provenance, about: str) -> str:
-    settings = "\n".join(f"| {k} | {v} |" for k, v in provenance.model_block.items())
-    results = "\n".join(f"| {k} | {shown(v)} |" for k, v in provenance.results.items())
     return f"""# A {form.title} for {provenance.backbone.name}
 
 {about}
 
-| model block | |
-| --- | --- |
-{settings}
+{table("model block", provenance.model_block)}
 
-| result | |
-| --- | --- |
-{results}
+{table("result", {name: shown(value) for name, value in provenance.results.items()})}
 
 {describe_lineage(provenance.lineage)}The run's config is in `recipe_config.yaml`.
 """

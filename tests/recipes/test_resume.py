@@ -166,7 +166,7 @@ def test_two_processes_resume_together(config: Config, tmp_path: Path) -> None:
     both = run(tmp_path / "both")
     assert_identical(run(cut(both, tmp_path / "cut", 4), RESUME), both)
     alone = cut(both, tmp_path / "alone", 4)
-    with pytest.raises(UserError, match="= 2 x 1 x 1 rows a step: it was 2 x 1 x 2"):
+    with pytest.raises(UserError, match="= 2 x 1 x 1 examples a step: it was 2 x 1 x 2"):
         finetune(config, alone, *settings, RESUME)
 
 
@@ -246,12 +246,12 @@ def test_longer_run_goes_on_from_a_finished_one(
 
 REFUSED = {
     "model.rank=8": ["model.rank: 4 when saved, 8 now", "belong to that model"],
-    "batch_size=3": ["= 3 x 2 x 1 rows a step: it was 2 x 2 x 1", "so that it is 4 again"],
-    "gradient_accumulation_steps=1": ["= 2 x 1 x 1 rows a step: it was 2 x 2 x 1"],
+    "batch_size=3": ["= 3 x 2 x 1 examples a step: it was 2 x 2 x 1", "so that it is 4 again"],
+    "gradient_accumulation_steps=1": ["= 2 x 1 x 1 examples a step: it was 2 x 2 x 1"],
     "seed=1": ["seed: 0 when saved, 1 now", "order of the rows"],
     "shuffle=False": ["shuffle: True when saved, False now"],
     "tokenizer.max_seq_len=32": ["tokenizer.max_seq_len: 64 when saved, 32 now"],
-    "dataset.packed=True": ["dataset.packed: None when saved, True now", "place in the data"],
+    "dataset.packed=True": ["dataset.packed: None when saved, True now", "position in the data"],
     "optimizer.lr=0.5": ["optimizer.lr: 0.01 when saved, 0.5 now"],
     "max_steps_per_epoch=2": ["max_steps_per_epoch: None when saved, 2 now"],
     "dataset_val=null": ["dataset_val", "best step"],

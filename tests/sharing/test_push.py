@@ -100,7 +100,7 @@ def test_what_is_no_whole_result_is_refused(hub: FakeHub, ready: Path, tmp_path:
     save_file(tensors, weights)
     assert "1 tensors are not finite, such as upsample.weight" in problem(ready)
     weights.unlink()
-    assert "is missing: copy the whole folder" in problem(ready)
+    assert "is missing: copy the whole directory" in problem(ready)
     assert not hub.created
 
 

@@ -373,7 +373,7 @@ def test_a_classifiers_folder_is_what_the_authors_code_loads(family, gate_file, 
     without_gate = read_authors_folder(tmp_path / "folder", classifier=True)
     assert without_gate.keys() == state.keys() - {"score_z"}
     with pytest.raises(
-        UserError, match=r"is a classifier's, it holds qst_score_parameters\.pt: name"
+        UserError, match=r"is a classifier's, it has qst_score_parameters\.pt: name"
     ):
         read_authors_folder(tmp_path / "folder")
 

@@ -241,7 +241,7 @@ def test_side_blocks_that_our_attention_cannot_split_are_refused(tmp_path: Path)
             lambda c: c.update(weight=torch.ones(17)),
             "norm.scale is (17,) and not (16,)",
         ),
-        ("qst_norm_parameters.pt", lambda c: c.update(weight=3), "it holds more than tensors"),
+        ("qst_norm_parameters.pt", lambda c: c.update(weight=3), "it has more than tensors"),
     ],
 )
 def test_tensors_of_no_side_network_are_refused(theirs: Path, file, change, expected):

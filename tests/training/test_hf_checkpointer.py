@@ -62,7 +62,7 @@ def test_nothing_in_a_bin_file_is_run(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").unlink()
     with (tmp_path / "pytorch_model.bin").open("wb") as file:
         pickle.dump(Trap(tmp_path / "touched"), file)
-    with pytest.raises(UserError, match=r"bin is damaged, or holds more than weights") as error:
+    with pytest.raises(UserError, match=r"bin is damaged, or has more than weights") as error:
         logits(tmp_path)
     assert len(str(error.value).splitlines()) == 1
     assert not (tmp_path / "touched").exists()

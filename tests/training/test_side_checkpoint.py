@@ -225,7 +225,7 @@ DAMAGES = {
     ),
     "missing description": (
         lambda f: (f / "qst_config.json").unlink(),
-        "it has no qst_config.json; name a folder that qst_finetune wrote",
+        "it has no qst_config.json; name a directory that qst_finetune wrote",
     ),
     "truncated description": (
         lambda f: os.truncate(f / "qst_config.json", 20),
@@ -259,7 +259,7 @@ DAMAGES = {
     "no backbone": (lambda f: edit_description(f, backbone=None), "trained on another backbone"),
     "missing tensors": (
         lambda f: (f / "side_network.safetensors").unlink(),
-        r"side_network\.safetensors is missing: copy the whole folder",
+        r"side_network\.safetensors is missing: copy the whole directory",
     ),
     "truncated tensors": (
         lambda f: os.truncate(f / "side_network.safetensors", 5000),
