@@ -17,28 +17,28 @@ _SHARD = re.compile(
 FORMATS = (("model", "safetensors"), ("pytorch_model", "bin"))
 
 
-def read_settings(folder: Path) -> dict[str, Any]:
+def read_settings(directory: Path) -> dict[str, Any]:
     """Read ``config.json``; UserError, saying what the directory is instead, if it is missing."""
-    path = folder / "config.json"
+    path = directory / "config.json"
     if not path.is_file():
-        raise UserError(f"{folder} {_what_it_is(folder)}")
+        raise UserError(f"{directory} {_what_it_is(directory)}")
     return read_json(path)
 
 
-def _what_it_is(folder: Path) -> str:
+def _what_it_is(directory: Path) -> str:
     """The rest of a sentence about a directory without ``config.json``."""
-    if not folder.is_dir():
+    if not directory.is_dir():
         return "does not exist; download the model there (tune download), or name its directory"
-    adapter = folder / "adapter_config.json"
+    adapter = directory / "adapter_config.json"
     if adapter.is_file():
         return (
             f"is a PEFT adapter, not a model; name the directory of its base model{_base(adapter)}"
         )
-    if (folder / "qst_config.json").is_file():
+    if (directory / "qst_config.json").is_file():
         return "is the result of a qst_tune run, not a model; name the directory of its base model"
-    if any(folder.glob("*.gguf")):
+    if any(directory.glob("*.gguf")):
         return "has GGUF files only; name the directory of their original Hugging Face model"
-    if (folder / "params.json").is_file():
+    if (directory / "params.json").is_file():
         return "is in Meta's or Mistral's own format; download the model in Hugging Face's format"
     return "has no config.json; it is not a Hugging Face model, or its download is not complete"
 
@@ -51,32 +51,33 @@ def _base(adapter: Path) -> str:
     return f", {name}" if name else ""
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(directory: Path) -> list[Path]:
     """Return the sorted files with the weights, safetensors where a directory has both formats.
 
     UserError if there are none, or some are missing or cut off.
     """
     for stem, kind in FORMATS:
         whole = f"{stem}.{kind}"
-        is_one = (folder / whole).is_file()
-        names = {whole} if is_one else _indexed(folder, f"{whole}.index.json")
-        names = names or _listed(folder, stem, kind)
+        is_one = (directory / whole).is_file()
+        names = {whole} if is_one else _indexed(directory, f"{whole}.index.json")
+        names = names or _listed(directory, stem, kind)
         if names:
-            _check_present(folder, names)
-            paths = [folder / name for name in sorted(names)]
+            _check_present(directory, names)
+            paths = [directory / name for name in sorted(names)]
             if kind == "safetensors":
                 _check_whole(paths)
             return paths
-    gguf = any(folder.glob("*.gguf"))
+    gguf = any(directory.glob("*.gguf"))
     reason = "GGUF files only, which cannot be read" if gguf else "no weights"
     raise UserError(
-        f"{folder} has {reason}; it needs model.safetensors or pytorch_model.bin, or their shards"
+        f"{directory} has {reason}; it needs model.safetensors or pytorch_model.bin, or their "
+        "shards"
     )
 
 
-def _indexed(folder: Path, index_name: str) -> set[str]:
+def _indexed(directory: Path, index_name: str) -> set[str]:
     """Names of the shards in an index; none if there is no index."""
-    path = folder / index_name
+    path = directory / index_name
     if not path.is_file():
         return set()
     try:
@@ -89,9 +90,9 @@ def _indexed(folder: Path, index_name: str) -> set[str]:
     return names
 
 
-def _listed(folder: Path, stem: str, kind: str) -> set[str]:
+def _listed(directory: Path, stem: str, kind: str) -> set[str]:
     """Names of the shards without an index, as many as their names give."""
-    for path in folder.glob(f"{stem}-*-of-*.{kind}"):
+    for path in directory.glob(f"{stem}-*-of-*.{kind}"):
         match = _SHARD.fullmatch(path.name)
         if match:
             width, total = len(match["number"]), int(match["total"])
@@ -99,11 +100,11 @@ def _listed(folder: Path, stem: str, kind: str) -> set[str]:
     return set()
 
 
-def _check_present(folder: Path, names: set[str]) -> None:
-    missing = sorted(name for name in names if not (folder / name).is_file())
+def _check_present(directory: Path, names: set[str]) -> None:
+    missing = sorted(name for name in names if not (directory / name).is_file())
     if missing:
         raise UserError(
-            f"{folder} lacks {len(missing)} of its {len(names)} weight files, for example "
+            f"{directory} lacks {len(missing)} of its {len(names)} weight files, for example "
             f"{missing[0]}: download it again"
         )
 

@@ -51,9 +51,9 @@ def hub_name(path: str | Path) -> str | None:
     return f"{found['org']}/{found['model']}@{found['sha']}{rest}"
 
 
-def model_name(folder: Path) -> tuple[str, str]:
+def model_name(directory: Path) -> tuple[str, str]:
     """Return a model's name on the hub and its commit, or the directory's own name and ""."""
-    name, _, revision = (hub_name(folder) or folder.resolve().name).partition("@")
+    name, _, revision = (hub_name(directory) or directory.resolve().name).partition("@")
     return name, revision
 
 
@@ -94,34 +94,34 @@ def _fetch(repo: str, parts: Parts, files: Collection[str], settings: dict[str, 
     small = ["config.json", *(_TOKENIZER if parts != "config" else ())]
     indices = [f"{stem}.{kind}.index.json" for stem, kind in FORMATS]
     wanted = [*small, *(indices if parts == "weights" else ())]
-    folder = Path(snapshot_download(repo, allow_patterns=wanted, **settings))
-    if not (folder / "config.json").is_file():
+    directory = Path(snapshot_download(repo, allow_patterns=wanted, **settings))
+    if not (directory / "config.json").is_file():
         raise UserError(f"{repo} has no config.json: it is not a model in Hugging Face's format")
     if parts != "weights":
-        return folder
-    settings = {**settings, "revision": folder.name}  # the same commit for all files
-    for patterns in [list(files)] if files else _weight_patterns(folder):
+        return directory
+    settings = {**settings, "revision": directory.name}  # the same commit for all files
+    for patterns in [list(files)] if files else _weight_patterns(directory):
         snapshot_download(repo, allow_patterns=patterns, **settings)
-        if files or any(next(folder.glob(pattern), None) for pattern in patterns):
+        if files or any(next(directory.glob(pattern), None) for pattern in patterns):
             break
     if not files:
-        _check_weights(repo, folder)
-    return folder
+        _check_weights(repo, directory)
+    return directory
 
 
-def _weight_patterns(folder: Path) -> Iterator[list[str]]:
+def _weight_patterns(directory: Path) -> Iterator[list[str]]:
     """What to look for, one format after the other; shards where there is an index of them."""
     for stem, kind in FORMATS:
-        is_indexed = (folder / f"{stem}.{kind}.index.json").is_file()
+        is_indexed = (directory / f"{stem}.{kind}.index.json").is_file()
         shards = f"{stem}-*-of-*.{kind}"
         yield [shards] if is_indexed else [f"{stem}.{kind}", shards]
 
 
-def _check_weights(repo: str, folder: Path) -> None:
+def _check_weights(repo: str, directory: Path) -> None:
     try:
-        weight_files(folder)
+        weight_files(directory)
     except UserError as error:
-        text = str(error).replace(str(folder), repo)
+        text = str(error).replace(str(directory), repo)
         hint = f"; {_OFFLINE}" if constants.HF_HUB_OFFLINE else ""
         raise UserError(f"{text}{hint}") from error
 

@@ -32,37 +32,38 @@ _LITTLE = 0.5
 log = utils.get_logger("INFO")
 
 
-def backbone_on_meta(folder: Path, max_seq_len: int | None = None) -> TransformersBackbone:
+def backbone_on_meta(directory: Path, max_seq_len: int | None = None) -> TransformersBackbone:
     """Build the decoder that a directory's ``config.json`` describes on meta, not quantised.
 
     ``max_seq_len`` is the longest sequence; None: the model's number of positions. UserError if
     transformers has no such model, it is no decoder, its weights are stored in a format that cannot
     be read, or it has fewer positions.
     """
-    config = _read_config(folder)
+    config = _read_config(directory)
     _check_version(config)
     with torch.device("meta"):
         try:
             dtype = torch.get_default_dtype()  # not that of the file: the recipe's
-            model = _model_type(config, folder).from_config(config, dtype=dtype)
+            model = _model_type(config, directory).from_config(config, dtype=dtype)
         except UserError:
             raise
         except Exception as error:  # transformers' models raise what they like
-            raise _refused(folder, config, error) from error
+            raise _refused(directory, config, error) from error
     drop_other_modalities(model)
-    stored = directory_format(folder)
-    backbone = TransformersBackbone(model, str(folder), max_seq_len, stored=stored)
+    stored = directory_format(directory)
+    backbone = TransformersBackbone(model, str(directory), max_seq_len, stored=stored)
     longest = longest_text(backbone.config)
     if max_seq_len is not None and max_seq_len > longest:
         raise UserError(
-            f"max_seq_len={max_seq_len} is more than the {longest} positions of {folder}: lower it"
+            f"max_seq_len={max_seq_len} is more than the {longest} positions of {directory}: lower "
+            "it"
         )
     return backbone
 
 
 def load_backbone(
     backbone: TransformersBackbone,
-    folder: Path,
+    directory: Path,
     *,
     dtype: torch.dtype,
     device: torch.device,
@@ -76,7 +77,7 @@ def load_backbone(
     Args:
         backbone (TransformersBackbone): built by :func:`backbone_on_meta`, perhaps quantised there;
             changed in place.
-        folder (Path): of the model that it was built for.
+        directory (Path): of the model that it was built for.
         dtype (torch.dtype): of what is not quantised.
         device (torch.device): of the backbone.
         take (Take | None): takes the weights of each module instead of the backbone, which gets the
@@ -86,13 +87,13 @@ def load_backbone(
         UserError: if the directory describes another model, a weight is missing or has another
             shape, or the LM head does something that is not known here.
     """
-    check_same(backbone, folder)
+    check_same(backbone, directory)
     place = Placing(backbone.base_quantization, device, backbone.stored, take)
-    model, info = _from_pretrained(folder, place, dtype)
+    model, info = _from_pretrained(directory, place, dtype)
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(
-            f"{folder} lacks {len(missing)} of the model's weights, for example {missing[0]}"
+            f"{directory} lacks {len(missing)} of the model's weights, for example {missing[0]}"
         )
     if place.stored is not None:
         decode_rest_(model, device)
@@ -111,15 +112,15 @@ def load_backbone(
 
 
 def _from_pretrained(
-    folder: Path, place: Placing, dtype: torch.dtype
+    directory: Path, place: Placing, dtype: torch.dtype
 ) -> tuple[Any, dict[str, Any]]:
     from transformers.models.auto.auto_factory import _get_model_class
 
-    config = _read_config(folder)
-    model_type = _model_type(config, folder)
-    source: dict[str, Any] = {"pretrained_model_name_or_path": folder}
+    config = _read_config(directory)
+    model_type = _model_type(config, directory)
+    source: dict[str, Any] = {"pretrained_model_name_or_path": directory}
     if place.stored is not None:
-        weights = lazy_state_dict(weight_files(folder), place.stored, dtype)
+        weights = lazy_state_dict(weight_files(directory), place.stored, dtype)
         source = {"pretrained_model_name_or_path": None, "state_dict": weights}
         # An auto class wants the name of a directory.
         model_type = _get_model_class(config, model_type._model_mapping)
@@ -135,10 +136,10 @@ def _from_pretrained(
         except UserError:
             raise
         except Exception as error:
-            raise place.error or _refused(folder, config, error) from error
+            raise place.error or _refused(directory, config, error) from error
     forget_weights(model)
     if place.stored is not None:
-        check_unused(info["unexpected_keys"], source["state_dict"], folder)
+        check_unused(info["unexpected_keys"], source["state_dict"], directory)
     return model, info
 
 
@@ -228,33 +229,33 @@ def check_head(backbone: TransformersBackbone) -> None:
         )
 
 
-def _read_config(folder: Path) -> Any:
+def _read_config(directory: Path) -> Any:
     """Transformers' configuration; code of the directory is never run."""
     from transformers import AutoConfig
 
-    read_json(folder / "config.json")
+    read_json(directory / "config.json")
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{folder / 'config.json'}: transformers cannot read it: {reason}") from (
-            error
-        )
+        raise UserError(
+            f"{directory / 'config.json'}: transformers cannot read it: {reason}"
+        ) from (error)
     for part in (config, config.get_text_config(decoder=True)):
         if hasattr(part, "quantization_config"):
             del part.quantization_config  # else transformers would load it by another package
     return config
 
 
-def directory_format(folder: Path) -> DirectoryFormat | None:
+def directory_format(directory: Path) -> DirectoryFormat | None:
     """Read how a directory stores its weights; None: as they are.
 
     UserError if weights stored in this way cannot be read.
     """
-    settings = read_json(folder / "config.json")
+    settings = read_json(directory / "config.json")
     text = settings.get("text_config") or {}
     found = settings.get("quantization_config") or text.get("quantization_config")
-    return read_directory_format(folder / "config.json", found) if found else None
+    return read_directory_format(directory / "config.json", found) if found else None
 
 
 def _check_version(config: Any) -> None:
@@ -268,7 +269,7 @@ def _check_version(config: Any) -> None:
         )
 
 
-def _model_type(config: Any, folder: Path) -> Any:
+def _model_type(config: Any, directory: Path) -> Any:
     """The class of transformers that writes text with such a configuration."""
     import transformers
     from transformers.models.auto.modeling_auto import (
@@ -278,7 +279,7 @@ def _model_type(config: Any, folder: Path) -> Any:
 
     if getattr(config, "is_encoder_decoder", False):
         raise UserError(
-            f"{folder / 'config.json'}: model_type={config.model_type!r} is an encoder with a "
+            f"{directory / 'config.json'}: model_type={config.model_type!r} is an encoder with a "
             "decoder; only decoders are supported"
         )
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -286,26 +287,23 @@ def _model_type(config: Any, folder: Path) -> Any:
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return transformers.AutoModelForImageTextToText
     raise UserError(
-        f"{folder / 'config.json'}: model_type={config.model_type!r} writes no text in "
+        f"{directory / 'config.json'}: model_type={config.model_type!r} writes no text in "
         f"transformers {transformers.__version__}; it is not supported"
     )
 
 
-def check_same(backbone: TransformersBackbone, folder: Path) -> None:
+def check_same(backbone: TransformersBackbone, directory: Path) -> None:
     """Refuse a directory whose ``config.json`` is not the one that the backbone is built from."""
-    if not backbone.folder or Path(backbone.folder).resolve() == folder.resolve():
-        return
-    built, found = (read_json(Path(path) / "config.json") for path in (backbone.folder, folder))
-    if built != found:
+    own = backbone.directory
+    if own and read_json(Path(own) / "config.json") != read_json(directory / "config.json"):
         raise UserError(
-            f"the config's model block names {backbone.folder}, which describes another model than "
-            f"{folder}"
+            f"the config's model block names {own}, which describes another model than {directory}"
         )
 
 
-def _refused(folder: Path, config: Any, error: Exception) -> UserError:
+def _refused(directory: Path, config: Any, error: Exception) -> UserError:
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
     return UserError(
-        f"{folder}: transformers cannot load this model (model_type={config.model_type!r}): "
+        f"{directory}: transformers cannot load this model (model_type={config.model_type!r}): "
         f"{reason}"
     )

@@ -53,7 +53,7 @@ def _stems(names: Mapping[str, Any], layouts: Iterable[Layout]) -> Iterator[tupl
                 )
 
 
-def check_unused(unexpected: Iterable[str], weights: Mapping[str, Any], folder: Path) -> None:
+def check_unused(unexpected: Iterable[str], weights: Mapping[str, Any], directory: Path) -> None:
     """Refuse biases that the model has no place for, and count the other unused tensors.
 
     UserError if a bias is not zero. (AutoGPTQ wrote zeros for linears without a bias.)
@@ -61,10 +61,10 @@ def check_unused(unexpected: Iterable[str], weights: Mapping[str, Any], folder: 
     biases = {name for name in unexpected if name.endswith(".bias")}
     for name in sorted(biases):
         if name not in weights or weights[name][...].any():
-            raise UserError(f"{folder} has a bias that the model lacks: {name}")
+            raise UserError(f"{directory} has a bias that the model lacks: {name}")
     others = sorted(set(unexpected) - biases)
     if others:
-        log.info(f"{len(others)} tensors of {folder} are not used, for example {others[0]}")
+        log.info(f"{len(others)} tensors of {directory} are not used, for example {others[0]}")
 
 
 def report(place: Placing) -> None:

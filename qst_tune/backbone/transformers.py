@@ -43,7 +43,7 @@ class TransformersBackbone(nn.Module):
 
     Args:
         model (Any): a causal language model of transformers; taken over.
-        folder (str): the directory it is described in, for loading and for messages.
+        directory (str): the directory it is described in, for loading and for messages.
         max_seq_len (int | None): the longest sequence; None: the model's.
         stored (DirectoryFormat | None): how the directory stores its weights; None: as they are.
 
@@ -55,14 +55,14 @@ class TransformersBackbone(nn.Module):
     def __init__(
         self,
         model: Any,
-        folder: str = "",
+        directory: str = "",
         max_seq_len: int | None = None,
         *,
         stored: DirectoryFormat | None = None,
     ) -> None:
         super().__init__()
         self.stored = stored
-        self.folder = folder
+        self.directory = directory
         self.chunk_tokens = CHUNK_TOKENS
         self.cache: TransformersCache | None = None
         self._packing: Packing | None = None

@@ -101,7 +101,7 @@ _LAYOUTS: dict[Family, _Layout] = {
 _OUTSIDE = ("upsample.", "score", "lm_head_z")  # outside their decoder
 
 
-def read_authors_folder(folder: Path, *, classifier: bool = False) -> Weights:
+def read_authors_folder(directory: Path, *, classifier: bool = False) -> Weights:
     """Read a directory of the authors' LLaMA or OPT code, by the parameter names of their model.
 
     It has the six files of ``save_qst_state``; a classifier's has seven, or six without the output
@@ -109,12 +109,12 @@ def read_authors_folder(folder: Path, *, classifier: bool = False) -> Weights:
     dict, or it is a classifier's and none was asked for.
     """
     gate: Gate = "score_z" if classifier else "lm_head_z"
-    blocks = _load_tensors(folder / BLOCKS_FILE, f"{BLOCKS_FILE} and others")
+    blocks = _load_tensors(directory / BLOCKS_FILE, f"{BLOCKS_FILE} and others")
     layout = _LAYOUTS["opt" if any(".fc1." in name for name in blocks) else "llama"]
-    has_gate = (folder / layout.gate_file(gate)).exists()
-    if not classifier and not has_gate and (folder / SCORE_FILE).exists():
+    has_gate = (directory / layout.gate_file(gate)).exists()
+    if not classifier and not has_gate and (directory / SCORE_FILE).exists():
         raise UserError(
-            f"{folder} is a classifier's, it has {SCORE_FILE}: name a config whose model is "
+            f"{directory} is a classifier's, it has {SCORE_FILE}: name a config whose model is "
             "qst_tune.models.qst_classifier"
         )
     files = layout.files(gate)
@@ -122,7 +122,9 @@ def read_authors_folder(folder: Path, *, classifier: bool = False) -> Weights:
     for name, prefix in files.items():
         if prefix == "score_z" and not has_gate:
             continue
-        content = blocks if name == BLOCKS_FILE else _load_tensors(folder / name, ", ".join(files))
+        content = (
+            blocks if name == BLOCKS_FILE else _load_tensors(directory / name, ", ".join(files))
+        )
         state.update({prefix + key: value.detach() for key, value in content.items()})
     return state
 
@@ -188,7 +190,7 @@ def side_to_authors(side: Weights, family: Family, *, num_heads: int, num_kv_hea
     return state
 
 
-def write_authors_folder(folder: Path, state: Weights) -> None:
+def write_authors_folder(directory: Path, state: Weights) -> None:
     """Write the files that the authors' code loads, six or a classifier's seven, or none at all.
 
     An existing directory is replaced. UserError if it cannot be written.
@@ -206,7 +208,7 @@ def write_authors_folder(folder: Path, state: Weights) -> None:
         buffer = BytesIO()
         torch.save(content, buffer)
         files[name] = buffer.getvalue()
-    write_folder(folder, files)
+    write_folder(directory, files)
 
 
 def family_of(state: Weights) -> Family:

@@ -37,7 +37,7 @@ _CLASSIFIER = "num_labels"  # the argument of a model block that makes it a clas
 log = utils.get_logger("INFO")
 
 
-def import_authors(folder: Path, cfg: DictConfig) -> tuple[QSTModel, dict[str, Any]]:
+def import_authors(directory: Path, cfg: DictConfig) -> tuple[QSTModel, dict[str, Any]]:
     """Read a directory of the authors' code as the side network of a config's backbone.
 
     It has no configuration: r, the rank and a classifier's number of labels are those that give its
@@ -51,30 +51,31 @@ def import_authors(folder: Path, cfg: DictConfig) -> tuple[QSTModel, dict[str, A
     of a side network over this backbone.
     """
     block: Any = OmegaConf.to_container(cfg.model, resolve=True)
-    state = read_authors_folder(folder, classifier=_CLASSIFIER in block)
-    embed_dim, side_dim = _shape(folder, state, "upsample.weight")
-    rank = _shape(folder, state, "downsample.0.adapter_A.weight")[0]
+    state = read_authors_folder(directory, classifier=_CLASSIFIER in block)
+    embed_dim, side_dim = _shape(directory, state, "upsample.weight")
+    rank = _shape(directory, state, "downsample.0.adapter_A.weight")[0]
     found: dict[str, Any] = {"variant": "authors", "rank": rank}
     if _CLASSIFIER in block:
-        found[_CLASSIFIER] = _shape(folder, state, "score.weight")[0]
+        found[_CLASSIFIER] = _shape(directory, state, "score.weight")[0]
     full_width = _build({**_backbone_part(block), **found, "reduction_factor": 1})
-    _check_backbone(folder, state, full_width, embed_dim)
-    _start_missing_gate(folder, state, full_width)
+    _check_backbone(directory, state, full_width, embed_dim)
+    _start_missing_gate(directory, state, full_width)
     problem = f"their side network has width {side_dim}"
     for reduction_factor in _candidates(embed_dim, side_dim):
         candidate = {**_backbone_part(block), **found, "reduction_factor": reduction_factor}
         model = _build(candidate)
-        side = _converted(folder, state, model)
+        side = _converted(directory, state, model)
         problem = _difference(side, model)
         if not problem:
             model.side.load_state_dict(side, assign=True)
             return model, candidate
     raise UserError(
-        f"{folder} has shapes that no reduction_factor gives over {block['_component_']}: {problem}"
+        f"{directory} has shapes that no reduction_factor gives over {block['_component_']}: "
+        f"{problem}"
     )
 
 
-def export_authors(folder: Path, cfg: DictConfig) -> tuple[Weights, dict[str, Any]]:
+def export_authors(directory: Path, cfg: DictConfig) -> tuple[Weights, dict[str, Any]]:
     """Read one of our directories, of ``variant="authors"``, as tensors of the authors' code.
 
     Of its own ``model`` block only the side network's settings are used: the builder of the
@@ -84,16 +85,18 @@ def export_authors(folder: Path, cfg: DictConfig) -> tuple[Weights, dict[str, An
     contains.
     """
     ours: Any = OmegaConf.to_container(cfg.model, resolve=True)
-    theirs = dict(read_description(folder, SIDE_NETWORK).get("model") or {})
+    theirs = dict(read_description(directory, SIDE_NETWORK).get("model") or {})
     if (_CLASSIFIER in ours) != (_CLASSIFIER in theirs):
         kind = "a classifier's" if _CLASSIFIER in theirs else "a language model's"
-        raise UserError(f"{folder} is {kind}, and the config's model is not: name its own config")
+        raise UserError(
+            f"{directory} is {kind}, and the config's model is not: name its own config"
+        )
     block = _backbone_part(ours) | {n: v for n, v in theirs.items() if n in _side_settings()}
-    side = read_tensors(folder, SIDE_NETWORK)
+    side = read_tensors(directory, SIDE_NETWORK)
     model = _build(block)
     problem = _foreign_setting(block, model) or _difference(side, model)
     if problem:
-        raise UserError(f"{folder} is nothing that the authors' code computes: {problem}")
+        raise UserError(f"{directory} is nothing that the authors' code computes: {problem}")
     state = side_to_authors(side, _family(model), **_heads(model.side.blocks))
     rank = len(side["downsample.0.reduce.weight"])
     settings = {"r": block.get("reduction_factor", 16), "peft_hidden_size": rank}
@@ -118,12 +121,12 @@ def _side_settings() -> set[str]:
     return (arguments - of_backbone) | {_CLASSIFIER}
 
 
-def _shape(folder: Path, state: Weights, suffix: str) -> tuple[int, int]:
+def _shape(directory: Path, state: Weights, suffix: str) -> tuple[int, int]:
     """Shape of the matrix whose name ends so."""
     shape = next((tuple(v.shape) for name, v in state.items() if name.endswith(suffix)), None)
     if shape is None or len(shape) != 2 or 0 in shape:
         found = "absent" if shape is None else f"of shape {shape}"
-        raise UserError(f"{folder} is no side network of the authors' code: {suffix} is {found}")
+        raise UserError(f"{directory} is no side network of the authors' code: {suffix} is {found}")
     return shape
 
 
@@ -162,35 +165,35 @@ def _backbone_heads(model: QSTModel) -> dict[str, int]:
     return {"num_heads": sizes.num_heads, "num_kv_heads": sizes.num_kv_heads}
 
 
-def _check_backbone(folder: Path, state: Weights, model: QSTModel, embed_dim: int) -> None:
+def _check_backbone(directory: Path, state: Weights, model: QSTModel, embed_dim: int) -> None:
     num_layers = sum(name.endswith(".adapter_A.weight") for name in state)
     here = (model.backbone.num_layers, model.backbone.width)
     if (num_layers, embed_dim) != here:
         raise UserError(
-            f"{folder} is for a backbone of {num_layers} layers of width {embed_dim}, the config's "
-            f"has {here[0]} of width {here[1]}: name the backbone that it was trained on"
+            f"{directory} is for a backbone of {num_layers} layers of width {embed_dim}, the "
+            f"config's has {here[0]} of width {here[1]}: name the backbone that it was trained on"
         )
 
 
-def _start_missing_gate(folder: Path, state: Weights, model: QSTModel) -> None:
+def _start_missing_gate(directory: Path, state: Weights, model: QSTModel) -> None:
     mix: Any = model.side.output_mix
     if "score.weight" in state and "score_z" not in state:
         state["score_z"] = torch.full((len(state["upsample.weight"]),), mix.initial_logit)
         log.warning(
-            f"{folder} has no score_z, which their code fails to write: taking its start "
+            f"{directory} has no score_z, which their code fails to write: taking its start "
             f"{mix.initial_logit:g}, which training on a GPU leaves as it is"
         )
 
 
-def _converted(folder: Path, state: Weights, model: QSTModel) -> Weights:
+def _converted(directory: Path, state: Weights, model: QSTModel) -> Weights:
     problem = _other_heads(model)
     if problem:
-        raise UserError(f"{folder} cannot be computed here: {problem}")
+        raise UserError(f"{directory} cannot be computed here: {problem}")
     try:
         return side_from_authors(state, **_heads(model.side.blocks))
     except Exception as error:  # torchtune's conversion raises a bare Exception
         reason = str(error).splitlines()[0]
-        raise UserError(f"{folder} is no side network over this backbone: {reason}") from error
+        raise UserError(f"{directory} is no side network over this backbone: {reason}") from error
 
 
 def _other_heads(model: QSTModel) -> str:

@@ -36,19 +36,19 @@ _CHECKPOINTERS: dict[str, tuple[str, ...]] = {
 }
 
 
-def folder_format(folder: Path) -> TunedFormat:
+def folder_format(directory: Path) -> TunedFormat:
     """Find out which method wrote a directory; UserError if none did."""
     for form in FORMATS.values():
-        if (folder / form.config_file).is_file():
+        if (directory / form.config_file).is_file():
             return form
     raise UserError(
-        f"{folder} is no result of qst_tune: it has neither "
+        f"{directory} is no result of qst_tune: it has neither "
         f"{' nor '.join(form.config_file for form in FORMATS.values())}"
     )
 
 
 def build_described(
-    folder: Path,
+    directory: Path,
     dtype: torch.dtype,
     backbone_folder: Path | None = None,
     *,
@@ -60,30 +60,30 @@ def build_described(
     where it was. UserError if the model is not one of ``qst_tune.models``, or if ``classifies``
     does not match: whether it must be a classifier, or a model that writes text.
     """
-    model = build_any_described(folder, SIDE_NETWORK, dtype, backbone_folder)
+    model = build_any_described(directory, SIDE_NETWORK, dtype, backbone_folder)
     if isinstance(model, QSTClassifier) and not classifies:
         raise UserError(
-            f"{folder} is a classifier, which writes no text: use qst_classify, or "
+            f"{directory} is a classifier, which writes no text: use qst_classify, or "
             "QSTForSequenceClassification in Python"
         )
     if not isinstance(model, QSTClassifier if classifies else QSTModel):
-        raise UserError(f"{folder} is no {'classifier' if classifies else 'side network'}")
+        raise UserError(f"{directory} is no {'classifier' if classifies else 'side network'}")
     return model
 
 
 def build_any_described(
-    folder: Path, form: TunedFormat, dtype: torch.dtype, backbone_folder: Path | None = None
+    directory: Path, form: TunedFormat, dtype: torch.dtype, backbone_folder: Path | None = None
 ) -> Any:
     """Build the model of a result on meta, of either format; see :func:`build_described`."""
-    block = read_description(folder, form).get("model") or {}
+    block = read_description(directory, form).get("model") or {}
     # A classifier names two builders: its own and its backbone's.
     names = [str(block.get("_component_", "")), str(block.get("backbone", ""))]
     for name in names if "." in names[1] else names[:1]:
         if not _is_known(name):
             raise UserError(
-                f"{folder} names the model {name!r}; from a directory, which may be anyone's, only "
-                "builders that qst_tune.models has are called: use a config with that model block, "
-                "or if it is a qst_opt_*, which are gone, tune again with qst_from_hf"
+                f"{directory} names the model {name!r}; from a directory, which may be anyone's, "
+                "only builders that qst_tune.models has are called: use a config with that model "
+                "block, or if it is a qst_opt_*, which are gone, tune again with qst_from_hf"
             )
     if names[0].endswith("_from_hf"):
         block.pop("backbone", None)  # until 0.1 a choice; BackboneId knows what it was
@@ -105,7 +105,7 @@ def _is_known(name: str) -> bool:
 
 
 def load_described(
-    folder: Path,
+    directory: Path,
     backbone_folder: Path,
     *,
     dtype: torch.dtype,
@@ -117,23 +117,23 @@ def load_described(
     Also returns what the backbone was loaded from. UserError if one of the directories is not what
     it should be, or they do not belong together.
     """
-    model = build_described(folder, dtype, backbone_folder, classifies=classifies)
-    with checkpointer_of(folder, backbone_folder) as cfg:
+    model = build_described(directory, dtype, backbone_folder, classifies=classifies)
+    with checkpointer_of(directory, backbone_folder) as cfg:
         backbone = load_frozen_backbone(model, cfg, dtype=dtype, device=device)
     model.side.materialize(device)
-    load_side_network(folder, model.side, backbone=backbone)
+    load_side_network(directory, model.side, backbone=backbone)
     model.eval()
     return model, backbone
 
 
 @contextmanager
-def checkpointer_of(folder: Path, backbone_folder: Path) -> Iterator[DictConfig]:
+def checkpointer_of(directory: Path, backbone_folder: Path) -> Iterator[DictConfig]:
     """Give a config with the run's ``checkpointer`` block, for a backbone that may have moved.
 
     It is valid for as long as the context lasts. UserError if the run's config cannot be read, or
     names an unknown checkpointer.
     """
-    path = folder / "recipe_config.yaml"
+    path = directory / "recipe_config.yaml"
     try:
         block = dict(OmegaConf.load(path).checkpointer)
     except Exception as error:  # OmegaConf and YAML raise many types

@@ -40,7 +40,7 @@ log = utils.get_logger("INFO")
 def export_model(
     model: PEQAModel,
     checkpoint_dir: Path,
-    folder: Path,
+    directory: Path,
     *,
     form: ExportFormat,
     dtype: torch.dtype,
@@ -55,8 +55,10 @@ def export_model(
 
     UserError if the directory exists or cannot be written, or the format cannot hold the model.
     """
-    if folder.exists():
-        raise UserError(f"{folder} exists; remove it or name another with export_dir=<directory>")
+    if directory.exists():
+        raise UserError(
+            f"{directory} exists; remove it or name another with export_dir=<directory>"
+        )
     config = _read_config(model, checkpoint_dir)
     config.pop("quantization_config", None)  # of the directory whose scales were trained
     if form == "dense":
@@ -74,7 +76,7 @@ def export_model(
     if "text_config" in config:
         config["text_config"].pop("quantization_config", None)
         tensors |= _other_modalities(tensors, checkpoint_dir)
-    _write(folder, tensors, config, checkpoint_dir)
+    _write(directory, tensors, config, checkpoint_dir)
 
 
 def check_export_format(form: Any) -> ExportFormat:
@@ -204,8 +206,8 @@ def _other_modalities(tensors: Tensors, checkpoint_dir: Path) -> Tensors:
     return found
 
 
-def _write(folder: Path, tensors: Tensors, config: dict[str, Any], source: Path) -> None:
-    with whole_folder(folder) as aside:
+def _write(directory: Path, tensors: Tensors, config: dict[str, Any], source: Path) -> None:
+    with whole_folder(directory) as aside:
         for path in source.iterdir():
             is_about_weights = path.name.endswith((".index.json", "quantize_config.json"))
             if path.suffix in _COPIED and not is_about_weights:

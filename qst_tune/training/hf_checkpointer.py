@@ -23,16 +23,16 @@ class HFCheckpointer:
     """
 
     def __init__(self, checkpoint_dir: str, cache_dir: str | None = None) -> None:
-        folder = Path(checkpoint_dir)
-        self.name = model_name(folder)[0].replace("/", "--")
+        directory = Path(checkpoint_dir)
+        self.name = model_name(directory)[0].replace("/", "--")
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
-        self._checkpoint_dir = folder  # torchtune's name
-        self._config = (folder / "config.json").read_bytes()
-        self.files = weight_files(folder)
-        if cache_dir is not None and directory_format(folder) is not None:
+        self._checkpoint_dir = directory  # torchtune's name
+        self._config = (directory / "config.json").read_bytes()
+        self.files = weight_files(directory)
+        if cache_dir is not None and directory_format(directory) is not None:
             raise UserError(
-                f"checkpointer.cache_dir={cache_dir}: {folder} is quantised already, so there is "
-                "nothing to keep; set it to null"
+                f"checkpointer.cache_dir={cache_dir}: {directory} is quantised already, so there "
+                "is nothing to keep; set it to null"
             )
 
     @property

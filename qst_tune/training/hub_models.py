@@ -24,8 +24,8 @@ def fetch_models(cfg: DictConfig, parts: Parts = "weights") -> None:
     if os.environ.get("LOCAL_RANK", "0") != "0":  # one process of a machine shows the progress
         disable_progress_bars()
     for name in sorted(set(_hub_names(cfg))):
-        folder = fetch_model(name, parts, files=_files_of(cfg, name))
-        _replace(cfg, name, str(folder))
+        directory = fetch_model(name, parts, files=_files_of(cfg, name))
+        _replace(cfg, name, str(directory))
 
 
 def _hub_names(cfg: DictConfig) -> Iterator[str]:
@@ -48,10 +48,10 @@ def _files_of(cfg: DictConfig, name: str) -> list[str]:
     return [*map(str, files), *inside]
 
 
-def _replace(cfg: DictConfig, name: str, folder: str) -> None:
+def _replace(cfg: DictConfig, name: str, directory: str) -> None:
     def moved(text: str) -> str:
         is_of_it = text == name or text.startswith(f"{name}/")
-        return folder + text.removeprefix(name) if is_of_it else text
+        return directory + text.removeprefix(name) if is_of_it else text
 
     plain: Any = OmegaConf.to_container(cfg)
     for place in cfg.keys() & set(_PLACES):

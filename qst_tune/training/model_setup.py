@@ -142,8 +142,8 @@ def load_frozen_backbone(
     return _identity(model, checkpoint_dir, fingerprint, quantization)
 
 
-def _identity(model: Any, folder: Path, fingerprint: str, quantization: str) -> BackboneId:
-    name, revision = model_name(folder)
+def _identity(model: Any, directory: Path, fingerprint: str, quantization: str) -> BackboneId:
+    name, revision = model_name(directory)
     library = "torchtune" if transformers_backbone(model) is None else "transformers"
     return BackboneId(name, fingerprint, quantization, revision, library)
 

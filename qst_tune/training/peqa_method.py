@@ -36,9 +36,9 @@ class PEQAMethod:
         provenance = replace(self.provenance, results=results)
         return scales_files(self.model, provenance)
 
-    def load(self, folder: Path) -> None:
+    def load(self, directory: Path) -> None:
         """Exchange the scales for those of a directory; UserError if it does not fit."""
-        load_scales(folder, self.model, backbone=self.provenance.backbone)
+        load_scales(directory, self.model, backbone=self.provenance.backbone)
 
     def statistics(self) -> dict[str, float]:
         """Return nothing: scales of different layers have no common size to log."""

@@ -50,9 +50,9 @@ class QSTMethod:
         provenance = replace(self.provenance, results=results)
         return side_network_files(self.model.side, provenance)
 
-    def load(self, folder: Path) -> None:
+    def load(self, directory: Path) -> None:
         """Fill the side network from a directory; UserError if it does not fit."""
-        load_side_network(folder, self.model.side, backbone=self.provenance.backbone)
+        load_side_network(directory, self.model.side, backbone=self.provenance.backbone)
 
     @torch.no_grad()
     def statistics(self) -> dict[str, float]:
@@ -108,8 +108,8 @@ def _hidden_state_cache(
     described = (asdict(backbone), str(dtype), device.type, side.layers)
     key = hashlib.sha256(repr(described).encode()).hexdigest()[:16]
     name = backbone.name.replace("/", "--")
-    folder = Path(cfg.hidden_state_cache) / f"{name}-{key}"
+    directory = Path(cfg.hidden_state_cache) / f"{name}-{key}"
     if rank_and_world_size()[0] == 0:
         size = (len(side.layers) + 1) * side.upsample.out_features * dtype.itemsize
-        log.info(f"hidden states are cached in {folder}: {size / 1000:.1f} kB a token")
-    return HiddenStateCache(folder)
+        log.info(f"hidden states are cached in {directory}: {size / 1000:.1f} kB a token")
+    return HiddenStateCache(directory)

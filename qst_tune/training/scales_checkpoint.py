@@ -42,9 +42,9 @@ writes the tuned model for other programs."""
     return tuned_files(SCALES, model.task(), provenance, about=about)
 
 
-def load_scales(folder: Path, model: PEQAModel, *, backbone: BackboneId) -> None:
+def load_scales(directory: Path, model: PEQAModel, *, backbone: BackboneId) -> None:
     """Exchange a loaded model's scales for those of a directory; its codes stay.
 
     UserError, as :func:`load_tuned`, if they do not belong to ``backbone`` and this model.
     """
-    model.load_task(load_tuned(SCALES, folder, model.task(), backbone=backbone))
+    model.load_task(load_tuned(SCALES, directory, model.task(), backbone=backbone))

@@ -170,7 +170,7 @@ def load_sharded_backbone(
 def load_sharded_directory(
     model: Any,
     backbone: TransformersBackbone,
-    folder: Path,
+    directory: Path,
     sharding: Sharding,
     *,
     dtype: torch.dtype,
@@ -186,7 +186,7 @@ def load_sharded_directory(
     def take(path: str, module: nn.Module) -> None:
         sharded.take(f"{root}.{path}" if path else root, module)
 
-    load_backbone(backbone, folder, dtype=dtype, device=device, take=take)
+    load_backbone(backbone, directory, dtype=dtype, device=device, take=take)
 
 
 def take_part(model: nn.Module, device: torch.device) -> None:

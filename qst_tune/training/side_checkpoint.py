@@ -83,41 +83,41 @@ def _usage(model_block: dict[str, Any]) -> str:
     return f'qst_generate {where} prompt="..."'
 
 
-def save_side_network(folder: Path, side: SideNetwork, **provenance: Any) -> None:
+def save_side_network(directory: Path, side: SideNetwork, **provenance: Any) -> None:
     """Write the directory, whole or not at all; ``provenance`` are fields of ``Provenance``.
 
     UserError if it cannot be written; the one that was there is untouched.
     """
-    write_folder(folder, side_network_files(side, Provenance(**provenance)))
+    write_folder(directory, side_network_files(side, Provenance(**provenance)))
 
 
-def load_side_network(folder: Path, side: SideNetwork, *, backbone: BackboneId) -> None:
+def load_side_network(directory: Path, side: SideNetwork, *, backbone: BackboneId) -> None:
     """Load a directory into a side network, after checking that it belongs to this backbone.
 
     UserError as :func:`load_tuned`, or if the tensors are those of another structure.
     """
-    side.load_state_dict(read_side_network(folder, side, backbone=backbone))
+    side.load_state_dict(read_side_network(directory, side, backbone=backbone))
 
 
 def read_side_network(
-    folder: Path, side: SideNetwork, *, backbone: BackboneId
+    directory: Path, side: SideNetwork, *, backbone: BackboneId
 ) -> dict[str, torch.Tensor]:
     """Read a directory's tensors, after the checks of :func:`load_side_network`."""
-    tensors = load_tuned(SIDE_NETWORK, folder, side.state_dict(), backbone=backbone)
-    check_structure(folder, read_description(folder, SIDE_NETWORK), side)
+    tensors = load_tuned(SIDE_NETWORK, directory, side.state_dict(), backbone=backbone)
+    check_structure(directory, read_description(directory, SIDE_NETWORK), side)
     return tensors
 
 
-def read_provenance(folder: Path, backbone_path: str) -> Provenance:
+def read_provenance(directory: Path, backbone_path: str) -> Provenance:
     """Read how a side network came to be, without its figures, which further training makes old.
 
     ``backbone_path`` is where its backbone is now, or its name on the hub.
     """
-    description = read_description(folder, SIDE_NETWORK)
+    description = read_description(directory, SIDE_NETWORK)
     return Provenance(
         BackboneId(**description["backbone"]),
         description["model"],
-        (folder / "recipe_config.yaml").read_text(encoding="utf-8"),
+        (directory / "recipe_config.yaml").read_text(encoding="utf-8"),
         lineage=description.get("lineage") or (),
         backbone_path=backbone_path,
     )

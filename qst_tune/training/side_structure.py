@@ -24,7 +24,7 @@ def side_structure(side: SideNetwork) -> dict[str, Any]:
     return {**asdict(side.config), "layers": side.layers, **heads}
 
 
-def check_structure(folder: Path, description: Mapping[str, Any], side: SideNetwork) -> None:
+def check_structure(directory: Path, description: Mapping[str, Any], side: SideNetwork) -> None:
     """Refuse a directory whose tensors would compute something else in ``side``.
 
     One head of 36 and three heads of 12, for one, have the same tensors.
@@ -41,7 +41,7 @@ def check_structure(folder: Path, description: Mapping[str, Any], side: SideNetw
         differing.append("it reads the input of layers, which this version does not")
     if differing:
         raise UserError(
-            f"{folder} has tensors of this shape for another model: {'; '.join(differing)}; use "
+            f"{directory} has tensors of this shape for another model: {'; '.join(differing)}; use "
             "the model block of its qst_config.json, and for what that leaves to a default the "
             "values there"
         )

@@ -126,7 +126,7 @@ def add_verdict(files: Mapping[str, bytes], verdict: str) -> dict[str, bytes]:
 
 def load_tuned(
     form: TunedFormat,
-    folder: Path,
+    directory: Path,
     expected: Mapping[str, torch.Tensor],
     *,
     backbone: BackboneId,
@@ -137,25 +137,25 @@ def load_tuned(
     missing, damaged, of another method or version, was trained on another backbone, or has other
     tensors.
     """
-    description = read_description(folder, form)
-    _check_backbone(folder, description, backbone)
-    tensors = read_tensors(folder, form)
-    _check_tensors(form, folder, tensors, expected)
+    description = read_description(directory, form)
+    _check_backbone(directory, description, backbone)
+    tensors = read_tensors(directory, form)
+    _check_tensors(form, directory, tensors, expected)
     return tensors
 
 
-def read_description(folder: Path, form: TunedFormat) -> dict[str, Any]:
+def read_description(directory: Path, form: TunedFormat) -> dict[str, Any]:
     """Read and check a directory's description.
 
     UserError if it is missing, not JSON, or of another method or a newer format.
     """
-    path = folder / form.config_file
+    path = directory / form.config_file
     try:
         description = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(
-            f"{folder} is not a {form.title}: it has no {form.config_file}; name a directory that "
-            f"{form.origin}"
+            f"{directory} is not a {form.title}: it has no {form.config_file}; name a directory "
+            f"that {form.origin}"
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
@@ -171,13 +171,13 @@ def read_description(folder: Path, form: TunedFormat) -> dict[str, Any]:
     return description
 
 
-def _check_backbone(folder: Path, description: dict[str, Any], backbone: BackboneId) -> None:
+def _check_backbone(directory: Path, description: dict[str, Any], backbone: BackboneId) -> None:
     trained_on = description.get("backbone") or {}
     is_same = trained_on.get("fingerprint") == backbone.fingerprint
     library = trained_on.get("library", backbone.library if is_same else "torchtune")
     if library != backbone.library:  # until 0.1 every *_from_hf of a known family was torchtune's
         raise UserError(
-            f"{folder} was tuned over {trained_on.get('name')} in {library}'s modules, and here "
+            f"{directory} was tuned over {trained_on.get('name')} in {library}'s modules, and here "
             f"{backbone.name} runs in {backbone.library}'s: use the model block that it was tuned "
             "with, or if that is *_from_hf, which were torchtune's until now, tune it again"
         )
@@ -188,14 +188,14 @@ def _check_backbone(folder: Path, description: dict[str, Any], backbone: Backbon
     ]
     if differing:
         raise UserError(
-            f"{folder} was trained on another backbone ({trained_on.get('name')}) than "
+            f"{directory} was trained on another backbone ({trained_on.get('name')}) than "
             f"{backbone.name}: {'; '.join(differing)}"
         )
 
 
-def read_tensors(folder: Path, form: TunedFormat) -> dict[str, torch.Tensor]:
+def read_tensors(directory: Path, form: TunedFormat) -> dict[str, torch.Tensor]:
     """Read a directory's tensors to the CPU; UserError if they are missing or damaged."""
-    path = folder / form.weights_file
+    path = directory / form.weights_file
     try:
         tensors: dict[str, torch.Tensor] = load_file(path)
     except FileNotFoundError:
@@ -209,7 +209,7 @@ def read_tensors(folder: Path, form: TunedFormat) -> dict[str, torch.Tensor]:
 
 def _check_tensors(
     form: TunedFormat,
-    folder: Path,
+    directory: Path,
     tensors: Mapping[str, torch.Tensor],
     expected: Mapping[str, torch.Tensor],
 ) -> None:
@@ -220,7 +220,7 @@ def _check_tensors(
     wrong = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
     example = wrong[0]
     raise UserError(
-        f"{folder / form.weights_file} does not fit the model: {len(wrong)} tensors differ, for "
+        f"{directory / form.weights_file} does not fit the model: {len(wrong)} tensors differ, for "
         f"example {example} is {found.get(example, 'absent')} in the file and "
         f"{wanted.get(example, 'absent')} in the model; use the model block of its "
         f"{form.config_file}"

@@ -81,20 +81,20 @@ def side_over(
     return decoder, provenance
 
 
-def load_over(folder: Path, model: PreTrainedModel) -> tuple[QSTTransformer, Provenance]:
+def load_over(directory: Path, model: PreTrainedModel) -> tuple[QSTTransformer, Provenance]:
     """Put a saved side network over the model that it was trained on; any other is a UserError."""
-    block = dict(read_description(folder, SIDE_NETWORK)["model"])
+    block = dict(read_description(directory, SIDE_NETWORK)["model"])
     builder = _BUILDER if score_of(model) is None else _CLASSIFIER
     if any(block.get(name) != value for name, value in builder.items()):
         raise UserError(
-            f"{folder} was not trained over a {type(model).__name__} of transformers: name the "
+            f"{directory} was not trained over a {type(model).__name__} of transformers: name the "
             "directory of its backbone, not a model"
         )
     stored = block.get("base_quantization") or "auto"
     is_dense = getattr(model.config, "quantization_config", None) is None
     quantize: Any = stored if is_dense and stored != "auto" else "none"
     decoder, provenance = side_over(model, SideConfig.of_block(block), quantize)
-    load_side_network(folder, decoder.side, backbone=provenance.backbone)
+    load_side_network(directory, decoder.side, backbone=provenance.backbone)
     return decoder, provenance
 
 

@@ -117,26 +117,26 @@ class QSTPreTrainedModel(PreTrainedModel):
         if strange:
             raise UserError(f"{strange[0]}={settings[strange[0]]} has no meaning for a QST model")
         fetching = {k: v for k, v in settings.items() if k in FETCHING and v is not None}
-        folder = side_network_folder(str(pretrained_model_name_or_path), **fetching)
-        config = config or QSTConfig.from_pretrained(folder)
+        directory = side_network_folder(str(pretrained_model_name_or_path), **fetching)
+        config = config or QSTConfig.from_pretrained(directory)
         decoder: QSTModel
         generation: Any = None
         if isinstance(backbone, PreTrainedModel):
-            decoder, provenance = load_over(folder, backbone)
+            decoder, provenance = load_over(directory, backbone)
             generation = copy.deepcopy(getattr(backbone, "generation_config", None))
         else:
             fetching.pop("revision", None)
-            home = backbone_folder(backbone or config.backbone, folder, **fetching)
+            home = backbone_folder(backbone or config.backbone, directory, **fetching)
             decoder, _ = load_described(
-                folder,
+                directory,
                 home,
                 dtype=_dtype(config.dtype if dtype in (None, "auto") else dtype),
                 device=_device(device_map),
                 classifies=not cls.can_generate(),
             )
-            provenance = read_provenance(folder, backbone or config.backbone)
+            provenance = read_provenance(directory, backbone or config.backbone)
             if cls.can_generate():
-                generation = _generation_config(home, tuned_template(folder, home))
+                generation = _generation_config(home, tuned_template(directory, home))
         model = cls(config, decoder, provenance)
         model.generation_config = generation
         model.eval()  # type: ignore[no-untyped-call]  # as transformers decorates it

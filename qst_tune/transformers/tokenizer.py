@@ -12,7 +12,7 @@ class BackboneTokenizer:
     """Stands in transformers' registry for the tokenizer of the backbone."""
 
     @classmethod
-    def from_pretrained(cls, folder: str, *args: Any, **settings: Any) -> Any:
+    def from_pretrained(cls, directory: str, *args: Any, **settings: Any) -> Any:
         """Load the tokenizer of a side network's backbone, with transformers' own arguments.
 
         ``backbone`` is the backbone's directory, if it is not where the side network's
@@ -22,7 +22,7 @@ class BackboneTokenizer:
         own = ("backbone", "config", "revision", "subfolder")
         public = {k: v for k, v in settings.items() if not k.startswith("_") and k not in own}
         fetching = {k: v for k, v in settings.items() if k in FETCHING and v is not None}
-        home = side_network_folder(str(folder), **fetching)
+        home = side_network_folder(str(directory), **fetching)
         fetching.pop("revision", None)
         backbone = settings.get("backbone") or QSTConfig.from_pretrained(home).backbone
         of_backbone = backbone_folder(backbone, home, "tokenizer", **fetching)

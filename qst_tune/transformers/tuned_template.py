@@ -23,17 +23,17 @@ class TunedTemplate:
     stop_tokens: list[int]
 
 
-def tuned_template(folder: Path, backbone: Path) -> TunedTemplate | None:
+def tuned_template(directory: Path, backbone: Path) -> TunedTemplate | None:
     """Read the template from ``recipe_config.yaml``; None for a tokenizer of torchtune, or none.
 
     The directory may be anyone's: a template is Jinja and runs in a sandbox, and a file that the
     config names is not read. ``backbone`` has the tokenizer's files. UserError if the template does
     not render messages.
     """
-    block = _tokenizer_block(folder / "recipe_config.yaml")
+    block = _tokenizer_block(directory / "recipe_config.yaml")
     if block.get("_component_") not in _COMPONENTS or not any(backbone.glob("tokenizer*")):
         return None
-    given = _portable(block.get("chat_template"), folder)
+    given = _portable(block.get("chat_template"), directory)
     tokenizer = hf_chat_tokenizer(str(backbone), chat_template=given)
     template = tokenizer.chat_template
     return TunedTemplate(
@@ -41,12 +41,12 @@ def tuned_template(folder: Path, backbone: Path) -> TunedTemplate | None:
     )
 
 
-def _portable(template: Any, folder: Path) -> str | None:
+def _portable(template: Any, directory: Path) -> str | None:
     if not isinstance(template, str) or not template.strip():
         return None
     if template.strip() in template_names() or "{{" in template or "{%" in template:
         return template
-    log.warning(f"{folder}: its chat template {template!r} is a file; the backbone's is used")
+    log.warning(f"{directory}: its chat template {template!r} is a file; the backbone's is used")
     return None
 
 
