@@ -35,7 +35,7 @@ def lazy_state_dict(
         used.update(own.values())
     if not weights:
         raise UserError(
-            f"config.json: quantization_config is {stored.title}'s, but no weight is stored so "
+            f"config.json: quantization_config is of {stored.title}, but no weight is stored so "
             f"(no tensor is named *{stored.layouts[0].needs})"
         )
     return {name: tensor for name, tensor in tensors.items() if name not in used} | weights

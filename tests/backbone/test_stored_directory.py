@@ -257,7 +257,7 @@ def test_a_directory_that_is_not_as_its_config_says_is_one_line(tmp_path: Path) 
         (tmp_path / "dense/model.safetensors").read_bytes()
     )
     with pytest.raises(
-        UserError, match=r"says GPTQ int4, groups of 32, but no weight is stored so"
+        UserError, match=r"is of GPTQ int4, groups of 32, but no weight is stored so"
     ):
         load(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"12345678")

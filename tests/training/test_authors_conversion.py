@@ -257,7 +257,7 @@ def test_tensors_of_no_side_network_are_refused(theirs: Path, file, change, expe
     [
         ({}, "normalize_hidden is True, there it is False"),
         ({"variant": "authors", "downsample": "lora"}, "downsample is lora, there it is adapter"),
-        ({"variant": "authors", "num_side_blocks": 2}, "it has 2 side blocks beside 3 layers"),
+        ({"variant": "authors", "num_side_blocks": 2}, "it has 2 side blocks for 3 layers"),
         ({"variant": "paper"}, "output_mix is alpha, there it is sigmoid"),
         ({"variant": "authors", "activation": "relu"}, "activation is relu, there it is silu"),
         ({"variant": "authors", "min_head_dim": 8}, "side blocks have {'num_heads': 2"),
