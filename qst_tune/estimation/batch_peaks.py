@@ -17,11 +17,11 @@ _FEW, _CHECKED = 3, 5
 class BatchPeaks:
     """Peaks by batch size: of fewer layers, if these give the peaks of a whole step that is known.
 
-    So it is with a batch that runs through the whole model in parts: of three and four full parts,
-    if these give the peaks of five.
+    A batch that runs through the whole model in parts has the peaks of three and four full parts, if
+    these give the peaks of five.
 
     Args:
-        model (Any): of a method, on meta; only its structure is read.
+        model (Any): on meta; only its structure is read.
         trace (Trace): of this model.
         batch_size (int): of the known step.
         known (Timeline): all layers, all parts of the batch.
@@ -44,14 +44,7 @@ class BatchPeaks:
         return self._missing is not None
 
     def __call__(self, batch_size: int) -> int:
-        """Give the peak.
-
-        Args:
-            batch_size (int): number of rows.
-
-        Returns:
-            int: bytes.
-        """
+        """Return the peak of a batch size, in bytes."""
         if batch_size not in self._known:
             self._known[batch_size] = self._peak(batch_size)
         return self._known[batch_size]
@@ -91,7 +84,7 @@ class BatchPeaks:
         return [peak + more for peak, more in zip(peaks, missing, strict=True)]
 
     def _step(self, batch_size: int) -> Timeline:
-        """Of few layers where they are enough."""
+        """A step of few layers where they are enough."""
         shallow = self._shallow(batch_size) if self._missing else None
         if shallow is not None:
             return shallow
@@ -109,8 +102,8 @@ class BatchPeaks:
 def _missing_bytes(shallow: Timeline, whole: Timeline) -> list[int] | None:
     """What each phase of the shallow step lacks, at any batch size; None if it is another step.
 
-    That is the frozen weights that were left out. The optimizer's phase knows no batch, so whatever
-    it lacks at one batch size it lacks at all: there it may be more, such as the norms of all
+    That is the frozen weights that were left out. The optimizer's phase does not depend on the
+    batch, so it lacks the same at all batch sizes. It may lack more, such as the norms of all
     gradients in one tensor, which is rounded up.
     """
     frozen = whole.start_bytes - shallow.start_bytes

@@ -25,15 +25,11 @@ _LONGEST_PERIOD = 12
 
 
 def timeline_of_fewer_layers(model: Any, trace: Callable[[Shorten], Timeline]) -> Timeline | None:
-    """Give the step of a model by running a part of its layers.
+    """Compute the step of a model, on meta, from steps with a part of its layers.
 
-    Args:
-        model (Any): of QST, PEQA or torchtune, on meta; only its structure is read.
-        trace (Callable[[Shorten], Timeline]): step of the model after a change in place.
-
-    Returns:
-        Timeline | None: as of all layers, except that ``start_bytes`` lacks the frozen weights of
-        those left out; None if the model cannot be shortened so.
+    ``trace`` runs the step of the model after a change in place. The result is as of all layers,
+    except that ``start_bytes`` lacks the frozen weights of those left out. It is None if the model
+    cannot be shortened so.
     """
     kinds = _kinds(model)
     if isinstance(model, QSTModel) and model.side.layers != list(range(len(kinds))):
@@ -47,7 +43,7 @@ def timeline_of_fewer_layers(model: Any, trace: Callable[[Shorten], Timeline]) -
 
 
 def _kinds(model: Any) -> list[str]:
-    """What each layer is made of, and what the configuration says of it alone."""
+    """What each layer is made of, and what the configuration sets for it alone."""
     layers = model.layers
     config = getattr(getattr(model, "backbone", None), "config", None)
     lists = [
@@ -77,11 +73,11 @@ def _numbers(attribute: str) -> bool:
     return attribute in _NUMBERS
 
 
-def _repeated_frozen_layers(kinds: Sequence[str], beside: Sequence[int]) -> list[int]:
+def _repeated_frozen_layers(kinds: Sequence[str], with_block: Sequence[int]) -> list[int]:
     """Layers without a side block that follow one of their kind, with no side block between."""
     repeated, seen = [], set[str]()
     for index, kind in enumerate(kinds):
-        if index in beside:
+        if index in with_block:
             seen.clear()
         elif kind in seen and index >= 2:  # the state before the first layer is saved
             repeated.append(index)
@@ -134,15 +130,10 @@ def _keep(model: Any, *, depth: int) -> None:
 
 
 def of_more_parts(few: Timeline, many: Timeline, more: int) -> Timeline | None:
-    """Give the step of a batch whose rows run through the whole model in parts, one after another.
+    """Compute the step of a batch whose rows run through the whole model in parts, in sequence.
 
-    Args:
-        few (Timeline): of some full parts and a rest.
-        many (Timeline): of one full part more.
-        more (int): by how many full parts the batch has more than ``few``.
-
-    Returns:
-        Timeline | None: None if the parts do not repeat in it.
+    ``few`` is the step of some full parts and a rest, ``many`` that of one full part more, and the
+    batch has ``more`` full parts more than ``few``. None if the parts do not repeat.
     """
     return _extend(few, many, more, _add_parts)
 

@@ -1,4 +1,4 @@
-"""What ``dry_run=true`` of a training recipe says: the run and its memory, without doing it."""
+"""What ``dry_run=true`` of a training recipe reports: the run and its memory, without doing it."""
 
 import torch
 from omegaconf import DictConfig
@@ -21,17 +21,7 @@ def describe_run(
 ) -> str:
     """Describe a run that would begin now: steps, rows, and the parts of the peak memory.
 
-    Args:
-        cfg (DictConfig): of the run, checked.
-        data (TrainingData): of the run.
-        device (torch.device): of the run.
-        dtype (torch.dtype): of what is not quantised.
-
-    Returns:
-        str: a few lines.
-
-    Raises:
-        UserError: if memory on the device cannot be estimated.
+    UserError if memory on the device cannot be estimated.
     """
     schedule = schedule_of(cfg, data.train)
     num_validation = len(data.validation.dataset) if data.validation else 0

@@ -1,8 +1,8 @@
-"""Fake tensors that behave as on a device which need not be there.
+"""Fake tensors that behave as on a device which need not exist.
 
-All fake tensors say that they are on the CPU, since a torch without CUDA cannot run backward
-through fake tensors that say otherwise. Where CUDA allocates something else than the CPU,
-:func:`device_kernels` and :func:`workspace_of` put that in its place.
+All fake tensors claim to be on the CPU, since a torch without CUDA cannot run backward through fake
+tensors elsewhere. Where CUDA allocates something else than the CPU, :func:`device_kernels` and
+:func:`workspace_of` put that in its place.
 """
 
 import dataclasses
@@ -41,11 +41,7 @@ _rms_norm, _layer_norm = F.rms_norm, F.layer_norm
 def fake_tensors(dtype: torch.dtype) -> Iterator[None]:
     """Make every tensor that is created in the block a fake one: shapes, but no memory.
 
-    Args:
-        dtype (torch.dtype): of the backbone.
-
-    Yields:
-        None: nothing.
+    ``dtype`` is that of the backbone.
     """
     # Tables that are made once and kept, such as the decoder's, must not be made of fake tensors.
     for quant_type in get_args(QuantType):
@@ -70,10 +66,7 @@ class _QuickFakeTensorMode(FakeTensorMode):
 def allocate_fake(module: nn.Module, device: DeviceType) -> None:
     """Replace, in place, the meta tensors of a module by fake ones; inside :func:`fake_tensors`.
 
-    Args:
-        module (nn.Module): built on the meta device.
-        device (DeviceType): NF4 weights say that they are there, so that the code that decodes them
-            chooses as it will on that device.
+    NF4 weights claim to be on ``device``, so that the code that decodes them chooses accordingly.
     """
     # By identity, so that a tied weight stays one; with the tensor, so that no id is used again.
     fakes: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -120,8 +113,8 @@ def device_kernels(
         device (DeviceType): the device to imitate.
         attention (Attention): "fused" is torch's own choice of a kernel that never holds the
             ``[B, heads, T, T]`` scores; "plain" computes softmax(q k / sqrt(d) + mask) v one
-            operation after the other and keeps the softmax, in the dtype of q.
-        repeat (Callable[[int], None]): is told how many experts of a mixture the next one is for.
+            operation after the other and saves the softmax, in the dtype of q.
+        repeat (Callable[[int], None]): gets how many experts of a mixture the next one represents.
 
     Yields:
         None: nothing.
@@ -146,16 +139,12 @@ def device_kernels(
 
 @contextmanager
 def first_and_last_parts(*modules: ModuleType) -> Iterator[None]:
-    """Run of each loop over parts only the first two parts and the last one.
+    """Run of each loop over parts in these modules only the first two parts and the last one.
+
+    Such a loop is over ``range(start, stop, step)``.
 
     The parts between have the size of the second, and what they allocate they release: they take
     time and change no peak, but what they compute is missing in the number of operations.
-
-    Args:
-        *modules (ModuleType): whose functions loop over ``range(start, stop, step)``.
-
-    Yields:
-        None: nothing.
     """
     with ExitStack() as stack:
         for module in modules:
@@ -178,7 +167,7 @@ class UnknownValues(TorchFunctionMode):
     without gradient the loop over them runs for the first two and the last.
 
     Args:
-        repeat (Callable[[int], None]): is told how many experts the next one is for.
+        repeat (Callable[[int], None]): gets how many experts the next one represents.
     """
 
     def __init__(self, repeat: Callable[[int], None]) -> None:
@@ -218,14 +207,7 @@ class UnknownValues(TorchFunctionMode):
 
 
 def workspace_of(device: DeviceType) -> Workspace:
-    """Bytes that kernels take and return within one operation.
-
-    Args:
-        device (DeviceType): the device to imitate.
-
-    Returns:
-        Workspace: functions of an operation's arguments.
-    """
+    """Bytes that kernels take and return within one operation, by the function of its arguments."""
     if device == "cpu":
         return {_aten.bmm: _cpu_bmm_workspace}
     return {_aten._scaled_dot_product_flash_attention_backward: _flash_backward_workspace}
@@ -325,7 +307,7 @@ def _cuda_rms_norm(
     weight: torch.Tensor | None = None,
     eps: float | None = None,
 ) -> torch.Tensor:
-    """One kernel, but for a weight of another dtype: then a sequence of operations as on a CPU."""
+    """One kernel, or for a weight of another dtype a sequence of operations as on a CPU."""
     if weight is not None and weight.dtype != input.dtype:
         return _rms_norm(input, normalized_shape, weight, eps)
     output: torch.Tensor = _FusedRMSNorm.apply(input, weight)  # type: ignore[no-untyped-call]

@@ -48,9 +48,9 @@ def largest_batch(
 
     Args:
         peak_bytes (Callable[[int], int]): peak of a step with a given number of rows.
-        limit_bytes (float): what the peak may be at most.
+        limit_bytes (float): the highest peak that is allowed.
         start (int): a batch size to begin with.
-        fixed_bytes (int): about what no row adds to, such as the weights. Default: 0.
+        fixed_bytes (int): about what no row adds to, such as the weights.
         step (int): its multiples are tried first, for a ``peak_bytes`` that is quick for them.
 
     Returns:

@@ -33,7 +33,7 @@ class Question:
         device (DeviceType): the device to imitate.
         attention (Attention): kind of attention kernel.
         spread (Spread): over how many processes.
-        fit_gib (float | None): look for the largest batch within so much memory; None: do not.
+        fit_gib (float | None): memory for which to find the largest batch; None: do not.
     """
 
     build: Callable[[], Setup]
@@ -45,11 +45,7 @@ class Question:
     fit_gib: float | None = None
 
     def answer(self) -> tuple[Row, str | None]:
-        """Run the step on fake tensors.
-
-        Returns:
-            tuple[Row, str | None]: of the table, and what each of several processes has of it.
-        """
+        """Run the step on fake tensors: a row of the table, a line about several processes."""
         setup = self.build()
         with _quick_collections(), warnings.catch_warnings():
             # By torch, of torchtune's own norms, whose weights are bf16 and inputs fp32.

@@ -24,13 +24,7 @@ _SHORT = {
 
 @dataclass(frozen=True)
 class Row:
-    """One method.
-
-    Args:
-        title (str): for people.
-        cost (StepCost): of one training step.
-        largest_batch (int | None): rows that fit into the memory asked about; None if not asked.
-    """
+    """One method: its title, a step's cost, and the rows that fit into the memory asked about."""
 
     title: str
     cost: StepCost

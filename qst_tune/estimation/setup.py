@@ -33,12 +33,7 @@ ALL_ROWS = 2**20  # more than any batch
 
 @dataclass(frozen=True)
 class Shape:
-    """Size of one batch.
-
-    Args:
-        batch_size (int): rows; pairs of rows for preferences.
-        seq_len (int): tokens a row.
-    """
+    """Size of one batch: rows, or pairs of rows for preferences, and tokens a row."""
 
     batch_size: int
     seq_len: int
@@ -73,14 +68,7 @@ class Setup:
         return int(self.model.backbone.row_parts(tokens, None)[0].stop)
 
     def batch(self, shape: Shape) -> Batch:
-        """Make a batch as the task's collate function does, without padding; all tokens are labels.
-
-        Args:
-            shape (Shape): of the batch.
-
-        Returns:
-            Batch: on the default device.
-        """
+        """Make a batch as the task's collate function does: no padding, all tokens are labels."""
         vocabulary = self.model.tok_embeddings.weight.shape[0]
         rows = shape.batch_size * (2 if isinstance(self.task, PreferenceTask) else 1)
         tokens = torch.randint(vocabulary, (rows, shape.seq_len))
@@ -96,15 +84,7 @@ class Setup:
 def own_setup(cfg: DictConfig, dtype: torch.dtype) -> Setup:
     """Set up a step of the config's own model, as its training recipe does.
 
-    Args:
-        cfg (DictConfig): a training config.
-        dtype (torch.dtype): of what is not quantised.
-
-    Returns:
-        Setup: of a QST or PEQA model.
-
-    Raises:
-        UserError: if the config builds neither.
+    ``dtype`` is of what is not quantised. UserError if the model is neither QST nor PEQA.
     """
     model = build_any_on_meta(cfg, dtype)
     recompute = bool(cfg.get("enable_activation_checkpointing", False))

@@ -1,8 +1,8 @@
-"""What each of several processes holds of a run, and what it receives in a step.
+"""What each of several processes stores of a run, and what it receives in a step.
 
 Notation: N processes, B bytes of the backbone, R of them in the group that is whole during a step
-(:func:`~qst_tune.training.sharding.group_bytes`), L the largest other group, S bytes of what
-trains.
+(:func:`~qst_tune.training.sharding.group_bytes`), L the largest other group, S bytes of the
+trainable parameters.
 """
 
 from dataclasses import dataclass
@@ -17,12 +17,9 @@ from qst_tune.training.memory import GIB, tensor_bytes
 
 @dataclass(frozen=True)
 class Spread:
-    """How a run is spread.
+    """How a run is spread: over N processes (with ``mode`` "node", of one node).
 
-    Args:
-        num_processes (int): N; with ``mode`` "node", of one node.
-        mode (str | None): ``backbone_sharding``.
-        accumulation (int): batches a step.
+    ``mode`` is ``backbone_sharding``; ``accumulation`` the batches of a step.
     """
 
     num_processes: int
@@ -31,15 +28,7 @@ class Spread:
 
     @classmethod
     def of_config(cls, cfg: DictConfig, num_processes: int) -> "Spread":
-        """Read a training config.
-
-        Args:
-            cfg (DictConfig): may have ``backbone_sharding`` and ``gradient_accumulation_steps``.
-            num_processes (int): N.
-
-        Returns:
-            Spread: of that run.
-        """
+        """Read ``backbone_sharding`` and ``gradient_accumulation_steps`` of a training config."""
         accumulation = cfg.get("gradient_accumulation_steps") or 1
         return cls(num_processes, cfg.get("backbone_sharding"), accumulation)
 
@@ -49,15 +38,9 @@ class Spread:
         return self.mode is not None and self.num_processes > 1
 
     def backbone_bytes(self, model: TransformerDecoder) -> int:
-        r"""Bytes that a process keeps of the backbone.
+        r"""Bytes that a process stores of the backbone, B or :math:`\lceil B / N \rceil`.
 
-        .. math:: \lceil B / N \rceil
-
-        Args:
-            model (TransformerDecoder): of ours; may be on meta.
-
-        Returns:
-            int: without a row more or less of each tensor.
+        Each tensor may have a row more or less.
         """
         groups, rest = group_bytes(model)
         whole = sum(groups) + rest
@@ -68,14 +51,8 @@ class Spread:
 
         .. math:: P - B + \lceil B / N \rceil + R + 2 L
 
-        for a peak P with the backbone whole: while a group runs, FSDP2 gathers the next one.
-
-        Args:
-            model (TransformerDecoder): of ours; may be on meta.
-            whole_peak (int): P.
-
-        Returns:
-            int: bytes.
+        for a peak P (``whole_peak``) with the backbone whole: while a group runs, FSDP2 gathers the
+        next one.
         """
         if not self.is_sharded:
             return whole_peak
@@ -89,13 +66,7 @@ class Spread:
         .. math:: A \frac{N-1}{N} (B + E)
 
         with A batches a step. E are the bytes of the layers for PEQA, whose backward pass needs
-        them again, and 0 for a side network.
-
-        Args:
-            model (TransformerDecoder): of ours; may be on meta.
-
-        Returns:
-            int: 0 if each process has its own backbone.
+        them again, and 0 for a side network. 0 if each process has its own backbone.
         """
         if not self.is_sharded:
             return 0
@@ -104,16 +75,7 @@ class Spread:
         return self.accumulation * self._from_others(sum(groups) + rest + again)
 
     def gradient_bytes(self, model: TransformerDecoder) -> int:
-        r"""Bytes of gradients that a process receives in a step, if they are summed in a ring.
-
-        .. math:: 2 \frac{N-1}{N} S
-
-        Args:
-            model (TransformerDecoder): may be on meta.
-
-        Returns:
-            int: bytes.
-        """
+        r"""Bytes of gradients, :math:`2 \frac{N-1}{N} S`, that a process receives in a ring."""
         trained = sum(tensor_bytes(p) for p in model.parameters() if p.requires_grad)
         return self._from_others(2 * trained)
 
@@ -122,16 +84,7 @@ class Spread:
 
 
 def spread_line(spread: Spread, model: TransformerDecoder, whole_peak: int) -> str:
-    """Say in one line what each process holds and receives.
-
-    Args:
-        spread (Spread): of the run.
-        model (TransformerDecoder): of ours; may be on meta.
-        whole_peak (int): peak of a process with the backbone whole, bytes.
-
-    Returns:
-        str: one line; GiB and MiB are 2^30 and 2^20 bytes.
-    """
+    """Report what each process stores and receives; GiB and MiB are 2^30 and 2^20 bytes."""
     held, peak = spread.backbone_bytes(model) / GIB, spread.peak_bytes(model, whole_peak) / GIB
     most = "at most " if spread.is_sharded else ""
     return (

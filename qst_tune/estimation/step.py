@@ -24,7 +24,7 @@ from qst_tune.estimation.fake_device import (
 )
 from qst_tune.estimation.setup import Setup, Shape
 from qst_tune.estimation.tracker import PeakMemory, StorageTracker, Timeline
-from qst_tune.modules.rotary_caches import build_rotary_caches
+from qst_tune.modules.torchtune_backbone import build_rotary_caches
 from qst_tune.training.cli import instantiate
 
 _CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ class StepCost:
     """What one training step takes.
 
     Args:
-        memory (PeakMemory): peak in the steady state, that is with the optimizer's states there.
+        memory (PeakMemory): peak in the steady state, when the optimizer has its states.
         flops_per_token (float): forward and backward, recomputation included.
         trainable_parameters (int): number of them.
     """
@@ -55,7 +55,7 @@ def trace_step(
     attention: Attention = "fused",
     shorten: Shorten | None = None,
 ) -> tuple[StepCost, Timeline]:
-    """Run one training step on fake tensors, perhaps of some layers only.
+    """Run one training step on fake tensors; returns its cost, and every allocation.
 
     Args:
         setup (Setup): on meta; used up.
@@ -90,18 +90,7 @@ def trace_step(
 def run_step(
     setup: Setup, cfg: DictConfig, shape: Shape, *, device: DeviceType, attention: Attention
 ) -> tuple[StepCost, Timeline]:
-    """Run one tracked training step on tensors that are there, fake or real.
-
-    Args:
-        setup (Setup): with its final tensors.
-        cfg (DictConfig): has ``optimizer`` and perhaps ``clip_grad_norm``.
-        shape (Shape): of the batch.
-        device (DeviceType): the device to imitate.
-        attention (Attention): kind of attention kernel.
-
-    Returns:
-        tuple[StepCost, Timeline]: memory and operations, and every allocation.
-    """
+    """Run one tracked training step on tensors that exist, fake or real; as :func:`trace_step`."""
     optimizer = make_optimizer(setup, cfg, device)
     batch = setup.batch(shape)
     tracker = StorageTracker(
@@ -123,13 +112,7 @@ def run_step(
 def make_optimizer(setup: Setup, cfg: DictConfig, device: DeviceType) -> Optimizer:
     """Build the config's optimizer, with its states as after a first step.
 
-    Args:
-        setup (Setup): with its final tensors.
-        cfg (DictConfig): has ``optimizer``.
-        device (DeviceType): CUDA's default is to update all parameters in one kernel a step.
-
-    Returns:
-        Optimizer: no parameter has a gradient.
+    CUDA's default is to update all parameters in one kernel a step. No parameter has a gradient.
     """
     optimizer: Optimizer = instantiate(cfg.optimizer, "optimizer", setup.trainable())
     for group in optimizer.param_groups:
@@ -151,12 +134,7 @@ def train_step(
 ) -> None:
     """Do what the recipes do in one step; ours and torchtune's agree in it.
 
-    Args:
-        setup (Setup): with its final tensors.
-        optimizer (Optimizer): over its trainable parameters.
-        batch (dict[str, torch.Tensor]): from ``Setup.batch``.
-        clip_grad_norm (float | None): as in the config.
-        tracker (StorageTracker | None): is told the phases.
+    ``batch`` is from ``Setup.batch``; the tracker is told the phases.
     """
     enter = tracker.enter if tracker else lambda _: None
     enter("forward")

@@ -1,21 +1,24 @@
 """Every storage of a training step: when it is allocated, when released, and what it is for.
 
 torch ships ``torch.distributed._tools.mem_tracker.MemTracker``, which tracks much the same. It
-splits memory by module and cannot say which activations outlive the forward pass or which bytes
+splits memory by module and cannot tell which activations outlive the forward pass or which bytes
 belong to the loss, so the few lines below keep their own record.
 """
 
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby
 from typing import Any, Literal, get_args
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    is_traceable_wrapper_subclass,
+    is_traceable_wrapper_subclass_type,
+)
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
@@ -72,7 +75,7 @@ class PeakMemory:
         parts (dict[str, int]): the same bytes by :data:`PARTS`.
         phase (str): when it was.
         saved_bytes (int): activations alive at the end of the forward pass, whether or not that is
-            the peak; without what the loss keeps.
+            the peak; without what the loss saves.
         start_bytes (int): allocated before the step: weights, optimizer states, inputs.
     """
 
@@ -96,11 +99,7 @@ class Timeline:
     phases: list[tuple[Phase, list[int]]]
 
     def peaks(self) -> list[int]:
-        """Find the peak of each phase.
-
-        Returns:
-            list[int]: bytes, never less than what was there when the phase began.
-        """
+        """Find the peak of each phase in bytes, which includes what was there when it began."""
         alive, peaks = self.start_bytes, []
         for _, changes in self.phases:
             levels = list(accumulate(changes, initial=alive))
@@ -125,12 +124,12 @@ class StorageTracker(TorchDispatchMode):
     count as alive. Memory that a kernel takes and returns within one operation is only seen where
     ``workspace`` names it.
 
-    Works on real, fake and meta tensors alike. What exists already is told by :meth:`register`.
+    It works on real, fake and meta tensors alike. :meth:`register` adds what exists already.
 
     Args:
         granularity (int): sizes are rounded up to a multiple of it; CUDA's allocator has 512 bytes.
         workspace (Mapping[Any, Callable[..., int]] | None): bytes that an operation (``aten.x``)
-            takes beside its results, as a function of its arguments.
+            takes in addition to its results, as a function of its arguments.
     """
 
     def __init__(
@@ -143,14 +142,8 @@ class StorageTracker(TorchDispatchMode):
         self._times = 1
         self._alive: dict[int, tuple[weakref.ref[Any], _Storage]] = {}
 
-    # What the step tells.
-
     def enter(self, phase: Phase) -> None:
-        """Say that a phase of the step begins.
-
-        Args:
-            phase (Phase): which one.
-        """
+        """Begin a phase of the step."""
         self._record.phases.append((self._record.num_events, phase))
 
     @property
@@ -158,47 +151,21 @@ class StorageTracker(TorchDispatchMode):
         """The phase that runs now."""
         return self._record.phases[-1][1]
 
-    @contextmanager
-    def during(self, phase: Phase) -> Iterator[None]:
-        """Enter a phase for the duration of a block.
-
-        Args:
-            phase (Phase): which one.
-
-        Yields:
-            None: nothing.
-        """
-        before = self.phase
-        self.enter(phase)
-        yield
-        self.enter(before)
-
     def repeat(self, times: int) -> None:
-        """Count each of the next operations so many times, for parts of a loop that are left out.
-
-        Args:
-            times (int): 1 for those that are just themselves.
-        """
+        """Count each of the next operations so many times, for skipped parts of a loop."""
         self._times = times
 
     def register(self, tensors: Any, part: Part) -> None:
-        """Say what tensors are; those that were not seen before count from now on.
-
-        Args:
-            tensors (Any): tensors, in any nesting of lists, tuples and dicts.
-            part (Part): what they are.
-        """
+        """Name the part of tensors, in any nesting; new ones count from now on."""
         for storage in self._storages_of(tensors):
             self._track(storage).part = part
-
-    # What torch tells.
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         if func is torch.ops.prim.device.default:  # half of all calls, and nothing to see
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
-        if any(is_wrapper_type(kind) for kind in types):
+        if any(is_traceable_wrapper_subclass_type(kind) for kind in types):
             return NotImplemented  # the plain tensors inside come by on their own
         result = func(*args, **(kwargs or {}))
         packet = func._overloadpacket
@@ -206,7 +173,7 @@ class StorageTracker(TorchDispatchMode):
             flops = _FLOPS[packet](*args, **(kwargs or {}), out_val=result)
             self._record.flops[self.phase] += flops * self._times
         if packet in self._workspace:
-            self._use_briefly(self._workspace[packet](*args))
+            self._release(self._allocate(self._workspace[packet](*args)))
         for storage in self._storages_of(result):
             self._track(storage)
         return result
@@ -246,25 +213,12 @@ class StorageTracker(TorchDispatchMode):
         allocation.end = self._record.num_events
         self._record.num_events += 1
 
-    def _use_briefly(self, num_bytes: int) -> None:
-        self._release(self._allocate(num_bytes))
-
-    # What comes out.
-
     def flops(self) -> int:
-        """Floating-point operations of all matrix products and attention kernels.
-
-        Returns:
-            int: a multiplication and an addition count as two.
-        """
+        """Floating-point operations of matrix products and attention; a multiply-add is two."""
         return sum(self._record.flops.values())
 
     def peak(self) -> PeakMemory:
-        """Find the peak after :meth:`enter` first left "setup".
-
-        Returns:
-            PeakMemory: total and parts.
-        """
+        """Find the peak after :meth:`enter` first left "setup"."""
         storages, phases = self._record.storages, self._record.phases
         start = next((event for event, phase in phases if phase != "setup"), 0)
         end_of_forward = next(
@@ -290,11 +244,7 @@ class StorageTracker(TorchDispatchMode):
         )
 
     def timeline(self) -> Timeline:
-        """Give the changes after :meth:`enter` first left "setup".
-
-        Returns:
-            Timeline: of the step.
-        """
+        """List the changes after :meth:`enter` first left "setup"."""
         change, phases = self._changes(), self._record.phases
         starts = [event for event, _ in phases]
         spans = [
@@ -326,18 +276,6 @@ class StorageTracker(TorchDispatchMode):
             if event >= start and alive > highest:
                 highest, event_of_highest = alive, event
         return event_of_highest, highest
-
-
-def is_wrapper_type(kind: type) -> bool:
-    """Tell whether a tensor type wraps others, as NF4Tensor does.
-
-    Args:
-        kind (type): type of a tensor.
-
-    Returns:
-        bool: True for wrappers.
-    """
-    return hasattr(kind, "__tensor_flatten__") and hasattr(kind, "__tensor_unflatten__")
 
 
 def _is_alive(storage: _Storage, event: int) -> bool:

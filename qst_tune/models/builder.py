@@ -12,17 +12,12 @@ def method_builder(
     method: Callable[..., nn.Module],
     backbone_builder: Callable[..., nn.Module],
 ) -> Callable[..., Any]:
-    """Turn a builder of a torchtune decoder into a builder of a method's model over it.
+    """Turn a builder of a decoder into a builder of a method's model over it.
 
-    Args:
-        prefix (str): of the new builder's name, in place of ``backbone_`` if there is that.
-        method (Callable[..., nn.Module]): takes a decoder and keyword arguments.
-        backbone_builder (Callable[..., nn.Module]): a component or model builder.
-
-    Returns:
-        Callable[..., Any]: takes the arguments of both, all flat, as torchtune's configs want them.
-            Its signature is explicit, so that ``tune validate`` finds a misspelt argument; its
-            attribute ``backbone_builder`` is the one given.
+    The new builder takes the arguments of both, all flat, as torchtune's configs want them. Its
+    signature is explicit, so that ``tune validate`` finds a misspelt argument. Its name has
+    ``prefix`` in front, in place of ``backbone_`` if there is that, and its attribute
+    ``backbone_builder`` is the one given.
     """
     backbone_parameters = inspect.signature(backbone_builder).parameters
     own_signature = inspect.signature(method)

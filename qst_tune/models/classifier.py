@@ -21,7 +21,7 @@ def qst_classifier(backbone: str, num_labels: int, **arguments: Any) -> QSTClass
           reduction_factor: 16
 
     ``variant="authors"`` over OPT is their classifier's: z of the output mix starts at 0 unless
-    ``initial_mix`` says otherwise, and the last token is found by counting
+    ``initial_mix`` is set, and the last token is found by counting
     (:class:`~qst_tune.modules.qst_classifier.QSTClassifier`).
 
     Args:

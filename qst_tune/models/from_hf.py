@@ -9,20 +9,11 @@ from qst_tune.models.qst import qst_builder
 
 
 def backbone_from_hf(checkpoint_dir: str, max_seq_len: int | None = None) -> TransformersBackbone:
-    """Take the decoder that a Hugging Face directory's ``config.json`` describes.
+    """Build the decoder of a Hugging Face directory's ``config.json``, on the meta device.
 
     It is transformers' own model. Only that file is read; docs/models.md lists what was tested.
-
-    Args:
-        checkpoint_dir (str): the directory.
-        max_seq_len (int | None): the longest sequence; None: the model's number of positions.
-
-    Returns:
-        TransformersBackbone: on the meta device.
-
-    Raises:
-        UserError: if transformers has no such decoder, or ``max_seq_len`` is more than its
-            positions.
+    ``max_seq_len`` None is the model's number of positions. UserError if transformers has no such
+    decoder, or ``max_seq_len`` is more than its positions.
     """
     return backbone_on_meta(Path(checkpoint_dir), max_seq_len)
 

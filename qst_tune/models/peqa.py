@@ -43,8 +43,8 @@ def peqa_decoder(
             Of a directory that stores integers, their scales train as they are, in its groups.
         init (AffineInit): "rtn", rounding to nearest over the full range, or "mse", which searches
             a narrower range with less squared error.
-        train_zero_points (bool): train them beside the scales, the paper's ablation. Such a model
-            cannot be exported for integer kernels.
+        train_zero_points (bool): train them in addition to the scales, the paper's ablation. Such
+            a model cannot be exported for integer kernels.
         embedding_quantization (EmbeddingQuantization): format of the embedding and the LM head,
             which the paper keeps as they are: "none" or "int8" (a scale a token).
 
@@ -75,7 +75,7 @@ def peqa_decoder(
 
 
 def _check_stored(stored: DirectoryFormat, form: Integers) -> None:
-    """A directory's own integers train, which the settings must not contradict."""
+    """Check that the settings do not contradict a directory's own integers, which train."""
     if stored.own is None or not stored.own.startswith("int"):
         raise UserError(
             f"the directory is {stored.title}, which has no integer codes with scales for PEQA to "
@@ -95,15 +95,7 @@ def _check_stored(stored: DirectoryFormat, form: Integers) -> None:
 
 
 def peqa_builder(backbone_builder: Callable[..., Decoder]) -> Callable[..., PEQAModel]:
-    """Turn a builder of a decoder into a builder of a PEQA model over it.
-
-    Args:
-        backbone_builder (Callable[..., Decoder]): a component or model builder.
-
-    Returns:
-        Callable[..., PEQAModel]: takes the arguments of ``backbone_builder`` and those of
-        :func:`peqa_decoder`, all flat.
-    """
+    """Turn a builder of a decoder into one of a PEQA model, with the arguments of both."""
     return method_builder("peqa", peqa_decoder, backbone_builder)
 
 

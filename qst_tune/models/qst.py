@@ -85,7 +85,7 @@ def qst_decoder(
 
 
 def is_opt_model(backbone: Any) -> bool:
-    """Tell whether a backbone is an OPT, which the authors' code treats otherwise than LLaMA."""
+    """Whether a backbone is an OPT, which the authors' code treats otherwise than LLaMA."""
     return isinstance(backbone, TransformersBackbone) and is_opt(backbone.config)
 
 
@@ -96,13 +96,5 @@ qst_decoder.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # 
 
 
 def qst_builder(backbone_builder: Callable[..., Decoder]) -> Callable[..., QSTModel]:
-    """Turn a builder of a decoder into a builder of a QST model over it.
-
-    Args:
-        backbone_builder (Callable[..., Decoder]): a component or model builder.
-
-    Returns:
-        Callable[..., QSTModel]: takes the arguments of ``backbone_builder`` and those of
-        :func:`qst_decoder`, all flat.
-    """
+    """Turn a builder of a decoder into one of a QST model, with the arguments of both."""
     return method_builder("qst", qst_decoder, backbone_builder)

@@ -18,19 +18,7 @@ def smollm2(
     intermediate_dim: int,
     rope_base: int,
 ) -> TransformerDecoder:
-    """Build a SmolLM2 decoder; what all its sizes share is fixed here.
-
-    Args:
-        num_layers (int): number of layers.
-        num_heads (int): query heads.
-        num_kv_heads (int): key and value heads.
-        embed_dim (int): width.
-        intermediate_dim (int): width inside the MLP.
-        rope_base (int): base of the rotary embeddings.
-
-    Returns:
-        TransformerDecoder: the decoder, context 8192, vocabulary 49152, tied embeddings.
-    """
+    """Build a SmolLM2 decoder: context 8192, vocabulary 49152, tied embeddings."""
     return llama3_2(
         vocab_size=49_152,
         num_layers=num_layers,
@@ -47,11 +35,7 @@ def smollm2(
 
 
 def smollm2_135m() -> TransformerDecoder:
-    """Build SmolLM2-135M.
-
-    Returns:
-        TransformerDecoder: 134,515,008 parameters.
-    """
+    """Build SmolLM2-135M, 134,515,008 parameters."""
     return smollm2(
         num_layers=30,
         num_heads=9,
@@ -63,11 +47,7 @@ def smollm2_135m() -> TransformerDecoder:
 
 
 def smollm2_360m() -> TransformerDecoder:
-    """Build SmolLM2-360M.
-
-    Returns:
-        TransformerDecoder: 361,821,120 parameters.
-    """
+    """Build SmolLM2-360M, 361,821,120 parameters."""
     return smollm2(
         num_layers=32,
         num_heads=15,
@@ -79,11 +59,7 @@ def smollm2_360m() -> TransformerDecoder:
 
 
 def smollm2_1_7b() -> TransformerDecoder:
-    """Build SmolLM2-1.7B.
-
-    Returns:
-        TransformerDecoder: 1,711,376,384 parameters.
-    """
+    """Build SmolLM2-1.7B, 1,711,376,384 parameters."""
     return smollm2(
         num_layers=24,
         num_heads=32,

@@ -18,7 +18,7 @@ class Backbone(Protocol):
     """A frozen decoder that only runs forward.
 
     States are counted as transformers counts them: state 0 is the embedding h_0, the input of the
-    first layer, and state l the output of the l-th layer; f is the last one after the final norm,
+    first layer, and state l the output of the l-th layer. f is the last one after the final norm,
     the input of the LM head.
     """
 
@@ -49,53 +49,23 @@ class Backbone(Protocol):
     def quantize(self, base_quantization: Any, embedding_quantization: Any) -> None:
         """Store the linears of the layers and the embedding in these formats, in place.
 
-        Args:
-            base_quantization (Any): a ``BaseQuantization``.
-            embedding_quantization (Any): an ``EmbeddingQuantization``.
+        The types are ``BaseQuantization`` and ``EmbeddingQuantization``.
         """
 
     def side_shape(self, reduction_factor: int, min_head_dim: int) -> SideShape:
-        """Choose the sizes of a side block.
-
-        Args:
-            reduction_factor (int): r.
-            min_head_dim (int): least width of a head.
-
-        Returns:
-            SideShape: of width D // r.
-        """
+        """Choose the sizes of a side block, of width D // r."""
 
     def side_blocks(self, layers: Sequence[int], shape: SideShape) -> nn.ModuleList:
-        """Build one side block for each of these layers, with random weights.
+        """Build a side block, with random weights, for each of these layers, counted from 0.
 
-        Args:
-            layers (Sequence[int]): indices, counted from 0.
-            shape (SideShape): from :meth:`side_shape`.
-
-        Returns:
-            nn.ModuleList: ``[B, T, S]`` to ``[B, T, S]``, in torchtune's layer interface.
+        A block has torchtune's layer interface, ``[B, T, S]`` to ``[B, T, S]``.
         """
 
     def side_norm(self, dim: int) -> nn.Module:
-        """Build the side network's final norm.
-
-        Args:
-            dim (int): S.
-
-        Returns:
-            nn.Module: over ``dim`` channels.
-        """
+        """Build the side network's final norm over ``dim`` = S channels."""
 
     def row_parts(self, tokens: torch.Tensor, mask: _MaskType | None) -> list[slice]:
-        """Choose which rows of a batch run together: the memory of a layer grows with them.
-
-        Args:
-            tokens (torch.Tensor): ``[B, T]``.
-            mask (_MaskType | None): of the batch.
-
-        Returns:
-            list[slice]: of the batch dimension, in order.
-        """
+        """Choose which rows of a batch run together: the memory of a layer grows with them."""
 
     def embed(
         self,
@@ -104,16 +74,7 @@ class Backbone(Protocol):
         mask: _MaskType | None = None,
         input_pos: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Compute h_0 alone.
-
-        Args:
-            tokens (torch.Tensor): ``[B, T]``.
-            mask (_MaskType | None): as for :meth:`run`.
-            input_pos (torch.Tensor | None): as for :meth:`run`.
-
-        Returns:
-            torch.Tensor: ``[B, T, D]``.
-        """
+        """Compute h_0 alone, ``[B, T, D]``; arguments as for :meth:`run`."""
 
     def run(
         self,
@@ -139,16 +100,24 @@ class Backbone(Protocol):
         """
 
 
+def where_of_rows(where: dict[str, Any], rows: Any, batch_size: int) -> dict[str, Any]:
+    """Index mask and positions by rows of the batch; what serves all rows stays whole.
+
+    So do positions ``[T]``, of which there may be as many as rows.
+    """
+    return {
+        name: value[rows]
+        if isinstance(value, torch.Tensor) and value.ndim > 1 and len(value) == batch_size
+        else value
+        for name, value in where.items()
+    }
+
+
 def head_output(model: Any, y_BTD: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
-    """Return what the loss or the caller asked a model for: logits, chunks of them, or y itself.
+    """Return what the loss or the caller asked a model of ours for.
 
-    Args:
-        model (Any): of ours.
-        y_BTD (torch.Tensor): the LM head's input.
-
-    Returns:
-        torch.Tensor | list[torch.Tensor]: fp32 logits ``[B, T, V]``; chunks of logits after
-        ``set_num_output_chunks``; ``y_BTD`` if ``skip_output_layer``.
+    That is fp32 logits ``[B, T, V]``; chunks of logits after ``set_num_output_chunks``; or
+    ``y_BTD`` itself, the input of the LM head, if ``skip_output_layer``.
     """
     if model.skip_output_layer:
         return y_BTD

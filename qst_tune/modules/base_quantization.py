@@ -30,28 +30,17 @@ LinearFormat: TypeAlias = BaseQuantization | Integers
 
 @runtime_checkable
 class QuantizedLinear(Protocol):
-    """A frozen linear layer that keeps codes of its weight: what a format must bring along."""
+    """A frozen linear layer that stores codes of its weight ``[out_dim, in_dim]``."""
 
     quantization: str
     in_features: int
     out_features: int
 
     def quantize_(self, weight: torch.Tensor) -> None:
-        """Replace the weight by a dense one, quantised.
-
-        Args:
-            weight (torch.Tensor): ``[out_dim, in_dim]``, on the device of the layer.
-        """
+        """Replace the weight by a dense one on the layer's device, quantised."""
 
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """Decode the weight.
-
-        Args:
-            dtype (torch.dtype): of the result.
-
-        Returns:
-            torch.Tensor: ``[out_dim, in_dim]``.
-        """
+        """Decode the weight."""
 
 
 MakeLinear = Callable[[torch.Tensor, torch.Tensor | None], nn.Module]
@@ -69,12 +58,8 @@ _FORMATS: dict[str, MakeLinear] = {
 def quantize_linears(module: nn.Module, base_quantization: BaseQuantization = "nf4") -> None:
     """Replace, in place, every ``nn.Linear`` below ``module`` by a :class:`QuantizedLinear`.
 
-    Args:
-        module (nn.Module): typically the layers of a backbone, on the meta device or with weights.
-        base_quantization (BaseQuantization): format; "none" changes nothing.
-
-    Raises:
-        ValueError: if the format is unknown or cannot hold a weight of this size.
+    The module may be on the meta device. "none" changes nothing. ValueError if the format is
+    unknown or cannot store a weight of this size.
     """
     make = linear_format(base_quantization)
     if make is not None:
@@ -82,17 +67,9 @@ def quantize_linears(module: nn.Module, base_quantization: BaseQuantization = "n
 
 
 def linear_format(base_quantization: LinearFormat) -> MakeLinear | None:
-    """Look a format up.
+    """Return what makes a :class:`QuantizedLinear` from a dense weight and a bias; None for "none".
 
-    Args:
-        base_quantization (LinearFormat): its name, or integers.
-
-    Returns:
-        MakeLinear | None: makes a :class:`QuantizedLinear` from a dense weight, which may be on the
-        meta device, and a bias or None; None for "none".
-
-    Raises:
-        ValueError: if the format is unknown.
+    The weight may be on the meta device. ValueError if the format is unknown.
     """
     if isinstance(base_quantization, Integers):
         return partial(PEQALinear, **base_quantization._asdict())
@@ -105,12 +82,7 @@ def linear_format(base_quantization: LinearFormat) -> MakeLinear | None:
 
 
 def replace_linears(module: nn.Module, make: MakeLinear) -> None:
-    """Replace, in place, every ``nn.Linear`` below ``module``.
-
-    Args:
-        module (nn.Module): typically the layers of a backbone, on the meta device or with weights.
-        make (MakeLinear): from weight and bias.
-    """
+    """Replace, in place, every ``nn.Linear`` below ``module`` by ``make(weight, bias)``."""
     for name, child in module.named_children():
         if type(child) is nn.Linear:
             setattr(module, name, make(child.weight, child.bias))
@@ -121,12 +93,7 @@ def replace_linears(module: nn.Module, make: MakeLinear) -> None:
 def quantization_of(module: nn.Module) -> str:
     """Name the format that :func:`quantize_linears` left below a module.
 
-    Args:
-        module (nn.Module): typically the layers of a backbone.
-
-    Returns:
-        str: "nf4", "fp4" or, for integers, such as "int4, groups of 64, rtn"; "none" where no
-            linear is quantised.
+    It is "nf4", "fp4", "none" or, for integers, such as "int4, groups of 64, rtn".
     """
     formats = {m.quantization for m in module.modules() if isinstance(m, QuantizedLinear)}
     return "+".join(sorted(formats)) or "none"

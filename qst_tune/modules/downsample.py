@@ -13,12 +13,12 @@ maxpool  max over r neighbouring channels   none           S numbers a token
 avgpool  mean over r neighbouring channels  none           S numbers a token
 =======  =================================  =============  =======================
 
-What is kept is the memory that grows with the batch, so each downsampler has two parts:
-``read`` runs without gradient and returns all that must be kept of h; ``project`` is the trained
-rest. One that must keep h may do so in 8 bits (:mod:`qst_tune.quantization.block`).
+What is saved is the memory that grows with the batch, so each downsampler has two parts:
+``read`` runs without gradient and returns all that must be saved of h; ``project`` is the trained
+rest. A downsampler that must save h can do so in 8 bits (:mod:`qst_tune.quantization.block`).
 
-Dropout belongs to ``read``: it needs no gradient there, so that no mask is kept, and a step that is
-recomputed in backward starts from what was read and cannot draw another mask.
+Dropout belongs to ``read``. It needs no gradient there, so no mask is saved; and a step that is
+recomputed in backward starts from what was read, so it cannot draw another mask.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ from qst_tune.quantization.block import dequantize_blocks, quantize_blocks
 
 DownsampleKind = Literal["linear", "lora", "adapter", "maxpool", "avgpool"]
 Activation = Literal["silu", "relu", "gelu", "identity"]
-Kept = tuple[torch.Tensor, ...]
+Saved = tuple[torch.Tensor, ...]
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "silu": nn.SiLU,
@@ -46,11 +46,10 @@ class Downsample(nn.Module):
     """What all downsamplers share: ``forward(h) == project(*read(h))``.
 
     Args:
-        hidden_bits (int): 16 keeps h as it is, 8 keeps integer codes of it with one scale for
-            every 64 channels; the forward pass sees the decoded values too, so its gradient is
-            exact.
+        hidden_bits (int): 16 saves h as it is; 8 saves integer codes with one scale for every 64
+            channels. The forward pass sees the decoded values too, so its gradient is exact.
         dropout (float): share of the channels of h that are read as 0 in training, the others as
-            h / (1 - dropout). Default: 0.
+            h / (1 - dropout).
     """
 
     def __init__(self, hidden_bits: int = 16, dropout: float = 0.0) -> None:
@@ -59,58 +58,30 @@ class Downsample(nn.Module):
         self.dropout = dropout
 
     @torch.no_grad()
-    def read(self, h: torch.Tensor) -> Kept:
-        """Return what backward needs of a hidden state, some of it dropped; without gradient.
-
-        Args:
-            h (torch.Tensor): hidden state of the backbone, ``[..., D]``.
-
-        Returns:
-            Kept: what :meth:`project` takes.
-        """
+    def read(self, h: torch.Tensor) -> Saved:
+        """Return what backward needs of h, ``[..., D]``, some of it dropped; without gradient."""
         if self.training and self.dropout > 0:
             h = F.dropout(h, self.dropout)
         return self._summary(h)
 
-    def _summary(self, h: torch.Tensor) -> Kept:
-        """What is kept: h itself, or its codes and scales."""
+    def _summary(self, h: torch.Tensor) -> Saved:
+        """What is saved: h itself, or its codes and scales."""
         return (h,) if self.hidden_bits == 16 else quantize_blocks(h)
 
-    def project(self, *kept: torch.Tensor) -> torch.Tensor:
-        """Apply the trained part.
-
-        Args:
-            *kept (torch.Tensor): from :meth:`read`.
-
-        Returns:
-            torch.Tensor: ``[..., S]``.
-        """
+    def project(self, *saved: torch.Tensor) -> torch.Tensor:
+        """Apply the trained part to what :meth:`read` returned; gives ``[..., S]``."""
         raise NotImplementedError
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
-        """Read and project.
-
-        Args:
-            h (torch.Tensor): hidden state of the backbone, ``[..., D]``.
-
-        Returns:
-            torch.Tensor: ``[..., S]``.
-        """
+        """Map ``[..., D]`` to ``[..., S]``."""
         return self.project(*self.read(h))
 
-    def _hidden(self, kept: Kept) -> torch.Tensor:
-        return kept[0] if self.hidden_bits == 16 else dequantize_blocks(*kept)
+    def _hidden(self, saved: Saved) -> torch.Tensor:
+        return saved[0] if self.hidden_bits == 16 else dequantize_blocks(*saved)
 
 
 class LinearDownsample(Downsample):
-    """Downsample by one trained matrix.
-
-    Args:
-        in_dim (int): D, width of the hidden state.
-        out_dim (int): S, width of the side network.
-        hidden_bits (int): see :class:`Downsample`.
-        dropout (float): see :class:`Downsample`.
-    """
+    """Downsample from D = ``in_dim`` to S = ``out_dim`` by one trained matrix."""
 
     def __init__(
         self, in_dim: int, out_dim: int, *, hidden_bits: int = 16, dropout: float = 0.0
@@ -118,16 +89,9 @@ class LinearDownsample(Downsample):
         super().__init__(hidden_bits, dropout)
         self.reduce = nn.Linear(in_dim, out_dim, bias=False)
 
-    def project(self, *kept: torch.Tensor) -> torch.Tensor:
-        """Apply the matrix.
-
-        Args:
-            *kept (torch.Tensor): from :meth:`read`.
-
-        Returns:
-            torch.Tensor: ``[..., S]``.
-        """
-        y: torch.Tensor = self.reduce(self._hidden(kept))
+    def project(self, *saved: torch.Tensor) -> torch.Tensor:
+        """Apply the matrix."""
+        y: torch.Tensor = self.reduce(self._hidden(saved))
         return y
 
 
@@ -164,30 +128,18 @@ class LowRankDownsample(Downsample):
         self.activation = activation or nn.Identity()
         self.norm = norm or nn.Identity()
 
-    def project(self, *kept: torch.Tensor) -> torch.Tensor:
-        """Pass the bottleneck.
-
-        Args:
-            *kept (torch.Tensor): from :meth:`read`.
-
-        Returns:
-            torch.Tensor: ``[..., S]``.
-        """
-        narrow = self.activation(self.reduce(self._hidden(kept)))
+    def project(self, *saved: torch.Tensor) -> torch.Tensor:
+        """Pass the bottleneck."""
+        narrow = self.activation(self.reduce(self._hidden(saved)))
         y: torch.Tensor = self.norm(self.expand(narrow))
         return y
 
 
 class PoolDownsample(Downsample):
-    """Pool neighbouring channels; S channels come out whether or not S divides D.
+    """Pool neighbouring channels to S = ``out_dim`` channels, whether or not S divides D.
 
     Where S does not divide D the windows are those of adaptive pooling: channel j covers inputs
     ``floor(j D / S)`` up to ``ceil((j + 1) D / S)``.
-
-    Args:
-        out_dim (int): S, width of the side network.
-        kind (Literal["maxpool", "avgpool"]): which statistic of a window is taken.
-        dropout (float): see :class:`Downsample`.
     """
 
     def __init__(
@@ -197,7 +149,7 @@ class PoolDownsample(Downsample):
         self.out_dim = out_dim
         self.kind = kind
 
-    def _summary(self, h: torch.Tensor) -> Kept:
+    def _summary(self, h: torch.Tensor) -> Saved:
         """The pooled state, ``[..., S]``."""
         in_dim = h.shape[-1]
         if in_dim % self.out_dim == 0:
@@ -208,16 +160,9 @@ class PoolDownsample(Downsample):
         pooled = pool(h.flatten(0, -2).unsqueeze(1), self.out_dim)
         return (pooled.view(*h.shape[:-1], self.out_dim),)
 
-    def project(self, *kept: torch.Tensor) -> torch.Tensor:
-        """Nothing is trained.
-
-        Args:
-            *kept (torch.Tensor): from :meth:`read`.
-
-        Returns:
-            torch.Tensor: the pooled state.
-        """
-        return kept[0]
+    def project(self, *saved: torch.Tensor) -> torch.Tensor:
+        """Return the pooled state: nothing is trained."""
+        return saved[0]
 
 
 def build_downsample(  # a builder, as those of models/
@@ -231,21 +176,10 @@ def build_downsample(  # a builder, as those of models/
     hidden_bits: int = 16,
     dropout: float = 0.0,
 ) -> Downsample:
-    """Build one downsampler.
+    """Build one downsampler, from D = ``in_dim`` to S = ``out_dim``.
 
-    Args:
-        kind (DownsampleKind): which one.
-        in_dim (int): D, width of the backbone.
-        out_dim (int): S, width of the side network.
-        rank (int): R of "lora" and "adapter"; the others ignore it.
-        activation (Activation): of the "adapter": "silu", as in the authors' code, "relu", "gelu"
-            or "identity".
-        norm (bool): put a LayerNorm behind an "adapter", as the authors' code does.
-        hidden_bits (int): 16 or 8 bits a number for what "linear", "lora" and "adapter" keep.
-        dropout (float): share of the channels that are not read in training.
-
-    Returns:
-        Downsample: maps ``[..., D]`` to ``[..., S]``.
+    Only "lora" and "adapter" have a ``rank``, and only "adapter" an ``activation`` and, as in the
+    authors' code, a LayerNorm (``norm``). The pools ignore ``hidden_bits``.
     """
     if kind == "maxpool" or kind == "avgpool":
         return PoolDownsample(out_dim, kind, dropout=dropout)

@@ -15,18 +15,11 @@ EmbeddingQuantization = Literal["none", "int8"]
 def quantize_embedding(
     decoder: TransformerDecoder, embedding_quantization: EmbeddingQuantization = "none"
 ) -> None:
-    """Store, in place, the embedding and the LM head as codes; a head that is tied stays so.
+    """Store, in place, the embedding and the LM head as codes; a tied head stays tied.
 
-    The modules stay the ones they are, and with them a scale of Gemma's embedding, positions or a
-    soft cap: only their weight becomes a :class:`~qst_tune.quantization.table.QuantizedTable`.
-
-    Args:
-        decoder (TransformerDecoder): on the meta device or with weights.
-        embedding_quantization (EmbeddingQuantization): "int8" (a scale a token), or "none", which
-            changes nothing.
-
-    Raises:
-        ValueError: if the format is unknown, or the decoder's embedding is not an ``nn.Embedding``.
+    The modules stay, and with them a scale of Gemma's embedding, positions or a soft cap: only
+    their weight becomes a :class:`~qst_tune.quantization.table.QuantizedTable` with a scale a
+    token. "none" changes nothing. ValueError as of :func:`check_table_format`.
     """
     if embedding_quantization == "none":
         return
@@ -37,15 +30,7 @@ def quantize_embedding(
 
 
 def check_table_format(embedding_quantization: EmbeddingQuantization, embedding: nn.Module) -> None:
-    """Refuse a format or an embedding that is not supported.
-
-    Args:
-        embedding_quantization (EmbeddingQuantization): any format's name.
-        embedding (nn.Module): of tokens.
-
-    Raises:
-        ValueError: if the format is unknown, or ``embedding`` is not an ``nn.Embedding``.
-    """
+    """Check the arguments: ValueError if the format is unknown or this is no ``nn.Embedding``."""
     if embedding_quantization not in get_args(EmbeddingQuantization):
         known = ", ".join(get_args(EmbeddingQuantization))
         raise ValueError(
@@ -61,7 +46,7 @@ def _owners(decoder: TransformerDecoder) -> Iterator[nn.Embedding | nn.Linear]:
     """The modules with a weight that has a row for each token."""
     embedding: nn.Embedding = decoder.tok_embeddings
     yield embedding
-    # A tied head is none of its own: it reads the embedding's weight at each call.
+    # A tied head has no weight of its own: it reads the embedding's at each call.
     head = decoder.output.modules() if isinstance(decoder.output, nn.Module) else ()
     for module in head:
         if isinstance(module, nn.Linear) and module.out_features == embedding.num_embeddings:
@@ -69,14 +54,9 @@ def _owners(decoder: TransformerDecoder) -> Iterator[nn.Embedding | nn.Linear]:
 
 
 def quantization_of_backbone(decoder: TransformerDecoder) -> str:
-    """Name how a backbone is stored: what a side network or scales that were tuned on it need.
+    """Name how a backbone is stored, which a side network or scales that were tuned on it need.
 
-    Args:
-        decoder (TransformerDecoder): may be on the meta device.
-
-    Returns:
-        str: as :func:`~qst_tune.modules.base_quantization.quantization_of` of its layers, with
-            "; embedding int8" behind it if that is quantised too.
+    It is the layers' ``quantization_of``, with "; embedding int8" behind it if that is quantised.
     """
     layers = quantization_of(decoder.layers)
     weight = decoder.tok_embeddings.weight

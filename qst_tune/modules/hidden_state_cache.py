@@ -1,4 +1,4 @@
-"""Keep what a frozen backbone computes: epochs after the first run the side network alone."""
+"""A cache of a frozen backbone's states: epochs after the first run the side network alone."""
 
 import hashlib
 import os
@@ -22,35 +22,28 @@ log = utils.get_logger("INFO")
 class HiddenStateCache:
     """Hidden states of the batches that a backbone has run on, a safetensors file for each batch.
 
-    No gradient enters the backbone of QST and nothing in it trains, so it makes the same of a batch
-    in every epoch; here it runs on each batch once. What is read is bit for bit what was computed.
-    A batch is found by its content: another batch, or one whose file is damaged, is computed. When
-    the disk has no room no more is kept, and said so once.
+    No gradient enters the backbone of QST and nothing in it trains, so it computes the same of a
+    batch in every epoch; with this cache it runs on each batch once. What is read is bit for bit
+    what was computed. A batch is found by its content: another batch, or one whose file is damaged,
+    is computed. When the disk is full, no more is written, which is logged once.
 
     Not in the paper. LoRA cannot do this: what its layers compute changes with every step.
 
     Args:
-        folder (Path): of one backbone and of the layers that are read; made when needed. Several
+        directory (Path): for one backbone and one choice of layers; made when needed. Several
             processes and runs may share it, and its files may be deleted at any time.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
         self.is_full = False
 
     def read(
         self, tokens: torch.Tensor, *, mask: _MaskType | None, input_pos: torch.Tensor | None
     ) -> Iterator[torch.Tensor] | None:
-        """Find the states of a batch.
+        """Find the states of a batch, in order and one at a time, on the device of ``tokens``.
 
-        Args:
-            tokens (torch.Tensor): ``[B, T]`` of the batch.
-            mask (_MaskType | None): of the batch.
-            input_pos (torch.Tensor | None): of the batch.
-
-        Returns:
-            Iterator[torch.Tensor] | None: the states in order, one at a time, on the device of
-            ``tokens``; None if they must be computed.
+        None if they must be computed. ``tokens`` are ``[B, T]``.
         """
         file = _open(self._path(tokens, mask, input_pos), tokens.device)
         return None if file is None else _tensors_of(file)
@@ -58,63 +51,40 @@ class HiddenStateCache:
     def recorder(
         self, tokens: torch.Tensor, *, mask: _MaskType | None, input_pos: torch.Tensor | None
     ) -> "Recorder":
-        """Begin to keep the states of a batch.
-
-        Args:
-            tokens (torch.Tensor): ``[B, T]`` of the batch.
-            mask (_MaskType | None): of the batch.
-            input_pos (torch.Tensor | None): of the batch.
-
-        Returns:
-            Recorder: add each state to it in order, then write.
-        """
+        """Begin to record a batch: add each state in order, then write."""
         return Recorder(self, self._path(tokens, mask, input_pos))
 
     def _path(
         self, tokens: torch.Tensor, mask: _MaskType | None, input_pos: torch.Tensor | None
     ) -> Path:
-        return self.folder / f"{_digest(tokens, mask, input_pos)}.safetensors"
+        return self.directory / f"{_digest(tokens, mask, input_pos)}.safetensors"
 
     def keep(self, states: list[torch.Tensor], path: Path) -> None:
-        """Write a file that is whole or absent, whenever the process dies.
-
-        Args:
-            states (list[torch.Tensor]): in order, on the CPU.
-            path (Path): of the file.
-        """
+        """Write states on the CPU to a file that is whole or absent, whenever the process dies."""
         aside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            room = shutil.disk_usage(self.folder).free - RESERVED_BYTES
+            self.directory.mkdir(parents=True, exist_ok=True)
+            room = shutil.disk_usage(self.directory).free - RESERVED_BYTES
             if sum(state.nbytes for state in states) > room:
                 raise OSError(f"the disk has less than {RESERVED_BYTES / 1024**3:.0f} GiB left")
             save_file({str(i): state for i, state in enumerate(states)}, aside)
             aside.replace(path)
         except (OSError, SafetensorError) as error:
             self.is_full = True
-            log.warning(f"no more hidden states are kept in {self.folder}: {error}")
+            log.warning(f"no more hidden states are written to {self.directory}: {error}")
         finally:
             aside.unlink(missing_ok=True)
 
 
 class Recorder:
-    """The states of one batch, copied to the host as they are computed.
-
-    Args:
-        cache (HiddenStateCache): where they are kept.
-        path (Path): of the batch's file.
-    """
+    """The states of one batch, copied to the host as they are computed."""
 
     def __init__(self, cache: HiddenStateCache, path: Path) -> None:
         self._cache, self._path = cache, path
         self._states: list[torch.Tensor] = []
 
     def add(self, state: torch.Tensor) -> None:
-        """Copy the next state, unless the disk is full.
-
-        Args:
-            state (torch.Tensor): ``[B, T, D]``.
-        """
+        """Copy the next state, ``[B, T, D]``, unless the disk is full."""
         if not self._cache.is_full:
             self._states.append(state.detach().cpu().contiguous())
 
@@ -140,8 +110,8 @@ def _open(path: Path, device: torch.device) -> Any | None:
 def _digest(tokens: torch.Tensor, mask: _MaskType | None, input_pos: torch.Tensor | None) -> str:
     """Name a batch by all that its hidden states depend on.
 
-    A BlockMask, which stands for the samples of a pack, has no content to hash; but the positions
-    begin anew with each sample, so they say the same.
+    A BlockMask, the mask of a packed batch, has no content to hash; but the positions begin anew
+    with each sample, so they identify it.
     """
     digest = hashlib.sha256()
     for part in (tokens, mask, input_pos):

@@ -47,28 +47,16 @@ class LinearCrossEntropyLoss(nn.Module):
         self._head: Head | None = None
 
     def set_model_output(self, model: TransformerDecoder) -> None:
-        """Take over the model's LM head; from now on the model returns the head's input.
-
-        Args:
-            model (TransformerDecoder): a model with ``output`` and ``skip_output_layer``.
-        """
+        """Take over the model's LM head; from now on the model returns the head's input."""
         model.skip_output_layer = True
         # Not a submodule: the head stays the model's, in one place in its state dict.
         object.__setattr__(self, "_head", model.output)
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Compute the loss.
+        """Compute the loss: fp32 scalar, the mean over tokens with a label; 0 if there is none.
 
-        Args:
-            hidden (torch.Tensor): y, input of the head, ``[..., D]``.
-            labels (torch.Tensor): ``[...]`` token ids, aligned, ``ignore_index`` where there is no
-                loss.
-
-        Returns:
-            torch.Tensor: fp32 scalar, the mean over tokens with a label; 0 if there is none.
-
-        Raises:
-            RuntimeError: if :meth:`set_model_output` was not called.
+        ``hidden`` is the head's input y, ``[..., D]``; ``labels`` are aligned token ids ``[...]``.
+        RuntimeError if :meth:`set_model_output` was not called.
         """
         if self._head is None:
             raise RuntimeError("LinearCrossEntropyLoss: call set_model_output(model) first")
@@ -80,16 +68,10 @@ class LinearCrossEntropyLoss(nn.Module):
 def linear_cross_entropy(
     hidden: torch.Tensor, labels: torch.Tensor, head: Head, chunk_tokens: int = 256
 ) -> torch.Tensor:
-    r"""Compute :math:`-\log \mathrm{softmax}(\mathrm{head}(y_i))_{t_i}` of each token.
+    r"""Compute :math:`-\log \mathrm{softmax}(\mathrm{head}(y_i))_{t_i}` of each token, in nats.
 
-    Args:
-        hidden (torch.Tensor): y, input of the head, ``[N, D]``.
-        labels (torch.Tensor): t, int64 token ids, ``[N]``.
-        head (Head): frozen; maps ``[n, D]`` to logits ``[n, V]``.
-        chunk_tokens (int): tokens whose logits exist at once.
-
-    Returns:
-        torch.Tensor: nats, fp32, ``[N]``; differentiable in ``hidden``.
+    ``hidden`` is y, ``[N, D]``; ``labels`` t, int64 ``[N]``; the frozen ``head`` maps ``[n, D]`` to
+    logits ``[n, V]``. The result is fp32 ``[N]``, differentiable in ``hidden``.
     """
     losses: torch.Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden, labels, head, chunk_tokens

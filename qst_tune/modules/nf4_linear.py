@@ -14,7 +14,7 @@ _FEW_TOKENS = 64
 
 
 class _MatmulNF4(torch.autograd.Function):
-    """``x W^T`` that keeps only the 4-bit weight for the gradient of ``x``."""
+    """``x W^T`` that saves only the 4-bit weight for the gradient of ``x``."""
 
     @staticmethod
     def forward(
@@ -44,7 +44,7 @@ class NF4Linear(nn.Linear):
     Args:
         weight (torch.Tensor): ``[out_dim, in_dim]``; dense (quantised here) or an NF4Tensor of type
             ``quant_type``, may be meta.
-        bias (torch.Tensor | None): ``[out_dim]``, kept in its dtype, frozen. Default: None.
+        bias (torch.Tensor | None): ``[out_dim]``, frozen, in its dtype.
         quant_type (QuantType): "nf4" or "fp4". Default: "nf4".
     """
 
@@ -67,34 +67,16 @@ class NF4Linear(nn.Linear):
             self.bias = nn.Parameter(bias.detach(), requires_grad=False)
 
     def quantize_(self, weight: torch.Tensor) -> None:
-        """Replace the weight by a dense one, quantised.
-
-        Args:
-            weight (torch.Tensor): ``[out_dim, in_dim]``; its dtype becomes that of the layer.
-        """
+        """Replace the weight by a dense one, quantised; its dtype becomes that of the layer."""
         quantized = quantize_nf4(weight, self.quant_type)
         self.weight = nn.Parameter(quantized, requires_grad=False)
 
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """Decode the weight.
-
-        Args:
-            dtype (torch.dtype): of the result.
-
-        Returns:
-            torch.Tensor: ``[out_dim, in_dim]``.
-        """
+        """Decode the weight."""
         return dequantize_nf4(self.weight).to(dtype)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Apply the layer.
-
-        Args:
-            input (torch.Tensor): ``[..., in_dim]``.
-
-        Returns:
-            torch.Tensor: ``[..., out_dim]`` in the dtype of ``input``.
-        """
+        """Map ``[..., in_dim]`` to ``[..., out_dim]`` in the dtype of ``input``."""
         if self._decodes_in_parts(input):
             rows = [F.linear(input, part.to(input.dtype)) for part in decoded_rows(self.weight)]
             y = torch.cat(rows, dim=-1)

@@ -13,34 +13,22 @@ OutputMixKind = Literal["residual", "alpha", "sigmoid", "swapped_sigmoid"]
 
 
 class ResidualMix(nn.Module):
-    r"""Add the side network to the backbone: :math:`y = f + u`.
+    """Add the side network to the backbone: :math:`y = f + u`.
 
     With an upsampler that starts at zero the model starts exactly at the backbone, and the
     upsampler has a gradient from the first step. Under the paper's mix it has none while alpha
-    is 1. No parameters. Not in the paper.
+    is 1. Not in the paper.
     """
 
     def forward(self, f: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        """Mix.
-
-        Args:
-            f (torch.Tensor): ``[B, T, D]``.
-            u (torch.Tensor): ``[B, T, D]``.
-
-        Returns:
-            torch.Tensor: ``[B, T, D]``.
-        """
+        """Mix."""
         return f + u
 
 
 class AlphaMix(nn.Module):
-    r"""The paper's mix: :math:`y = \alpha f + (1 - \alpha)\,u` with alpha learned from 1.
+    r"""The paper's mix: :math:`y = \alpha f + (1 - \alpha)\,u`, which starts at the backbone.
 
-    Source: QST (https://arxiv.org/abs/2401.07159). It starts exactly at the backbone.
-
-    Args:
-        num_channels (int): 1 for a scalar alpha (paper), D for one per channel.
-        initial_alpha (float): start of alpha; 1 is the backbone alone. Default: 1.
+    Source: QST (https://arxiv.org/abs/2401.07159), where alpha is one number that starts at 1.
     """
 
     def __init__(self, num_channels: int, initial_alpha: float = 1.0) -> None:
@@ -54,15 +42,7 @@ class AlphaMix(nn.Module):
         nn.init.constant_(self.alpha, self.initial_alpha)
 
     def forward(self, f: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        """Mix.
-
-        Args:
-            f (torch.Tensor): ``[B, T, D]``.
-            u (torch.Tensor): ``[B, T, D]``.
-
-        Returns:
-            torch.Tensor: ``[B, T, D]``.
-        """
+        """Mix."""
         alpha = self.alpha.to(f.dtype)
         return alpha * f + (1 - alpha) * u
 
@@ -70,14 +50,9 @@ class AlphaMix(nn.Module):
 class SigmoidMix(nn.Module):
     r"""The authors' code: :math:`y = \sigma(z)\,f + (1 - \sigma(z))\,u`, z from 1.
 
-    Their code for OPT has f and u swapped. It does not start at the backbone but at 0.731 of it
-    plus 0.269 of a random state (swapped: the other way round); kept to load and continue their
-    checkpoints.
-
-    Args:
-        num_channels (int): 1, or D as in the authors' code.
-        initial_logit (float): start of z. Default: 1, as in the authors' code.
-        swapped (bool): give u the weight sigma(z), and f the rest.
+    Their code for OPT has f and u ``swapped``. It does not start at the backbone but at 0.731 of it
+    plus 0.269 of a random state (swapped: the other way round). It exists to load and continue
+    their checkpoints, which have one z a channel.
     """
 
     def __init__(
@@ -94,29 +69,16 @@ class SigmoidMix(nn.Module):
         nn.init.constant_(self.logit, self.initial_logit)
 
     def forward(self, f: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        """Mix.
-
-        Args:
-            f (torch.Tensor): ``[B, T, D]``.
-            u (torch.Tensor): ``[B, T, D]``.
-
-        Returns:
-            torch.Tensor: ``[B, T, D]``.
-        """
+        """Mix."""
         weight = torch.sigmoid(self.logit).to(f.dtype)
         return torch.lerp(f, u, weight) if self.swapped else torch.lerp(u, f, weight)
 
 
 def build_output_mix(kind: OutputMixKind, num_channels: int, initial: float = 1.0) -> nn.Module:
-    """Build an output mix; "residual" has no parameters and ignores the numbers.
+    """Build an output mix with ``num_channels`` (1 or D) weights.
 
-    Args:
-        kind (OutputMixKind): which one.
-        num_channels (int): 1 or D.
-        initial (float): start of alpha ("alpha") or of z (both "sigmoid" ones). Default: 1.
-
-    Returns:
-        nn.Module: called with f and u.
+    ``initial`` is the start of alpha ("alpha") or of z (both "sigmoid" ones); "residual" has no
+    parameters and ignores the numbers.
     """
     if kind == "residual":
         return ResidualMix()

@@ -35,7 +35,7 @@ class PEQALinear(nn.Module):
 
     With one scale a channel it is applied behind the product, so that its gradient needs neither
     the input nor a gradient of the weight; in groups the weight's gradient is made and summed a few
-    rows at a time. What is kept for backward: the output per channel, the input in groups and where
+    rows at a time. Saved for backward: the output per channel; the input in groups and where
     the model overwrites outputs.
 
     Source: PEQA (https://arxiv.org/abs/2305.14152), equation 2, with ``weight_scale`` for its
@@ -91,12 +91,7 @@ class PEQALinear(nn.Module):
         self.quantize_(weight)
 
     def quantize_(self, weight: torch.Tensor) -> None:
-        """Quantise a dense weight into this layer; scales start anew.
-
-        Args:
-            weight (torch.Tensor): ``[O, I]``, floating point, on the device where the layer shall
-                be.
-        """
+        """Quantise a dense weight ``[O, I]``, on its device; scales start anew."""
         if weight.is_meta:  # shapes alone: quantising on meta takes 10 s for the layers of a 70B
             codes = weight.new_empty(self.out_features, self.layout.num_bytes, dtype=torch.uint8)
             scale = weight.new_empty(self.out_features, self.layout.num_groups, dtype=torch.float32)
@@ -109,11 +104,7 @@ class PEQALinear(nn.Module):
         self._set(codes, scale, zero_point)
 
     def take_(self, stored: StoredAffine) -> None:
-        """Replace the weight by one that a directory stores, with its codes, scales and layout.
-
-        Args:
-            stored (StoredAffine): on the device of the layer.
-        """
+        """Replace the weight by one that a directory stores, with its codes, scales and layout."""
         self.layout = stored.layout
         _, scale, zero_point = stored.weight
         self._set(stored.packed(), scale, zero_point, stored.order)
@@ -135,11 +126,6 @@ class PEQALinear(nn.Module):
         else:
             self.register_buffer("zero_point", zero_point)
 
-    @property
-    def weight_shape(self) -> torch.Size:
-        """``[O, I]``."""
-        return torch.Size((self.out_features, self.in_features))
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Quantise a dense weight here: torchtune's own recipes load a whole model at once."""
         weight = state_dict.get(f"{prefix}weight")
@@ -152,45 +138,22 @@ class PEQALinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def adapter_params(self) -> list[str]:
-        """Names of what trains, by torchtune's adapter protocol.
-
-        Returns:
-            list[str]: names of parameters of this module.
-        """
+        """Names of the trainable parameters, as torchtune's adapter protocol asks."""
         return ["weight_scale", "zero_point"] if self.train_zero_points else ["weight_scale"]
 
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """Decode the weight, without gradient.
-
-        Args:
-            dtype (torch.dtype): of the result.
-
-        Returns:
-            torch.Tensor: ``[O, I]``.
-        """
+        """Decode the weight, without gradient."""
         scale, zero_point = self.weight_scale.detach(), self.zero_point.detach()
         weight = dequantize_affine(self.codes, scale, zero_point, self.layout, dtype)
         return weight if self.input_order is None else in_own_order(weight, self.input_order)
 
     def affine_weight(self) -> AffineWeight:
-        """Unpack the weight.
-
-        Returns:
-            AffineWeight: codes ``[O, I]`` without padding, columns in ``input_order``; scales and
-            zero points, not copied.
-        """
+        """Unpack codes ``[O, I]``, columns in ``input_order``; scales and zero points."""
         codes = unpack(self.codes, self.layout.bits, self.in_features)
         return AffineWeight(codes, self.weight_scale.detach(), self.zero_point.detach())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply the layer.
-
-        Args:
-            x (torch.Tensor): ``[..., I]``, floating point.
-
-        Returns:
-            torch.Tensor: ``[..., O]`` in the dtype of ``x``.
-        """
+        """Map ``[..., I]`` to ``[..., O]`` in the dtype of ``x``."""
         if self.input_order is not None:
             x = x.index_select(-1, self.input_order)
         # A trained zero point is no whole number, so codes minus it would be rounded in bf16.
@@ -204,11 +167,7 @@ class PEQALinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
-        """Describe the layer as ``print(model)`` shows it.
-
-        Returns:
-            str: sizes and format.
-        """
+        """Describe sizes and format, as ``print(model)`` shows them."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bits={self.layout.bits}, group_size={self.layout.group_size}"
@@ -216,17 +175,10 @@ class PEQALinear(nn.Module):
 
 
 def scale_columns_(values: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
-    """Multiply in place by one number a column, in the wider dtype of the two.
+    """Multiply ``[..., O]`` in place by one number a column, in the wider dtype of the two.
 
     On a CPU a few rows at once: there torch copies the whole to the wider dtype, into fresh memory,
     which took as long as the product before it (for 1024 x 1536 in bf16 25 ms, in parts 1).
-
-    Args:
-        values (torch.Tensor): ``[..., O]``, contiguous; changed.
-        weight_scale (torch.Tensor): ``[O]``.
-
-    Returns:
-        torch.Tensor: ``values``.
     """
     if values.device.type != "cpu" or values.dtype == weight_scale.dtype:
         return values.mul_(weight_scale)
@@ -237,7 +189,7 @@ def scale_columns_(values: torch.Tensor, weight_scale: torch.Tensor) -> torch.Te
 
 
 class _PerChannel(torch.autograd.Function):
-    """``y = (x (q - z)^T) s``; keeps y, which the next operation often keeps anyway."""
+    """``y = (x (q - z)^T) s``; saves y, which the next operation often saves anyway."""
 
     @staticmethod
     def forward(
@@ -260,12 +212,12 @@ class _PerChannel(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         needs_x, needs_scale, *_ = ctx.needs_input_grad
-        weight_scale, *kept = ctx.saved_tensors  # once: recomputation forbids a second look
+        weight_scale, *saved = ctx.saved_tensors  # once: recomputation forbids a second look
         scale = weight_scale.squeeze(1)
         grad_x = grad_scale = None
         if needs_scale:
             # x (q - z)^T is y / s: no second product. Where s is exactly 0, it is lost and s stays.
-            over_tokens = (grad * kept[0]).flatten(0, -2).sum(0, dtype=scale.dtype)
+            over_tokens = (grad * saved[0]).flatten(0, -2).sum(0, dtype=scale.dtype)
             grad_scale = torch.where(scale == 0, 0.0, over_tokens / scale).unsqueeze(1)
         if needs_x:
             scaled = scale_columns_(grad.clone(memory_format=torch.contiguous_format), scale)
@@ -293,7 +245,7 @@ class _Grouped(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         needs_x, needs_scale, needs_zero_point, *_ = ctx.needs_input_grad
-        weight_scale, zero_point, *kept = ctx.saved_tensors  # once, as above
+        weight_scale, zero_point, *saved = ctx.saved_tensors  # once, as above
         grad_x = grad_scale = grad_zero_point = None
         if needs_x:
             grad_x = grad @ dequantize_affine(
@@ -301,7 +253,7 @@ class _Grouped(torch.autograd.Function):
             )
         if needs_scale or needs_zero_point:
             grad_scale, grad_sum = _group_sums(
-                kept[0].flatten(0, -2), grad.flatten(0, -2), ctx.codes, zero_point, ctx.layout
+                saved[0].flatten(0, -2), grad.flatten(0, -2), ctx.codes, zero_point, ctx.layout
             )
             grad_zero_point = -weight_scale * grad_sum if needs_zero_point else None
             grad_scale = grad_scale.to(weight_scale.dtype)

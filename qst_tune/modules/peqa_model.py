@@ -13,16 +13,14 @@ _WRAPPED = "_checkpoint_wrapped_module."
 
 
 class PEQAModel(nn.Module):
-    """A decoder with integer linears that knows its task: the tensors that train.
+    """A decoder with integer linears whose task is the trainable tensors.
 
     They can be exchanged in a loaded model while the codes stay. Embedding, norms, routers and LM
     head do not train. Source: PEQA (https://arxiv.org/abs/2305.14152).
 
     This is what :class:`~qst_tune.modules.peqa_decoder.PEQADecoder` (torchtune) and
-    :class:`~qst_tune.backbone.peqa_transformer.PEQATransformer` (transformers) share.
-
-    Attributes:
-        skip_output_layer (bool): return the LM head's input instead of logits.
+    :class:`~qst_tune.backbone.peqa_transformer.PEQATransformer` (transformers) share. With
+    ``skip_output_layer`` it returns the LM head's input instead of logits.
     """
 
     skip_output_layer: bool
@@ -33,11 +31,7 @@ class PEQAModel(nn.Module):
     max_seq_len: Any
 
     def adopt(self) -> None:
-        """Freeze everything except the scales.
-
-        Raises:
-            ValueError: if there is no integer linear.
-        """
+        """Freeze everything except the scales; ValueError if there is no integer linear."""
         if not self.task():
             raise ValueError("a PEQA model needs at least one integer linear: use peqa_decoder")
         self.train_scales()
@@ -50,28 +44,22 @@ class PEQAModel(nn.Module):
             parameter.requires_grad_(True)
 
     def recompute_layers(self) -> None:
-        """Recompute each layer in backward instead of keeping its activations."""
+        """Recompute each layer in backward instead of saving its activations."""
         policy = {type(layer) for layer in self.layers}
         training.set_activation_checkpointing(self, auto_wrap_policy=policy)
 
     def task(self) -> dict[str, nn.Parameter]:
-        """Return what trains: the scales, and the zero points if they train too.
+        """Return the trainable parameters: the scales, and the zero points if they train too.
 
-        Returns:
-            dict[str, nn.Parameter]: the model's own parameters. Their names stay the same when
-                layers are wrapped for recomputation.
+        Their names stay the same when layers are wrapped for recomputation.
         """
         return scales_of(self)
 
     @torch.no_grad()
     def load_task(self, task: dict[str, torch.Tensor]) -> None:
-        """Exchange what trains, in place; codes and everything else that is frozen stay.
+        """Replace the trainable values by :meth:`task` of a model with the same codes, in place.
 
-        Args:
-            task (dict[str, torch.Tensor]): from :meth:`task` of a model with the same codes.
-
-        Raises:
-            ValueError: if names or shapes differ from this model's.
+        ValueError if names or shapes differ from this model's.
         """
         own = self.task()
         if {n: t.shape for n, t in task.items()} != {n: t.shape for n, t in own.items()}:
@@ -81,14 +69,7 @@ class PEQAModel(nn.Module):
 
 
 def named_integers(module: nn.Module) -> dict[str, PEQALinear]:
-    """List the integer linears below a module.
-
-    Args:
-        module (nn.Module): its layers may be wrapped for recomputation.
-
-    Returns:
-        dict[str, PEQALinear]: by name, without the wrappers'.
-    """
+    """List the integer linears below a module by name, without wrappers of recomputation."""
     named = module.named_modules()
     return {without_wrappers(name): m for name, m in named if isinstance(m, PEQALinear)}
 
@@ -99,14 +80,7 @@ def without_wrappers(name: str) -> str:
 
 
 def scales_of(module: nn.Module) -> dict[str, nn.Parameter]:
-    """List what trains in the integer linears below a module.
-
-    Args:
-        module (nn.Module): as for :func:`named_integers`.
-
-    Returns:
-        dict[str, nn.Parameter]: by name.
-    """
+    """List the trainable parameters of the integer linears below a module."""
     return {
         f"{name}.{leaf}": linear.get_parameter(leaf)
         for name, linear in named_integers(module).items()

@@ -1,10 +1,10 @@
-"""A frozen backbone as plain tensors, so that FSDP shards it whatever they stand for.
+"""A frozen backbone as plain tensors, so that FSDP shards it whatever they represent.
 
 FSDP2 shards parameters along their first dimension. A quantised weight is one tensor to a module
-but several to the memory, and cannot be cut between any two rows: torchao's own sharding of NF4
-wants the number of second-level blocks to be a multiple of the number of processes, which a 576 x
-576 weight has not. Its codes, absmax codes and factors as parameters of their own can be cut
-anywhere.
+but several in memory, and cannot be cut between any two rows: torchao's own sharding of NF4 needs
+a number of second-level blocks that is a multiple of the number of processes, which a 576 x 576
+weight does not have. Codes, absmax codes and factors can be cut anywhere as parameters of their
+own.
 """
 
 from dataclasses import dataclass
@@ -17,33 +17,24 @@ from torch.nn.utils import parametrize
 from qst_tune.modules.peqa_linear import PEQALinear
 from qst_tune.quantization.parts import join_parts, named_parts, parts_of
 
-_SMALL = 16  # numbers, such as the levels of NF4: every process keeps them
+_SMALL = 16  # numbers, such as the levels of NF4: each process has all of them
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a module keeps a tensor.
-
-    Args:
-        owner (nn.Module): the module.
-        name (str): of its parameter or buffer.
-    """
+    """A parameter or buffer of a module, by its name there."""
 
     owner: nn.Module
     name: str
 
     @property
     def tensor(self) -> torch.Tensor:
-        """What is there."""
+        """The tensor that is there now."""
         tensor: torch.Tensor = getattr(self.owner, self.name)
         return tensor
 
     def put(self, tensor: torch.Tensor) -> None:
-        """Exchange it.
-
-        Args:
-            tensor (torch.Tensor): becomes a parameter where one was, trained if that was.
-        """
+        """Exchange it; it becomes a parameter where one was, trainable if that was."""
         before = self.tensor
         if isinstance(before, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=before.requires_grad)
@@ -53,12 +44,8 @@ class Place:
 def plain_parts(module: nn.Module) -> dict[str, torch.Tensor]:
     """Return what a checkpoint fills of a module, without its children, as plain tensors.
 
-    Args:
-        module (nn.Module): any of a backbone, not changed by :func:`expose_parts`.
-
-    Returns:
-        dict[str, torch.Tensor]: not copied. The parts of a quantised ``weight`` are called
-        ``weight/quantized_data`` and so on.
+    They are not copied. The parts of a quantised ``weight`` are called ``weight/quantized_data``
+    and so on. The module must not have been changed by :func:`expose_parts`.
     """
     parts: dict[str, torch.Tensor] = {}
     for name, tensor in module.named_parameters(recurse=False):
@@ -69,15 +56,10 @@ def plain_parts(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def expose_parts(module: nn.Module) -> dict[str, Place]:
-    """Make the parts of a module, in place, frozen parameters of their own.
+    """Make the parts of a module, without its children, frozen parameters of their own, in place.
 
-    It computes as before: a quantised weight is put together from its parts when it is asked for.
-
-    Args:
-        module (nn.Module): without children or one of them; typically on meta.
-
-    Returns:
-        dict[str, Place]: where each of the :func:`plain_parts` is now.
+    It computes as before: a quantised weight is joined from its parts at each access. Returns where
+    each of the :func:`plain_parts` is now.
     """
     places: dict[str, Place] = {}
     for name, tensor in list(module.named_parameters(recurse=False)):

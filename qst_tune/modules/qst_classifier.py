@@ -23,22 +23,13 @@ class QSTClassifier(QSTModel):
     ``num_labels`` C = 1 it is a regression.
 
     The head is part of the side network (``side.score``), so it is trained, saved and loaded with
-    it. The backbone's LM head stays in the model, so that the checkpoint loads as a whole, and is
-    not used.
+    it. The LM head stays in the model, unused, so that the checkpoint loads as a whole.
 
     Source: the authors' sequence classification (github.com/YouAreSpecialToMe/QST at 27cef0a).
-    Differs from it: theirs starts at random values, and over OPT counts the real tokens where we
-    look for the last one (``counts_tokens``).
+    Differs from it: theirs starts at random values. Their OPT code reads index n - 1 of a row with
+    n real tokens (``counts_tokens``), which under padding on the left is not the last one.
 
-    Args:
-        model (QSTModel): over any backbone; it becomes the classifier.
-        num_labels (int): C.
-        counts_tokens (bool): read the state at index n - 1 of a row with n real tokens, as the
-            authors' code for OPT does, which is another token than the last under padding on the
-            left. Default: False.
-
-    Raises:
-        ValueError: if ``num_labels`` is below 1.
+    The given model, over any backbone, becomes the classifier. ValueError if C is below 1.
     """
 
     num_labels: int
@@ -71,15 +62,9 @@ class QSTClassifier(QSTModel):
     def forward(
         self, tokens: torch.Tensor, *, padding_mask: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Classify sequences.
+        """Classify sequences ``[B, T]``: fp32 logits ``[B, C]``.
 
-        Args:
-            tokens (torch.Tensor): ``[B, T]`` token ids.
-            padding_mask (torch.Tensor | None): ``[B, T]``, True for real tokens, which stand
-                together; None: all are.
-
-        Returns:
-            torch.Tensor: fp32 logits ``[B, C]``.
+        ``padding_mask``, ``[B, T]``, is True for real tokens, which are contiguous; None: all are.
         """
         last = torch.full(tokens.shape[:1], tokens.shape[1] - 1, device=tokens.device)
         where = {}

@@ -8,31 +8,20 @@ from torchtune.modules import TransformerDecoder
 from torchtune.modules.attention_utils import _MaskType
 
 from qst_tune.modules.backbone import head_output
-from qst_tune.modules.decoder_parts import decoder_parts
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.modules.side_network import SideNetwork
-from qst_tune.modules.torchtune_backbone import CHUNK_TOKENS, TorchtuneBackbone
+from qst_tune.modules.torchtune_backbone import CHUNK_TOKENS, TorchtuneBackbone, decoder_parts
 
 
 class QSTDecoder(QSTModel, TransformerDecoder):
     """Quantized Side Tuning over any torchtune decoder.
 
-    The backbone's ``tok_embeddings``, ``layers``, ``norm`` and ``output`` keep torchtune's names
-    and are frozen; ``side`` is added. So a stock checkpoint loads with exactly the ``side.`` keys
-    missing, and torchtune's generation and chunked output see the model they know.
+    The backbone's ``tok_embeddings``, ``layers``, ``norm`` and ``output`` keep torchtune's names,
+    are taken over (not copied) and frozen; ``side`` is added. So a stock checkpoint loads with
+    exactly the ``side.`` keys missing, and torchtune's generation and chunked output work.
 
     A batch of more than ``frozen_chunk_tokens`` tokens goes through each frozen layer in parts,
-    which bounds the memory of its intermediates.
-
-    Source: QST (https://arxiv.org/abs/2401.07159); equations in
-    :class:`~qst_tune.modules.side_network.SideNetwork`.
-
-    Args:
-        backbone (TransformerDecoder): its modules are taken over (not copied) and frozen.
-        side (SideNetwork): its blocks belong to layers of the backbone.
-
-    Raises:
-        ValueError: if a side block belongs to a layer that is not there.
+    which bounds the memory of its intermediates. ValueError as of :meth:`adopt`.
     """
 
     def __init__(self, backbone: TransformerDecoder, side: SideNetwork) -> None:
@@ -57,14 +46,7 @@ class QSTDecoder(QSTModel, TransformerDecoder):
         encoder_max_seq_len: int | None = None,
         decoder_max_seq_len: int | None = None,
     ) -> None:
-        """Set up key-value caches of the backbone and of the side network.
-
-        Args:
-            batch_size (int): number of sequences.
-            dtype (torch.dtype): dtype of the caches.
-            encoder_max_seq_len (int | None): ignored by decoder-only models.
-            decoder_max_seq_len (int | None): length of the caches; default ``max_seq_len``.
-        """
+        """Set up key-value caches of both networks; arguments as torchtune's."""
         super().setup_caches(batch_size, dtype, decoder_max_seq_len=decoder_max_seq_len)
         for block in self._side_blocks():
             block.setup_caches(
@@ -75,11 +57,7 @@ class QSTDecoder(QSTModel, TransformerDecoder):
             )
 
     def reset_caches(self) -> None:
-        """Empty the key-value caches of both networks.
-
-        Raises:
-            RuntimeError: if no caches are set up.
-        """
+        """Empty the key-value caches of both networks; RuntimeError if there are none."""
         super().reset_caches()
         for block in self._side_blocks():
             block.reset_cache()
@@ -97,19 +75,10 @@ class QSTDecoder(QSTModel, TransformerDecoder):
         encoder_mask: torch.Tensor | None = None,
         input_pos: torch.Tensor | None = None,
     ) -> torch.Tensor | list[torch.Tensor]:
-        """Compute logits; arguments and result as torchtune's ``TransformerDecoder.forward``.
+        """Compute logits; arguments as torchtune's ``TransformerDecoder.forward``.
 
-        Args:
-            tokens (torch.Tensor): ``[B, T]`` token ids.
-            mask (_MaskType | None): ``[B, T, T]`` booleans, True where a row may attend; default
-                causal. Used by both networks.
-            encoder_input (torch.Tensor | None): not supported, must be None.
-            encoder_mask (torch.Tensor | None): not supported, must be None.
-            input_pos (torch.Tensor | None): ``[B, T]`` positions, for packed or padded sequences.
-
-        Returns:
-            torch.Tensor | list[torch.Tensor]: fp32 logits ``[B, T, V]``; chunks of logits after
-            ``set_num_output_chunks``; the head's input ``[B, T, D]`` if ``skip_output_layer``.
+        The mask serves both networks. ``encoder_input`` and ``encoder_mask`` must be None. Returns
+        :func:`~qst_tune.modules.backbone.head_output`.
         """
         decoder: Any = self
         decoder._validate_inputs(

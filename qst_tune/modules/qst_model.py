@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torchtune.modules.attention_utils import _MaskType
 
-from qst_tune.modules.backbone import Backbone
+from qst_tune.modules.backbone import Backbone, where_of_rows
 from qst_tune.modules.hidden_state_cache import HiddenStateCache
 from qst_tune.modules.side_network import SideNetwork
 
@@ -24,15 +24,15 @@ class QSTModel(nn.Module):
     :class:`~qst_tune.modules.side_network.SideNetwork`.
 
     This is what :class:`~qst_tune.modules.qst_decoder.QSTDecoder` (torchtune) and
-    :class:`~qst_tune.backbone.qst_transformer.QSTTransformer` (transformers) share; each says where
-    its parameters are.
+    :class:`~qst_tune.backbone.qst_transformer.QSTTransformer` (transformers) share; each defines
+    where its parameters are.
 
     Attributes:
         side (SideNetwork): its blocks belong to layers of the backbone.
         skip_output_layer (bool): return the LM head's input instead of logits.
         num_output_chunks (int): return so many chunks of logits; 0: one tensor.
-        hidden_state_cache (HiddenStateCache | None): set where batches come again: the backbone
-            then runs on each of them once.
+        hidden_state_cache (HiddenStateCache | None): set if batches repeat: the backbone then runs
+            once on each of them.
     """
 
     side: SideNetwork
@@ -53,18 +53,14 @@ class QSTModel(nn.Module):
         raise NotImplementedError
 
     def adopt(self, side: SideNetwork) -> None:
-        """Freeze what is there and add the side network.
+        """Freeze the backbone and take over the side network.
 
-        Args:
-            side (SideNetwork): taken over.
-
-        Raises:
-            ValueError: if a side block belongs to a layer that is not there.
+        ValueError if a side block belongs to a layer that the backbone does not have.
         """
         num_layers = self.backbone.num_layers
         if max(side.layers) >= num_layers:
             raise ValueError(
-                f"a side block stands beside layer {max(side.layers)}, but the backbone has only "
+                f"a side block belongs to layer {max(side.layers)}, but the backbone has only "
                 f"layers 0 to {num_layers - 1}"
             )
         self.requires_grad_(False)
@@ -79,32 +75,21 @@ class QSTModel(nn.Module):
         raise NotImplementedError
 
     def train(self, mode: bool = True) -> "QSTModel":
-        """Switch the side network between training and evaluation; the backbone always evaluates.
-
-        Args:
-            mode (bool): True for training. Default: True.
-
-        Returns:
-            QSTModel: itself.
-        """
+        """Switch the side network's mode; the backbone always evaluates."""
         super().train(False)
         self.training = mode
         self.side.train(mode)
         return self
 
     def initialize_side(self, device: torch.device) -> None:
-        """Give the side network its first values, in place.
-
-        Args:
-            device (torch.device): of the side network, if it is on meta.
-        """
+        """Give a side network on meta its first values, in place, on this device."""
         if any(parameter.is_meta for parameter in self.side.parameters()):
             self.side.materialize(device)
 
     def keep_reference(self) -> None:
         """Let :meth:`with_reference` compare with the model as it is now, not with the backbone.
 
-        A frozen copy of the side network is kept; it reads the same hidden states.
+        The model gets a frozen copy of its side network, which reads the same hidden states.
         """
         reference = copy.deepcopy(self.side).eval().requires_grad_(False)
         reference.recompute = False
@@ -118,35 +103,18 @@ class QSTModel(nn.Module):
         mask: _MaskType | None = None,
         input_pos: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run both networks once: what the side network makes, and what the reference model would.
+        """Compute inputs of the LM head, ``[B, T, D]``, of the model and of its reference model.
 
-        The reference model of preference learning is the backbone alone, for no more than its LM
-        head; or, after :meth:`keep_reference`, the model of that moment, whose side network reads
-        the states of the same pass.
-
-        Args:
-            tokens (torch.Tensor): as for :meth:`forward`.
-            mask (_MaskType | None): as for :meth:`forward`.
-            input_pos (torch.Tensor | None): as for :meth:`forward`.
-
-        Returns:
-            tuple[torch.Tensor, torch.Tensor]: inputs of the LM head of the model and of the
-            reference model, ``[B, T, D]``.
+        The reference model of preference learning is the backbone alone, which costs no more than
+        its LM head; or, after :meth:`keep_reference`, the model at that time, whose side network
+        reads the states of the same pass.
         """
         return self._both(
             tokens, mask=mask, input_pos=input_pos, reference_side=self.reference_side
         )
 
     def side_where(self, tokens: torch.Tensor, **where: Any) -> dict[str, Any]:
-        """Return mask and positions as the side network takes them.
-
-        Args:
-            tokens (torch.Tensor): ``[B, T]``.
-            **where (Any): ``mask`` and ``input_pos`` as the backbone takes them.
-
-        Returns:
-            dict[str, Any]: here the same.
-        """
+        """Return ``mask`` and ``input_pos`` as the side network takes them; here the same."""
         return where
 
     def _both(
@@ -159,7 +127,7 @@ class QSTModel(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The head's input of the model, and that of the reference or of the backbone alone.
 
-        A large batch runs in parts, if the backbone wants that.
+        A large batch runs in parts, if the backbone chooses so.
         """
         # A method of its own: FSDP wraps with_reference, and forward must not enter it twice.
         sides = [self.side] if reference_side is None else [self.side, reference_side]
@@ -167,7 +135,10 @@ class QSTModel(nn.Module):
         if len(parts) == 1 or not self.side.rows_are_alike:
             return self._rows(sides, tokens, mask=mask, input_pos=input_pos)
         where = {"mask": mask, "input_pos": input_pos}
-        pairs = [self._rows(sides, tokens[rows], **_of(where, rows, len(tokens))) for rows in parts]
+        pairs = [
+            self._rows(sides, tokens[rows], **where_of_rows(where, rows, len(tokens)))
+            for rows in parts
+        ]
         y, reference = zip(*pairs, strict=True)
         return torch.cat(y), torch.cat(reference)
 
@@ -187,12 +158,12 @@ class QSTModel(nn.Module):
         taps = [0, *(index + 1 for index in self.side.layers)]
         if self.hidden_state_cache is None or self.caches_are_enabled():
             return self.backbone.run(tokens, taps=taps, visit=steps, **where)
-        kept = self.hidden_state_cache.read(tokens, **where)
-        if kept is not None:
+        states = self.hidden_state_cache.read(tokens, **where)
+        if states is not None:
             steps(self.backbone.embed(tokens, **where))
             for _ in self.side.layers:
-                steps(next(kept))
-            (f_BTD,) = kept
+                steps(next(states))
+            (f_BTD,) = states
             return f_BTD
         recorder = self.hidden_state_cache.recorder(tokens, **where)
 
@@ -208,7 +179,7 @@ class QSTModel(nn.Module):
 
 
 class _SideSteps:
-    """Side networks as they advance with the states they are shown: start, then their blocks."""
+    """Side networks that advance with each state they get: start, then their blocks."""
 
     def __init__(self, sides: list[SideNetwork], where: dict[str, Any]) -> None:
         self._sides, self._where = sides, where
@@ -234,13 +205,3 @@ class _SideSteps:
         """The LM head's input of each."""
         pairs = zip(self._sides, self._states, strict=True)
         return [side.finish(f_BTD, state) for side, state in pairs]
-
-
-def _of(where: dict[str, Any], rows: slice, batch_size: int) -> dict[str, Any]:
-    """Rows of a mask and of positions; one that serves all rows stays whole."""
-    return {
-        name: value[rows]
-        if isinstance(value, torch.Tensor) and value.ndim > 1 and len(value) == batch_size
-        else value
-        for name, value in where.items()
-    }

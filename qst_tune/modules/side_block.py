@@ -9,7 +9,7 @@ from torchtune.modules import FeedForward, MultiHeadAttention, TransformerSelfAt
 
 MIN_HEAD_DIM = 4
 
-# Arguments beside ``dim`` of torchtune's rotary embeddings, plain and scaled.
+# Arguments besides ``dim`` of torchtune's rotary embeddings, plain and scaled.
 _ROPE_SETTINGS = (
     "max_seq_len",
     "base",
@@ -22,14 +22,7 @@ _ROPE_SETTINGS = (
 
 @dataclass(frozen=True)
 class SideShape:
-    """Sizes of one side block.
-
-    Args:
-        embed_dim (int): S, width of the side network.
-        hidden_dim (int): width inside its MLP.
-        num_heads (int): query heads.
-        num_kv_heads (int): key and value heads.
-    """
+    """Sizes of a side block: S, width inside its MLP, query heads, key and value heads."""
 
     embed_dim: int
     hidden_dim: int
@@ -44,14 +37,9 @@ class SideShape:
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """Sizes of a backbone layer from which those of a side block follow.
+    """Sizes of a backbone layer, from which those of a side block follow.
 
-    Args:
-        embed_dim (int): D.
-        hidden_dim (int): width inside its MLP.
-        num_heads (int): query heads.
-        num_kv_heads (int): key and value heads.
-        is_rotary (bool): whether a side block turns pairs of channels: its heads have even width.
+    ``is_rotary``: a side block turns pairs of channels, so its heads have an even width.
     """
 
     embed_dim: int
@@ -62,14 +50,7 @@ class LayerSizes:
 
 
 def layer_sizes(layer: TransformerSelfAttentionLayer) -> LayerSizes:
-    """Read the sizes of a torchtune layer.
-
-    Args:
-        layer (TransformerSelfAttentionLayer): a layer of the backbone.
-
-    Returns:
-        LayerSizes: its sizes.
-    """
+    """Read the sizes of a torchtune layer."""
     attn = layer.attn
     return LayerSizes(
         embed_dim=attn.embed_dim,
@@ -87,22 +68,14 @@ def side_shape(
 
     Widths are the backbone's divided by r, rounded down. The side network keeps the backbone's
     number of heads, as the authors do, where that leaves a head_dim of at least ``min_head_dim``
-    (fewer than 4 leave nothing to attend with), even where rotary embeddings turn pairs of
-    channels; otherwise the largest smaller number that does and keeps the backbone's share of
-    key and value heads, and with it the number of parameters, where there is one.
+    (never below 4), even where rotary embeddings turn pairs of channels. Otherwise it has the
+    largest smaller number that does, preferably one that keeps the backbone's share of key and
+    value heads, and with it the number of parameters.
 
-    Args:
-        sizes (LayerSizes): of a layer of the backbone.
-        reduction_factor (int): r.
-        min_head_dim (int): least width of a head, where the side network is as wide as that.
-            Narrow heads learn badly (docs/results.md), and the time of attention grows with their
-            number: at width 36, 3 heads of 12 take nearly half the time of 9 of 4.
+    Narrow heads learn badly (docs/results.md), and the time of attention grows with their number:
+    at width 36, 3 heads of 12 take nearly half the time of 9 of 4.
 
-    Returns:
-        SideShape: sizes of the side block, width ``D // r``.
-
-    Raises:
-        ValueError: if no number of heads fits that width; the message names values of r that work.
+    ValueError if no number of heads fits that width; the message names values of r that work.
     """
     embed_dim = sizes.embed_dim // reduction_factor if reduction_factor >= 1 else 0
     num_heads = _num_side_heads(sizes, embed_dim, min(min_head_dim, embed_dim))
@@ -124,17 +97,9 @@ def side_shape(
 def build_side_blocks(layers: Iterable[nn.Module], shape: SideShape) -> nn.ModuleList:
     """Build side blocks with random weights, one for each given layer and of its own type.
 
-    Args:
-        layers (Iterable[nn.Module]): backbone layers, those that get a block, to imitate: norm type
-            and epsilon, biases, activation, rotary base and scaling, attention dropout.
-        shape (SideShape): sizes, from :func:`side_shape`.
-
-    Returns:
-        nn.ModuleList: ``TransformerSelfAttentionLayer`` of width ``shape.embed_dim``. Blocks share
-        a rotary embedding where their layers do: its cache can be megabytes.
-
-    Raises:
-        ValueError: if a layer is not torchtune's ``TransformerSelfAttentionLayer``.
+    A block imitates norm type and epsilon, biases, activation, rotary base and scaling, and
+    attention dropout. Blocks share a rotary embedding where their layers do: its cache can be
+    megabytes. ValueError if a layer is not torchtune's ``TransformerSelfAttentionLayer``.
     """
     side_ropes: dict[nn.Module, nn.Module | None] = {}
     blocks = nn.ModuleList()
@@ -165,17 +130,9 @@ def _side_block(
 
 
 def resize_norm(norm: nn.Module, dim: int) -> nn.Module:
-    """Build a fresh norm of the same type and epsilon over ``dim`` channels.
+    """Build a fresh norm of the same type and epsilon over ``dim`` channels; an Identity stays one.
 
-    Args:
-        norm (nn.Module): RMSNorm, LayerNorm or the like; an Identity stays one.
-        dim (int): number of channels of the new norm.
-
-    Returns:
-        nn.Module: the new norm, its weights at their initial values.
-
-    Raises:
-        ValueError: if its type is not built from ``dim`` and ``eps`` (Gemma 2's, for example).
+    ValueError if its type is not built from ``dim`` and ``eps`` (Gemma 2's, for example).
     """
     if isinstance(norm, nn.Identity):
         return nn.Identity()  # not the backbone's: two networks must not share a module

@@ -61,7 +61,7 @@ class SideConfig:
         variant (Variant): preset of the fields that are None: "default", "paper" or "authors".
         hidden_bits (int): 16 or 8; bits in which "linear", "lora" and "adapter" save hidden states
             for backward (with recomputation on, else the decoded ones are saved too).
-        num_side_blocks (int | None): side blocks, evenly spaced beside the backbone's layers; the
+        num_side_blocks (int | None): side blocks, evenly spaced over the backbone's layers; the
             variant's is at most one for every layer.
         normalize_hidden (bool | None): read each token's hidden state divided by its root mean
             square.
@@ -131,15 +131,7 @@ class SideConfig:
         return {n: v for n, v in values.items() if n == "reduction_factor" or v != _DEFAULTS[n]}
 
     def resolved(self, width: int, num_layers: int) -> "SideConfig":
-        """Fill in what the variant fixes, and what a small backbone leaves of it.
-
-        Args:
-            width (int): D.
-            num_layers (int): N.
-
-        Returns:
-            SideConfig: without None.
-        """
+        """Fill in every None with what the variant fixes, for D = ``width`` and N layers."""
         preset = dict(VARIANTS[self.variant])
         preset["rank"] = min(preset["rank"], width)
         preset["num_side_blocks"] = min(preset["num_side_blocks"] or num_layers, num_layers)

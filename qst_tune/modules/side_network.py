@@ -1,4 +1,4 @@
-"""The side network of QST: everything that trains.
+"""The side network of QST: all trainable parameters.
 
 Notation: B batch, T tokens, D width of the backbone, S = D / r width of the side network, N layers
 of the backbone, M blocks of the side network.
@@ -17,11 +17,11 @@ from torchtune.modules import RMSNorm
 from torchtune.modules.attention_utils import _MaskType
 
 from qst_tune.modules.backbone import Backbone
-from qst_tune.modules.downsample import Kept, build_downsample
+from qst_tune.modules.downsample import Saved, build_downsample
 from qst_tune.modules.output_mix import build_output_mix
 from qst_tune.modules.side_config import SideConfig
 
-# Given, since torch's own for bf16 is 0.008: as large as the mean square of some embeddings.
+# torch's default for bf16, 0.008, is as large as the mean square of some embeddings.
 _NORM_EPS = 1e-6
 
 
@@ -32,10 +32,6 @@ class Gate(nn.Module):
 
     Source: QST (https://arxiv.org/abs/2401.07159), where gamma is a scalar that starts at 0; the
     authors' code has one gamma per channel that starts at 0.5.
-
-    Args:
-        num_channels (int): 1 for a scalar gate, S for one gamma per channel.
-        initial_gamma (float): start of gamma.
     """
 
     def __init__(self, num_channels: int, initial_gamma: float) -> None:
@@ -49,15 +45,7 @@ class Gate(nn.Module):
         nn.init.constant_(self.gamma, self.initial_gamma)
 
     def forward(self, new: torch.Tensor, carried: torch.Tensor) -> torch.Tensor:
-        """Mix two states of one shape.
-
-        Args:
-            new (torch.Tensor): x, ``[B, T, S]``.
-            carried (torch.Tensor): c, ``[B, T, S]``.
-
-        Returns:
-            torch.Tensor: ``[B, T, S]`` in the dtype of ``new``.
-        """
+        """Mix two states ``[B, T, S]``, x and c, in the dtype of x."""
         beta = torch.sigmoid(self.gamma).to(new.dtype)
         return torch.lerp(new, carried.to(new.dtype), beta)
 
@@ -73,17 +61,9 @@ class ZeroLinear(nn.Linear):
 
 
 def evenly_spaced_layers(num_blocks: int, num_layers: int) -> list[int]:
-    """Choose the backbone layers that have a side block: evenly spaced, the last among them.
+    """Choose the M of N backbone layers, counted from 0, with a side block: the last is among them.
 
-    Args:
-        num_blocks (int): M.
-        num_layers (int): N.
-
-    Returns:
-        list[int]: M indices, counted from 0.
-
-    Raises:
-        ValueError: unless 1 <= M <= N.
+    ValueError unless 1 <= M <= N.
     """
     if not 1 <= num_blocks <= num_layers:
         raise ValueError(
@@ -106,26 +86,25 @@ class SideNetwork(nn.Module):
 
     Source: QST (https://arxiv.org/abs/2401.07159), where every layer has a block: M = N, l(k) = k.
     With M instead of M + 1 downsamplers it is the authors' code, which uses the first one for the
-    embedding and for layer 1 alike. Fewer blocks than layers, as ladder side tuning has them
-    (https://arxiv.org/abs/2206.06522), and ``normalize_hidden``, which divides each token's hidden
-    state by its root mean square before it is read, learn better (docs/results.md): of many blocks
-    only the last few count in :math:`g_M`, and hidden states grow a hundredfold from the first
-    layer to the last.
+    embedding and for layer 1 alike. Two deviations learn better (docs/results.md): fewer blocks
+    than layers, as in ladder side tuning (https://arxiv.org/abs/2206.06522), since of many blocks
+    only the last few count in :math:`g_M`; and ``normalize_hidden``, which divides each token's
+    hidden state by its root mean square, since hidden states grow a hundredfold over the layers.
 
     The parameters may be wider than the hidden states (fp32 masters over a bf16 backbone); products
     are then computed in the backbone's dtype by autocast.
 
-    It follows torchtune's adapter protocol: :meth:`adapter_params` names what trains, and
-    ``disabled = True`` (``torchtune.modules.peft.disable_adapter``) gives the plain backbone.
-    ``recompute = True`` keeps only the inputs of a step, and runs its downsampler, gate and block
+    It follows torchtune's adapter protocol: :meth:`adapter_params` names the trainable parameters,
+    and ``disabled = True`` (``torchtune.modules.peft.disable_adapter``) gives the plain backbone.
+    ``recompute = True`` saves only the inputs of a step, and runs its downsampler, gate and block
     again in backward.
 
     Args:
-        backbone (Backbone): of which only sizes are read; it is not kept.
+        backbone (Backbone): only its sizes are read; it is not stored.
         config (SideConfig): resolved.
 
     Attributes:
-        layers (list[int]): for each block the index of the backbone layer beside it, ascending.
+        layers (list[int]): for each block the index of the backbone layer that it reads, ascending.
 
     Raises:
         ValueError: if r or the number of blocks does not fit the backbone.
@@ -168,21 +147,13 @@ class SideNetwork(nn.Module):
         self.recompute = False
 
     def adapter_params(self) -> list[str]:
-        """Names of the trainable parameters: all of them.
-
-        Returns:
-            list[str]: names relative to this module.
-        """
+        """Names of the trainable parameters, relative to this module: all of them."""
         return [name for name, _ in self.named_parameters()]
 
     def materialize(self, device: torch.device) -> None:
         """Allocate and initialise, in place, a side network that was built on the meta device.
 
-        Args:
-            device (torch.device): where to put it.
-
-        Raises:
-            ValueError: if a module with parameters has no known initial value.
+        ValueError if a module with parameters has no known initial value.
         """
         self.to_empty(device=device)
         with device:
@@ -202,14 +173,7 @@ class SideNetwork(nn.Module):
                     )
 
     def start(self, h_BTD: torch.Tensor) -> torch.Tensor:
-        """Give the first side state from the embedding.
-
-        Args:
-            h_BTD (torch.Tensor): :math:`h_0`.
-
-        Returns:
-            torch.Tensor: :math:`g_0`, ``[B, T, S]``.
-        """
+        """Compute :math:`g_0`, ``[B, T, S]``, from the embedding :math:`h_0`."""
         return self._run(self._first_state, h_BTD, *self._read(self._downsampler(0), h_BTD))
 
     def step(
@@ -221,52 +185,36 @@ class SideNetwork(nn.Module):
         mask: _MaskType | None = None,
         input_pos: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Advance the side state by one block.
+        """Compute :math:`g_k`, ``[B, T, S]``, from :math:`h_{l(k)}` and :math:`g_{k-1}`.
 
-        Args:
-            index (int): k - 1, counted from 0.
-            h_BTD (torch.Tensor): :math:`h_{l(k)}`, output of the backbone layer beside the block.
-            g_BTS (torch.Tensor): :math:`g_{k-1}`.
-            mask (_MaskType | None): the backbone's attention mask, as torchtune defines it.
-            input_pos (torch.Tensor | None): positions of the tokens, as torchtune defines them.
-
-        Returns:
-            torch.Tensor: :math:`g_k`, ``[B, T, S]``.
+        ``index`` is k - 1; ``mask`` and ``input_pos`` are torchtune's.
         """
         downsample = self._downsampler(index if self.config.share_first_downsample else index + 1)
         gate, block = self.gates[index], self.blocks[index]
 
-        def next_state(g_BTS: torch.Tensor, *kept: torch.Tensor) -> torch.Tensor:
-            mixed_BTS = gate(downsample.project(*kept), g_BTS)
+        def next_state(g_BTS: torch.Tensor, *saved: torch.Tensor) -> torch.Tensor:
+            mixed_BTS = gate(downsample.project(*saved), g_BTS)
             out_BTS: torch.Tensor = block(mixed_BTS, mask=mask, input_pos=input_pos)
             return out_BTS
 
         return self._run(next_state, h_BTD, g_BTS, *self._read(downsample, h_BTD))
 
     def finish(self, f_BTD: torch.Tensor, g_BTS: torch.Tensor) -> torch.Tensor:
-        """Give the input of the LM head.
-
-        Args:
-            f_BTD (torch.Tensor): f, the backbone's last hidden state after its final norm.
-            g_BTS (torch.Tensor): :math:`g_M`.
-
-        Returns:
-            torch.Tensor: y, ``[B, T, D]`` in the dtype of ``f_BTD``.
-        """
+        """Compute y, the input of the LM head, ``[B, T, D]`` in the dtype of f."""
         with self._compute_in(f_BTD.dtype, f_BTD.device.type):
             upsampled_BTD = self.upsample(self.norm(g_BTS))
         mixed: torch.Tensor = self.output_mix(f_BTD, upsampled_BTD.to(f_BTD.dtype))
         return mixed
 
-    def _read(self, downsample: Any, h_BTD: torch.Tensor) -> Kept:
-        """What the downsampler must keep of a hidden state."""
+    def _read(self, downsample: Any, h_BTD: torch.Tensor) -> Saved:
+        """What the downsampler must save of a hidden state."""
         if self.config.normalize_hidden:
             h_BTD = F.rms_norm(h_BTD, h_BTD.shape[-1:], eps=_NORM_EPS)
-        kept: Kept = downsample.read(h_BTD)
-        return kept
+        saved: Saved = downsample.read(h_BTD)
+        return saved
 
-    def _first_state(self, *kept: torch.Tensor) -> torch.Tensor:
-        g_BTS: torch.Tensor = self._downsampler(0).project(*kept)
+    def _first_state(self, *saved: torch.Tensor) -> torch.Tensor:
+        g_BTS: torch.Tensor = self._downsampler(0).project(*saved)
         return g_BTS
 
     def _downsampler(self, index: int) -> Any:
@@ -276,7 +224,7 @@ class SideNetwork(nn.Module):
     def _run(
         self, compute: Callable[..., torch.Tensor], h: torch.Tensor, *inputs: torch.Tensor
     ) -> torch.Tensor:
-        """Compute in the dtype of ``h``, keeping nothing but the inputs if ``recompute``."""
+        """Compute in the dtype of ``h``, saving nothing but the inputs if ``recompute``."""
         # The closure lives until backward: one that held h itself would keep every hidden state.
         dtype, device_type = h.dtype, h.device.type
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torchtune.modules.attention_utils import _MaskType
 
+from qst_tune.modules.backbone import where_of_rows
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.modules.side_network import SideNetwork
 
@@ -17,24 +18,24 @@ _States = list[torch.Tensor | None]
 class SideNetworks(nn.Module):
     """Side networks that read the hidden states of one backbone pass.
 
-    It stands where a :class:`~qst_tune.modules.side_network.SideNetwork` stands in a
-    ``QSTModel``. :meth:`use` says which network each row of the next batches is for; a row may
-    also be the plain backbone's. The backbone runs once for all rows, and each network for its own
-    rows alone, so a row gives what it gives by itself. Nothing is moved or copied to switch.
+    It takes the place of a :class:`~qst_tune.modules.side_network.SideNetwork` in a ``QSTModel``.
+    :meth:`use` chooses the network of each row of the next batches; a row may also be the plain
+    backbone's. The backbone runs once for all rows, and each network for its own rows alone, so a
+    row gives what it gives by itself. Nothing is moved or copied to switch.
 
     Widths, ranks, downsamplers and mixes may differ between networks. With caches, rows may not
-    change their network: begin a new sequence for that. torchtune's caches hold every row of a
+    change their network: begin a new sequence for that. torchtune's caches are of all rows of a
     batch; use :mod:`qst_tune.generation.caches`.
 
     Args:
-        networks (Mapping[str, SideNetwork]): by name, at least one, beside the same layers.
+        networks (Mapping[str, SideNetwork]): by name, at least one, which read the same layers.
 
     Attributes:
         names (list[str]): of the networks, in order.
         disabled (bool): True gives the plain backbone for all rows.
 
     Raises:
-        ValueError: if there are none, or they are beside different layers.
+        ValueError: if there are none, or they read different layers.
     """
 
     rows_are_alike = False
@@ -48,7 +49,7 @@ class SideNetworks(nn.Module):
         places = {tuple(net.layers) for net in networks.values()}
         if len(places) > 1:
             described = ", ".join(f"{name}: {net.layers}" for name, net in networks.items())
-            raise ValueError(f"side networks must be beside the same layers ({described})")
+            raise ValueError(f"side networks must read the same layers ({described})")
         first = next(iter(networks.values()))
         self.layers: list[int] = first.layers
         self.disabled = False
@@ -62,22 +63,14 @@ class SideNetworks(nn.Module):
         return [block for network in self._all() for block in network.blocks]
 
     def adapter_params(self) -> list[str]:
-        """Names of the trainable parameters: all of them, as torchtune's adapter protocol asks.
-
-        Returns:
-            list[str]: names relative to this module.
-        """
+        """Names of the trainable parameters, relative to this module: all of them."""
         return [name for name, _ in self.named_parameters()]
 
     def use(self, names: str | Sequence[str | None]) -> None:
-        """Choose the networks of the next batches.
+        """Choose the networks of the next batches; ValueError if a name is unknown.
 
-        Args:
-            names (str | Sequence[str | None]): one name for all rows of batches of any size, or a
-                name for each row; None is the plain backbone.
-
-        Raises:
-            ValueError: if a name is unknown.
+        ``names`` is one name for all rows of batches of any size, or a name for each row, where
+        None is the plain backbone.
         """
         asked = {names} if isinstance(names, str) else {name for name in names if name is not None}
         if unknown := sorted(asked - set(self.names)):
@@ -90,16 +83,9 @@ class SideNetworks(nn.Module):
         self._rows = [_rows_of(name, names) for name in self.names]
 
     def start(self, h_BTD: torch.Tensor) -> _States:
-        """Give each network's first state.
+        """Compute each network's first state, of its rows, from the embedding.
 
-        Args:
-            h_BTD (torch.Tensor): the embedding.
-
-        Returns:
-            _States: one state a network, of its rows.
-
-        Raises:
-            ValueError: if the batch has not as many rows as names were given.
+        ValueError if the batch does not have as many rows as names were given.
         """
         if self._num_rows not in (None, len(h_BTD)):
             raise ValueError(f"use() named {self._num_rows} rows, the batch has {len(h_BTD)}")
@@ -119,38 +105,23 @@ class SideNetworks(nn.Module):
         mask: _MaskType | None = None,
         input_pos: torch.Tensor | None = None,
     ) -> _States:
-        """Advance each network by one block.
+        """Advance each network by one block; hidden states are of all rows.
 
-        Args:
-            index (int): of the block.
-            h_BTD (torch.Tensor): what the block reads, all rows.
-            states (_States): from :meth:`start` or :meth:`step`.
-            mask (_MaskType | None): of all rows, or one for all.
-            input_pos (torch.Tensor | None): of all rows, or one for all.
-
-        Returns:
-            _States: the next states.
+        ``mask`` and ``input_pos`` are of all rows, or one for all.
         """
-        size = len(h_BTD)
         following: _States = []
         for (network, rows), state in zip(self._each(), states, strict=True):
             if rows is None or state is None:
                 following.append(None)
                 continue
-            where = {"mask": _of(mask, rows, size), "input_pos": _of(input_pos, rows, size)}
+            where: dict[str, Any] = {"mask": mask, "input_pos": input_pos}
+            if rows is not _ALL_ROWS:
+                where = where_of_rows(where, rows, len(h_BTD))
             following.append(network.step(index, _take(h_BTD, rows), state, **where))
         return following
 
     def finish(self, f_BTD: torch.Tensor, states: _States) -> torch.Tensor:
-        """Give the input of the LM head.
-
-        Args:
-            f_BTD (torch.Tensor): the backbone's last hidden state after its final norm.
-            states (_States): the last ones.
-
-        Returns:
-            torch.Tensor: ``[B, T, D]``; a row without network is that of ``f_BTD``.
-        """
+        """Compute the input of the LM head; a row without network is that of ``f_BTD``."""
         mixed = f_BTD.clone()
         for (network, rows), state in zip(self._each(), states, strict=True):
             if rows is not None and state is not None:
@@ -188,23 +159,8 @@ def _take(h: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return h if rows is _ALL_ROWS else h[rows]
 
 
-def _of(per_row: Any, rows: torch.Tensor, size: int) -> Any:
-    """The rows of a mask or of positions; one that serves all rows is passed as it is."""
-    if isinstance(per_row, torch.Tensor) and len(per_row) == size and per_row.ndim > 1:
-        return _take(per_row, rows)
-    return per_row
-
-
 def share_backbone(model: QSTModel, networks: Mapping[str, SideNetwork]) -> SideNetworks:
-    """Put several side networks in place of a model's own.
-
-    Args:
-        model (QSTModel): changed in place.
-        networks (Mapping[str, SideNetwork]): by name, on the model's device.
-
-    Returns:
-        SideNetworks: now ``model.side``; the first network is in use.
-    """
+    """Replace a model's side network, in place, by several; the first one is in use."""
     shared = SideNetworks(networks).train(model.training)
     model.add_module("side", shared)
     return shared

@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.attention_utils import _MaskType
 
-from qst_tune.modules.backbone import Head, Visit
+from qst_tune.modules.backbone import Head, Visit, where_of_rows
 from qst_tune.modules.base_quantization import BaseQuantization, quantize_linears
 from qst_tune.modules.embedding_quantization import (
     EmbeddingQuantization,
@@ -57,7 +57,7 @@ class TorchtuneBackbone:
 
     @property
     def max_seq_len(self) -> int:
-        """The decoder's."""
+        """The decoder's longest sequence."""
         return int(self.decoder.max_seq_len)
 
     @property
@@ -79,80 +79,34 @@ class TorchtuneBackbone:
     def quantize(
         self, base_quantization: BaseQuantization, embedding_quantization: EmbeddingQuantization
     ) -> None:
-        """Store layers and embedding in these formats, in place.
-
-        Args:
-            base_quantization (BaseQuantization): of the linears of the layers.
-            embedding_quantization (EmbeddingQuantization): of embedding and LM head.
-        """
+        """Store layers and embedding in these formats, in place."""
         quantize_linears(self.decoder.layers, base_quantization)
         quantize_embedding(self.decoder, embedding_quantization)
 
     def side_shape(self, reduction_factor: int, min_head_dim: int) -> SideShape:
-        """Choose the sizes of a side block.
-
-        Args:
-            reduction_factor (int): r.
-            min_head_dim (int): least width of a head.
-
-        Returns:
-            SideShape: of width D // r.
-        """
+        """Choose the sizes of a side block."""
         return side_shape(layer_sizes(self.decoder.layers[0]), reduction_factor, min_head_dim)
 
     def side_blocks(self, layers: Sequence[int], shape: SideShape) -> nn.ModuleList:
-        """Build a side block of the type of each of these layers.
-
-        Args:
-            layers (Sequence[int]): indices.
-            shape (SideShape): from :meth:`side_shape`.
-
-        Returns:
-            nn.ModuleList: with random weights.
-        """
+        """Build a side block of the type of each of these layers."""
         return build_side_blocks([self.decoder.layers[index] for index in layers], shape)
 
     def side_norm(self, dim: int) -> nn.Module:
-        """Build a norm of the type of the final one.
-
-        Args:
-            dim (int): S.
-
-        Returns:
-            nn.Module: over ``dim`` channels.
-        """
+        """Build a norm of the type of the final one."""
         return resize_norm(self.decoder.norm, dim)
 
     def row_parts(self, tokens: torch.Tensor, mask: _MaskType | None) -> list[slice]:
-        """Return all rows as one part: they are split layer by layer.
-
-        Args:
-            tokens (torch.Tensor): ``[B, T]``.
-            mask (_MaskType | None): not looked at.
-
-        Returns:
-            list[slice]: one.
-        """
+        """Return all rows as one part: they are split layer by layer."""
         return [slice(0, len(tokens))]
 
     def embed(self, tokens: torch.Tensor, **where: Any) -> torch.Tensor:
-        """Compute h_0, ``[B, T, D]``, of ``tokens``; rotary positions are not in it."""
+        """Compute h_0; rotary positions are not in it."""
         return self._frozen(self.decoder.tok_embeddings, tokens)
 
     def run(
         self, tokens: torch.Tensor, *, taps: Sequence[int], visit: Visit, **where: Any
     ) -> torch.Tensor:
-        """Run forward without gradient, and show hidden states as they come.
-
-        Args:
-            tokens (torch.Tensor): ``[B, T]``.
-            taps (Sequence[int]): states to show.
-            visit (Visit): called for each.
-            **where (Any): ``mask`` and ``input_pos``.
-
-        Returns:
-            torch.Tensor: f, ``[B, T, D]``.
-        """
+        """Run forward without gradient, and show hidden states as they come."""
         h_BTD = self.embed(tokens, **where)
         if 0 in taps:
             visit(h_BTD)
@@ -186,24 +140,30 @@ class TorchtuneBackbone:
         if num_rows >= len(x) or indivisible:
             whole: torch.Tensor = module(x, **per_row)
             return whole
+
+        def part(start: int) -> torch.Tensor:
+            rows = slice(start, start + num_rows)
+            y: torch.Tensor = module(x[rows], **where_of_rows(per_row, rows, len(x)))
+            return y
+
         starts = range(0, len(x), num_rows)
-        first: torch.Tensor = module(x[:num_rows], **_rows(per_row, 0, num_rows, len(x)))
+        first = part(0)
         output = first.new_empty(len(x), *first.shape[1:])
         output[:num_rows] = first
         for start in starts[1:]:
-            stop = start + num_rows
-            output[start:stop] = module(x[start:stop], **_rows(per_row, start, stop, len(x)))
+            output[start : start + num_rows] = part(start)
         return output
 
 
-def _rows(per_row: dict[str, Any], start: int, stop: int, batch_size: int) -> dict[str, Any]:
-    """The same rows of a mask or of positions; what serves all rows is passed as it is.
+def decoder_parts(backbone: TransformerDecoder) -> dict[str, Any]:
+    """Return the arguments that make a ``TransformerDecoder`` of the same modules, not copied."""
+    names = ("tok_embeddings", "layers", "max_seq_len", "num_heads", "head_dim", "norm", "output")
+    return {name: getattr(backbone, name) for name in names}
 
-    So are positions ``[T]``, of which there may be as many as rows.
-    """
-    return {
-        name: value[start:stop]
-        if isinstance(value, torch.Tensor) and value.ndim > 1 and len(value) == batch_size
-        else value
-        for name, value in per_row.items()
-    }
+
+def build_rotary_caches(module: nn.Module, device: torch.device) -> None:
+    """Compute, in place, what no checkpoint has: the caches of torchtune's rotary embeddings."""
+    ropes: list[Any] = [child for child in module.modules() if hasattr(child, "rope_init")]
+    with device:
+        for rope in ropes:
+            rope.rope_init()

@@ -18,7 +18,7 @@ from qst_tune.errors import UserError
 from qst_tune.modules.base_quantization import QuantizedLinear
 from qst_tune.modules.embedding_quantization import quantization_of_backbone
 from qst_tune.modules.peqa_linear import PEQALinear
-from qst_tune.modules.rotary_caches import build_rotary_caches
+from qst_tune.modules.torchtune_backbone import build_rotary_caches
 from qst_tune.quantization.table import QuantizedTable, quantize_table
 from qst_tune.training.tied_head import EMBEDDING, TiedHead
 

@@ -34,7 +34,7 @@ from qst_tune.modules.base_quantization import QuantizedLinear
 from qst_tune.modules.plain_parts import Place, expose_parts, plain_parts, read_from
 from qst_tune.modules.qst_decoder import QSTDecoder
 from qst_tune.modules.qst_model import QSTModel
-from qst_tune.modules.rotary_caches import build_rotary_caches
+from qst_tune.modules.torchtune_backbone import build_rotary_caches
 from qst_tune.training.backbone_loading import read_weights, set_weight
 from qst_tune.training.backbone_sizes import gathered_groups, is_side
 from qst_tune.training.distributed import sum_over_ranks

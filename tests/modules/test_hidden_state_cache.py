@@ -180,7 +180,7 @@ def test_a_full_disk_is_said_once_and_stops_nothing(
         tokens = random_tokens()
         assert_equal(outcome(cached, tokens), outcome(plain, tokens))
     assert not list(tmp_path.iterdir())
-    assert caplog.text.count("no more hidden states are kept") == 1
+    assert caplog.text.count("no more hidden states are written") == 1
     assert "2 GiB" in caplog.text
 
 

@@ -636,7 +636,9 @@ def test_quantisation_reaches_every_linear_of_every_layer_and_nothing_else():
 
 def test_a_side_block_beside_no_layer_is_refused():
     side = tiny_model().side
-    with pytest.raises(ValueError, match="beside layer 2, but the backbone has only layers 0 to 1"):
+    with pytest.raises(
+        ValueError, match="belongs to layer 2, but the backbone has only layers 0 to 1"
+    ):
         QSTDecoder(tiny_backbone(num_layers=2), side)
 
 

@@ -139,5 +139,5 @@ def test_mistakes_are_told(shared) -> None:
     with pytest.raises(ValueError, match="at least one side network"):
         share_backbone(shared, {})
     other = qst_decoder(tiny_backbone(), reduction_factor=TINY_REDUCTION, num_side_blocks=1)
-    with pytest.raises(ValueError, match=r"beside the same layers \(a: \[0, 1, 2\], b: \[2\]\)"):
+    with pytest.raises(ValueError, match=r"read the same layers \(a: \[0, 1, 2\], b: \[2\]\)"):
         share_backbone(shared, {"a": shared.side.networks[0], "b": other.side})

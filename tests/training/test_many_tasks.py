@@ -39,5 +39,5 @@ def test_folders_that_do_not_go_together_are_told(tmp_path: Path) -> None:
     model, backbone = load_described(
         all_layers, tmp_path / "model", dtype=torch.float32, device=CPU
     )
-    with pytest.raises(UserError, match="one: side networks must be beside the same layers"):
+    with pytest.raises(UserError, match="one: side networks must read the same layers"):
         load_side_networks(model, {"a": all_layers, "b": one_layer}, backbone=backbone)
