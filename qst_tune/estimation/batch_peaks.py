@@ -17,15 +17,9 @@ _FEW, _CHECKED = 3, 5
 class BatchPeaks:
     """Peaks by batch size: of fewer layers, if these give the peaks of a whole step that is known.
 
-    A batch that runs through the whole model in parts has the peaks of three and four full parts, if
-    these give the peaks of five.
-
-    Args:
-        model (Any): on meta; only its structure is read.
-        trace (Trace): of this model.
-        batch_size (int): of the known step.
-        known (Timeline): all layers, all parts of the batch.
-        part_rows (int): rows of a full part.
+    A batch that runs through the whole model in parts of ``part_rows`` rows has the peaks of three
+    and four full parts, if these give the peaks of five. The ``known`` step has ``batch_size``
+    rows. The model is on meta; only its structure is read.
     """
 
     def __init__(

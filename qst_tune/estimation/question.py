@@ -24,16 +24,9 @@ ONE_PROCESS = Spread(1, None)
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked.
+    """What is asked about a step that ``build`` makes anew at each call.
 
-    Args:
-        build (Callable[[], Setup]): makes the step, anew at each call.
-        cfg (DictConfig): has ``optimizer``.
-        shape (Shape): of the batch.
-        device (DeviceType): the device to imitate.
-        attention (Attention): kind of attention kernel.
-        spread (Spread): over how many processes.
-        fit_gib (float | None): memory for which to find the largest batch; None: do not.
+    ``cfg`` has ``optimizer``. With ``fit_gib`` the largest batch within that memory is asked too.
     """
 
     build: Callable[[], Setup]

@@ -55,21 +55,11 @@ def trace_step(
     attention: Attention = "fused",
     shorten: Shorten | None = None,
 ) -> tuple[StepCost, Timeline]:
-    """Run one training step on fake tensors; returns its cost, and every allocation.
+    """Run one training step on fake tensors: what it costs, and every allocation.
 
-    Args:
-        setup (Setup): on meta; used up.
-        cfg (DictConfig): has ``optimizer`` and perhaps ``clip_grad_norm``.
-        shape (Shape): of the batch.
-        device (DeviceType): the device to imitate.
-        attention (Attention): unless the setup has its own.
-        shorten (Shorten | None): changes the model first, in place.
-
-    Returns:
-        tuple[StepCost, Timeline]: memory and operations, and every allocation.
-
-    Raises:
-        UserError: if a row is longer than the model can see.
+    The setup is on meta and used up. ``cfg`` has ``optimizer`` and perhaps ``clip_grad_norm``;
+    ``attention`` counts unless the setup has its own; ``shorten`` changes the model first, in
+    place. UserError if a row is longer than the model's longest sequence.
     """
     if shorten is not None:
         shorten(setup.model)

@@ -49,14 +49,9 @@ _FLOPS: dict[Any, Callable[..., int]] = {
 
 @dataclass
 class _Storage:
-    """One allocation.
+    """One allocation: its size, rounded up, and the events that allocated and released it.
 
-    Args:
-        num_bytes (int): size, rounded up to the allocator's granularity.
-        phase (Phase): when it was allocated.
-        start (int): number of the event that allocated it.
-        end (int | None): number of the event that released it; None while it is alive.
-        part (Part | None): what it is, where that is known from elsewhere.
+    ``part`` is what it is for, if :meth:`StorageTracker.register` named that.
     """
 
     num_bytes: int
@@ -88,12 +83,7 @@ class PeakMemory:
 
 @dataclass(frozen=True)
 class Timeline:
-    """Every allocation and release of a step.
-
-    Args:
-        start_bytes (int): allocated before the step.
-        phases (list[tuple[Phase, list[int]]]): changes of the allocated bytes, by phase, in order.
-    """
+    """Bytes allocated before the step, and the changes during it, by phase and in order."""
 
     start_bytes: int
     phases: list[tuple[Phase, list[int]]]

@@ -1,12 +1,18 @@
 """Model builders, named in configs as ``qst_tune.models.<builder>``."""
 
 from qst_tune.models.classifier import qst_classifier
-from qst_tune.models.from_hf import (
-    backbone_from_hf,
-    peqa_from_hf,
-    qst_from_hf,
-)
+from qst_tune.models.from_hf import backbone_from_hf, peqa_from_hf, qst_from_hf
 from qst_tune.models.llama import (
+    peqa_llama2,
+    peqa_llama2_7b,
+    peqa_llama2_13b,
+    peqa_llama2_70b,
+    peqa_llama3_1,
+    peqa_llama3_1_8b,
+    peqa_llama3_1_70b,
+    peqa_llama3_2,
+    peqa_llama3_2_1b,
+    peqa_llama3_2_3b,
     qst_llama2,
     qst_llama2_7b,
     qst_llama2_13b,
@@ -18,25 +24,12 @@ from qst_tune.models.llama import (
     qst_llama3_2_1b,
     qst_llama3_2_3b,
 )
-from qst_tune.models.peqa import (
-    peqa_builder,
-    peqa_decoder,
-    peqa_llama2,
-    peqa_llama2_7b,
-    peqa_llama2_13b,
-    peqa_llama2_70b,
-    peqa_llama3_1,
-    peqa_llama3_1_8b,
-    peqa_llama3_1_70b,
-    peqa_llama3_2,
-    peqa_llama3_2_1b,
-    peqa_llama3_2_3b,
+from qst_tune.models.peqa import peqa_builder, peqa_decoder
+from qst_tune.models.qst import qst_builder, qst_decoder
+from qst_tune.models.smollm2 import (
     peqa_smollm2_1_7b,
     peqa_smollm2_135m,
     peqa_smollm2_360m,
-)
-from qst_tune.models.qst import qst_builder, qst_decoder
-from qst_tune.models.smollm2 import (
     qst_smollm2_1_7b,
     qst_smollm2_135m,
     qst_smollm2_360m,

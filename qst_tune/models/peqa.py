@@ -1,12 +1,9 @@
-"""PEQA models: the generic builder, and a line for each model size."""
+"""The generic PEQA builder: integer weights for any decoder, torchtune's or transformers'."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torchtune.models.llama2 import llama2, llama2_7b, llama2_13b, llama2_70b
-from torchtune.models.llama3_1 import llama3_1, llama3_1_8b, llama3_1_70b
-from torchtune.models.llama3_2 import llama3_2, llama3_2_1b, llama3_2_3b
 
 from qst_tune.backbone.directory_format import DirectoryFormat
 from qst_tune.backbone.peqa_transformer import PEQATransformer
@@ -14,7 +11,6 @@ from qst_tune.backbone.transformers import TransformersBackbone
 from qst_tune.errors import UserError
 from qst_tune.models.builder import method_builder
 from qst_tune.models.qst import Decoder
-from qst_tune.models.smollm2 import smollm2_1_7b, smollm2_135m, smollm2_360m
 from qst_tune.modules.base_quantization import Integers, linear_format, replace_linears
 from qst_tune.modules.embedding_quantization import EmbeddingQuantization, quantize_embedding
 from qst_tune.modules.peqa_decoder import PEQADecoder
@@ -97,21 +93,3 @@ def _check_stored(stored: DirectoryFormat, form: Integers) -> None:
 def peqa_builder(backbone_builder: Callable[..., Decoder]) -> Callable[..., PEQAModel]:
     """Turn a builder of a decoder into one of a PEQA model, with the arguments of both."""
     return method_builder("peqa", peqa_decoder, backbone_builder)
-
-
-# Component builders: every size given as an argument.
-peqa_llama2 = peqa_builder(llama2)
-peqa_llama3_1 = peqa_builder(llama3_1)
-peqa_llama3_2 = peqa_builder(llama3_2)
-
-# Model builders: the published sizes.
-peqa_llama2_7b = peqa_builder(llama2_7b)
-peqa_llama2_13b = peqa_builder(llama2_13b)
-peqa_llama2_70b = peqa_builder(llama2_70b)
-peqa_llama3_1_8b = peqa_builder(llama3_1_8b)
-peqa_llama3_1_70b = peqa_builder(llama3_1_70b)
-peqa_llama3_2_1b = peqa_builder(llama3_2_1b)
-peqa_llama3_2_3b = peqa_builder(llama3_2_3b)
-peqa_smollm2_135m = peqa_builder(smollm2_135m)
-peqa_smollm2_360m = peqa_builder(smollm2_360m)
-peqa_smollm2_1_7b = peqa_builder(smollm2_1_7b)

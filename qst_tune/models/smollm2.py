@@ -6,6 +6,7 @@ torchtune 0.6.1 has no builder for it. Sizes are those of the published ``config
 from torchtune.models.llama3_2 import llama3_2
 from torchtune.modules import TransformerDecoder
 
+from qst_tune.models.peqa import peqa_builder
 from qst_tune.models.qst import qst_builder
 
 
@@ -73,3 +74,6 @@ def smollm2_1_7b() -> TransformerDecoder:
 qst_smollm2_135m = qst_builder(smollm2_135m)
 qst_smollm2_360m = qst_builder(smollm2_360m)
 qst_smollm2_1_7b = qst_builder(smollm2_1_7b)
+peqa_smollm2_135m = peqa_builder(smollm2_135m)
+peqa_smollm2_360m = peqa_builder(smollm2_360m)
+peqa_smollm2_1_7b = peqa_builder(smollm2_1_7b)

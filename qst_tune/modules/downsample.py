@@ -98,17 +98,8 @@ class LinearDownsample(Downsample):
 class LowRankDownsample(Downsample):
     r"""Downsample through a bottleneck: :math:`\mathrm{norm}(B\,\sigma(A h))`.
 
-    With the identity as activation this is the paper's LoRA downsampler, otherwise its Adapter.
-    The authors' code adds a LayerNorm behind the adapter.
-
-    Args:
-        in_dim (int): D, width of the hidden state.
-        out_dim (int): S, width of the side network.
-        rank (int): R, width of the bottleneck.
-        activation (nn.Module | None): :math:`\sigma`; None for the identity.
-        norm (nn.Module | None): applied to the ``[..., S]`` output; None for none.
-        hidden_bits (int): see :class:`Downsample`.
-        dropout (float): see :class:`Downsample`.
+    With the identity as activation :math:`\sigma` this is the paper's LoRA downsampler, otherwise
+    its Adapter. The authors' code adds a LayerNorm over the ``[..., S]`` output of the adapter.
     """
 
     def __init__(

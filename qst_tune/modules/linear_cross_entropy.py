@@ -24,18 +24,12 @@ class LinearCrossEntropyLoss(nn.Module):
 
     The head is frozen, so all that backward needs is the gradient of its input y, ``[N, D]``. It is
     computed in the forward pass, a chunk of tokens at a time: the full ``[N, V]`` logits (16 GiB in
-    fp32 for 32k tokens and a vocabulary of 128k) never exist. Ignored tokens are dropped before the
-    head, so a masked prompt costs nothing here.
+    fp32 for 32k tokens and a vocabulary of 128k) never exist. A chunk needs ``6 chunk_tokens V``
+    bytes in bf16. Tokens with the label ``ignore_index`` are dropped before the head, so a masked
+    prompt costs nothing here.
 
     It takes the place of torchtune's losses in a config. As newer torchtune versions do it, the
     recipe calls :meth:`set_model_output`, after which the model returns the head's input.
-
-    Args:
-        chunk_tokens (int): tokens a chunk; a chunk needs ``6 chunk_tokens V`` bytes in bf16.
-        ignore_index (int): label of tokens without loss.
-
-    Raises:
-        ValueError: if ``chunk_tokens`` is below 1.
     """
 
     def __init__(self, chunk_tokens: int = 256, ignore_index: int = -100) -> None:

@@ -1,5 +1,6 @@
 """A QST model that classifies a sequence instead of continuing it."""
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class QSTClassifier(QSTModel):
     def __new__(cls, model: QSTModel, num_labels: int, **_: Any) -> "QSTClassifier":
         """Make the model itself a classifier: its parameters keep their names."""
         made: Any = model
-        made.__class__ = _class_over(type(made))
+        made.__class__ = _class_over(made.__class__)
         classifier: QSTClassifier = made
         return classifier
 
@@ -86,10 +87,6 @@ class QSTClassifier(QSTModel):
         return logits
 
 
-_CLASSES: dict[type, Any] = {}
-
-
+@cache
 def _class_over(kind: type[QSTModel]) -> Any:
-    if kind not in _CLASSES:
-        _CLASSES[kind] = type(f"{kind.__name__}Classifier", (QSTClassifier, kind), {})
-    return _CLASSES[kind]
+    return type(f"{kind.__name__}Classifier", (QSTClassifier, kind), {})
