@@ -101,7 +101,7 @@ def _period(kinds: Sequence[str]) -> tuple[int, int] | None:
 
 
 def _skip(model: Any, layers: Sequence[int]) -> None:
-    """Let layers do nothing and weigh nothing, in place: the model's own loop runs over all."""
+    """Make layers empty, in place: the model's own loop still runs over all of them."""
     is_tuple: list[bool] = []
     for index, layer in enumerate(model.layers):
         if index not in layers:

@@ -51,7 +51,7 @@ def fake_tensors(dtype: torch.dtype) -> Iterator[None]:
 
 
 class _QuickFakeTensorMode(FakeTensorMode):
-    """Without torch's detours for two operations that a step has thousands of."""
+    """A FakeTensorMode without torch's detours for two operations that a step has thousands of."""
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
@@ -192,7 +192,7 @@ class UnknownValues(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _nonzero(self, tensor: torch.Tensor) -> Any:
-        """Of one dimension the experts that are hit; their numbers, not tensors."""
+        """Indices; of one dimension, the numbers of the experts that are hit, not tensors."""
         if tensor.ndim != 1:
             return torch.zeros(tensor.numel(), tensor.ndim, dtype=torch.int64)
         self._num_experts = len(tensor)

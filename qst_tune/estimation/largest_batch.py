@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class _Search:
-    """Peaks by batch size, each estimated once. A row more never takes less memory."""
+    """Peaks by batch size, each estimated once. One more row never takes less memory."""
 
     peak_bytes: Callable[[int], int]
     limit: float

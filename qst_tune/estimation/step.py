@@ -124,7 +124,7 @@ def train_step(
 ) -> None:
     """Do what the recipes do in one step; ours and torchtune's agree in it.
 
-    ``batch`` is from ``Setup.batch``; the tracker is told the phases.
+    ``batch`` is from ``Setup.batch``; the tracker gets the phases.
     """
     enter = tracker.enter if tracker else lambda _: None
     enter("forward")
@@ -162,7 +162,7 @@ def _register(
 
 @contextmanager
 def _watch(tracker: StorageTracker, setup: Setup) -> Iterator[None]:
-    """Tell the tracker where head and loss begin and end, and which tensors are gradients."""
+    """Report to the tracker where head and loss begin and end, and which tensors are gradients."""
     with ExitStack() as stack:
         for parameter in _trainable(setup.model):
             hook = parameter.register_post_accumulate_grad_hook(
@@ -184,7 +184,7 @@ def _head_and_loss(setup: Setup) -> list[nn.Module]:
 
 
 def _enter_loss(tracker: StorageTracker, hidden: Any) -> None:
-    """The head's input begins the loss; when its gradient is there, the loss is through."""
+    """The head's input begins the loss; its gradient ends the loss's backward pass."""
     if tracker.phase == "loss" or not isinstance(hidden, torch.Tensor):
         tracker.enter("loss")
         return

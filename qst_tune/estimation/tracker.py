@@ -250,7 +250,7 @@ class StorageTracker(TorchDispatchMode):
         return Timeline(sum(change[:first]), merged)
 
     def _changes(self) -> list[int]:
-        """Of the allocated bytes, by event."""
+        """Changes of the allocated bytes, by event."""
         change = [0] * self._record.num_events
         for storage in self._record.storages:
             change[storage.start] += storage.num_bytes

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torchtune import utils
 from torchtune.modules.attention_utils import _MaskType
 
-# Left free on the disk: the checkpoints of the run want room too.
+# Left free on the disk: the checkpoints of the run need room too.
 RESERVED_BYTES = 2 * 1024**3
 
 log = utils.get_logger("INFO")

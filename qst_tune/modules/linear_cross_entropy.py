@@ -134,7 +134,7 @@ def _loss_of_linear_head(
 def _loss_of_any_head(
     hidden: torch.Tensor, labels: torch.Tensor, head: Head, needs_grad: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The same by autograd over one chunk, for heads that are more than a product."""
+    """Losses and gradient by autograd, for heads that are more than a product."""
     with torch.set_grad_enabled(needs_grad):
         leaf = hidden.detach().requires_grad_(needs_grad)
         loss = F.cross_entropy(head(leaf).float(), labels, reduction="none")

@@ -73,7 +73,7 @@ def expose_parts(module: nn.Module) -> dict[str, Place]:
 
 
 def _expose(module: nn.Module, name: str, tensor: torch.Tensor) -> dict[str, Place]:
-    """Of a quantised tensor; a plain one has no parts."""
+    """Expose the parts of a quantised tensor; a plain one has none."""
     parts = parts_of(tensor)
     if not parts:
         return {}

@@ -63,7 +63,7 @@ class QSTDecoder(QSTModel, TransformerDecoder):
             block.reset_cache()
 
     def _side_blocks(self) -> Iterable[Any]:
-        """The side blocks as the torchtune layers they are; ``nn.Module`` hides their methods."""
+        """The side blocks, typed as torchtune's layers; ``nn.Module`` hides their methods."""
         return self.side.blocks
 
     def forward(

@@ -132,7 +132,7 @@ class SideNetworks(nn.Module):
         return mixed
 
     def _all(self) -> list[SideNetwork]:
-        """The networks as what they are; ModuleList hides their methods."""
+        """The networks, typed; ModuleList hides their methods."""
         networks: Any = self.networks
         return list(networks)
 

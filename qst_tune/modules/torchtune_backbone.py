@@ -47,12 +47,12 @@ class TorchtuneBackbone:
 
     @property
     def width(self) -> int:
-        """D."""
+        """D, the width of the hidden states."""
         return int(self.decoder.layers[0].attn.embed_dim)
 
     @property
     def num_layers(self) -> int:
-        """N."""
+        """N, the number of layers."""
         return len(self.decoder.layers)
 
     @property
