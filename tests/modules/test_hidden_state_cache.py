@@ -214,4 +214,4 @@ def test_no_memory_is_held_between_batches(tmp_path: Path) -> None:
     _, cached = pair("default", tmp_path)
     tokens = random_tokens()
     outcome(cached, tokens)
-    assert set(vars(cached.hidden_state_cache)) == {"folder", "is_full"}
+    assert set(vars(cached.hidden_state_cache)) == {"directory", "is_full"}
