@@ -52,9 +52,6 @@ def read_directory_format(path: Path, settings: Any) -> DirectoryFormat:
         ) from error
 
 
-# Methods.
-
-
 def _bitsandbytes(settings: _Settings) -> DirectoryFormat:
     skips = _skipper(settings.get("llm_int8_skip_modules"))
     if settings.get("load_in_8bit"):
@@ -216,9 +213,6 @@ _METHODS: dict[str, Callable[[_Settings], DirectoryFormat]] = {
     "fbgemm_fp8": _fbgemm_fp8,
     "mxfp4": _mxfp4,
 }
-
-
-# What they share.
 
 
 def _decoded(

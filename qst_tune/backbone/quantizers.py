@@ -196,8 +196,7 @@ def quantized_share(layers: nn.Module) -> float:
     quantized = sum(m.in_features * m.out_features for m in modules)
     experts = [p for p in layers.parameters() if isinstance(p, QuantizedExperts)]
     quantized += sum(p.numel() for p in experts)
-    weights: list[Any] = [*modules]
-    own = {id(p) for weight in weights for p in weight.parameters(recurse=False)}
+    own = {id(p) for m in modules if isinstance(m, nn.Module) for p in m.parameters(recurse=False)}
     own |= {id(p) for p in experts}
     rest = sum(p.numel() for p in layers.parameters() if id(p) not in own)
     return quantized / max(1, quantized + rest)

@@ -19,14 +19,7 @@ _NORM_EPS = 1e-5
 
 
 def text_sizes(config: Any) -> LayerSizes:
-    """Read the sizes of a layer; where the MLP's is not given it is taken as 4 D.
-
-    Args:
-        config (Any): of the text, of any model type.
-
-    Returns:
-        LayerSizes: what a side block is cut down from.
-    """
+    """Read the sizes of a text model's layers; an MLP without a size has 4 D."""
     width = config.hidden_size
     # A model without attention (Mamba) leaves the number of heads to us.
     heads = _setting(config, "num_attention_heads") or max(1, width // 64)
@@ -49,14 +42,15 @@ def side_block(config: Any, shape: SideShape) -> TransformerSelfAttentionLayer:
     """Build a side block of width ``shape.embed_dim`` with random weights."""
     if is_opt(config):
         return opt_side_block(shape, post_norm=not config.do_layer_norm_before)
-    return plain_side_block(shape, rope_base(config))
+    return _plain_side_block(shape, _rope_base(config))
 
 
 def side_norm(config: Any, dim: int) -> nn.Module:
     """Build the side network's final norm: RMSNorm; LayerNorm over OPT, none over OPT-350M."""
+    norm: nn.Module = RMSNorm(dim, eps=_NORM_EPS)
     if is_opt(config):
-        return nn.LayerNorm(dim) if config.do_layer_norm_before else nn.Identity()
-    return plain_side_norm(dim)
+        norm = nn.LayerNorm(dim) if config.do_layer_norm_before else nn.Identity()
+    return norm
 
 
 def _setting(config: Any, name: str) -> Any:
@@ -68,7 +62,7 @@ def _setting(config: Any, name: str) -> Any:
     return max(value) if isinstance(value, list | tuple) else value
 
 
-def plain_side_block(shape: SideShape, base: float) -> TransformerSelfAttentionLayer:
+def _plain_side_block(shape: SideShape, base: float) -> TransformerSelfAttentionLayer:
     """Build a pre-norm layer of RMSNorm, rotary attention and a gated MLP, without biases.
 
     Its weights are random; ``base`` is that of the rotary embedding.
@@ -91,18 +85,12 @@ def plain_side_block(shape: SideShape, base: float) -> TransformerSelfAttentionL
             down_proj=nn.Linear(shape.hidden_dim, dim, bias=False),
             up_proj=nn.Linear(dim, shape.hidden_dim, bias=False),
         ),
-        sa_norm=plain_side_norm(dim),
-        mlp_norm=plain_side_norm(dim),
+        sa_norm=RMSNorm(dim, eps=_NORM_EPS),
+        mlp_norm=RMSNorm(dim, eps=_NORM_EPS),
     )
 
 
-def plain_side_norm(dim: int) -> nn.Module:
-    """Build an RMSNorm, which starts as the identity of a normalised input."""
-    norm: nn.Module = RMSNorm(dim, eps=_NORM_EPS)
-    return norm
-
-
-def rope_base(config: Any) -> float:
+def _rope_base(config: Any) -> float:
     """Return the base of the model's rotary embedding, or 10,000 where it has none or several."""
     parameters = getattr(config, "rope_parameters", None) or {}
     base = parameters.get("rope_theta") or getattr(config, "rope_theta", None)

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qst_tune.errors import UserError
 from qst_tune.training.atomic_folder import write_folder
+from qst_tune.training.hub_models import changed_texts
 from qst_tune.training.lineage import describe_lineage
 from qst_tune.training.side_checkpoint import SIDE_NETWORK, transformers_config
 from qst_tune.training.tuned_folder import read_description, read_tensors, shown, table
@@ -91,16 +92,14 @@ def _without_paths(node: Any, home: str, public: str) -> Any:
     ``home``, the backbone's directory here, becomes its ``public`` name; of other absolute paths
     the last part remains.
     """
-    if isinstance(node, dict):
-        return {key: _without_paths(value, home, public) for key, value in node.items()}
-    if isinstance(node, list):
-        return [_without_paths(value, home, public) for value in node]
-    if not isinstance(node, str):
-        return node
-    if home and (node == home or node.startswith(f"{home}/")):
-        return public + node.removeprefix(home)
-    is_path = Path(node).is_absolute() or node.startswith("~")
-    return Path(node).name if is_path else node
+
+    def portable(text: str) -> str:
+        if home and (text == home or text.startswith(f"{home}/")):
+            return public + text.removeprefix(home)
+        is_path = Path(text).is_absolute() or text.startswith("~")
+        return Path(text).name if is_path else text
+
+    return changed_texts(node, portable)
 
 
 def _summary(directory: Path) -> dict[str, Any]:

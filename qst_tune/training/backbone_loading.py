@@ -69,14 +69,6 @@ def fingerprint_backbone(model: Any, checkpointer: Any) -> str:
     return read_weights(model, checkpointer, lambda name, weight: None)
 
 
-def read_backbone(
-    model: TransformerDecoder, checkpointer: Any
-) -> tuple[dict[str, torch.Tensor], str]:
-    """Read a checkpoint's weights as they are, and :func:`load_backbone`'s fingerprint."""
-    weights: dict[str, torch.Tensor] = {}
-    return weights, read_weights(model, checkpointer, weights.__setitem__)
-
-
 def read_weights(
     model: TransformerDecoder, checkpointer: Any, use: Callable[[str, torch.Tensor], None]
 ) -> str:

@@ -14,6 +14,7 @@ from qst_tune.backbone.directory_files import weight_files
 from qst_tune.backbone.peqa_transformer import PEQATransformer
 from qst_tune.backbone.weights_file import read_weights_file
 from qst_tune.errors import UserError
+from qst_tune.json_files import read_json
 from qst_tune.modules.peqa_decoder import PEQADecoder
 from qst_tune.modules.peqa_model import PEQAModel
 from qst_tune.quantization.affine import AffineWeight
@@ -88,10 +89,7 @@ def check_export_format(form: Any) -> ExportFormat:
 
 
 def _read_config(model: PEQAModel, checkpoint_dir: Path) -> dict[str, Any]:
-    try:
-        config: dict[str, Any] = json.loads((checkpoint_dir / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{checkpoint_dir}/config.json cannot be read: {error}") from error
+    config = read_json(checkpoint_dir / "config.json")
     if isinstance(model, PEQADecoder) and config.get("model_type") != "llama":
         raise UserError(
             f"{checkpoint_dir} has model_type {config.get('model_type')!r}; of torchtune's "

@@ -55,14 +55,15 @@ def _replace(cfg: DictConfig, name: str, directory: str) -> None:
 
     plain: Any = OmegaConf.to_container(cfg)
     for place in cfg.keys() & set(_PLACES):
-        cfg[place] = _changed(plain[place], moved)
+        cfg[place] = changed_texts(plain[place], moved)
 
 
-def _changed(node: Any, change: Callable[[str], str]) -> Any:
+def changed_texts(node: Any, change: Callable[[str], str]) -> Any:
+    """Copy plain dicts, lists and values with each text changed."""
     if isinstance(node, dict):
-        return {key: _changed(value, change) for key, value in node.items()}
+        return {key: changed_texts(value, change) for key, value in node.items()}
     if isinstance(node, list):
-        return [_changed(value, change) for value in node]
+        return [changed_texts(value, change) for value in node]
     return change(node) if isinstance(node, str) else node
 
 
@@ -71,4 +72,4 @@ def with_hub_names(node: Any) -> Any:
 
     It has ``org/name@commit`` in place of directories of huggingface_hub's cache.
     """
-    return _changed(node, lambda text: hub_name(text) or text)
+    return changed_texts(node, lambda text: hub_name(text) or text)

@@ -12,7 +12,7 @@ from qst_tune.backbone.transformers import transformers_backbone
 from qst_tune.errors import UserError
 from qst_tune.modules.embedding_quantization import quantization_of_backbone
 from qst_tune.training.architecture_check import check_architecture
-from qst_tune.training.backbone_loading import SIDE_PREFIX, read_backbone
+from qst_tune.training.backbone_loading import SIDE_PREFIX, read_weights
 from qst_tune.training.described_model import build_described
 from qst_tune.training.side_checkpoint import read_side_network
 from qst_tune.training.tuned_folder import BackboneId
@@ -52,7 +52,8 @@ class TunedCheckpointer:
                 "recipes do not run: use qst_generate or qst_evaluate, or qst_tune.transformers"
             )
         check_architecture(model, self.checkpoint_dir)
-        weights, fingerprint = read_backbone(model, self._base)
+        weights: dict[str, torch.Tensor] = {}
+        fingerprint = read_weights(model, self._base, weights.__setitem__)
         name, _ = model_name(self.checkpoint_dir)
         backbone = BackboneId(name, fingerprint, quantization_of_backbone(model))
         side = read_side_network(self.side_network, model.side, backbone=backbone)

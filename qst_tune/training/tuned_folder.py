@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save
 
 from qst_tune import __version__
 from qst_tune.errors import UserError
+from qst_tune.json_files import read_json
 from qst_tune.training.lineage import describe_lineage
 
 FORMAT_VERSION = 2  # 1 had no structure
@@ -150,16 +151,13 @@ def read_description(directory: Path, form: TunedFormat) -> dict[str, Any]:
     UserError if it is missing, not JSON, or of another method or a newer format.
     """
     path = directory / form.config_file
-    try:
-        description = json.loads(path.read_text())
-    except FileNotFoundError:
+    if not path.is_file():
         raise UserError(
             f"{directory} is not a {form.title}: it has no {form.config_file}; name a directory "
             f"that {form.origin}"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(description, dict) or description.get("method") != form.method:
+        )
+    description = read_json(path)
+    if description.get("method") != form.method:
         raise UserError(f"{path} does not describe a {form.title}")
     version = description.get("format_version")
     if version != FORMAT_VERSION:
