@@ -14,9 +14,11 @@ def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; download it again") from error
+        raise UserError(
+            f"{path} cannot be read: {error.strerror}; copy or download it again"
+        ) from error
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}; download it again") from error
+        raise UserError(f"{path} is not valid JSON: {error}; copy or download it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is not valid JSON: it has a {type(content).__name__}, no object")
     return content

@@ -229,15 +229,15 @@ DAMAGES = {
     ),
     "truncated description": (
         lambda f: os.truncate(f / "qst_config.json", 20),
-        "qst_config.json cannot be read",
+        "qst_config.json is not valid JSON",
     ),
     "binary description": (
         lambda f: (f / "qst_config.json").write_bytes(b"\xff\xfe\x00"),
-        "qst_config.json cannot be read",
+        "qst_config.json is not valid JSON",
     ),
     "list as description": (
         lambda f: (f / "qst_config.json").write_text("[]"),
-        "does not describe a QST side network",
+        "qst_config.json is not valid JSON",
     ),
     "other method": (
         lambda f: edit_description(f, method="lora"),
