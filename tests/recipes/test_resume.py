@@ -248,7 +248,7 @@ REFUSED = {
     "model.rank=8": ["model.rank: 4 when saved, 8 now", "belong to that model"],
     "batch_size=3": ["= 3 x 2 x 1 examples a step: it was 2 x 2 x 1", "so that it is 4 again"],
     "gradient_accumulation_steps=1": ["= 2 x 1 x 1 examples a step: it was 2 x 2 x 1"],
-    "seed=1": ["seed: 0 when saved, 1 now", "order of the rows"],
+    "seed=1": ["seed: 0 when saved, 1 now", "order of the examples"],
     "shuffle=False": ["shuffle: True when saved, False now"],
     "tokenizer.max_seq_len=32": ["tokenizer.max_seq_len: 64 when saved, 32 now"],
     "dataset.packed=True": ["dataset.packed: None when saved, True now", "position in the data"],
