@@ -81,7 +81,7 @@ class SideNetwork(nn.Module):
         y = \mathrm{mix}\big(f, U\,\mathrm{norm}(g_M)\big)
 
     where :math:`h_0` is the embedding, :math:`h_l` the output of backbone layer l, :math:`l(k)` the
-    layer beside block k, :math:`D_k` a downsampler, U the upsampler and f the backbone's last
+    layer that block k reads, :math:`D_k` a downsampler, U the upsampler and f the backbone's last
     hidden state after its final norm.
 
     Source: QST (https://arxiv.org/abs/2401.07159), where every layer has a block: M = N, l(k) = k.
@@ -174,7 +174,8 @@ class SideNetwork(nn.Module):
 
     def start(self, h_BTD: torch.Tensor) -> torch.Tensor:
         """Compute :math:`g_0`, ``[B, T, S]``, from the embedding :math:`h_0`."""
-        return self._run(self._first_state, h_BTD, *self._read(self._downsampler(0), h_BTD))
+        downsample = self._downsampler(0)
+        return self._run(downsample.project, h_BTD, *self._read(downsample, h_BTD))
 
     def step(
         self,
@@ -212,10 +213,6 @@ class SideNetwork(nn.Module):
             h_BTD = F.rms_norm(h_BTD, h_BTD.shape[-1:], eps=_NORM_EPS)
         saved: Saved = downsample.read(h_BTD)
         return saved
-
-    def _first_state(self, *saved: torch.Tensor) -> torch.Tensor:
-        g_BTS: torch.Tensor = self._downsampler(0).project(*saved)
-        return g_BTS
 
     def _downsampler(self, index: int) -> Any:
         """A :class:`~qst_tune.modules.downsample.Downsample`; ModuleList hides its methods."""
