@@ -73,7 +73,7 @@ def test_losses_of_all_settings_are_close_on_a_tiny_model(tmp_path: Path) -> Non
     errors = {row["variant"]: row["gradient_error"] for row in of_one_seed}
     assert errors.pop("default") == 0
     # bf16 sums in another order by less than it rounds; bits that are left out show.
-    assert errors.pop("hidden states kept in 4 bits") > 1e-3
+    assert errors.pop("hidden states kept in 8 bits") > 1e-3
     assert all(error < 0.02 for error in errors.values()), errors
 
 
