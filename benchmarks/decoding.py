@@ -1,22 +1,24 @@
 """Speed of decoding with a side network: ``python -m benchmarks.decoding --backbone smollm2``.
 
 Rows are decoded token by token, greedily, behind a prompt that is in the caches: by the quantised
-backbone alone and with the side network beside it. The two take tokens by turns, in an order that
-changes, so that a busy machine slows both alike; the speed of one relative to the other is taken
-from the times of neighbouring tokens.
+backbone alone, with the side network beside it, and for SmolLM2 by transformers' own model in bf16.
+They take tokens by turns, in an order that changes, so that a busy machine slows all alike; the
+speed of one relative to another is taken from the times of neighbouring tokens.
 """
 
 import argparse
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from statistics import median
 
 import torch
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from benchmarks.backbones import BACKBONES
-from benchmarks.methods import CPU, SMOLLM2, ignore_known_warnings, qst_model
-from qst_tune.generation.caches import GrowingCache, attached, attentions
+from benchmarks.methods import CPU, SMOLLM2, default_config, ignore_known_warnings, qst_model
+from qst_tune.generation.caches import ModelCaches
 from qst_tune.modules.qst_model import QSTModel
 
 
@@ -41,14 +43,13 @@ class Decoding:
         self.model = model
         self.prepare = prepare
         self.num_prompt_tokens = num_prompt_tokens
-        self.caches = [GrowingCache() for _ in attentions(model)]
+        self.caches, self.length = ModelCaches(model), 0
         self.run(torch.ones(num_rows, num_prompt_tokens, dtype=torch.long))
         self.tokens = torch.ones(num_rows, 1, dtype=torch.long)
 
     def step(self) -> None:
         """Decode one token of each row, always the first behind the prompt."""
-        for cache in self.caches:
-            cache.cut(self.num_prompt_tokens)
+        self.length = self.caches.cut(self.num_prompt_tokens, num_new=1)
         self.tokens = self.run(self.tokens)
 
     @torch.no_grad()
@@ -62,13 +63,40 @@ class Decoding:
             torch.Tensor: the likeliest next token of each row, ``[B, 1]``.
         """
         self.prepare()
-        start = self.caches[0].length
-        everywhere = torch.arange(start + tokens.shape[1])
-        positions = everywhere[start:]
+        everywhere = torch.arange(self.length + tokens.shape[1])
+        positions = everywhere[self.length :]
         mask = positions[:, None] >= everywhere
-        with attached(self.model, self.caches):
+        with self.caches.attached():
             logits: torch.Tensor = self.model(tokens, mask=mask[None], input_pos=positions[None])
         return logits[:, -1].argmax(-1, keepdim=True)
+
+
+def transformers_step(num_rows: int, num_prompt_tokens: int) -> Callable[[], object]:
+    """Load SmolLM2 as transformers does, in bf16.
+
+    Args:
+        num_rows (int): rows of the batch.
+        num_prompt_tokens (int): tokens a row that are in the cache.
+
+    Returns:
+        Callable[[], object]: decodes the first token behind the prompt.
+    """
+    folder = Path(default_config().checkpointer.checkpoint_dir).expanduser()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    cache = DynamicCache(config=model.config)
+
+    @torch.no_grad()
+    def run(tokens: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = model(tokens, past_key_values=cache, use_cache=True).logits
+        return logits[:, -1].argmax(-1, keepdim=True)
+
+    def step() -> torch.Tensor:
+        cache.crop(-1)
+        return run(tokens)
+
+    tokens = run(torch.ones(num_rows, num_prompt_tokens, dtype=torch.long))
+    run(tokens)
+    return step
 
 
 def milliseconds_by_turns(
@@ -127,12 +155,12 @@ def main(arguments: list[str] | None = None) -> None:
     model = qst_model(asked.backbone, base_quantization=asked.base_quantization)
     model.initialize_side(CPU)
     model.eval()
-    print(
-        "| rows | backbone alone, ms a token | with the side network | speed, of the backbone's |"
-    )
-    print("| --- | --- | --- | --- |")
+    with_theirs = asked.backbone == SMOLLM2
+    theirs = " transformers, bf16 | speed, of transformers' |" if with_theirs else ""
+    print(f"| rows | backbone alone, ms a token | with the side network | of its speed |{theirs}")
+    print("| --- | --- | --- | --- |" + " --- | --- |" * with_theirs)
     for num_rows in asked.rows:
-        steps = {
+        steps: dict[str, Callable[[], object]] = {
             name: Decoding(
                 model,
                 partial(setattr, model.side, "disabled", name == "alone"),
@@ -141,10 +169,20 @@ def main(arguments: list[str] | None = None) -> None:
             ).step
             for name in ("alone", "beside")
         }
+        if with_theirs:
+            steps["theirs"] = transformers_step(num_rows, asked.prompt_tokens)
         times = milliseconds_by_turns(steps, asked.rounds)
-        share, low, high = relative_speed(times["alone"], times["beside"])
-        cells = [f"{median(times[name]):.1f} (least {min(times[name]):.1f})" for name in steps]
-        print(f"| {num_rows} | {cells[0]} | {cells[1]} | {share:.1%} ({low:.1%}-{high:.1%}) |")
+        milliseconds = {n: f"{median(t):.1f} (least {min(t):.1f})" for n, t in times.items()}
+        cells = [milliseconds["alone"], milliseconds["beside"], _share(times, "alone")]
+        if with_theirs:
+            cells += [milliseconds["theirs"], _share(times, "theirs")]
+        print(f"| {num_rows} | {' | '.join(cells)} |")
+
+
+def _share(times: dict[str, list[float]], of: str) -> str:
+    """Speed with the side network, of another's."""
+    share, low, high = relative_speed(times[of], times["beside"])
+    return f"{share:.1%} ({low:.1%}-{high:.1%})"
 
 
 if __name__ == "__main__":

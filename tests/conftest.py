@@ -1,4 +1,5 @@
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -7,6 +8,32 @@ import torch
 # file on two busy cores). Recipes that run in a subprocess inherit the variable.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+# Triton decides at its first import whether kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def triton_device(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where Triton's kernels run: a GPU, or the interpreter, made to round to bf16 as a GPU does.
+
+    The interpreter of Triton 3.9 cuts the lower bits off.
+    """
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        return "cuda"
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def nearest(values: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if (source.name, target.name) != ("fp32", "bf16"):
+            return convert(values, source, target, rounding)
+        rounded = torch.tensor(values.astype("float32")).bfloat16()
+        return rounded.view(torch.int16).numpy().view("uint16")
+
+    monkeypatch.setattr(interpreter, "_convert_float", nearest)
+    return "cpu"
 
 
 @pytest.fixture(autouse=True)

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import nn
 from torchao.dtypes.nf4tensor import NF4Tensor
 
+from qst_tune.quantization.decoded_once import decoded, keeps_decoded
+from qst_tune.quantization.few_token_products import nf4_product
+from qst_tune.quantization.kernels import is_few_tokens
 from qst_tune.quantization.nf4 import QuantType, decoded_rows, dequantize_nf4, quantize_nf4
-
-# Up to here the product takes less time than decoding the weight.
-_FEW_TOKENS = 64
 
 
 class _MatmulNF4(torch.autograd.Function):
@@ -29,6 +29,21 @@ class _MatmulNF4(torch.autograd.Function):
     ) -> tuple[torch.Tensor, None]:
         weight: NF4Tensor = ctx.weight  # type: ignore[attr-defined]
         return grad @ dequantize_nf4(weight).to(grad.dtype), None
+
+
+def _without_gradient(x: torch.Tensor, weight: NF4Tensor) -> torch.Tensor:
+    """``x W^T`` by the kernel for few tokens, or with a weight that is decoded or in parts.
+
+    In parts a large weight is never whole in memory: one token through 8192 x 2048 takes 14 instead
+    of 29 ms (one CPU core, bf16), since the system gives and takes back 32 MiB page by page. A GPU
+    would only wait for more and smaller kernels.
+    """
+    y = nf4_product(x, weight)
+    if y is not None:
+        return y
+    if x.is_cpu and is_few_tokens(x) and not keeps_decoded():
+        return torch.cat([F.linear(x, part.to(x.dtype)) for part in decoded_rows(weight)], dim=-1)
+    return F.linear(x, decoded(weight, x.dtype, lambda: dequantize_nf4(weight).to(x.dtype)))
 
 
 class NF4Linear(nn.Linear):
@@ -77,21 +92,12 @@ class NF4Linear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map ``[..., in_dim]`` to ``[..., out_dim]`` in the dtype of ``input``."""
-        if self._decodes_in_parts(input):
-            rows = [F.linear(input, part.to(input.dtype)) for part in decoded_rows(self.weight)]
-            y = torch.cat(rows, dim=-1)
+        weight: NF4Tensor = self.weight
+        if torch.is_grad_enabled():
+            y: torch.Tensor = _MatmulNF4.apply(input, weight)  # type: ignore[no-untyped-call]
         else:
-            y = _MatmulNF4.apply(input, self.weight)  # type: ignore[no-untyped-call]
+            y = _without_gradient(input, weight)
         return y if self.bias is None else y + self.bias
-
-    def _decodes_in_parts(self, input: torch.Tensor) -> bool:
-        """Whether a large weight is never whole in memory, as when tokens are generated on a CPU.
-
-        One token through 8192 x 2048 takes 14 instead of 29 ms (one core, bf16): the system gives
-        and takes back 32 MiB page by page. A GPU would only wait for more and smaller kernels.
-        """
-        few = input.numel() <= _FEW_TOKENS * self.in_features
-        return few and input.device.type == "cpu" and not torch.is_grad_enabled()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Quantise a dense weight here: left to torchao, every one would become NF4."""

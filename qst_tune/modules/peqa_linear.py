@@ -11,12 +11,15 @@ from qst_tune.quantization.affine import (
     AffineLayout,
     AffineWeight,
     centred_codes,
+    centred_rows,
     check_affine,
     dequantize_affine,
     quantize_affine,
     row_parts,
     to_groups,
 )
+from qst_tune.quantization.decoded_once import decoded
+from qst_tune.quantization.few_token_products import affine_product
 from qst_tune.quantization.packing import pack, unpack
 from qst_tune.quantization.stored import StoredAffine, in_own_order
 
@@ -156,6 +159,13 @@ class PEQALinear(nn.Module):
         """Map ``[..., I]`` to ``[..., O]`` in the dtype of ``x``."""
         if self.input_order is not None:
             x = x.index_select(-1, self.input_order)
+        own = (self.codes, self.weight_scale, self.zero_point, self.layout)
+        y: torch.Tensor | None = affine_product(x, *own)
+        if y is None:
+            y = self._product_with_decoded(x)
+        return y if self.bias is None else y + self.bias
+
+    def _product_with_decoded(self, x: torch.Tensor) -> torch.Tensor:
         # A trained zero point is no whole number, so codes minus it would be rounded in bf16.
         per_channel = self.layout.num_groups == 1 and not self.train_zero_points
         # A product with codes, before its scale, can leave the range of fp16, which ends at 65504.
@@ -164,7 +174,7 @@ class PEQALinear(nn.Module):
         y: torch.Tensor = function.apply(
             x, self.weight_scale, self.zero_point, self.codes, self.layout
         )
-        return y if self.bias is None else y + self.bias
+        return y
 
     def extra_repr(self) -> str:
         """Describe sizes and format, as ``print(model)`` shows them."""
@@ -201,10 +211,10 @@ class _PerChannel(torch.autograd.Function):
         layout: AffineLayout,
     ) -> torch.Tensor:
         def centred(dtype: torch.dtype) -> torch.Tensor:
-            # Whole numbers below 256, exact in bf16.
-            return centred_codes(codes, zero_point, layout).squeeze(1).to(dtype)
+            return centred_rows(codes, zero_point, layout, dtype)
 
-        y = scale_columns_(F.linear(x, centred(x.dtype)), weight_scale.squeeze(1))
+        whole = decoded(codes, x.dtype, lambda: centred(x.dtype))
+        y = scale_columns_(F.linear(x, whole), weight_scale.squeeze(1))
         ctx.centred = centred
         ctx.save_for_backward(weight_scale, *([y] if weight_scale.requires_grad else []))
         return y
@@ -240,7 +250,8 @@ class _Grouped(torch.autograd.Function):
         ctx.codes, ctx.layout = codes, layout
         trains = weight_scale.requires_grad or zero_point.requires_grad
         ctx.save_for_backward(weight_scale, zero_point, *([x] if trains else []))
-        return F.linear(x, dequantize_affine(codes, weight_scale, zero_point, layout, x.dtype))
+        own = (codes, weight_scale, zero_point, layout, x.dtype)
+        return F.linear(x, decoded(codes, x.dtype, lambda: dequantize_affine(*own)))
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -24,9 +24,9 @@ from qst_tune.modules.side_block import (
     resize_norm,
     side_shape,
 )
+from qst_tune.quantization.decoded_once import decoding_once
 
-# Tokens that go through a frozen layer at once: enough for its matrix products to run at full speed
-# and to pay for decoding its weights again for each part.
+# Tokens that go through a frozen layer at once: enough for products at full speed.
 CHUNK_TOKENS = 4096
 
 
@@ -121,9 +121,9 @@ class TorchtuneBackbone:
         """Run a module of the backbone, some rows of the batch at a time, saving nothing.
 
         Without gradient a layer's intermediates (several times the size of its input) are all that
-        a long batch costs here. Rows are independent, so doing few at a time bounds them. A module
-        that FSDP has sharded is gathered once for all of them, so that processes whose batches have
-        different sizes stay in step.
+        a long batch costs here. Rows are independent, so doing few at a time bounds them. Weights
+        are decoded, and a module that FSDP has sharded is gathered, once for all of them: processes
+        whose batches have different sizes stay in step.
         """
         output = self._in_parts(module, x, **per_row)
         if isinstance(module, FSDPModule):
@@ -140,18 +140,13 @@ class TorchtuneBackbone:
         if num_rows >= len(x) or indivisible:
             whole: torch.Tensor = module(x, **per_row)
             return whole
-
-        def part(start: int) -> torch.Tensor:
-            rows = slice(start, start + num_rows)
-            y: torch.Tensor = module(x[rows], **where_of_rows(per_row, rows, len(x)))
-            return y
-
-        starts = range(0, len(x), num_rows)
-        first = part(0)
-        output = first.new_empty(len(x), *first.shape[1:])
-        output[:num_rows] = first
-        for start in starts[1:]:
-            output[start : start + num_rows] = part(start)
+        output = torch.empty(0)
+        with decoding_once():
+            for start in range(0, len(x), num_rows):
+                rows = slice(start, start + num_rows)
+                part = module(x[rows], **where_of_rows(per_row, rows, len(x)))
+                output = output if start else part.new_empty(len(x), *part.shape[1:])
+                output[rows] = part
         return output
 
 

@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from qst_tune.quantization.kernels import triton_decodes_affine
 from qst_tune.quantization.packing import packed_dim, unpack
 
 AffineInit = Literal["rtn", "mse"]
@@ -175,6 +176,22 @@ def centred_codes(
     return codes_OGg.to(signed).sub_(zero_point.to(signed).unsqueeze(-1))
 
 
+def centred_rows(
+    packed: torch.Tensor, zero_point: torch.Tensor, layout: AffineLayout, dtype: torch.dtype
+) -> torch.Tensor:
+    """Decode rows of one group without their scale, to ``[O, I]`` in ``dtype``.
+
+    These are whole numbers below 256, exact in bf16; ``zero_point`` is ``[O, 1]`` uint8.
+    """
+    ones = torch.ones(1, device=packed.device).expand(len(packed), 1)
+    if triton_decodes_affine(packed, ones, layout.bits, dtype):
+        return dequantize_affine(packed, ones.contiguous(), zero_point, layout, dtype)
+    if layout.bits == 8:
+        centre = (zero_point ^ 128).view(torch.int8).to(dtype)  # z - 128; a byte is q - 128
+        return packed.view(torch.int8).to(dtype).sub_(centre)
+    return centred_codes(packed, zero_point, layout).squeeze(1).to(dtype)
+
+
 def row_parts(num_rows: int, in_dim: int, weights_at_once: int | None = None) -> Iterator[slice]:
     """Yield slices of rows with at most ``weights_at_once`` (2^22) weights, but at least one row.
 
@@ -204,6 +221,10 @@ def dequantize_affine(
     Returns:
         torch.Tensor: ``[O, I]``.
     """
+    if triton_decodes_affine(packed, weight_scale, layout.bits, dtype):
+        from qst_tune.quantization.triton_decoding import decode_affine
+
+        return decode_affine(packed, weight_scale, zero_point, layout, dtype)
     weight = torch.empty(len(packed), layout.in_dim, dtype=dtype, device=packed.device)
     for rows in row_parts(len(packed), layout.in_dim):
         centred_OGg = centred_codes(packed[rows], zero_point[rows], layout)

@@ -16,6 +16,7 @@ import torch
 from torchao.dtypes.nf4tensor import NF4Tensor, SubclassTensorArgs, get_block_absmax, to_nf4
 
 from qst_tune.quantization.affine import row_parts
+from qst_tune.quantization.kernels import runs_triton
 
 BLOCK_SIZE = 64
 SCALER_BLOCK_SIZE = 256
@@ -74,6 +75,10 @@ def dequantize_nf4(weight: NF4Tensor) -> torch.Tensor:
     (2 cores, bf16). The indices are made for a part of the weight at a time; torchao makes two
     64-bit ones for every byte, up to 4 GiB for one weight of a 70B model.
     """
+    if runs_triton(weight.quantized_data, weight.dtype):
+        from qst_tune.quantization.triton_decoding import decode_nf4
+
+        return decode_nf4(weight, absmax_unless_double_quantized(weight))
     # Where the codes are: an estimate's fake weight says that it is elsewhere.
     device = weight.quantized_data.device
     decoded = torch.empty(weight.shape, dtype=weight.dtype, device=device)
@@ -98,6 +103,11 @@ def decoded_rows(weight: NF4Tensor) -> Iterator[torch.Tensor]:
         )
         _decode(codes[part].flatten(), absmax[part].flatten(), weight, out=decoded)
         yield decoded
+
+
+def absmax_unless_double_quantized(weight: NF4Tensor) -> torch.Tensor | None:
+    """Return the absmax of each block, or None where torchao's 8 bits encode it."""
+    return None if weight.quantized_scalers.dtype == torch.int8 else _absmax(weight)
 
 
 def _absmax(weight: NF4Tensor) -> torch.Tensor:

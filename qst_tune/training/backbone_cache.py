@@ -23,6 +23,9 @@ from qst_tune.training.hf_checkpointer import HFCheckpointer
 
 log = utils.get_logger("INFO")
 
+# Raised when a quantised tensor's bytes change their meaning, so that older files are not read.
+_FORMAT = 2  # 1 had 8-bit codes without a sign
+
 
 @dataclass(frozen=True)
 class BackboneCache:
@@ -83,7 +86,7 @@ def backbone_cache(checkpointer: Any, model: Any, dtype: torch.dtype) -> Backbon
         or quantization == "none"
     ):
         return None
-    described = repr((checkpointer.identity, quantization, str(dtype), __version__))
+    described = repr((_FORMAT, checkpointer.identity, quantization, str(dtype), __version__))
     key = hashlib.sha256(described.encode()).hexdigest()[:16]
     name = f"{checkpointer.name}-{key}.safetensors"
     return BackboneCache(checkpointer.cache_dir / name)

@@ -1,5 +1,7 @@
 """One sequence of tokens: what is run, and that the answer is that of a model without caches."""
 
+import gc
+import weakref
 from collections import Counter
 from contextlib import nullcontext
 from typing import get_args
@@ -9,10 +11,12 @@ import torch
 from torch import nn
 from torchtune.modules.peft import disable_adapter
 
+from qst_tune.generation import caches
 from qst_tune.generation.sampling import Sampling
 from qst_tune.generation.sequence import CachedSequence, continue_sequence
 from qst_tune.models import qst_decoder
 from qst_tune.models.peqa import peqa_decoder
+from qst_tune.modules import nf4_linear, peqa_linear
 from qst_tune.modules.downsample import DownsampleKind
 from tests.helpers import TINY, TINY_REDUCTION, random_tokens, randomize_, tiny_backbone
 
@@ -147,3 +151,53 @@ def test_it_ends_before_a_stop_token_and_at_the_end_of_the_context() -> None:
 def test_more_tokens_than_positions_are_refused() -> None:
     with pytest.raises(ValueError, match="65 tokens are more than the model's max_seq_len 64"):
         CachedSequence(qst_model()).next_logits([1] * 65)
+
+
+def kept_of(quantization, monkeypatch, caplog, most_bytes=None):
+    """Ten tokens; how often a weight was decoded, and what was logged."""
+    torch.manual_seed(0)
+    model, decoded = qst_model(base_quantization=quantization), Counter()
+    for module, name in DECODERS[quantization]:
+        decode = getattr(module, name)
+        count = lambda *args, decode=decode: decoded.update(["weight"]) or decode(*args)  # noqa: E731
+        monkeypatch.setattr(module, name, count)
+    if most_bytes is not None:
+        monkeypatch.setattr(caches, "MOST_DECODED_BYTES", most_bytes)
+    caches._report_decoded.cache_clear()
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        sequence = CachedSequence(model)
+        kwargs = {"sampling": Sampling(temperature=0), "stop_tokens": [], "max_new_tokens": 10}
+        tokens = list(continue_sequence(sequence, PROMPT, **kwargs))
+    return tokens, decoded["weight"], [r.getMessage() for r in caplog.records]
+
+
+DECODERS = {
+    "nf4": [(nf4_linear, "dequantize_nf4"), (nf4_linear, "decoded_rows")],
+    "int4": [(peqa_linear, "dequantize_affine")],
+}
+
+
+@pytest.mark.parametrize("quantization", DECODERS)
+def test_on_a_cpu_a_text_decodes_each_weight_once_and_says_what_that_takes(
+    quantization, monkeypatch, caplog
+):
+    tokens, decodings, lines = kept_of(quantization, monkeypatch, caplog)
+    num_linears = 7 * TINY["num_layers"]
+    assert decodings == num_linears
+    assert lines == ["decoded weights of 0.001 GiB are kept while text is generated"]
+    other, decodings, lines = kept_of(quantization, monkeypatch, caplog, most_bytes=1000)
+    assert other == tokens
+    assert decodings == 10 * num_linears
+    assert lines == []
+
+
+def test_decoded_weights_go_with_their_text():
+    model = qst_model()
+    sequence = CachedSequence(model)
+    sequence.next_logits(PROMPT)
+    ((_, weight), *_) = sequence._caches._decoded.values()
+    alive = weakref.ref(weight)
+    del weight, _, sequence
+    gc.collect()
+    assert alive() is None

@@ -21,6 +21,7 @@ from torchtune.modules.common_utils import delete_kv_caches
 from torchtune.modules.peft import disable_adapter, get_adapter_params
 
 from qst_tune.models import qst_decoder
+from qst_tune.modules import nf4_linear, peqa_linear
 from qst_tune.modules.base_quantization import quantize_linears
 from qst_tune.modules.nf4_linear import NF4Linear
 from qst_tune.modules.qst_decoder import QSTDecoder
@@ -704,6 +705,30 @@ def test_a_batch_that_goes_through_the_backbone_in_parts_gives_the_same(with_mas
     torch.testing.assert_close(model(tokens, **extra), expected, **FP32)
     assert sum(sizes) == 4
     assert max(sizes) == max(1, chunk_tokens // 7)
+
+
+@pytest.mark.parametrize(
+    ("base_quantization", "module", "name"),
+    [
+        ("nf4", nf4_linear, "dequantize_nf4"),
+        ("int8", peqa_linear, "centred_rows"),
+        ("int4", peqa_linear, "dequantize_affine"),
+    ],
+)
+@torch.no_grad()
+def test_a_weight_is_decoded_once_for_all_parts_of_a_batch(
+    base_quantization, module, name, monkeypatch
+):
+    model = tiny_model(base_quantization=base_quantization)
+    model.side.disabled = True
+    decode, decodings = getattr(module, name), []
+    monkeypatch.setattr(module, name, lambda *args: decodings.append(name) or decode(*args))
+    tokens, num_linears = random_tokens(batch=6, length=40), 7 * TINY["num_layers"]
+    whole = model(tokens)
+    assert len(decodings) == num_linears
+    model.frozen_chunk_tokens = 80  # three parts
+    torch.testing.assert_close(model(tokens), whole, **FP32)
+    assert len(decodings) == 2 * num_linears
 
 
 def test_positions_that_serve_all_rows_are_not_cut_where_there_are_as_many_rows():
