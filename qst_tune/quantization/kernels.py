@@ -3,12 +3,14 @@
 ============  ===========================  ============================================
 device        decoding                     product of few tokens
 ============  ===========================  ============================================
-CUDA          Triton: NF4, FP4, int4, 8    Triton, up to 16 tokens: the same formats
+CUDA, sm_80+  Triton: NF4, FP4, int4, 8    Triton, up to 16 tokens: the same formats
 CPU           tables and torch's kernels   torch's int8 kernel, up to 64 tokens in bf16:
                                            8 bits, a scale per channel
 ============  ===========================  ============================================
 
-Everything else decodes by tables and multiplies. A product of few tokens has no gradient.
+Everything else decodes by tables and multiplies. A product of few tokens has no gradient. Triton's
+kernels are used if they pass a comparison with the tables, at the first use of a GPU
+(``triton_trial.py``); if not, a warning names the difference, and the tables are used.
 """
 
 from functools import lru_cache
@@ -16,17 +18,36 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
+from torchtune import utils
 
 if TYPE_CHECKING:
     from qst_tune.quantization.affine import AffineLayout
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MOST_TOKENS = {"cuda": 16, "cpu": 64}
+# The first GPUs with bf16, which the kernels' tiles are made for.
+_OLDEST_GPU = (8, 0)
+
+log = utils.get_logger("INFO")
 
 
 @lru_cache(maxsize=4)
 def _runs_triton_on(device_type: str) -> bool:
-    return device_type == "cuda" and find_spec("triton") is not None
+    if device_type != "cuda" or find_spec("triton") is None:
+        return False
+    if torch.cuda.get_device_capability() < _OLDEST_GPU:
+        return False
+    return passes_trial(device_type)
+
+
+def passes_trial(device_type: str) -> bool:
+    """Compare Triton's kernels with the tables on this device; a fault is logged."""
+    from qst_tune.quantization.triton_trial import find_fault
+
+    fault = find_fault(device_type)
+    if fault is not None:
+        log.warning(f"Triton's kernels are not used here, the slower tables are: {fault}")
+    return fault is None
 
 
 def runs_triton(codes: torch.Tensor, dtype: torch.dtype) -> bool:
