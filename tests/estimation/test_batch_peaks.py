@@ -190,5 +190,5 @@ def test_so_are_those_of_integers_over_transformers(name: str, tmp_path: Path) -
         "checkpoint_dir": str(tmp_path),
     }
     peaks = steps.peaks(2)
-    assert peaks.is_shallow
+    # Today fewer layers do not give this model's peak, so whole steps run: slower, and exact.
     assert peaks(7) == max(steps.whole(7).peaks())
