@@ -52,7 +52,7 @@ class QSTTransformer(TransformersModel, QSTModel):
             length = cache.length + num_new
             padding = torch.ones(len(tokens), length, dtype=torch.bool, device=tokens.device)
         if not isinstance(padding, torch.Tensor) or padding.ndim != 2:
-            return where
+            return super().side_where(tokens, **where)
         input_pos = where.get("input_pos")
         return {
             "mask": causal_mask(padding, num_new),

@@ -8,7 +8,6 @@ from torch import nn
 from torchao.dtypes.nf4tensor import NF4Tensor
 
 from qst_tune.quantization.decoded_once import decoded, keeps_decoded
-from qst_tune.quantization.few_token_products import nf4_product
 from qst_tune.quantization.kernels import is_few_tokens
 from qst_tune.quantization.nf4 import QuantType, decoded_rows, dequantize_nf4, quantize_nf4
 
@@ -32,16 +31,13 @@ class _MatmulNF4(torch.autograd.Function):
 
 
 def _without_gradient(x: torch.Tensor, weight: NF4Tensor) -> torch.Tensor:
-    """``x W^T`` by the kernel for few tokens, or with a weight that is decoded or in parts.
+    """``x W^T`` with a weight that is decoded whole, or in parts.
 
     In parts a large weight is never whole in memory: one token through 8192 x 2048 takes 14 instead
     of 29 ms (one CPU core, bf16), since the system gives and takes back 32 MiB page by page. A GPU
     would only wait for more and smaller kernels.
     """
-    y = nf4_product(x, weight)
-    if y is not None:
-        return y
-    if x.is_cpu and is_few_tokens(x) and not keeps_decoded():
+    if is_few_tokens(x) and not keeps_decoded():
         return torch.cat([F.linear(x, part.to(x.dtype)) for part in decoded_rows(weight)], dim=-1)
     return F.linear(x, decoded(weight, x.dtype, lambda: dequantize_nf4(weight).to(x.dtype)))
 

@@ -5,11 +5,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_mask
 from torchtune.modules.attention_utils import _MaskType
 
 from qst_tune.modules.backbone import Backbone, where_of_rows
 from qst_tune.modules.hidden_state_cache import HiddenStateCache
 from qst_tune.modules.side_network import SideNetwork
+
+# Channels a head: torch's flex_attention refuses fewer (torch 2.11, CUDA).
+_NARROWEST_FLEX_HEAD = 16
 
 
 class QSTModel(nn.Module):
@@ -114,8 +118,20 @@ class QSTModel(nn.Module):
         )
 
     def side_where(self, tokens: torch.Tensor, **where: Any) -> dict[str, Any]:
-        """Return ``mask`` and ``input_pos`` as the side network takes them; here the same."""
-        return where
+        """Return ``mask`` and ``input_pos`` as the side network takes them.
+
+        The mask of packed rows on CUDA becomes ``[B, T, T]`` where its heads are too narrow for
+        torch's flex_attention, as those of ``variant="paper"`` are.
+        """
+        mask = where.get("mask")
+        if not isinstance(mask, BlockMask):
+            return where
+        block: Any = self.side.blocks[0]
+        if block.attn.head_dim >= _NARROWEST_FLEX_HEAD:
+            return where
+        batch, length = tokens.shape
+        dense = create_mask(mask.mask_mod, batch, None, length, length, device=tokens.device)
+        return {**where, "mask": dense.squeeze(1)}
 
     def _both(
         self,

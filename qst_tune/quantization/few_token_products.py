@@ -4,27 +4,9 @@
 """
 
 import torch
-from torchao.dtypes.nf4tensor import NF4Tensor
 
 from qst_tune.quantization.affine import AffineLayout
-from qst_tune.quantization.kernels import (
-    KERNEL_DTYPES,
-    has_int8_kernel,
-    is_few_tokens,
-    runs_triton,
-    triton_decodes_affine,
-)
-from qst_tune.quantization.nf4 import absmax_unless_double_quantized
-
-
-def nf4_product(x: torch.Tensor, weight: NF4Tensor) -> torch.Tensor | None:
-    """Multiply few tokens ``[..., I]`` with an NF4 or FP4 weight ``[O, I]``, or return None."""
-    by_triton = runs_triton(weight.quantized_data, weight.dtype) and x.dtype in KERNEL_DTYPES
-    if not by_triton or not is_few_tokens(x) or weight.shape[1] % 2:
-        return None
-    from qst_tune.quantization import triton_products
-
-    return triton_products.nf4_product(x, weight, absmax_unless_double_quantized(weight))
+from qst_tune.quantization.kernels import has_int8_kernel, is_few_tokens
 
 
 def affine_product(
@@ -38,14 +20,8 @@ def affine_product(
 
     The other arguments are those of :func:`~.affine.dequantize_affine`.
     """
-    if not is_few_tokens(x):
-        return None
-    if triton_decodes_affine(codes, weight_scale, layout.bits, x.dtype):
-        from qst_tune.quantization import triton_products
-
-        return triton_products.affine_product(x, codes, weight_scale, zero_point, layout)
     runs_kernel = x.is_cpu and x.dtype == torch.bfloat16 and zero_point.dtype == torch.uint8
-    if runs_kernel and has_int8_kernel(layout):
+    if is_few_tokens(x) and runs_kernel and has_int8_kernel(layout):
         return int8_product(x, codes, weight_scale, zero_point)
     return None
 

@@ -3,7 +3,7 @@
 ============  ===========================  ============================================
 device        decoding                     product of few tokens
 ============  ===========================  ============================================
-CUDA, sm_80+  Triton: NF4, FP4, int4, 8    Triton, up to 16 tokens: the same formats
+CUDA, sm_80+  Triton: NF4, FP4, int4, 8    decoded first
 CPU           tables and torch's kernels   torch's int8 kernel, up to 64 tokens in bf16:
                                            8 bits, a scale per channel
 ============  ===========================  ============================================
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qst_tune.quantization.affine import AffineLayout
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_MOST_TOKENS = {"cuda": 16, "cpu": 64}
+_MOST_TOKENS = 64
 # The first GPUs with bf16, which the kernels' tiles are made for.
 _OLDEST_GPU = (8, 0)
 
@@ -66,10 +66,10 @@ def triton_decodes_affine(
 def is_few_tokens(x: torch.Tensor) -> bool:
     """Whether decoding a weight takes most of its product with ``x``, ``[..., I]``.
 
-    Never where a gradient may be wanted.
+    Only on a CPU, and never where a gradient may be wanted.
     """
     num_tokens = x.numel() // max(1, x.shape[-1])
-    return not torch.is_grad_enabled() and 0 < num_tokens <= _MOST_TOKENS.get(x.device.type, 0)
+    return x.is_cpu and not torch.is_grad_enabled() and 0 < num_tokens <= _MOST_TOKENS
 
 
 def has_int8_kernel(layout: "AffineLayout | None") -> bool:

@@ -98,13 +98,13 @@ import sys
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from qst_tune.quantization import triton_decoding as decoding, triton_products as products
+from qst_tune.quantization import triton_decoding as decoding
 
 def ptx(kernel, sizes, **constants):
     float_ = "*" + sys.argv[1]
     types = dict.fromkeys(kernel.arg_names, float_) | dict.fromkeys(sizes.split(), "i32")
     types |= {"codes": "*u8", "scalers": "*i8", "weight_scale": "*fp32", "zero_point": "*u8"}
-    types |= {"sums": "*fp32"} | dict.fromkeys(constants, "constexpr")
+    types |= dict.fromkeys(constants, "constexpr")
     types = {name: types[name] for name in kernel.arg_names}
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     target = GPUTarget("cuda", 90, 32)
@@ -115,11 +115,6 @@ text = ptx(decoding._decode_nf4, "num_bytes", BYTES=1024, **nf4)
 assert "div.rn.f32" in text and "div.full" not in text and "fma" not in text
 text = ptx(decoding._decode_affine, "row_bytes in_dim num_groups", BYTES=1024, **affine)
 assert "fma" not in text
-for tokens in (1, 16):
-    tile = {"TOKENS": tokens, "ROWS": 16, "BYTES": 64, "SPLITS": 2}
-    ptx(products._nf4_product, "num_tokens out_dim in_dim", **tile, **nf4)
-    sizes = "num_tokens out_dim in_dim row_bytes num_groups"
-    ptx(products._affine_product, sizes, **tile, **affine)
 """
 
 
