@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_f
 from benchmarks.backbones import Backbone
 from benchmarks.methods import METHODS, Batch, Trainee, ignore_known_warnings, random_batch
 from benchmarks.timing import Shape
-from qst_tune.training.memory import optimizer_bytes, parameter_bytes, peak_memory_bytes
+from qst_tune.modules.memory import optimizer_bytes, parameter_bytes, peak_memory_bytes
 
 _aten = torch.ops.aten
 # torch's counter knows the attention kernels of CUDA only; CPU's do the same products. It wraps the

@@ -25,17 +25,17 @@ from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
 from benchmarks.peers import add_lora, plain_backbone
+from qst_tune.config.file import parse_config
 from qst_tune.errors import UserError
 from qst_tune.estimation.fake_device import DeviceType
 from qst_tune.estimation.question import Question
 from qst_tune.estimation.report import Row, table
 from qst_tune.estimation.setup import Setup, Shape, peqa_setup, qst_setup
 from qst_tune.models import peqa_decoder, qst_decoder
+from qst_tune.models.setup import build_any_on_meta
 from qst_tune.modules.peqa_model import PEQAModel
 from qst_tune.modules.qst_model import QSTModel
-from qst_tune.training.config_file import parse_config
 from qst_tune.training.language_modelling import NextTokenTask
-from qst_tune.training.model_setup import build_any_on_meta
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 DTYPE = torch.bfloat16

@@ -40,11 +40,11 @@ from benchmarks.methods import LORA_RANK, Batch, Trainee, ignore_known_warnings,
 from benchmarks.peers import add_lora
 from qst_tune.models import qst_decoder
 from qst_tune.modules import LinearCrossEntropyLoss, torchtune_backbone
+from qst_tune.modules.loss import connect_loss
 from qst_tune.modules.nf4_linear import NF4Linear
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.quantization import kernels
 from qst_tune.quantization.nf4 import dequantize_nf4, quantize_nf4
-from qst_tune.training.loss import connect_loss
 from qst_tune.training.parameter_groups import parameter_groups
 
 RESULTS = Path(__file__).parent / "results" / "gpu.jsonl"

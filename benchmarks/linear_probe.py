@@ -20,19 +20,15 @@ from sklearn.preprocessing import StandardScaler
 from torchtune import training
 from tqdm import tqdm
 
+from qst_tune.config.cli import instantiate, run_recipe
+from qst_tune.config.device import choose_device, choose_dtype
 from qst_tune.data import collate_classification
+from qst_tune.data.datasets import build_dataset
 from qst_tune.errors import UserError
+from qst_tune.models.setup import build_on_meta, load_frozen_backbone
 from qst_tune.modules import QSTClassifier
 from qst_tune.training.classification import labelled_rows
 from qst_tune.training.classification_metrics import METRICS
-from qst_tune.training.cli import instantiate, run_recipe
-from qst_tune.training.data import build_dataset
-from qst_tune.training.model_setup import (
-    build_on_meta,
-    choose_device,
-    choose_dtype,
-    load_frozen_backbone,
-)
 
 BATCH_SIZE = 64
 

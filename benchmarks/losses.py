@@ -40,11 +40,11 @@ from benchmarks.methods import (
     qst_trainee,
     recomputes_by_default,
 )
+from qst_tune.data.labels import align_labels
 from qst_tune.models import qst_decoder, smollm2_135m
 from qst_tune.modules import nf4_linear
+from qst_tune.modules.loss import connect_loss, next_token_loss
 from qst_tune.modules.qst_model import QSTModel
-from qst_tune.training.labels import align_labels
-from qst_tune.training.loss import connect_loss, next_token_loss
 from qst_tune.training.validation import validation_loss
 
 BATCH_SIZE = 4

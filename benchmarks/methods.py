@@ -27,14 +27,14 @@ from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
 from benchmarks.backbones import BACKBONES, DTYPE, Backbone, dense_backbone
+from qst_tune.backbone.torchtune_loading import load_backbone
+from qst_tune.config.cli import instantiate
+from qst_tune.data.labels import align_labels
 from qst_tune.models import qst_decoder, smollm2_135m
+from qst_tune.modules.loss import connect_loss, next_token_loss
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.modules.side_config import VARIANTS
 from qst_tune.quantization.nf4 import dequantize_nf4
-from qst_tune.training.backbone_loading import load_backbone
-from qst_tune.training.cli import instantiate
-from qst_tune.training.labels import align_labels
-from qst_tune.training.loss import connect_loss, next_token_loss
 from qst_tune.training.parameter_groups import parameter_groups
 
 CONFIG = Path(__file__).parent.parent / "configs" / "smollm2" / "135M_qst.yaml"
@@ -50,7 +50,7 @@ class Trainee:
 
     Args:
         model (nn.Module): connected to the loss.
-        loss (Any): as :func:`~qst_tune.training.loss.next_token_loss` takes it.
+        loss (Any): as :func:`~qst_tune.modules.loss.next_token_loss` takes it.
         optimizer (Optimizer): over the trainable parameters.
         clip_grad_norm (float | None): largest norm of the gradient.
     """

@@ -21,13 +21,13 @@ import torch
 from transformers import AutoConfig
 
 from qst_tune.backbone.loading import backbone_on_meta
+from qst_tune.config.file import parse_config
 from qst_tune.estimation.depth import Shorten, timeline_of_fewer_layers
 from qst_tune.estimation.fake_device import allocate_fake, fake_tensors
 from qst_tune.estimation.setup import Setup, Shape, own_setup
 from qst_tune.estimation.step import CUDA_GRANULARITY, trace_step
 from qst_tune.estimation.tracker import StorageTracker, Timeline
-from qst_tune.training.config_file import parse_config
-from qst_tune.training.memory import GIB
+from qst_tune.modules.memory import GIB
 
 CONFIG = Path(__file__).parent.parent / "configs" / "auto" / "qst.yaml"
 DTYPE = torch.bfloat16

@@ -27,12 +27,12 @@ from torchtune.training import FullModelHFCheckpointer
 
 from benchmarks.backbones import DTYPE
 from benchmarks.methods import CPU
+from qst_tune.backbone.torchtune_loading import load_backbone
+from qst_tune.data.labels import align_labels
 from qst_tune.models import peqa_decoder, smollm2_135m
 from qst_tune.modules import LinearCrossEntropyLoss
+from qst_tune.modules.loss import next_token_loss
 from qst_tune.modules.peqa_model import PEQAModel
-from qst_tune.training.backbone_loading import load_backbone
-from qst_tune.training.labels import align_labels
-from qst_tune.training.loss import next_token_loss
 
 RESULTS = Path(__file__).parent / "results" / "wikitext.json"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qst_tune"

@@ -13,20 +13,16 @@ from pathlib import Path
 from omegaconf import DictConfig
 from torchtune import utils
 
-from qst_tune.training.cli import run_recipe
-from qst_tune.training.config_check import check_checkpoint_dir, check_config
-from qst_tune.training.config_keys import Key, pick, setting
-from qst_tune.training.export import check_export_format, export_model
-from qst_tune.training.hub_models import fetch_models
-from qst_tune.training.model_setup import (
-    build_peqa_on_meta,
-    choose_device,
-    choose_dtype,
-    load_frozen_backbone,
-)
-from qst_tune.training.scales_checkpoint import load_scales
-from qst_tune.training.start import tuned_directory
-from qst_tune.training.tuned_model import MODEL_KEYS
+from qst_tune.config.check import check_checkpoint_dir, check_config
+from qst_tune.config.cli import run_recipe
+from qst_tune.config.device import choose_device, choose_dtype
+from qst_tune.config.hub_models import fetch_models
+from qst_tune.config.keys import Key, pick, setting
+from qst_tune.models.setup import build_peqa_on_meta, load_frozen_backbone
+from qst_tune.results.export import check_export_format, export_model
+from qst_tune.results.scales import load_scales
+from qst_tune.results.start import tuned_directory
+from qst_tune.results.tuned_model import MODEL_KEYS
 
 KEYS = {
     **pick("model", "checkpointer", "output_dir", "device", "dtype"),

@@ -16,13 +16,13 @@ from contextlib import closing, nullcontext
 from omegaconf import DictConfig
 from torchtune import training, utils
 
+from qst_tune.config.check import check_config
+from qst_tune.config.cli import run_recipe
+from qst_tune.config.keys import Key, setting
 from qst_tune.errors import UserError
 from qst_tune.generation.conversation import Conversation
 from qst_tune.generation.sampling import SAMPLING_KEYS, Sampling
-from qst_tune.training.cli import run_recipe
-from qst_tune.training.config_check import check_config
-from qst_tune.training.config_keys import Key, setting
-from qst_tune.training.tuned_model import MODEL_KEYS, load_tuned_model
+from qst_tune.results.tuned_model import MODEL_KEYS, load_tuned_model
 
 KEYS = {
     "system_prompt": Key(kind=str, meaning="begins the conversation"),

@@ -20,16 +20,16 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torchtune import utils
 from tqdm import tqdm
 
+from qst_tune.config.check import check_checkpoint_dir, check_config
+from qst_tune.config.cli import instantiate, run_recipe
+from qst_tune.config.hub_models import fetch_models
+from qst_tune.config.keys import Key, pick
 from qst_tune.data import ClassificationDataset, collate_classification
 from qst_tune.errors import UserError
 from qst_tune.modules import QSTClassifier
-from qst_tune.training.cli import instantiate, run_recipe
-from qst_tune.training.config_check import check_checkpoint_dir, check_config
-from qst_tune.training.config_keys import Key, pick
-from qst_tune.training.hub_models import fetch_models
-from qst_tune.training.model_limits import check_ids
-from qst_tune.training.output_folder import output_folder
-from qst_tune.training.tuned_model import load_tuned_model
+from qst_tune.modules.model_limits import check_ids
+from qst_tune.results.output_directory import output_folder
+from qst_tune.results.tuned_model import load_tuned_model
 
 KEYS = {
     "side_network": Key(kind=Path, required=True, meaning="directory of the trained classifier"),

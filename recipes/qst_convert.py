@@ -16,15 +16,15 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from torchtune import utils
 
+from qst_tune.config.check import check_checkpoint_dir, check_config
+from qst_tune.config.cli import run_recipe
+from qst_tune.config.hub_models import fetch_models, with_hub_names
+from qst_tune.config.keys import Key, pick
 from qst_tune.errors import UserError
-from qst_tune.training.authors_checkpoint import write_authors_folder
-from qst_tune.training.authors_conversion import export_authors, import_authors
-from qst_tune.training.cli import run_recipe
-from qst_tune.training.config_check import check_checkpoint_dir, check_config
-from qst_tune.training.config_keys import Key, pick
-from qst_tune.training.hub_models import fetch_models, with_hub_names
-from qst_tune.training.model_setup import identify_backbone
-from qst_tune.training.side_checkpoint import save_side_network
+from qst_tune.models.setup import identify_backbone
+from qst_tune.results.authors_checkpoint import write_authors_folder
+from qst_tune.results.authors_conversion import export_authors, import_authors
+from qst_tune.results.side_network import save_side_network
 
 KEYS = {
     **pick("model", "checkpointer"),

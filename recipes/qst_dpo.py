@@ -13,12 +13,12 @@ else, checkpoints, resuming, validation and the keys of a config, is that of ``q
 
 from omegaconf import DictConfig
 
+from qst_tune.config.cli import run_recipe
+from qst_tune.config.keys import TRAINING_KEYS
 from qst_tune.errors import UserError
 from qst_tune.estimation.dry_run import describe_run
+from qst_tune.models.setup import build_on_meta
 from qst_tune.modules import QSTClassifier
-from qst_tune.training.cli import run_recipe
-from qst_tune.training.config_keys import TRAINING_KEYS
-from qst_tune.training.model_setup import build_on_meta
 from qst_tune.training.preference import build_preference_learning, reference_of
 from qst_tune.training.qst_method import REFUSED, load_qst
 from qst_tune.training.trainer_setup import build_trainer

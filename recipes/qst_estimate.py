@@ -18,6 +18,11 @@ import torch
 from omegaconf import DictConfig
 from torchtune import utils
 
+from qst_tune.config.check import check_config
+from qst_tune.config.cli import run_recipe
+from qst_tune.config.device import AUTO, DTYPE_NAMES
+from qst_tune.config.hub_models import fetch_models
+from qst_tune.config.keys import Key, pick, setting
 from qst_tune.errors import UserError
 from qst_tune.estimation.dry_run import DEFAULT_SEQ_LEN
 from qst_tune.estimation.fake_device import Attention, DeviceType
@@ -25,12 +30,7 @@ from qst_tune.estimation.question import Question
 from qst_tune.estimation.report import JSON_FILE, table, write
 from qst_tune.estimation.setup import Shape, own_setup
 from qst_tune.estimation.spread import Spread
-from qst_tune.training.automatic import AUTO, DTYPE_NAMES
-from qst_tune.training.cli import run_recipe
-from qst_tune.training.config_check import check_config
-from qst_tune.training.config_keys import Key, pick, setting
-from qst_tune.training.hub_models import fetch_models
-from qst_tune.training.output_folder import output_folder
+from qst_tune.results.output_directory import output_folder
 
 KEYS = {
     "fit_gib": Key(kind=float, above=0, meaning="look for the largest batch within so many GiB"),

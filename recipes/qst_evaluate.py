@@ -22,21 +22,21 @@ from typing import Any
 from omegaconf import DictConfig
 from torchtune import utils
 
+from qst_tune.config.check import check_config
+from qst_tune.config.cli import instantiate, run_recipe
+from qst_tune.config.defaults import fill_in
+from qst_tune.config.keys import Key, pick, setting
+from qst_tune.data.batches import BatchLoader
+from qst_tune.data.datasets import build_dataset
+from qst_tune.data.training_data import collate_of, text_collate
 from qst_tune.errors import UserError
 from qst_tune.evaluation.multiple_choice import read_questions, score_questions
 from qst_tune.evaluation.perplexity import read_text, score_text
 from qst_tune.generation.caches import without_head
 from qst_tune.modules import LinearCrossEntropyLoss
-from qst_tune.training.batches import BatchLoader
-from qst_tune.training.cli import instantiate, run_recipe
-from qst_tune.training.config_check import check_config
-from qst_tune.training.config_defaults import fill_in
-from qst_tune.training.config_keys import Key, pick, setting
-from qst_tune.training.data import build_dataset
-from qst_tune.training.model_limits import limits_of
-from qst_tune.training.output_folder import output_folder
-from qst_tune.training.training_data import collate_of, text_collate
-from qst_tune.training.tuned_model import (
+from qst_tune.modules.model_limits import limits_of
+from qst_tune.results.output_directory import output_folder
+from qst_tune.results.tuned_model import (
     MODEL_KEYS,
     TunedModel,
     load_tuned_model,

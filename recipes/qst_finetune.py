@@ -17,20 +17,20 @@ from functools import partial
 
 from omegaconf import DictConfig
 
+from qst_tune.config.cli import run_recipe
+from qst_tune.config.keys import TRAINING_KEYS
 from qst_tune.data import collate_classification
+from qst_tune.data.training_data import TrainingData, build_data
 from qst_tune.estimation.dry_run import describe_run
+from qst_tune.models.setup import build_on_meta
+from qst_tune.modules.model_limits import limits_of
 from qst_tune.modules.qst_classifier import QSTClassifier
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.training.classification import build_classification_task
-from qst_tune.training.cli import run_recipe
-from qst_tune.training.config_keys import TRAINING_KEYS
 from qst_tune.training.language_modelling import build_language_modelling
 from qst_tune.training.method import Task
-from qst_tune.training.model_limits import limits_of
-from qst_tune.training.model_setup import build_on_meta
 from qst_tune.training.qst_method import REFUSED, load_qst
 from qst_tune.training.trainer_setup import build_trainer
-from qst_tune.training.training_data import TrainingData, build_data
 from qst_tune.training.training_run import Run, begin_run
 
 KEYS = TRAINING_KEYS

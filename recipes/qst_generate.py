@@ -18,15 +18,15 @@ from omegaconf import DictConfig, ListConfig
 from torchtune import training, utils
 from torchtune.data import Message
 
+from qst_tune.config.check import check_config
+from qst_tune.config.cli import run_recipe
+from qst_tune.config.keys import Key, setting
 from qst_tune.errors import UserError
 from qst_tune.generation.batch import answer_batch
 from qst_tune.generation.conversation import prompt_tokens
 from qst_tune.generation.sampling import SAMPLING_KEYS, Sampling
 from qst_tune.generation.tools import read_tool_file
-from qst_tune.training.cli import run_recipe
-from qst_tune.training.config_check import check_config
-from qst_tune.training.config_keys import Key, setting
-from qst_tune.training.tuned_model import MODEL_KEYS, load_tuned_model
+from qst_tune.results.tuned_model import MODEL_KEYS, load_tuned_model
 
 KEYS = {
     "prompt": Key(kind=str, meaning="what to answer"),

@@ -5,9 +5,10 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
+from qst_tune.models.setup import build_on_meta, load_frozen_backbone
 from qst_tune.modules.qst_decoder import QSTDecoder
-from qst_tune.training.model_setup import build_on_meta, load_frozen_backbone, provenance_of
-from qst_tune.training.side_checkpoint import save_side_network
+from qst_tune.results.provenance import provenance_of
+from qst_tune.results.side_network import save_side_network
 from tests.checkpoints import Config, finetune_config
 from tests.helpers import randomize_
 

@@ -8,8 +8,8 @@ import torch
 import transformers
 from torch import nn
 
-from qst_tune.training.backbone_loading import load_backbone
-from qst_tune.training.hf_checkpointer import HFCheckpointer
+from qst_tune.backbone.hf_checkpointer import HFCheckpointer
+from qst_tune.backbone.torchtune_loading import load_backbone
 from tests.helpers import randomize_
 
 # 307 is prime and more than the tokens of `write_chat_tokenizer`; 100 is not 4 x 48.

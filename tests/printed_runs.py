@@ -21,7 +21,7 @@ import torchtune._recipe_registry as registry
 from omegaconf import DictConfig, OmegaConf
 from torchtune._cli.tune import TuneCLIParser
 
-from qst_tune.training.config_file import parse_config
+from qst_tune.config.file import parse_config
 from tests.checkpoints import SIZES, colour_rows, write_jsonl, write_model_folder
 from tests.documented import ROOT, Printed
 from tests.fake_hub import TOKEN, serving, use

@@ -15,8 +15,8 @@ import torch.multiprocessing as mp
 from omegaconf import DictConfig
 from qst_tune.recipes import qst_finetune
 
+from qst_tune.distributed.processes import process_group
 from qst_tune.errors import UserError
-from qst_tune.training.distributed import process_group
 from tests.checkpoints import Config
 from tests.recipe_runs import FinetuneResult, merged
 

@@ -10,9 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import config as torchtune_config
 
 from qst_tune import plugin
+from qst_tune.config.check import check_config
 from qst_tune.models import backbone_from_hf
-from qst_tune.training.config_check import check_config
-from qst_tune.training.model_setup import build_any_on_meta
+from qst_tune.models.setup import build_any_on_meta
 from tests.published import PUBLISHED, write_published
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -18,7 +18,7 @@ from benchmarks.methods import ignore_known_warnings
 from benchmarks.study.experiment import optimizer_of, train_step
 from benchmarks.study.learners import METHODS, Learner, fast_decoding
 from benchmarks.study.tasks import Task
-from qst_tune.training.memory import optimizer_bytes, parameter_bytes
+from qst_tune.modules.memory import optimizer_bytes, parameter_bytes
 
 Batch = dict[str, torch.Tensor]
 

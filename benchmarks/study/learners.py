@@ -30,12 +30,12 @@ from benchmarks.methods import (
     recomputes_by_default,
 )
 from benchmarks.peers import add_lora
+from qst_tune.backbone.torchtune_loading import load_backbone
+from qst_tune.config.cli import instantiate
 from qst_tune.models import peqa_decoder, qst_decoder, smollm2_135m
 from qst_tune.modules.peqa_model import PEQAModel
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.quantization.nf4 import dequantize_nf4, quantize_nf4
-from qst_tune.training.backbone_loading import load_backbone
-from qst_tune.training.cli import instantiate
 from qst_tune.training.parameter_groups import parameter_groups
 
 WEIGHT_DECAY = 0.01

@@ -8,8 +8,8 @@ from datasets import load_dataset
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from qst_tune.data.datasets import LENGTH_MULTIPLE
 from qst_tune.errors import UserError
-from qst_tune.training.data import LENGTH_MULTIPLE
 
 Row = dict[str, Any]
 

@@ -3,14 +3,14 @@
 import torch
 from omegaconf import DictConfig
 
+from qst_tune.data.schedule import schedule_of
+from qst_tune.data.training_data import TrainingData
+from qst_tune.distributed.processes import rank_and_world_size
 from qst_tune.errors import UserError
 from qst_tune.estimation.question import Question
 from qst_tune.estimation.report import table
 from qst_tune.estimation.setup import Shape, own_setup
 from qst_tune.estimation.spread import Spread
-from qst_tune.training.distributed import rank_and_world_size
-from qst_tune.training.schedule import schedule_of
-from qst_tune.training.training_data import TrainingData
 
 # Taken where tokenizer.max_seq_len is null, since rows are then as long as the data.
 DEFAULT_SEQ_LEN = 512

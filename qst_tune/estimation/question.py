@@ -17,7 +17,7 @@ from qst_tune.estimation.setup import ALL_ROWS, Setup, Shape
 from qst_tune.estimation.spread import Spread, spread_line
 from qst_tune.estimation.step import StepCost, trace_step
 from qst_tune.estimation.tracker import Timeline
-from qst_tune.training.memory import GIB
+from qst_tune.modules.memory import GIB
 
 ONE_PROCESS = Spread(1, None)
 

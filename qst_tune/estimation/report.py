@@ -7,7 +7,7 @@ from pathlib import Path
 
 from qst_tune.estimation.step import StepCost
 from qst_tune.estimation.tracker import PARTS
-from qst_tune.training.memory import GIB
+from qst_tune.modules.memory import GIB
 
 JSON_FILE = "estimate.json"
 

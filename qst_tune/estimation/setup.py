@@ -12,18 +12,19 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torchtune.modules import RMSNorm
 
+from qst_tune.config.cli import instantiate
+from qst_tune.data.batches import Batch
+from qst_tune.data.labels import align_labels
 from qst_tune.errors import UserError
 from qst_tune.estimation.fake_device import Attention, UnknownValues
+from qst_tune.models.setup import build_any_on_meta
+from qst_tune.modules.loss import connect_loss
 from qst_tune.modules.peqa_model import PEQAModel
 from qst_tune.modules.qst_classifier import QSTClassifier
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.training.classification import ClassificationTask
-from qst_tune.training.cli import instantiate
-from qst_tune.training.labels import align_labels
 from qst_tune.training.language_modelling import NextTokenTask
-from qst_tune.training.loss import build_loss, connect_loss
-from qst_tune.training.method import Batch
-from qst_tune.training.model_setup import build_any_on_meta
+from qst_tune.training.loss import build_loss
 from qst_tune.training.parameter_groups import parameter_groups
 from qst_tune.training.preference import PreferenceTask, check_loss, reference_of
 

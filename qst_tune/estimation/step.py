@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torchtune import training
 
+from qst_tune.config.cli import instantiate
 from qst_tune.errors import UserError
 from qst_tune.estimation.depth import Shorten
 from qst_tune.estimation.fake_device import (
@@ -25,7 +26,6 @@ from qst_tune.estimation.fake_device import (
 from qst_tune.estimation.setup import Setup, Shape
 from qst_tune.estimation.tracker import PeakMemory, StorageTracker, Timeline
 from qst_tune.modules.torchtune_backbone import build_rotary_caches
-from qst_tune.training.cli import instantiate
 
 _CPU = torch.device("cpu")
 CUDA_GRANULARITY = 512  # bytes, of torch's caching allocator

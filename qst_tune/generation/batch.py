@@ -7,7 +7,7 @@ import torch
 
 from qst_tune.generation.caches import ModelCaches, last_logits
 from qst_tune.generation.sampling import Sampling
-from qst_tune.training.model_limits import check_ids
+from qst_tune.modules.model_limits import check_ids
 
 
 def answer_batch(

@@ -6,7 +6,7 @@ import torch
 from omegaconf import DictConfig
 from torchtune.generation import sample
 
-from qst_tune.training.config_keys import Key, pick, setting
+from qst_tune.config.keys import Key, pick, setting
 
 SAMPLING_KEYS = {
     "temperature": Key(

@@ -9,12 +9,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from qst_tune.config.hub_models import changed_texts
 from qst_tune.errors import UserError
-from qst_tune.training.atomic_folder import write_folder
-from qst_tune.training.hub_models import changed_texts
-from qst_tune.training.lineage import describe_lineage
-from qst_tune.training.side_checkpoint import SIDE_NETWORK, transformers_config
-from qst_tune.training.tuned_folder import read_description, read_tensors, shown, table
+from qst_tune.results.atomic_directory import write_folder
+from qst_tune.results.lineage import describe_lineage
+from qst_tune.results.side_network import SIDE_NETWORK, transformers_config
+from qst_tune.results.tuned_directory import read_description, read_tensors, shown, table
 
 _PACKAGES = ("torch", "torchtune", "torchao", "transformers")
 

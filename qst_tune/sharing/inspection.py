@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from qst_tune.training.described_model import build_any_described, checkpointer_of, folder_format
-from qst_tune.training.model_setup import identify_backbone
-from qst_tune.training.side_checkpoint import SIDE_NETWORK, read_side_network
-from qst_tune.training.tuned_folder import BackboneId, load_tuned, read_description, read_tensors
+from qst_tune.backbone.identity import BackboneId
+from qst_tune.models.setup import identify_backbone
+from qst_tune.results.described_model import build_any_described, checkpointer_of, folder_format
+from qst_tune.results.side_network import SIDE_NETWORK, read_side_network
+from qst_tune.results.tuned_directory import load_tuned, read_description, read_tensors
 
 
 def inspect_directory(directory: Path) -> str:

@@ -8,8 +8,8 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
 
 from qst_tune.errors import UserError
-from qst_tune.training.described_model import folder_format
-from qst_tune.training.tuned_folder import read_description, read_tensors
+from qst_tune.results.described_model import folder_format
+from qst_tune.results.tuned_directory import read_description, read_tensors
 
 _LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")

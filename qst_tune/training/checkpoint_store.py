@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qst_tune.errors import UserError, os_errors
-from qst_tune.training.atomic_folder import write_folder
+from qst_tune.results.atomic_directory import write_folder
 
 MANIFEST_FILE = "manifest.json"
 _NAME = re.compile(r"step_(\d{8})")

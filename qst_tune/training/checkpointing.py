@@ -10,18 +10,18 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import utils
 
 from qst_tune import __version__
+from qst_tune.config.keys import TRAINING_KEYS
+from qst_tune.data.schedule import Schedule
+from qst_tune.distributed.processes import rank_and_world_size, sum_or_fail
 from qst_tune.errors import UserError, os_errors
-from qst_tune.training.atomic_folder import write_folder
+from qst_tune.results.atomic_directory import write_folder
+from qst_tune.results.tuned_directory import add_verdict
 from qst_tune.training.checkpoint_store import CheckpointStore
-from qst_tune.training.config_keys import TRAINING_KEYS
-from qst_tune.training.distributed import rank_and_world_size, sum_or_fail
 from qst_tune.training.method import Method
 from qst_tune.training.run_log import RunLog
 from qst_tune.training.run_state import Progress
 from qst_tune.training.saved_run import CHECKPOINTS_FOLDER, FORMAT_VERSION, SavedRun
-from qst_tune.training.schedule import Schedule
 from qst_tune.training.state_file import pack_state
-from qst_tune.training.tuned_folder import add_verdict
 
 log = utils.get_logger("INFO")
 

@@ -8,13 +8,13 @@ import torch
 from omegaconf import DictConfig
 from torchtune.modules import TransformerDecoder
 
+from qst_tune.config.cli import instantiate
+from qst_tune.data.batches import Batch
+from qst_tune.distributed.processes import gather_lists, sum_or_fail
 from qst_tune.errors import UserError
+from qst_tune.modules.model_limits import check_length
 from qst_tune.modules.qst_classifier import QSTClassifier
 from qst_tune.training.classification_metrics import METRICS
-from qst_tune.training.cli import instantiate
-from qst_tune.training.distributed import gather_lists, sum_or_fail
-from qst_tune.training.method import Batch
-from qst_tune.training.model_limits import check_length
 from qst_tune.training.validation import visit
 
 

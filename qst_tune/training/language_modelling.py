@@ -8,16 +8,17 @@ import torch
 from omegaconf import DictConfig
 from torchtune.modules import TransformerDecoder
 
-from qst_tune.training.loss import build_loss, connect_loss, next_token_loss
-from qst_tune.training.method import Batch
-from qst_tune.training.model_limits import check_length, limits_of
-from qst_tune.training.training_data import (
+from qst_tune.data.batches import Batch
+from qst_tune.data.training_data import (
     TEXT_KEY,
     TrainingData,
     build_data,
     check_rows,
     text_collate,
 )
+from qst_tune.modules.loss import connect_loss, next_token_loss
+from qst_tune.modules.model_limits import check_length, limits_of
+from qst_tune.training.loss import build_loss
 from qst_tune.training.validation import validation_loss
 
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-Batch = dict[str, torch.Tensor]
+from qst_tune.data.batches import Batch
 
 
 class Method(Protocol):

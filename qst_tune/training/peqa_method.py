@@ -8,11 +8,12 @@ import torch
 from omegaconf import DictConfig
 
 from qst_tune.backbone.expert_linears import compile_forward
+from qst_tune.models.setup import load_frozen_backbone
 from qst_tune.modules.peqa_model import PEQAModel
-from qst_tune.training.model_setup import load_frozen_backbone, provenance_of
-from qst_tune.training.scales_checkpoint import load_scales, scales_files
-from qst_tune.training.start import find_start
-from qst_tune.training.tuned_folder import Provenance
+from qst_tune.results.provenance import provenance_of
+from qst_tune.results.scales import load_scales, scales_files
+from qst_tune.results.start import find_start
+from qst_tune.results.tuned_directory import Provenance
 
 
 @dataclass(frozen=True)

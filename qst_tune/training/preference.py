@@ -13,20 +13,20 @@ from omegaconf import DictConfig
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_dpo
 from torchtune.modules import TransformerDecoder
 
-from qst_tune.errors import UserError
-from qst_tune.modules.linear_cross_entropy import linear_cross_entropy
-from qst_tune.modules.qst_model import QSTModel
-from qst_tune.training.cli import instantiate
-from qst_tune.training.distributed import sum_or_fail
-from qst_tune.training.labels import align_labels
-from qst_tune.training.method import Batch
-from qst_tune.training.model_limits import check_length, limits_of
-from qst_tune.training.training_data import (
+from qst_tune.config.cli import instantiate
+from qst_tune.data.batches import Batch
+from qst_tune.data.labels import align_labels
+from qst_tune.data.training_data import (
     PAIR_KEY,
     TrainingData,
     build_data,
     check_rows,
 )
+from qst_tune.distributed.processes import sum_or_fail
+from qst_tune.errors import UserError
+from qst_tune.modules.linear_cross_entropy import linear_cross_entropy
+from qst_tune.modules.model_limits import check_length, limits_of
+from qst_tune.modules.qst_model import QSTModel
 from qst_tune.training.validation import visit
 
 

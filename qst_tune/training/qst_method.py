@@ -10,15 +10,17 @@ from omegaconf import DictConfig
 from torchtune import utils
 
 from qst_tune.backbone.expert_linears import compile_forward
+from qst_tune.backbone.identity import BackboneId
+from qst_tune.distributed.processes import broadcast_tensors, rank_and_world_size
+from qst_tune.models.setup import load_frozen_backbone
 from qst_tune.modules.hidden_state_cache import HiddenStateCache
 from qst_tune.modules.output_mix import AlphaMix, SigmoidMix
 from qst_tune.modules.qst_model import QSTModel
-from qst_tune.training.distributed import broadcast_tensors, rank_and_world_size
-from qst_tune.training.model_setup import load_frozen_backbone, provenance_of
+from qst_tune.results.provenance import provenance_of
+from qst_tune.results.side_network import load_side_network, side_network_files
+from qst_tune.results.start import find_start
+from qst_tune.results.tuned_directory import Provenance
 from qst_tune.training.parameter_groups import parameter_groups
-from qst_tune.training.side_checkpoint import load_side_network, side_network_files
-from qst_tune.training.start import find_start
-from qst_tune.training.tuned_folder import BackboneId, Provenance
 
 REFUSED = {
     "scales": "is what PEQA starts from; use side_network",

@@ -8,8 +8,8 @@ import torch
 from torchtune import utils
 from tqdm import tqdm
 
-from qst_tune.training.distributed import rank_and_world_size
-from qst_tune.training.memory import GIB, memory_kind, peak_memory_bytes
+from qst_tune.distributed.processes import rank_and_world_size
+from qst_tune.modules.memory import GIB, memory_kind, peak_memory_bytes
 from qst_tune.training.method import Task
 from qst_tune.training.run_summary import BEFORE, RunSummary
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qst_tune.training.distributed import rank_and_world_size
+from qst_tune.distributed.processes import rank_and_world_size
 
 
 @dataclass

@@ -12,11 +12,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from torchtune import training, utils
 
+from qst_tune.data.batches import BatchLoader
+from qst_tune.distributed.processes import rank_and_world_size
 from qst_tune.errors import UserError
-from qst_tune.training.batches import BatchLoader
+from qst_tune.results.start import Start
 from qst_tune.training.checkpoint_store import Checkpoint, CheckpointStore
-from qst_tune.training.distributed import rank_and_world_size
-from qst_tune.training.start import Start
 from qst_tune.training.state_file import unpack_state
 
 CHECKPOINTS_FOLDER = "checkpoints"

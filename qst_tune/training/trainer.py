@@ -11,19 +11,19 @@ import torch
 from torch import nn
 from torchtune import utils
 
+from qst_tune.backbone.sharding import take_part
+from qst_tune.data.batches import Batch, BatchLoader
+from qst_tune.data.label_check import NO_LABEL
+from qst_tune.data.rows import row_numbers
+from qst_tune.data.schedule import Schedule
+from qst_tune.distributed.processes import gather_lists, sum_gradients, sum_or_fail
 from qst_tune.errors import UserError
-from qst_tune.training.batches import BatchLoader
+from qst_tune.modules.memory import count_saved_activations, memory_kind, memory_parts
+from qst_tune.modules.precision import overflow_hint
 from qst_tune.training.checkpointing import Checkpointing
-from qst_tune.training.distributed import gather_lists, sum_gradients, sum_or_fail
-from qst_tune.training.label_check import NO_LABEL
-from qst_tune.training.memory import count_saved_activations, memory_kind, memory_parts
-from qst_tune.training.method import Batch, Method, Task
-from qst_tune.training.precision import overflow_hint
-from qst_tune.training.rows import row_numbers
+from qst_tune.training.method import Method, Task
 from qst_tune.training.run_log import RunLog
 from qst_tune.training.run_state import Progress, seed_step
-from qst_tune.training.schedule import Schedule
-from qst_tune.training.sharding import take_part
 from qst_tune.training.stop_signals import StopSignals
 
 

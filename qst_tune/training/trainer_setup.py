@@ -7,10 +7,12 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from torchtune import config, utils
 
+from qst_tune.config.cli import instantiate
+from qst_tune.config.keys import setting
+from qst_tune.data.schedule import schedule_of
+from qst_tune.data.training_data import TrainingData
 from qst_tune.errors import UserError
 from qst_tune.training.checkpointing import build_checkpointing
-from qst_tune.training.cli import instantiate
-from qst_tune.training.config_keys import setting
 from qst_tune.training.method import Method, Task
 from qst_tune.training.parameter_groups import scale_rates
 from qst_tune.training.run_log import RunLog
@@ -21,9 +23,7 @@ from qst_tune.training.saved_run import (
     check_same_start,
     describe_data,
 )
-from qst_tune.training.schedule import schedule_of
 from qst_tune.training.trainer import Trainer
-from qst_tune.training.training_data import TrainingData
 from qst_tune.training.training_run import Run
 
 NO_PROFILER = {"_component_": "torchtune.training.setup_torch_profiler", "enabled": False}

@@ -9,20 +9,20 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from qst_tune.training.architecture_check import check_architecture
-from qst_tune.training.cli import instantiate
-from qst_tune.training.config_defaults import fill_in
-from qst_tune.training.distributed import process_group, rank_and_world_size
-from qst_tune.training.hub_models import fetch_models
-from qst_tune.training.model_setup import choose_device, choose_dtype
-from qst_tune.training.output_folder import output_folder
+from qst_tune.backbone.architecture_check import check_architecture
+from qst_tune.config.cli import instantiate
+from qst_tune.config.defaults import fill_in
+from qst_tune.config.device import choose_device, choose_dtype
+from qst_tune.config.hub_models import fetch_models
+from qst_tune.config.schedule_check import report_schedule
+from qst_tune.config.training_check import check_training_config
+from qst_tune.data.schedule import schedule_of
+from qst_tune.data.survey_report import report_data
+from qst_tune.data.training_data import TrainingData
+from qst_tune.distributed.processes import process_group, rank_and_world_size
+from qst_tune.results.output_directory import output_folder
+from qst_tune.results.start import Start, find_start
 from qst_tune.training.saved_run import SavedRun, find_saved_run, set_run_date, set_run_seed
-from qst_tune.training.schedule import schedule_of
-from qst_tune.training.schedule_check import report_schedule
-from qst_tune.training.start import Start, find_start
-from qst_tune.training.survey_report import report_data
-from qst_tune.training.training_config_check import check_training_config
-from qst_tune.training.training_data import TrainingData
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ import torch
 from torchtune import utils
 from torchtune.modules import TransformerDecoder
 
+from qst_tune.backbone.sharding import anyone_has, free_weights, take_part
+from qst_tune.data.label_check import NO_LABEL
+from qst_tune.distributed.processes import sum_or_fail
 from qst_tune.errors import UserError
-from qst_tune.training.distributed import sum_or_fail
-from qst_tune.training.label_check import NO_LABEL
-from qst_tune.training.loss import next_token_loss
-from qst_tune.training.model_limits import check_length
-from qst_tune.training.sharding import anyone_has, free_weights, take_part
+from qst_tune.modules.loss import next_token_loss
+from qst_tune.modules.model_limits import check_length
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import (
 from qst_tune.backbone.head import ScaledHead
 from qst_tune.modules.linear_cross_entropy import linear_cross_entropy
 from qst_tune.modules.qst_model import QSTModel
-from qst_tune.training.tuned_folder import Provenance
+from qst_tune.results.tuned_directory import Provenance
 from qst_tune.transformers.config import QSTConfig
 from qst_tune.transformers.masks import packed_mask
 from qst_tune.transformers.passes import cached_length, head_input

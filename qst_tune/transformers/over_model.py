@@ -17,6 +17,7 @@ from qst_tune.backbone.fingerprint import (
     weight_sample,
 )
 from qst_tune.backbone.hub import fetch_model, hub_name, is_hub_name, model_name
+from qst_tune.backbone.identity import BackboneId
 from qst_tune.backbone.loading import backbone_on_meta, check_head, directory_format
 from qst_tune.backbone.qst_transformer import QSTTransformer
 from qst_tune.backbone.text_model import score_of
@@ -27,8 +28,8 @@ from qst_tune.models.qst import qst_decoder
 from qst_tune.modules.base_quantization import BaseQuantization
 from qst_tune.modules.qst_classifier import QSTClassifier
 from qst_tune.modules.side_config import SideConfig
-from qst_tune.training.side_checkpoint import SIDE_NETWORK, load_side_network
-from qst_tune.training.tuned_folder import BackboneId, Provenance, read_description
+from qst_tune.results.side_network import SIDE_NETWORK, load_side_network
+from qst_tune.results.tuned_directory import Provenance, read_description
 
 _BUILDER: dict[str, Any] = {"_component_": "qst_tune.models.qst_from_hf"}
 _CLASSIFIER = {
@@ -189,7 +190,7 @@ def _recipe_config(block: dict[str, Any]) -> str:
         "model": block,
         "tokenizer": {"_component_": "qst_tune.data.hf_chat_tokenizer", "path": place},
         "checkpointer": {
-            "_component_": "qst_tune.training.hf_checkpointer.HFCheckpointer",
+            "_component_": "qst_tune.training.HFCheckpointer",
             "checkpoint_dir": place,
         },
     }

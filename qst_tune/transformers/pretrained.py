@@ -14,12 +14,12 @@ from qst_tune.backbone.qst_transformer import QSTTransformer
 from qst_tune.errors import UserError
 from qst_tune.generation.caches import attentions
 from qst_tune.modules.qst_model import QSTModel
+from qst_tune.results.atomic_directory import replace_files
+from qst_tune.results.described_model import load_described
+from qst_tune.results.side_network import SIDE_NETWORK, read_provenance, side_network_files
+from qst_tune.results.tuned_directory import Provenance
 from qst_tune.sharing.hub_directory import Publication, base_model_of, make_hub_directory
 from qst_tune.sharing.push import push_directory
-from qst_tune.training.atomic_folder import replace_files
-from qst_tune.training.described_model import load_described
-from qst_tune.training.side_checkpoint import SIDE_NETWORK, read_provenance, side_network_files
-from qst_tune.training.tuned_folder import Provenance
 from qst_tune.transformers.config import FETCHING, QSTConfig, backbone_folder, side_network_folder
 from qst_tune.transformers.over_model import load_over
 from qst_tune.transformers.passes import num_cache_layers

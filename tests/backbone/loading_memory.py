@@ -14,7 +14,7 @@ import transformers.models.llama.modeling_llama  # noqa: F401  # before the meas
 from qst_tune.backbone.hf_quantizer import quantization_config_type
 from qst_tune.backbone.loading import load_backbone
 from qst_tune.models import qst_from_hf
-from qst_tune.training.memory import parameter_bytes
+from qst_tune.modules.memory import parameter_bytes
 
 
 def own_memory() -> int:

@@ -9,10 +9,10 @@ from transformers import AutoConfig
 
 from benchmarks import models
 from benchmarks.models import MODELS, Model, counted, main, peak_gib
+from qst_tune.config.file import parse_config
 from qst_tune.estimation.question import Question
 from qst_tune.estimation.setup import Shape, own_setup
-from qst_tune.training.config_file import parse_config
-from qst_tune.training.memory import GIB
+from qst_tune.modules.memory import GIB
 from tests.backbone.model_types import tiny_config
 
 SAMPLE = ["google/gemma-4-26B-A4B-it", "Qwen/Qwen3-VL-8B-Instruct", "zai-org/GLM-4-9B-0414"]

@@ -4,7 +4,7 @@ import torch
 from benchmarks.backbones import BACKBONES
 from benchmarks.methods import METHODS, random_batch
 from benchmarks.timing import Interleaved, Shape, matmul_gflops
-from qst_tune.training.loss import next_token_loss
+from qst_tune.modules.loss import next_token_loss
 
 TINY = BACKBONES["tiny"]
 SHAPE = Shape(2, 16)

@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 import torch
 
+from qst_tune.backbone.sizes import backbone_bytes, group_bytes
+from qst_tune.distributed.processes import sum_gradients
 from qst_tune.estimation.spread import Spread, spread_line
-from qst_tune.training.backbone_sizes import backbone_bytes, group_bytes
-from qst_tune.training.distributed import sum_gradients
-from qst_tune.training.memory import GIB
+from qst_tune.modules.memory import GIB
+from tests.backbone.test_sharding import MODELS, build, load_sharded, own_tokens
 from tests.hf_models import save_hf_model
 from tests.ranks import on_ranks
 from tests.traffic import Traffic
-from tests.training.test_sharding import MODELS, build, load_sharded, own_tokens
 
 
 def received(traffic: Traffic, size: int) -> int:

@@ -10,10 +10,11 @@ from torchtune.models.llama3 import llama3
 from torchtune.models.llama3_1 import llama3_1
 from torchtune.models.llama3_2 import llama3_2
 
+from qst_tune.backbone.identity import BackboneId
 from qst_tune.generation.sequence import CachedSequence
 from qst_tune.models import qst_decoder, qst_from_hf
 from qst_tune.modules.downsample import DownsampleKind
-from qst_tune.training.tuned_folder import BackboneId, Provenance
+from qst_tune.results.tuned_directory import Provenance
 from qst_tune.transformers import QSTConfig, QSTForCausalLM
 from tests import hf_models
 from tests.generation.test_sequence import greedy

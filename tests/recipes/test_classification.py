@@ -211,7 +211,7 @@ def test_a_model_of_transformers_classifies_and_its_result_opens_in_transformers
         "num_labels": 2,
         "reduction_factor": 4,
     }
-    reader = "qst_tune.training.hf_checkpointer.HFCheckpointer"
+    reader = "qst_tune.training.HFCheckpointer"
     cfg = merged(
         {
             **config,

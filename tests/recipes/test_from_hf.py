@@ -11,10 +11,10 @@ import torch
 from qst_tune.recipes import peqa_finetune, qst_evaluate, qst_finetune, qst_generate
 from safetensors.torch import load_file, save_file
 
+from qst_tune.config.file import parse_config
 from qst_tune.errors import UserError
 from qst_tune.quantization.table import QuantizedTable
 from qst_tune.sharing.inspection import verify_directory
-from qst_tune.training.config_file import parse_config
 from qst_tune.transformers import QSTForCausalLM
 from tests.checkpoints import colour_rows, file_hashes, write_chat_tokenizer, write_jsonl
 from tests.hf_models import FAMILIES, edit_config, save_hf_model, write_old_style

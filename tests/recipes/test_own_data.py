@@ -17,7 +17,7 @@ import pytest
 from omegaconf import OmegaConf
 from qst_tune.recipes import qst_dpo, qst_finetune, qst_generate
 
-from qst_tune.training.cli import run_recipe
+from qst_tune.config.cli import run_recipe
 from qst_tune.training.run_summary import RunSummary
 from tests.checkpoints import Config, finetune_config, generate_config, write_config
 from tests.data.rows import SHAREGPT, TURNS

@@ -7,10 +7,10 @@ import torch
 from qst_tune.recipes import peqa_export, peqa_finetune
 from safetensors.torch import load_file
 
+from qst_tune.backbone.hf_checkpointer import HFCheckpointer
 from qst_tune.backbone.loading import load_backbone
 from qst_tune.errors import UserError
 from qst_tune.models import peqa_from_hf
-from qst_tune.training.hf_checkpointer import HFCheckpointer
 from tests.checkpoints import colour_rows, write_chat_tokenizer, write_jsonl
 from tests.recipes.test_from_hf import arguments, losses, run
 from tests.stored_models import save_stored

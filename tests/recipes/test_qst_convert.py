@@ -9,16 +9,16 @@ from omegaconf import OmegaConf
 from qst_tune.recipes import qst_convert
 
 from qst_tune.errors import UserError
-from qst_tune.training.authors_checkpoint import write_authors_folder
-from qst_tune.training.model_setup import build_on_meta, load_frozen_backbone
-from qst_tune.training.side_checkpoint import SIDE_NETWORK, load_side_network
-from qst_tune.training.tuned_folder import read_description
+from qst_tune.models.setup import build_on_meta, load_frozen_backbone
+from qst_tune.results.authors_checkpoint import write_authors_folder
+from qst_tune.results.side_network import SIDE_NETWORK, load_side_network
+from qst_tune.results.tuned_directory import read_description
 from tests.checkpoints import Config, finetune_config, write_config
 from tests.helpers import reference_backbone, reference_shape
 from tests.opt_models import hf_opt
 from tests.recipe_runs import merged, run_tune
 from tests.reference import qst_reference as reference
-from tests.training.test_authors_conversion import (
+from tests.results.test_authors_conversion import (
     LLAMA,
     LLAMA_CLASSIFIER,
     OPT_CLASSIFIER,
@@ -104,7 +104,7 @@ def test_an_opt_classifiers_folder_comes_back(tmp_path: Path, config: Config):
     write_authors_folder(tmp_path / "theirs", state)
     hf_opt().save_pretrained(tmp_path / "model")
     checkpointer = {
-        "_component_": "qst_tune.training.hf_checkpointer.HFCheckpointer",
+        "_component_": "qst_tune.training.HFCheckpointer",
         "checkpoint_dir": str(tmp_path / "model"),
     }
     model = {**OPT_CLASSIFIER, "checkpoint_dir": str(tmp_path / "model")}

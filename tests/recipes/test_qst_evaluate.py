@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 from qst_tune.recipes import qst_evaluate
 
-from qst_tune.training.cli import run_recipe
+from qst_tune.config.cli import run_recipe
 from tests.checkpoints import Config, finetune_config, write_config, write_jsonl
 from tests.folders import side_network_folder
 from tests.recipe_runs import held_out_loss, merged, one_thread, run_tune

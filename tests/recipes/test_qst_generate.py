@@ -11,9 +11,9 @@ from omegaconf import OmegaConf
 from qst_tune.recipes import peqa_finetune, qst_generate
 from torchtune.data import Message
 
+from qst_tune.config.cli import run_recipe
 from qst_tune.data import hf_chat_tokenizer
 from qst_tune.errors import UserError
-from qst_tune.training.cli import run_recipe
 from tests.checkpoints import (
     COLOURS,
     SIZES,
@@ -221,7 +221,7 @@ def test_description_rebuilds_the_model(config: Config, trained: FinetuneResult)
 def stock_config(config: Config) -> Config:
     """Of the recipe `generate`, for the model and side network of ``config``."""
     checkpointer = config["checkpointer"] | {
-        "_component_": "qst_tune.training.tuned_checkpointer.TunedCheckpointer",
+        "_component_": "qst_tune.training.TunedCheckpointer",
         "side_network": config["side_network"],
         "output_dir": str(Path(config["output_dir"]) / "unused"),
     }

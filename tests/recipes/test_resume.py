@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qst_tune.data.row_store import RowStore
+from qst_tune.data.rows import CheckedRows, row_numbers
 from qst_tune.errors import UserError
+from qst_tune.results.side_network import SIDE_NETWORK
 from qst_tune.training.checkpoint_store import CheckpointStore
-from qst_tune.training.row_store import RowStore
-from qst_tune.training.rows import CheckedRows, row_numbers
 from qst_tune.training.run_summary import RunSummary
-from qst_tune.training.side_checkpoint import SIDE_NETWORK
 from qst_tune.training.trainer import Trainer
 from tests.checkpoints import (
     SIZES,

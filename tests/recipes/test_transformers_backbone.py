@@ -7,9 +7,9 @@ import pytest
 import torch
 from qst_tune.recipes import peqa_finetune, qst_dpo, qst_evaluate, qst_finetune, qst_generate
 
+from qst_tune.config.file import parse_config
 from qst_tune.errors import UserError
 from qst_tune.sharing.inspection import verify_directory
-from qst_tune.training.config_file import parse_config
 from qst_tune.transformers import QSTForCausalLM
 from tests.backbone.model_types import tiny_model
 from tests.checkpoints import colour_rows, finetune_config, write_chat_tokenizer, write_jsonl
@@ -141,7 +141,7 @@ def test_both_backbones_of_one_model_learn_alike(tmp_path: Path) -> None:
             "checkpoint_dir": folder,
         },
         "checkpointer": {
-            "_component_": "qst_tune.training.hf_checkpointer.HFCheckpointer",
+            "_component_": "qst_tune.training.HFCheckpointer",
             "checkpoint_dir": folder,
         },
     }

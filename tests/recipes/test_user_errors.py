@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from qst_tune.recipes import qst_finetune
 from safetensors.torch import load_file, save_file
 
-from qst_tune.training.cli import run_recipe
+from qst_tune.config.cli import run_recipe
 from tests.checkpoints import (
     Config,
     colour_rows,

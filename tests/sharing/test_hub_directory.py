@@ -11,11 +11,11 @@ import pytest
 from omegaconf import OmegaConf
 from qst_tune.recipes import qst_chat
 
+from qst_tune.config.file import parse_config
 from qst_tune.errors import UserError
+from qst_tune.results.side_network import SIDE_NETWORK
 from qst_tune.sharing.__main__ import main
 from qst_tune.sharing.hub_directory import Publication, make_hub_directory
-from qst_tune.training.config_file import parse_config
-from qst_tune.training.side_checkpoint import SIDE_NETWORK
 from tests.folders import side_network_folder
 
 SUMMARY = {

@@ -8,11 +8,11 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
+from qst_tune.config.cli import instantiate
+from qst_tune.models.setup import build_any_on_meta
 from qst_tune.modules.peqa_linear import PEQALinear
 from qst_tune.quantization.table import quantize_table
-from qst_tune.training.cli import instantiate
 from qst_tune.training.language_modelling import build_language_modelling
-from qst_tune.training.model_setup import build_any_on_meta
 from qst_tune.training.peqa_method import load_peqa
 from qst_tune.training.qst_method import load_qst
 from tests.checkpoints import SIZES, finetune_config

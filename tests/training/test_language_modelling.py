@@ -6,11 +6,11 @@ import torch.nn.functional as F
 from omegaconf import OmegaConf
 from torch import nn
 
+from qst_tune.config.cli import instantiate
+from qst_tune.data.labels import align_labels
 from qst_tune.errors import UserError
-from qst_tune.training.cli import instantiate
-from qst_tune.training.labels import align_labels
+from qst_tune.models.setup import build_on_meta
 from qst_tune.training.language_modelling import NextTokenTask, build_language_modelling
-from qst_tune.training.model_setup import build_on_meta
 from qst_tune.training.qst_method import load_qst
 from tests.checkpoints import finetune_config
 from tests.helpers import TINY, random_tokens, tiny_backbone

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from qst_tune.backbone.identity import BackboneId
 from qst_tune.models import qst_decoder
 from qst_tune.modules.side_config import VARIANTS
+from qst_tune.results.tuned_directory import Provenance
 from qst_tune.training.qst_method import QSTMethod
-from qst_tune.training.tuned_folder import BackboneId, Provenance
 from tests.helpers import TINY_REDUCTION, randomize_, tiny_backbone
 
 

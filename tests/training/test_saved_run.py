@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from qst_tune.data.batches import BatchLoader
 from qst_tune.errors import UserError
 from qst_tune.training import saved_run as module
-from qst_tune.training.batches import BatchLoader
 from qst_tune.training.checkpoint_store import CheckpointStore
 from qst_tune.training.saved_run import (
     SavedRun,

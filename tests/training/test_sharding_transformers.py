@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from qst_tune.backbone.loading import load_backbone
-from qst_tune.models import qst_from_hf
-from qst_tune.training.backbone_sizes import backbone_bytes, group_bytes
-from qst_tune.training.distributed import rank_and_world_size
-from qst_tune.training.sharding import (
+from qst_tune.backbone.sharding import (
     choose_sharding,
     free_weights,
     load_sharded_directory,
     take_part,
 )
+from qst_tune.backbone.sizes import backbone_bytes, group_bytes
+from qst_tune.distributed.processes import rank_and_world_size
+from qst_tune.models import qst_from_hf
 from tests.backbone.model_types import tiny_model
 from tests.helpers import randomize_
 from tests.ranks import on_ranks

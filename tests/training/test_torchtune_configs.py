@@ -6,10 +6,10 @@ import pytest
 import torchtune
 from omegaconf import DictConfig, OmegaConf
 
+from qst_tune.config.check import config_problems
+from qst_tune.config.keys import TRAINING_KEYS
+from qst_tune.config.training_check import check_training_config
 from qst_tune.errors import Problem, UserError
-from qst_tune.training.config_check import config_problems
-from qst_tune.training.config_keys import TRAINING_KEYS
-from qst_tune.training.training_config_check import check_training_config
 
 CONFIGS = Path(torchtune.__file__).parents[1] / "recipes" / "configs"
 MODEL = {"_component_": "qst_tune.models.qst_llama2_7b", "reduction_factor": 16}

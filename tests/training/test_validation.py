@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from qst_tune.data.labels import align_labels
 from qst_tune.errors import UserError
 from qst_tune.models import qst_decoder
-from qst_tune.training.labels import align_labels
 from qst_tune.training.validation import validation_loss
 from tests.helpers import TINY, TINY_REDUCTION, random_tokens, randomize_, tiny_backbone
 

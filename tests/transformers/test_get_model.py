@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import qst_tune
 from qst_tune import QSTForCausalLM, SideConfig, get_qst_model
 from qst_tune.errors import UserError
-from qst_tune.training.described_model import load_described
+from qst_tune.results.described_model import load_described
 from tests.backbone.model_types import tiny_model
 from tests.fake_hub import COMMIT, serving, use
 from tests.helpers import random_tokens, randomize_

@@ -1,0 +1,302 @@
+"""A frozen backbone that is spread over the processes: FSDP2 gathers each layer when it runs.
+
+Each tensor of the backbone, codes and scales alike, is cut along its first dimension into as many
+parts as there are processes, and every process keeps one. ``fully_shard`` gathers a layer before
+its forward pass, prefetches the next one meanwhile and frees the layer behind it. What trains, a
+side network or PEQA's scales, stays whole on every process: it is megabytes, and its gradients are
+summed as without sharding. So nothing but frozen codes and those gradients ever crosses processes.
+"""
+
+import itertools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+from torchtune.modules import TransformerDecoder
+
+from qst_tune.backbone.loading import load_backbone
+from qst_tune.backbone.sizes import gathered_groups, is_side
+from qst_tune.backbone.torchtune_loading import read_weights, set_weight
+from qst_tune.backbone.transformers import TransformersBackbone
+from qst_tune.distributed.processes import sum_over_ranks
+from qst_tune.errors import UserError
+from qst_tune.modules.base_quantization import QuantizedLinear
+from qst_tune.modules.loss import zero_loss
+from qst_tune.modules.plain_parts import Place, expose_parts, plain_parts, read_from
+from qst_tune.modules.qst_decoder import QSTDecoder
+from qst_tune.modules.qst_model import QSTModel
+from qst_tune.modules.torchtune_backbone import build_rotary_caches
+
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """Over which processes a backbone is spread.
+
+    Args:
+        mesh (DeviceMesh): one-dimensional; this process is in it.
+        offload (bool): keep this process's part in the host's memory.
+    """
+
+    mesh: DeviceMesh
+    offload: bool = False
+
+    def rows(self, num_rows: int) -> slice:
+        """Return which of a tensor's rows this process keeps, perhaps none, as FSDP2 cuts it."""
+        count = -(-num_rows // self.mesh.size())
+        start = min(count * self.mesh.get_local_rank(), num_rows)
+        return slice(start, min(start + count, num_rows))
+
+
+def choose_sharding(
+    mode: str | None, device: torch.device, *, offload: bool = False
+) -> Sharding | None:
+    """Choose the processes that share one backbone. Collective: call it on all ranks.
+
+    With ``mode`` "full" it is all of them, with "node" those of one machine, so that gathering
+    never leaves it; None if each process keeps the whole backbone. UserError if machines are to
+    share it that have different numbers of processes.
+    """
+    if mode is None or not dist.is_initialized():
+        return None
+    size = dist.get_world_size()
+    if mode == "full":
+        return Sharding(init_device_mesh(device.type, (size,)), offload)
+    per_node = int(os.environ["LOCAL_WORLD_SIZE"])
+    if per_node == 1:
+        return None
+    if size % per_node:
+        raise UserError(
+            f"backbone_sharding=node: {size} processes are not {per_node} on each machine; start "
+            "as many on each, or use full"
+        )
+    names = ("node", "shard")
+    mesh = init_device_mesh(device.type, (size // per_node, per_node), mesh_dim_names=names)
+    return Sharding(mesh["shard"], offload)
+
+
+class ShardedBackbone:
+    """The parts of a backbone that this process keeps.
+
+    The model, built on meta, is changed in place: its backbone is sharded, its parts are empty
+    tensors on ``device``. What trains, and a side network, stays as it is.
+    """
+
+    def __init__(self, model: Any, sharding: Sharding, device: torch.device) -> None:
+        self.sharding = sharding
+        groups: list[Any] = gathered_groups(model)
+        places, self._tied = _expose(model)
+        _shard(model, groups, sharding)
+        for place in places.values():
+            _allocate(place, device, sharding)
+        self.parts = {name: _local(place.tensor) for name, place in places.items()}
+
+    def keep(self, path: str, module: nn.Module) -> None:
+        """Keep this process's rows of the tensors of an unsharded module; skip those on meta.
+
+        ``path`` is the module's in the model. UserError if it is stored otherwise than the model's.
+        """
+        for name, part in plain_parts(module).items():
+            key = f"{path}.{name}"
+            if part.is_meta or f"{path}.{name.partition('/')[0]}" in self._tied:
+                continue
+            kept = self.parts.get(key)
+            rows = part
+            if kept is not None and kept.shape != part.shape:
+                rows = part[self.sharding.rows(len(part))]
+            if kept is None or kept.shape != rows.shape:
+                raise UserError(
+                    f"backbone_sharding: {path} is stored otherwise than config.json says, which "
+                    "cannot be sharded; leave backbone_sharding out, or quantise another directory"
+                )
+            kept.copy_(rows)
+
+    def take(self, path: str, module: nn.Module) -> None:
+        """Keep this process's rows, and leave empty tensors on meta."""
+        self.keep(path, module)
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.is_meta:
+                module._parameters[name] = _empty()
+        if isinstance(module, QuantizedLinear):
+            for name, _ in module.named_buffers(recurse=False):
+                module._buffers[name] = torch.empty(0, device=META)
+
+
+@torch.no_grad()
+def load_sharded_backbone(
+    model: TransformerDecoder,
+    twin: TransformerDecoder,
+    checkpointer: Any,
+    sharding: Sharding,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> str:
+    """Load a checkpoint as ``load_backbone`` does, keeping of each weight only this process's part.
+
+    A process has no more than its parts and one whole weight in memory. It still has to read every
+    weight: the scales of a 4-bit weight are quantised together, so its part cannot be made of a
+    part. ``twin`` is another model built alike; it is used to quantise, and on meta again
+    afterwards.
+    """
+    sharded = ShardedBackbone(model, sharding, device)
+
+    def place(name: str, weight: torch.Tensor) -> None:
+        path = name.rpartition(".")[0]
+        set_weight(twin, name, weight, dtype=dtype, device=device)
+        sharded.keep(path, twin.get_submodule(path))
+        set_weight(twin, name, weight, dtype=dtype, device=META)
+
+    fingerprint = read_weights(twin, checkpointer, place)
+    build_rotary_caches(model.layers, device)
+    return fingerprint
+
+
+@torch.no_grad()
+def load_sharded_directory(
+    model: Any,
+    backbone: TransformersBackbone,
+    directory: Path,
+    sharding: Sharding,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Load a directory through transformers' loader, keeping only this process's parts.
+
+    The model, over ``backbone``, was built on meta; it is filled and sharded in place.
+    """
+    root = next(path for path, m in model.named_modules() if m is backbone.model)
+    sharded = ShardedBackbone(model, sharding, device)
+
+    def take(path: str, module: nn.Module) -> None:
+        sharded.take(f"{root}.{path}" if path else root, module)
+
+    load_backbone(backbone, directory, dtype=dtype, device=device, take=take)
+
+
+def take_part(model: nn.Module, device: torch.device) -> None:
+    """Run a model on one token, for nothing but to gather its weights together with the others.
+
+    A process without a batch of its own calls it once for each batch of the others, which would
+    wait for its part of the weights for ever. Gradients are zeros, if they are on. It does nothing
+    to a model that is not sharded.
+    """
+    if not isinstance(model, FSDPModule):
+        return
+    loss = zero_loss(model(torch.zeros(1, 1, dtype=torch.int64, device=device)))
+    if loss.requires_grad:
+        loss.backward()
+
+
+def anyone_has(batch: object, model: nn.Module, device: torch.device) -> bool:
+    """Return whether a process has a batch left, of a sharded model any process: collective."""
+    if not isinstance(model, FSDPModule):
+        return batch is not None
+    return bool(sum_over_ranks(torch.tensor(float(batch is not None), device=device)))
+
+
+def free_weights(model: nn.Module) -> None:
+    """Free what a forward pass without a backward pass has left whole, such as the LM head.
+
+    Otherwise it would be freed by whatever reads the model's state dict next, which is the first
+    process alone when it saves: the others would not gather again when it has to.
+    """
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+def _expose(model: nn.Module) -> tuple[dict[str, Place], set[str]]:
+    """Return the places of all parts by name, and the names of tied weights, which have none."""
+    places: dict[str, Place] = {}
+    owners: dict[int, tuple[nn.Module, str]] = {}
+    tied: set[str] = set()
+    for path, module in list(model.named_modules()):
+        if is_side(path):
+            continue
+        for name, tensor in list(module.named_parameters(recurse=False)):
+            owner = owners.setdefault(id(tensor), (module, name))
+            if owner[0] is not module:
+                read_from(module, name, *owner)
+                tied.add(f"{path}.{name}")
+        exposed = expose_parts(module)
+        places.update({f"{path}.{name}": place for name, place in exposed.items()})
+    return places, tied
+
+
+def _shard(model: Any, groups: list[Any], sharding: Sharding) -> None:
+    """A group for each layer and for an untied embedding; the rest is gathered for a whole step."""
+    settings: dict[str, Any] = {
+        "mesh": sharding.mesh,
+        "offload_policy": _offload_policy(sharding),
+        "ignored_params": {p for p in model.parameters() if p.requires_grad or not p.numel()},
+    }
+    for group in groups:
+        # A QSTDecoder frees a layer itself, since it may run it several times a step.
+        reshard = not isinstance(model, QSTDecoder)
+        fully_shard(group, reshard_after_forward=reshard, **settings)
+    fully_shard(model, **settings)
+    for group, following in itertools.pairwise(groups):
+        group.set_modules_to_forward_prefetch([following])
+    _prefetch_backward(model)
+    if isinstance(model, QSTModel):
+        register_fsdp_forward_method(model, "with_reference")
+
+
+def _prefetch_backward(model: Any) -> None:
+    """By default FSDP2 prefetches whatever ran before, needed or not.
+
+    For a side network that would be the last layer, and for PEQA the embedding, which both have no
+    backward pass. A module that "prefetches" itself is whole at that moment: it prefetches nothing.
+    """
+    has_side_network = isinstance(model, QSTModel)
+    if has_side_network:
+        model.set_modules_to_backward_prefetch([model])
+        return
+    layers = list(model.layers)
+    model.set_modules_to_backward_prefetch([layers[-1]])
+    for before, layer in zip([layers[0], *layers[:-1]], layers, strict=True):
+        layer.set_modules_to_backward_prefetch([before])
+
+
+def _offload_policy(sharding: Sharding) -> OffloadPolicy:
+    is_cuda = sharding.mesh.device_type == "cuda"
+    return CPUOffloadPolicy(pin_memory=is_cuda) if sharding.offload else OffloadPolicy()
+
+
+def _allocate(place: Place, device: torch.device, sharding: Sharding) -> None:
+    """Take a tensor from meta to memory, of a sharded one only the part that is kept."""
+    tensor = place.tensor
+    if not isinstance(tensor, DTensor):
+        place.put(torch.empty_like(tensor, device=device))
+        return
+    where = torch.device("cpu") if sharding.offload else device
+    local = torch.empty_like(tensor.to_local(), device=where)
+    shape, stride = tensor.shape, tensor.stride()
+    place.put(
+        DTensor.from_local(local, tensor.device_mesh, tensor.placements, shape=shape, stride=stride)
+    )
+
+
+def _empty() -> nn.Parameter:
+    empty = nn.Parameter(torch.empty(0, device=META), requires_grad=False)
+    empty._is_hf_initialized = True  # type: ignore[attr-defined]  # transformers' mark
+    return empty
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,182 @@
+"""Fill a frozen backbone from a checkpoint, weight by weight, quantising on the way."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torchtune import training
+from torchtune.modules import RMSNorm, TransformerDecoder
+
+from qst_tune.backbone.directory_files import weight_files
+from qst_tune.backbone.fingerprint import fingerprint, fingerprint_files, weight_digest
+from qst_tune.backbone.loading import load_backbone as load_directory
+from qst_tune.backbone.tied_head import EMBEDDING, TiedHead
+from qst_tune.backbone.transformers import transformers_backbone
+from qst_tune.errors import UserError
+from qst_tune.modules.base_quantization import QuantizedLinear
+from qst_tune.modules.embedding_quantization import quantization_of_backbone
+from qst_tune.modules.peqa_linear import PEQALinear
+from qst_tune.modules.torchtune_backbone import build_rotary_caches
+from qst_tune.quantization.table import QuantizedTable, quantize_table
+
+SIDE_PREFIX = "side."
+
+
+def load_backbone(
+    model: Any, checkpointer: Any, *, dtype: torch.dtype, device: torch.device
+) -> str:
+    """Load a checkpoint into the backbone of a model that was built on the meta device.
+
+    One file of the checkpoint is open at a time, and each of its weights is quantised, moved and
+    dropped before the next: the whole unquantised model is never in memory.
+
+    Args:
+        model (Any): over a decoder of torchtune or transformers; a side network stays as it is.
+        checkpointer (Any): one of torchtune's checkpointers, or ours, not loaded yet.
+        dtype (torch.dtype): of what is not quantised, and of the values that codes stand for.
+        device (torch.device): of the backbone.
+
+    Returns:
+        str: fingerprint of the checkpoint's weights, the same for any dtype, device or sharding.
+
+    Raises:
+        UserError: if the checkpoint lacks a weight, or has one more, or one of another shape.
+    """
+    backbone = transformers_backbone(model)
+    if backbone is not None:
+        of_files = fingerprint_backbone(model, checkpointer)  # first: it finds damaged files
+        load_directory(backbone, Path(checkpointer._checkpoint_dir), dtype=dtype, device=device)
+        return of_files
+    place = partial(set_weight, model, dtype=dtype, device=device)
+    of_weights = read_weights(model, checkpointer, place)
+    build_rotary_caches(model.layers, device)
+    return of_weights
+
+
+def stored_as(model: Any) -> str:
+    """Name how a model's backbone is stored, as ``quantization_of_backbone`` does."""
+    backbone = transformers_backbone(model)
+    return quantization_of_backbone(model) if backbone is None else backbone.quantization
+
+
+def fingerprint_backbone(model: Any, checkpointer: Any) -> str:
+    """Read a checkpoint only to check and to identify it, as :func:`load_backbone` does."""
+    if transformers_backbone(model) is not None:
+        return fingerprint_files(weight_files(Path(checkpointer._checkpoint_dir)))
+    return read_weights(model, checkpointer, lambda name, weight: None)
+
+
+def read_weights(
+    model: TransformerDecoder, checkpointer: Any, use: Callable[[str, torch.Tensor], None]
+) -> str:
+    """Read a checkpoint one weight after the other; return :func:`load_backbone`'s fingerprint.
+
+    ``use`` gets each weight's name and the weight, which may be a view of a memory-mapped file.
+    """
+    expected = _backbone_shapes(model)
+    digests: dict[str, str] = {}
+    tied = TiedHead(model)
+
+    def take(name: str, weight: torch.Tensor) -> None:
+        _check_shape(name, weight, expected[name])
+        digests[name] = weight_digest(weight)
+        use(name, weight)
+
+    for weights in _checkpoint_files(checkpointer):
+        while weights:
+            name, weight = weights.popitem()
+            tied.look_at(name, weight)
+            if name in expected:
+                take(name, weight)
+            elif not tied.is_head(name):
+                raise UserError(f"the checkpoint has a weight that the model lacks: {name}; {_FIX}")
+    alone = tied.head_without_embedding()
+    if alone is not None:
+        take(EMBEDDING, alone)
+    missing = expected - digests.keys()
+    if missing:
+        raise UserError(
+            f"the checkpoint lacks {len(missing)} of the model's {len(expected)} weights, "
+            f"for example {min(missing)}; {_FIX}"
+        )
+    return fingerprint(digests)
+
+
+_FIX = "the config's model block must describe, or name the directory of, this very checkpoint"
+
+
+def _checkpoint_files(checkpointer: Any) -> Iterator[dict[str, torch.Tensor]]:
+    """State dicts under torchtune's names, one file of the checkpoint at a time where possible."""
+    paths = getattr(checkpointer, "_checkpoint_paths", None)
+    if not isinstance(checkpointer, training.FullModelHFCheckpointer) or paths is None:
+        yield _load_weights(checkpointer, "the checkpoint")
+        return
+    for path in paths:
+        # torchtune's conversion works on any subset of the weights; only this list decides which.
+        checkpointer._checkpoint_paths = [path]
+        yield _load_weights(checkpointer, str(path))
+
+
+def _load_weights(checkpointer: Any, name: str) -> dict[str, torch.Tensor]:
+    try:
+        weights: dict[str, torch.Tensor] = checkpointer.load_checkpoint()[training.MODEL_KEY]
+    except UserError:
+        raise
+    except Exception as error:  # torchtune's conversion raises a bare Exception
+        cause = error.__cause__
+        # A reader's error says what is wrong, the KeyError of a conversion does not.
+        reason = error if cause is None or isinstance(cause, KeyError) else cause
+        raise UserError(
+            f"{name} is damaged or of another model type than the checkpointer's: "
+            f"{' '.join(str(reason).split())}"
+        ) from error
+    return weights
+
+
+def _backbone_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights that a checkpoint must have, however they are stored."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for prefix, module in model.named_modules():
+        own = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
+        if isinstance(module, QuantizedLinear):
+            own = {name: shape for name, shape in own.items() if name == "bias"}
+            own["weight"] = (module.out_features, module.in_features)
+        shapes.update((f"{prefix}.{name}", shape) for name, shape in own.items())
+    return {name: s for name, s in shapes.items() if not name.startswith(SIDE_PREFIX)}
+
+
+def _check_shape(name: str, weight: torch.Tensor, wanted: tuple[int, ...]) -> None:
+    if tuple(weight.shape) != wanted:
+        raise UserError(
+            f"{name} has shape {tuple(weight.shape)} in the checkpoint and {wanted} in the model; "
+            f"{_FIX}"
+        )
+
+
+def set_weight(
+    model: nn.Module, name: str, weight: torch.Tensor, *, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Give a model one weight of its checkpoint, quantised if the model has it quantised.
+
+    The weight is copied to ``device``; meta takes it away again.
+    """
+    owner = model.get_submodule(name.rpartition(".")[0])
+    leaf = name.rpartition(".")[2]
+    before = getattr(owner, leaf, None)
+    if isinstance(before, QuantizedTable):
+        table = quantize_table(weight, dtype=dtype, device=device)
+        setattr(owner, leaf, nn.Parameter(table, requires_grad=False))
+        return
+    # torchtune's RMSNorm computes in fp32: with an fp32 weight torch takes its fused kernel.
+    # Integers are rounded from the checkpoint's own precision.
+    is_integer = isinstance(owner, PEQALinear) and leaf == "weight"
+    own_dtype = torch.float32 if is_integer or isinstance(owner, RMSNorm) else dtype
+    # A copy, also where nothing changes: the source is a view of the memory-mapped file.
+    dense = weight.to(device=device, dtype=own_dtype, copy=True)
+    if isinstance(owner, QuantizedLinear) and leaf == "weight":
+        owner.quantize_(dense)
+    else:
+        setattr(owner, leaf, nn.Parameter(dense, requires_grad=False))

@@ -1,0 +1,1 @@
+"""What a recipe is told: keys, types, defaults, and the command line around them."""

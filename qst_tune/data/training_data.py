@@ -1,0 +1,140 @@
+"""The data of a training run: which rows make which batch, and what a run can learn from them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig
+from torch.utils.data import Subset
+from torchtune.data import padded_collate_packed
+
+from qst_tune.config.keys import setting
+from qst_tune.data.batches import BatchLoader, Collate
+from qst_tune.data.datasets import DEFAULT_COLLATE, build_collate, build_dataset
+from qst_tune.data.label_check import check_labels
+from qst_tune.data.packing import is_packed
+from qst_tune.data.rows import hold_out
+from qst_tune.data.schedule import describe_step, fit_step, schedule_of
+from qst_tune.data.survey import Survey
+from qst_tune.errors import UserError
+from qst_tune.modules.model_limits import ModelLimits
+
+TEXT_KEY = "tokens"
+PAIR_KEY = "chosen_input_ids"
+_REASONS = {
+    TEXT_KEY: "these are preferences, from which qst_dpo learns: tune run qst_dpo; or name the "
+    "column to learn from, as in dataset.column_map.messages=chosen",
+    PAIR_KEY: "rows need a chosen and a rejected answer (columns prompt, chosen, rejected); "
+    "qst_finetune learns from rows with one answer",
+}
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The batches of a run.
+
+    Args:
+        train (BatchLoader): training rows.
+        validation (BatchLoader | None): validation rows.
+        surveys (Sequence[Survey]): figures of the datasets of the training rows.
+        validation_surveys (Sequence[Survey]): of the validation rows, if they are datasets of
+            their own.
+        notes (Sequence[str]): what a user must know of them, one line each.
+    """
+
+    train: BatchLoader
+    validation: BatchLoader | None
+    surveys: Sequence[Survey] = ()
+    validation_surveys: Sequence[Survey] = ()
+    notes: Sequence[str] = ()
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Digests of the content of all rows, by the names of ``saved_run.describe_data``."""
+        surveys = {
+            "training rows": self.surveys,
+            "held-out rows": self.validation_surveys or self.surveys,
+        }
+        return {
+            name: " ".join(survey.digest for survey in some)
+            for name, some in surveys.items()
+            if some
+        }
+
+
+def text_collate(cfg: DictConfig, limits: ModelLimits) -> Collate:
+    """Build the collate function of rows of text, after checking that they can fit the model."""
+    longest = getattr(limits.tokenizer, "max_seq_len", None)
+    if longest and longest > limits.max_seq_len:
+        raise UserError(
+            f"tokenizer.max_seq_len={longest} is longer than the model's max_seq_len "
+            f"{limits.max_seq_len}: lower it"
+        )
+    return build_collate(limits, cfg.get("collate_fn") or DEFAULT_COLLATE)
+
+
+def build_data(
+    cfg: DictConfig, limits: ModelLimits, collate: Collate, *, seed: int
+) -> TrainingData:
+    """Build the datasets, reading every row once, and decide which rows make which batch.
+
+    ``collate`` makes a batch of unpacked rows. UserError if a dataset cannot be built, has a row
+    outside ``limits``, or nothing to learn.
+    """
+    tokenizer = limits.tokenizer
+    settings = {"limits": limits, "skip_bad_rows": setting(cfg, "on_bad_row") == "skip"}
+    surveys: list[Survey] = []
+    validation_surveys: list[Survey] = []
+    rows = build_dataset(cfg.dataset, "dataset", tokenizer, surveys=surveys, **settings)
+    validation_rows = None
+    if cfg.get("dataset_val"):
+        validation_rows = build_dataset(
+            cfg.dataset_val, "dataset_val", tokenizer, surveys=validation_surveys, **settings
+        )
+    elif cfg.get("val_fraction"):
+        rows, validation_rows = hold_out(rows, float(cfg.val_fraction), seed)
+    step = describe_step(cfg, len(rows), noun="packs" if is_packed(rows) else "rows")
+    notes = [
+        *_label_warnings("dataset", surveys, rows),
+        *_label_warnings("validation rows", validation_surveys or surveys, validation_rows),
+        *([step] if step else []),
+    ]
+    num_workers = setting(cfg, "num_workers")
+    train = BatchLoader(
+        rows,
+        collate_of(rows, collate),
+        batch_size=fit_step(cfg, len(rows))[0],
+        seed=seed if setting(cfg, "shuffle") else None,
+        num_workers=num_workers,
+        same_batches=cfg.get("hidden_state_cache") is not None,
+    )
+    schedule_of(cfg, train)  # fails early, before the model loads
+    validation = validation_rows and BatchLoader(
+        validation_rows,
+        collate_of(validation_rows, collate),
+        batch_size=cfg.get("batch_size_val") or cfg.batch_size,
+        seed=None,
+        drop_last=False,
+        num_workers=num_workers,
+    )
+    return TrainingData(train, validation, surveys, validation_surveys, notes)
+
+
+def check_rows(data: TrainingData, key: str) -> None:
+    """Refuse rows without ``TEXT_KEY`` or ``PAIR_KEY``, and name the recipe for them."""
+    for survey in (*data.surveys, *data.validation_surveys):
+        if key not in survey.first:
+            raise UserError(f"{survey.name}: {survey.description}: {_REASONS[key]}")
+
+
+def _label_warnings(name: str, surveys: Sequence[Survey], rows: Any) -> list[str]:
+    """Warnings if some rows have nothing to learn; packs are judged by all of their rows."""
+    if rows is None or not surveys:  # no such rows, or packs of the user's own code
+        return []
+    part = rows.indices if isinstance(rows, Subset) and not is_packed(rows) else None
+    return [f"warning: {warning}" for warning in check_labels(name, surveys, part)]
+
+
+def collate_of(rows: Any, collate: Collate) -> Collate:
+    """Choose the collate function of a dataset: torchtune's own for packs."""
+    return padded_collate_packed if is_packed(rows) else collate

@@ -1,0 +1,1 @@
+"""Several processes: who they are and what they exchange."""

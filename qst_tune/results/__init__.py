@@ -1,0 +1,1 @@
+"""What a run leaves: directories of trained tensors, checked, loaded and exported."""

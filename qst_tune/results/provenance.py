@@ -1,0 +1,45 @@
+"""What a result's directory says of the run that made it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from qst_tune.backbone.hub import hub_name
+from qst_tune.backbone.identity import BackboneId
+from qst_tune.config.file import variables_in
+from qst_tune.config.hub_models import with_hub_names
+from qst_tune.config.keys import TRAINING_KEYS
+from qst_tune.results.tuned_directory import Provenance
+
+
+def provenance_of(
+    cfg: DictConfig, backbone: BackboneId, lineage: Sequence[dict[str, Any]] = ()
+) -> Provenance:
+    """Return what the directory of a run's result says of the run, without its results."""
+    plain = with_hub_names(OmegaConf.to_container(cfg, resolve=True))
+    for name in variables_in(cfg) - set(TRAINING_KEYS):
+        plain.pop(name, None)  # nothing refers to it any more: it would be an unknown key
+    _take_in_template(plain.get("tokenizer") or {})
+    return Provenance(
+        backbone,
+        dict(plain["model"]),
+        OmegaConf.to_yaml(OmegaConf.create(plain)),
+        lineage=lineage,
+        backbone_path=_home_of(cfg.checkpointer.checkpoint_dir),
+    )
+
+
+def _take_in_template(tokenizer: dict[str, Any]) -> None:
+    """Put the text of a chat template's file in the place of its path, which is of this machine."""
+    template = tokenizer.get("chat_template")
+    if isinstance(template, str) and "{" not in template and Path(template).suffix:
+        file = Path(template).expanduser()
+        if file.is_file():
+            tokenizer["chat_template"] = file.read_text(encoding="utf-8")
+
+
+def _home_of(checkpoint_dir: str) -> str:
+    """Where another program finds the backbone: a name on the hub, or an absolute path."""
+    return hub_name(checkpoint_dir) or str(Path(checkpoint_dir).resolve())

@@ -1,0 +1,126 @@
+"""Start from what was tuned before: a second data set, DPO after fine-tuning, a warm start.
+
+A training config names the directory under the key of its method, ``side_network`` or ``scales``.
+The run's result records where it began: its lineage, oldest first, each entry with the name of a
+directory, the digest of its tensors, its steps and its data.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torchtune import utils
+
+from qst_tune.errors import UserError
+from qst_tune.results.scales import SCALES
+from qst_tune.results.side_network import SIDE_NETWORK
+from qst_tune.results.tuned_directory import TunedFormat, read_description, read_tensors
+
+# Key of the config, which is also the directory's name in a run's output_dir.
+FORMATS: dict[str, TunedFormat] = {"side_network": SIDE_NETWORK, "scales": SCALES}
+
+log = utils.get_logger("INFO")
+
+
+@dataclass(frozen=True)
+class Start:
+    """A result of an earlier run, and its lineage with itself as the last entry."""
+
+    folder: Path
+    lineage: tuple[dict[str, Any], ...]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the tensors."""
+        return str(self.lineage[-1]["digest"])
+
+
+def find_start(cfg: DictConfig) -> Start | None:
+    """Find the result that the config names; None for a run that starts from the untuned model.
+
+    UserError if the directory is no result of the method, damaged, or this run's own.
+    """
+    for key, form in FORMATS.items():
+        if cfg.get(key):
+            folder = Path(str(cfg[key]))
+            if folder.resolve() == (Path(str(cfg.output_dir)) / key).resolve():
+                raise UserError(
+                    f"{key}={folder} is where this run writes its result: name another output_dir"
+                )
+            description = read_description(folder, form)
+            entry = {
+                "name": _name(folder),
+                "digest": digest_of(read_tensors(folder, form)),
+                "steps": (description.get("results") or {}).get("steps"),
+                "data": list(_data(folder)),
+            }
+            return Start(folder, (*(description.get("lineage") or ()), entry))
+    return None
+
+
+def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of tensors on the CPU with their names, dtypes and shapes."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].contiguous()
+        digest.update(repr((name, str(value.dtype), tuple(value.shape))).encode())
+        digest.update(value.view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def tuned_directory(cfg: DictConfig, key: str) -> Path | None:
+    """Choose the result that a recipe loads; None for the untuned model.
+
+    In the config of a training run, ``key`` ("side_network" or "scales") may name what the run
+    started from. If ``output_dir`` has the result of that run, the result is meant.
+    """
+    output_dir = cfg.get("output_dir")
+    result = Path(str(output_dir)) / key if output_dir else None
+    if key not in cfg:
+        return result
+    if not cfg[key]:
+        return None
+    named = Path(str(cfg[key]))
+    if result is None or not _began_from(result, named, FORMATS[key]):
+        return named
+    log.info(
+        f"{key}={named} is what the run in {output_dir} started from: its result {result} is "
+        f"loaded; name another output_dir to load {named} itself"
+    )
+    return result
+
+
+def _began_from(result: Path, start: Path, form: TunedFormat) -> bool:
+    if not result.is_dir() or result.resolve() == start.resolve():
+        return False
+    try:
+        lineage = read_description(result, form).get("lineage")
+        if not lineage:
+            return False
+        if not start.exists():  # moved or deleted since
+            return bool(lineage[-1]["name"] == _name(start))
+        return bool(lineage[-1]["digest"] == digest_of(read_tensors(start, form)))
+    except (UserError, KeyError, TypeError):  # reported when one of them is loaded
+        return False
+
+
+def _name(folder: Path) -> str:
+    """Run and directory, without the rest of the path, which is private."""
+    return "/".join(folder.resolve().parts[-2:])
+
+
+def _data(folder: Path) -> Iterator[str]:
+    """Names of the files that a result was trained on."""
+    try:
+        blocks: Any = OmegaConf.to_container(OmegaConf.load(folder / "recipe_config.yaml"))
+        blocks = blocks["dataset"]
+    except Exception:  # the card can do without; OmegaConf and YAML raise many types
+        return
+    for block in blocks if isinstance(blocks, list) else [blocks]:
+        files = block.get("data_files") or block.get("source") or block.get("_component_")
+        for file in files if isinstance(files, list) else [files]:
+            yield Path(str(file)).name

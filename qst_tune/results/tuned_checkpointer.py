@@ -1,0 +1,61 @@
+"""A backbone and its side network as one checkpoint, for torchtune's own recipes."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchtune import training
+from torchtune.config._utils import _get_component_from_path
+
+from qst_tune.backbone.architecture_check import check_architecture
+from qst_tune.backbone.hub import model_name
+from qst_tune.backbone.identity import BackboneId
+from qst_tune.backbone.torchtune_loading import SIDE_PREFIX, read_weights
+from qst_tune.backbone.transformers import transformers_backbone
+from qst_tune.errors import UserError
+from qst_tune.modules.embedding_quantization import quantization_of_backbone
+from qst_tune.results.described_model import build_described
+from qst_tune.results.side_network import read_side_network
+
+
+class TunedCheckpointer:
+    """Reads what torchtune's recipes load into a QST model: the backbone and the side network.
+
+    Stock recipes such as ``generate`` take one checkpoint with every weight of the model. In their
+    configs this class replaces ``FullModelHFCheckpointer``, with one more key, ``side_network``;
+    the weights are quantised as the model loads them. ``base_checkpointer`` reads
+    ``checkpoint_dir``, with the further ``settings``.
+    """
+
+    def __init__(
+        self,
+        side_network: str,
+        checkpoint_dir: str,
+        *,
+        base_checkpointer: str = "torchtune.training.FullModelHFCheckpointer",
+        **settings: Any,
+    ) -> None:
+        self.side_network = Path(side_network)
+        self.checkpoint_dir = Path(checkpoint_dir)
+        make = _get_component_from_path(base_checkpointer)
+        self._base = make(checkpoint_dir=checkpoint_dir, **settings)
+
+    def load_checkpoint(self) -> dict[str, Any]:
+        """Read both, under torchtune's names below its ``MODEL_KEY``.
+
+        UserError if they do not belong together, or one of them is missing or damaged.
+        """
+        model = build_described(self.side_network, torch.float32, self.checkpoint_dir)
+        if transformers_backbone(model) is not None:
+            raise UserError(
+                f"{self.side_network} was tuned over transformers' own model, which torchtune's "
+                "recipes do not run: use qst_generate or qst_evaluate, or qst_tune.transformers"
+            )
+        check_architecture(model, self.checkpoint_dir)
+        weights: dict[str, torch.Tensor] = {}
+        fingerprint = read_weights(model, self._base, weights.__setitem__)
+        name, _ = model_name(self.checkpoint_dir)
+        backbone = BackboneId(name, fingerprint, quantization_of_backbone(model))
+        side = read_side_network(self.side_network, model.side, backbone=backbone)
+        tuned = {SIDE_PREFIX + name: value for name, value in side.items()}
+        return {training.MODEL_KEY: weights | tuned}

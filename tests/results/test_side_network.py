@@ -1,0 +1,326 @@
+"""A side network on disk: what goes in comes out, and nothing else comes in."""
+
+import errno
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qst_tune import __version__
+from qst_tune.backbone.identity import BackboneId
+from qst_tune.errors import UserError
+from qst_tune.models import qst_decoder
+from qst_tune.results.side_network import (
+    SIDE_NETWORK,
+    load_side_network,
+    save_side_network,
+)
+from qst_tune.results.side_structure import side_structure
+from qst_tune.results.tuned_directory import read_description
+from tests.helpers import TINY_REDUCTION, randomize_, tiny_backbone
+
+BACKBONE = BackboneId(name="tiny", fingerprint="0123456789abcdef" * 4, quantization="nf4")
+MODEL_BLOCK = {"_component_": "tests.tiny", "reduction_factor": TINY_REDUCTION, "rank": 4}
+FILES = {
+    "side_network.safetensors",
+    "qst_config.json",
+    "config.json",
+    "recipe_config.yaml",
+    "README.md",
+}
+NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def side_network(sizes=None, **settings):
+    settings = {"reduction_factor": TINY_REDUCTION, "rank": 4, **settings}
+    side = qst_decoder(tiny_backbone(**(sizes or {})), **settings).side
+    randomize_(side)
+    return side
+
+
+def save(folder: Path, side, **changes) -> None:
+    arguments = {
+        "backbone": BACKBONE,
+        "model_block": MODEL_BLOCK,
+        "recipe_config": "epochs: 1\n",
+        "results": {"validation loss": 1.25},
+        **changes,
+    }
+    save_side_network(folder, side, **arguments)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    save(tmp_path / "side_network", side_network())
+    return tmp_path / "side_network"
+
+
+# Writing.
+
+
+def test_transformers_finds_the_backbone_and_the_classes(tmp_path: Path) -> None:
+    save(tmp_path / "text", side_network(), backbone_path="/models/tiny")
+    config = json.loads((tmp_path / "text/config.json").read_text())
+    assert config["model_type"] == "qst"
+    assert config["backbone"] == "/models/tiny"
+    save(tmp_path / "classes", side_network(), model_block={**MODEL_BLOCK, "num_labels": 2})
+    config = json.loads((tmp_path / "classes/config.json").read_text())
+    assert config["architectures"] == ["QSTForSequenceClassification"]
+    assert len(config["id2label"]) == 2
+
+
+@pytest.mark.parametrize("variant", ["default", "paper", "authors"])
+def test_round_trip_is_exact(variant: str, tmp_path: Path) -> None:
+    side, other = side_network(variant=variant), side_network(variant=variant)
+    save(tmp_path / "side", side)
+    load_side_network(tmp_path / "side", other, backbone=BACKBONE)
+    for name, value in side.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], value, rtol=0, atol=0, msg=name)
+
+
+def test_folder_holds_the_documented_files(saved: Path) -> None:
+    assert {path.name for path in saved.iterdir()} == FILES
+    assert [path.name for path in saved.parent.iterdir()] == ["side_network"]
+    assert (saved / "recipe_config.yaml").read_text() == "epochs: 1\n"
+    (saved.parent / "plain").mkdir()  # a temporary folder would be the owner's alone
+    assert saved.stat().st_mode == (saved.parent / "plain").stat().st_mode
+
+
+def test_description_says_what_it_was_trained_on(saved: Path) -> None:
+    assert read_description(saved, SIDE_NETWORK) == {
+        "method": "qst",
+        "format_version": 2,
+        "qst_tune_version": __version__,
+        "backbone": {
+            "name": "tiny",
+            "fingerprint": BACKBONE.fingerprint,
+            "quantization": "nf4",
+            "revision": "",
+            "library": "torchtune",
+        },
+        "model": MODEL_BLOCK,
+        "structure": side_structure(side_network()),
+        "results": {"validation loss": 1.25},
+    }
+
+
+def test_model_card_names_the_backbone_and_the_results(saved: Path) -> None:
+    card = (saved / "README.md").read_text()
+    assert "# A QST side network for tiny" in card
+    assert "| validation loss | 1.25 |" in card
+    assert BACKBONE.fingerprint[:16] in card
+
+
+def test_file_holds_the_parameters_by_name_and_nothing_else(tmp_path: Path) -> None:
+    side = side_network()
+    save(tmp_path / "side", side)
+    tensors = load_file(tmp_path / "side" / "side_network.safetensors")
+    assert tensors.keys() == dict(side.named_parameters()).keys()
+    num_bytes = 4 * sum(tensor.numel() for tensor in tensors.values())
+    file_bytes = (tmp_path / "side" / "side_network.safetensors").stat().st_size
+    assert num_bytes < file_bytes < num_bytes + 200 * len(tensors)
+
+
+def test_saving_again_replaces_the_folder(saved: Path) -> None:
+    (saved / "stale.txt").write_text("from an older version")
+    side = side_network()
+    save(saved, side)
+    assert {path.name for path in saved.iterdir()} == FILES
+    assert [path.name for path in saved.parent.iterdir()] == ["side_network"]
+    other = side_network()
+    load_side_network(saved, other, backbone=BACKBONE)
+    assert torch.equal(other.upsample.weight, side.upsample.weight)
+
+
+# 4 files are flushed one by one; then the old folder is moved away and the new one put in place.
+INTERRUPTIONS = [("fsync", index) for index in range(4)] + [("rename", index) for index in range(2)]
+
+
+@pytest.mark.parametrize(("call", "index"), INTERRUPTIONS)
+@pytest.mark.parametrize("error", [NO_SPACE, KeyboardInterrupt()], ids=["full disk", "ctrl-c"])
+def test_interrupted_write_leaves_the_old_folder(
+    error: BaseException, call: str, index: int, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    owner = os if call == "fsync" else Path
+    original = getattr(owner, call)
+    calls = iter(range(100))
+
+    def fail_once(*args):
+        if next(calls) == index:
+            raise error
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, call, fail_once)
+        with pytest.raises(UserError if error is NO_SPACE else KeyboardInterrupt) as info:
+            save(saved, side_network())
+    if error is NO_SPACE:
+        assert str(info.value) == f"cannot write {saved}: No space left on device"
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    assert [path.name for path in saved.parent.iterdir()] == ["side_network"]
+
+
+def test_old_folder_survives_even_where_it_cannot_be_put_back(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    original = Path.rename
+    calls = iter(range(100))
+
+    def fail_after_the_first(*args):
+        if next(calls) > 0:
+            raise NO_SPACE
+        return original(*args)
+
+    monkeypatch.setattr(Path, "rename", fail_after_the_first)
+    with pytest.raises(UserError, match="No space left"):
+        save(saved, side_network())
+    (left,) = saved.parent.glob(".side_network.*/old")
+    assert {path.name: path.read_bytes() for path in left.iterdir()} == before
+
+
+@pytest.mark.parametrize(("call", "index"), [("fsync", 0), ("fsync", 3), ("rename", 0)])
+def test_interrupted_first_write_leaves_nothing(
+    call: str, index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = os if call == "fsync" else Path
+    original = getattr(owner, call)
+    calls = iter(range(100))
+
+    def fail(*args):
+        if next(calls) == index:
+            raise NO_SPACE
+        return original(*args)
+
+    monkeypatch.setattr(owner, call, fail)
+    with pytest.raises(UserError, match="No space left"):
+        save(tmp_path / "side_network", side_network())
+    assert list(tmp_path.iterdir()) == []
+
+
+# Reading.
+
+
+def edit_description(folder: Path, **changes) -> None:
+    path = folder / "qst_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(folder: Path, edit) -> None:
+    path = folder / "side_network.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path)
+
+
+DAMAGES = {
+    "missing folder": (
+        lambda f: shutil.rmtree(f),
+        r"is not a QST side network.*<output_dir>/side_network\)",
+    ),
+    "missing description": (
+        lambda f: (f / "qst_config.json").unlink(),
+        "it has no qst_config.json; name a directory that qst_finetune wrote",
+    ),
+    "truncated description": (
+        lambda f: os.truncate(f / "qst_config.json", 20),
+        "qst_config.json is not valid JSON",
+    ),
+    "binary description": (
+        lambda f: (f / "qst_config.json").write_bytes(b"\xff\xfe\x00"),
+        "qst_config.json is not valid JSON",
+    ),
+    "list as description": (
+        lambda f: (f / "qst_config.json").write_text("[]"),
+        "qst_config.json is not valid JSON",
+    ),
+    "other method": (
+        lambda f: edit_description(f, method="lora"),
+        "does not describe a QST side network",
+    ),
+    "newer format": (
+        lambda f: edit_description(f, format_version=3, qst_tune_version="9.9"),
+        r"has format 3, this qst_tune .* reads format 2: install the qst_tune .* \(9\.9\)",
+    ),
+    "older format": (
+        lambda f: edit_description(f, format_version=1),
+        "has format 1, this qst_tune .* reads format 2",
+    ),
+    "no structure": (
+        lambda f: edit_description(f, structure=None),
+        r"for another model: layers None there, \[0, 1, 2\] here; .* num_heads None there, 1 here",
+    ),
+    "no format": (lambda f: edit_description(f, format_version=None), "has format None"),
+    "no backbone": (lambda f: edit_description(f, backbone=None), "trained on another backbone"),
+    "missing tensors": (
+        lambda f: (f / "side_network.safetensors").unlink(),
+        r"side_network\.safetensors is missing: copy the whole directory",
+    ),
+    "truncated tensors": (
+        lambda f: os.truncate(f / "side_network.safetensors", 5000),
+        "is damaged or not a safetensors file",
+    ),
+    "empty tensors": (
+        lambda f: os.truncate(f / "side_network.safetensors", 0),
+        "is damaged or not a safetensors file",
+    ),
+    "pickle in its place": (
+        lambda f: torch.save({"upsample.weight": torch.ones(1)}, f / "side_network.safetensors"),
+        "is damaged or not a safetensors file",
+    ),
+    "tensor too few": (
+        lambda f: edit_tensors(f, lambda t: t.pop("upsample.bias")),
+        r"1 tensors differ, for example upsample\.bias is absent in the file and \(96,\)",
+    ),
+    "tensor too many": (
+        lambda f: edit_tensors(f, lambda t: t.update(z=torch.ones(1))),
+        r"for example z is \(1,\) in the file and absent in the model",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES)
+def test_damaged_folder_is_refused_and_changes_nothing(damage, message: str, saved: Path) -> None:
+    side = side_network()
+    before = {name: value.clone() for name, value in side.state_dict().items()}
+    damage(saved)
+    with pytest.raises(UserError, match=message):
+        load_side_network(saved, side, backbone=BACKBONE)
+    assert all(torch.equal(value, before[name]) for name, value in side.state_dict().items())
+
+
+def test_other_backbone_is_refused_and_both_are_named(saved: Path) -> None:
+    other = replace(BACKBONE, name="other", fingerprint="ff" * 32)
+    with pytest.raises(
+        UserError, match=r"another backbone \(tiny\) than other: fingerprint .*ffff"
+    ):
+        load_side_network(saved, side_network(), backbone=other)
+
+
+def test_other_quantisation_is_refused(saved: Path) -> None:
+    other = replace(BACKBONE, quantization="none")
+    with pytest.raises(UserError, match="quantization 'nf4' there, 'none' here"):
+        load_side_network(saved, side_network(), backbone=other)
+
+
+def test_renamed_checkpoint_folder_is_the_same_backbone(saved: Path) -> None:
+    load_side_network(saved, side_network(), backbone=replace(BACKBONE, name="renamed"))
+
+
+def test_other_heads_of_the_same_tensors_are_refused(tmp_path: Path) -> None:
+    ungrouped = {"num_kv_heads": 6}
+    save(tmp_path / "side", side_network(ungrouped, min_head_dim=12))
+    with pytest.raises(UserError, match=r"for another model: num_heads 2 there, 1 here; .*; use"):
+        load_side_network(tmp_path / "side", side_network(ungrouped), backbone=BACKBONE)
+
+
+@pytest.mark.parametrize("settings", [{"reduction_factor": 8}, {"rank": 8}, {"variant": "paper"}])
+def test_other_sizes_are_refused_with_an_example(settings, saved: Path) -> None:
+    with pytest.raises(UserError, match=r"tensors differ, for example .* use the model block of"):
+        load_side_network(saved, side_network(**settings), backbone=BACKBONE)

@@ -1,0 +1,215 @@
+"""A run starts from what was tuned, records it, and its result is what is loaded afterwards."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from qst_tune.recipes import peqa_finetune, qst_dpo
+from safetensors.torch import load_file, save_file
+
+from qst_tune.errors import UserError
+from qst_tune.results.start import digest_of, find_start, tuned_directory
+from qst_tune.results.tuned_model import load_tuned_model
+from tests.checkpoints import SIZES, Config, finetune_config
+from tests.recipe_runs import FinetuneResult, finetune, merged, one_thread
+from tests.recipes.test_qst_dpo import write_pairs
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    return finetune_config(tmp_path_factory.mktemp("start"))
+
+
+@pytest.fixture(scope="module")
+def first(config: Config) -> FinetuneResult:
+    return finetune(config, Path(config["output_dir"]).with_name("first"), "epochs=2")
+
+
+@pytest.fixture(scope="module")
+def second(config: Config, first: FinetuneResult) -> FinetuneResult:
+    folder = first.folder.with_name("second")
+    return finetune(config, folder, *from_first(first), "epochs=3")
+
+
+def from_first(first: FinetuneResult) -> list[str]:
+    return [f"side_network={first.folder / 'side_network'}", "optimizer.lr=1e-3"]
+
+
+def description(run: FinetuneResult) -> dict[str, Any]:
+    return json.loads((run.folder / "side_network" / "qst_config.json").read_text())
+
+
+def test_it_begins_where_the_other_ended(first: FinetuneResult, second: FinetuneResult) -> None:
+    assert second.held_out_loss[0] == first.held_out_loss[4]
+    assert second.held_out_loss[0] < first.held_out_loss[0]
+    assert second.summary["before"] == "start"
+    assert first.summary["before"] == "quantised base model"
+
+
+def test_lineage_is_in_the_description_and_the_card(
+    first: FinetuneResult, second: FinetuneResult
+) -> None:
+    assert "lineage" not in description(first)
+    entry = {
+        "name": "first/side_network",
+        "digest": digest_of(first.weights),
+        "steps": 4,
+        "data": ["train.jsonl"],
+    }
+    assert description(second)["lineage"] == [entry]
+    card = (second.folder / "side_network" / "README.md").read_text()
+    line = f"| first/side_network | 4 | train.jsonl | `{entry['digest'][:16]}...` |"
+    assert line in card.splitlines()
+    start = find_start(
+        merged({"side_network": str(second.folder / "side_network"), "output_dir": "x"})
+    )
+    assert start is not None
+    assert [link["name"] for link in start.lineage] == ["first/side_network", "second/side_network"]
+
+
+def test_digest_sees_every_value_name_and_shape(first: FinetuneResult) -> None:
+    tensors = first.weights
+    name = next(iter(tensors))
+    changed = {**tensors, name: tensors[name].clone()}
+    assert digest_of(changed) == digest_of(tensors)
+    changed[name].view(-1)[0] += 1e-7
+    assert digest_of(changed) != digest_of(tensors)
+    assert digest_of({"a": torch.zeros(2, 3)}) != digest_of({"a": torch.zeros(3, 2)})
+    assert digest_of({"a": torch.zeros(2)}) != digest_of({"b": torch.zeros(2)})
+
+
+def test_resumed_run_takes_its_checkpoint_and_is_the_one_that_was_never_stopped(
+    config: Config, first: FinetuneResult, second: FinetuneResult, tmp_path: Path
+) -> None:
+    schedule = "lr_scheduler._component_=qst_tune.training.lr_schedulers.cosine_with_warmup"
+    settings = [*from_first(first), "epochs=3", schedule]
+    whole = finetune(config, tmp_path / "whole", *settings, "keep_last_n_checkpoints=3")
+    shutil.copytree(whole.folder / "checkpoints", tmp_path / "run" / "checkpoints")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000006")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000004")
+    resumed = [*settings, "resume_from_checkpoint=True"]
+    run = finetune(config, tmp_path / "run", *resumed)
+    assert torch.equal(run.train_loss, whole.train_loss)
+    assert all(torch.equal(run.weights[n], w) for n, w in whole.weights.items())
+    with pytest.raises(UserError, match=r"cannot resume with side_network: .* the run started"):
+        finetune(config, tmp_path / "run", *resumed, "side_network=null")
+    weights = first.folder / "side_network" / "side_network.safetensors"
+    before = weights.read_bytes()
+    save_file({n: w + 1 for n, w in first.weights.items()}, weights)
+    try:
+        with pytest.raises(UserError, match=r"the tensors of .*, which it started from, have chan"):
+            finetune(config, tmp_path / "run", *resumed)
+    finally:
+        weights.write_bytes(before)
+
+
+def test_result_is_loaded_where_the_training_config_names_the_start(
+    config: Config, first: FinetuneResult, second: FinetuneResult, tmp_path: Path
+) -> None:
+    start, result = (run.folder / "side_network" for run in (first, second))
+    cfg = merged({**config, "output_dir": str(second.folder), "side_network": str(start)})
+    assert tuned_directory(cfg, "side_network") == result
+    tuned = load_tuned_model(cfg).model.side.state_dict()
+    assert all(torch.equal(tuned[name], value) for name, value in second.weights.items())
+
+    def chosen(**changes: Any) -> Path | None:
+        return tuned_directory(merged({**cfg, **changes}), "side_network")
+
+    assert chosen(output_dir=str(tmp_path)) == start, "no result is there yet"
+    assert chosen(output_dir=None) == start
+    assert chosen(side_network=str(result)) == result
+    assert chosen(side_network=None) is None
+    assert chosen(output_dir=str(first.folder)) == start, "that run started from nothing"
+    gone = second.folder / "gone" / "first" / "side_network"
+    assert chosen(side_network=str(gone)) == result, "known by its name"
+    assert tuned_directory(merged({"output_dir": "a"}), "scales") == Path("a/scales")
+
+
+def test_dpo_is_compared_with_the_start_in_one_backbone_pass(
+    config: Config, first: FinetuneResult, tmp_path: Path
+) -> None:
+    dataset = {
+        "_component_": "torchtune.datasets.preference_dataset",
+        "source": "json",
+        "data_files": str(write_pairs(tmp_path / "pairs.jsonl", 8)),
+    }
+    loss = {"_component_": "torchtune.rlhf.loss.DPOLoss"}
+    pairs = {**config, "dataset": dataset, "dataset_val": None, "val_fraction": 0.25, "loss": loss}
+
+    def losses(name: str, *more: str) -> dict[int, float]:
+        overrides = [f"output_dir={tmp_path / name}", "epochs=1", *more]
+        with one_thread():
+            qst_dpo.main(merged(pairs, *overrides))
+        return FinetuneResult(tmp_path / name).held_out_loss
+
+    start = losses("start", *from_first(first))
+    assert start[0] == pytest.approx(0.6931, abs=1e-4), "the start is its own reference"
+    backbone = losses("backbone", *from_first(first), "reference=backbone")
+    assert abs(backbone[0] - 0.6931) > 1e-3, "the start already differs from the backbone"
+    with pytest.raises(UserError, match=r"^reference=start needs side_network"):
+        losses("none", "reference=start")
+
+
+def test_scales_start_from_scales(config: Config, tmp_path: Path) -> None:
+    block = {"_component_": "qst_tune.models.peqa_llama3_2", **SIZES, "bits": 3}
+    peqa = {**config, "model": block}
+
+    def run(name: str, *more: str) -> FinetuneResult:
+        with one_thread():
+            peqa_finetune.main(merged(peqa, f"output_dir={tmp_path / name}", "epochs=1", *more))
+        return FinetuneResult(tmp_path / name)
+
+    first = run("first")
+    second = run("second", f"scales={first.folder / 'scales'}")
+    assert second.held_out_loss[0] == first.held_out_loss[2]
+    described = json.loads((second.folder / "scales" / "peqa_config.json").read_text())
+    tensors = load_file(first.folder / "scales" / "scales.safetensors")
+    assert described["lineage"][0]["digest"] == digest_of(tensors)
+    with pytest.raises(UserError, match=r"side_network=x is what QST starts from; use scales"):
+        run("wrong", "side_network=x")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("side_network=absent", "^absent is not a QST side network: it has no qst_config.json"),
+        ("scales=absent", "scales=absent is what PEQA starts from; use side_network"),
+        ("reference=best", "reference=best must be start, backbone or null"),
+        ("reference=start", "reference=start is for qst_dpo; remove it"),
+    ],
+)
+def test_wrong_start_is_one_line_before_anything_loads(
+    override: str, message: str, config: Config, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        finetune(config, tmp_path / "run", override)
+    assert not (tmp_path / "run").exists()
+
+
+def test_result_is_not_its_own_start(config: Config, first: FinetuneResult) -> None:
+    with pytest.raises(UserError, match=r"is where this run writes its result: name another outp"):
+        finetune(config, first.folder, *from_first(first))
+    assert (first.folder / "side_network" / "qst_config.json").exists()
+
+
+def test_side_network_of_another_shape_does_not_fit(
+    config: Config, first: FinetuneResult, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"does not fit the model: .* tensors differ"):
+        finetune(config, tmp_path / "run", *from_first(first), "model.reduction_factor=8")
+
+
+def test_data_of_several_files_is_recorded(first: FinetuneResult) -> None:
+    folder = first.folder / "side_network"
+    both = "dataset:\n- data_files: [/x/a.jsonl, b.jsonl]\n- source: org/set\n"
+    config = (folder / "recipe_config.yaml").read_text()
+    (folder / "recipe_config.yaml").write_text(both)
+    try:
+        start = find_start(merged({"side_network": str(folder), "output_dir": "x"}))
+    finally:
+        (folder / "recipe_config.yaml").write_text(config)
+    assert start is not None
+    assert start.lineage[-1]["data"] == ["a.jsonl", "b.jsonl", "set"]
