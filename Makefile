@@ -3,7 +3,7 @@
 #   make check       what CI runs: tests, style, types, the wheel
 #   make quickstart  train and sample a real small model  ARGS="..." passes on to it
 #   make benchmark   QST beside torchtune's methods        ARGS=--quick, ARGS=losses, ARGS=--help
-#   make study       what each method learns              ARGS="--data FOLDER --quick", ARGS=--help
+#   make study       what each method learns              ARGS="--data DIRECTORY --quick", ARGS=--help
 PYTHON ?= python3
 VENV ?= .venv
 # The exact versions that CI runs. `make CONSTRAINTS=/dev/null test` takes the newest that fit.

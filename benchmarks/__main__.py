@@ -102,8 +102,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     torch.set_num_threads(options.threads)
     if options.what == "losses":
-        folder: Path = options.results
-        losses.run(folder / LOSSES_FILE, num_steps=options.steps, backbone_name=options.backbone)
+        directory: Path = options.results
+        losses.run(directory / LOSSES_FILE, num_steps=options.steps, backbone_name=options.backbone)
         return 0
     try:
         plan = _plan(options)
@@ -199,9 +199,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--backbone", choices=BACKBONES, help="default 200m")
     parser.add_argument("--steps", type=int, default=50, help="of `losses`")
     parser.add_argument("--fresh", action="store_true", help="forget the results that are there")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="directory of the JSON files")
     parser.add_argument(
-        "--docs", type=Path, help="folder of the page; default docs/, with --quick that of results"
+        "--docs",
+        type=Path,
+        help="directory of the page; default docs/, with --quick that of results",
     )
     options = parser.parse_args(arguments)
     options.command = shlex.join(["python", "-m", "benchmarks", *(arguments or sys.argv[1:])])

@@ -81,8 +81,8 @@ def transformers_step(num_rows: int, num_prompt_tokens: int) -> Callable[[], obj
     Returns:
         Callable[[], object]: decodes the first token behind the prompt.
     """
-    folder = Path(default_config().checkpointer.checkpoint_dir).expanduser()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    directory = Path(default_config().checkpointer.checkpoint_dir).expanduser()
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
     cache = DynamicCache(config=model.config)
 
     @torch.no_grad()

@@ -310,18 +310,20 @@ def find_source() -> Source:
     Returns:
         Source: backbone and text.
     """
-    folder = Path(default_config().checkpointer.checkpoint_dir)
-    if not (folder / "tokenizer.json").is_file():
-        print(f"{folder} is not there (`make quickstart` fetches it): random weights", flush=True)
+    directory = Path(default_config().checkpointer.checkpoint_dir)
+    if not (directory / "tokenizer.json").is_file():
+        print(
+            f"{directory} is not there (`make quickstart` fetches it): random weights", flush=True
+        )
         return random_source(BACKBONES["quick"])
-    return pretrained_source(folder)
+    return pretrained_source(directory)
 
 
-def pretrained_source(folder: Path, row_tokens: int = 128) -> Source:
+def pretrained_source(directory: Path, row_tokens: int = 128) -> Source:
     """Take SmolLM2 and its tokenizer.
 
     Args:
-        folder (Path): of Hugging Face.
+        directory (Path): of Hugging Face.
         row_tokens (int): tokens a row.
 
     Returns:
@@ -329,11 +331,11 @@ def pretrained_source(folder: Path, row_tokens: int = 128) -> Source:
     """
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     ids = tokenizer.encode(_text(), add_special_tokens=False).ids
 
     return Source(
-        name=f"{folder.name} on Python's documentation, rows of {row_tokens} tokens",
+        name=f"{directory.name} on Python's documentation, rows of {row_tokens} tokens",
         build=partial(_build, smollm2_135m, load_smollm2),
         tokens=_rows(ids, row_tokens),
     )

@@ -197,7 +197,7 @@ def load_smollm2(model: QSTModel) -> None:
     Args:
         model (QSTModel): over ``smollm2_135m``; its backbone is filled.
     """
-    with TemporaryDirectory() as unused:  # torchtune would make the folder of a run
+    with TemporaryDirectory() as unused:  # torchtune would make the directory of a run
         block = OmegaConf.merge(default_config().checkpointer, {"output_dir": unused})
         checkpointer = instantiate(cast(DictConfig, block), "checkpointer")
         load_backbone(model, checkpointer, dtype=DTYPE, device=CPU)

@@ -22,19 +22,19 @@ MEMORY_PEER = "qlora_checkpointed_best"
 PRODUCT_GOAL = 0.7
 
 
-def write_page(folder: Path, results: Results, losses: dict[str, Any] | None) -> Path:
+def write_page(directory: Path, results: Results, losses: dict[str, Any] | None) -> Path:
     """Write the page.
 
     Args:
-        folder (Path): of the documentation; the pictures lie there already.
+        directory (Path): of the documentation; the pictures lie there already.
         results (Results): what to show.
         losses (dict[str, Any] | None): from ``python -m benchmarks losses``, if that was run.
 
     Returns:
         Path: the page.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "benchmarks.md"
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "benchmarks.md"
     path.write_text(render_page(results, losses))
     return path
 

@@ -11,20 +11,20 @@ from benchmarks.timing import Shape
 MIB = 1024**2
 
 
-def write_plots(folder: Path, results: Results) -> list[Path]:
+def write_plots(directory: Path, results: Results) -> list[Path]:
     """Draw step times and memory.
 
     Args:
-        folder (Path): of the documentation.
+        directory (Path): of the documentation.
         results (Results): what to draw.
 
     Returns:
         list[Path]: PNG files.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     return [
-        _draw_times(folder / "benchmarks_time.png", results),
-        _draw_memory(folder / "benchmarks_memory.png", results),
+        _draw_times(directory / "benchmarks_time.png", results),
+        _draw_memory(directory / "benchmarks_memory.png", results),
     ]
 
 

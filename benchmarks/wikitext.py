@@ -1,7 +1,7 @@
 """Perplexity on WikiText-2 of rounding, PEQA and its rivals: ``python -m benchmarks.wikitext``.
 
 SmolLM2-135M-Instruct is tuned to the training text and scored on the start of the test text.
-``--data`` names a folder with WikiText-2's ``train.raw`` and ``test.raw``; the model is the one
+``--data`` names a directory with WikiText-2's ``train.raw`` and ``test.raw``; the model is the one
 that ``make quickstart`` fetches. Every run sees the same batches in the same order. Results go to a
 JSON file run by run, and the same command continues a run that was cut short.
 """
@@ -99,7 +99,9 @@ def main(arguments: list[str] | None = None) -> None:
         arguments (list[str] | None): of the command line.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.wikitext", description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="folder with train.raw, test.raw")
+    parser.add_argument(
+        "--data", type=Path, required=True, help="directory with train.raw, test.raw"
+    )
     parser.add_argument("--model", type=Path, default=CACHE / "SmolLM2-135M-Instruct")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--steps", type=int, default=Setting().steps)
@@ -119,8 +121,8 @@ class Text:
     """Rows to train on, in the order that every method sees, and rows to score.
 
     Args:
-        data (Path): folder with ``train.raw`` and ``test.raw``.
-        model (Path): Hugging Face folder with ``tokenizer.json``.
+        data (Path): directory with ``train.raw`` and ``test.raw``.
+        model (Path): Hugging Face directory with ``tokenizer.json``.
         setting (Setting): sizes.
     """
 
@@ -151,7 +153,7 @@ def measure(name: str, run: Run, text: Text, checkpoint: Path, setting: Setting)
         name (str): for the progress lines.
         run (Run): what to do.
         text (Text): training and test rows.
-        checkpoint (Path): Hugging Face folder.
+        checkpoint (Path): Hugging Face directory.
         setting (Setting): sizes.
 
     Returns:
@@ -184,7 +186,7 @@ def load(checkpoint: Path, run: Run) -> tuple[TransformerDecoder, list[nn.Parame
     """Load the model as a run needs it.
 
     Args:
-        checkpoint (Path): Hugging Face folder.
+        checkpoint (Path): Hugging Face directory.
         run (Run): decides what is quantised and what trains.
 
     Returns:
@@ -201,7 +203,7 @@ def load_peqa(checkpoint: Path, bits: int, group_size: int | None) -> PEQAModel:
     """Load the model with integer linears.
 
     Args:
-        checkpoint (Path): Hugging Face folder.
+        checkpoint (Path): Hugging Face directory.
         bits (int): of a code.
         group_size (int | None): input channels that share a scale.
 
@@ -218,7 +220,7 @@ def load_dense(checkpoint: Path, tuned: str) -> tuple[TransformerDecoder, list[n
     """Load the model without quantising it.
 
     Args:
-        checkpoint (Path): Hugging Face folder.
+        checkpoint (Path): Hugging Face directory.
         tuned (str): "linears" trains the linears of all layers, "lora" torchtune's LoRA of rank 16
             on each of them; "": nothing.
 
@@ -277,9 +279,9 @@ def _linears(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
                 yield parent, name, child
 
 
-def _checkpointer(folder: Path) -> FullModelHFCheckpointer:
+def _checkpointer(directory: Path) -> FullModelHFCheckpointer:
     return FullModelHFCheckpointer(
-        checkpoint_dir=str(folder),
+        checkpoint_dir=str(directory),
         checkpoint_files=["model.safetensors"],
         model_type="LLAMA3_2",
         output_dir=str(CACHE / "runs" / "wikitext"),

@@ -1,5 +1,5 @@
 """Configs of the recipes: ``<family>/<size>_<method>.yaml``.
 
-Installed as ``qst_tune.configs``. This folder is a package only so that it can be found when
+Installed as ``qst_tune.configs``. This directory is a package only so that it can be found when
 installed.
 """

@@ -151,7 +151,7 @@ def _nearest(name: str, candidates: Iterable[str]) -> str | None:
 def _is_users_own(recipe: str) -> bool:
     """Whether torchtune would find ``recipe`` as a user's file or module.
 
-    torchtune turns "a/b.py" into the module "a.b" and looks in the working folder last. Only the
+    torchtune turns "a/b.py" into the module "a.b" and looks in the working directory last. Only the
     first part is looked up here, which imports nothing.
     """
     first = os.path.splitext(recipe)[0].replace("/", ".").split(".")[0]

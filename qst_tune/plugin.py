@@ -198,7 +198,7 @@ def _register(registry: ModuleType) -> None:
     recipes.extend(recipe for recipe in _our_recipes(registry) if recipe.name not in known)
     for recipe in recipes:
         if recipe.name in _STOCK_RECIPES:
-            ours = _configs(registry, _folder("qst_tune.configs"), _STOCK_RECIPES[recipe.name])
+            ours = _configs(registry, _directory("qst_tune.configs"), _STOCK_RECIPES[recipe.name])
             have = {config.name for config in recipe.configs}
             recipe.configs.extend(config for config in ours if config.name not in have)
 
@@ -209,7 +209,7 @@ def _our_recipes(registry: ModuleType) -> list[Any]:
     torchtune joins a file path to the directory of its own recipes, and joining an absolute path to
     anything gives that path.
     """
-    recipe_dir, config_dir = _folder("qst_tune.recipes"), _folder("qst_tune.configs")
+    recipe_dir, config_dir = _directory("qst_tune.recipes"), _directory("qst_tune.configs")
     return [
         registry.Recipe(
             name=name,
@@ -230,7 +230,7 @@ def _configs(registry: ModuleType, config_dir: Path, methods: tuple[str, ...]) -
     ]
 
 
-def _folder(package: str) -> Path:
+def _directory(package: str) -> Path:
     """Return the absolute directory of an installed package without importing the package."""
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:

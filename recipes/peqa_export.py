@@ -49,13 +49,13 @@ def main(cfg: DictConfig) -> None:
     dtype = choose_dtype(cfg, device)
     output_dir = Path(cfg.output_dir)
     scales = tuned_directory(cfg, "scales")
-    folder = Path(cfg.get("export_dir") or output_dir / form)
+    directory = Path(cfg.get("export_dir") or output_dir / form)
     model = build_peqa_on_meta(cfg, dtype)
     backbone = load_frozen_backbone(model, cfg, dtype=dtype, device=device)
     if scales:
         load_scales(scales, model, backbone=backbone)
-    export_model(model, checkpoint_dir, folder, form=form, dtype=dtype)
-    log.info(f"{form} model written to {folder}")
+    export_model(model, checkpoint_dir, directory, form=form, dtype=dtype)
+    log.info(f"{form} model written to {directory}")
 
 
 if __name__ == "__main__":

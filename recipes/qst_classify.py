@@ -28,7 +28,7 @@ from qst_tune.data import ClassificationDataset, collate_classification
 from qst_tune.errors import UserError
 from qst_tune.modules import QSTClassifier
 from qst_tune.modules.model_limits import check_ids
-from qst_tune.results.output_directory import output_folder
+from qst_tune.results.output_directory import output_directory
 from qst_tune.results.tuned_model import load_tuned_model
 
 KEYS = {
@@ -87,7 +87,7 @@ def main(cfg: DictConfig) -> None:
     check_config(cfg, KEYS)
     check_checkpoint_dir(cfg.checkpointer)
     fetch_models(cfg)
-    with output_folder(Path(cfg.output_dir)) as folder:
+    with output_directory(Path(cfg.output_dir)) as directory:
         dataset = read_rows(cfg)
         model = load_tuned_model(cfg, classifies=True).model
         found = answers(model, dataset, cfg.get("batch_size_val") or cfg.batch_size)
@@ -95,7 +95,7 @@ def main(cfg: DictConfig) -> None:
             json.dumps({**row, **answer}, default=str)
             for row, answer in zip(dataset.rows, found, strict=True)
         ]
-        path = folder / PREDICTIONS_FILE
+        path = directory / PREDICTIONS_FILE
         path.write_text("".join(f"{line}\n" for line in lines))
     log.info(f"{len(lines)} rows written to {path}")
 

@@ -22,7 +22,7 @@ from qst_tune.config.hub_models import fetch_models, with_hub_names
 from qst_tune.config.keys import Key, pick
 from qst_tune.errors import UserError
 from qst_tune.models.setup import identify_backbone
-from qst_tune.results.authors_checkpoint import write_authors_folder
+from qst_tune.results.authors_checkpoint import write_authors_directory
 from qst_tune.results.authors_conversion import export_authors, import_authors
 from qst_tune.results.side_network import save_side_network
 
@@ -36,7 +36,7 @@ KEYS = {
 log = utils.get_logger("INFO")
 
 
-def import_folder(cfg: DictConfig, theirs: Path, ours: Path) -> None:
+def import_directory(cfg: DictConfig, theirs: Path, ours: Path) -> None:
     """Make one of our directories out of one of theirs."""
     _check_new(ours, "side_network")
     fetch_models(cfg)
@@ -56,18 +56,18 @@ def import_folder(cfg: DictConfig, theirs: Path, ours: Path) -> None:
     log.info(f"{ours} written; to use it: side_network={ours} {settings}")
 
 
-def export_folder(cfg: DictConfig, ours: Path, theirs: Path) -> None:
+def export_directory(cfg: DictConfig, ours: Path, theirs: Path) -> None:
     """Make a directory that the authors' code loads out of one of ours."""
     _check_new(theirs, "to_authors")
     state, settings = export_authors(ours, cfg)
-    write_authors_folder(theirs, state)
+    write_authors_directory(theirs, state)
     said = ", ".join(f"{name}={value!r}" for name, value in settings.items())
     log.info(f"{theirs} written; their configuration must say {said}")
 
 
-def _check_new(folder: Path, key: str) -> None:
-    if folder.exists():
-        raise UserError(f"{key}={folder} exists already: name a new directory")
+def _check_new(directory: Path, key: str) -> None:
+    if directory.exists():
+        raise UserError(f"{key}={directory} exists already: name a new directory")
 
 
 def main(cfg: DictConfig) -> None:
@@ -80,9 +80,9 @@ def main(cfg: DictConfig) -> None:
             "side_network=<ours> to_authors=<new>"
         )
     if source:
-        import_folder(cfg, Path(source), Path(cfg.side_network))
+        import_directory(cfg, Path(source), Path(cfg.side_network))
     else:
-        export_folder(cfg, Path(cfg.side_network), Path(target))
+        export_directory(cfg, Path(cfg.side_network), Path(target))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from qst_tune.estimation.question import Question
 from qst_tune.estimation.report import JSON_FILE, table, write
 from qst_tune.estimation.setup import Shape, own_setup
 from qst_tune.estimation.spread import Spread
-from qst_tune.results.output_directory import output_folder
+from qst_tune.results.output_directory import output_directory
 
 KEYS = {
     "fit_gib": Key(kind=float, above=0, meaning="look for the largest batch within so many GiB"),
@@ -139,7 +139,7 @@ def main(cfg: DictConfig) -> None:
     check_config(cfg, KEYS)
     fetch_models(cfg, "config")
     recipe = QSTEstimateRecipe(cfg)
-    with output_folder(Path(cfg.output_dir)):
+    with output_directory(Path(cfg.output_dir)):
         recipe.run()
 
 

@@ -35,7 +35,7 @@ from qst_tune.evaluation.perplexity import read_text, score_text
 from qst_tune.generation.caches import without_head
 from qst_tune.modules import LinearCrossEntropyLoss
 from qst_tune.modules.model_limits import limits_of
-from qst_tune.results.output_directory import output_folder
+from qst_tune.results.output_directory import output_directory
 from qst_tune.results.tuned_model import (
     MODEL_KEYS,
     TunedModel,
@@ -155,7 +155,7 @@ def main(cfg: DictConfig) -> None:
     check_config(cfg, KEYS)
     if not any(cfg.get(key) for key in ("dataset_val", "text", "questions")):
         raise UserError("nothing to measure: name a text, questions or a dataset_val")
-    with output_folder(Path(cfg.output_dir)) as folder:
+    with output_directory(Path(cfg.output_dir)) as directory:
         tuned = load_tuned_model(cfg)
         to_measure = list(measures(cfg, tuned))
         results: dict[str, dict[str, float]] = {}
@@ -163,9 +163,9 @@ def main(cfg: DictConfig) -> None:
             with nullcontext() if title == tuned.title else tuned.untuned():
                 figures: list[dict[str, Any]] = [measure() for measure in to_measure]
             results[title] = {name: value for part in figures for name, value in part.items()}
-        (folder / RESULT_FILE).write_text(json.dumps(results, indent=2) + "\n")
+        (directory / RESULT_FILE).write_text(json.dumps(results, indent=2) + "\n")
     print(table(results))
-    log.info(f"written to {folder / RESULT_FILE}")
+    log.info(f"written to {directory / RESULT_FILE}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def check_run(recipe: str, *recipe_args: str) -> str | None:
 
 
 @pytest.fixture(autouse=True)
-def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def in_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
@@ -48,7 +48,7 @@ def test_misspelt_config_is_recognised(config: str) -> None:
     assert f"no config '{config}'; did you mean '{CONFIG}'?" in hint
 
 
-def test_missing_config_file_is_named_with_the_folder_searched(tmp_path: Path) -> None:
+def test_missing_config_file_is_named_with_the_directory_searched(tmp_path: Path) -> None:
     hint = check_run(RECIPE, "--config", "mine.yaml")
     assert hint is not None
     assert "no config 'mine.yaml'." in hint

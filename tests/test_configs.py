@@ -13,7 +13,7 @@ from qst_tune import plugin
 from qst_tune.config.check import check_config
 from qst_tune.models import backbone_from_hf
 from qst_tune.models.setup import build_any_on_meta
-from tests.published import PUBLISHED, write_published
+from tests.support.published import PUBLISHED, write_published
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
@@ -40,7 +40,7 @@ def cfg(path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> DictConf
     monkeypatch.setenv("HOME", "/home/somebody")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     cfg = OmegaConf.load(path)
-    if "checkpoint_dir" in cfg:  # their model is the folder's
+    if "checkpoint_dir" in cfg:  # their model is the directory's
         cfg.checkpoint_dir = write_published(tmp_path, name_of(path))
     return cfg
 

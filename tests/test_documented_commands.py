@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from qst_tune.quickstart.smollm2 import default_cache_dir
-from tests.documented import ROOT, Printed, commands
-from tests.printed_runs import Place, run
+from tests.support.documented_commands import ROOT, Printed, commands
+from tests.support.printed_runs import Place, run
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 HEADS = sorted((ROOT / "configs").rglob("*.yaml"))

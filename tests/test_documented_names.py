@@ -9,8 +9,8 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCES = [
     path
-    for folder in ("qst_tune", "recipes", "configs", "tests", "benchmarks")
-    for path in (ROOT / folder).rglob("*")
+    for directory in ("qst_tune", "recipes", "configs", "tests", "benchmarks")
+    for path in (ROOT / directory).rglob("*")
     if path.suffix in (".py", ".yaml", ".txt", ".json", ".jsonl")
 ]
 WORDS = {

@@ -88,7 +88,9 @@ def test_every_package_is_a_layer() -> None:
     assert packages - set(LAYERS) == set()
 
 
-def test_every_folder_with_code_is_a_package() -> None:
-    # setup.py's find_packages() leaves a folder without __init__.py out of the wheel.
-    folders = {path.parent for path in source_files()}
-    assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == []
+def test_every_directory_with_code_is_a_package() -> None:
+    # setup.py's find_packages() leaves a directory without __init__.py out of the wheel.
+    directories = {path.parent for path in source_files()}
+    assert [
+        directory for directory in directories if not (directory / "__init__.py").is_file()
+    ] == []

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 import qst_tune
-from tests.checkpoints import finetune_config, write_config
-from tests.recipe_runs import run_tune
+from tests.support.checkpoints import finetune_config, write_config
+from tests.support.recipe_runs import run_tune
 
 ROOT = Path(__file__).parent.parent
 DISTRIBUTED = ["pyproject.toml", "setup.py", "README.md", "LICENSE"]
-FOLDERS = ["qst_tune", "recipes", "configs"]
+DIRECTORIES = ["qst_tune", "recipes", "configs"]
 
 
 def run(*command: str | Path, cwd: Path) -> str:
@@ -32,11 +32,11 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Our wheel, built from a copy: setuptools leaves a build folder beside the sources."""
+    """Our wheel, built from a copy: setuptools leaves a build directory beside the sources."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     for name in DISTRIBUTED:
         shutil.copy(ROOT / name, source / name)
-    for name in FOLDERS:
+    for name in DIRECTORIES:
         no_caches = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, source / name, ignore=no_caches)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--no-index"]
@@ -50,7 +50,7 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Python of a new environment with our wheel in it, and torch from this one.
 
     A .pth file adds this environment's packages after the new one's own. Python does not read the
-    .pth files of a folder that a .pth file adds, so an editable qst_tune is not found that way.
+    .pth files of a directory that a .pth file adds, so an editable qst_tune is not found that way.
     """
     env = tmp_path_factory.mktemp("env")
     run(sys.executable, "-m", "venv", "--without-pip", env, cwd=env)
@@ -71,8 +71,13 @@ def tune(python: Path, *args: str, cwd: Path) -> str:
     return run(python, "-m", "torchtune._cli.tune", *args, cwd=cwd)
 
 
-def test_wheel_holds_every_file_of_the_three_folders_and_nothing_else(wheel: Path) -> None:
-    paths = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
+def test_wheel_holds_every_file_of_the_three_directories_and_nothing_else(wheel: Path) -> None:
+    paths = [
+        path
+        for directory in DIRECTORIES
+        for path in (ROOT / directory).rglob("*")
+        if path.is_file()
+    ]
     in_tree = {p.relative_to(ROOT).as_posix() for p in paths if p.parent.name != "__pycache__"}
     expected = {f if f.startswith("qst_tune/") else f"qst_tune/{f}" for f in in_tree}
     packed = set(zipfile.ZipFile(wheel).namelist())
@@ -92,8 +97,8 @@ def test_packages_are_found_in_site_packages(python: Path, tmp_path: Path) -> No
     """
     origins = [Path(line) for line in run(python, "-c", code, cwd=tmp_path).splitlines()]
     inside = site_packages(python) / "qst_tune"
-    folders = [inside, inside / "recipes", inside / "configs"]
-    assert origins == [folder / "__init__.py" for folder in folders]
+    directories = [inside, inside / "recipes", inside / "configs"]
+    assert origins == [directory / "__init__.py" for directory in directories]
 
 
 def test_tune_lists_and_copies_ours(python: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What each method learns of the same real data: ``python -m benchmarks.study --data FOLDER``.
+"""What each method learns of the same real data: ``python -m benchmarks.study --data DIRECTORY``.
 
 SmolLM2-135M-Instruct, quantised where the method quantises, on five tasks: SST-2 and RTE as text
 with a one-word answer (accuracy), WikiText-2 (perplexity), and Alpaca behind a plain "Response:"
@@ -7,7 +7,7 @@ same order. Each run is one line of results/study.jsonl, so that a study that wa
 where it stopped, and its page is drawn from that file alone. All of it takes half a day on two
 cores; ``--quick`` takes half an hour.
 
-FOLDER has ``sst2/{train_sentences,dev}.jsonl`` (sentence, label 0 or 1), ``rte/{train,dev}.jsonl``
-(sentence1, sentence2, label entailment or not_entailment), ``wikitext2/{train,test}.raw`` and
-``alpaca/{train,heldout}.jsonl`` (instruction, input, output).
+DIRECTORY has ``sst2/{train_sentences,dev}.jsonl`` (sentence, label 0 or 1),
+``rte/{train,dev}.jsonl`` (sentence1, sentence2, label entailment or not_entailment),
+``wikitext2/{train,test}.raw`` and ``alpaca/{train,heldout}.jsonl`` (instruction, input, output).
 """

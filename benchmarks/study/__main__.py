@@ -1,4 +1,4 @@
-"""Run the study: ``python -m benchmarks.study --data FOLDER``; see ``--help``."""
+"""Run the study: ``python -m benchmarks.study --data DIRECTORY``; see ``--help``."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ from benchmarks.study.costs import Plan, measure_in_new_process
 from benchmarks.study.experiment import Run, execute
 from benchmarks.study.learners import METHODS
 from benchmarks.study.page import write_page
-from benchmarks.study.tasks import BATCH_SIZE, STEPS, TASKS, Task, folder_of, load_task
+from benchmarks.study.tasks import BATCH_SIZE, STEPS, TASKS, Task, directory_of, load_task
 
 RESULTS = Path(__file__).parent.parent / "results" / "study.jsonl"
 COSTS = RESULTS.with_name("study_costs.jsonl")
@@ -43,10 +43,10 @@ def main(arguments: list[str] | None = None) -> int:
     if not (checkpoint / "tokenizer.json").is_file():
         print(f"error: no model in {checkpoint}: run `make quickstart` first", file=sys.stderr)
         return 2
-    folders = [folder_of(name, Path(options.data)) for name in options.tasks]
-    missing = [folder.name for folder in folders if not folder.is_dir()]
+    directories = [directory_of(name, Path(options.data)) for name in options.tasks]
+    missing = [directory.name for directory in directories if not directory.is_dir()]
     if missing:
-        print(f"error: --data {options.data} has no folder {missing[0]}", file=sys.stderr)
+        print(f"error: --data {options.data} has no directory {missing[0]}", file=sys.stderr)
         return 2
     if options.costs:
         return _measure_costs(options, checkpoint)
@@ -135,8 +135,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--states",
         type=Path,
-        help="keep the frozen backbone's states in this folder (gigabytes): variants of QST on the "
-        "same data then take a few minutes each",
+        help="keep the frozen backbone's states in this directory (gigabytes): variants of QST on "
+        "the same data then take a few minutes each",
     )
     parser.add_argument(
         "--costs",
@@ -148,7 +148,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--results",
         type=Path,
         help="the page goes beside it; default: those in the repository, with --quick a temporary "
-        "folder",
+        "directory",
     )
     parser.add_argument(
         "--quick",

@@ -54,7 +54,7 @@ class Plan:
         methods (list[str]): names.
         batch_size (int): rows a step.
         rounds (int): steps of each that are timed, after one that is not.
-        checkpoint (Path): folder of SmolLM2-135M-Instruct.
+        checkpoint (Path): directory of SmolLM2-135M-Instruct.
     """
 
     task: Task

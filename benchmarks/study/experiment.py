@@ -48,8 +48,8 @@ def execute(run: Run, task: Task, checkpoint: Path, states: Path | None = None) 
     Args:
         run (Run): what to do; 0 steps measure the method's model before training.
         task (Task): its rows.
-        checkpoint (Path): folder of SmolLM2-135M-Instruct.
-        states (Path | None): folder where the states of frozen backbones are kept.
+        checkpoint (Path): directory of SmolLM2-135M-Instruct.
+        states (Path | None): directory where the states of frozen backbones are kept.
 
     Returns:
         dict[str, Any]: the run, ``held_out`` (the task's metric), ``held_out_loss`` and
@@ -79,11 +79,11 @@ def execute(run: Run, task: Task, checkpoint: Path, states: Path | None = None) 
     }
 
 
-def _kept_states(model: QSTModel, folder: Path) -> HiddenStateCache:
+def _kept_states(model: QSTModel, directory: Path) -> HiddenStateCache:
     """Variants of the side network share what they read of the same weights and layers."""
     layers: Any = model.layers
     what = f"{quantization_of(layers)}, output of {model.side.layers}"
-    return HiddenStateCache(folder / re.sub(r"\W+", "_", what).strip("_"))
+    return HiddenStateCache(directory / re.sub(r"\W+", "_", what).strip("_"))
 
 
 def _train(

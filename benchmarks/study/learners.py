@@ -96,11 +96,11 @@ def _without_head(model: Any) -> Iterator[None]:
         model.output = head
 
 
-def _load(model: Any, folder: Path) -> Any:
+def _load(model: Any, directory: Path) -> Any:
     """Fill the frozen weights, quantising those that the model wants quantised."""
-    with tempfile.TemporaryDirectory() as unused:  # torchtune makes the output folder of a run
+    with tempfile.TemporaryDirectory() as unused:  # torchtune makes the output directory of a run
         block = OmegaConf.merge(
-            default_config().checkpointer, {"checkpoint_dir": str(folder), "output_dir": unused}
+            default_config().checkpointer, {"checkpoint_dir": str(directory), "output_dir": unused}
         )
         checkpointer = instantiate(cast(DictConfig, block), "checkpointer")
         if isinstance(model, QSTModel | PEQAModel):
@@ -111,19 +111,19 @@ def _load(model: Any, folder: Path) -> Any:
     return model
 
 
-def _full(folder: Path) -> Learner:
-    model = _load(smollm2_135m(), folder)  # fp32: bf16 weights swallow small steps
+def _full(directory: Path) -> Learner:
+    model = _load(smollm2_135m(), directory)  # fp32: bf16 weights swallow small steps
     return Learner(model, [{"params": list(model.parameters()), "weight_decay": 0.0}])
 
 
 def _lora(
-    folder: Path, *, quantize: bool, checkpointing: bool = False, last: int | None = None
+    directory: Path, *, quantize: bool, checkpointing: bool = False, last: int | None = None
 ) -> Learner:
     """LoRA in all layers, or in the last ones alone, so that no gradient goes deeper."""
     with training.set_default_dtype(DTYPE):
         model = smollm2_135m()
         add_lora(model, rank=LORA_RANK, quantize=False)
-    _load(model, folder)
+    _load(model, directory)
     model.requires_grad_(False)
     adapters = list(get_adapter_params(model.layers[-last:] if last else model).values())
     for parameter in adapters:
@@ -144,28 +144,28 @@ def _quantize_lora_linears(model: nn.Module) -> None:
             module._quantize_base = True
 
 
-def _qst(folder: Path, changes: dict[str, Any]) -> Learner:
+def _qst(directory: Path, changes: dict[str, Any]) -> Learner:
     shipped = {**model_arguments(), "base_quantization": default_config().model.base_quantization}
     with training.set_default_dtype(DTYPE), torch.device("meta"):
         model = qst_decoder(smollm2_135m(), **{**shipped, **changes})
-    _load(model, folder)
+    _load(model, directory)
     model.initialize_side(CPU)
     model.side.recompute = recomputes_by_default()
     model.train()
     return Learner(model, parameter_groups(model.side))
 
 
-def _qst_in_bf16(folder: Path) -> Learner:
+def _qst_in_bf16(directory: Path) -> Learner:
     """Trained parameters and their optimizer's state in bf16, not fp32."""
-    learner = _qst(folder, {})
+    learner = _qst(directory, {})
     learner.model.side.to(DTYPE)
     return learner
 
 
-def _peqa(folder: Path, *, bits: int) -> Learner:
+def _peqa(directory: Path, *, bits: int) -> Learner:
     with training.set_default_dtype(DTYPE), torch.device("meta"):
         model = peqa_decoder(smollm2_135m(), bits=bits)
-    _load(model, folder)
+    _load(model, directory)
     return Learner(model, [{"params": list(model.task().values()), "weight_decay": 0.0}])
 
 
@@ -182,7 +182,7 @@ class Method:
 
     Args:
         title (str): for people.
-        build (Callable[[Path], Learner]): from the folder of SmolLM2-135M-Instruct.
+        build (Callable[[Path], Learner]): from the directory of SmolLM2-135M-Instruct.
         rates (dict[str, float]): learning rates that differ from :attr:`rate`, by task.
         rate (float): learning rate where ``--rates`` gives none.
     """

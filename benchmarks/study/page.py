@@ -29,7 +29,7 @@ _TITLES = {name: method.title for name, method in METHODS.items()} | {
 _INTRODUCTION = """\
 # Study: what each method learns
 
-Written by `python -m benchmarks.study --data FOLDER`; do not edit. SmolLM2-135M-Instruct, for
+Written by `python -m benchmarks.study --data DIRECTORY`; do not edit. SmolLM2-135M-Instruct, for
 QLoRA in NF4, for QST in 8 bits (its config's) unless said otherwise, for PEQA in 4-bit integers,
 for the others as it is; AdamW with warm-up and linear decay, the same rows in the same order for
 every method. Several seeds: their mean (least to greatest). Where several learning rates were
@@ -45,7 +45,7 @@ def write_page(lines: list[Line], costs: list[Line], docs: Path) -> None:
     Args:
         lines (list[Line]): of the results file.
         costs (list[Line]): what a step of each method takes.
-        docs (Path): the folder of the documentation.
+        docs (Path): the directory of the documentation.
     """
     by_method = {(c["task"], c["method"], c["batch_size"]): c for c in costs}
     parts = [_INTRODUCTION]

@@ -25,7 +25,7 @@ Parts = Literal["config", "tokenizer", "weights"]
 _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?")
 # The directory of a revision in huggingface_hub's cache.
 _CACHED = re.compile(
-    r"(?P<folder>.*/models--(?P<org>[^/]+?)--(?P<model>[^/]+)/snapshots/(?P<sha>\w+))"
+    r"(?P<directory>.*/models--(?P<org>[^/]+?)--(?P<model>[^/]+)/snapshots/(?P<sha>\w+))"
 )
 _TOKENIZER = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -47,7 +47,7 @@ def hub_name(path: str | Path) -> str | None:
     found = _CACHED.match(Path(path).absolute().as_posix())
     if found is None:
         return None
-    rest = Path(path).absolute().as_posix().removeprefix(found["folder"])
+    rest = Path(path).absolute().as_posix().removeprefix(found["directory"])
     return f"{found['org']}/{found['model']}@{found['sha']}{rest}"
 
 

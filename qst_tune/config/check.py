@@ -71,26 +71,28 @@ def check_checkpoint_dir(checkpointer: DictConfig, *, may_lack_weights: bool = F
     """
     if not checkpointer.get("checkpoint_dir"):
         raise UserError("config: checkpointer.checkpoint_dir is missing")
-    folder = Path(checkpointer.checkpoint_dir)
-    if is_hub_name(str(folder)):
-        return folder
-    if not folder.is_dir():
+    directory = Path(checkpointer.checkpoint_dir)
+    if is_hub_name(str(directory)):
+        return directory
+    if not directory.is_dir():
         raise UserError(
-            f"checkpointer.checkpoint_dir={folder} does not exist; download the model there "
+            f"checkpointer.checkpoint_dir={directory} does not exist; download the model there "
             "(tune download) or name its directory"
         )
     if str(checkpointer.get("_component_")).endswith(
         ".HFCheckpointer"
     ):  # which finds the files itself
-        read_settings(folder)
-        if not may_lack_weights or any([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-            weight_files(folder)
+        read_settings(directory)
+        if not may_lack_weights or any(
+            [*directory.glob("*.safetensors"), *directory.glob("*.bin")]
+        ):
+            weight_files(directory)
     files = checkpointer.get("checkpoint_files")
     missing = [
         str(name)
         for name in (files if isinstance(files, ListConfig) else [])
-        if not (folder / str(name)).is_file()
+        if not (directory / str(name)).is_file()
     ]
     if missing:
-        raise UserError(f"checkpointer.checkpoint_files: {missing[0]} is not in {folder}")
-    return folder
+        raise UserError(f"checkpointer.checkpoint_files: {missing[0]} is not in {directory}")
+    return directory

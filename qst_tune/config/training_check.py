@@ -112,13 +112,15 @@ def _is_on_hub(path: str, cfg: DictConfig) -> bool:
     return is_hub_name(path) or (is_hub_name(name) and path.startswith(f"{name}/"))
 
 
-def _cache_problems(folder: Any) -> Iterator[Problem]:
-    if not folder or not isinstance(folder, str):
+def _cache_problems(directory: Any) -> Iterator[Problem]:
+    if not directory or not isinstance(directory, str):
         return
-    path = Path(folder).absolute()
+    path = Path(directory).absolute()
     there = next(place for place in (path, *path.parents) if place.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        text = f"hidden_state_cache={folder} cannot be written: {there} is not a writable directory"
+        text = (
+            f"hidden_state_cache={directory} cannot be written: {there} is not a writable directory"
+        )
         yield Problem("hidden_state_cache", text)
 
 

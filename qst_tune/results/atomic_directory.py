@@ -11,67 +11,67 @@ from qst_tune.errors import os_errors
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty directory that replaces ``folder`` at once when the block ends.
+def whole_directory(directory: Path) -> Iterator[Path]:
+    """Yield an empty directory that replaces ``directory`` at once when the block ends.
 
     It is flushed to disk and renamed. UserError if it cannot be written; what was there is
     untouched.
     """
-    with os_errors(f"write {folder}"):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        room = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    with os_errors(f"write {directory}"):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        room = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
         new, old = room / "new", room / "old"
         try:
             new.mkdir()  # with the user's permissions, unlike the one around it
             yield new
             _flush(new)
-            _put_in_place(new, folder, old)
+            _put_in_place(new, directory, old)
         finally:
-            if folder.exists() or not old.exists():  # else the old one is still there
+            if directory.exists() or not old.exists():  # else the old one is still there
                 shutil.rmtree(room, ignore_errors=True)
-        _flush_names(folder.parent)
+        _flush_names(directory.parent)
 
 
-def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+def write_directory(directory: Path, files: Mapping[str, bytes]) -> None:
     """Write a whole directory, which replaces one that exists, from contents by path inside it."""
-    with whole_folder(folder) as new:
+    with whole_directory(directory) as new:
         for name, content in files.items():
             path = new / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
 
 
-def replace_files(folder: Path, files: Mapping[str, bytes]) -> None:
+def replace_files(directory: Path, files: Mapping[str, bytes]) -> None:
     """Write files by name into a directory that keeps its others; each is whole or as it was."""
-    with os_errors(f"write {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
+    with os_errors(f"write {directory}"):
+        directory.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            aside = folder / f".{name}.new"
+            aside = directory / f".{name}.new"
             aside.write_bytes(content)
             _flush_file(aside)
-            aside.replace(folder / name)
-        _flush_names(folder)
+            aside.replace(directory / name)
+        _flush_names(directory)
 
 
-def _put_in_place(new: Path, folder: Path, old: Path) -> None:
-    if folder.exists():
-        folder.rename(old)
+def _put_in_place(new: Path, directory: Path, old: Path) -> None:
+    if directory.exists():
+        directory.rename(old)
     try:
-        new.rename(folder)
+        new.rename(directory)
     except BaseException:
         if old.exists():
-            old.rename(folder)
+            old.rename(directory)
         raise
 
 
-def _flush(folder: Path) -> None:
+def _flush(directory: Path) -> None:
     """Make what a directory contains survive a power cut."""
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(directory.rglob("*")):
         if path.is_dir():
             _flush_names(path)
         else:
             _flush_file(path)
-    _flush_names(folder)
+    _flush_names(directory)
 
 
 def _flush_file(path: Path) -> None:
@@ -79,9 +79,9 @@ def _flush_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _flush_names(folder: Path) -> None:
+def _flush_names(directory: Path) -> None:
     """Make the names in a directory survive a power cut, too."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -20,7 +20,7 @@ from torchtune.models import convert_weights
 from torchtune.models.convert_weights import get_mapped_key
 
 from qst_tune.errors import UserError
-from qst_tune.results.atomic_directory import write_folder
+from qst_tune.results.atomic_directory import write_directory
 
 Weights = dict[str, torch.Tensor]
 Family = Literal["llama", "opt"]
@@ -101,7 +101,7 @@ _LAYOUTS: dict[Family, _Layout] = {
 _OUTSIDE = ("upsample.", "score", "lm_head_z")  # outside their decoder
 
 
-def read_authors_folder(directory: Path, *, classifier: bool = False) -> Weights:
+def read_authors_directory(directory: Path, *, classifier: bool = False) -> Weights:
     """Read a directory of the authors' LLaMA or OPT code, by the parameter names of their model.
 
     It has the six files of ``save_qst_state``; a classifier's has seven, or six without the output
@@ -190,7 +190,7 @@ def side_to_authors(side: Weights, family: Family, *, num_heads: int, num_kv_hea
     return state
 
 
-def write_authors_folder(directory: Path, state: Weights) -> None:
+def write_authors_directory(directory: Path, state: Weights) -> None:
     """Write the files that the authors' code loads, six or a classifier's seven, or none at all.
 
     An existing directory is replaced. UserError if it cannot be written.
@@ -208,11 +208,11 @@ def write_authors_folder(directory: Path, state: Weights) -> None:
         buffer = BytesIO()
         torch.save(content, buffer)
         files[name] = buffer.getvalue()
-    write_folder(directory, files)
+    write_directory(directory, files)
 
 
 def family_of(state: Weights) -> Family:
-    """Return for which of the authors' two models a state of :func:`read_authors_folder` is."""
+    """Return for which of the authors' two models a state of :func:`read_authors_directory` is."""
     return "opt" if any(name.startswith("model.decoder.") for name in state) else "llama"
 
 

@@ -21,7 +21,7 @@ from qst_tune.modules.side_config import VARIANTS
 from qst_tune.results.authors_checkpoint import (
     Family,
     Weights,
-    read_authors_folder,
+    read_authors_directory,
     side_from_authors,
     side_to_authors,
 )
@@ -51,7 +51,7 @@ def import_authors(directory: Path, cfg: DictConfig) -> tuple[QSTModel, dict[str
     of a side network over this backbone.
     """
     block: Any = OmegaConf.to_container(cfg.model, resolve=True)
-    state = read_authors_folder(directory, classifier=_CLASSIFIER in block)
+    state = read_authors_directory(directory, classifier=_CLASSIFIER in block)
     embed_dim, side_dim = _shape(directory, state, "upsample.weight")
     rank = _shape(directory, state, "downsample.0.adapter_A.weight")[0]
     found: dict[str, Any] = {"variant": "authors", "rank": rank}

@@ -38,7 +38,7 @@ _CHECKPOINTERS: dict[str, tuple[str, ...]] = {
 }
 
 
-def folder_format(directory: Path) -> TunedFormat:
+def directory_format(directory: Path) -> TunedFormat:
     """Find out which method wrote a directory; UserError if none did."""
     for form in FORMATS.values():
         if (directory / form.config_file).is_file():
@@ -52,17 +52,17 @@ def folder_format(directory: Path) -> TunedFormat:
 def build_described(
     directory: Path,
     dtype: torch.dtype,
-    backbone_folder: Path | None = None,
+    backbone_directory: Path | None = None,
     *,
     classifies: bool = False,
 ) -> QSTModel:
     """Build a side network's model on meta; the backbone has ``dtype``.
 
-    ``backbone_folder`` is where the backbone's directory is now, for a builder that reads it; None:
-    where it was. UserError if the model is not one of ``qst_tune.models``, or if ``classifies``
+    ``backbone_directory`` is the backbone's directory now, for a builder that reads it; None: where
+    it was. UserError if the model is not one of ``qst_tune.models``, or if ``classifies``
     does not match: whether it must be a classifier, or a model that writes text.
     """
-    model = build_any_described(directory, SIDE_NETWORK, dtype, backbone_folder)
+    model = build_any_described(directory, SIDE_NETWORK, dtype, backbone_directory)
     if isinstance(model, QSTClassifier) and not classifies:
         raise UserError(
             f"{directory} is a classifier, which writes no text: use qst_classify, or "
@@ -74,7 +74,7 @@ def build_described(
 
 
 def build_any_described(
-    directory: Path, form: TunedFormat, dtype: torch.dtype, backbone_folder: Path | None = None
+    directory: Path, form: TunedFormat, dtype: torch.dtype, backbone_directory: Path | None = None
 ) -> Any:
     """Build the model of a result on meta, of either format; see :func:`build_described`."""
     block = read_description(directory, form).get("model") or {}
@@ -89,8 +89,8 @@ def build_any_described(
             )
     if names[0].endswith("_from_hf"):
         block.pop("backbone", None)  # until 0.1 a choice; BackboneId knows what it was
-    if backbone_folder is not None and "checkpoint_dir" in block:  # of a builder *_from_hf
-        block = {**block, "checkpoint_dir": str(backbone_folder)}
+    if backbone_directory is not None and "checkpoint_dir" in block:  # of a builder *_from_hf
+        block = {**block, "checkpoint_dir": str(backbone_directory)}
     return build_any_on_meta(OmegaConf.create({"model": block}), dtype)
 
 
@@ -108,7 +108,7 @@ def _is_known(name: str) -> bool:
 
 def load_described(
     directory: Path,
-    backbone_folder: Path,
+    backbone_directory: Path,
     *,
     dtype: torch.dtype,
     device: torch.device,
@@ -119,8 +119,8 @@ def load_described(
     Also returns what the backbone was loaded from. UserError if one of the directories is not what
     it should be, or they do not belong together.
     """
-    model = build_described(directory, dtype, backbone_folder, classifies=classifies)
-    with checkpointer_of(directory, backbone_folder) as cfg:
+    model = build_described(directory, dtype, backbone_directory, classifies=classifies)
+    with checkpointer_of(directory, backbone_directory) as cfg:
         backbone = load_frozen_backbone(model, cfg, dtype=dtype, device=device)
     model.side.materialize(device)
     load_side_network(directory, model.side, backbone=backbone)
@@ -129,7 +129,7 @@ def load_described(
 
 
 @contextmanager
-def checkpointer_of(directory: Path, backbone_folder: Path) -> Iterator[DictConfig]:
+def checkpointer_of(directory: Path, backbone_directory: Path) -> Iterator[DictConfig]:
     """Give a config with the run's ``checkpointer`` block, for a backbone that may have moved.
 
     It is valid for as long as the context lasts. UserError if the run's config cannot be read, or
@@ -148,7 +148,7 @@ def checkpointer_of(directory: Path, backbone_folder: Path) -> Iterator[DictConf
         raise UserError(f"{path} names the checkpointer {block.get('_component_')!r}, not {known}")
     kept = ("_component_", *_CHECKPOINTERS[block["_component_"]])
     found = {name: block[name] for name in kept if name in block}
-    found["checkpoint_dir"] = str(backbone_folder)
+    found["checkpoint_dir"] = str(backbone_directory)
     with tempfile.TemporaryDirectory() as unused:
         if found["_component_"] != _HF_CHECKPOINTER:  # torchtune's make a directory of their own
             found["output_dir"] = unused

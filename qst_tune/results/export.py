@@ -19,7 +19,7 @@ from qst_tune.modules.peqa_decoder import PEQADecoder
 from qst_tune.modules.peqa_model import PEQAModel
 from qst_tune.quantization.affine import AffineWeight
 from qst_tune.quantization.gptq import GPTQFormat, fits_gptq, to_gptq
-from qst_tune.results.atomic_directory import whole_folder
+from qst_tune.results.atomic_directory import whole_directory
 from qst_tune.results.hub_tensors import (
     IntegerRows,
     Tensors,
@@ -205,7 +205,7 @@ def _other_modalities(tensors: Tensors, checkpoint_dir: Path) -> Tensors:
 
 
 def _write(directory: Path, tensors: Tensors, config: dict[str, Any], source: Path) -> None:
-    with whole_folder(directory) as aside:
+    with whole_directory(directory) as aside:
         for path in source.iterdir():
             is_about_weights = path.name.endswith((".index.json", "quantize_config.json"))
             if path.suffix in _COPIED and not is_about_weights:

@@ -15,26 +15,26 @@ from qst_tune.results.side_network import load_side_network
 
 def load_side_networks(
     model: QSTModel,
-    folders: Mapping[str, Path],
+    directories: Mapping[str, Path],
     *,
     backbone: BackboneId,
-    backbone_folder: Path | None = None,
+    backbone_directory: Path | None = None,
 ) -> SideNetworks:
     """Load side networks by name and put them in the place of a model's own, ``model.side``.
 
-    The backbone is left alone; ``side.use`` chooses a network. ``backbone_folder`` is the
+    The backbone is left alone; ``side.use`` chooses a network. ``backbone_directory`` is the
     backbone's directory, where a side network's model is built from it; None: where it was at its
     training. UserError if a directory is no side network of this backbone, or they read different
     layers.
     """
     weight: torch.Tensor = model.tok_embeddings.weight
     networks = {}
-    for name, folder in folders.items():
-        described = build_described(folder, weight.dtype, backbone_folder)
+    for name, directory in directories.items():
+        described = build_described(directory, weight.dtype, backbone_directory)
         described.side.materialize(weight.device)
-        load_side_network(folder, described.side, backbone=backbone)
+        load_side_network(directory, described.side, backbone=backbone)
         networks[name] = described.side.requires_grad_(False).eval()
     try:
         return share_backbone(model, networks)
     except ValueError as error:
-        raise UserError(f"{', '.join(map(str, folders.values()))}: {error}") from error
+        raise UserError(f"{', '.join(map(str, directories.values()))}: {error}") from error

@@ -10,9 +10,9 @@ from qst_tune.errors import UserError
 
 
 @contextmanager
-def output_folder(path: Path) -> Iterator[Path]:
+def output_directory(path: Path) -> Iterator[Path]:
     """Make a writable directory; if the block fails, remove what was made and is empty."""
-    absent = [folder for folder in [path, *path.parents] if not folder.exists()]
+    absent = [directory for directory in [path, *path.parents] if not directory.exists()]
     try:
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -25,13 +25,13 @@ def output_folder(path: Path) -> Iterator[Path]:
             ) from error
         yield path
     except BaseException:
-        for folder in absent:
-            _remove_empty(folder)
+        for directory in absent:
+            _remove_empty(directory)
         raise
 
 
-def _remove_empty(folder: Path) -> None:
+def _remove_empty(directory: Path) -> None:
     """Remove a directory that contains nothing but empty directories."""
-    for root, _, _ in os.walk(folder, topdown=False):
+    for root, _, _ in os.walk(directory, topdown=False):
         with suppress(OSError):
             Path(root).rmdir()

@@ -1,4 +1,4 @@
-"""A task of PEQA on disk: the directory of ``tuned_folder``, with nothing but the trained scales.
+"""A task of PEQA on disk: a tuned directory with nothing but the trained scales.
 
 ============================== ===================================================================
 ``scales.safetensors`` the scales, fp32 (and the zero points, if they were trained)

@@ -1,4 +1,4 @@
-"""A side network on disk: the directory of ``tuned_folder``, with the tensors of ``model.side``.
+"""A side network on disk: the directory of ``tuned_directory``, with the tensors of ``model.side``.
 
 ==============================  ===================================================================
 ``side_network.safetensors``    the tensors, under the names of ``model.side``: fp32 if trained
@@ -21,7 +21,7 @@ import torch
 from qst_tune import __version__
 from qst_tune.backbone.identity import BackboneId
 from qst_tune.modules.side_network import SideNetwork
-from qst_tune.results.atomic_directory import write_folder
+from qst_tune.results.atomic_directory import write_directory
 from qst_tune.results.side_structure import check_structure, side_structure
 from qst_tune.results.tuned_directory import (
     Provenance,
@@ -88,7 +88,7 @@ def save_side_network(directory: Path, side: SideNetwork, **provenance: Any) -> 
 
     UserError if it cannot be written; the one that was there is untouched.
     """
-    write_folder(directory, side_network_files(side, Provenance(**provenance)))
+    write_directory(directory, side_network_files(side, Provenance(**provenance)))
 
 
 def load_side_network(directory: Path, side: SideNetwork, *, backbone: BackboneId) -> None:

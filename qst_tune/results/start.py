@@ -30,7 +30,7 @@ log = utils.get_logger("INFO")
 class Start:
     """A result of an earlier run, and its lineage with itself as the last entry."""
 
-    folder: Path
+    directory: Path
     lineage: tuple[dict[str, Any], ...]
 
     @property
@@ -46,19 +46,19 @@ def find_start(cfg: DictConfig) -> Start | None:
     """
     for key, form in FORMATS.items():
         if cfg.get(key):
-            folder = Path(str(cfg[key]))
-            if folder.resolve() == (Path(str(cfg.output_dir)) / key).resolve():
+            directory = Path(str(cfg[key]))
+            if directory.resolve() == (Path(str(cfg.output_dir)) / key).resolve():
                 raise UserError(
-                    f"{key}={folder} is where this run writes its result: name another output_dir"
+                    f"{key}={directory} is this run's own result: name another output_dir"
                 )
-            description = read_description(folder, form)
+            description = read_description(directory, form)
             entry = {
-                "name": _name(folder),
-                "digest": digest_of(read_tensors(folder, form)),
+                "name": _name(directory),
+                "digest": digest_of(read_tensors(directory, form)),
                 "steps": (description.get("results") or {}).get("steps"),
-                "data": list(_data(folder)),
+                "data": list(_data(directory)),
             }
-            return Start(folder, (*(description.get("lineage") or ()), entry))
+            return Start(directory, (*(description.get("lineage") or ()), entry))
     return None
 
 
@@ -108,15 +108,15 @@ def _began_from(result: Path, start: Path, form: TunedFormat) -> bool:
         return False
 
 
-def _name(folder: Path) -> str:
+def _name(directory: Path) -> str:
     """Run and directory, without the rest of the path, which is private."""
-    return "/".join(folder.resolve().parts[-2:])
+    return "/".join(directory.resolve().parts[-2:])
 
 
-def _data(folder: Path) -> Iterator[str]:
+def _data(directory: Path) -> Iterator[str]:
     """Names of the files that a result was trained on."""
     try:
-        blocks: Any = OmegaConf.to_container(OmegaConf.load(folder / "recipe_config.yaml"))
+        blocks: Any = OmegaConf.to_container(OmegaConf.load(directory / "recipe_config.yaml"))
         blocks = blocks["dataset"]
     except Exception:  # the card can do without; OmegaConf and YAML raise many types
         return

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qst_tune.config.hub_models import changed_texts
 from qst_tune.errors import UserError
-from qst_tune.results.atomic_directory import write_folder
+from qst_tune.results.atomic_directory import write_directory
 from qst_tune.results.lineage import describe_lineage
 from qst_tune.results.side_network import SIDE_NETWORK, transformers_config
 from qst_tune.results.tuned_directory import read_description, read_tensors, shown, table
@@ -64,7 +64,7 @@ def make_hub_directory(directory: Path, target: Path, publication: Publication) 
         "config.json": transformers_config(public),
         "README.md": card.encode(),
     }
-    write_folder(target, files)
+    write_directory(target, files)
 
 
 def _public_name(backbone: dict[str, Any], base_model: str) -> str:

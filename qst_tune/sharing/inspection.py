@@ -9,7 +9,7 @@ import torch
 
 from qst_tune.backbone.identity import BackboneId
 from qst_tune.models.setup import identify_backbone
-from qst_tune.results.described_model import build_any_described, checkpointer_of, folder_format
+from qst_tune.results.described_model import build_any_described, checkpointer_of, directory_format
 from qst_tune.results.side_network import SIDE_NETWORK, read_side_network
 from qst_tune.results.tuned_directory import load_tuned, read_description, read_tensors
 
@@ -19,7 +19,7 @@ def inspect_directory(directory: Path) -> str:
 
     The directory may be anyone's: no code of it is run. A damaged one is a UserError.
     """
-    form = folder_format(directory)
+    form = directory_format(directory)
     description = read_description(directory, form)
     tensors = read_tensors(directory, form)
     backbone, structure = description["backbone"], description.get("structure") or {}
@@ -78,7 +78,7 @@ def verify_directory(directory: Path, backbone_directory: Path) -> BackboneId:
     Names and shapes of the tensors must be those of the backbone's model; otherwise it is a
     UserError.
     """
-    form = folder_format(directory)
+    form = directory_format(directory)
     model = build_any_described(directory, form, torch.float32, backbone_directory)
     with checkpointer_of(directory, backbone_directory) as cfg:
         backbone = identify_backbone(model, cfg)

@@ -8,7 +8,7 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
 
 from qst_tune.errors import UserError
-from qst_tune.results.described_model import folder_format
+from qst_tune.results.described_model import directory_format
 from qst_tune.results.tuned_directory import read_description, read_tensors
 
 _LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
@@ -33,7 +33,7 @@ def push_directory(directory: Path, name: str, *, private: bool = False) -> str:
         address = api.create_repo(name, private=private or None, exist_ok=True)
         api.upload_folder(
             repo_id=name,
-            folder_path=directory,
+            directory_path=directory,
             allow_patterns=files,
             commit_message="Upload a result of qst_tune",
         )
@@ -45,7 +45,7 @@ def push_directory(directory: Path, name: str, *, private: bool = False) -> str:
 
 def _check(directory: Path) -> list[str]:
     """Names of the files to upload, all of which were checked."""
-    form = folder_format(directory)
+    form = directory_format(directory)
     description = read_description(directory, form)
     broken = [
         name for name, t in read_tensors(directory, form).items() if not bool(t.isfinite().all())

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qst_tune.errors import UserError, os_errors
-from qst_tune.results.atomic_directory import write_folder
+from qst_tune.results.atomic_directory import write_directory
 
 MANIFEST_FILE = "manifest.json"
 _NAME = re.compile(r"step_(\d{8})")
@@ -25,14 +25,14 @@ class Checkpoint:
     """One complete checkpoint: the step after which it was taken, and its directory."""
 
     step: int
-    folder: Path
+    directory: Path
 
 
 class CheckpointStore:
     """The directory ``checkpoints`` of a run, made when the first one is written."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
 
     def save(self, step: int, files: Mapping[str, bytes]) -> Checkpoint:
         """Write files by path as the checkpoint of a step that has none.
@@ -40,30 +40,32 @@ class CheckpointStore:
         If it fails, with UserError or at any moment, the checkpoints that were there still load.
         """
         checkpoint = self.checkpoint(step)
-        if checkpoint.folder.exists():
-            raise UserError(f"cannot write {checkpoint.folder}: it exists, and is never replaced")
-        write_folder(checkpoint.folder, {**files, MANIFEST_FILE: _manifest(files)})
+        if checkpoint.directory.exists():
+            raise UserError(
+                f"cannot write {checkpoint.directory}: it exists, and is never replaced"
+            )
+        write_directory(checkpoint.directory, {**files, MANIFEST_FILE: _manifest(files)})
         return checkpoint
 
     def steps(self) -> list[int]:
         """Return the steps that have a checkpoint, complete or damaged, in order."""
-        if not self.folder.is_dir():
+        if not self.directory.is_dir():
             return []
-        matches = [_NAME.fullmatch(path.name) for path in self.folder.iterdir()]
+        matches = [_NAME.fullmatch(path.name) for path in self.directory.iterdir()]
         return sorted(int(match[1]) for match in matches if match)
 
     def checkpoint(self, step: int) -> Checkpoint:
         """Return the checkpoint of a step, not verified."""
-        return Checkpoint(step, self.folder / f"step_{step:08}")
+        return Checkpoint(step, self.directory / f"step_{step:08}")
 
     def damage(self, step: int) -> str | None:
         """Return what is wrong with a checkpoint; None if its files are as they were written."""
-        folder = self.checkpoint(step).folder
+        directory = self.checkpoint(step).directory
         try:
-            digests = json.loads((folder / MANIFEST_FILE).read_text())
+            digests = json.loads((directory / MANIFEST_FILE).read_text())
             for name, expected in digests.items():
-                path = folder / name
-                if not path.resolve().is_relative_to(folder.resolve()):
+                path = directory / name
+                if not path.resolve().is_relative_to(directory.resolve()):
                     return f"{MANIFEST_FILE} names {name}, outside of it"
                 if hashlib.sha256(path.read_bytes()).hexdigest() != expected:
                     return f"{name} has changed since it was written"
@@ -81,36 +83,36 @@ class CheckpointStore:
             damage = self.damage(step)
             if damage is None:
                 return checkpoint, complaints
-            complaints.append(f"{checkpoint.folder} is passed over: {damage}")
+            complaints.append(f"{checkpoint.directory} is passed over: {damage}")
         return None, complaints
 
     def discard_after(self, step: int) -> None:
         """Rename damaged checkpoints after the newest good step; they are kept for their owner."""
         for later in self.steps():
             if later > step:
-                path = self.checkpoint(later).folder
+                path = self.checkpoint(later).directory
                 with os_errors(f"rename {path}"):
                     path.rename(_unused(path.with_name(f"damaged_{path.name}")))
 
     def keep_only(self, steps: Collection[int]) -> None:
         """Delete all other checkpoints, and what interrupted writes have left."""
         for step in set(self.steps()) - set(steps):
-            path = self.checkpoint(step).folder
+            path = self.checkpoint(step).directory
             # Renamed first: a checkpoint that is half deleted must not look like one.
             doomed = path.with_name(f".{path.name}.deleted")
             shutil.rmtree(doomed, ignore_errors=True)
             with os_errors(f"delete {path}"):
                 path.rename(doomed)
-        for leftover in self.folder.glob(".step_*"):
+        for leftover in self.directory.glob(".step_*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
     def set_aside(self) -> Path | None:
         """Rename the directory for a new run to begin with none; None if it has no checkpoint."""
         if not self.steps():
             return None
-        renamed = _unused(self.folder.with_name(f"{self.folder.name}_before"))
-        with os_errors(f"rename {self.folder}"):
-            self.folder.rename(renamed)
+        renamed = _unused(self.directory.with_name(f"{self.directory.name}_before"))
+        with os_errors(f"rename {self.directory}"):
+            self.directory.rename(renamed)
         return renamed
 
 

@@ -14,13 +14,13 @@ from qst_tune.config.keys import TRAINING_KEYS
 from qst_tune.data.schedule import Schedule
 from qst_tune.distributed.processes import rank_and_world_size, sum_or_fail
 from qst_tune.errors import UserError, os_errors
-from qst_tune.results.atomic_directory import write_folder
+from qst_tune.results.atomic_directory import write_directory
 from qst_tune.results.tuned_directory import add_verdict
 from qst_tune.training.checkpoint_store import CheckpointStore
 from qst_tune.training.method import Method
 from qst_tune.training.run_log import RunLog
 from qst_tune.training.run_state import Progress
-from qst_tune.training.saved_run import CHECKPOINTS_FOLDER, FORMAT_VERSION, SavedRun
+from qst_tune.training.saved_run import CHECKPOINTS_DIRECTORY, FORMAT_VERSION, SavedRun
 from qst_tune.training.state_file import pack_state
 
 log = utils.get_logger("INFO")
@@ -77,18 +77,18 @@ class Checkpointing:
         if rank_and_world_size()[0] != 0 or progress.step == 0:
             return
         step = progress.step if progress.best_step is None else progress.best_step
-        files = _read(self.store.checkpoint(step).folder / method.result_name)
+        files = _read(self.store.checkpoint(step).directory / method.result_name)
         if run_log.summary.verdict:
             files = add_verdict(files, run_log.summary.verdict)
-        folder = run_log.folder / method.result_name
-        write_folder(folder, files)
-        for leftover in folder.parent.glob(f".{folder.name}.*"):  # of a write that was killed
+        directory = run_log.directory / method.result_name
+        write_directory(directory, files)
+        for leftover in directory.parent.glob(f".{directory.name}.*"):  # of a write that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         size = sum(map(len, files.values())) / 1e6
         which = "the last step" if progress.best_step is None else "the best on the validation set"
         if run_log.summary.verdict:
             which = "the best of the validated steps"
-        run_log.report(f"{folder}: step {step} of {progress.step}, {which} ({size:.1f} MB)")
+        run_log.report(f"{directory}: step {step} of {progress.step}, {which} ({size:.1f} MB)")
 
     def _prune(self, progress: Progress) -> None:
         if self.keep is not None:
@@ -112,7 +112,7 @@ def build_checkpointing(
 
     ``about_run`` is what every checkpoint records of the run besides its config.
     """
-    store = CheckpointStore(Path(cfg.output_dir) / CHECKPOINTS_FOLDER)
+    store = CheckpointStore(Path(cfg.output_dir) / CHECKPOINTS_DIRECTORY)
     if rank_and_world_size()[0] == 0:
         _make_way(store, saved)
     name = "keep_last_n_checkpoints"
@@ -139,13 +139,13 @@ def _make_way(store: CheckpointStore, saved: SavedRun | None) -> None:
     renamed = store.set_aside()
     if renamed is not None:
         log.info(
-            f"{store.folder} of an earlier run is now {renamed.name}; resume_from_checkpoint=True "
-            "would have resumed it"
+            f"{store.directory} of an earlier run is now {renamed.name}; "
+            "resume_from_checkpoint=True would have resumed it"
         )
 
 
-def _read(folder: Path) -> dict[str, bytes]:
-    with os_errors(f"read {folder}"):
+def _read(directory: Path) -> dict[str, bytes]:
+    with os_errors(f"read {directory}"):
         # A link would lead out of the checkpoint; none was written.
-        paths = [path for path in sorted(folder.iterdir()) if not path.is_symlink()]
+        paths = [path for path in sorted(directory.iterdir()) if not path.is_symlink()]
         return {path.name: path.read_bytes() for path in paths}

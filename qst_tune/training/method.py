@@ -35,7 +35,7 @@ class Method(Protocol):
         ``results`` are figures for the model card.
         """
 
-    def load(self, folder: Path) -> None:
+    def load(self, directory: Path) -> None:
         """Load a directory of :meth:`files`, bit for bit; UserError if it does not fit."""
 
     def statistics(self) -> dict[str, float]:

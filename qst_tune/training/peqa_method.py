@@ -58,7 +58,7 @@ def load_peqa(
     backbone = load_frozen_backbone(model, cfg, dtype=dtype, device=device)
     start = find_start(cfg)
     if start is not None:
-        load_scales(start.folder, model, backbone=backbone)
+        load_scales(start.directory, model, backbone=backbone)
     if cfg.get("compile"):
         compile_forward(model.layers)
     if cfg.get("enable_activation_checkpointing"):

@@ -87,7 +87,7 @@ def load_qst(
     model.initialize_side(device)
     start = find_start(cfg)
     if start is not None:
-        load_side_network(start.folder, model.side, backbone=backbone)
+        load_side_network(start.directory, model.side, backbone=backbone)
     broadcast_tensors(model.side)
     model.side.recompute = cfg.get("enable_activation_checkpointing", False)
     if cfg.get("hidden_state_cache"):

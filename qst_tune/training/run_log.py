@@ -21,7 +21,7 @@ class RunLog:
 
     Args:
         metric_logger (Any): one of torchtune's; None on all processes except the main one.
-        folder (Path): of the run.
+        directory (Path): of the run.
         device (torch.device): whose memory is shown.
         every (int): steps between two entries of the metric logger.
         memory (bool): log peak memory too.
@@ -32,14 +32,14 @@ class RunLog:
         self,
         metric_logger: Any,
         *,
-        folder: Path,
+        directory: Path,
         device: torch.device,
         every: int = 1,
         memory: bool = False,
         before: str = BEFORE,
     ) -> None:
         self.metric_logger = metric_logger
-        self.folder = folder
+        self.directory = directory
         self.device = device
         self.every = every
         self.memory = memory
@@ -105,10 +105,10 @@ class RunLog:
     def finish(self) -> None:
         """Write the summary."""
         if self.is_main:
-            self.summary.write(self.folder)
+            self.summary.write(self.directory)
             sizes = ", ".join(f"{k} {v:.3f}" for k, v in self.summary.memory_gib.items())
             log.info(f"memory, GiB (peak: {memory_kind(self.device)}): {sizes}")
-            log.info(f"{self.summary.tokens_per_second:.0f} tokens/s; {self.folder}/loss.png")
+            log.info(f"{self.summary.tokens_per_second:.0f} tokens/s; {self.directory}/loss.png")
 
     def close(self) -> None:
         """Close the metric logger."""

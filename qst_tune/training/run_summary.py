@@ -94,11 +94,11 @@ class RunSummary:
             )
         return self.verdict
 
-    def write(self, folder: Path) -> None:
+    def write(self, directory: Path) -> None:
         """Write ``summary.json``, ``summary.md`` and ``loss.png`` into a directory."""
-        (folder / SUMMARY_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
-        (folder / TABLE_FILE).write_text(self.table())
-        self._plot(folder / PLOT_FILE)
+        (directory / SUMMARY_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        (directory / TABLE_FILE).write_text(self.table())
+        self._plot(directory / PLOT_FILE)
 
     def table(self) -> str:
         """Return the figures that the run has as a Markdown table."""

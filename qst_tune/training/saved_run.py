@@ -19,7 +19,7 @@ from qst_tune.results.start import Start
 from qst_tune.training.checkpoint_store import Checkpoint, CheckpointStore
 from qst_tune.training.state_file import unpack_state
 
-CHECKPOINTS_FOLDER = "checkpoints"
+CHECKPOINTS_DIRECTORY = "checkpoints"
 FORMAT_VERSION = 3  # 1 had no digest of held-out rows, 2 one of 16 rows
 _SAMPLED_ROWS = 16
 _CONTENT = {"config", "data", "seed", "progress", "history", "optimizer", "lr_scheduler"}
@@ -73,15 +73,15 @@ def find_saved_run(cfg: DictConfig) -> SavedRun | None:
     """
     if not cfg.get("resume_from_checkpoint") and not _is_restarted():
         return None
-    store = CheckpointStore(Path(cfg.output_dir) / CHECKPOINTS_FOLDER)
+    store = CheckpointStore(Path(cfg.output_dir) / CHECKPOINTS_DIRECTORY)
     checkpoint, complaints = store.newest()
     _say(complaints)
     if checkpoint is None:
-        _say([f"resuming: no checkpoint in {store.folder}, so the run begins at step 0"])
+        _say([f"resuming: no checkpoint in {store.directory}, so the run begins at step 0"])
         return None
-    state = unpack_state(checkpoint.folder)
+    state = unpack_state(checkpoint.directory)
     _check_format(checkpoint, state)
-    _say([f"resuming from {checkpoint.folder}"])
+    _say([f"resuming from {checkpoint.directory}"])
     _compare(state, cfg)
     return SavedRun(checkpoint, state)
 
@@ -135,7 +135,7 @@ def describe_data(
 def check_same_data(saved: SavedRun, description: dict[str, Any]) -> None:
     """Refuse to resume with other data than :func:`describe_data` gave when the run was saved."""
     before = saved.state["data"]
-    cannot = f"cannot resume from {saved.checkpoint.folder}"
+    cannot = f"cannot resume from {saved.checkpoint.directory}"
     for name in ("training rows", "held-out rows"):
         count, now = before[name]["number"], description[name]["number"]
         if count != now:
@@ -149,8 +149,8 @@ def check_same_start(saved: SavedRun, start: Start | None) -> None:
     before = saved.state.get("start")
     if before is not None and start is not None and before != start.digest:
         raise UserError(
-            f"cannot resume from {saved.checkpoint.folder}: the tensors of {start.folder}, which "
-            f"it started from, have changed since it was written; {_ANEW}"
+            f"cannot resume from {saved.checkpoint.directory}: the tensors of {start.directory}, "
+            f"which it started from, have changed since it was written; {_ANEW}"
         )
 
 
@@ -171,12 +171,14 @@ def _check_format(checkpoint: Checkpoint, state: Any) -> None:
     version = state.get("format_version") if isinstance(state, dict) else None
     if version != FORMAT_VERSION:
         raise UserError(
-            f"cannot resume from {checkpoint.folder}: its format is {version}, this qst_tune reads "
-            f"{FORMAT_VERSION}; {_ANEW}"
+            f"cannot resume from {checkpoint.directory}: its format is {version}, this qst_tune "
+            f"reads {FORMAT_VERSION}; {_ANEW}"
         )
     missing = sorted(_CONTENT - state.keys())
     if missing:
-        raise UserError(f"cannot resume from {checkpoint.folder}: its state has no {missing[0]!r}")
+        raise UserError(
+            f"cannot resume from {checkpoint.directory}: its state has no {missing[0]!r}"
+        )
 
 
 def _compare(state: dict[str, Any], cfg: DictConfig) -> None:

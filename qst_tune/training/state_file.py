@@ -36,16 +36,16 @@ def pack_state(tree: Any) -> dict[str, bytes]:
     return {TREE_FILE: json.dumps(encoded).encode(), TENSORS_FILE: save(tensors)}
 
 
-def unpack_state(folder: Path) -> Any:
+def unpack_state(directory: Path) -> Any:
     """Read what :func:`pack_state` was given back, bit for bit, on the CPU.
 
     UserError if a file is missing or damaged.
     """
     try:
-        tensors = load_file(folder / TENSORS_FILE)
-        return _decode(json.loads((folder / TREE_FILE).read_text()), tensors)
+        tensors = load_file(directory / TENSORS_FILE)
+        return _decode(json.loads((directory / TREE_FILE).read_text()), tensors)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"the state in {folder} is damaged: {error}") from error
+        raise UserError(f"the state in {directory} is damaged: {error}") from error
 
 
 def _encode(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:

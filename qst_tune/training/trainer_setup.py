@@ -41,7 +41,7 @@ def build_trainer(run: Run, method: Method, task: Task, data: TrainingData) -> T
     if saved is not None:
         check_same_data(saved, description)
         check_same_start(saved, run.start)
-        method.load(saved.checkpoint.folder / method.result_name)
+        method.load(saved.checkpoint.directory / method.result_name)
     schedule = schedule_of(cfg, data.train)
     optimizer = instantiate(cfg.optimizer, "optimizer", method.parameter_groups())
     scale_rates(optimizer)
@@ -78,7 +78,7 @@ def _restore(trainer: Trainer, saved: SavedRun) -> None:
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(
-            f"cannot resume from {saved.checkpoint.folder}: its state does not fit this run "
+            f"cannot resume from {saved.checkpoint.directory}: its state does not fit this run "
             f"({reason})"
         ) from error
     best = trainer.progress.best_step
@@ -98,7 +98,7 @@ def _run_log(run: Run) -> RunLog:
         metric_logger.log_config(cfg)
     return RunLog(
         metric_logger,
-        folder=Path(cfg.output_dir),
+        directory=Path(cfg.output_dir),
         device=run.device,
         every=setting(cfg, "log_every_n_steps"),
         memory=setting(cfg, "log_peak_memory_stats"),

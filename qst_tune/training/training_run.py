@@ -20,7 +20,7 @@ from qst_tune.data.schedule import schedule_of
 from qst_tune.data.survey_report import report_data
 from qst_tune.data.training_data import TrainingData
 from qst_tune.distributed.processes import process_group, rank_and_world_size
-from qst_tune.results.output_directory import output_folder
+from qst_tune.results.output_directory import output_directory
 from qst_tune.results.start import Start, find_start
 from qst_tune.training.saved_run import SavedRun, find_saved_run, set_run_date, set_run_seed
 
@@ -89,6 +89,6 @@ def run_environment(cfg: DictConfig) -> Iterator[tuple[torch.device, torch.dtype
     """
     device = choose_device(cfg)
     dtype = choose_dtype(cfg, device)
-    folder = nullcontext() if cfg.get("dry_run") else output_folder(Path(cfg.output_dir))
-    with folder, process_group(device):
+    directory = nullcontext() if cfg.get("dry_run") else output_directory(Path(cfg.output_dir))
+    with directory, process_group(device):
         yield device, dtype

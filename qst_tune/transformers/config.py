@@ -27,7 +27,7 @@ class QSTConfig(PretrainedConfig):
     backbone: str = ""
 
 
-def side_network_folder(name: str, **settings: Any) -> Path:
+def side_network_directory(name: str, **settings: Any) -> Path:
     """Find a side network's directory here, or download it from the Hugging Face Hub.
 
     ``settings`` such as ``token`` and ``cache_dir`` are for the download. UserError if it fails.
@@ -35,7 +35,7 @@ def side_network_folder(name: str, **settings: Any) -> Path:
     return _local(name) or fetch_model(name, files=_SIDE_NETWORK_FILES, **settings)
 
 
-def backbone_folder(name: str, beside: Path, parts: Parts = "weights", **settings: Any) -> Path:
+def backbone_directory(name: str, beside: Path, parts: Parts = "weights", **settings: Any) -> Path:
     """Find the directory of a side network's backbone here, or download it from the Hub.
 
     A relative name may also start at the side network's directory, ``beside``. ``settings`` are for

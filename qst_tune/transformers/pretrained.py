@@ -20,7 +20,12 @@ from qst_tune.results.side_network import SIDE_NETWORK, read_provenance, side_ne
 from qst_tune.results.tuned_directory import Provenance
 from qst_tune.sharing.hub_directory import Publication, base_model_of, make_hub_directory
 from qst_tune.sharing.push import push_directory
-from qst_tune.transformers.config import FETCHING, QSTConfig, backbone_folder, side_network_folder
+from qst_tune.transformers.config import (
+    FETCHING,
+    QSTConfig,
+    backbone_directory,
+    side_network_directory,
+)
 from qst_tune.transformers.over_model import load_over
 from qst_tune.transformers.passes import num_cache_layers
 from qst_tune.transformers.tuned_template import TunedTemplate, tuned_template
@@ -117,7 +122,7 @@ class QSTPreTrainedModel(PreTrainedModel):
         if strange:
             raise UserError(f"{strange[0]}={settings[strange[0]]} has no meaning for a QST model")
         fetching = {k: v for k, v in settings.items() if k in FETCHING and v is not None}
-        directory = side_network_folder(str(pretrained_model_name_or_path), **fetching)
+        directory = side_network_directory(str(pretrained_model_name_or_path), **fetching)
         config = config or QSTConfig.from_pretrained(directory)
         decoder: QSTModel
         generation: Any = None
@@ -126,7 +131,7 @@ class QSTPreTrainedModel(PreTrainedModel):
             generation = copy.deepcopy(getattr(backbone, "generation_config", None))
         else:
             fetching.pop("revision", None)
-            home = backbone_folder(backbone or config.backbone, directory, **fetching)
+            home = backbone_directory(backbone or config.backbone, directory, **fetching)
             decoder, _ = load_described(
                 directory,
                 home,

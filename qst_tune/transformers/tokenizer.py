@@ -4,7 +4,12 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from qst_tune.transformers.config import FETCHING, QSTConfig, backbone_folder, side_network_folder
+from qst_tune.transformers.config import (
+    FETCHING,
+    QSTConfig,
+    backbone_directory,
+    side_network_directory,
+)
 from qst_tune.transformers.tuned_template import tuned_template
 
 
@@ -22,10 +27,10 @@ class BackboneTokenizer:
         own = ("backbone", "config", "revision", "subfolder")
         public = {k: v for k, v in settings.items() if not k.startswith("_") and k not in own}
         fetching = {k: v for k, v in settings.items() if k in FETCHING and v is not None}
-        home = side_network_folder(str(directory), **fetching)
+        home = side_network_directory(str(directory), **fetching)
         fetching.pop("revision", None)
         backbone = settings.get("backbone") or QSTConfig.from_pretrained(home).backbone
-        of_backbone = backbone_folder(backbone, home, "tokenizer", **fetching)
+        of_backbone = backbone_directory(backbone, home, "tokenizer", **fetching)
         tokenizer = AutoTokenizer.from_pretrained(of_backbone, *args, **public)
         tuned = tuned_template(home, of_backbone)
         if tuned is not None and tuned.source is not None:

@@ -10,12 +10,12 @@ from torchtune.models.llama3_2 import llama3_2
 
 from qst_tune.backbone.architecture_check import check_architecture
 from qst_tune.errors import UserError
-from tests.checkpoints import SIZES, hf_config
+from tests.support.checkpoints import SIZES, hf_config
 
 
-def write(folder: Path, **changes) -> Path:
-    (folder / "config.json").write_text(json.dumps(hf_config(**changes)))
-    return folder
+def write(directory: Path, **changes) -> Path:
+    (directory / "config.json").write_text(json.dumps(hf_config(**changes)))
+    return directory
 
 
 def model(**changes):
@@ -27,7 +27,7 @@ def test_the_checkpoints_own_model_passes(tmp_path: Path) -> None:
     check_architecture(model(), write(tmp_path))
 
 
-def test_folder_without_a_config_passes(tmp_path: Path) -> None:
+def test_directory_without_a_config_passes(tmp_path: Path) -> None:
     check_architecture(model(), tmp_path)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qst_tune.backbone.transformers import TransformersBackbone
-from tests.backbone.model_types import tiny_model
+from tests.support.model_types import tiny_model
 
 TOKENS = torch.arange(3, 43)[None]
 

@@ -1,4 +1,4 @@
-"""Wrong and half-downloaded folders: one line each, that says what the folder is."""
+"""Wrong and half-downloaded directories: one line each, that says what the directory is."""
 
 import json
 from pathlib import Path
@@ -13,22 +13,22 @@ from qst_tune.errors import UserError
 SHARDS = [f"model-{i:05}-of-00003.safetensors" for i in (1, 2, 3)]
 
 
-def write(folder: Path, *names: str) -> Path:
+def write(directory: Path, *names: str) -> Path:
     for name in names:
         if name.endswith(".safetensors"):
-            save_file({"a": torch.ones(100)}, folder / name)
+            save_file({"a": torch.ones(100)}, directory / name)
         else:
-            (folder / name).write_text("{}")
-    return folder
+            (directory / name).write_text("{}")
+    return directory
 
 
-def write_index(folder: Path, content, name: str = "model.safetensors.index.json") -> Path:
-    (folder / name).write_text(json.dumps(content))
-    return folder
+def write_index(directory: Path, content, name: str = "model.safetensors.index.json") -> Path:
+    (directory / name).write_text(json.dumps(content))
+    return directory
 
 
-def names(folder: Path) -> list[str]:
-    return [path.name for path in weight_files(folder)]
+def names(directory: Path) -> list[str]:
+    return [path.name for path in weight_files(directory)]
 
 
 # What has no config.json.
@@ -50,7 +50,7 @@ def names(folder: Path) -> list[str]:
         (("params.json", "consolidated.00.pth"), "is in Meta's or Mistral's own format"),
     ],
 )
-def test_the_folder_is_named_for_what_it_is(files, message: str, tmp_path: Path) -> None:
+def test_the_directory_is_named_for_what_it_is(files, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"^{tmp_path} {message}"):
         read_settings(write(tmp_path, *files))
 
@@ -62,7 +62,7 @@ def test_an_adapter_says_what_its_base_model_is(tmp_path: Path) -> None:
         read_settings(tmp_path)
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_directory_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"{tmp_path / 'model'} does not exist; download the"):
         read_settings(tmp_path / "model")
 
@@ -144,6 +144,6 @@ def test_a_broken_index_is_named(content, message: str, tmp_path: Path) -> None:
         (["config.json", "m.gguf"], "has GGUF files only, which cannot be read; it needs model"),
     ],
 )
-def test_a_folder_without_weights_is_named(files, message: str, tmp_path: Path) -> None:
+def test_a_directory_without_weights_is_named(files, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         weight_files(write(tmp_path, *files))

@@ -8,7 +8,7 @@ import torch
 
 from qst_tune.backbone.directory_methods import read_directory_format
 from qst_tune.errors import UserError
-from tests.stored_models import FORMATS
+from tests.support.stored_models import FORMATS
 
 PATH = Path("config.json")
 

@@ -11,7 +11,7 @@ from qst_tune.modules.nf4_linear import NF4Linear
 from qst_tune.modules.peqa_linear import PEQALinear
 from qst_tune.quantization.gptq import from_gptq
 from tests.reference import stored_formats as formats
-from tests.stored_models import FORMATS
+from tests.support.stored_models import FORMATS
 
 NUM_EXPERTS, OUT, IN = 3, 16, 64
 

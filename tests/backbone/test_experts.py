@@ -8,7 +8,7 @@ from qst_tune.backbone.experts import QuantizedExperts, quantize_experts
 from qst_tune.backbone.transformers import TransformersBackbone
 from qst_tune.models import qst_decoder
 from qst_tune.quantization.nf4 import dequantize_nf4, quantize_nf4
-from tests.backbone.model_types import tiny_model
+from tests.support.model_types import tiny_model
 
 WEIGHT = torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(0))
 

@@ -12,8 +12,8 @@ from qst_tune.backbone.hf_checkpointer import HFCheckpointer
 from qst_tune.backbone.torchtune_loading import fingerprint_backbone, load_backbone
 from qst_tune.errors import UserError
 from qst_tune.models import backbone_from_hf, qst_llama2
-from tests.helpers import TINY
-from tests.hf_models import edit_config, loaded, save_hf_model
+from tests.support.hf_models import edit_config, loaded, save_hf_model
+from tests.support.numbers import TINY
 
 TOKENS = torch.arange(3, 15)[None]
 TIED = ["llama tied llama3", "gemma2 uncapped", "qwen3 tied yarn", "opt"]
@@ -21,21 +21,21 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
 @torch.no_grad()
-def logits(folder: Path) -> torch.Tensor:
-    return loaded(backbone_from_hf, folder)(TOKENS)
+def logits(directory: Path) -> torch.Tensor:
+    return loaded(backbone_from_hf, directory)(TOKENS)
 
 
-def edit_weights(folder: Path, edit) -> None:
-    path = folder / "model.safetensors"
+def edit_weights(directory: Path, edit) -> None:
+    path = directory / "model.safetensors"
     weights = load_file(path)
     edit(weights)
     save_file(weights, path, metadata={"format": "pt"})
 
 
-def as_bin(folder: Path, **settings) -> None:
-    weights = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    torch.save(weights, folder / "pytorch_model.bin", **settings)
+def as_bin(directory: Path, **settings) -> None:
+    weights = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    torch.save(weights, directory / "pytorch_model.bin", **settings)
 
 
 @pytest.mark.parametrize("case", ["phi3 longrope partial", "qwen3 tied yarn"])

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from qst_tune.backbone.hub import fetch_model, hub_name, is_hub_name, local_model, model_name
 from qst_tune.errors import UserError
-from tests.fake_hub import COMMIT, FakeHub, serving, use
+from tests.support.fake_hub import COMMIT, FakeHub, serving, use
 
 REPO = "some-org/Tiny-1.5B"
 # What a repository of a model may hold besides.
@@ -22,9 +22,9 @@ UNWANTED = (
 )  # fmt: skip
 
 
-def write(folder: Path, *names: str) -> None:
+def write(directory: Path, *names: str) -> None:
     for name in names:
-        path = folder / name
+        path = directory / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if name.endswith(".safetensors"):
             save_file({"a": torch.ones(3)}, path, metadata={"name": name})
@@ -42,8 +42,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
         yield fake
 
 
-def fetched(folder: Path) -> set[str]:
-    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+def fetched(directory: Path) -> set[str]:
+    return {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()}
 
 
 SMALL = {"config.json", "tokenizer.json", "chat_template.jinja"}
@@ -85,10 +85,10 @@ def test_the_parts_that_are_asked_for_are_fetched_and_no_more(hub: FakeHub) -> N
 
 
 def test_the_cached_directory_tells_name_and_commit(hub: FakeHub) -> None:
-    folder = fetch_model(REPO, "config")
-    assert hub_name(folder) == f"{REPO}@{COMMIT}"
-    assert hub_name(folder / "tokenizer.model") == f"{REPO}@{COMMIT}/tokenizer.model"
-    assert model_name(folder) == (REPO, COMMIT)
+    directory = fetch_model(REPO, "config")
+    assert hub_name(directory) == f"{REPO}@{COMMIT}"
+    assert hub_name(directory / "tokenizer.model") == f"{REPO}@{COMMIT}/tokenizer.model"
+    assert model_name(directory) == (REPO, COMMIT)
     assert model_name(hub.root) == ("served", "")
     assert hub_name(hub.root) is None
 
@@ -173,7 +173,7 @@ def test_offline_the_cache_is_used_and_what_it_lacks_is_named(
 def test_several_processes_download_each_file_once(hub: FakeHub) -> None:
     write(hub.root / REPO, "model.safetensors")
     with multiprocessing.get_context("fork").Pool(3) as processes:
-        folders = processes.map(fetch_model, [REPO] * 3)
-    assert fetched(folders[0]) == {*SMALL, "model.safetensors"}
-    assert len(set(folders)) == 1
+        directories = processes.map(fetch_model, [REPO] * 3)
+    assert fetched(directories[0]) == {*SMALL, "model.safetensors"}
+    assert len(set(directories)) == 1
     assert len(hub.downloads) == len(set(hub.downloads)) == 4

@@ -17,87 +17,89 @@ from qst_tune.backbone.transformers import TransformersBackbone
 from qst_tune.errors import UserError
 from qst_tune.models import backbone_from_hf, qst_from_hf
 from qst_tune.quantization.table import QuantizedTable
-from tests.backbone.model_types import SIZES, tiny_model
+from tests.support.model_types import SIZES, tiny_model
 
 CPU = torch.device("cpu")
 TOKENS = torch.arange(3, 27).view(2, 12)
-MEMORY = Path(__file__).parent / "loading_memory.py"
+MEMORY = Path(__file__).parents[1] / "support" / "loading_memory.py"
 
 
-def load(folder: Path, **settings: Any) -> Any:
+def load(directory: Path, **settings: Any) -> Any:
     with torch.device("meta"):
-        model = qst_from_hf(str(folder), reduction_factor=4, **settings)
-    load_backbone(model.backbone, folder, dtype=torch.float32, device=CPU)
+        model = qst_from_hf(str(directory), reduction_factor=4, **settings)
+    load_backbone(model.backbone, directory, dtype=torch.float32, device=CPU)
     model.initialize_side(CPU)
     return model
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def directory(tmp_path: Path) -> Path:
     tiny_model("smollm3").save_pretrained(tmp_path)
     return tmp_path
 
 
-def edit(folder: Path, change) -> None:
-    weights = load_file(folder / "model.safetensors")
+def edit(directory: Path, change) -> None:
+    weights = load_file(directory / "model.safetensors")
     change(weights)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_the_modules_stay_those_that_were_built(folder: Path) -> None:
+def test_the_modules_stay_those_that_were_built(directory: Path) -> None:
     """A loss takes the LM head of the model on meta, before it has weights."""
     with torch.device("meta"):
-        model = qst_from_hf(str(folder), reduction_factor=4)
+        model = qst_from_hf(str(directory), reduction_factor=4)
     head = model.output
-    load_backbone(model.backbone, folder, dtype=torch.bfloat16, device=CPU)
+    load_backbone(model.backbone, directory, dtype=torch.bfloat16, device=CPU)
     assert model.output is head
     assert head.weight.device == CPU
 
 
 @torch.no_grad()
-def test_embedding_and_tied_head_are_one_table(folder: Path) -> None:
-    model = load(folder, base_quantization="none", embedding_quantization="int8")
+def test_embedding_and_tied_head_are_one_table(directory: Path) -> None:
+    model = load(directory, base_quantization="none", embedding_quantization="int8")
     table = model.tok_embeddings.weight
     assert isinstance(table, QuantizedTable)
     assert model.output.weight is table
-    plain = load(folder, base_quantization="none")
+    plain = load(directory, base_quantization="none")
     assert (model(TOKENS) - plain(TOKENS)).abs().max() < 0.2 * plain(TOKENS).abs().max()
     assert model.backbone.quantization == "none; embedding int8"
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("form", ["int8", "int4", "fp4"])
-def test_other_formats_are_what_a_model_in_memory_is_rounded_to(form: str, folder: Path) -> None:
+def test_other_formats_are_what_a_model_in_memory_is_rounded_to(form: str, directory: Path) -> None:
     from qst_tune.models import qst_decoder
 
     settings = {"reduction_factor": 4, "base_quantization": form}
     expected = qst_decoder(TransformersBackbone(tiny_model("smollm3")), **settings)
-    assert torch.equal(load(folder, base_quantization=form)(TOKENS), expected(TOKENS))
+    assert torch.equal(load(directory, base_quantization=form)(TOKENS), expected(TOKENS))
 
 
-def test_a_row_may_not_be_longer_than_the_models_positions(folder: Path) -> None:
-    assert backbone_from_hf(str(folder)).max_seq_len == SIZES["max_position_embeddings"]
-    assert backbone_from_hf(str(folder), max_seq_len=10).max_seq_len == 10
+def test_a_row_may_not_be_longer_than_the_models_positions(directory: Path) -> None:
+    assert backbone_from_hf(str(directory)).max_seq_len == SIZES["max_position_embeddings"]
+    assert backbone_from_hf(str(directory), max_seq_len=10).max_seq_len == 10
     with pytest.raises(UserError, match=r"max_seq_len=257 is more than the 256 positions"):
-        backbone_from_hf(str(folder), max_seq_len=257)
+        backbone_from_hf(str(directory), max_seq_len=257)
 
 
-def test_a_missing_weight_is_named(folder: Path) -> None:
-    edit(folder, lambda w: w.pop("model.layers.1.mlp.up_proj.weight"))
+def test_a_missing_weight_is_named(directory: Path) -> None:
+    edit(directory, lambda w: w.pop("model.layers.1.mlp.up_proj.weight"))
     with pytest.raises(UserError, match=r"lacks 1 of .*model\.layers\.1\.mlp\.up_proj\.weight"):
-        load(folder)
+        load(directory)
 
 
-def test_a_weight_of_another_shape_is_refused(folder: Path) -> None:
-    edit(folder, lambda w: w.update({"model.norm.weight": torch.ones(7)}))
+def test_a_weight_of_another_shape_is_refused(directory: Path) -> None:
+    edit(directory, lambda w: w.update({"model.norm.weight": torch.ones(7)}))
     with pytest.raises(UserError, match=r"transformers cannot load this model.*smollm3"):
-        load(folder)
+        load(directory)
 
 
-def test_another_directory_than_the_one_described_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_another_directory_than_the_one_described_is_refused(
+    directory: Path, tmp_path: Path
+) -> None:
     other = tmp_path / "other"
     tiny_model("smollm3", num_hidden_layers=3, layer_types=None).save_pretrained(other)
-    backbone = backbone_on_meta(folder)
+    backbone = backbone_on_meta(directory)
     with pytest.raises(UserError, match="describes another model"):
         load_backbone(backbone, other, dtype=torch.float32, device=CPU)
 
@@ -111,29 +113,31 @@ def test_another_directory_than_the_one_described_is_refused(folder: Path, tmp_p
         ({"quantization_config": {"quant_method": "hqq"}}, "quant_method='hqq' is not supported"),
     ],
 )
-def test_what_cannot_be_a_backbone_is_one_line(settings, message, folder: Path) -> None:
-    path = folder / "config.json"
+def test_what_cannot_be_a_backbone_is_one_line(settings, message, directory: Path) -> None:
+    path = directory / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, **settings}))
     with pytest.raises(UserError, match=message) as error:
-        backbone_from_hf(str(folder))
+        backbone_from_hf(str(directory))
     assert "\n" not in str(error.value)
 
 
-def test_an_older_transformers_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_older_transformers_is_one_line(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("transformers.__version__", "4.57.6")
     with pytest.raises(UserError, match=r"needs transformers 5 \(found 4\.57\.6\): pip install"):
-        backbone_on_meta(folder)
+        backbone_on_meta(directory)
 
 
 @torch.no_grad()
-def test_a_head_that_scales_in_an_unknown_way_is_refused(folder: Path) -> None:
-    backbone = backbone_on_meta(folder)
+def test_a_head_that_scales_in_an_unknown_way_is_refused(directory: Path) -> None:
+    backbone = backbone_on_meta(directory)
     backbone.model.lm_head.register_forward_hook(lambda module, args, output: output)
     backbone.config.logit_scale = 2.0  # which SmolLM3's code does not read
-    wrong = TransformersBackbone(backbone.model, str(folder))
+    wrong = TransformersBackbone(backbone.model, str(directory))
     with pytest.raises(UserError, match="its logits are more than its LM head"):
-        load_backbone(wrong, folder, dtype=torch.float32, device=CPU)
+        load_backbone(wrong, directory, dtype=torch.float32, device=CPU)
 
 
 VISION = {
@@ -179,10 +183,10 @@ def test_of_a_vision_language_model_the_text_is_taken(model_type: str, tmp_path:
 @pytest.mark.slow
 @pytest.mark.pretrained
 def test_loading_takes_no_more_than_the_result_one_shard_and_a_fifth() -> None:
-    folder = Path(os.path.expanduser("~/.cache/qst_tune/SmolLM2-135M-Instruct"))
+    directory = Path(os.path.expanduser("~/.cache/qst_tune/SmolLM2-135M-Instruct"))
     output = subprocess.run(
-        [sys.executable, str(MEMORY), str(folder)], capture_output=True, text=True, check=True
+        [sys.executable, str(MEMORY), str(directory)], capture_output=True, text=True, check=True
     )
     peak, weights = map(int, output.stdout.split()[-2:])
-    shard = (folder / "model.safetensors").stat().st_size
+    shard = (directory / "model.safetensors").stat().st_size
     assert peak < 1.2 * (weights + shard)

@@ -19,8 +19,8 @@ from qst_tune.generation.batch import answer_batch
 from qst_tune.generation.sampling import Sampling
 from qst_tune.generation.sequence import CachedSequence
 from qst_tune.models import qst_decoder, qst_from_hf
-from tests.backbone.model_types import TYPES, tiny_model
-from tests.helpers import randomize_
+from tests.support.model_types import TYPES, tiny_model
+from tests.support.numbers import randomize_
 
 # Of fp32 on a CPU; the right ones differ by 5e-7 at most, Gemma 4's by 5e-6.
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}

@@ -12,8 +12,8 @@ from torchtune.modules import TransformerSelfAttentionLayer
 from qst_tune.backbone.opt_side_blocks import PostNormLayer, ProjectedHead
 from qst_tune.generation.sequence import CachedSequence
 from qst_tune.models import backbone_from_hf, qst_decoder, qst_from_hf
-from tests.hf_models import loaded
-from tests.opt_models import hf_opt, opt_backbone, padded_batch, randomize_opt_
+from tests.support.hf_models import loaded
+from tests.support.opt_models import hf_opt, opt_backbone, padded_batch, randomize_opt_
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 # 350M alone of the published sizes is narrow, and normalises behind its sums.

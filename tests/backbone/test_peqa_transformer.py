@@ -23,8 +23,8 @@ from qst_tune.generation.sequence import CachedSequence
 from qst_tune.models import peqa_decoder, peqa_from_hf
 from qst_tune.modules import LinearCrossEntropyLoss
 from qst_tune.modules.peqa_linear import PEQALinear
-from tests.backbone.model_types import TYPES, tiny_model
 from tests.backbone.test_matrix import CANNOT_GENERATE, CANNOT_PACK
+from tests.support.model_types import TYPES, tiny_model
 
 # fp32 on a CPU, logits around 1: measured 1e-6.
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}

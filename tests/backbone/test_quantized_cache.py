@@ -16,8 +16,8 @@ from qst_tune.backbone.quantized_cache import BackboneCache, backbone_cache
 from qst_tune.backbone.torchtune_loading import load_backbone
 from qst_tune.models import peqa_from_hf, qst_from_hf
 from qst_tune.quantization.table import QuantizedTable
-from tests.backbone.model_types import tiny_model
-from tests.hf_models import edit_config, padded_batch, save_hf_model
+from tests.support.hf_models import edit_config, padded_batch, save_hf_model
+from tests.support.model_types import tiny_model
 
 CPU = torch.device("cpu")
 MODELS = {
@@ -30,21 +30,21 @@ MODELS = {
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def directory(tmp_path: Path) -> Path:
     save_hf_model(tmp_path / "model", "qwen3 biases")
     return tmp_path / "model"
 
 
-def build(folder: Path, kind: str = "nf4", dtype=torch.float32):
+def build(directory: Path, kind: str = "nf4", dtype=torch.float32):
     builder, arguments = MODELS[kind]
     with training.set_default_dtype(dtype), torch.device("meta"):
-        model = builder(str(folder), **arguments)
-    checkpointer = HFCheckpointer(str(folder), cache_dir=str(folder.parent / "cache"))
+        model = builder(str(directory), **arguments)
+    checkpointer = HFCheckpointer(str(directory), cache_dir=str(directory.parent / "cache"))
     return model, checkpointer, backbone_cache(checkpointer, model, dtype)
 
 
-def loaded(folder: Path, kind: str = "nf4", dtype=torch.float32):
-    model, checkpointer, cache = build(folder, kind, dtype)
+def loaded(directory: Path, kind: str = "nf4", dtype=torch.float32):
+    model, checkpointer, cache = build(directory, kind, dtype)
     fingerprint = load_backbone(model, checkpointer, dtype=dtype, device=CPU)
     return model, fingerprint, cache
 
@@ -65,10 +65,10 @@ def decoded(tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", MODELS)
-def test_the_backbone_comes_back_to_the_last_bit(kind: str, dtype, folder: Path) -> None:
-    expected, fingerprint, cache = loaded(folder, kind, dtype)
+def test_the_backbone_comes_back_to_the_last_bit(kind: str, dtype, directory: Path) -> None:
+    expected, fingerprint, cache = loaded(directory, kind, dtype)
     cache.save(expected, fingerprint)
-    model, _, cache = build(folder, kind, dtype)
+    model, _, cache = build(directory, kind, dtype)
     assert cache.load(model, CPU) == fingerprint
     for each in (model, expected) if kind == "peqa" else ():
         each.train_scales()  # as the recipe does once it is loaded
@@ -87,11 +87,11 @@ def test_the_backbone_comes_back_to_the_last_bit(kind: str, dtype, folder: Path)
 @torch.no_grad()
 def test_a_model_from_the_cache_computes_the_same(model_type: str, tmp_path: Path) -> None:
     """Tied and untied heads, tables of two kinds of layers, experts, states."""
-    folder = tmp_path / "model"
-    tiny_model(model_type, vocab_size=307).save_pretrained(folder)
-    expected, fingerprint, cache = loaded(folder)
+    directory = tmp_path / "model"
+    tiny_model(model_type, vocab_size=307).save_pretrained(directory)
+    expected, fingerprint, cache = loaded(directory)
     cache.save(expected, fingerprint)
-    model, _, cache = build(folder)
+    model, _, cache = build(directory)
     cache.load(model, CPU)
     tokens, _ = padded_batch("left", (10,))
     for each in (model, expected):
@@ -99,53 +99,53 @@ def test_a_model_from_the_cache_computes_the_same(model_type: str, tmp_path: Pat
     assert torch.equal(model(tokens), expected(tokens))
 
 
-def test_another_folder_format_or_dtype_has_another_file(folder: Path) -> None:
-    paths = {build(folder, kind)[2].path for kind in MODELS}
-    paths.add(build(folder, dtype=torch.bfloat16)[2].path)
-    first = build(folder)[2].path
-    edit_config(folder, rope_theta=3.0)
-    paths.add(build(folder)[2].path)
-    weights = folder / "model.safetensors"
+def test_another_directory_format_or_dtype_has_another_file(directory: Path) -> None:
+    paths = {build(directory, kind)[2].path for kind in MODELS}
+    paths.add(build(directory, dtype=torch.bfloat16)[2].path)
+    first = build(directory)[2].path
+    edit_config(directory, rope_theta=3.0)
+    paths.add(build(directory)[2].path)
+    weights = directory / "model.safetensors"
     os.utime(weights, ns=(1, 1))
-    paths.add(build(folder)[2].path)
+    paths.add(build(directory)[2].path)
     assert first in paths
     assert len(paths) == len(MODELS) + 3
 
 
-def test_there_is_no_file_at_first_and_none_without_a_folder_for_it(folder: Path) -> None:
-    model, _, cache = build(folder)
+def test_there_is_no_file_at_first_and_none_without_a_directory_for_it(directory: Path) -> None:
+    model, _, cache = build(directory)
     assert cache.load(model, CPU) is None
-    assert backbone_cache(HFCheckpointer(str(folder)), model, torch.float32) is None
+    assert backbone_cache(HFCheckpointer(str(directory)), model, torch.float32) is None
     with torch.device("meta"):
-        dense = qst_from_hf(str(folder), reduction_factor=4, quantize_base=False)
-    checkpointer = HFCheckpointer(str(folder), cache_dir=str(folder))
+        dense = qst_from_hf(str(directory), reduction_factor=4, quantize_base=False)
+    checkpointer = HFCheckpointer(str(directory), cache_dir=str(directory))
     assert backbone_cache(checkpointer, dense, torch.float32) is None
 
 
 @pytest.mark.parametrize("damage", ["cut off", "no fingerprint", "another model's"])
-def test_a_damaged_file_is_passed_over(damage: str, folder: Path, caplog) -> None:
-    expected, fingerprint, cache = loaded(folder)
+def test_a_damaged_file_is_passed_over(damage: str, directory: Path, caplog) -> None:
+    expected, fingerprint, cache = loaded(directory)
     cache.save(expected, fingerprint)
     if damage == "cut off":
         cache.path.write_bytes(cache.path.read_bytes()[:-1])
     elif damage == "no fingerprint":
         save_file(load_file(cache.path), cache.path)
     else:
-        save_hf_model(folder.parent / "other", "qwen2")
-        other, fingerprint, _ = loaded(folder.parent / "other")
+        save_hf_model(directory.parent / "other", "qwen2")
+        other, fingerprint, _ = loaded(directory.parent / "other")
         BackboneCache(cache.path).save(other, fingerprint)
-    model, _, cache = build(folder)
+    model, _, cache = build(directory)
     assert cache.load(model, CPU) is None
     assert f"{cache.path} is damaged" in caplog.text
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
-def test_a_full_disk_is_a_warning_and_leaves_nothing(folder: Path, monkeypatch, caplog) -> None:
+def test_a_full_disk_is_a_warning_and_leaves_nothing(directory: Path, monkeypatch, caplog) -> None:
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module, "save_file", full)
-    model, fingerprint, cache = loaded(folder)
+    model, fingerprint, cache = loaded(directory)
     cache.save(model, fingerprint)
     assert "cannot be kept in" in caplog.text
     assert list(cache.path.parent.iterdir()) == []

@@ -24,9 +24,9 @@ from qst_tune.errors import UserError
 from qst_tune.models import peqa_builder, qst_builder
 from qst_tune.modules.memory import parameter_bytes
 from qst_tune.modules.qst_decoder import QSTDecoder
-from tests.hf_models import save_hf_model
-from tests.ranks import on_ranks
-from tests.traffic import Traffic
+from tests.support.hf_models import save_hf_model
+from tests.support.ranks import on_ranks
+from tests.support.traffic import Traffic
 
 CPU = torch.device("cpu")
 QST: dict[str, Any] = {"reduction_factor": 4}
@@ -99,15 +99,18 @@ def build(kind: str) -> Any:
         return builder(**arguments)
 
 
-def checkpointer(folder: Path, kind: str) -> FullModelHFCheckpointer:
+def checkpointer(directory: Path, kind: str) -> FullModelHFCheckpointer:
     return FullModelHFCheckpointer(
-        str(folder), ["model.safetensors"], MODELS[kind][1], output_dir=str(folder.parent / "out")
+        str(directory),
+        ["model.safetensors"],
+        MODELS[kind][1],
+        output_dir=str(directory.parent / "out"),
     )
 
 
-def load_whole(folder: Path, kind: str) -> Any:
+def load_whole(directory: Path, kind: str) -> Any:
     model = build(kind)
-    load_backbone(model, checkpointer(folder, kind), dtype=torch.float32, device=CPU)
+    load_backbone(model, checkpointer(directory, kind), dtype=torch.float32, device=CPU)
     return _with_side(model)
 
 
@@ -121,12 +124,12 @@ def _with_side(model: Any) -> Any:
     return model
 
 
-def load_sharded(folder: Path, kind: str, mode: str = "full", *, offload: bool = False) -> Any:
+def load_sharded(directory: Path, kind: str, mode: str = "full", *, offload: bool = False) -> Any:
     model, twin = build(kind), build(kind)
     chosen = choose_sharding(mode, CPU, offload=offload)
     assert chosen is not None
     load_sharded_backbone(
-        model, twin, checkpointer(folder, kind), chosen, dtype=torch.float32, device=CPU
+        model, twin, checkpointer(directory, kind), chosen, dtype=torch.float32, device=CPU
     )
     assert all(p.is_meta for p in twin.parameters()), "the twin keeps weights"
     return _with_side(model)
@@ -156,9 +159,9 @@ def assert_same_step(whole: Any, sharded: Any, tokens: torch.Tensor) -> None:
         assert torch.equal(gradients(sharded)[name], gradient), name
 
 
-def same_as_whole(folder: Path, kind: str, mode: str, offload: bool) -> None:
-    whole = load_whole(folder, kind)
-    sharded = load_sharded(folder, kind, mode, offload=offload)
+def same_as_whole(directory: Path, kind: str, mode: str, offload: bool) -> None:
+    whole = load_whole(directory, kind)
+    sharded = load_sharded(directory, kind, mode, offload=offload)
     for _ in range(2):  # the second time, layers have been freed
         assert_same_step(whole, sharded, own_tokens())
     with torch.no_grad():  # as in validation: twice without a backward pass between
@@ -172,7 +175,7 @@ def same_as_whole(folder: Path, kind: str, mode: str, offload: bool) -> None:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def directory(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
@@ -180,25 +183,25 @@ def folder(tmp_path: Path) -> Path:
     "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in SLOW)) for kind in MODELS]
 )
 def test_sharded_model_and_its_gradients_are_those_of_a_whole_one_to_the_last_bit(
-    kind: str, folder: Path
+    kind: str, directory: Path
 ) -> None:
-    save_hf_model(folder, MODELS[kind][0])
-    on_ranks(2, same_as_whole, folder, kind, "full", False)
+    save_hf_model(directory, MODELS[kind][0])
+    on_ranks(2, same_as_whole, directory, kind, "full", False)
 
 
 @pytest.mark.parametrize("mode", [pytest.param("full", marks=pytest.mark.slow), "node"])
-def test_four_processes_on_two_nodes_compute_the_same_too(mode: str, folder: Path) -> None:
-    save_hf_model(folder, MODELS["nf4"][0])
-    on_ranks(4, same_as_whole, folder, "nf4", mode, False, nodes=2)
+def test_four_processes_on_two_nodes_compute_the_same_too(mode: str, directory: Path) -> None:
+    save_hf_model(directory, MODELS["nf4"][0])
+    on_ranks(4, same_as_whole, directory, "nf4", mode, False, nodes=2)
 
 
-def test_offloaded_parts_compute_the_same_too(folder: Path) -> None:
-    save_hf_model(folder, MODELS["nf4"][0])
-    on_ranks(2, same_as_whole, folder, "nf4", "full", True)
+def test_offloaded_parts_compute_the_same_too(directory: Path) -> None:
+    save_hf_model(directory, MODELS["nf4"][0])
+    on_ranks(2, same_as_whole, directory, "nf4", "full", True)
 
 
-def takes_its_share(folder: Path, kind: str, shares: int, mode: str) -> None:
-    whole, sharded = load_whole(folder, kind), load_sharded(folder, kind, mode)
+def takes_its_share(directory: Path, kind: str, shares: int, mode: str) -> None:
+    whole, sharded = load_whole(directory, kind), load_sharded(directory, kind, mode)
     sizes = []
     for model in (whole, sharded):
         trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
@@ -226,14 +229,16 @@ def takes_its_share(folder: Path, kind: str, shares: int, mode: str) -> None:
     ],
 )
 def test_a_process_keeps_its_share_of_the_bytes(
-    size: int, mode: str, shares: int, folder: Path
+    size: int, mode: str, shares: int, directory: Path
 ) -> None:
-    save_hf_model(folder, "qwen2")
-    on_ranks(size, takes_its_share, folder, "nf4", shares, mode, nodes=2 if mode == "node" else 1)
+    save_hf_model(directory, "qwen2")
+    on_ranks(
+        size, takes_its_share, directory, "nf4", shares, mode, nodes=2 if mode == "node" else 1
+    )
 
 
-def frozen_codes_cross_and_nothing_else(folder: Path, kind: str, passes: int) -> None:
-    model = load_sharded(folder, kind)
+def frozen_codes_cross_and_nothing_else(directory: Path, kind: str, passes: int) -> None:
+    model = load_sharded(directory, kind)
     shard = sum(p.to_local().nbytes for p in model.parameters() if not p.requires_grad)
     loss = model(own_tokens()).sum()  # the first step also finds out who is the root
     loss.backward()
@@ -258,14 +263,14 @@ def frozen_codes_cross_and_nothing_else(folder: Path, kind: str, passes: int) ->
 
 @pytest.mark.parametrize(("kind", "passes"), [("nf4", 1), ("peqa", 2)])
 def test_only_frozen_codes_and_gradients_of_what_trains_cross_processes(
-    kind: str, passes: int, folder: Path
+    kind: str, passes: int, directory: Path
 ) -> None:
-    save_hf_model(folder, MODELS[kind][0])
-    on_ranks(2, frozen_codes_cross_and_nothing_else, folder, kind, passes)
+    save_hf_model(directory, MODELS[kind][0])
+    on_ranks(2, frozen_codes_cross_and_nothing_else, directory, kind, passes)
 
 
-def one_rank_has_no_batch(folder: Path, kind: str) -> None:
-    whole, sharded = load_whole(folder, kind), load_sharded(folder, kind)
+def one_rank_has_no_batch(directory: Path, kind: str) -> None:
+    whole, sharded = load_whole(directory, kind), load_sharded(directory, kind)
     if rank_and_world_size()[0] == 0:
         take_part(sharded, CPU)
         assert all(not g.any() for g in gradients(sharded).values())
@@ -275,12 +280,12 @@ def one_rank_has_no_batch(folder: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "peqa"])
-def test_process_without_a_batch_keeps_in_step(kind: str, folder: Path) -> None:
-    save_hf_model(folder, MODELS[kind][0])
-    on_ranks(2, one_rank_has_no_batch, folder, kind)
+def test_process_without_a_batch_keeps_in_step(kind: str, directory: Path) -> None:
+    save_hf_model(directory, MODELS[kind][0])
+    on_ranks(2, one_rank_has_no_batch, directory, kind)
 
 
-def test_one_process_and_no_mode_keep_the_whole_backbone(folder: Path) -> None:
+def test_one_process_and_no_mode_keep_the_whole_backbone(directory: Path) -> None:
     assert choose_sharding("full", CPU) is None
     assert choose_sharding(None, CPU) is None
 

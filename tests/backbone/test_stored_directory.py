@@ -15,17 +15,17 @@ from qst_tune.backbone.quantizers import quantized_share
 from qst_tune.backbone.transformers import TransformersBackbone
 from qst_tune.errors import UserError
 from qst_tune.modules.base_quantization import QuantizedLinear
-from tests.stored_models import FORMATS, save_mxfp4, save_stored
+from tests.support.stored_models import FORMATS, save_mxfp4, save_stored
 
 CPU = torch.device("cpu")
 DECODED = ("fp8", "ct_fp8")
 TAKEN = [form for form in FORMATS if form not in DECODED]
 
 
-def load(folder: Path, base_quantization: Any = "auto", dtype=torch.float32):
-    backbone = backbone_on_meta(folder)
+def load(directory: Path, base_quantization: Any = "auto", dtype=torch.float32):
+    backbone = backbone_on_meta(directory)
     backbone.quantize(base_quantization, "none")
-    load_backbone(backbone, folder, dtype=dtype, device=CPU)
+    load_backbone(backbone, directory, dtype=dtype, device=CPU)
     return backbone
 
 
@@ -214,15 +214,15 @@ def test_zeros_that_autogptq_wrote_as_biases_change_nothing(tmp_path: Path) -> N
 # Wrong and damaged directories.
 
 
-def edit(folder: Path, **changes: Any) -> None:
-    path = folder / "config.json"
+def edit(directory: Path, **changes: Any) -> None:
+    path = directory / "config.json"
     config = json.loads(path.read_text())
     config["quantization_config"].update(changes)
     path.write_text(json.dumps(config))
 
 
-def add(folder: Path, tensors: dict[str, Any]) -> None:
-    path = folder / "model.safetensors"
+def add(directory: Path, tensors: dict[str, Any]) -> None:
+    path = directory / "model.safetensors"
     weights = {**load_file(path), **tensors}
     kept = {name: weight for name, weight in weights.items() if weight is not None}
     save_file(kept, path, metadata={"format": "pt"})

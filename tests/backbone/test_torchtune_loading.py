@@ -21,7 +21,7 @@ from qst_tune.models import peqa_decoder, qst_decoder
 from qst_tune.modules.peqa_linear import PEQALinear
 from qst_tune.quantization.nf4 import quantize_nf4
 from qst_tune.quantization.table import quantize_table
-from tests.checkpoints import SIZES, random_weights, write_checkpoint
+from tests.support.checkpoints import SIZES, random_weights, write_checkpoint
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -33,20 +33,20 @@ def meta_model(dtype=torch.float32, **settings):
         return qst_decoder(llama3_2(**SIZES), reduction_factor=4, rank=4, **settings)
 
 
-def checkpointer(folder: Path, files: list[str]) -> FullModelHFCheckpointer:
+def checkpointer(directory: Path, files: list[str]) -> FullModelHFCheckpointer:
     return FullModelHFCheckpointer(
-        checkpoint_dir=str(folder),
+        checkpoint_dir=str(directory),
         checkpoint_files=files,
         model_type="LLAMA3_2",
-        output_dir=str(folder.parent / "out"),
+        output_dir=str(directory.parent / "out"),
     )
 
 
-def load(folder: Path, weights=None, *, num_shards=1, dtype=torch.float32, **settings):
+def load(directory: Path, weights=None, *, num_shards=1, dtype=torch.float32, **settings):
     """Write a checkpoint and load it; returns the model and the fingerprint."""
-    files = write_checkpoint(folder, weights, num_shards=num_shards)
+    files = write_checkpoint(directory, weights, num_shards=num_shards)
     model = meta_model(dtype, **settings)
-    fingerprint = load_backbone(model, checkpointer(folder, files), dtype=dtype, device=CPU)
+    fingerprint = load_backbone(model, checkpointer(directory, files), dtype=dtype, device=CPU)
     return model, fingerprint
 
 
@@ -267,7 +267,7 @@ MEASURE = """if True:
     from qst_tune.models import qst_decoder
     from qst_tune.backbone.torchtune_loading import load_backbone
     from qst_tune.modules.memory import parameter_bytes
-    from tests.checkpoints import write_checkpoint
+    from tests.support.checkpoints import write_checkpoint
     from torchtune.models.llama3_2 import llama3_2
     from torchtune.training import FullModelHFCheckpointer, set_default_dtype
 
@@ -275,11 +275,11 @@ MEASURE = """if True:
         fields = dict(line.split(":") for line in open("/proc/self/status"))
         return int(fields["RssAnon"].split()[0]) * 1024
 
-    sizes, folder, files = json.loads(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+    sizes, directory, files = json.loads(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
     torch.set_num_threads(1)
     checkpointer = FullModelHFCheckpointer(
-        checkpoint_dir=folder, checkpoint_files=files, model_type="LLAMA3_2",
-        output_dir=folder + "_out")
+        checkpoint_dir=directory, checkpoint_files=files, model_type="LLAMA3_2",
+        output_dir=directory + "_out")
     with set_default_dtype(torch.bfloat16), torch.device("meta"):
         model = qst_decoder(llama3_2(**sizes), reduction_factor=16)
     # What is built once whatever the checkpoint's size: torch's and our lookup tables.
@@ -307,10 +307,10 @@ MEASURE = """if True:
 def test_peak_memory_is_the_quantised_model_and_one_shard(tmp_path: Path) -> None:
     sizes = {**SIZES, "num_layers": 16, "embed_dim": 1024, "intermediate_dim": 2048}
     sizes |= {"num_heads": 16, "num_kv_heads": 16}
-    folder = tmp_path / "model"
-    files = write_big_checkpoint(folder, sizes, num_shards=8)
+    directory = tmp_path / "model"
+    files = write_big_checkpoint(directory, sizes, num_shards=8)
     result = subprocess.run(
-        [sys.executable, "-c", MEASURE, json.dumps(sizes), str(folder), json.dumps(files)],
+        [sys.executable, "-c", MEASURE, json.dumps(sizes), str(directory), json.dumps(files)],
         cwd=ROOT,
         # What is freed goes back at once: how much of it glibc keeps depends on the machine's load.
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"},
@@ -320,8 +320,8 @@ def test_peak_memory_is_the_quantised_model_and_one_shard(tmp_path: Path) -> Non
     )
     assert result.returncode == 0, result.stderr
     measured = json.loads(result.stdout.splitlines()[-1])
-    shard = max((folder / name).stat().st_size for name in files)
-    whole = sum((folder / name).stat().st_size for name in files)
+    shard = max((directory / name).stat().st_size for name in files)
+    whole = sum((directory / name).stat().st_size for name in files)
     mib = 1024**2
     print(  # noqa: T201
         f"peak {measured['peak'] / mib:.0f} MiB; quantised model {measured['model'] / mib:.0f}, "
@@ -332,11 +332,11 @@ def test_peak_memory_is_the_quantised_model_and_one_shard(tmp_path: Path) -> Non
     assert bound < whole / 2, "the sizes of this test are too small to show anything"
 
 
-def write_big_checkpoint(folder: Path, sizes, num_shards: int) -> list[str]:
+def write_big_checkpoint(directory: Path, sizes, num_shards: int) -> list[str]:
     """As ``random_weights``, but one random layer serves for all: drawing them takes long."""
     weights = random_weights({**sizes, "num_layers": 1})
     for name, weight in list(weights.items()):
         weights[name] = weight.bfloat16()
         for index in range(1, sizes["num_layers"]) if ".layers.0." in name else ():
             weights[name.replace(".0.", f".{index}.")] = weights[name].clone()
-    return write_checkpoint(folder, weights, sizes=sizes, num_shards=num_shards)
+    return write_checkpoint(directory, weights, sizes=sizes, num_shards=num_shards)

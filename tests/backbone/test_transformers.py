@@ -10,8 +10,8 @@ from qst_tune.backbone.transformers import TransformersBackbone
 from qst_tune.errors import UserError
 from qst_tune.models import qst_decoder
 from qst_tune.modules.side_networks import share_backbone
-from tests.backbone.model_types import tiny_model
-from tests.helpers import randomize_
+from tests.support.model_types import tiny_model
+from tests.support.numbers import randomize_
 
 TOKENS = torch.arange(3, 27).view(2, 12)
 

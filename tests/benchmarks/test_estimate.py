@@ -13,14 +13,14 @@ from benchmarks import estimate as command
 from benchmarks.estimate import METHODS, torchtune_setup
 from qst_tune.estimation.setup import Setup, Shape
 from qst_tune.estimation.step import StepCost, trace_step
-from tests.estimation.real_step import (
+from tests.estimation.test_step import PEQA, QST, TINY
+from tests.support.real_step import (
     COMPARED,
     MODELS,
     estimated_step_bytes,
     measured_step_bytes,
     training_config,
 )
-from tests.estimation.test_step import PEQA, QST, TINY
 
 SHAPE = Shape(2, 64)
 CONFIG = training_config(QST)

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks import linear_probe
-from tests.checkpoints import finetune_config
-from tests.recipe_runs import merged
 from tests.recipes.test_classification import LABELS, TEMPLATE, write_rows
+from tests.support.checkpoints import finetune_config
+from tests.support.recipe_runs import merged
 
 
 def test_commonest_class_and_probe_are_scored_on_all_held_out_rows(

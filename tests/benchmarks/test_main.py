@@ -11,8 +11,10 @@ from benchmarks.backbones import BACKBONES
 TINY_RUN = ["--backbone", "tiny", "--rounds", "2", "--only", "lora", "--threads", "1"]
 
 
-def run(folder: Path, *arguments: str) -> int:
-    return main([*TINY_RUN, "--results", str(folder), "--docs", str(folder / "docs"), *arguments])
+def run(directory: Path, *arguments: str) -> int:
+    return main(
+        [*TINY_RUN, "--results", str(directory), "--docs", str(directory / "docs"), *arguments]
+    )
 
 
 def test_one_command_measures_and_writes_and_continues(

@@ -13,7 +13,7 @@ from qst_tune.config.file import parse_config
 from qst_tune.estimation.question import Question
 from qst_tune.estimation.setup import Shape, own_setup
 from qst_tune.modules.memory import GIB
-from tests.backbone.model_types import tiny_config
+from tests.support.model_types import tiny_config
 
 SAMPLE = ["google/gemma-4-26B-A4B-it", "Qwen/Qwen3-VL-8B-Instruct", "zai-org/GLM-4-9B-0414"]
 REST = [pytest.param(name, marks=pytest.mark.slow) for name in MODELS if name not in SAMPLE]

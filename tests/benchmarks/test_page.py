@@ -80,7 +80,7 @@ def test_pictures_are_drawn(tmp_path: Path) -> None:
 
 
 def test_results_are_continued_but_not_mixed(tmp_path: Path) -> None:
-    results = synthetic(tmp_path / "folder" / "r.json")
+    results = synthetic(tmp_path / "directory" / "r.json")
     results.save()
     assert Results.open(results.path, results.settings) == results
     other = {**results.settings, "threads": 7}

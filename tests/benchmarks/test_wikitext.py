@@ -9,21 +9,21 @@ import torch
 from torchtune.models.llama3_2 import llama3_2
 
 from benchmarks import wikitext
-from tests.checkpoints import SIZES, write_model_folder
+from tests.support.checkpoints import SIZES, write_model_directory
 
 WORDS = "red green blue black white grey pink brown box colour what is the of it \n"
 
 
 @pytest.fixture
 def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    write_model_folder(tmp_path / "model")
+    write_model_directory(tmp_path / "model")
     (tmp_path / "train.raw").write_text(WORDS * 20)
     (tmp_path / "test.raw").write_text(WORDS * 10)
     tiny = partial(wikitext.Setting, batch_size=2, seq_len=16, test_tokens=64)
     monkeypatch.setattr(wikitext, "Setting", tiny)
     monkeypatch.setattr(wikitext, "smollm2_135m", lambda: llama3_2(**SIZES))
-    folders = ["--data", str(tmp_path), "--model", str(tmp_path / "model")]
-    return [*folders, "--results", str(tmp_path / "results.json"), "--steps", "3"]
+    directories = ["--data", str(tmp_path), "--model", str(tmp_path / "model")]
+    return [*directories, "--results", str(tmp_path / "results.json"), "--steps", "3"]
 
 
 def test_every_run_is_measured_once(

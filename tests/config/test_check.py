@@ -139,7 +139,7 @@ def test_nearest_name() -> None:
     assert did_you_mean("zzz", ["rank", "downsample"]) == ""
 
 
-def test_checkpoint_folder_and_files(tmp_path: Path) -> None:
+def test_checkpoint_directory_and_files(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").touch()
     block = OmegaConf.create(
         {"checkpoint_dir": str(tmp_path), "checkpoint_files": ["a.safetensors"]}
@@ -156,7 +156,7 @@ def test_files_given_by_a_pattern_are_the_checkpointers_business(tmp_path: Path)
     assert check_checkpoint_dir(block) == tmp_path
 
 
-def test_absent_folder(tmp_path: Path) -> None:
+def test_absent_directory(tmp_path: Path) -> None:
     block = OmegaConf.create({"checkpoint_dir": str(tmp_path / "absent")})
     with pytest.raises(UserError, match=r"checkpoint_dir=.*absent does not exist"):
         check_checkpoint_dir(block)

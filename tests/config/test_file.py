@@ -10,8 +10,8 @@ from qst_tune.errors import UserError
 
 YAML = """
 prompt: ""
-folder: /data
-path: ${folder}/train.jsonl
+directory: /data
+path: ${directory}/train.jsonl
 rate: 0.1
 model:
   _component_: torch.nn.Linear
@@ -74,12 +74,12 @@ def test_values_that_are_no_text_in_the_file_keep_their_type(file: Path) -> None
 
 @pytest.mark.parametrize("null", ["null", "None", ""])
 def test_null_takes_a_text_away(null: str, file: Path) -> None:
-    assert not parse(file, f"folder={null}").folder
+    assert not parse(file, f"directory={null}").directory
 
 
 def test_interpolation_follows_overrides(file: Path) -> None:
-    assert parse(file, "folder=/elsewhere").path == "/elsewhere/train.jsonl"
-    assert parse(file, "path=${folder}/x").path == "/data/x"
+    assert parse(file, "directory=/elsewhere").path == "/elsewhere/train.jsonl"
+    assert parse(file, "path=${directory}/x").path == "/data/x"
 
 
 def test_component_is_changed_by_the_name_of_its_block(file: Path) -> None:
@@ -102,9 +102,9 @@ def test_a_path_may_begin_with_the_home_directory(
     """In the file and behind "=", in blocks, lists and what other values refer to."""
     monkeypatch.setenv("HOME", "/h")
     file.write_text(f"{YAML}\nin_file: {{data_files: ['{written}', b]}}\n")
-    cfg = parse(file, f"folder={written}", f"nested.cache_dir={written}")
+    cfg = parse(file, f"directory={written}", f"nested.cache_dir={written}")
     assert cfg.in_file.data_files == [read, "b"]
-    assert (cfg.folder, cfg.path, cfg.nested.cache_dir) == (read, f"{read}/train.jsonl", read)
+    assert (cfg.directory, cfg.path, cfg.nested.cache_dir) == (read, f"{read}/train.jsonl", read)
 
 
 def test_a_prompt_is_no_path(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,9 +15,14 @@ from qst_tune.config.file import parse_config
 from qst_tune.config.hub_models import fetch_models, with_hub_names
 from qst_tune.errors import UserError
 from qst_tune.sharing.__main__ import main as sharing
-from tests.checkpoints import colour_rows, finetune_config, write_jsonl, write_model_folder
-from tests.fake_hub import COMMIT, FakeHub, serving, use
-from tests.recipe_runs import merged, one_thread
+from tests.support.checkpoints import (
+    colour_rows,
+    finetune_config,
+    write_jsonl,
+    write_model_directory,
+)
+from tests.support.fake_hub import COMMIT, FakeHub, serving, use
+from tests.support.recipe_runs import merged, one_thread
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 REPO = "some-org/colours"
@@ -26,7 +31,7 @@ REPO = "some-org/colours"
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     with serving(tmp_path / "served") as fake:
-        write_model_folder(fake.root / REPO)
+        write_model_directory(fake.root / REPO)
         (fake.root / REPO / "README.md").write_text("A model.")
         use(monkeypatch, fake.url, tmp_path / "home")
         (tmp_path / "here").mkdir()

@@ -11,7 +11,7 @@ from torchtune.datasets import chat_dataset, instruct_dataset, preference_datase
 
 from qst_tune.data import AutoDataset, HFChatTokenizer, auto_dataset
 from qst_tune.errors import UserError
-from tests.data.rows import ANSWER, QUESTION, SHAREGPT, TURNS, chat_tokenizer, chatml, write_rows
+from tests.support.rows import ANSWER, QUESTION, SHAREGPT, TURNS, chat_tokenizer, chatml, write_rows
 
 IGNORED = -100
 ONE_TURN = chatml(("user", QUESTION), ("assistant", ANSWER))
@@ -48,8 +48,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> HFChatTokenizer:
     return chat_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
-def dataset_of(folder: Path, tokenizer: Any, *rows: Any, **settings: Any) -> AutoDataset:
-    return auto_dataset(tokenizer, data_files=write_rows(folder / "r.jsonl", *rows), **settings)
+def dataset_of(directory: Path, tokenizer: Any, *rows: Any, **settings: Any) -> AutoDataset:
+    return auto_dataset(tokenizer, data_files=write_rows(directory / "r.jsonl", *rows), **settings)
 
 
 def texts(tokenizer: HFChatTokenizer, tokens: list[int], labels: list[int]) -> tuple[str, str]:

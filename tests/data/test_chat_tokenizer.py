@@ -11,8 +11,8 @@ from torchtune.data import Message
 from qst_tune.data import HFChatTokenizer, hf_chat_tokenizer
 from qst_tune.errors import UserError
 from qst_tune.quickstart.smollm2 import FetchError, fetch_smollm2
-from tests.checkpoints import write_chat_tokenizer
-from tests.data.chat_folders import CHATML, build_folder
+from tests.support.chat_directories import CHATML, build_directory
+from tests.support.checkpoints import write_chat_tokenizer
 
 # With the tag that makes transformers return the mask of the assistant's tokens.
 CHATML_GENERATION = (
@@ -65,10 +65,10 @@ def to_dicts(conversation: list[tuple[str, str]]) -> list[dict[str, str]]:
     return [{"role": role, "content": content} for role, content in conversation]
 
 
-def hf_tokenizer(folder: Path) -> Any:
-    """Load the same folder with transformers, the independent oracle."""
+def hf_tokenizer(directory: Path) -> Any:
+    """Load the same directory with transformers, the independent oracle."""
     transformers = pytest.importorskip("transformers")
-    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
 
 
 def learnt_text(tokenizer: HFChatTokenizer, tokens: list[int], mask: list[bool]) -> str:
@@ -81,8 +81,8 @@ def learnt_text(tokenizer: HFChatTokenizer, tokens: list[int], mask: list[bool])
 def test_tokens_equal_transformers(
     tmp_path: Path, template: str, conversation: list[tuple[str, str]]
 ) -> None:
-    folder = build_folder(tmp_path / "model", template)
-    tokenizer, oracle = hf_chat_tokenizer(str(folder)), hf_tokenizer(folder)
+    directory = build_directory(tmp_path / "model", template)
+    tokenizer, oracle = hf_chat_tokenizer(str(directory)), hf_tokenizer(directory)
 
     tokens, mask = tokenizer.tokenize_messages(to_messages(conversation))
 
@@ -95,27 +95,27 @@ def test_tokens_equal_transformers(
 def test_inference_ends_with_generation_prompt(
     tmp_path: Path, template: str, last: list[tuple[str, str]]
 ) -> None:
-    folder = build_folder(tmp_path / "model", template)
+    directory = build_directory(tmp_path / "model", template)
     conversation = [("user", " a"), ("assistant", "b"), ("user", "hello")]
 
     sample = {"messages": to_messages(conversation + last), "kept": 1}
-    sample = hf_chat_tokenizer(str(folder))(sample, inference=True)
+    sample = hf_chat_tokenizer(str(directory))(sample, inference=True)
 
-    expected = hf_tokenizer(folder).apply_chat_template(
+    expected = hf_tokenizer(directory).apply_chat_template(
         to_dicts(conversation), add_generation_prompt=True, return_dict=False
     )
     assert sample == {"tokens": expected, "mask": [True] * len(expected), "kept": 1}
 
 
 def test_inference_continues_started_answer(tmp_path: Path) -> None:
-    folder = build_folder(tmp_path / "model")
+    directory = build_directory(tmp_path / "model")
     conversation = [("user", "hello"), ("assistant", "good")]
 
-    tokens, _ = hf_chat_tokenizer(str(folder)).tokenize_messages(
+    tokens, _ = hf_chat_tokenizer(str(directory)).tokenize_messages(
         to_messages(conversation), add_end_tokens=False
     )
 
-    expected = hf_tokenizer(folder).apply_chat_template(
+    expected = hf_tokenizer(directory).apply_chat_template(
         to_dicts(conversation), continue_final_message=True, return_dict=False
     )
     assert tokens == expected
@@ -123,11 +123,11 @@ def test_inference_continues_started_answer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["one turn", "system", "turns", "not ascii", "empty"])
 def test_mask_equals_transformers_assistant_mask(tmp_path: Path, name: str) -> None:
-    folder = build_folder(tmp_path / "model", CHATML_GENERATION)
+    directory = build_directory(tmp_path / "model", CHATML_GENERATION)
 
-    _, mask = hf_chat_tokenizer(str(folder)).tokenize_messages(to_messages(CONVERSATIONS[name]))
+    _, mask = hf_chat_tokenizer(str(directory)).tokenize_messages(to_messages(CONVERSATIONS[name]))
 
-    oracle = hf_tokenizer(folder).apply_chat_template(
+    oracle = hf_tokenizer(directory).apply_chat_template(
         to_dicts(CONVERSATIONS[name]), return_assistant_tokens_mask=True
     )
     assert [not masked for masked in mask] == [bool(m) for m in oracle["assistant_masks"]]
@@ -145,13 +145,13 @@ def test_mask_equals_transformers_assistant_mask(tmp_path: Path, name: str) -> N
 def test_answers_and_their_end_tokens_are_learnt(
     tmp_path: Path, template: str, expected: str
 ) -> None:
-    tokenizer = hf_chat_tokenizer(str(build_folder(tmp_path / "model", template)))
+    tokenizer = hf_chat_tokenizer(str(build_directory(tmp_path / "model", template)))
     tokens, mask = tokenizer.tokenize_messages(to_messages(CONVERSATIONS["turns"]))
     assert learnt_text(tokenizer, tokens, mask) == expected
 
 
 def test_masked_flags_decide(tmp_path: Path) -> None:
-    tokenizer = hf_chat_tokenizer(str(build_folder(tmp_path / "model")))
+    tokenizer = hf_chat_tokenizer(str(build_directory(tmp_path / "model")))
     messages = to_messages(CONVERSATIONS["turns"])
     messages[1].masked = True
     messages[2].masked = False
@@ -163,7 +163,7 @@ def test_masked_flags_decide(tmp_path: Path) -> None:
 
 
 def test_token_across_header_and_content_is_not_learnt(tmp_path: Path) -> None:
-    tokenizer = hf_chat_tokenizer(str(build_folder(tmp_path / "model")))
+    tokenizer = hf_chat_tokenizer(str(build_directory(tmp_path / "model")))
     newlines = tokenizer.encode("\n\n", add_bos=False, add_eos=False)
     assert len(newlines) == 1
     tokens, mask = tokenizer.tokenize_messages(
@@ -174,11 +174,11 @@ def test_token_across_header_and_content_is_not_learnt(tmp_path: Path) -> None:
 
 
 def test_truncation_keeps_length_and_ends_without_loss(tmp_path: Path) -> None:
-    folder = str(build_folder(tmp_path / "model"))
-    full, full_mask = hf_chat_tokenizer(folder).tokenize_messages(
+    directory = str(build_directory(tmp_path / "model"))
+    full, full_mask = hf_chat_tokenizer(directory).tokenize_messages(
         to_messages(CONVERSATIONS["turns"])
     )
-    cut = hf_chat_tokenizer(folder, max_seq_len=20)
+    cut = hf_chat_tokenizer(directory, max_seq_len=20)
 
     tokens, mask = cut.tokenize_messages(to_messages(CONVERSATIONS["turns"]))
     prompt, _ = cut.tokenize_messages(to_messages([("user", "a" * 50)]), add_end_tokens=False)
@@ -190,17 +190,17 @@ def test_truncation_keeps_length_and_ends_without_loss(tmp_path: Path) -> None:
 
 
 def test_conversation_of_exactly_max_seq_len_is_whole(tmp_path: Path) -> None:
-    folder = str(build_folder(tmp_path / "model"))
+    directory = str(build_directory(tmp_path / "model"))
     messages = to_messages(CONVERSATIONS["one turn"])
-    expected = hf_chat_tokenizer(folder).tokenize_messages(messages)
-    exact = hf_chat_tokenizer(folder, max_seq_len=len(expected[0]))
+    expected = hf_chat_tokenizer(directory).tokenize_messages(messages)
+    exact = hf_chat_tokenizer(directory, max_seq_len=len(expected[0]))
     assert exact.tokenize_messages(messages) == expected
 
 
 def test_ids_and_plain_text(tmp_path: Path) -> None:
-    folder = build_folder(tmp_path / "model")
-    (folder / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
-    tokenizer, oracle = hf_chat_tokenizer(str(folder)), hf_tokenizer(folder)
+    directory = build_directory(tmp_path / "model")
+    (directory / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
+    tokenizer, oracle = hf_chat_tokenizer(str(directory)), hf_tokenizer(directory)
     ids = tokenizer.encode("hello day")  # no post-processor, so nothing before it
 
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (
@@ -220,24 +220,26 @@ def test_ids_and_plain_text(tmp_path: Path) -> None:
 
 
 def test_pad_falls_back_to_eos(tmp_path: Path) -> None:
-    tokenizer = hf_chat_tokenizer(str(build_folder(tmp_path / "m", pad_token=None, bos_token=None)))
+    tokenizer = hf_chat_tokenizer(
+        str(build_directory(tmp_path / "m", pad_token=None, bos_token=None))
+    )
     assert tokenizer.pad_id == tokenizer.eos_id
     assert tokenizer.bos_id is None
     assert tokenizer.encode("a", add_eos=False) == tokenizer.encode("a", False, False)
 
 
 def test_saved_truncation_and_padding_are_switched_off(tmp_path: Path) -> None:
-    folder = build_folder(tmp_path / "model")
-    expected = hf_chat_tokenizer(str(folder)).encode("hello day")
-    raw = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    directory = build_directory(tmp_path / "model")
+    expected = hf_chat_tokenizer(str(directory)).encode("hello day")
+    raw = Tokenizer.from_file(str(directory / "tokenizer.json"))
     raw.enable_truncation(1)
     raw.enable_padding(length=64)
-    raw.save(str(folder / "tokenizer.json"))
-    assert hf_chat_tokenizer(str(folder)).encode("hello day") == expected
+    raw.save(str(directory / "tokenizer.json"))
+    assert hf_chat_tokenizer(str(directory)).encode("hello day") == expected
 
 
 def test_tool_results_are_rendered_as_tool(tmp_path: Path) -> None:
-    tokenizer = hf_chat_tokenizer(str(build_folder(tmp_path / "model")))
+    tokenizer = hf_chat_tokenizer(str(build_directory(tmp_path / "model")))
     tokens, _ = tokenizer.tokenize_messages(
         to_messages([("user", "a"), ("assistant", "f()"), ("ipython", "1"), ("assistant", "b")])
     )
@@ -245,13 +247,13 @@ def test_tool_results_are_rendered_as_tool(tmp_path: Path) -> None:
 
 
 def test_survives_pickling_after_use(tmp_path: Path) -> None:
-    tokenizer = hf_chat_tokenizer(str(build_folder(tmp_path / "model")))
+    tokenizer = hf_chat_tokenizer(str(build_directory(tmp_path / "model")))
     messages = to_messages(CONVERSATIONS["turns"])
     expected = tokenizer.tokenize_messages(messages)
     assert pickle.loads(pickle.dumps(tokenizer)).tokenize_messages(messages) == expected
 
 
-def test_missing_folder(tmp_path: Path) -> None:
+def test_missing_directory(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist"):
         hf_chat_tokenizer(str(tmp_path / "absent"))
 
@@ -259,9 +261,9 @@ def test_missing_folder(tmp_path: Path) -> None:
 def test_without_a_template_plain_text_is_encoded_and_messages_name_the_fix(
     tmp_path: Path,
 ) -> None:
-    folder = build_folder(tmp_path / "model", None)
-    tokenizer = hf_chat_tokenizer(str(folder))
-    assert tokenizer.encode("hello", add_eos=False) == hf_tokenizer(folder)("hello").input_ids
+    directory = build_directory(tmp_path / "model", None)
+    tokenizer = hf_chat_tokenizer(str(directory))
+    assert tokenizer.encode("hello", add_eos=False) == hf_tokenizer(directory)("hello").input_ids
     assert tokenizer.stop_tokens == [tokenizer.eos_id]
     with pytest.raises(UserError, match=r"tokenizer\.chat_template=chatml \(or one of alpaca"):
         tokenizer.tokenize_messages(to_messages(CONVERSATIONS["one turn"]))
@@ -269,17 +271,17 @@ def test_without_a_template_plain_text_is_encoded_and_messages_name_the_fix(
 
 def test_missing_eos(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="names no eos_token"):
-        hf_chat_tokenizer(str(build_folder(tmp_path / "model", eos_token=None)))
+        hf_chat_tokenizer(str(build_directory(tmp_path / "model", eos_token=None)))
 
 
 def test_a_content_that_the_template_changes_is_refused_by_name(tmp_path: Path) -> None:
-    tokenizer = hf_chat_tokenizer(str(build_folder(tmp_path / "model", CUTTING)))
+    tokenizer = hf_chat_tokenizer(str(build_directory(tmp_path / "model", CUTTING)))
     with pytest.raises(UserError, match=r"message 1 \(assistant\) cannot be found"):
         tokenizer.tokenize_messages(to_messages(CONVERSATIONS["one turn"]))
 
 
 def test_template_that_refuses(tmp_path: Path) -> None:
-    tokenizer = hf_chat_tokenizer(str(build_folder(tmp_path / "model", INST)))
+    tokenizer = hf_chat_tokenizer(str(build_directory(tmp_path / "model", INST)))
     with pytest.raises(ValueError, match="refuses this conversation: no role tool"):
         tokenizer.tokenize_messages(to_messages([("user", "a"), ("ipython", "b")]))
 
@@ -288,11 +290,11 @@ def test_template_that_refuses(tmp_path: Path) -> None:
 @pytest.mark.parametrize("conversation", CONVERSATIONS.values(), ids=CONVERSATIONS)
 def test_smollm2_tokens_equal_transformers(conversation: list[tuple[str, str]]) -> None:
     try:
-        folder = fetch_smollm2()
+        directory = fetch_smollm2()
     except FetchError as error:
         pytest.skip(str(error))
-    tokens, mask = hf_chat_tokenizer(str(folder)).tokenize_messages(to_messages(conversation))
-    oracle = hf_tokenizer(folder)
+    tokens, mask = hf_chat_tokenizer(str(directory)).tokenize_messages(to_messages(conversation))
+    oracle = hf_tokenizer(directory)
     assert tokens == oracle.apply_chat_template(to_dicts(conversation), return_dict=False)
     assert len(mask) == len(tokens)
 

@@ -9,8 +9,8 @@ from qst_tune.data import GLUE_TASKS, glue, glue_dataset
 from qst_tune.errors import UserError
 from qst_tune.training.classification_metrics import METRICS
 from tests.data.test_classification import Tokenizer
-from tests.shared_data import GLUE as REAL_DATA
-from tests.shared_data import needs
+from tests.support.shared_data import GLUE as REAL_DATA
+from tests.support.shared_data import needs
 
 # task: columns and number of classes (1: a score), as the hub's dataset card has them.
 COLUMNS = {

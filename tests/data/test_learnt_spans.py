@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 
 from qst_tune.data import HFChatTokenizer, hf_chat_tokenizer, learnt_spans
 from qst_tune.errors import UserError
-from tests.data import templates
-from tests.data.chat_folders import CHATML, build_folder
+from tests.support import templates
+from tests.support.chat_directories import CHATML, build_directory
 
 Conversation = list[dict[str, Any]]
 
@@ -51,9 +51,9 @@ def learnt(tokenizer: HFChatTokenizer, messages: Conversation, **settings: Any) 
     return tokenizer.decode(kept, skip_special_tokens=False)
 
 
-def folder_of(root: Path, template: str) -> Path:
+def directory_of(root: Path, template: str) -> Path:
     root.mkdir(exist_ok=True)
-    return build_folder(root / "m", template, eos_token="<|endoftext|>")
+    return build_directory(root / "m", template, eos_token="<|endoftext|>")
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def folder_of(root: Path, template: str) -> Path:
 def test_each_answer_and_its_end_token_are_learnt_and_no_other_words(
     tmp_path: Path, template: str, messages: Conversation, expected: str
 ) -> None:
-    tokenizer = hf_chat_tokenizer(str(folder_of(tmp_path, NAMES[template])))
+    tokenizer = hf_chat_tokenizer(str(directory_of(tmp_path, NAMES[template])))
     assert learnt(tokenizer, messages) == expected
 
 
@@ -141,13 +141,13 @@ def test_each_answer_and_its_end_token_are_learnt_and_no_other_words(
     ],
 )
 def test_tool_calls_are_learnt(tmp_path: Path, template: str, expected: str) -> None:
-    tokenizer = hf_chat_tokenizer(str(folder_of(tmp_path, NAMES[template])))
+    tokenizer = hf_chat_tokenizer(str(directory_of(tmp_path, NAMES[template])))
     messages = [HELLO, CALL, RESULT, FINE, HELLO, FINE]
     assert learnt(tokenizer, messages, tools=TOOLS) == expected
 
 
 def test_arguments_may_be_text_as_in_openais_rows(tmp_path: Path) -> None:
-    tokenizer = hf_chat_tokenizer(str(folder_of(tmp_path, templates.QWEN3)))
+    tokenizer = hf_chat_tokenizer(str(directory_of(tmp_path, templates.QWEN3)))
     text = {**FUNCTION, "arguments": '{"city": "Ürümqi", "days": 3}'}
     as_text = {**CALL, "content": None, "tool_calls": [{"function": text, "id": "call12345"}]}
     expected = tokenizer.tokenize_conversation([HELLO, CALL], tools=TOOLS)
@@ -155,7 +155,7 @@ def test_arguments_may_be_text_as_in_openais_rows(tmp_path: Path) -> None:
 
 
 def test_a_template_that_appends_arguments_as_text_gets_text(tmp_path: Path) -> None:
-    tokenizer = hf_chat_tokenizer(str(folder_of(tmp_path, templates.TEXT_CALLS)))
+    tokenizer = hf_chat_tokenizer(str(directory_of(tmp_path, templates.TEXT_CALLS)))
     expected = '<|call|>get_weather {"city": "Ürümqi", "days": 3}<|endoftext|>'
     assert learnt(tokenizer, [HELLO, CALL]) == expected
 
@@ -173,8 +173,8 @@ CONVERSATIONS = {
 @pytest.mark.parametrize("name", NAMES)
 def test_tokens_equal_transformers(tmp_path: Path, name: str, conversation: str) -> None:
     messages, tools = CONVERSATIONS[conversation]
-    folder = folder_of(tmp_path, NAMES[name])
-    ours, theirs = hf_chat_tokenizer(str(folder)), AutoTokenizer.from_pretrained(folder)
+    directory = directory_of(tmp_path, NAMES[name])
+    ours, theirs = hf_chat_tokenizer(str(directory)), AutoTokenizer.from_pretrained(directory)
     if tools and "tools" not in NAMES[name]:
         with pytest.raises(UserError, match=r"the chat template (does not render|refuses)"):
             ours.tokenize_conversation(messages, tools=tools)
@@ -218,13 +218,13 @@ def test_tokens_equal_transformers(tmp_path: Path, name: str, conversation: str)
 def test_what_a_template_cannot_express_is_refused_by_name(
     tmp_path: Path, template: str, messages: Conversation, tools: Any, message: str
 ) -> None:
-    tokenizer = hf_chat_tokenizer(str(folder_of(tmp_path, template)))
+    tokenizer = hf_chat_tokenizer(str(directory_of(tmp_path, template)))
     with pytest.raises(UserError, match=message):
         tokenizer.tokenize_conversation(messages, tools=tools)
 
 
 def test_flags_choose_what_is_learnt(tmp_path: Path) -> None:
-    tokenizer = hf_chat_tokenizer(str(folder_of(tmp_path, templates.PHI3)))
+    tokenizer = hf_chat_tokenizer(str(directory_of(tmp_path, templates.PHI3)))
     last = learnt(tokenizer, TWO_TURNS, learnt=[False, False, False, True])
     assert last == "fine<|im_end|>"
     user = learnt(tokenizer, TWO_TURNS, learnt=[False, False, True, False])
@@ -238,7 +238,7 @@ def test_a_content_that_is_left_out_of_a_prompt_is_reported_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     no_system = "{% set messages = messages[1:] %}" + CHATML.replace("loop.first and", "false and")
-    tokenizer = hf_chat_tokenizer(str(folder_of(tmp_path, no_system)))
+    tokenizer = hf_chat_tokenizer(str(directory_of(tmp_path, no_system)))
     for _ in range(2):
         note = {"role": "note", "content": "be kind"}
         assert learnt(tokenizer, [note, *TWO_TURNS]) == "good day<|im_end|>fine<|im_end|>"
@@ -250,21 +250,21 @@ def test_answers_that_end_with_no_token_to_stop_at_are_reported(
 ) -> None:
     learnt_spans._warn_once.cache_clear()
     plain = "{% for m in messages %}{{ '### ' + m.role + ' ' + m.content + '\n' }}{% endfor %}"
-    learnt(hf_chat_tokenizer(str(folder_of(tmp_path / "a", CHATML))), TWO_TURNS)
+    learnt(hf_chat_tokenizer(str(directory_of(tmp_path / "a", CHATML))), TWO_TURNS)
     assert "learn to stop" not in caplog.text
-    assert "fine" in learnt(hf_chat_tokenizer(str(folder_of(tmp_path, plain))), TWO_TURNS)
+    assert "fine" in learnt(hf_chat_tokenizer(str(directory_of(tmp_path, plain))), TWO_TURNS)
     assert "the model does not learn to stop" in caplog.text
 
 
 def test_private_use_characters_in_a_text_are_kept(tmp_path: Path) -> None:
-    tokenizer = hf_chat_tokenizer(str(folder_of(tmp_path, templates.QWEN3)))
+    tokenizer = hf_chat_tokenizer(str(directory_of(tmp_path, templates.QWEN3)))
     odd = {**FINE, "content": "a \U000f0001\U000f0002 b"}
     expected = "a \U000f0001\U000f0002 b<|im_end|><think>\n\n</think>\n\nfine<|im_end|>"
     assert learnt(tokenizer, [HELLO, odd, HELLO, FINE]) == expected
 
 
 def test_torchtunes_messages_are_learnt_where_they_are_not_masked(tmp_path: Path) -> None:
-    tokenizer = hf_chat_tokenizer(str(folder_of(tmp_path, templates.QWEN3)))
+    tokenizer = hf_chat_tokenizer(str(directory_of(tmp_path, templates.QWEN3)))
     messages = [Message(role=m["role"], content=m["content"], masked=True) for m in TWO_TURNS]
     messages[1].masked = False
     flags = [False, True, False, False]
@@ -286,7 +286,7 @@ def some_content(choose: random.Random, word: str) -> str:
 def test_of_any_contents_all_words_of_answers_are_learnt_and_none_of_questions(
     tmp_path: Path, name: str
 ) -> None:
-    tokenizer = hf_chat_tokenizer(str(folder_of(tmp_path, NAMES[name])))
+    tokenizer = hf_chat_tokenizer(str(directory_of(tmp_path, NAMES[name])))
     choose, dropped = random.Random(name), 0
     for _ in range(12):
         roles = ["user", "assistant"] * choose.randint(1, 3)

@@ -7,7 +7,7 @@ import pytest
 
 from qst_tune.data.local_files import find_files, read_local_files
 from qst_tune.errors import UserError
-from tests.data.rows import write_rows
+from tests.support.rows import write_rows
 
 
 @pytest.mark.parametrize(

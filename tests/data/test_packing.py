@@ -15,7 +15,7 @@ from qst_tune.errors import UserError
 from qst_tune.models import qst_decoder
 from qst_tune.modules import LinearCrossEntropyLoss
 from qst_tune.modules.loss import connect_loss, next_token_loss
-from tests.helpers import TINY, TINY_REDUCTION, randomize_, tiny_backbone
+from tests.support.numbers import TINY, TINY_REDUCTION, randomize_, tiny_backbone
 
 LENGTHS = [5, 3, 7, 2, 30, 1, 6]  # of a pack of 8: one row spans several, one has no label
 LENGTH = 8

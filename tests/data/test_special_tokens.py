@@ -8,40 +8,42 @@ import pytest
 from transformers import AutoTokenizer
 
 from qst_tune.data import hf_chat_tokenizer
-from tests.data.chat_folders import CHATML, build_folder
+from tests.support.chat_directories import CHATML, build_directory
 
 FLAGS = {"normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
 TEXT = "hello <|new|> day<|more|> a <extra> b<|im_end|> [PAD]"
 
 
-def with_files(folder: Path, **files: Any) -> Path:
+def with_files(directory: Path, **files: Any) -> Path:
     for name, content in files.items():
-        path = folder / f"{name}.json"
+        path = directory / f"{name}.json"
         before = json.loads(path.read_text()) if path.is_file() else {}
         path.write_text(json.dumps({**before, **content}))
-    return folder
+    return directory
 
 
-def vocabulary_size(folder: Path) -> int:
-    return len(json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]) + 1
+def vocabulary_size(directory: Path) -> int:
+    return len(json.loads((directory / "tokenizer.json").read_text())["model"]["vocab"]) + 1
 
 
-def decoder(folder: Path, *tokens: str, special: bool = True) -> dict[str, Any]:
-    start = vocabulary_size(folder)
+def decoder(directory: Path, *tokens: str, special: bool = True) -> dict[str, Any]:
+    start = vocabulary_size(directory)
     return {
         str(start + i): {"content": token, "special": special, **FLAGS}
         for i, token in enumerate(tokens)
     }
 
 
-def variants(folder: Path) -> dict[str, dict[str, Any]]:
-    start = vocabulary_size(folder)
+def variants(directory: Path) -> dict[str, dict[str, Any]]:
+    start = vocabulary_size(directory)
     return {
         "added_tokens_decoder": {
-            "tokenizer_config": {"added_tokens_decoder": decoder(folder, "<|new|>", "<|more|>")}
+            "tokenizer_config": {"added_tokens_decoder": decoder(directory, "<|new|>", "<|more|>")}
         },
         "not special": {
-            "tokenizer_config": {"added_tokens_decoder": decoder(folder, "<|new|>", special=False)}
+            "tokenizer_config": {
+                "added_tokens_decoder": decoder(directory, "<|new|>", special=False)
+            }
         },
         "extra": {"tokenizer_config": {"extra_special_tokens": ["<extra>", "<|new|>"]}},
         "additional": {"tokenizer_config": {"additional_special_tokens": ["<extra>"]}},
@@ -52,7 +54,7 @@ def variants(folder: Path) -> dict[str, dict[str, Any]]:
         "map wins": {"special_tokens_map": {"eos_token": "<|endoftext|>", "pad_token": "[PAD]"}},
         "map as dicts": {"special_tokens_map": {"pad_token": {"content": "[PAD]", **FLAGS}}},
         "decoder beside map": {
-            "tokenizer_config": {"added_tokens_decoder": decoder(folder, "<|new|>")},
+            "tokenizer_config": {"added_tokens_decoder": decoder(directory, "<|new|>")},
             "special_tokens_map": {"eos_token": "<|endoftext|>"},
         },
     }  # fmt: skip
@@ -64,9 +66,9 @@ def variants(folder: Path) -> dict[str, dict[str, Any]]:
      "added_tokens", "map wins", "map as dicts", "decoder beside map"],
 )  # fmt: skip
 def test_tokens_equal_transformers(tmp_path: Path, name: str) -> None:
-    folder = build_folder(tmp_path / "m")
-    with_files(folder, **variants(folder)[name])
-    ours, theirs = hf_chat_tokenizer(str(folder)), AutoTokenizer.from_pretrained(folder)
+    directory = build_directory(tmp_path / "m")
+    with_files(directory, **variants(directory)[name])
+    ours, theirs = hf_chat_tokenizer(str(directory)), AutoTokenizer.from_pretrained(directory)
     assert ours.encode(TEXT, add_eos=False) == theirs(TEXT).input_ids
     ids = (ours.bos_id, ours.eos_id, ours.pad_id)
     assert ids == (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
@@ -78,29 +80,29 @@ def test_tokens_equal_transformers(tmp_path: Path, name: str) -> None:
 def test_a_conflict_of_two_files_is_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = build_folder(tmp_path / "m")
-    hf_chat_tokenizer(str(with_files(folder, special_tokens_map={"eos_token": "<|endoftext|>"})))
+    directory = build_directory(tmp_path / "m")
+    hf_chat_tokenizer(str(with_files(directory, special_tokens_map={"eos_token": "<|endoftext|>"})))
     assert "eos_token is '<|im_end|>' in tokenizer_config.json and '<|endoftext|>'" in caplog.text
 
 
 def test_an_id_that_a_token_does_not_get_is_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = build_folder(tmp_path / "m")
+    directory = build_directory(tmp_path / "m")
     added = {"900": {"content": "<|new|>", "special": True, **FLAGS}}
-    hf_chat_tokenizer(str(with_files(folder, tokenizer_config={"added_tokens_decoder": added})))
-    number = vocabulary_size(folder)
+    hf_chat_tokenizer(str(with_files(directory, tokenizer_config={"added_tokens_decoder": added})))
+    number = vocabulary_size(directory)
     assert f"'<|new|>' has the id 900 in added_tokens and {number}" in (caplog.text)
 
 
 def test_tokens_of_a_template_beside_tokenizer_json_are_one_id_each(tmp_path: Path) -> None:
     template = CHATML.replace("<|im_start|>", "<|new|>").replace("<|im_end|>", "<|more|>")
-    folder = build_folder(tmp_path / "m", template)
-    added = decoder(folder, "<|new|>", "<|more|>")
-    with_files(folder, tokenizer_config={"added_tokens_decoder": added})
+    directory = build_directory(tmp_path / "m", template)
+    added = decoder(directory, "<|new|>", "<|more|>")
+    with_files(directory, tokenizer_config={"added_tokens_decoder": added})
     messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "day"}]
-    ours = hf_chat_tokenizer(str(folder))
-    theirs = AutoTokenizer.from_pretrained(folder)
+    ours = hf_chat_tokenizer(str(directory))
+    theirs = AutoTokenizer.from_pretrained(directory)
     tokens, _ = ours.tokenize_conversation(messages)
     assert tokens == theirs.apply_chat_template(messages, return_dict=False)
-    assert ours.stop_tokens == [ours.eos_id, vocabulary_size(folder) + 1]
+    assert ours.stop_tokens == [ours.eos_id, vocabulary_size(directory) + 1]

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from qst_tune.data import HFChatTokenizer, hf_chat_tokenizer
 from qst_tune.data.template_source import template_names
 from qst_tune.errors import UserError
-from tests.data.chat_folders import CHATML, build_folder
+from tests.support.chat_directories import CHATML, build_directory
 
 HELLO = {"role": "user", "content": " hello"}
 DAY = {"role": "assistant", "content": "good day"}
@@ -52,13 +52,13 @@ ENDS = {"chatml": "<|im_end|>", "qwen": "<|im_end|>", "llama3": "<|eot_id|>",
         "gemma": "<end_of_turn>", "phi3": "<|end|>"}  # fmt: skip
 
 
-def folder_with(root: Path, *special: str, template: str | None = None) -> Path:
+def directory_with(root: Path, *special: str, template: str | None = None) -> Path:
     """A tokenizer with <s>, </s> and the given special tokens."""
-    folder = build_folder(root / "m", template, bos_token="<s>", eos_token="</s>")
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    directory = build_directory(root / "m", template, bos_token="<s>", eos_token="</s>")
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
     tokenizer.add_special_tokens(["<s>", "</s>", *special])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory
 
 
 def text_of(tokenizer: HFChatTokenizer, tokens: list[int]) -> str:
@@ -79,12 +79,12 @@ def test_named_template_writes_the_known_format_and_learns_to_stop(
     tmp_path: Path, name: str
 ) -> None:
     marker = ENDS.get(name, "</s>")
-    folder = folder_with(tmp_path, *([marker] if name in ENDS else []))
-    tokenizer = hf_chat_tokenizer(str(folder), chat_template=name)
+    directory = directory_with(tmp_path, *([marker] if name in ENDS else []))
+    tokenizer = hf_chat_tokenizer(str(directory), chat_template=name)
     tokens, _ = tokenizer.tokenize_conversation([SYSTEM, *TURNS])
     assert text_of(tokenizer, tokens) == RENDERED[name]
     source = tokenizer.chat_template.source
-    theirs = AutoTokenizer.from_pretrained(folder)
+    theirs = AutoTokenizer.from_pretrained(directory)
     settings = {"chat_template": source, "return_dict": False}
     assert tokens == theirs.apply_chat_template([SYSTEM, *TURNS], **settings)
     space = " " if name in ("llama2", "mistral", "vicuna") else ""
@@ -101,7 +101,7 @@ def test_named_template_writes_the_known_format_and_learns_to_stop(
 def test_eos_ends_answers_whose_marker_is_no_token(
     tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tokenizer = hf_chat_tokenizer(str(folder_with(tmp_path)), chat_template=name)
+    tokenizer = hf_chat_tokenizer(str(directory_with(tmp_path)), chat_template=name)
     if ENDS[name] not in tokenizer.special_tokens:
         assert f"'{ENDS[name]}', with which chat_template={name} ends a turn" in caplog.text
         end = f"{ENDS[name]}</s>"
@@ -114,9 +114,9 @@ def test_a_file_is_read(tmp_path: Path, given: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     Path(given).expanduser().write_text(CHATML)
-    folder = str(build_folder(tmp_path / "m", "{{ messages[0].content }}"))
-    expected = hf_chat_tokenizer(folder, chat_template=CHATML).tokenize_conversation(TURNS)
-    found = hf_chat_tokenizer(folder, chat_template=given).tokenize_conversation(TURNS)
+    directory = str(build_directory(tmp_path / "m", "{{ messages[0].content }}"))
+    expected = hf_chat_tokenizer(directory, chat_template=CHATML).tokenize_conversation(TURNS)
+    found = hf_chat_tokenizer(directory, chat_template=given).tokenize_conversation(TURNS)
     assert found == expected
 
 
@@ -137,32 +137,32 @@ def test_a_file_is_read(tmp_path: Path, given: str, monkeypatch: pytest.MonkeyPa
 )
 def test_what_is_no_template_is_refused(tmp_path: Path, given: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        hf_chat_tokenizer(str(build_folder(tmp_path / "m")), chat_template=given)
+        hf_chat_tokenizer(str(build_directory(tmp_path / "m")), chat_template=given)
 
 
 def test_a_file_that_is_no_template_is_named(tmp_path: Path) -> None:
     path = tmp_path / "my.jinja"
     path.write_text("{{ 'hello' }}")
     with pytest.raises(UserError, match=re.escape(f"{path} is no chat template")):
-        hf_chat_tokenizer(str(build_folder(tmp_path / "m")), chat_template=str(path))
+        hf_chat_tokenizer(str(build_directory(tmp_path / "m")), chat_template=str(path))
 
 
 DEFAULT, TOOL_USE = CHATML, "{{ tools | tojson if tools }}" + CHATML
 
 
-def as_list(folder: Path) -> None:
-    config = json.loads((folder / "tokenizer_config.json").read_text())
+def as_list(directory: Path) -> None:
+    config = json.loads((directory / "tokenizer_config.json").read_text())
     config["chat_template"] = [
         {"name": "tool_use", "template": TOOL_USE},
         {"name": "default", "template": DEFAULT},
     ]
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
 
 
-def as_files(folder: Path) -> None:
-    (folder / "chat_template.jinja").write_text(DEFAULT)
-    (folder / "additional_chat_templates").mkdir()
-    (folder / "additional_chat_templates" / "tool_use.jinja").write_text(TOOL_USE)
+def as_files(directory: Path) -> None:
+    (directory / "chat_template.jinja").write_text(DEFAULT)
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / "tool_use.jinja").write_text(TOOL_USE)
 
 
 @pytest.mark.parametrize("write", [as_list, as_files])
@@ -170,14 +170,14 @@ def as_files(folder: Path) -> None:
 def test_several_templates_of_a_directory_are_chosen_as_by_transformers(
     tmp_path: Path, write: object, tools: list[dict[str, object]] | None
 ) -> None:
-    folder = build_folder(tmp_path / "m", None)
-    write(folder)
-    tokens, _ = hf_chat_tokenizer(str(folder)).tokenize_conversation(TURNS, tools=tools)
-    theirs = AutoTokenizer.from_pretrained(folder)
+    directory = build_directory(tmp_path / "m", None)
+    write(directory)
+    tokens, _ = hf_chat_tokenizer(str(directory)).tokenize_conversation(TURNS, tools=tools)
+    theirs = AutoTokenizer.from_pretrained(directory)
     assert tokens == theirs.apply_chat_template(TURNS, tools=tools, return_dict=False)
 
 
 def test_several_templates_without_a_default_are_refused(tmp_path: Path) -> None:
-    folder = build_folder(tmp_path / "m", [{"name": "rag", "template": CHATML}])
+    directory = build_directory(tmp_path / "m", [{"name": "rag", "template": CHATML}])
     with pytest.raises(UserError, match="has the chat templates rag and none called default"):
-        hf_chat_tokenizer(str(folder))
+        hf_chat_tokenizer(str(directory))

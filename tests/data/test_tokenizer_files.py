@@ -9,17 +9,17 @@ from transformers import AutoTokenizer
 
 from qst_tune.data import hf_chat_tokenizer
 from qst_tune.errors import UserError
-from tests.data.chat_folders import build_folder
+from tests.support.chat_directories import build_directory
 
 TEXT = "hello, good day <|im_end|> a"
 
 
-def with_post_processor(folder: Path, single: str) -> Path:
-    raw = Tokenizer.from_file(str(folder / "tokenizer.json"))
+def with_post_processor(directory: Path, single: str) -> Path:
+    raw = Tokenizer.from_file(str(directory / "tokenizer.json"))
     ids = [(token, raw.token_to_id(token)) for token in ("<|endoftext|>", "<|im_end|>")]
     raw.post_processor = processors.TemplateProcessing(single=single, special_tokens=ids)
-    raw.save(str(folder / "tokenizer.json"))
-    return folder
+    raw.save(str(directory / "tokenizer.json"))
+    return directory
 
 
 @pytest.mark.parametrize(
@@ -36,9 +36,11 @@ def with_post_processor(folder: Path, single: str) -> Path:
 def test_plain_text_begins_as_the_post_processor_says(
     tmp_path: Path, single: str, begins: bool, add_bos_token: bool | None
 ) -> None:
-    folder = with_post_processor(build_folder(tmp_path / "m", add_bos_token=add_bos_token), single)
-    tokenizer = hf_chat_tokenizer(str(folder))
-    theirs = AutoTokenizer.from_pretrained(folder)(TEXT).input_ids
+    directory = with_post_processor(
+        build_directory(tmp_path / "m", add_bos_token=add_bos_token), single
+    )
+    tokenizer = hf_chat_tokenizer(str(directory))
+    theirs = AutoTokenizer.from_pretrained(directory)(TEXT).input_ids
     if theirs[-1] == tokenizer.eos_id:
         theirs = theirs[:-1]
     found = tokenizer.encode(TEXT, add_eos=False)
@@ -50,25 +52,25 @@ def test_plain_text_begins_as_the_post_processor_says(
 
 @pytest.mark.parametrize("name", ["GPT2Tokenizer", "Qwen2Tokenizer", "LlamaTokenizerFast"])
 def test_tokens_of_other_classes_equal_transformers(tmp_path: Path, name: str) -> None:
-    folder = build_folder(tmp_path / "m", tokenizer_class=name)
-    tokenizer, theirs = hf_chat_tokenizer(str(folder)), AutoTokenizer.from_pretrained(folder)
+    directory = build_directory(tmp_path / "m", tokenizer_class=name)
+    tokenizer, theirs = hf_chat_tokenizer(str(directory)), AutoTokenizer.from_pretrained(directory)
     found = tokenizer.encode(TEXT, add_eos=False)
     assert found == theirs(TEXT).input_ids
     assert tokenizer.decode(found, skip_special_tokens=False) == theirs.decode(found)
 
 
 def test_code_of_a_directory_is_not_run(tmp_path: Path) -> None:
-    folder = build_folder(
+    directory = build_directory(
         tmp_path / "m",
         tokenizer_class="OwnTokenizer",
         auto_map={"AutoTokenizer": [None, "own.OwnTokenizer"]},
     )
-    (folder / "own.py").write_text("raise SystemExit('run')")
-    plain = hf_chat_tokenizer(str(build_folder(tmp_path / "plain")))
-    assert hf_chat_tokenizer(str(folder)).encode(TEXT) == plain.encode(TEXT)
-    (folder / "tokenizer.json").unlink()
+    (directory / "own.py").write_text("raise SystemExit('run')")
+    plain = hf_chat_tokenizer(str(build_directory(tmp_path / "plain")))
+    assert hf_chat_tokenizer(str(directory)).encode(TEXT) == plain.encode(TEXT)
+    (directory / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"has no tokenizer\.json that can be used as it is"):
-        hf_chat_tokenizer(str(folder))
+        hf_chat_tokenizer(str(directory))
 
 
 @pytest.mark.parametrize(
@@ -76,10 +78,10 @@ def test_code_of_a_directory_is_not_run(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("content", ["{", "[1]"])
 def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: str) -> None:
-    folder = build_folder(tmp_path / "m")
-    (folder / name).write_text(content)
+    directory = build_directory(tmp_path / "m")
+    (directory / name).write_text(content)
     with pytest.raises(UserError, match=name):
-        hf_chat_tokenizer(str(folder))
+        hf_chat_tokenizer(str(directory))
 
 
 @pytest.mark.parametrize("name", ["PreTrainedTokenizerFast", "LlamaTokenizer", "Qwen2Tokenizer"])
@@ -87,11 +89,11 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: str) -> Non
 def test_transformers_empty_vocabulary_is_refused(
     tmp_path: Path, name: str, model_type: str
 ) -> None:
-    folder = build_folder(tmp_path / "m", tokenizer_class=name)
-    (folder / "tokenizer.json").unlink()
-    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    directory = build_directory(tmp_path / "m", tokenizer_class=name)
+    (directory / "tokenizer.json").unlink()
+    (directory / "config.json").write_text(json.dumps({"model_type": model_type}))
     with pytest.raises(UserError, match=r"has no tokenizer\.json (that|and no other vocabulary)"):
-        hf_chat_tokenizer(str(folder))
+        hf_chat_tokenizer(str(directory))
 
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
@@ -106,9 +108,9 @@ PLAIN = (
 )
 
 
-def build_opt_folder(folder: Path) -> Path:
+def build_opt_directory(directory: Path) -> Path:
     """As OPT is published: vocab.json and merges.txt, no tokenizer.json, no chat template."""
-    folder.mkdir()
+    directory.mkdir()
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -118,23 +120,25 @@ def build_opt_folder(folder: Path) -> Path:
         show_progress=False,
     )
     raw.train_from_iterator(["hello good day to you all, good day"], trainer)
-    raw.model.save(str(folder))
+    raw.model.save(str(directory))
     named = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
     config = {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True, **named}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    (folder / "special_tokens_map.json").write_text(json.dumps(named))
-    (folder / "config.json").write_text(json.dumps({"model_type": "opt"}))
-    return folder
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    (directory / "special_tokens_map.json").write_text(json.dumps(named))
+    (directory / "config.json").write_text(json.dumps({"model_type": "opt"}))
+    return directory
 
 
-def test_opts_folder_and_a_template_of_the_config_give_transformers_tokens(tmp_path: Path) -> None:
-    folder = build_opt_folder(tmp_path / "opt")
-    tokenizer = hf_chat_tokenizer(str(folder), chat_template=PLAIN)
+def test_opts_directory_and_a_template_of_the_config_give_transformers_tokens(
+    tmp_path: Path,
+) -> None:
+    directory = build_opt_directory(tmp_path / "opt")
+    tokenizer = hf_chat_tokenizer(str(directory), chat_template=PLAIN)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (2, 2, 1)
     prompt, answer = "hello, good day\n", "to you all</s> "
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     tokens, mask = tokenizer.tokenize_conversation(messages)
-    theirs = AutoTokenizer.from_pretrained(folder)
+    theirs = AutoTokenizer.from_pretrained(directory)
     expected = theirs(prompt + answer)["input_ids"]
     assert expected[0] == 2  # OPT begins every text with </s>
     assert tokens == [*expected, 2]

@@ -10,7 +10,7 @@ from torchtune.datasets import chat_dataset
 from qst_tune.data.datasets import build_dataset
 from qst_tune.data.torchtune_rows import check_chat_row, with_literal_paths
 from qst_tune.errors import UserError
-from tests.data.rows import SHAREGPT, TURNS, chat_tokenizer, write_rows
+from tests.support.rows import SHAREGPT, TURNS, chat_tokenizer, write_rows
 
 STYLES = {
     "openai": {"conversation_column": "messages", "conversation_style": "openai"},

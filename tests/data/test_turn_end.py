@@ -6,8 +6,8 @@ import pytest
 
 from qst_tune.data.chat_template import ChatTemplate
 from qst_tune.data.turn_end import find_stop_strings, find_turn_end, special_pattern
-from tests.data import templates
-from tests.data.chat_folders import CHATML
+from tests.support import templates
+from tests.support.chat_directories import CHATML
 
 SPECIAL = special_pattern(["<|im_end|>", "<|im_start|>", "<eos>", "<bos>", "<|call|>"])
 PLAIN = "{% for m in messages %}{{ '### ' + m.role + '\n' + m.content + '\n\n' }}{% endfor %}"

@@ -19,7 +19,7 @@ from qst_tune.distributed.processes import (
     sum_over_ranks,
 )
 from qst_tune.errors import UserError
-from tests.ranks import on_ranks, rank_environment, unused_port
+from tests.support.ranks import on_ranks, rank_environment, unused_port
 
 
 def test_single_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:

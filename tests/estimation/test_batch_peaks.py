@@ -16,7 +16,7 @@ from qst_tune.estimation.fake_device import DeviceType
 from qst_tune.estimation.setup import Setup, Shape
 from qst_tune.estimation.step import trace_step
 from qst_tune.estimation.tracker import Timeline
-from tests.backbone.model_types import tiny_config
+from tests.support.model_types import tiny_config
 
 MODEL = {
     "_component_": "qst_tune.models.qst_llama3_2",

@@ -11,9 +11,9 @@ from qst_tune.distributed.processes import sum_gradients
 from qst_tune.estimation.spread import Spread, spread_line
 from qst_tune.modules.memory import GIB
 from tests.backbone.test_sharding import MODELS, build, load_sharded, own_tokens
-from tests.hf_models import save_hf_model
-from tests.ranks import on_ranks
-from tests.traffic import Traffic
+from tests.support.hf_models import save_hf_model
+from tests.support.ranks import on_ranks
+from tests.support.traffic import Traffic
 
 
 def received(traffic: Traffic, size: int) -> int:
@@ -21,8 +21,8 @@ def received(traffic: Traffic, size: int) -> int:
     return sum(num_bytes for *_, num_bytes in traffic.messages) * (size - 1)
 
 
-def estimate_is_what_happens(folder: Path, kind: str, size: int) -> None:
-    spread, plan, model = Spread(size, "full"), build(kind), load_sharded(folder, kind)
+def estimate_is_what_happens(directory: Path, kind: str, size: int) -> None:
+    spread, plan, model = Spread(size, "full"), build(kind), load_sharded(directory, kind)
     held = sum(p.to_local().nbytes for p in model.parameters() if not p.requires_grad)
     model(own_tokens()).sum().backward()
     with Traffic() as step:

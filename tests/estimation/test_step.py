@@ -10,7 +10,7 @@ from qst_tune.errors import UserError
 from qst_tune.estimation.setup import Setup, Shape, own_setup
 from qst_tune.estimation.step import StepCost, trace_step
 from qst_tune.modules.nf4_linear import NF4Linear
-from tests.estimation.real_step import (
+from tests.support.real_step import (
     MODELS,
     estimated_step_bytes,
     measured_step_bytes,
@@ -81,7 +81,7 @@ def test_every_task_is_estimated_and_its_parts_add_up(task: str, device: str) ->
 @pytest.mark.parametrize("shape", [Shape(1, 128), Shape(2, 512), Shape(4, 256)], ids=str)
 @pytest.mark.parametrize("task", ["QST", "QST, recomputed", "PEQA, checkpointed", "QST, DPO"])
 def test_estimate_agrees_with_a_real_step(task: str, shape: Shape) -> None:
-    """Larger models and other methods are in tests/estimation/real_step.py, for minutes."""
+    """Larger models and other methods are in tests/support/real_step.py, for minutes."""
     model = {**MODELS["Llama 2, narrow"], "num_layers": 2}
     if task.startswith("PEQA"):
         model["_component_"] = "qst_tune.models.peqa_llama2"

@@ -8,7 +8,7 @@ from qst_tune.evaluation.log_likelihood import Continuation, log_likelihoods
 from qst_tune.generation.sequence import CachedSequence
 from qst_tune.models import qst_decoder
 from qst_tune.models.peqa import peqa_decoder
-from tests.helpers import TINY, TINY_REDUCTION, random_tokens, randomize_, tiny_backbone
+from tests.support.numbers import TINY, TINY_REDUCTION, random_tokens, randomize_, tiny_backbone
 
 
 def qst_model():

@@ -15,8 +15,8 @@ from qst_tune.evaluation.multiple_choice import (
     score_questions,
 )
 from qst_tune.models import qst_decoder
-from tests.checkpoints import write_chat_tokenizer
-from tests.helpers import TINY_REDUCTION, randomize_, tiny_backbone
+from tests.support.checkpoints import write_chat_tokenizer
+from tests.support.numbers import TINY_REDUCTION, randomize_, tiny_backbone
 
 QUESTION = Question("What is it? ", ("red", "blue"), 1, "of_boxes")
 EXAMPLE = Question("And this?", ("big", "small"), 0, "of_boxes")

@@ -8,9 +8,9 @@ import torch
 from qst_tune.data import hf_chat_tokenizer
 from qst_tune.errors import UserError
 from qst_tune.evaluation.perplexity import TextScore, read_text, score_text, text_windows
-from tests.checkpoints import write_chat_tokenizer
 from tests.evaluation.test_log_likelihood import qst_model
-from tests.helpers import random_tokens
+from tests.support.checkpoints import write_chat_tokenizer
+from tests.support.numbers import random_tokens
 
 
 @pytest.mark.parametrize("length", [2, 10, 11, 12, 37])

@@ -6,7 +6,7 @@ from torchtune.modules import KVCache
 
 from qst_tune.generation.caches import GrowingCache, attached, attentions, without_head
 from qst_tune.models import qst_decoder
-from tests.helpers import TINY, TINY_REDUCTION, random_tokens, randomize_, tiny_backbone
+from tests.support.numbers import TINY, TINY_REDUCTION, random_tokens, randomize_, tiny_backbone
 
 
 def tiny_model(**side_arguments):

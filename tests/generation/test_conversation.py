@@ -10,8 +10,8 @@ from qst_tune.data import hf_chat_tokenizer
 from qst_tune.errors import UserError
 from qst_tune.generation.conversation import Conversation, prompt_tokens, text_pieces
 from qst_tune.models import qst_decoder
-from tests.checkpoints import write_chat_tokenizer
-from tests.helpers import TINY_REDUCTION, randomize_, tiny_backbone
+from tests.support.checkpoints import write_chat_tokenizer
+from tests.support.numbers import TINY_REDUCTION, randomize_, tiny_backbone
 
 
 @pytest.fixture

@@ -16,9 +16,9 @@ from qst_tune.models import qst_decoder, qst_from_hf
 from qst_tune.modules.downsample import DownsampleKind
 from qst_tune.results.tuned_directory import Provenance
 from qst_tune.transformers import QSTConfig, QSTForCausalLM
-from tests import hf_models
 from tests.generation.test_sequence import greedy
-from tests.helpers import TINY, TINY_REDUCTION, random_tokens, randomize_
+from tests.support import hf_models
+from tests.support.numbers import TINY, TINY_REDUCTION, random_tokens, randomize_
 
 LLAMAS = {"llama2": llama2, "llama3": llama3, "llama3.1": llama3_1, "llama3.2, smollm2": llama3_2}
 FAMILIES = [*LLAMAS, *(family for family in hf_models.FAMILIES if family != "llama")]
@@ -29,7 +29,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def directories(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("generation")
     for family in FAMILIES:
@@ -38,13 +38,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def qst_model(family: str, folders: Path, downsample: DownsampleKind = "adapter"):
+def qst_model(family: str, directories: Path, downsample: DownsampleKind = "adapter"):
     choices = {"reduction_factor": TINY_REDUCTION, "rank": 8, "downsample": downsample}
     if family in LLAMAS:
         torch.manual_seed(0)
         model = qst_decoder(LLAMAS[family](**TINY), **choices).eval()
     else:
-        model = hf_models.loaded(qst_from_hf, folders / family, **choices)
+        model = hf_models.loaded(qst_from_hf, directories / family, **choices)
     randomize_(model.side)
     return model
 
@@ -60,8 +60,8 @@ def greedy_without_caches(model, prompt):
 @pytest.mark.parametrize("downsample", get_args(DownsampleKind))
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_logits_with_caches_are_those_without(family, downsample, folders) -> None:
-    model, tokens = qst_model(family, folders, downsample), random_tokens(1, 10)
+def test_logits_with_caches_are_those_without(family, downsample, directories) -> None:
+    model, tokens = qst_model(family, directories, downsample), random_tokens(1, 10)
     expected = model(tokens)[0]
     assert expected.std(0).max() > 0.1, "logits that never change would show nothing"
     sequence = CachedSequence(model)
@@ -70,8 +70,10 @@ def test_logits_with_caches_are_those_without(family, downsample, folders) -> No
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens_of_padded_rows_and_beams_are_those_without_caches(family, folders) -> None:
-    decoder = qst_model(family, folders)
+def test_greedy_tokens_of_padded_rows_and_beams_are_those_without_caches(
+    family, directories
+) -> None:
+    decoder = qst_model(family, directories)
     unsaved = Provenance(BackboneId("tiny", "", "none"), {}, "")
     model = QSTForCausalLM(QSTConfig(), decoder, unsaved).eval()
     rows = [PROMPT, [33, 4]]

@@ -18,7 +18,7 @@ from qst_tune.models import qst_decoder
 from qst_tune.models.peqa import peqa_decoder
 from qst_tune.modules import nf4_linear, peqa_linear
 from qst_tune.modules.downsample import DownsampleKind
-from tests.helpers import TINY, TINY_REDUCTION, random_tokens, randomize_, tiny_backbone
+from tests.support.numbers import TINY, TINY_REDUCTION, random_tokens, randomize_, tiny_backbone
 
 PROMPT = [5, 9, 2, 60, 7]
 

@@ -10,8 +10,8 @@ from qst_tune.data import hf_chat_tokenizer
 from qst_tune.errors import UserError
 from qst_tune.generation.conversation import prompt_tokens
 from qst_tune.generation.tools import read_tool_file
-from tests.data.chat_folders import CHATML, build_folder
-from tests.data.templates import QWEN3
+from tests.support.chat_directories import CHATML, build_directory
+from tests.support.templates import QWEN3
 
 TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {}}}
 QUESTION = [Message(role="user", content="hello")]
@@ -19,7 +19,7 @@ QUESTION = [Message(role="user", content="hello")]
 
 def test_tools_are_in_the_prompt_as_in_a_training_row(tmp_path: Path) -> None:
     (tmp_path / "tools.json").write_text(json.dumps([TOOL]))
-    tokenizer = hf_chat_tokenizer(str(build_folder(tmp_path / "m", QWEN3)))
+    tokenizer = hf_chat_tokenizer(str(build_directory(tmp_path / "m", QWEN3)))
     tools = read_tool_file(str(tmp_path / "tools.json"), tokenizer)
     assert tools == [TOOL]
     prompt = prompt_tokens(tokenizer, QUESTION, tools=tools)
@@ -31,7 +31,7 @@ def test_tools_are_in_the_prompt_as_in_a_training_row(tmp_path: Path) -> None:
 
 
 def test_a_template_without_tools_is_refused(tmp_path: Path) -> None:
-    tokenizer = hf_chat_tokenizer(str(build_folder(tmp_path / "m", CHATML)))
+    tokenizer = hf_chat_tokenizer(str(build_directory(tmp_path / "m", CHATML)))
     with pytest.raises(UserError, match="the chat template does not render the tools"):
         prompt_tokens(tokenizer, QUESTION, tools=[TOOL])
 
@@ -50,7 +50,7 @@ def test_what_is_no_file_of_tools_is_refused(
 ) -> None:
     if content is not None:
         (tmp_path / "tools.json").write_text(content)
-    tokenizer = hf_chat_tokenizer(str(build_folder(tmp_path / "m", CHATML)))
+    tokenizer = hf_chat_tokenizer(str(build_directory(tmp_path / "m", CHATML)))
     with pytest.raises(UserError, match=message):
         read_tool_file(str(tmp_path / "tools.json"), tokenizer)
 

@@ -14,14 +14,14 @@ from torchtune.models.llama2 import llama2
 
 from qst_tune.models import qst_decoder
 from qst_tune.modules.side_config import VARIANTS
-from tests.helpers import (
+from tests.reference import qst_reference as reference
+from tests.support.numbers import (
     randomize_,
     reference_backbone,
     reference_choices,
     reference_shape,
     reference_side,
 )
-from tests.reference import qst_reference as reference
 
 HERE = Path(__file__).parent
 SIZES = {

@@ -4,7 +4,7 @@ import torch
 from qst_tune.backbone.qst_transformer import QSTTransformer
 from qst_tune.models import qst_classifier
 from qst_tune.modules import NF4Linear, QSTClassifier
-from tests.opt_models import OPT_DIRECTORY
+from tests.support.opt_models import OPT_DIRECTORY
 
 
 def build(**arguments):

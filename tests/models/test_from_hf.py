@@ -9,7 +9,14 @@ from qst_tune.backbone.qst_transformer import QSTTransformer
 from qst_tune.backbone.transformers import TransformersBackbone
 from qst_tune.models import backbone_from_hf, peqa_from_hf, qst_classifier, qst_from_hf
 from qst_tune.modules import QSTClassifier
-from tests.hf_models import CASES, edit_config, loaded, padded_batch, save_hf_model, write_old_style
+from tests.support.hf_models import (
+    CASES,
+    edit_config,
+    loaded,
+    padded_batch,
+    save_hf_model,
+    write_old_style,
+)
 
 # fp32 sums in another order; logits reach 10.
 CLOSE = {"rtol": 0, "atol": 1e-4}
@@ -46,8 +53,8 @@ def test_a_setting_that_transformers_does_not_read_changes_nothing(tmp_path: Pat
 def test_a_classifier_takes_a_directory_for_its_backbone(tmp_path: Path) -> None:
     save_hf_model(tmp_path, "qwen3")
     model = loaded(
-        lambda folder, **settings: qst_classifier(
-            "qst_tune.models.backbone_from_hf", 3, checkpoint_dir=folder, **settings
+        lambda directory, **settings: qst_classifier(
+            "qst_tune.models.backbone_from_hf", 3, checkpoint_dir=directory, **settings
         ),
         tmp_path,
         reduction_factor=4,

@@ -22,7 +22,7 @@ from qst_tune.modules.qst_decoder import QSTDecoder
 from qst_tune.modules.side_config import VARIANTS
 from qst_tune.modules.side_network import ZeroLinear
 from qst_tune.quantization.table import QuantizedTable
-from tests.helpers import TINY, dense_weight, random_tokens, randomize_, tiny_backbone
+from tests.support.numbers import TINY, dense_weight, random_tokens, randomize_, tiny_backbone
 
 D, S, N, HIDDEN, R = 96, 24, 3, 25, 5  # TINY at reduction factor 4, rank 5
 # Attention, MLP and the two norms of one side block: 6 heads and 3 of keys and values, or one.

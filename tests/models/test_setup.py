@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from qst_tune.config.device import choose_device, choose_dtype
 from qst_tune.errors import UserError
 from qst_tune.models.setup import build_on_meta, load_frozen_backbone
-from tests.checkpoints import finetune_config
+from tests.support.checkpoints import finetune_config
 
 CPU = torch.device("cpu")
 

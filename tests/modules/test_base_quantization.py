@@ -9,7 +9,7 @@ from qst_tune.modules.base_quantization import quantization_of, quantize_linears
 from qst_tune.modules.nf4_linear import NF4Linear
 from qst_tune.modules.peqa_linear import PEQALinear
 from qst_tune.quantization.nf4 import quantize_nf4
-from tests.helpers import decoded_by_torchao, tiny_backbone
+from tests.support.numbers import decoded_by_torchao, tiny_backbone
 
 
 @pytest.mark.parametrize("name", ["nf4", "fp4", "none"])

@@ -10,7 +10,7 @@ from qst_tune.models import peqa_decoder, qst_decoder
 from qst_tune.modules import LinearCrossEntropyLoss
 from qst_tune.modules.embedding_quantization import quantization_of_backbone, quantize_embedding
 from qst_tune.quantization.table import QuantizedTable
-from tests.helpers import TINY, random_tokens, randomize_, tiny_backbone
+from tests.support.numbers import TINY, random_tokens, randomize_, tiny_backbone
 
 CASES = {
     "untied": lambda: tiny_backbone(tied=False),

@@ -14,7 +14,7 @@ from qst_tune.models import qst_decoder
 from qst_tune.modules import hidden_state_cache as module
 from qst_tune.modules.hidden_state_cache import HiddenStateCache
 from qst_tune.modules.qst_decoder import QSTDecoder
-from tests.helpers import TINY_REDUCTION, random_tokens, randomize_, tiny_backbone
+from tests.support.numbers import TINY_REDUCTION, random_tokens, randomize_, tiny_backbone
 
 MODELS = {
     "default": {"num_side_blocks": 2},
@@ -32,10 +32,10 @@ def tiny_model(kind: str = "default", dtype=torch.float32) -> QSTDecoder:
     return model
 
 
-def pair(kind: str, folder: Path, dtype=torch.float32) -> tuple[QSTDecoder, QSTDecoder]:
+def pair(kind: str, directory: Path, dtype=torch.float32) -> tuple[QSTDecoder, QSTDecoder]:
     """The same model without a cache and with one."""
     plain, cached = tiny_model(kind, dtype), tiny_model(kind, dtype)
-    cached.hidden_state_cache = HiddenStateCache(folder)
+    cached.hidden_state_cache = HiddenStateCache(directory)
     return plain, cached
 
 

@@ -13,7 +13,7 @@ from qst_tune.models import qst_decoder
 from qst_tune.modules.linear_cross_entropy import LinearCrossEntropyLoss
 from qst_tune.modules.nf4_linear import NF4Linear
 from qst_tune.quantization.table import quantize_table
-from tests.helpers import TINY, random_tokens, tiny_backbone
+from tests.support.numbers import TINY, random_tokens, tiny_backbone
 
 DIM, VOCAB = 24, 61
 IGNORED = -100

@@ -13,7 +13,7 @@ from qst_tune.models import qst_decoder
 from qst_tune.modules import LinearCrossEntropyLoss
 from qst_tune.modules.loss import connect_loss, next_token_loss
 from qst_tune.training.loss import build_loss
-from tests.helpers import TINY_REDUCTION, random_tokens, randomize_, tiny_backbone
+from tests.support.numbers import TINY_REDUCTION, random_tokens, randomize_, tiny_backbone
 
 LOSSES = [LinearCrossEntropyLoss, CEWithChunkedOutputLoss, nn.CrossEntropyLoss]
 IGNORED = -100

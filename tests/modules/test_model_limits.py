@@ -10,7 +10,7 @@ from qst_tune.data.packing import align_packs
 from qst_tune.data.rows import CheckedRows
 from qst_tune.errors import UserError
 from qst_tune.modules.model_limits import ModelLimits, check_ids, check_length, limits_of
-from tests.helpers import TINY, tiny_backbone
+from tests.support.numbers import TINY, tiny_backbone
 
 
 class Tokenizer:

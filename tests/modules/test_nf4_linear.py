@@ -10,7 +10,7 @@ from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 
 from qst_tune.modules.nf4_linear import NF4Linear
 from qst_tune.quantization.nf4 import quantize_nf4
-from tests.helpers import decoded_by_torchao
+from tests.support.numbers import decoded_by_torchao
 
 SHAPES = [(192, 576), (36, 50), (64, 64)]
 

@@ -10,7 +10,7 @@ from qst_tune.models import peqa_decoder
 from qst_tune.modules import LinearCrossEntropyLoss
 from qst_tune.modules.peqa_decoder import PEQADecoder
 from qst_tune.modules.peqa_linear import PEQALinear
-from tests.helpers import random_tokens, randomize_, tiny_backbone
+from tests.support.numbers import random_tokens, randomize_, tiny_backbone
 
 GROUPS = [None, 32]
 

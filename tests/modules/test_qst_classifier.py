@@ -14,7 +14,8 @@ from qst_tune.modules.qst_classifier import QSTClassifier
 from qst_tune.results.authors_checkpoint import side_to_authors
 from qst_tune.training.classification import ClassificationTask
 from qst_tune.training.parameter_groups import parameter_groups
-from tests.helpers import (
+from tests.reference import qst_reference as reference
+from tests.support.numbers import (
     TINY,
     TINY_REDUCTION,
     random_tokens,
@@ -23,7 +24,7 @@ from tests.helpers import (
     reference_shape,
     tiny_backbone,
 )
-from tests.opt_models import (
+from tests.support.opt_models import (
     SIZES,
     authors_opt_weights,
     hf_opt,
@@ -31,7 +32,6 @@ from tests.opt_models import (
     padded_batch,
     randomize_opt_,
 )
-from tests.reference import qst_reference as reference
 
 BACKBONES = {"torchtune": tiny_backbone, "transformers": opt_backbone}
 # fp32 sums in another order.
@@ -129,28 +129,28 @@ LLAMA_SIZES = {"backbone": "torchtune.models.llama2.llama2", **TINY}
 PAD = 1  # of padded_batch
 
 
-def built(family, folder, **settings):
+def built(family, directory, **settings):
     """A classifier over a random backbone, built as a config does it."""
     if family == "llama":
         model = qst_classifier(**LLAMA_SIZES, **settings)
         randomize_opt_(model)
         return model
-    hf_opt().save_pretrained(folder)
+    hf_opt().save_pretrained(directory)
     with torch.device("meta"):
         model = qst_classifier(
-            "qst_tune.models.backbone_from_hf", checkpoint_dir=str(folder), **settings
+            "qst_tune.models.backbone_from_hf", checkpoint_dir=str(directory), **settings
         )
     cpu = torch.device("cpu")
-    load_backbone(model, HFCheckpointer(str(folder)), dtype=torch.float32, device=cpu)
+    load_backbone(model, HFCheckpointer(str(directory)), dtype=torch.float32, device=cpu)
     model.initialize_side(cpu)
     randomize_opt_(model.side)
     return model
 
 
-def authors_classifier(family, folder, num_labels):
+def authors_classifier(family, directory, num_labels):
     """Ours, with random weights, and its side network under the authors' names, as leaves."""
     settings = {"variant": "authors", "reduction_factor": 3, "rank": 8, "quantize_base": False}
-    model = built(family, folder, **settings, num_labels=num_labels)
+    model = built(family, directory, **settings, num_labels=num_labels)
     side = side_to_authors(dict(model.side.named_parameters()), family, **heads_of(model))
     return model, {name: value.detach().clone().requires_grad_() for name, value in side.items()}
 

@@ -25,7 +25,8 @@ from qst_tune.modules import nf4_linear, peqa_linear
 from qst_tune.modules.base_quantization import quantize_linears
 from qst_tune.modules.nf4_linear import NF4Linear
 from qst_tune.modules.qst_decoder import QSTDecoder
-from tests.helpers import (
+from tests.reference import qst_reference as reference
+from tests.support.numbers import (
     TINY,
     TINY_REDUCTION,
     random_tokens,
@@ -36,7 +37,6 @@ from tests.helpers import (
     reference_side,
     tiny_backbone,
 )
-from tests.reference import qst_reference as reference
 
 VARIANTS = ("default", "paper", "authors")
 # fp32 sums in another order: 1.05e-5 at most, over 8 seeds and every tensor of every variant.

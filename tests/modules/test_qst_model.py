@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
 from qst_tune.models import qst_decoder
-from tests.helpers import random_tokens, tiny_backbone
+from tests.support.numbers import random_tokens, tiny_backbone
 
 
 def packed_mask(documents: torch.Tensor):

@@ -22,7 +22,7 @@ from qst_tune.modules.side_block import (
     resize_norm,
     side_shape,
 )
-from tests.helpers import TINY, tiny_backbone
+from tests.support.numbers import TINY, tiny_backbone
 
 
 def on_meta(builder, **arguments):

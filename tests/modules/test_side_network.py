@@ -18,7 +18,7 @@ from qst_tune.modules.side_network import (
     ZeroLinear,
     evenly_spaced_layers,
 )
-from tests.helpers import TINY, random_tokens, tiny_backbone
+from tests.support.numbers import TINY, random_tokens, tiny_backbone
 
 
 class ToyBlock(nn.Module):

@@ -3,7 +3,7 @@ from torchtune.models.llama3_1 import llama3_1
 from torchtune.modules import TransformerDecoder
 
 from qst_tune.modules.torchtune_backbone import build_rotary_caches, decoder_parts
-from tests.helpers import TINY, random_tokens, tiny_backbone
+from tests.support.numbers import TINY, random_tokens, tiny_backbone
 
 
 def test_a_decoder_of_the_parts_is_the_same_modules_and_computes_the_same():

@@ -19,7 +19,7 @@ from qst_tune.quickstart.python_docs import (
     choose_val_topics,
     demo_question,
 )
-from tests.data.chat_folders import build_folder
+from tests.support.chat_directories import build_directory
 
 TOPIC = """\
 The "frob" statement
@@ -215,7 +215,7 @@ def test_loads_with_instruct_dataset_and_learns_the_answer_alone(
     from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
     from torchtune.datasets import instruct_dataset
 
-    tokenizer = hf_chat_tokenizer(str(build_folder(tmp_path / "model")))
+    tokenizer = hf_chat_tokenizer(str(build_directory(tmp_path / "model")))
     dataset = instruct_dataset(
         tokenizer,
         source="json",

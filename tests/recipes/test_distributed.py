@@ -12,7 +12,8 @@ from qst_tune.recipes import peqa_finetune, qst_dpo, qst_finetune
 from safetensors.torch import load_file
 from torch.multiprocessing import ProcessExitedException
 
-from tests.checkpoints import (
+from tests.support import kill_rank, kill_resume
+from tests.support.checkpoints import (
     SIZES,
     Config,
     colour_rows,
@@ -20,9 +21,8 @@ from tests.checkpoints import (
     write_config,
     write_jsonl,
 )
-from tests.ranks import finetune_on, unused_port
-from tests.recipe_runs import FinetuneResult, merged, one_thread, run_tune
-from tests.recipes import kill_rank, kill_resume
+from tests.support.ranks import finetune_on, unused_port
+from tests.support.recipe_runs import FinetuneResult, merged, one_thread, run_tune
 
 # 40 rows, 12 to 43 tokens long, in 5 steps of 8 an epoch; 7 held-out rows are dealt unevenly.
 NUM_ROWS, ROWS_PER_STEP, NUM_STEPS = 40, 8, 20
@@ -79,7 +79,7 @@ def config_of(root: Path, method: str = "qst") -> Config:
 
 def trained(method: str, result: FinetuneResult) -> dict[str, torch.Tensor]:
     name = "scales/scales" if method == "peqa" else "side_network/side_network"
-    return load_file(result.folder / f"{name}.safetensors")
+    return load_file(result.directory / f"{name}.safetensors")
 
 
 _alone: dict[str, FinetuneResult] = {}
@@ -148,16 +148,16 @@ def test_processes_train_what_one_trains_with_the_same_batch(
     assert_same_run(method, run, expected)
 
 
-def cut_at(run: FinetuneResult, folder: Path, step: int) -> Path:
+def cut_at(run: FinetuneResult, directory: Path, step: int) -> Path:
     """A run as it was after a step."""
-    shutil.copytree(run.folder, folder)
-    for path in (folder / "checkpoints").iterdir():
+    shutil.copytree(run.directory, directory)
+    for path in (directory / "checkpoints").iterdir():
         if int(path.name.removeprefix("step_")) > step:
             shutil.rmtree(path)
     for name in ("side_network", "summary.json"):
-        path = folder / name
+        path = directory / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    return folder
+    return directory
 
 
 def test_run_goes_on_with_another_number_of_processes(root: Path, tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_bad_row_of_one_process_ends_a_sharded_run_with_one_line_and_a_checkpoin
     name = "dataset" if bad == "train" else "dataset_val"
     config = {
         **config_of(root),
-        name: {"_component_": "tests.recipes.faults.FadingRows", "bad": 5},
+        name: {"_component_": "tests.support.faults.FadingRows", "bad": 5},
     }
     with pytest.raises(ProcessExitedException) as exited:
         finetune_on(
@@ -227,7 +227,7 @@ def test_torchrun_starts_a_killed_run_again_where_it_was(
         *("run", "--nproc_per_node", "2", "--max-restarts", "1", "qst_finetune"),
         *("--config", path, *SETTINGS, f"output_dir={tmp_path / 'run'}"),
         *("batch_size=4", "backbone_sharding=full", "save_every_n_steps=1"),
-        "loss._component_=tests.recipes.faults.SignalledLoss",
+        "loss._component_=tests.support.faults.SignalledLoss",
         *("loss.call=15", f"loss.marker={tmp_path / 'killed'}", "loss.signal_name=SIGKILL"),
         cwd=tmp_path,
     )

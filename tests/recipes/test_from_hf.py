@@ -1,4 +1,4 @@
-"""One config for every folder, through the real `tune`; and wrong folders, one line each."""
+"""One config for every directory, through the real `tune`; and wrong directories, one line each."""
 
 import json
 import os
@@ -16,16 +16,16 @@ from qst_tune.errors import UserError
 from qst_tune.quantization.table import QuantizedTable
 from qst_tune.sharing.inspection import verify_directory
 from qst_tune.transformers import QSTForCausalLM
-from tests.checkpoints import colour_rows, file_hashes, write_chat_tokenizer, write_jsonl
-from tests.hf_models import FAMILIES, edit_config, save_hf_model, write_old_style
-from tests.recipe_runs import one_thread, run_tune
+from tests.support.checkpoints import colour_rows, file_hashes, write_chat_tokenizer, write_jsonl
+from tests.support.hf_models import FAMILIES, edit_config, save_hf_model, write_old_style
+from tests.support.recipe_runs import one_thread, run_tune
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of each family, as published ones are, and rows to learn."""
+    """A directory of each family, as published ones are, and rows to learn."""
     torch.manual_seed(0)
     root = tmp_path_factory.mktemp("auto")
     for family, case in FAMILIES.items():
@@ -36,10 +36,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def arguments(root: Path, folder: Path, output: Path, *further: str) -> list[str]:
+def arguments(root: Path, directory: Path, output: Path, *further: str) -> list[str]:
     """What turns the shipped config into a run of a few seconds without a network."""
     return [
-        f"checkpoint_dir={folder}",
+        f"checkpoint_dir={directory}",
         f"output_dir={output}",
         "dataset._component_=torchtune.datasets.instruct_dataset",
         "dataset.source=json",
@@ -74,14 +74,14 @@ SLOW_FAMILIES = [
 
 
 @pytest.mark.parametrize("family", SLOW_FAMILIES)
-def test_tune_run_learns_and_leaves_the_folder_alone(family: str, root: Path, tmp_path: Path):
-    folder = root / family
-    before = file_hashes(folder)
-    given = arguments(root, folder, tmp_path / "out", "model.reduction_factor=4")
+def test_tune_run_learns_and_leaves_the_directory_alone(family: str, root: Path, tmp_path: Path):
+    directory = root / family
+    before = file_hashes(directory)
+    given = arguments(root, directory, tmp_path / "out", "model.reduction_factor=4")
     result = run_tune("run", "qst_finetune", "--config", "auto/qst", *given, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0]
-    assert file_hashes(folder) == before
+    assert file_hashes(directory) == before
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -93,7 +93,7 @@ def test_the_shipped_config_learns_on_every_family(family: str, root: Path, tmp_
     assert losses(output)[-1] < losses(output)[0]
 
 
-def test_transformers_loads_what_was_tuned_though_the_folder_has_moved(
+def test_transformers_loads_what_was_tuned_though_the_directory_has_moved(
     root: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(root / "qwen3", tmp_path / "before")
@@ -135,11 +135,11 @@ def test_embedding_and_head_can_be_quantised_from_the_config_to_transformers(
 def test_peqa_trains_resumes_and_is_used_over_a_directory(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder, whole, parts = root / "gemma2", tmp_path / "whole", tmp_path / "parts"
+    directory, whole, parts = root / "gemma2", tmp_path / "whole", tmp_path / "parts"
 
     def given(output: Path, *further: str) -> list[str]:
         settings = ("max_steps_per_epoch=1", "optimizer.lr=1e-3", *further)
-        return arguments(root, folder, output, *settings)
+        return arguments(root, directory, output, *settings)
 
     run(peqa_finetune, "auto/peqa_4bit", *given(whole, "epochs=3"))
     assert losses(whole)[-1] < losses(whole)[0]
@@ -154,10 +154,10 @@ def test_peqa_trains_resumes_and_is_used_over_a_directory(
     question = ("prompt=what is it", "max_new_tokens=3", "compare_with_base=True")
     run(qst_generate, "auto/peqa_4bit", *given(whole, *question))
     assert "with the tuned scales" in capsys.readouterr().out
-    verify_directory(whole / "scales", folder)
+    verify_directory(whole / "scales", directory)
 
 
-def test_a_run_goes_on_after_the_folder_has_moved(root: Path, tmp_path: Path) -> None:
+def test_a_run_goes_on_after_the_directory_has_moved(root: Path, tmp_path: Path) -> None:
     shutil.copytree(root / "qwen3", tmp_path / "before")
     further = ["model.reduction_factor=4", "epochs=2", "max_steps_per_epoch=1"]
     run(qst_finetune, "auto/qst", *arguments(root, tmp_path / "before", tmp_path / "o", *further))
@@ -167,65 +167,68 @@ def test_a_run_goes_on_after_the_folder_has_moved(root: Path, tmp_path: Path) ->
     assert len(losses(tmp_path / "o")) == 3
 
 
-def cut_off(folder: Path) -> None:
-    path = folder / "model.safetensors"
+def cut_off(directory: Path) -> None:
+    path = directory / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def only_gguf(folder: Path) -> None:
-    for path in folder.iterdir():
+def only_gguf(directory: Path) -> None:
+    for path in directory.iterdir():
         path.unlink()
-    (folder / "model-q4_k_m.gguf").write_bytes(b"GGUF")
+    (directory / "model-q4_k_m.gguf").write_bytes(b"GGUF")
 
 
-def adapter(folder: Path) -> None:
-    os.rename(folder / "config.json", folder / "adapter_config.json")
-    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+def adapter(directory: Path) -> None:
+    os.rename(directory / "config.json", directory / "adapter_config.json")
+    (directory / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
 
 
-def half_downloaded(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
+def half_downloaded(directory: Path) -> None:
+    weights = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
     names = [f"model-{i:05}-of-00003.safetensors" for i in (1, 2, 3)]
     keys = sorted(weights)
-    save_file({keys[0]: weights[keys[0]]}, folder / names[0])
+    save_file({keys[0]: weights[keys[0]]}, directory / names[0])
     index = {"weight_map": {key: names[i % 3] for i, key in enumerate(keys)}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda f: shutil.rmtree(f), "checkpoint_dir={folder} does not exist; download"),
-        (lambda f: (f / "config.json").unlink(), "{folder} has no config.json; it is not a"),
-        (only_gguf, "{folder} has GGUF files only; name the directory of their original"),
+        (lambda f: shutil.rmtree(f), "checkpoint_dir={directory} does not exist; download"),
+        (lambda f: (f / "config.json").unlink(), "{directory} has no config.json; it is not a"),
+        (only_gguf, "{directory} has GGUF files only; name the directory of their original"),
         (
             adapter,
-            "{folder} is a PEFT adapter, not a model; name the directory of its base model, or",
+            "{directory} is a PEFT adapter, not a model; name the directory of its base model, or",
         ),
-        (half_downloaded, "{folder} lacks 2 of its 3 weight files, for example model-00002-of-000"),
-        (cut_off, "{folder}/model.safetensors is damaged or cut off"),
+        (
+            half_downloaded,
+            "{directory} lacks 2 of its 3 weight files, for example model-00002-of-000",
+        ),
+        (cut_off, "{directory}/model.safetensors is damaged or cut off"),
         (
             lambda f: edit_config(f, model_type="qwen9"),
-            "{folder}/config.json: transformers cannot read it",
+            "{directory}/config.json: transformers cannot read it",
         ),
         (
             lambda f: (f / "tokenizer.json").unlink(),
-            "tokenizer: {folder} has no tokenizer.json and no other vocabulary: download it",
+            "tokenizer: {directory} has no tokenizer.json and no other vocabulary: download it",
         ),
     ],
 )
-def test_a_wrong_folder_is_one_clear_line(
+def test_a_wrong_directory_is_one_clear_line(
     change: Callable[[Path], None], message: str, root: Path, tmp_path: Path
 ) -> None:
-    folder = shutil.copytree(root / "qwen2", tmp_path / "model")
-    change(folder)
-    given = arguments(root, folder, tmp_path / "out", "model.reduction_factor=4")
+    directory = shutil.copytree(root / "qwen2", tmp_path / "model")
+    change(directory)
+    given = arguments(root, directory, tmp_path / "out", "model.reduction_factor=4")
     with pytest.raises(UserError) as error:
         run(qst_finetune, "auto/qst", *given)
-    # The one about the folder; where there is none, that of its tokenizer follows.
+    # The one about the directory; where there is none, that of its tokenizer follows.
     first = str(error.value).splitlines()[0]
-    assert message.format(folder=folder) in first
+    assert message.format(directory=directory) in first
     assert not (tmp_path / "out" / "summary.json").exists()
 
 

@@ -7,8 +7,8 @@ import pytest
 from torchtune.models import convert_weights
 from torchtune.models.llama3_2 import llama3_2
 
-from tests.checkpoints import SIZES, finetune_config, read_checkpoint
-from tests.recipe_runs import FinetuneResult, held_out_loss, run_tune
+from tests.support.checkpoints import SIZES, finetune_config, read_checkpoint
+from tests.support.recipe_runs import FinetuneResult, held_out_loss, run_tune
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_it_learns(trained: FinetuneResult):
     assert trained.train_loss[-4:].mean() < 0.8 * trained.train_loss[0]
 
 
-def test_the_folder_says_that_the_backbone_is_not_quantised(trained: FinetuneResult):
+def test_the_directory_says_that_the_backbone_is_not_quantised(trained: FinetuneResult):
     description = json.loads((trained.weights_file.parent / "qst_config.json").read_text())
     assert description["backbone"]["quantization"] == "none"
     assert description["model"]["quantize_base"] is False

@@ -19,9 +19,9 @@ from qst_tune.recipes import qst_dpo, qst_finetune, qst_generate
 
 from qst_tune.config.cli import run_recipe
 from qst_tune.training.run_summary import RunSummary
-from tests.checkpoints import Config, finetune_config, generate_config, write_config
-from tests.data.rows import SHAREGPT, TURNS
-from tests.recipe_runs import finetune, one_thread
+from tests.support.checkpoints import Config, finetune_config, generate_config, write_config
+from tests.support.recipe_runs import finetune, one_thread
+from tests.support.rows import SHAREGPT, TURNS
 
 GOOD = {"messages": TURNS}
 STRICT = (
@@ -432,8 +432,8 @@ def test_five_forms_train_alike_and_the_result_answers(
         # Fewer rows than a step of 4 x 4: it fits itself to them.
         epochs = 3 if losses else 40
         settings = ["gradient_accumulation_steps=4", f"epochs={epochs}", "seed=1"]
-        folder = tmp_path / f"run_of_{epochs}"
-        run = finetune(config, folder, f"dataset.data_files={tmp_path / name}", *settings)
+        directory = tmp_path / f"run_of_{epochs}"
+        run = finetune(config, directory, f"dataset.data_files={tmp_path / name}", *settings)
         losses[name] = run.train_loss.tolist()
         printed = capsys.readouterr().out
         assert f"dataset: {tmp_path / name}: form " in printed

@@ -1,4 +1,4 @@
-"""From a training config and its result to a folder for other programs."""
+"""From a training config and its result to a directory for other programs."""
 
 import json
 from pathlib import Path
@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from qst_tune.errors import UserError
 from qst_tune.models import peqa_llama3_2
 from qst_tune.training.peqa_method import PEQAMethod, load_peqa
-from tests.checkpoints import SIZES, Config, finetune_config
-from tests.recipe_runs import merged, one_thread
+from tests.support.checkpoints import SIZES, Config, finetune_config
+from tests.support.recipe_runs import merged, one_thread
 
 
 @pytest.fixture(scope="module")
@@ -42,14 +42,14 @@ def rounded_model(config: Config) -> PEQAMethod:
 @torch.no_grad()
 def test_the_dense_model_is_the_tuned_one(config: Config) -> None:
     export(config)
-    folder = Path(config["output_dir"])
+    directory = Path(config["output_dir"])
     method = rounded_model(config)
-    method.load(folder / "scales")
+    method.load(directory / "scales")
     ours = method.model
-    theirs = AutoModelForCausalLM.from_pretrained(folder / "dense")
+    theirs = AutoModelForCausalLM.from_pretrained(directory / "dense")
     tokens = torch.randint(0, 300, (2, 12))
     torch.testing.assert_close(theirs(tokens).logits, ours(tokens), rtol=1e-4, atol=1e-3)
-    assert AutoTokenizer.from_pretrained(folder / "dense").encode("what is it")
+    assert AutoTokenizer.from_pretrained(directory / "dense").encode("what is it")
 
 
 @torch.no_grad()
@@ -61,7 +61,7 @@ def test_without_scales_it_is_the_rounded_model(config: Config, tmp_path: Path) 
     torch.testing.assert_close(theirs(tokens).logits, ours(tokens), rtol=1e-4, atol=1e-3)
 
 
-def test_the_gptq_folder_says_what_it_is(config: Config, tmp_path: Path) -> None:
+def test_the_gptq_directory_says_what_it_is(config: Config, tmp_path: Path) -> None:
     export(config, f"export_dir={tmp_path}/gptq", "format=gptq")
     described = json.loads((tmp_path / "gptq" / "quantize_config.json").read_text())
     assert described["bits"] == 3

@@ -11,17 +11,17 @@ from qst_tune.backbone.hf_checkpointer import HFCheckpointer
 from qst_tune.backbone.loading import load_backbone
 from qst_tune.errors import UserError
 from qst_tune.models import peqa_from_hf
-from tests.checkpoints import colour_rows, write_chat_tokenizer, write_jsonl
 from tests.recipes.test_from_hf import arguments, losses, run
-from tests.stored_models import save_stored
+from tests.support.checkpoints import colour_rows, write_chat_tokenizer, write_jsonl
+from tests.support.stored_models import save_stored
 
 CPU = torch.device("cpu")
 TOKENS = torch.arange(3, 27).view(2, 12)
 
 
-def build(folder: Path, **settings):
-    model = peqa_from_hf(str(folder), **settings)
-    load_backbone(model.backbone, folder, dtype=torch.float32, device=CPU)
+def build(directory: Path, **settings):
+    model = peqa_from_hf(str(directory), **settings)
+    load_backbone(model.backbone, directory, dtype=torch.float32, device=CPU)
     return model.eval()
 
 
@@ -52,17 +52,17 @@ def test_tuned_scales_are_exported_over_equal_codes(
     model_type: str, form: str, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    folder, output = tmp_path / "model", tmp_path / "out"
-    folder.mkdir()
-    save_stored(folder, model_type, form, vocab_size=307)
-    write_chat_tokenizer(folder)
+    directory, output = tmp_path / "model", tmp_path / "out"
+    directory.mkdir()
+    save_stored(directory, model_type, form, vocab_size=307)
+    write_chat_tokenizer(directory)
     write_jsonl(tmp_path / "train.jsonl", colour_rows(8))
-    given = arguments(tmp_path, folder, output, "max_steps_per_epoch=1", "epochs=3")
+    given = arguments(tmp_path, directory, output, "max_steps_per_epoch=1", "epochs=3")
     run(peqa_finetune, "auto/peqa_4bit", *given, "optimizer.lr=1e-3")
     assert losses(output)[-1] < losses(output)[0]
     export = "gptq_v2" if "v2" in form else "gptq"
     run(peqa_export, "auto/peqa_4bit", *given[:2], "device=cpu", "dtype=fp32", f"format={export}")
-    before = load_file(folder / "model.safetensors")
+    before = load_file(directory / "model.safetensors")
     after = load_file(output / export / "model.safetensors")
     assert before.keys() == after.keys()
     tuned = [name for name in before if name.endswith(".scales")]

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from qst_tune.recipes import qst_chat
 
-from tests.checkpoints import COLOURS, Config, finetune_config, write_config
-from tests.recipe_runs import finetune, merged, one_thread, run_tune
+from tests.support.checkpoints import COLOURS, Config, finetune_config, write_config
+from tests.support.recipe_runs import finetune, merged, one_thread, run_tune
 
 BOXES = [f"what is the colour of box {i}" for i in range(8)]
 ANSWERS = [f"it is {COLOURS[i]}" + "!" * (i % 3) for i in range(8)]

@@ -1,4 +1,4 @@
-"""The authors' folders through the real `tune`: read, used, written, refused."""
+"""The authors' directories through the real `tune`: read, used, written, refused."""
 
 import shutil
 from pathlib import Path
@@ -10,13 +10,9 @@ from qst_tune.recipes import qst_convert
 
 from qst_tune.errors import UserError
 from qst_tune.models.setup import build_on_meta, load_frozen_backbone
-from qst_tune.results.authors_checkpoint import write_authors_folder
+from qst_tune.results.authors_checkpoint import write_authors_directory
 from qst_tune.results.side_network import SIDE_NETWORK, load_side_network
 from qst_tune.results.tuned_directory import read_description
-from tests.checkpoints import Config, finetune_config, write_config
-from tests.helpers import reference_backbone, reference_shape
-from tests.opt_models import hf_opt
-from tests.recipe_runs import merged, run_tune
 from tests.reference import qst_reference as reference
 from tests.results.test_authors_conversion import (
     LLAMA,
@@ -24,6 +20,10 @@ from tests.results.test_authors_conversion import (
     OPT_CLASSIFIER,
     random_state,
 )
+from tests.support.checkpoints import Config, finetune_config, write_config
+from tests.support.numbers import reference_backbone, reference_shape
+from tests.support.opt_models import hf_opt
+from tests.support.recipe_runs import merged, run_tune
 
 CPU = torch.device("cpu")
 
@@ -42,21 +42,21 @@ def config(root: Path) -> Config:
 def theirs(root: Path) -> Path:
     torch.manual_seed(0)
     state = random_state({**LLAMA, "reduction_factor": 4, "rank": 7})
-    write_authors_folder(root / "theirs", state)
+    write_authors_directory(root / "theirs", state)
     return root / "theirs"
 
 
 @pytest.fixture(scope="module")
 def imported(root: Path, config: Config, theirs: Path) -> Path:
     path = write_config(root / "config.yaml", config)
-    folders = [f"from_authors={theirs}", f"side_network={root / 'side'}"]
-    result = run_tune("run", "qst_convert", "--config", path, *folders, cwd=root)
+    directories = [f"from_authors={theirs}", f"side_network={root / 'side'}"]
+    result = run_tune("run", "qst_convert", "--config", path, *directories, cwd=root)
     assert result.returncode == 0, result.stderr
     assert "model.variant=authors model.reduction_factor=4 model.rank=7" in result.stderr
     return root / "side"
 
 
-# A classifier's folder, as their code leaves it: without the output gate.
+# A classifier's directory, as their code leaves it: without the output gate.
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +72,14 @@ def same_files(ours: Path, theirs: Path) -> bool:
     return {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()}
 
 
-def test_a_classifiers_folder_comes_back_and_computes_what_the_authors_equations_do(
+def test_a_classifiers_directory_comes_back_and_computes_what_the_authors_equations_do(
     root: Path, classifier_config: Config
 ):
     """Theirs to ours to theirs through `tune`; the gate that they lost has its start, ones."""
     state = random_state({**LLAMA_CLASSIFIER, "reduction_factor": 4, "rank": 7})
     state["score_z"] = torch.ones_like(state["score_z"])
     whole, theirs, ours, back = (root / f"classifier_{name}" for name in ("whole", *"abc"))
-    write_authors_folder(whole, state)
+    write_authors_directory(whole, state)
     shutil.copytree(whole, theirs, ignore=lambda *_: ["score_z_path.pt"])
     convert = ("run", "qst_convert", "--config", write_config(root / "c.yaml", classifier_config))
     imported = run_tune(*convert, f"from_authors={theirs}", f"side_network={ours}", cwd=root)
@@ -99,9 +99,9 @@ def test_a_classifiers_folder_comes_back_and_computes_what_the_authors_equations
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-3)
 
 
-def test_an_opt_classifiers_folder_comes_back(tmp_path: Path, config: Config):
+def test_an_opt_classifiers_directory_comes_back(tmp_path: Path, config: Config):
     state = random_state({**OPT_CLASSIFIER, "reduction_factor": 3, "rank": 5})
-    write_authors_folder(tmp_path / "theirs", state)
+    write_authors_directory(tmp_path / "theirs", state)
     hf_opt().save_pretrained(tmp_path / "model")
     checkpointer = {
         "_component_": "qst_tune.training.HFCheckpointer",
@@ -115,17 +115,17 @@ def test_an_opt_classifiers_folder_comes_back(tmp_path: Path, config: Config):
     assert same_files(tmp_path / "back", tmp_path / "theirs")
 
 
-def loaded(folder: Path, config: Config):
-    """The folder's model over its quantised backbone, loaded like any side network of ours."""
-    cfg = OmegaConf.create({**config, "model": read_description(folder, SIDE_NETWORK)["model"]})
+def loaded(directory: Path, config: Config):
+    """The directory's model over its quantised backbone, loaded like any side network of ours."""
+    cfg = OmegaConf.create({**config, "model": read_description(directory, SIDE_NETWORK)["model"]})
     model = build_on_meta(cfg, torch.float32)
     backbone = load_frozen_backbone(model, cfg, dtype=torch.float32, device=CPU)
     model.initialize_side(CPU)
-    load_side_network(folder, model.side, backbone=backbone)
+    load_side_network(directory, model.side, backbone=backbone)
     return model, cfg
 
 
-def test_an_imported_folder_computes_what_the_authors_equations_do(imported, theirs, config):
+def test_an_imported_directory_computes_what_the_authors_equations_do(imported, theirs, config):
     model, cfg = loaded(imported, config)
     tokens = torch.randint(0, LLAMA["vocab_size"], (2, 9))
     expected = reference.forward(
@@ -156,8 +156,8 @@ def test_a_hostile_pickle_is_one_line_and_leaves_nothing(root: Path, config: Con
         (hostile / path.name).write_bytes(path.read_bytes())
     torch.save({"0": Hostile()}, hostile / "qst_z_parameters.pt")
     path = write_config(root / "hostile.yaml", config)
-    folders = [f"from_authors={hostile}", f"side_network={root / 'new'}"]
-    result = run_tune("run", "qst_convert", "--config", path, *folders, cwd=root)
+    directories = [f"from_authors={hostile}", f"side_network={root / 'new'}"]
+    result = run_tune("run", "qst_convert", "--config", path, *directories, cwd=root)
     assert result.returncode == 2
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert "qst_z_parameters.pt is not a plain state dict and was not loaded" in line

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoints import Config, finetune_config, write_config, write_jsonl
-from tests.recipe_runs import FinetuneResult, run_tune
+from tests.support.checkpoints import Config, finetune_config, write_config, write_jsonl
+from tests.support.recipe_runs import FinetuneResult, run_tune
 
 
 def conversation(question: str, answer: str) -> list[dict[str, str]]:
@@ -72,7 +72,7 @@ def test_result_is_a_side_network_like_any_other(
     )
     assert result.returncode == 0, result.stderr
     assert "resuming from" in result.stdout + result.stderr
-    assert (trained.folder / "side_network" / "README.md").exists()
+    assert (trained.directory / "side_network" / "README.md").exists()
 
 
 def test_mistake_is_one_line(config: Config, root: Path) -> None:

@@ -14,7 +14,7 @@ from qst_tune.config.check import check_config
 from qst_tune.config.file import parse_config
 from qst_tune.errors import UserError
 from qst_tune.models.setup import build_any_on_meta
-from tests.published import write_published
+from tests.support.published import write_published
 
 ROOT = Path(__file__).parents[2]
 TUNE = Path(sys.executable).parent / "tune"
@@ -116,7 +116,7 @@ def test_classifiers_and_preferences_are_estimated(
 def test_every_training_config_can_be_estimated(name: str, tmp_path: Path) -> None:
     """Its keys, components and model; the step itself is estimated for one of them above."""
     cfg = parse_config(["--config", str(ROOT / "configs" / f"{name}.yaml")])
-    if "checkpoint_dir" in cfg:  # their model is the folder's
+    if "checkpoint_dir" in cfg:  # their model is the directory's
         cfg.checkpoint_dir = write_published(tmp_path, name)
     check_config(cfg, qst_estimate.KEYS)
     recipe = qst_estimate.QSTEstimateRecipe(cfg)

@@ -10,9 +10,9 @@ from omegaconf import OmegaConf
 from qst_tune.recipes import qst_evaluate
 
 from qst_tune.config.cli import run_recipe
-from tests.checkpoints import Config, finetune_config, write_config, write_jsonl
-from tests.folders import side_network_folder
-from tests.recipe_runs import held_out_loss, merged, one_thread, run_tune
+from tests.support.checkpoints import Config, finetune_config, write_config, write_jsonl
+from tests.support.directories import side_network_directory
+from tests.support.recipe_runs import held_out_loss, merged, one_thread, run_tune
 
 TUNED = "with the side network"
 
@@ -33,7 +33,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def made(root: Path):
-    return side_network_folder(root)
+    return side_network_directory(root)
 
 
 @pytest.fixture(scope="module")

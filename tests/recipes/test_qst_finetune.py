@@ -18,7 +18,7 @@ from torchtune.models.llama3_2 import llama3_2
 from qst_tune.data import hf_chat_tokenizer
 from qst_tune.modules.side_config import VARIANTS
 from qst_tune.modules.torchtune_backbone import TorchtuneBackbone
-from tests.checkpoints import (
+from tests.support.checkpoints import (
     LLAMA3_SIZES,
     SIZES,
     Config,
@@ -31,7 +31,7 @@ from tests.checkpoints import (
     write_jsonl,
     write_tiktoken,
 )
-from tests.recipe_runs import FinetuneResult, finetune, run_tune
+from tests.support.recipe_runs import FinetuneResult, finetune, run_tune
 
 # fp32 sums in another order: measured 1e-6 in losses of 7, and 3e-8 in the weights.
 LOSS_CLOSE = {"rtol": 1e-6, "atol": 0.0}
@@ -131,10 +131,10 @@ def test_held_out_loss_at_step_0_is_that_of_the_quantised_backbone(
     assert trained.held_out_loss[0] == pytest.approx(total / count, rel=2e-6)
 
 
-def quantised_backbone(folder: Path) -> torch.nn.Module:
+def quantised_backbone(directory: Path) -> torch.nn.Module:
     """torchtune's own decoder with weights that torchao, not we, quantised and decoded."""
     state = convert_weights.hf_to_tune(
-        read_checkpoint(folder),
+        read_checkpoint(directory),
         num_heads=SIZES["num_heads"],
         num_kv_heads=SIZES["num_kv_heads"],
         dim=SIZES["embed_dim"],
@@ -149,14 +149,16 @@ def quantised_backbone(folder: Path) -> torch.nn.Module:
     return model
 
 
-def test_side_network_is_a_folder_of_exactly_the_documented_files(trained: FinetuneResult) -> None:
-    folder = trained.weights_file.parent
+def test_side_network_is_a_directory_of_exactly_the_documented_files(
+    trained: FinetuneResult,
+) -> None:
+    directory = trained.weights_file.parent
     texts = {"qst_config.json", "config.json", "recipe_config.yaml", "README.md"}
     documented = {"side_network.safetensors", *texts}
-    assert {path.name for path in folder.iterdir()} == documented
-    recorded = OmegaConf.load(folder / "recipe_config.yaml")
+    assert {path.name for path in directory.iterdir()} == documented
+    recorded = OmegaConf.load(directory / "recipe_config.yaml")
     assert recorded.epochs == 12
-    assert recorded.checkpointer.output_dir == str(trained.folder)
+    assert recorded.checkpointer.output_dir == str(trained.directory)
 
 
 def test_side_network_holds_side_tensors_in_fp32_and_nothing_else(trained: FinetuneResult) -> None:
@@ -170,7 +172,7 @@ def test_side_network_holds_side_tensors_in_fp32_and_nothing_else(trained: Finet
 
 
 def test_nothing_a_run_leaves_is_a_pickle(trained: FinetuneResult) -> None:
-    files = [path for path in trained.folder.rglob("*") if path.is_file()]
+    files = [path for path in trained.directory.rglob("*") if path.is_file()]
     assert files
     assert not [f for f in files if f.suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt")]
     # A zip holds torch's pickles; protocol 2 and above start with 0x80. A safetensors file may do
@@ -202,11 +204,11 @@ def test_another_seed_gives_another_side_network(
 def test_run_that_writes_over_an_earlier_one_replaces_its_side_network(
     plain_sgd: FinetuneResult, sgd_config: Config, tmp_path: Path
 ) -> None:
-    shutil.copytree(plain_sgd.folder, tmp_path / "run")
+    shutil.copytree(plain_sgd.directory, tmp_path / "run")
     run = finetune(sgd_config, tmp_path / "run", "seed=1")
     assert run.weights_file.read_bytes() != plain_sgd.weights_file.read_bytes()
-    # No temporary folder is left beside it, and the earlier run's checkpoints are kept.
-    names = {path.name for path in run.folder.iterdir() if path.is_dir()}
+    # No temporary directory is left beside it, and the earlier run's checkpoints are kept.
+    names = {path.name for path in run.directory.iterdir() if path.is_dir()}
     assert names == {"side_network", "logs", "checkpoints", "checkpoints_before"}
 
 
@@ -388,7 +390,7 @@ def test_schedule_clipping_and_logging_do_as_the_config_says(
     )
     steps = [
         dict(pair.split(":") for pair in line.partition(" | ")[2].split())
-        for line in (run.folder / "logs" / "log.txt").read_text().splitlines()
+        for line in (run.directory / "logs" / "log.txt").read_text().splitlines()
     ]
     assert [float(step["lr"]) for step in steps] == [0.0, 0.05, 0.1]
     assert all(float(step["grad_norm"]) > 0.001 for step in steps)

@@ -14,7 +14,7 @@ from torchtune.data import Message
 from qst_tune.config.cli import run_recipe
 from qst_tune.data import hf_chat_tokenizer
 from qst_tune.errors import UserError
-from tests.checkpoints import (
+from tests.support.checkpoints import (
     COLOURS,
     SIZES,
     Config,
@@ -22,9 +22,9 @@ from tests.checkpoints import (
     generate_config,
     random_weights,
     write_config,
-    write_model_folder,
+    write_model_directory,
 )
-from tests.recipe_runs import FinetuneResult, finetune, merged, one_thread, run_tune
+from tests.support.recipe_runs import FinetuneResult, finetune, merged, one_thread, run_tune
 
 PROMPT = "what is the colour of box 1"
 BASE, TUNED = "quantised base model", "with the side network"
@@ -165,7 +165,7 @@ def test_side_network_of_another_backbone_is_refused(
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    other = write_model_folder(root / "other", weights=random_weights(seed=1))
+    other = write_model_directory(root / "other", weights=random_weights(seed=1))
     override = f"checkpointer.checkpoint_dir={other}"
     assert run_wrong(config, root, monkeypatch, override) == 2
     errors = capfd.readouterr().err
@@ -206,7 +206,7 @@ def test_mistake_is_one_helpful_line(
 
 
 def test_description_rebuilds_the_model(config: Config, trained: FinetuneResult) -> None:
-    """Who gets a folder needs no other config: its model block is the run's."""
+    """Who gets a directory needs no other config: its model block is the run's."""
     block = json.loads((trained.weights_file.parent / "qst_config.json").read_text())["model"]
     assert block == config["model"]
     with one_thread():
@@ -254,7 +254,7 @@ def test_torchtunes_own_recipe_gives_the_tuned_answer(config: Config, root: Path
 
 @pytest.fixture(scope="module")
 def peqa_config(root: Path, trained: FinetuneResult) -> Config:
-    """Of a training run of peqa_finetune; the dependency only makes the model folder."""
+    """Of a training run of peqa_finetune; the dependency only makes the model directory."""
     model = {"_component_": "qst_tune.models.peqa_llama3_2", **SIZES, "bits": 4}
     config = {**finetune_config(root), "model": model, "output_dir": str(root / "peqa")}
     with one_thread():
@@ -263,7 +263,7 @@ def peqa_config(root: Path, trained: FinetuneResult) -> Config:
 
 
 def test_a_peqa_model_answers_from_its_training_config(peqa_config: Config, root: Path) -> None:
-    """Where no folder is named it is the run's; both answers are those without caches."""
+    """Where no directory is named it is the run's; both answers are those without caches."""
     with one_thread():
         recipe = qst_generate.QSTGenerateRecipe(
             merged({**peqa_config, "prompt": PROMPT}, "max_new_tokens=12")

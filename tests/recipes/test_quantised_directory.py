@@ -7,9 +7,9 @@ import torch
 from qst_tune.recipes import qst_finetune
 
 from qst_tune.transformers import QSTForCausalLM
-from tests.checkpoints import colour_rows, write_chat_tokenizer, write_jsonl
 from tests.recipes.test_from_hf import arguments, losses, run
-from tests.stored_models import save_stored
+from tests.support.checkpoints import colour_rows, write_chat_tokenizer, write_jsonl
+from tests.support.stored_models import save_stored
 
 
 @pytest.mark.parametrize(
@@ -20,15 +20,15 @@ def test_the_shipped_config_learns_over_a_quantised_directory(
     model_type: str, form: str, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    folder = tmp_path / "model"
-    folder.mkdir()
-    save_stored(folder, model_type, form, vocab_size=307)
-    write_chat_tokenizer(folder)
+    directory = tmp_path / "model"
+    directory.mkdir()
+    save_stored(directory, model_type, form, vocab_size=307)
+    write_chat_tokenizer(directory)
     write_jsonl(tmp_path / "train.jsonl", colour_rows(8))
     further = ["model.reduction_factor=4", "max_steps_per_epoch=1", "epochs=3"]
     output = tmp_path / "out"
-    run(qst_finetune, "auto/qst", *arguments(tmp_path, folder, output, *further))
+    run(qst_finetune, "auto/qst", *arguments(tmp_path, directory, output, *further))
     assert losses(output)[-1] < losses(output)[0]
     tuned = output / "side_network"
-    model = QSTForCausalLM.from_pretrained(tuned, backbone=str(folder), dtype=torch.float32)
+    model = QSTForCausalLM.from_pretrained(tuned, backbone=str(directory), dtype=torch.float32)
     assert model(torch.tensor([[1, 2, 3]])).logits.isfinite().all()

@@ -20,17 +20,17 @@ from qst_tune.results.side_network import SIDE_NETWORK
 from qst_tune.training.checkpoint_store import CheckpointStore
 from qst_tune.training.run_summary import RunSummary
 from qst_tune.training.trainer import Trainer
-from tests.checkpoints import (
+from tests.support import kill_resume
+from tests.support.checkpoints import (
     SIZES,
     Config,
     colour_rows,
     finetune_config,
     write_config,
     write_jsonl,
-    write_model_folder,
+    write_model_directory,
 )
-from tests.recipe_runs import FinetuneResult, finetune, run_tune
-from tests.recipes import kill_resume
+from tests.support.recipe_runs import FinetuneResult, finetune, run_tune
 
 NUM_STEPS = 9
 # Seed 0, 12 rows: the order of torch's DistributedSampler.
@@ -84,15 +84,15 @@ def steps_of(run: Path) -> list[int]:
     return CheckpointStore(run / "checkpoints").steps()
 
 
-def cut(run: FinetuneResult, folder: Path, step: int) -> Path:
-    """A copy of a run's folder as it was after a step."""
-    shutil.copytree(run.folder, folder)
-    shutil.rmtree(folder / "side_network")
-    (folder / "summary.json").unlink()
-    for later in steps_of(folder):
+def cut(run: FinetuneResult, directory: Path, step: int) -> Path:
+    """A copy of a run's directory as it was after a step."""
+    shutil.copytree(run.directory, directory)
+    shutil.rmtree(directory / "side_network")
+    (directory / "summary.json").unlink()
+    for later in steps_of(directory):
         if later > step:
-            shutil.rmtree(folder / "checkpoints" / f"step_{later:08}")
-    return folder
+            shutil.rmtree(directory / "checkpoints" / f"step_{later:08}")
+    return directory
 
 
 def assert_identical(actual: FinetuneResult, expected: FinetuneResult) -> None:
@@ -108,8 +108,8 @@ def assert_identical(actual: FinetuneResult, expected: FinetuneResult) -> None:
 def test_run_resumed_at_any_step_is_bit_identical(
     step: int, config: Config, whole: FinetuneResult, tmp_path: Path
 ) -> None:
-    folder = cut(whole, tmp_path / "run", step)
-    assert_identical(finetune(config, folder, *SETTINGS, RESUME), whole)
+    directory = cut(whole, tmp_path / "run", step)
+    assert_identical(finetune(config, directory, *SETTINGS, RESUME), whole)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_resuming_is_exact_with_other_settings(
 ) -> None:
     settings = [*SETTINGS, *settings]
     run = finetune(config, tmp_path / "whole", *settings)
-    step = steps_of(run.folder)[-1] // 2
+    step = steps_of(run.directory)[-1] // 2
     resumed = finetune(config, cut(run, tmp_path / "cut", step), *settings, RESUME)
     assert_identical(resumed, run)
 
@@ -137,7 +137,7 @@ def test_resuming_is_exact_with_a_quantised_optimizer(config: Config, tmp_path: 
         pytest.skip("torch.compile needs a C++ compiler")
     # torchao quantises the states of matrices of 4096 numbers and more: a side network 64 wide.
     sizes = {**SIZES, "embed_dim": 128, "intermediate_dim": 192}
-    write_model_folder(tmp_path / "model", sizes=sizes)
+    write_model_directory(tmp_path / "model", sizes=sizes)
     config = {
         **config,
         "model": {**config["model"], **sizes, "reduction_factor": 2},
@@ -146,7 +146,7 @@ def test_resuming_is_exact_with_a_quantised_optimizer(config: Config, tmp_path: 
     }
     settings = SETTINGS
     run = finetune(config, tmp_path / "whole", *settings)
-    state = (run.folder / "checkpoints/step_00000004/state.json").read_text()
+    state = (run.directory / "checkpoints/step_00000004/state.json").read_text()
     assert "OptimState8bit" in state
     resumed = finetune(config, cut(run, tmp_path / "cut", 4), *settings, RESUME)
     assert_identical(resumed, run)
@@ -158,10 +158,10 @@ def test_two_processes_resume_together(config: Config, tmp_path: Path) -> None:
     path = write_config(tmp_path / "config.yaml", config)
     launch = ["run", "--nproc_per_node", "2", "qst_finetune", "--config", path, *settings]
 
-    def run(folder: Path, *overrides: str) -> FinetuneResult:
-        result = run_tune(*launch, f"output_dir={folder}", *overrides, cwd=tmp_path)
+    def run(directory: Path, *overrides: str) -> FinetuneResult:
+        result = run_tune(*launch, f"output_dir={directory}", *overrides, cwd=tmp_path)
         assert result.returncode == 0, result.stderr
-        return FinetuneResult(folder)
+        return FinetuneResult(directory)
 
     both = run(tmp_path / "both")
     assert_identical(run(cut(both, tmp_path / "cut", 4), RESUME), both)
@@ -208,23 +208,23 @@ def test_kill_at_a_random_moment_loses_nothing(tmp_path: Path) -> None:
     duration = kill_resume.uninterrupted(tmp_path, variant, tmp_path / "whole")
     expected = kill_resume.outcome(tmp_path / "whole")
     for moment in ({"seconds": duration / 2}, {"write": 57}):
-        folder = tmp_path / next(iter(moment))
-        kill_resume.kill_and_resume(tmp_path, variant, folder, **moment)
-        assert kill_resume.outcome(folder) == expected
-        assert not list(folder.rglob(".*")), "a half-written folder is left"
+        directory = tmp_path / next(iter(moment))
+        kill_resume.kill_and_resume(tmp_path, variant, directory, **moment)
+        assert kill_resume.outcome(directory) == expected
+        assert not list(directory.rglob(".*")), "a half-written directory is left"
 
 
 def test_newest_good_checkpoint_is_found_and_named(
     config: Config, whole: FinetuneResult, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = cut(whole, tmp_path / "run", 5)
-    weights = folder / "checkpoints/step_00000005/side_network/side_network.safetensors"
+    directory = cut(whole, tmp_path / "run", 5)
+    weights = directory / "checkpoints/step_00000005/side_network/side_network.safetensors"
     os.truncate(weights, 100)
-    assert_identical(finetune(config, folder, *SETTINGS, RESUME), whole)
+    assert_identical(finetune(config, directory, *SETTINGS, RESUME), whole)
     log = caplog.text
     assert "step_00000005 is passed over: side_network/side_network.safetensors has changed" in log
-    assert f"resuming from {folder}/checkpoints/step_00000004" in log
-    assert (folder / "checkpoints/damaged_step_00000005").is_dir()
+    assert f"resuming from {directory}/checkpoints/step_00000004" in log
+    assert (directory / "checkpoints/damaged_step_00000005").is_dir()
 
 
 def test_resuming_without_a_checkpoint_begins_at_the_beginning(
@@ -237,7 +237,7 @@ def test_resuming_without_a_checkpoint_begins_at_the_beginning(
 def test_longer_run_goes_on_from_a_finished_one(
     config: Config, whole: FinetuneResult, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    shutil.copytree(whole.folder, tmp_path / "run")
+    shutil.copytree(whole.directory, tmp_path / "run")
     run = finetune(config, tmp_path / "run", *SETTINGS, RESUME, "epochs=4")
     assert len(run.train_loss) == NUM_STEPS + 3
     assert run.train_loss[:NUM_STEPS].tolist() == whole.train_loss.tolist()
@@ -263,12 +263,12 @@ REFUSED = {
 def test_change_that_would_break_the_run_is_refused(
     change: str, config: Config, whole: FinetuneResult, tmp_path: Path
 ) -> None:
-    folder = cut(whole, tmp_path / "run", 4)
+    directory = cut(whole, tmp_path / "run", 4)
     with pytest.raises(UserError) as error:
-        finetune(config, folder, *SETTINGS, RESUME, change)
+        finetune(config, directory, *SETTINGS, RESUME, change)
     missing = [part for part in REFUSED[change] if part not in str(error.value)]
     assert missing == [], error.value
-    assert steps_of(folder) == [1, 2, 3, 4], "nothing is lost"
+    assert steps_of(directory) == [1, 2, 3, 4], "nothing is lost"
 
 
 @pytest.mark.parametrize(
@@ -298,8 +298,8 @@ def test_changed_rows_are_refused(
 
 def test_rows_may_have_moved(config: Config, whole: FinetuneResult, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "moved.jsonl", colour_rows(12))
-    folder = cut(whole, tmp_path / "run", 4)
-    run = finetune(config, folder, *SETTINGS, RESUME, f"dataset.data_files={path}")
+    directory = cut(whole, tmp_path / "run", 4)
+    run = finetune(config, directory, *SETTINGS, RESUME, f"dataset.data_files={path}")
     assert_identical(run, whole)
 
 
@@ -310,28 +310,30 @@ def test_kept_hidden_states_may_have_moved_or_be_lost(config: Config, tmp_path: 
     assert_identical(resumed, whole)
 
 
-def test_new_run_in_an_old_folder_sets_the_old_checkpoints_aside(
+def test_new_run_in_an_old_directory_sets_the_old_checkpoints_aside(
     config: Config, whole: FinetuneResult, tmp_path: Path
 ) -> None:
-    shutil.copytree(whole.folder, tmp_path / "run")
+    shutil.copytree(whole.directory, tmp_path / "run")
     run = finetune(config, tmp_path / "run", *SETTINGS, "seed=1")
     assert run.weights_file.read_bytes() != whole.weights_file.read_bytes()
-    assert CheckpointStore(run.folder / "checkpoints_before").steps() == steps_of(whole.folder)
+    assert CheckpointStore(run.directory / "checkpoints_before").steps() == steps_of(
+        whole.directory
+    )
 
 
-def test_checkpoint_is_a_folder_without_a_pickle_whose_result_can_be_used(
+def test_checkpoint_is_a_directory_without_a_pickle_whose_result_can_be_used(
     whole: FinetuneResult,
 ) -> None:
-    folder = whole.folder / f"checkpoints/step_{NUM_STEPS:08}"
-    assert {path.name for path in folder.iterdir()} == {
+    directory = whole.directory / f"checkpoints/step_{NUM_STEPS:08}"
+    assert {path.name for path in directory.iterdir()} == {
         "manifest.json",
         "state.json",
         "state.safetensors",
         "side_network",
     }
-    result = {path.name: path.read_bytes() for path in (folder / "side_network").iterdir()}
+    result = {path.name: path.read_bytes() for path in (directory / "side_network").iterdir()}
     assert result.keys() == {path.name for path in whole.weights_file.parent.iterdir()}
-    state = json.loads((folder / "state.json").read_text())
+    state = json.loads((directory / "state.json").read_text())
     assert state["progress"]["step"] == NUM_STEPS
     assert state["config"]["epochs"] == 3
 
@@ -339,16 +341,16 @@ def test_checkpoint_is_a_folder_without_a_pickle_whose_result_can_be_used(
 # Stopping.
 
 
-def faulty_loss(kind: str, folder: Path, **arguments: Any) -> list[str]:
+def faulty_loss(kind: str, directory: Path, **arguments: Any) -> list[str]:
     """Overrides: a loss of faults.py that goes wrong in the second half of the third step.
 
     Two batches of held-out rows come before the first step and two after the second, then the
     first half of the third.
     """
     call = 2 + 2 * 2 + 2 + 2
-    settings = {"call": call, "marker": folder.with_suffix(".marker"), **arguments}
+    settings = {"call": call, "marker": directory.with_suffix(".marker"), **arguments}
     pairs = [f"loss.{key}={value}" for key, value in settings.items()]
-    return [*SETTINGS, f"loss._component_=tests.recipes.faults.{kind}", *pairs, "batch_size_val=3"]
+    return [*SETTINGS, f"loss._component_=tests.support.faults.{kind}", *pairs, "batch_size_val=3"]
 
 
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
@@ -360,20 +362,20 @@ def test_signal_finishes_the_step_and_saves(
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    folder = tmp_path / "run"
-    settings = faulty_loss("SignalledLoss", folder, signal_name=name)
+    directory = tmp_path / "run"
+    settings = faulty_loss("SignalledLoss", directory, signal_name=name)
     settings += ["save_every_n_steps=null"]
     handler = signal.getsignal(signal.Signals[name])
     with pytest.raises(SystemExit) as stopped:
-        finetune(config, folder, *settings)
+        finetune(config, directory, *settings)
     assert stopped.value.code == status
     assert signal.getsignal(signal.Signals[name]) is handler
     captured = capfd.readouterr()
     assert f"{name}: finishing this step, then saving" in captured.err
     assert f"stopped by {name} after step 3 of {NUM_STEPS}" in captured.out
-    assert steps_of(folder) == [2, 3]
-    assert (folder / "side_network").is_dir()
-    assert_identical(finetune(config, folder, *settings, RESUME), plain_whole)
+    assert steps_of(directory) == [2, 3]
+    assert (directory / "side_network").is_dir()
+    assert_identical(finetune(config, directory, *settings, RESUME), plain_whole)
 
 
 @pytest.mark.parametrize("write", [0, 8])
@@ -384,7 +386,7 @@ def test_full_disk_is_one_line_and_leaves_the_last_good_checkpoint(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    num_files = 8 + 3  # of a checkpoint, and their folders
+    num_files = 8 + 3  # of a checkpoint, and their directories
     count = iter(range(10**6))
     fsync = os.fsync
 
@@ -423,16 +425,16 @@ def test_step_that_is_not_finite_stops_the_run_with_its_rows(
     plain_whole: FinetuneResult,
     tmp_path: Path,
 ) -> None:
-    folder = tmp_path / "run"
-    settings = [*faulty_loss(kind, folder, **arguments), "save_every_n_steps=100"]
+    directory = tmp_path / "run"
+    settings = [*faulty_loss(kind, directory, **arguments), "save_every_n_steps=100"]
     with pytest.raises(UserError) as error:
-        finetune(config, folder, *settings)
+        finetune(config, directory, *settings)
     assert str(error.value).startswith("step 3: the loss is ")
     assert what in str(error.value)
     rows = BATCHES_OF_EPOCH_0[4] + BATCHES_OF_EPOCH_0[5]
     assert f"(rows {', '.join(map(str, rows))} of the dataset)" in str(error.value)
-    assert steps_of(folder) == [2], "the steps before it are saved"
-    assert_identical(finetune(config, folder, *settings, RESUME), plain_whole)
+    assert steps_of(directory) == [2], "the steps before it are saved"
+    assert_identical(finetune(config, directory, *settings, RESUME), plain_whole)
 
 
 def test_steps_that_are_not_finite_can_be_left_out(config: Config, tmp_path: Path) -> None:
@@ -442,7 +444,9 @@ def test_steps_that_are_not_finite_can_be_left_out(config: Config, tmp_path: Pat
     assert "3" not in run.summary["train_loss"]
     before, after = (
         load_file(
-            run.folder / f"checkpoints/step_0000000{step}/side_network" / SIDE_NETWORK.weights_file
+            run.directory
+            / f"checkpoints/step_0000000{step}/side_network"
+            / SIDE_NETWORK.weights_file
         )
         for step in (2, 3)
     )
@@ -468,10 +472,10 @@ def test_best_step_is_the_one_that_is_exported(
     best = min(losses, key=losses.__getitem__)
     assert best < NUM_STEPS
     exported = run.weights_file.read_bytes()
-    store = CheckpointStore(run.folder / "checkpoints")
+    store = CheckpointStore(run.directory / "checkpoints")
     assert store.steps() == [best, NUM_STEPS], "the best one is never deleted"
     for step in store.steps():
-        saved = store.checkpoint(step).folder / "side_network" / SIDE_NETWORK.weights_file
+        saved = store.checkpoint(step).directory / "side_network" / SIDE_NETWORK.weights_file
         assert (saved.read_bytes() == exported) == (step == best)
     assert f"step {best} of {NUM_STEPS}, the best of the validated steps" in capfd.readouterr().out
 
@@ -528,10 +532,10 @@ def test_lost_best_checkpoint_is_told_and_another_becomes_the_best(
     settings = [*SETTINGS, "optimizer.lr=0.5", "lr_scheduler.num_warmup_steps=9"]
     finetune(config, tmp_path / "run", *settings, "epochs=2", "lr_scheduler=null")
     store = CheckpointStore(tmp_path / "run" / "checkpoints")
-    state = json.loads((store.checkpoint(6).folder / "state.json").read_text())
+    state = json.loads((store.checkpoint(6).directory / "state.json").read_text())
     best = state["progress"]["best_step"]
     assert best < 6
-    (store.checkpoint(best).folder / "manifest.json").unlink()
+    (store.checkpoint(best).directory / "manifest.json").unlink()
     run = finetune(config, tmp_path / "run", *settings, "epochs=3", "lr_scheduler=null", RESUME)
     assert f"the checkpoint of step {best}, the best so far, is lost: " in caplog.text
     assert run.summary["best_step"] > 6

@@ -12,9 +12,9 @@ from omegaconf import OmegaConf
 
 from qst_tune.data import hf_chat_tokenizer
 from qst_tune.evaluation.log_likelihood import Continuation, log_likelihoods
-from tests.checkpoints import finetune_config, write_config, write_jsonl
-from tests.folders import side_network_folder
-from tests.recipe_runs import run_tune
+from tests.support.checkpoints import finetune_config, write_config, write_jsonl
+from tests.support.directories import side_network_directory
+from tests.support.recipe_runs import run_tune
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CHOICES = ["it", "is", "of", "box"]
@@ -31,7 +31,7 @@ def is_installed() -> bool:
 pytestmark = pytest.mark.skipif(not is_installed(), reason="needs the extra stock-eval")
 
 
-def write_task(folder: Path, rows: Path) -> None:
+def write_task(directory: Path, rows: Path) -> None:
     """Of the harness: questions whose answer is the likeliest of four words."""
     task = {
         "task": "boxes",
@@ -44,20 +44,20 @@ def write_task(folder: Path, rows: Path) -> None:
         "doc_to_target": "{{answer}}",
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }
-    folder.mkdir()
-    OmegaConf.save(OmegaConf.create(task), folder / "boxes.yaml")
+    directory.mkdir()
+    OmegaConf.save(OmegaConf.create(task), directory / "boxes.yaml")
 
 
-def write_gpt2(folder: Path, tokenizer_of: Path) -> None:
+def write_gpt2(directory: Path, tokenizer_of: Path) -> None:
     """What the recipe loads under this name and then replaces."""
     config = transformers.GPT2Config(vocab_size=320, n_embd=8, n_layer=1, n_head=1, n_positions=64)
-    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    transformers.GPT2LMHeadModel(config).save_pretrained(directory)
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_text((tokenizer_of / name).read_text())
+        (directory / name).write_text((tokenizer_of / name).read_text())
 
 
 def test_its_accuracy_is_ours(tmp_path: Path) -> None:
-    side_network, model = side_network_folder(tmp_path)
+    side_network, model = side_network_directory(tmp_path)
     tokenizer = hf_chat_tokenizer(str(tmp_path / "model"))
     questions = [f"what is the colour of box {number}" for number in range(9)]
     best = []

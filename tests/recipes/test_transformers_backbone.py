@@ -11,11 +11,16 @@ from qst_tune.config.file import parse_config
 from qst_tune.errors import UserError
 from qst_tune.sharing.inspection import verify_directory
 from qst_tune.transformers import QSTForCausalLM
-from tests.backbone.model_types import tiny_model
-from tests.checkpoints import colour_rows, finetune_config, write_chat_tokenizer, write_jsonl
-from tests.ranks import run_on
-from tests.recipe_runs import merged, one_thread, run_tune
 from tests.recipes.test_qst_dpo import write_pairs
+from tests.support.checkpoints import (
+    colour_rows,
+    finetune_config,
+    write_chat_tokenizer,
+    write_jsonl,
+)
+from tests.support.model_types import tiny_model
+from tests.support.ranks import run_on
+from tests.support.recipe_runs import merged, one_thread, run_tune
 
 CONFIG = Path(__file__).parents[2] / "configs" / "auto" / "qst.yaml"
 
@@ -131,18 +136,18 @@ def test_the_result_is_evaluated_verified_and_tuned_on_by_preferences(
 def test_both_backbones_of_one_model_learn_alike(tmp_path: Path) -> None:
     """A Llama, which torchtune has too: the first loss is the same, later ones nearly."""
     config = {**finetune_config(tmp_path), "epochs": 3, "dataset_val": None}
-    folder = str(tmp_path / "model")
+    directory = str(tmp_path / "model")
     choices = {"_component_": "qst_tune.models.qst_from_hf", "reduction_factor": 4, "rank": 4}
     other = {
         **config,
         "model": {
             **choices,
             "_component_": "qst_tune.models.qst_from_hf",
-            "checkpoint_dir": folder,
+            "checkpoint_dir": directory,
         },
         "checkpointer": {
             "_component_": "qst_tune.training.HFCheckpointer",
-            "checkpoint_dir": folder,
+            "checkpoint_dir": directory,
         },
     }
     losses = []

@@ -14,7 +14,7 @@ from qst_tune.recipes import qst_finetune
 from safetensors.torch import load_file, save_file
 
 from qst_tune.config.cli import run_recipe
-from tests.checkpoints import (
+from tests.support.checkpoints import (
     Config,
     colour_rows,
     finetune_config,
@@ -23,7 +23,7 @@ from tests.checkpoints import (
     write_config,
     write_jsonl,
 )
-from tests.recipe_runs import one_thread, run_tune
+from tests.support.recipe_runs import one_thread, run_tune
 
 Change = Callable[[Path], Any]
 
@@ -31,8 +31,8 @@ Change = Callable[[Path], Any]
 class Mistake(NamedTuple):
     """One wrong thing, and what the message must say of it.
 
-    ``arguments`` come after ``--config config.yaml`` in a folder that holds the files of
-    ``finetune_config``; ``{root}`` stands for that folder. ``change`` alters its files before.
+    ``arguments`` come after ``--config config.yaml`` in a directory that holds the files of
+    ``finetune_config``; ``{root}`` stands for that directory. ``change`` alters its files before.
     """
 
     name: str
@@ -114,7 +114,7 @@ MISTAKES = [
         "file that is a list", [], ["config.yaml is not a mapping"], write("config.yaml", "- 1\n")
     ),
     Mistake("binary file", [], ["config.yaml cannot be read"], truncate("config.yaml", 10**4)),
-    Mistake("folder", ["--config", "{root}"], ["cannot be read", "directory"]),
+    Mistake("directory", ["--config", "{root}"], ["cannot be read", "directory"]),
     # Keys.
     Mistake("misspelt key", ["btch_size=2"], ["'btch_size'", "did you mean 'batch_size'?"]),
     Mistake("key of nothing", ["zzz=1"], ["unknown key 'zzz'"]),
@@ -259,17 +259,17 @@ MISTAKES = [
     Mistake("dtype of nothing", ["dtype=fp7"], ["dtype=fp7", "bf16, fp16 or fp32"]),
     Mistake("device of nothing", ["device=abacus"], ["device=abacus", "cannot be used"]),
     Mistake("offloading", ["enable_activation_offloading=True"], ["offload", "set it to False"]),
-    # The output folder; root may write anywhere, but not below a file.
+    # The output directory; root may write anywhere, but not below a file.
     Mistake("output below a file", ["output_dir={root}/val.jsonl/x"], ["output_dir=", "val.jsonl"]),
     Mistake("output is a file", ["output_dir={root}/val.jsonl"], ["output_dir=", "not writable"]),
     Mistake("output in /proc", ["output_dir=/proc/qst/x"], ["output_dir=/proc/qst/x"]),
     # The checkpoint.
     Mistake(
-        "missing folder",
+        "missing directory",
         ["checkpointer.checkpoint_dir={root}/absent", "tokenizer.path={root}/model"],
         ["absent does not exist", "tune download"],
     ),
-    Mistake("no folder named", ["checkpointer.checkpoint_dir=null"], ["checkpoint_dir"]),
+    Mistake("no directory named", ["checkpointer.checkpoint_dir=null"], ["checkpoint_dir"]),
     Mistake("no files named", ["~checkpointer.checkpoint_files"], ["checkpoint_files"]),
     Mistake("missing weights file", [], ["model.safetensors"], remove("model/model.safetensors")),
     Mistake("missing config.json", [], ["config.json"], remove("model/config.json")),
@@ -351,7 +351,9 @@ MISTAKES = [
     Mistake("malformed data", [], ["dataset: ", "JSON"], write("train.jsonl", '{"input": 1\n{]')),
     Mistake("data of another format", ["dataset.source=csv"], ["dataset"]),
     Mistake("binary data", [], ["dataset: "], lambda root: truncate_up(root / "train.jsonl")),
-    Mistake("data that is a folder", ["dataset.data_files={root}/model"], ["dataset: ", "model"]),
+    Mistake(
+        "data that is a directory", ["dataset.data_files={root}/model"], ["dataset: ", "model"]
+    ),
     Mistake("rows that are lists", [], ["dataset"], write("train.jsonl", "[1, 2]\n" * 8)),
     Mistake("rows that are numbers", [], ["dataset"], write("train.jsonl", "7\n" * 8)),
     Mistake(
@@ -414,13 +416,13 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config]:
-    folder = tmp_path_factory.mktemp("template")
-    return folder, finetune_config(folder)
+    directory = tmp_path_factory.mktemp("template")
+    return directory, finetune_config(directory)
 
 
 @pytest.fixture
 def root(template: tuple[Path, Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A fresh folder with a model, data and a config, as the current directory."""
+    """A fresh directory with a model, data and a config, as the current directory."""
     shutil.copytree(template[0], tmp_path, dirs_exist_ok=True)
     write_config(tmp_path / "config.yaml", finetune_config(tmp_path))
     monkeypatch.chdir(tmp_path)

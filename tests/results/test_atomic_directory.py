@@ -1,4 +1,4 @@
-"""Folders are replaced whole or not at all."""
+"""Directories are replaced whole or not at all."""
 
 import errno
 import os
@@ -8,35 +8,35 @@ from pathlib import Path
 import pytest
 
 from qst_tune.errors import UserError
-from qst_tune.results.atomic_directory import whole_folder, write_folder
+from qst_tune.results.atomic_directory import whole_directory, write_directory
 
 OLD, NEW = {"a": b"old", "b": b"gone"}, {"a": b"new", "c/d": b"nested"}
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+def content(directory: Path) -> dict[str, bytes]:
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
-def test_folder_is_replaced_by_exactly_the_new_files(tmp_path: Path) -> None:
+def test_directory_is_replaced_by_exactly_the_new_files(tmp_path: Path) -> None:
     for files in (OLD, NEW):
-        write_folder(tmp_path / "x" / "folder", files)
-        assert content(tmp_path / "x" / "folder") == files
-    assert [path.name for path in (tmp_path / "x").iterdir()] == ["folder"]
+        write_directory(tmp_path / "x" / "directory", files)
+        assert content(tmp_path / "x" / "directory") == files
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["directory"]
 
 
-def test_permissions_are_those_of_any_folder_the_user_makes(tmp_path: Path) -> None:
-    write_folder(tmp_path / "folder", OLD)
+def test_permissions_are_those_of_any_directory_the_user_makes(tmp_path: Path) -> None:
+    write_directory(tmp_path / "directory", OLD)
     (tmp_path / "plain").mkdir()
-    modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("folder", "plain")}
+    modes = {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("directory", "plain")}
     assert len(modes) == 1
 
 
 @pytest.mark.parametrize("call", ["fsync", "rename 0", "rename 1"])
-def test_failed_write_leaves_the_old_folder(
+def test_failed_write_leaves_the_old_directory(
     call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_folder(tmp_path / "folder", OLD)
+    write_directory(tmp_path / "directory", OLD)
     rename, count = Path.rename, iter(range(10))
 
     def fail(*_: object) -> None:
@@ -50,15 +50,15 @@ def test_failed_write_leaves_the_old_folder(
             patch.setattr(os, "fsync", fail)
         else:
             patch.setattr(Path, "rename", fail_in_turn)
-        with pytest.raises(UserError, match=r"^cannot write .*folder: No space left on device$"):
-            write_folder(tmp_path / "folder", NEW)
-    assert content(tmp_path / "folder") == OLD
-    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+        with pytest.raises(UserError, match=r"^cannot write .*directory: No space left on device$"):
+            write_directory(tmp_path / "directory", NEW)
+    assert content(tmp_path / "directory") == OLD
+    assert [path.name for path in tmp_path.iterdir()] == ["directory"]
 
 
-def test_folder_whose_filling_fails_does_not_appear(tmp_path: Path) -> None:
+def test_directory_whose_filling_fails_does_not_appear(tmp_path: Path) -> None:
     def fill_half() -> None:
-        with whole_folder(tmp_path / "folder") as new:
+        with whole_directory(tmp_path / "directory") as new:
             (new / "half").write_text("")
             raise ZeroDivisionError
 

@@ -16,12 +16,13 @@ from qst_tune.generation.sequence import CachedSequence, continue_sequence
 from qst_tune.models import qst_decoder
 from qst_tune.modules.qst_classifier import QSTClassifier
 from qst_tune.results.authors_checkpoint import (
-    read_authors_folder,
+    read_authors_directory,
     side_from_authors,
     side_to_authors,
-    write_authors_folder,
+    write_authors_directory,
 )
-from tests.helpers import (
+from tests.reference import qst_reference as reference
+from tests.support.numbers import (
     randomize_,
     reference_backbone,
     reference_choices,
@@ -29,16 +30,15 @@ from tests.helpers import (
     reference_side,
     tiny_backbone,
 )
-from tests.opt_models import (
+from tests.support.opt_models import (
     SIZES,
     authors_opt_weights,
     opt_backbone,
     padded_batch,
     randomize_opt_,
 )
-from tests.reference import qst_reference as reference
-from tests.shared_data import AUTHORS_LLAMA as GOLDEN
-from tests.shared_data import needs
+from tests.support.shared_data import AUTHORS_LLAMA as GOLDEN
+from tests.support.shared_data import needs
 
 needs_golden = needs(GOLDEN)
 
@@ -67,7 +67,7 @@ def load_golden_model():
         backbone, reduction_factor=4, rank=8, variant="authors", quantize_base=False
     )
     side = side_from_authors(
-        read_authors_folder(GOLDEN / "authors_qst_state"),
+        read_authors_directory(GOLDEN / "authors_qst_state"),
         num_heads=NUM_HEADS,
         num_kv_heads=NUM_KV_HEADS,
     )
@@ -158,11 +158,11 @@ def test_the_literal_transcription_equals_the_authors():
 
 
 @needs_golden
-def test_the_pickled_folder_holds_the_same_tensors_as_the_safetensors_file():
-    folder = read_authors_folder(GOLDEN / "authors_qst_state")
+def test_the_pickled_directory_holds_the_same_tensors_as_the_safetensors_file():
+    directory = read_authors_directory(GOLDEN / "authors_qst_state")
     expected = load_file(GOLDEN / "side.safetensors")
-    assert set(folder) == set(expected)
-    for name, tensor in folder.items():
+    assert set(directory) == set(expected)
+    for name, tensor in directory.items():
         assert torch.equal(tensor, expected[name]), name
 
 
@@ -297,7 +297,7 @@ def test_opt_weighs_the_side_network_with_the_output_gate():
     assert torch.all(fresh.side.output_mix.logit == 1)
 
 
-def write_opt_folder(folder: Path, side) -> None:
+def write_opt_directory(directory: Path, side) -> None:
     """The files of ``save_qst_state`` in their modeling_opt_qst.py."""
     prefixes = {
         "qst_layers": "model.decoder.qst_layers.",
@@ -308,16 +308,16 @@ def write_opt_folder(folder: Path, side) -> None:
     }
     for name, prefix in prefixes.items():
         part = {k.removeprefix(prefix): v for k, v in side.items() if k.startswith(prefix)}
-        torch.save(part, folder / f"{name}_parameters.pt")
-    torch.save(side["lm_head_z"], folder / "lm_head_z_parameters.pt")
+        torch.save(part, directory / f"{name}_parameters.pt")
+    torch.save(side["lm_head_z"], directory / "lm_head_z_parameters.pt")
 
 
-def test_an_opt_folder_loads_and_computes_the_same(tmp_path):
+def test_an_opt_directory_loads_and_computes_the_same(tmp_path):
     model, _, side = opt_model()
-    write_opt_folder(tmp_path, side)
+    write_opt_directory(tmp_path, side)
     tokens, _ = padded_batch("right")
     expected = model(tokens)
-    state = read_authors_folder(tmp_path)
+    state = read_authors_directory(tmp_path)
     assert state.keys() == side.keys()
     randomize_opt_(model.side)
     assert not torch.equal(model(tokens), expected)
@@ -325,12 +325,12 @@ def test_an_opt_folder_loads_and_computes_the_same(tmp_path):
     assert torch.equal(model(tokens), expected)
 
 
-def test_a_missing_file_of_an_opt_folder_is_named_with_its_own_list(tmp_path):
+def test_a_missing_file_of_an_opt_directory_is_named_with_its_own_list(tmp_path):
     torch.save({"0.fc1.weight": torch.ones(3)}, tmp_path / "qst_layers_parameters.pt")
     with pytest.raises(UserError, match=r"qst_z_.* missing: .*, lm_head_z_parameters\.pt$"):
-        read_authors_folder(tmp_path)
+        read_authors_directory(tmp_path)
     with pytest.raises(UserError, match=r"missing: .*qst_score_.*, score_z_parameters\.pt$"):
-        read_authors_folder(tmp_path, classifier=True)
+        read_authors_directory(tmp_path, classifier=True)
 
 
 # Classifiers: their save_qst_state writes these, and fails at the one that is bare.
@@ -339,7 +339,7 @@ def test_a_missing_file_of_an_opt_folder_is_named_with_its_own_list(tmp_path):
 @pytest.mark.parametrize(
     ("family", "gate_file"), [("llama", "score_z_path.pt"), ("opt", "score_z_parameters.pt")]
 )
-def test_a_classifiers_folder_is_what_the_authors_code_loads(family, gate_file, tmp_path):
+def test_a_classifiers_directory_is_what_the_authors_code_loads(family, gate_file, tmp_path):
     builder = {
         "llama": lambda: tiny_backbone(num_heads=4, num_kv_heads=2, embed_dim=64),
         "opt": opt_backbone,
@@ -348,9 +348,10 @@ def test_a_classifiers_folder_is_what_the_authors_code_loads(family, gate_file, 
     side = QSTClassifier(decoder, 3).side.state_dict()
     heads = {"num_heads": 4, "num_kv_heads": 2 if family == "llama" else 4}
     state = side_to_authors(side, family, **heads)
-    write_authors_folder(tmp_path / "folder", state)
+    write_authors_directory(tmp_path / "directory", state)
     files = {
-        path.name: torch.load(path, weights_only=True) for path in (tmp_path / "folder").iterdir()
+        path.name: torch.load(path, weights_only=True)
+        for path in (tmp_path / "directory").iterdir()
     }
     assert set(files) == {
         "qst_layers_parameters.pt",
@@ -364,18 +365,18 @@ def test_a_classifiers_folder_is_what_the_authors_code_loads(family, gate_file, 
     assert list(files["qst_score_parameters.pt"]) == ["weight"]
     assert torch.equal(files["qst_score_parameters.pt"]["weight"], side["score.weight"])
     assert torch.equal(files[gate_file], side["output_mix.logit"])
-    read = read_authors_folder(tmp_path / "folder", classifier=True)
+    read = read_authors_directory(tmp_path / "directory", classifier=True)
     assert read.keys() == state.keys()
     back = side_from_authors(read, **heads)
     assert back.keys() == side.keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in side.items())
-    (tmp_path / "folder" / gate_file).unlink()
-    without_gate = read_authors_folder(tmp_path / "folder", classifier=True)
+    (tmp_path / "directory" / gate_file).unlink()
+    without_gate = read_authors_directory(tmp_path / "directory", classifier=True)
     assert without_gate.keys() == state.keys() - {"score_z"}
     with pytest.raises(
         UserError, match=r"is a classifier's, it has qst_score_parameters\.pt: name"
     ):
-        read_authors_folder(tmp_path / "folder")
+        read_authors_directory(tmp_path / "directory")
 
 
 # Files.
@@ -388,10 +389,10 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
 
     torch.save({"0.weight": Hostile()}, tmp_path / "qst_layers_parameters.pt")
     with pytest.raises(UserError, match=r"qst_layers_parameters\.pt is not a plain state dict"):
-        read_authors_folder(tmp_path)
+        read_authors_directory(tmp_path)
     assert not (tmp_path / "owned").exists()
 
 
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"qst_layers_parameters\.pt is missing"):
-        read_authors_folder(tmp_path)
+        read_authors_directory(tmp_path)

@@ -1,4 +1,4 @@
-"""Folders of the authors' code become ours and theirs again, bit for bit."""
+"""Directories of the authors' code become ours and theirs again, bit for bit."""
 
 from functools import partial
 from pathlib import Path
@@ -16,17 +16,17 @@ from qst_tune.models import qst_builder
 from qst_tune.models.setup import build_on_meta
 from qst_tune.results.authors_checkpoint import (
     Weights,
-    read_authors_folder,
+    read_authors_directory,
     side_to_authors,
-    write_authors_folder,
+    write_authors_directory,
 )
 from qst_tune.results.authors_conversion import export_authors, import_authors
 from qst_tune.results.side_network import save_side_network
-from tests import opt_models
-from tests.checkpoints import SIZES
-from tests.helpers import TINY
-from tests.shared_data import AUTHORS_LLAMA as GOLDEN
-from tests.shared_data import needs
+from tests.support import opt_models
+from tests.support.checkpoints import SIZES
+from tests.support.numbers import TINY
+from tests.support.shared_data import AUTHORS_LLAMA as GOLDEN
+from tests.support.shared_data import needs
 
 needs_golden = needs(GOLDEN)
 BACKBONE = BackboneId("somewhere", "0" * 64, "nf4")
@@ -76,9 +76,9 @@ def random_state(block: dict[str, Any], dtype=torch.float32) -> Weights:
     return side_to_authors(side.state_dict(), family, **heads)
 
 
-def save(folder: Path, side, block: dict[str, Any]) -> None:
+def save(directory: Path, side, block: dict[str, Any]) -> None:
     save_side_network(
-        folder, side, backbone=BACKBONE, model_block=block, recipe_config="", results={}
+        directory, side, backbone=BACKBONE, model_block=block, recipe_config="", results={}
     )
 
 
@@ -108,7 +108,7 @@ def test_theirs_to_ours_and_back_is_exact_and_finds_the_shapes(
 ):
     chosen = {**block, "reduction_factor": reduction_factor, "rank": rank}
     expected = random_state(chosen, dtype)
-    write_authors_folder(tmp_path / "theirs", expected)
+    write_authors_directory(tmp_path / "theirs", expected)
     assert len(list((tmp_path / "theirs").iterdir())) == (7 if "num_labels" in block else 6)
     model, found = import_authors(tmp_path / "theirs", config(block))
     assert found == {**chosen, "variant": "authors"}
@@ -116,23 +116,23 @@ def test_theirs_to_ours_and_back_is_exact_and_finds_the_shapes(
     state, settings = export_authors(tmp_path / "ours", config(block))
     assert (settings["r"], settings["peft_hidden_size"]) == (reduction_factor, rank)
     assert settings.get("num_labels") == block.get("num_labels")
-    write_authors_folder(tmp_path / "again", state)
-    again = read_authors_folder(tmp_path / "again", classifier="num_labels" in block)
+    write_authors_directory(tmp_path / "again", state)
+    again = read_authors_directory(tmp_path / "again", classifier="num_labels" in block)
     assert_same_tensors(again, expected)
 
 
 @needs_golden
-def test_a_folder_of_theirs_comes_back_bit_for_bit(tmp_path: Path):
+def test_a_directory_of_theirs_comes_back_bit_for_bit(tmp_path: Path):
     model, found = import_authors(GOLDEN / "authors_qst_state", config(GOLDEN_BLOCK))
     assert (found["reduction_factor"], found["rank"]) == (4, 8)
     save(tmp_path / "ours", model.side, found)
-    write_authors_folder(tmp_path / "again", export_authors(tmp_path / "ours", config(found))[0])
+    write_authors_directory(tmp_path / "again", export_authors(tmp_path / "ours", config(found))[0])
     files = {path.name for path in (GOLDEN / "authors_qst_state").iterdir()}
     assert {path.name for path in (tmp_path / "again").iterdir()} == files
     for name in files:
         theirs, ours = (
-            torch.load(folder / name, weights_only=True)
-            for folder in (GOLDEN / "authors_qst_state", tmp_path / "again")
+            torch.load(directory / name, weights_only=True)
+            for directory in (GOLDEN / "authors_qst_state", tmp_path / "again")
         )
         assert isinstance(ours, torch.nn.Parameter) == isinstance(theirs, torch.nn.Parameter)
         bare = isinstance(theirs, torch.Tensor)
@@ -144,7 +144,7 @@ def test_a_trained_side_network_of_ours_goes_there_and_comes_back(tmp_path: Path
     side = random_side(block)
     save(tmp_path / "ours", side, block)
     state, _ = export_authors(tmp_path / "ours", config(LLAMA))
-    write_authors_folder(tmp_path / "theirs", state)
+    write_authors_directory(tmp_path / "theirs", state)
     model, _ = import_authors(tmp_path / "theirs", config(LLAMA))
     assert_same_tensors(model.side.state_dict(), side.state_dict())
 
@@ -155,10 +155,10 @@ def test_a_trained_side_network_of_ours_goes_there_and_comes_back(tmp_path: Path
 def test_a_gate_that_their_code_did_not_write_has_its_start_and_is_said_to(
     block, start, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
-    """As every classifier's folder of theirs is; the export holds it, since they ask for it."""
+    """As every classifier's directory of theirs is; the export holds it, since they ask for it."""
     reduction_factor = 4 if start else 3  # which divide 64 and 48
     state = random_state({**block, "reduction_factor": reduction_factor, "rank": 5})
-    write_authors_folder(tmp_path / "theirs", state)
+    write_authors_directory(tmp_path / "theirs", state)
     (gate_file,) = (tmp_path / "theirs").glob("score_z*")
     gate_file.unlink()
     model, found = import_authors(tmp_path / "theirs", config(block))
@@ -167,7 +167,7 @@ def test_a_gate_that_their_code_did_not_write_has_its_start_and_is_said_to(
     exported, _ = export_authors(tmp_path / "ours", config(block))
     gate = torch.full_like(state["score_z"], start)
     assert_same_tensors(exported, {**state, "score_z": gate})
-    write_authors_folder(tmp_path / "again", exported)
+    write_authors_directory(tmp_path / "again", exported)
     assert (tmp_path / "again" / gate_file.name).exists()
 
 
@@ -176,14 +176,14 @@ def test_a_gate_that_their_code_did_not_write_has_its_start_and_is_said_to(
 
 @pytest.fixture
 def theirs(tmp_path: Path) -> Path:
-    folder = tmp_path / "theirs"
-    write_authors_folder(folder, random_state({**LLAMA, "reduction_factor": 4, "rank": 5}))
-    return folder
+    directory = tmp_path / "theirs"
+    write_authors_directory(directory, random_state({**LLAMA, "reduction_factor": 4, "rank": 5}))
+    return directory
 
 
-def refused(folder: Path, block: dict[str, Any] = LLAMA) -> str:
+def refused(directory: Path, block: dict[str, Any] = LLAMA) -> str:
     with pytest.raises(UserError) as error:
-        import_authors(folder, config(block))
+        import_authors(directory, config(block))
     message = str(error.value)
     assert "\n" not in message
     return message
@@ -212,7 +212,7 @@ def test_other_heads_or_mlp_widths_are_refused_with_a_tensor_that_shows_it(their
 def test_side_blocks_that_our_attention_cannot_split_are_refused(tmp_path: Path):
     """r = 8 gives width 8, and 4 heads of 2: theirs computes that, ours takes 2 heads of 4."""
     state = random_state({**LLAMA, "reduction_factor": 8, "rank": 5})
-    write_authors_folder(tmp_path / "theirs", state)
+    write_authors_directory(tmp_path / "theirs", state)
     assert "cannot be computed here: side blocks have {'num_heads': 2" in refused(
         tmp_path / "theirs"
     )
@@ -275,7 +275,7 @@ def test_what_their_code_does_not_compute_is_not_exported(settings, expected, tm
 def test_a_config_of_the_other_kind_is_refused_both_ways(block, tmp_path: Path):
     chosen = {**block, "variant": "authors", "reduction_factor": 4, "rank": 5}
     other = LLAMA if "num_labels" in block else LLAMA_CLASSIFIER
-    write_authors_folder(tmp_path / "theirs", random_state(chosen))
+    write_authors_directory(tmp_path / "theirs", random_state(chosen))
     (tmp_path / "theirs" / "score_z_path.pt").unlink(missing_ok=True)
     save(tmp_path / "ours", random_side(chosen), chosen)
     with pytest.raises(UserError, match=r"is a .*'s, and the config's model is not: name its own"):
@@ -291,7 +291,7 @@ def test_an_export_for_another_backbone_is_refused(tmp_path: Path):
         export_authors(tmp_path / "ours", config({**LLAMA, "embed_dim": 128}))
 
 
-def test_a_builder_that_a_folder_names_is_never_called(tmp_path: Path):
+def test_a_builder_that_a_directory_names_is_never_called(tmp_path: Path):
     block = {**LLAMA, "reduction_factor": 4, "rank": 5, "variant": "authors"}
     hostile = {**block, "_component_": "os.mkdir", "path": str(tmp_path / "owned")}
     save(tmp_path / "ours", random_side(block), hostile)
@@ -309,6 +309,6 @@ def test_a_family_that_their_code_lacks_is_refused_both_ways(builder, theirs, tm
     block = {"_component_": f"{__name__}.{builder}", "reduction_factor": 4, "rank": 5}
     block["variant"] = "authors"
     save(tmp_path / "ours", random_side(block), block)
-    for convert, folder in ((export_authors, tmp_path / "ours"), (import_authors, theirs)):
+    for convert, directory in ((export_authors, tmp_path / "ours"), (import_authors, theirs)):
         with pytest.raises(UserError, match="the authors' code is for LLaMA and OPT"):
-            convert(folder, config(block))
+            convert(directory, config(block))

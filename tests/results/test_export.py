@@ -18,11 +18,11 @@ from qst_tune.backbone.torchtune_loading import load_backbone
 from qst_tune.errors import UserError
 from qst_tune.models import peqa_from_hf, peqa_llama3_2
 from qst_tune.results.export import check_export_format, export_model
-from tests.backbone.model_types import TYPES, tiny_model
 from tests.backbone.test_loading import vision_language_model
-from tests.checkpoints import SIZES as SMALL
-from tests.checkpoints import random_weights, write_model_folder
 from tests.reference.gptq_reader import decode
+from tests.support.checkpoints import SIZES as SMALL
+from tests.support.checkpoints import random_weights, write_model_directory
+from tests.support.model_types import TYPES, tiny_model
 
 CPU = torch.device("cpu")
 # 32 is what GPTQ's words of 3 bits need everywhere.
@@ -33,8 +33,8 @@ PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("export") / "model"
-    return write_model_folder(folder, weights=random_weights(SIZES), sizes=SIZES)
+    directory = tmp_path_factory.mktemp("export") / "model"
+    return write_model_directory(directory, weights=random_weights(SIZES), sizes=SIZES)
 
 
 def tuned(checkpoint: Path, dtype=torch.float32, **settings):
@@ -93,9 +93,9 @@ def test_a_reader_of_the_gptq_format_gets_our_logits(
     form, bits: int, group_size: int | None, checkpoint: Path, tmp_path: Path
 ) -> None:
     model, rows = tuned(checkpoint, bits=bits, group_size=group_size), tokens()
-    folder = tmp_path / form
-    export_model(model, checkpoint, folder, form=form, dtype=torch.float32)
-    config = json.loads((folder / "config.json").read_text())
+    directory = tmp_path / form
+    export_model(model, checkpoint, directory, form=form, dtype=torch.float32)
+    config = json.loads((directory / "config.json").read_text())
     assert config["quantization_config"] == {
         "quant_method": "gptq",
         "bits": bits,
@@ -105,7 +105,7 @@ def test_a_reader_of_the_gptq_format_gets_our_logits(
         "lm_head": False,
         "checkpoint_format": form,
     }
-    theirs = read_gptq(folder, tmp_path / "decoded", config)
+    theirs = read_gptq(directory, tmp_path / "decoded", config)
     # Scales are rounded to fp16, relative 5e-4, and so are embedding and norms.
     torch.testing.assert_close(theirs(rows).logits, model(rows), rtol=0.01, atol=0.05)
     same_greedy_text(model, theirs)
@@ -127,10 +127,10 @@ def test_a_side_network_can_be_tuned_over_an_exported_model(
     torch.testing.assert_close(logits, model(rows), rtol=0.01, atol=0.05)
 
 
-def read_gptq(folder: Path, decoded: Path, config):
+def read_gptq(directory: Path, decoded: Path, config):
     """A transformers model of the decoded weights; its own GPTQ reader needs another package."""
     quantization = config.pop("quantization_config")
-    tensors = load_file(folder / "model.safetensors")
+    tensors = load_file(directory / "model.safetensors")
     linears = {n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight")}
     dense = {n: t for n, t in tensors.items() if n.rpartition(".")[0] not in linears}
     for name in linears:
@@ -149,9 +149,9 @@ def read_gptq(folder: Path, decoded: Path, config):
 def test_tokenizer_and_config_come_along_and_weights_do_not(
     checkpoint: Path, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "out"
-    export_model(tuned(checkpoint), checkpoint, folder, form="gptq", dtype=torch.float32)
-    assert {path.name for path in folder.iterdir()} == {
+    directory = tmp_path / "out"
+    export_model(tuned(checkpoint), checkpoint, directory, form="gptq", dtype=torch.float32)
+    assert {path.name for path in directory.iterdir()} == {
         "config.json",
         "quantize_config.json",
         "tokenizer.json",
@@ -159,7 +159,7 @@ def test_tokenizer_and_config_come_along_and_weights_do_not(
         "model.safetensors",
     }
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    size, dense = ((p / "model.safetensors").stat().st_size for p in (folder, checkpoint))
+    size, dense = ((p / "model.safetensors").stat().st_size for p in (directory, checkpoint))
     assert size < dense / 2  # the embedding, in fp16, is most of it
 
 
@@ -204,12 +204,12 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(
         check_export_format("awq")
 
 
-def of_transformers(folder: Path, model_type: str, changes=None, **settings):
+def of_transformers(directory: Path, model_type: str, changes=None, **settings):
     """A tiny model, saved, and loaded with scales that are not those of rounding."""
-    tiny_model(model_type, **(changes or {})).save_pretrained(folder)
+    tiny_model(model_type, **(changes or {})).save_pretrained(directory)
     with torch.device("meta"):
-        model = peqa_from_hf(str(folder), **settings)
-    load_stored_backbone(model.backbone, folder, dtype=torch.float32, device=CPU)
+        model = peqa_from_hf(str(directory), **settings)
+    load_stored_backbone(model.backbone, directory, dtype=torch.float32, device=CPU)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for value in model.task().values():
@@ -232,12 +232,12 @@ def test_transformers_reads_a_dense_model_of_any_type_with_our_logits(
     model_type: str, tmp_path: Path
 ) -> None:
     model, rows = of_transformers(tmp_path / "model", model_type), tokens() % 256
-    folder = tmp_path / "dense"
-    export_model(model, tmp_path / "model", folder, form="dense", dtype=torch.float32)
+    directory = tmp_path / "dense"
+    export_model(model, tmp_path / "model", directory, form="dense", dtype=torch.float32)
     before = load_file(tmp_path / "model" / "model.safetensors")
-    after = load_file(folder / "model.safetensors")
+    after = load_file(directory / "model.safetensors")
     assert {n: t.shape for n, t in after.items()} == {n: t.shape for n, t in before.items()}
-    theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(directory).eval()
     torch.testing.assert_close(theirs(rows).logits, model(rows), rtol=0, atol=1e-5)
 
 
@@ -252,20 +252,20 @@ def test_our_reader_gets_the_logits_of_a_gptq_model_of_any_type(
 ) -> None:
     """Its scales are rounded to fp16, and so are embedding and norms."""
     model, rows = of_transformers(tmp_path / "model", model_type), tokens() % 256
-    folder, export = tmp_path / "gptq", {"form": "gptq_v2", "dtype": torch.float32}
+    directory, export = tmp_path / "gptq", {"form": "gptq_v2", "dtype": torch.float32}
     if model_type in NO_LINEARS:
         with pytest.raises(UserError, match="is no weight of a linear layer"):
-            export_model(model, tmp_path / "model", folder, **export)
+            export_model(model, tmp_path / "model", directory, **export)
         return
-    export_model(model, tmp_path / "model", folder, **export)
+    export_model(model, tmp_path / "model", directory, **export)
     before = load_file(tmp_path / "model" / "model.safetensors")
-    after = load_file(folder / "model.safetensors")
+    after = load_file(directory / "model.safetensors")
     stems = {name.removesuffix(".qweight") for name in after if name.endswith(".qweight")}
     assert len(stems) >= 4
     assert all(f"{stem}.weight" in before for stem in stems)
-    backbone = backbone_on_meta(folder)
+    backbone = backbone_on_meta(directory)
     backbone.quantize("auto", "none")
-    load_stored_backbone(backbone, folder, dtype=torch.float32, device=CPU)
+    load_stored_backbone(backbone, directory, dtype=torch.float32, device=CPU)
     assert backbone.quantization.startswith("int4")
     logits = backbone.head(backbone.run(rows, taps=(), visit=lambda h: None))
     assert (logits - model(rows)).abs().max() < 0.02 * model(rows).abs().max()
@@ -280,11 +280,11 @@ def test_a_scale_a_channel_is_written_in_groups_that_kernels_run(
     hidden, inner = widths
     sizes = {"hidden_size": hidden, "intermediate_size": inner, "head_dim": hidden // 4}
     model = of_transformers(tmp_path / "model", "qwen3", sizes)
-    folder = tmp_path / "gptq"
-    export_model(model, tmp_path / "model", folder, form="gptq_v2", dtype=torch.float32)
-    config = json.loads((folder / "config.json").read_text())
+    directory = tmp_path / "gptq"
+    export_model(model, tmp_path / "model", directory, form="gptq_v2", dtype=torch.float32)
+    config = json.loads((directory / "config.json").read_text())
     assert config["quantization_config"]["group_size"] == group_size
-    tensors = load_file(folder / "model.safetensors")
+    tensors = load_file(directory / "model.safetensors")
     width = inner if group_size == -1 else group_size
     name = "model.layers.0.mlp.down_proj"
     assert torch.equal(tensors[f"{name}.g_idx"], (torch.arange(inner) // width).int())
@@ -313,10 +313,10 @@ def test_of_a_vision_language_model_the_rest_comes_along(model_type: str, tmp_pa
         model = peqa_from_hf(str(tmp_path / "model"))
     load_stored_backbone(model.backbone, tmp_path / "model", dtype=torch.float32, device=CPU)
     for form in ("dense", "gptq_v2"):
-        folder = tmp_path / form
-        export_model(model, tmp_path / "model", folder, form=form, dtype=torch.float32)
+        directory = tmp_path / form
+        export_model(model, tmp_path / "model", directory, form=form, dtype=torch.float32)
         before, after = (
-            load_file(path / "model.safetensors") for path in (tmp_path / "model", folder)
+            load_file(path / "model.safetensors") for path in (tmp_path / "model", directory)
         )
         if form == "dense":
             assert after.keys() == before.keys()

@@ -22,7 +22,7 @@ from qst_tune.results.side_network import (
 )
 from qst_tune.results.side_structure import side_structure
 from qst_tune.results.tuned_directory import read_description
-from tests.helpers import TINY_REDUCTION, randomize_, tiny_backbone
+from tests.support.numbers import TINY_REDUCTION, randomize_, tiny_backbone
 
 BACKBONE = BackboneId(name="tiny", fingerprint="0123456789abcdef" * 4, quantization="nf4")
 MODEL_BLOCK = {"_component_": "tests.tiny", "reduction_factor": TINY_REDUCTION, "rank": 4}
@@ -43,7 +43,7 @@ def side_network(sizes=None, **settings):
     return side
 
 
-def save(folder: Path, side, **changes) -> None:
+def save(directory: Path, side, **changes) -> None:
     arguments = {
         "backbone": BACKBONE,
         "model_block": MODEL_BLOCK,
@@ -51,7 +51,7 @@ def save(folder: Path, side, **changes) -> None:
         "results": {"validation loss": 1.25},
         **changes,
     }
-    save_side_network(folder, side, **arguments)
+    save_side_network(directory, side, **arguments)
 
 
 @pytest.fixture
@@ -83,11 +83,11 @@ def test_round_trip_is_exact(variant: str, tmp_path: Path) -> None:
         torch.testing.assert_close(other.state_dict()[name], value, rtol=0, atol=0, msg=name)
 
 
-def test_folder_holds_the_documented_files(saved: Path) -> None:
+def test_directory_holds_the_documented_files(saved: Path) -> None:
     assert {path.name for path in saved.iterdir()} == FILES
     assert [path.name for path in saved.parent.iterdir()] == ["side_network"]
     assert (saved / "recipe_config.yaml").read_text() == "epochs: 1\n"
-    (saved.parent / "plain").mkdir()  # a temporary folder would be the owner's alone
+    (saved.parent / "plain").mkdir()  # a temporary directory would be the owner's alone
     assert saved.stat().st_mode == (saved.parent / "plain").stat().st_mode
 
 
@@ -126,7 +126,7 @@ def test_file_holds_the_parameters_by_name_and_nothing_else(tmp_path: Path) -> N
     assert num_bytes < file_bytes < num_bytes + 200 * len(tensors)
 
 
-def test_saving_again_replaces_the_folder(saved: Path) -> None:
+def test_saving_again_replaces_the_directory(saved: Path) -> None:
     (saved / "stale.txt").write_text("from an older version")
     side = side_network()
     save(saved, side)
@@ -137,13 +137,13 @@ def test_saving_again_replaces_the_folder(saved: Path) -> None:
     assert torch.equal(other.upsample.weight, side.upsample.weight)
 
 
-# 4 files are flushed one by one; then the old folder is moved away and the new one put in place.
+# 4 files are flushed one by one; then the old directory is moved away and the new one put in place.
 INTERRUPTIONS = [("fsync", index) for index in range(4)] + [("rename", index) for index in range(2)]
 
 
 @pytest.mark.parametrize(("call", "index"), INTERRUPTIONS)
 @pytest.mark.parametrize("error", [NO_SPACE, KeyboardInterrupt()], ids=["full disk", "ctrl-c"])
-def test_interrupted_write_leaves_the_old_folder(
+def test_interrupted_write_leaves_the_old_directory(
     error: BaseException, call: str, index: int, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
@@ -166,7 +166,7 @@ def test_interrupted_write_leaves_the_old_folder(
     assert [path.name for path in saved.parent.iterdir()] == ["side_network"]
 
 
-def test_old_folder_survives_even_where_it_cannot_be_put_back(
+def test_old_directory_survives_even_where_it_cannot_be_put_back(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
@@ -207,20 +207,20 @@ def test_interrupted_first_write_leaves_nothing(
 # Reading.
 
 
-def edit_description(folder: Path, **changes) -> None:
-    path = folder / "qst_config.json"
+def edit_description(directory: Path, **changes) -> None:
+    path = directory / "qst_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def edit_tensors(folder: Path, edit) -> None:
-    path = folder / "side_network.safetensors"
+def edit_tensors(directory: Path, edit) -> None:
+    path = directory / "side_network.safetensors"
     tensors = load_file(path)
     edit(tensors)
     save_file(tensors, path)
 
 
 DAMAGES = {
-    "missing folder": (
+    "missing directory": (
         lambda f: shutil.rmtree(f),
         r"is not a QST side network.*<output_dir>/side_network\)",
     ),
@@ -286,7 +286,9 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize(("damage", "message"), DAMAGES.values(), ids=DAMAGES)
-def test_damaged_folder_is_refused_and_changes_nothing(damage, message: str, saved: Path) -> None:
+def test_damaged_directory_is_refused_and_changes_nothing(
+    damage, message: str, saved: Path
+) -> None:
     side = side_network()
     before = {name: value.clone() for name, value in side.state_dict().items()}
     damage(saved)
@@ -309,7 +311,7 @@ def test_other_quantisation_is_refused(saved: Path) -> None:
         load_side_network(saved, side_network(), backbone=other)
 
 
-def test_renamed_checkpoint_folder_is_the_same_backbone(saved: Path) -> None:
+def test_renamed_checkpoint_directory_is_the_same_backbone(saved: Path) -> None:
     load_side_network(saved, side_network(), backbone=replace(BACKBONE, name="renamed"))
 
 

@@ -9,7 +9,7 @@ import torch
 from qst_tune.errors import UserError
 from qst_tune.models import qst_decoder
 from qst_tune.results.side_structure import check_structure, side_structure
-from tests.helpers import TINY_REDUCTION, random_tokens, randomize_, tiny_backbone
+from tests.support.numbers import TINY_REDUCTION, random_tokens, randomize_, tiny_backbone
 
 
 def model_with(**settings):

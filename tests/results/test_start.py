@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from qst_tune.errors import UserError
 from qst_tune.results.start import digest_of, find_start, tuned_directory
 from qst_tune.results.tuned_model import load_tuned_model
-from tests.checkpoints import SIZES, Config, finetune_config
-from tests.recipe_runs import FinetuneResult, finetune, merged, one_thread
 from tests.recipes.test_qst_dpo import write_pairs
+from tests.support.checkpoints import SIZES, Config, finetune_config
+from tests.support.recipe_runs import FinetuneResult, finetune, merged, one_thread
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +30,16 @@ def first(config: Config) -> FinetuneResult:
 
 @pytest.fixture(scope="module")
 def second(config: Config, first: FinetuneResult) -> FinetuneResult:
-    folder = first.folder.with_name("second")
-    return finetune(config, folder, *from_first(first), "epochs=3")
+    directory = first.directory.with_name("second")
+    return finetune(config, directory, *from_first(first), "epochs=3")
 
 
 def from_first(first: FinetuneResult) -> list[str]:
-    return [f"side_network={first.folder / 'side_network'}", "optimizer.lr=1e-3"]
+    return [f"side_network={first.directory / 'side_network'}", "optimizer.lr=1e-3"]
 
 
 def description(run: FinetuneResult) -> dict[str, Any]:
-    return json.loads((run.folder / "side_network" / "qst_config.json").read_text())
+    return json.loads((run.directory / "side_network" / "qst_config.json").read_text())
 
 
 def test_it_begins_where_the_other_ended(first: FinetuneResult, second: FinetuneResult) -> None:
@@ -60,11 +60,11 @@ def test_lineage_is_in_the_description_and_the_card(
         "data": ["train.jsonl"],
     }
     assert description(second)["lineage"] == [entry]
-    card = (second.folder / "side_network" / "README.md").read_text()
+    card = (second.directory / "side_network" / "README.md").read_text()
     line = f"| first/side_network | 4 | train.jsonl | `{entry['digest'][:16]}...` |"
     assert line in card.splitlines()
     start = find_start(
-        merged({"side_network": str(second.folder / "side_network"), "output_dir": "x"})
+        merged({"side_network": str(second.directory / "side_network"), "output_dir": "x"})
     )
     assert start is not None
     assert [link["name"] for link in start.lineage] == ["first/side_network", "second/side_network"]
@@ -87,7 +87,7 @@ def test_resumed_run_takes_its_checkpoint_and_is_the_one_that_was_never_stopped(
     schedule = "lr_scheduler._component_=qst_tune.training.lr_schedulers.cosine_with_warmup"
     settings = [*from_first(first), "epochs=3", schedule]
     whole = finetune(config, tmp_path / "whole", *settings, "keep_last_n_checkpoints=3")
-    shutil.copytree(whole.folder / "checkpoints", tmp_path / "run" / "checkpoints")
+    shutil.copytree(whole.directory / "checkpoints", tmp_path / "run" / "checkpoints")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000006")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000004")
     resumed = [*settings, "resume_from_checkpoint=True"]
@@ -96,7 +96,7 @@ def test_resumed_run_takes_its_checkpoint_and_is_the_one_that_was_never_stopped(
     assert all(torch.equal(run.weights[n], w) for n, w in whole.weights.items())
     with pytest.raises(UserError, match=r"cannot resume with side_network: .* the run started"):
         finetune(config, tmp_path / "run", *resumed, "side_network=null")
-    weights = first.folder / "side_network" / "side_network.safetensors"
+    weights = first.directory / "side_network" / "side_network.safetensors"
     before = weights.read_bytes()
     save_file({n: w + 1 for n, w in first.weights.items()}, weights)
     try:
@@ -109,8 +109,8 @@ def test_resumed_run_takes_its_checkpoint_and_is_the_one_that_was_never_stopped(
 def test_result_is_loaded_where_the_training_config_names_the_start(
     config: Config, first: FinetuneResult, second: FinetuneResult, tmp_path: Path
 ) -> None:
-    start, result = (run.folder / "side_network" for run in (first, second))
-    cfg = merged({**config, "output_dir": str(second.folder), "side_network": str(start)})
+    start, result = (run.directory / "side_network" for run in (first, second))
+    cfg = merged({**config, "output_dir": str(second.directory), "side_network": str(start)})
     assert tuned_directory(cfg, "side_network") == result
     tuned = load_tuned_model(cfg).model.side.state_dict()
     assert all(torch.equal(tuned[name], value) for name, value in second.weights.items())
@@ -122,8 +122,8 @@ def test_result_is_loaded_where_the_training_config_names_the_start(
     assert chosen(output_dir=None) == start
     assert chosen(side_network=str(result)) == result
     assert chosen(side_network=None) is None
-    assert chosen(output_dir=str(first.folder)) == start, "that run started from nothing"
-    gone = second.folder / "gone" / "first" / "side_network"
+    assert chosen(output_dir=str(first.directory)) == start, "that run started from nothing"
+    gone = second.directory / "gone" / "first" / "side_network"
     assert chosen(side_network=str(gone)) == result, "known by its name"
     assert tuned_directory(merged({"output_dir": "a"}), "scales") == Path("a/scales")
 
@@ -163,10 +163,10 @@ def test_scales_start_from_scales(config: Config, tmp_path: Path) -> None:
         return FinetuneResult(tmp_path / name)
 
     first = run("first")
-    second = run("second", f"scales={first.folder / 'scales'}")
+    second = run("second", f"scales={first.directory / 'scales'}")
     assert second.held_out_loss[0] == first.held_out_loss[2]
-    described = json.loads((second.folder / "scales" / "peqa_config.json").read_text())
-    tensors = load_file(first.folder / "scales" / "scales.safetensors")
+    described = json.loads((second.directory / "scales" / "peqa_config.json").read_text())
+    tensors = load_file(first.directory / "scales" / "scales.safetensors")
     assert described["lineage"][0]["digest"] == digest_of(tensors)
     with pytest.raises(UserError, match=r"side_network=x is what QST starts from; use scales"):
         run("wrong", "side_network=x")
@@ -190,9 +190,9 @@ def test_wrong_start_is_one_line_before_anything_loads(
 
 
 def test_result_is_not_its_own_start(config: Config, first: FinetuneResult) -> None:
-    with pytest.raises(UserError, match=r"is where this run writes its result: name another outp"):
-        finetune(config, first.folder, *from_first(first))
-    assert (first.folder / "side_network" / "qst_config.json").exists()
+    with pytest.raises(UserError, match=r"is this run's own result: name another outp"):
+        finetune(config, first.directory, *from_first(first))
+    assert (first.directory / "side_network" / "qst_config.json").exists()
 
 
 def test_side_network_of_another_shape_does_not_fit(
@@ -203,13 +203,13 @@ def test_side_network_of_another_shape_does_not_fit(
 
 
 def test_data_of_several_files_is_recorded(first: FinetuneResult) -> None:
-    folder = first.folder / "side_network"
+    directory = first.directory / "side_network"
     both = "dataset:\n- data_files: [/x/a.jsonl, b.jsonl]\n- source: org/set\n"
-    config = (folder / "recipe_config.yaml").read_text()
-    (folder / "recipe_config.yaml").write_text(both)
+    config = (directory / "recipe_config.yaml").read_text()
+    (directory / "recipe_config.yaml").write_text(both)
     try:
-        start = find_start(merged({"side_network": str(folder), "output_dir": "x"}))
+        start = find_start(merged({"side_network": str(directory), "output_dir": "x"}))
     finally:
-        (folder / "recipe_config.yaml").write_text(config)
+        (directory / "recipe_config.yaml").write_text(config)
     assert start is not None
     assert start.lineage[-1]["data"] == ["a.jsonl", "b.jsonl", "set"]

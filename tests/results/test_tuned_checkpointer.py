@@ -9,18 +9,18 @@ from torchtune import training
 from qst_tune.errors import UserError
 from qst_tune.models import qst_llama3_2
 from qst_tune.results.tuned_checkpointer import TunedCheckpointer
-from tests.checkpoints import SIZES, random_weights, write_checkpoint
-from tests.folders import side_network_folder
-from tests.helpers import random_tokens
+from tests.support.checkpoints import SIZES, random_weights, write_checkpoint
+from tests.support.directories import side_network_directory
+from tests.support.numbers import random_tokens
 
 
-def checkpointer(folder: Path, backbone: Path, **settings: object) -> TunedCheckpointer:
+def checkpointer(directory: Path, backbone: Path, **settings: object) -> TunedCheckpointer:
     return TunedCheckpointer(
-        str(folder),
+        str(directory),
         str(backbone),
         checkpoint_files=["model.safetensors"],
         model_type="LLAMA3_2",
-        output_dir=str(folder.parent / "unused"),
+        output_dir=str(directory.parent / "unused"),
         **settings,
     )
 
@@ -32,8 +32,8 @@ def checkpointer(folder: Path, backbone: Path, **settings: object) -> TunedCheck
 def test_a_model_that_loads_it_as_stock_recipes_do_is_the_tuned_one(
     settings: dict[str, str], tmp_path: Path
 ) -> None:
-    folder, expected = side_network_folder(tmp_path, **settings)
-    state = checkpointer(folder, tmp_path / "model").load_checkpoint()[training.MODEL_KEY]
+    directory, expected = side_network_directory(tmp_path, **settings)
+    state = checkpointer(directory, tmp_path / "model").load_checkpoint()[training.MODEL_KEY]
     model = qst_llama3_2(**SIZES, reduction_factor=4, rank=4, **settings)
     model.load_state_dict(state)  # strict: with every weight of both
     training.validate_expected_param_dtype(model.named_parameters(), dtype=torch.float32)
@@ -43,10 +43,10 @@ def test_a_model_that_loads_it_as_stock_recipes_do_is_the_tuned_one(
 
 
 def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
-    folder, _ = side_network_folder(tmp_path)
+    directory, _ = side_network_directory(tmp_path)
     write_checkpoint(tmp_path / "other", random_weights(seed=1))
     with pytest.raises(UserError, match="was trained on another backbone"):
-        checkpointer(folder, tmp_path / "other").load_checkpoint()
+        checkpointer(directory, tmp_path / "other").load_checkpoint()
     write_checkpoint(tmp_path / "turned", rope_theta=77.0)
     with pytest.raises(UserError, match=r"rope_base is 77.0 in the checkpoint"):
-        checkpointer(folder, tmp_path / "turned").load_checkpoint()
+        checkpointer(directory, tmp_path / "turned").load_checkpoint()

@@ -7,15 +7,15 @@ import torch
 
 from qst_tune.errors import UserError
 from qst_tune.results.tuned_model import load_tuned_model
-from tests.checkpoints import SIZES, finetune_config
-from tests.folders import side_network_folder
-from tests.helpers import random_tokens
-from tests.recipe_runs import merged
+from tests.support.checkpoints import SIZES, finetune_config
+from tests.support.directories import side_network_directory
+from tests.support.numbers import random_tokens
+from tests.support.recipe_runs import merged
 
 
 @torch.no_grad()
-def test_a_side_network_is_found_in_the_runs_folder_and_can_be_left_out(tmp_path: Path) -> None:
-    folder, expected = side_network_folder(tmp_path)
+def test_a_side_network_is_found_in_the_runs_directory_and_can_be_left_out(tmp_path: Path) -> None:
+    directory, expected = side_network_directory(tmp_path)
     config = {**finetune_config(tmp_path), "output_dir": str(tmp_path)}
     tokens = random_tokens(vocab_size=300)
     tuned = load_tuned_model(merged(config))
@@ -25,7 +25,7 @@ def test_a_side_network_is_found_in_the_runs_folder_and_can_be_left_out(tmp_path
     with tuned.untuned():
         base = tuned.model(tokens)
     assert not torch.equal(base, expected(tokens))
-    elsewhere = {**config, "output_dir": str(tmp_path / "x"), "side_network": str(folder)}
+    elsewhere = {**config, "output_dir": str(tmp_path / "x"), "side_network": str(directory)}
     named = load_tuned_model(merged(elsewhere))
     assert torch.equal(named.model(tokens), expected(tokens))
     without = load_tuned_model(merged({**config, "side_network": None}))

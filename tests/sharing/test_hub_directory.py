@@ -1,4 +1,4 @@
-"""The folder for a hub: what is in it, what is not, and that its own snippet runs."""
+"""The directory for a hub: what is in it, what is not, and that its own snippet runs."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from qst_tune.errors import UserError
 from qst_tune.results.side_network import SIDE_NETWORK
 from qst_tune.sharing.__main__ import main
 from qst_tune.sharing.hub_directory import Publication, make_hub_directory
-from tests.folders import side_network_folder
+from tests.support.directories import side_network_directory
 
 SUMMARY = {
     "train_loss": {"1": 3.0},
@@ -27,42 +27,42 @@ SUMMARY = {
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, _ = side_network_folder(tmp_path_factory.mktemp("hub"))
-    (folder.parent / "summary.json").write_text(json.dumps(SUMMARY))
-    return folder
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory, _ = side_network_directory(tmp_path_factory.mktemp("hub"))
+    (directory.parent / "summary.json").write_text(json.dumps(SUMMARY))
+    return directory
 
 
 @pytest.fixture
-def shared(folder: Path, tmp_path: Path) -> Path:
+def shared(directory: Path, tmp_path: Path) -> Path:
     """Beside a copy of the backbone that has the name it has on the hub."""
-    shutil.copytree(folder.parent / "model", tmp_path / "some/tiny-model")
+    shutil.copytree(directory.parent / "model", tmp_path / "some/tiny-model")
     target = tmp_path / "mine"
     main(
-        ["share", str(folder), str(target), "--name", str(target), "--base-model",
+        ["share", str(directory), str(target), "--name", str(target), "--base-model",
          "some/tiny-model", "--license", "apache-2.0"]
     )  # fmt: skip
     return target
 
 
-def test_nothing_in_it_names_a_path_of_this_machine(folder: Path, shared: Path) -> None:
+def test_nothing_in_it_names_a_path_of_this_machine(directory: Path, shared: Path) -> None:
     texts = [path.read_text() for path in shared.iterdir() if path.suffix != ".safetensors"]
     assert len(texts) == 4
-    assert not any(str(folder.parent) in text for text in texts)
+    assert not any(str(directory.parent) in text for text in texts)
     config = OmegaConf.load(shared / "recipe_config.yaml")
     assert config.checkpointer.checkpoint_dir == "some/tiny-model"
     assert config.tokenizer.path == "some/tiny-model"
     assert config.dataset.data_files == "train.jsonl"
     assert json.loads((shared / "config.json").read_text())["backbone"] == "some/tiny-model"
     name = "side_network.safetensors"
-    assert (shared / name).read_bytes() == (folder / name).read_bytes()
+    assert (shared / name).read_bytes() == (directory / name).read_bytes()
 
 
-def test_a_model_that_is_built_from_a_folder_names_the_public_one(
-    folder: Path, tmp_path: Path
+def test_a_model_that_is_built_from_a_directory_names_the_public_one(
+    directory: Path, tmp_path: Path
 ) -> None:
     here = tmp_path / "side_network"
-    shutil.copytree(folder, here)
+    shutil.copytree(directory, here)
     described = json.loads((here / SIDE_NETWORK.config_file).read_text())
     described["model"]["checkpoint_dir"] = str(tmp_path / "downloaded")
     (here / SIDE_NETWORK.config_file).write_text(json.dumps(described))
@@ -109,12 +109,12 @@ def test_the_command_of_the_card_runs_as_it_stands(
     assert capsys.readouterr().out.strip()
 
 
-def test_what_cannot_be_shared_is_told(folder: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_shared_is_told(directory: Path, tmp_path: Path) -> None:
     publication = Publication("me/mine", "some/model")
     with pytest.raises(UserError, match="exists already"):
-        make_hub_directory(folder, tmp_path, publication)
+        make_hub_directory(directory, tmp_path, publication)
     copy = tmp_path / "classifier"
-    shutil.copytree(folder, copy)
+    shutil.copytree(directory, copy)
     path = copy / "qst_config.json"
     description = json.loads(path.read_text())
     description["model"]["num_labels"] = 2

@@ -1,4 +1,4 @@
-"""What is said of a folder, and whether it belongs to a backbone."""
+"""What is said of a directory, and whether it belongs to a backbone."""
 
 from pathlib import Path
 
@@ -8,18 +8,18 @@ import torch
 from qst_tune.errors import UserError
 from qst_tune.sharing.__main__ import main
 from qst_tune.sharing.inspection import inspect_directory, verify_directory
-from tests.checkpoints import random_weights, write_model_folder
-from tests.folders import side_network_folder
+from tests.support.checkpoints import random_weights, write_model_directory
+from tests.support.directories import side_network_directory
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return side_network_folder(tmp_path_factory.mktemp("sharing"))[0]
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return side_network_directory(tmp_path_factory.mktemp("sharing"))[0]
 
 
 def test_an_inspection_tells_provenance_results_sizes_and_gates(tmp_path: Path) -> None:
-    folder, model = side_network_folder(tmp_path)
-    told = inspect_directory(folder)
+    directory, model = side_network_directory(tmp_path)
+    told = inspect_directory(directory)
     side = model.side
     count = sum(p.numel() for p in side.parameters())
     betas = [f"{torch.sigmoid(gate.gamma).mean():.3f}" for gate in side.gates]
@@ -35,22 +35,22 @@ def test_an_inspection_tells_provenance_results_sizes_and_gates(tmp_path: Path) 
         assert expected in told
 
 
-def test_a_folder_that_belongs_is_verified_through_the_command(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+def test_a_directory_that_belongs_is_verified_through_the_command(
+    directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    backbone = verify_directory(folder, folder.parent / "model")
+    backbone = verify_directory(directory, directory.parent / "model")
     assert backbone.quantization == "nf4"
-    main(["verify", str(folder), str(folder.parent / "model")])
+    main(["verify", str(directory), str(directory.parent / "model")])
     assert "belongs to model (nf4) and is whole" in capsys.readouterr().out
 
 
 def test_what_does_not_belong_or_is_damaged_is_one_line(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = write_model_folder(tmp_path / "other", weights=random_weights(seed=1))
+    other = write_model_directory(tmp_path / "other", weights=random_weights(seed=1))
     with pytest.raises(UserError, match="was trained on another backbone"):
-        verify_directory(folder, other)
-    cut, _ = side_network_folder(tmp_path)
+        verify_directory(directory, other)
+    cut, _ = side_network_directory(tmp_path)
     weights = cut / "side_network.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     for command in (["inspect", str(cut)], ["verify", str(cut), str(tmp_path / "model")]):

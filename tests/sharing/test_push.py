@@ -13,8 +13,8 @@ from qst_tune.errors import UserError
 from qst_tune.sharing.__main__ import main
 from qst_tune.sharing.hub_directory import Publication, make_hub_directory
 from qst_tune.sharing.push import push_directory
-from tests.fake_hub import TOKEN, FakeHub, serving, use
-from tests.folders import side_network_folder
+from tests.support.directories import side_network_directory
+from tests.support.fake_hub import TOKEN, FakeHub, serving, use
 
 NAME = "me/pythonic"
 
@@ -22,7 +22,7 @@ NAME = "me/pythonic"
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As the run left it, with paths of this machine."""
-    return side_network_folder(tmp_path_factory.mktemp("push"))[0]
+    return side_network_directory(tmp_path_factory.mktemp("push"))[0]
 
 
 @pytest.fixture
@@ -62,9 +62,9 @@ def test_a_new_repository_is_private_if_asked(hub: FakeHub, ready: Path) -> None
 # Refused, one line each, and nothing is sent.
 
 
-def problem(folder: Path, name: str = NAME) -> str:
+def problem(directory: Path, name: str = NAME) -> str:
     with pytest.raises(UserError) as error:
-        push_directory(folder, name)
+        push_directory(directory, name)
     assert "\n" not in str(error.value)
     assert TOKEN not in str(error.value)
     return str(error.value)

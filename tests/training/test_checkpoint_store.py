@@ -14,7 +14,9 @@ from qst_tune.training.checkpoint_store import CheckpointStore
 FILES = {"state.json": b"{}", "side/weights": b"\x00\x01", "side/config": b"text"}
 # What a save does to the disk, in order; each can be the one that fails.
 CALLS = [
-    *[("fsync", index) for index in range(4 + 2 + 1)],  # files, their folders, the store's folder
+    *[
+        ("fsync", index) for index in range(4 + 2 + 1)
+    ],  # files, their directories, the store's directory
     *[("mkdir", index) for index in range(3)],
     ("rename", 0),
 ]
@@ -27,10 +29,10 @@ def store(tmp_path: Path) -> CheckpointStore:
     return store
 
 
-def content(folder: Path) -> dict[str, bytes]:
+def content(directory: Path) -> dict[str, bytes]:
     return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in directory.rglob("*")
         if path.is_file() and path.name != "manifest.json"
     }
 
@@ -53,8 +55,8 @@ def test_checkpoint_holds_its_files(store: CheckpointStore) -> None:
     checkpoint, complaints = store.newest()
     assert checkpoint is not None
     assert (checkpoint.step, complaints) == (10, [])
-    assert content(checkpoint.folder) == FILES
-    assert [path.name for path in store.folder.iterdir()] == ["step_00000010"]
+    assert content(checkpoint.directory) == FILES
+    assert [path.name for path in store.directory.iterdir()] == ["step_00000010"]
 
 
 def test_store_without_a_checkpoint_has_none(tmp_path: Path) -> None:
@@ -79,8 +81,8 @@ def test_write_that_fails_is_told_and_leaves_the_one_before(
     checkpoint, complaints = store.newest()
     assert checkpoint is not None
     assert complaints == []
-    assert content(checkpoint.folder) == FILES
-    assert not list(store.folder.glob(".*")), "a temporary folder is left"
+    assert content(checkpoint.directory) == FILES
+    assert not list(store.directory.glob(".*")), "a temporary directory is left"
     if checkpoint.step == 10:  # it failed before the rename, so it can be tried again
         store.save(20, FILES)
 
@@ -98,11 +100,11 @@ def test_kill_at_any_moment_of_a_write_leaves_a_checkpoint_that_loads(
     checkpoint, complaints = store.newest()
     assert checkpoint is not None
     assert complaints == []
-    assert content(checkpoint.folder) == FILES
+    assert content(checkpoint.directory) == FILES
     if checkpoint.step == 10:
         store.save(20, FILES)
     store.keep_only({20})
-    assert [path.name for path in store.folder.iterdir()] == ["step_00000020"]
+    assert [path.name for path in store.directory.iterdir()] == ["step_00000020"]
 
 
 @pytest.mark.parametrize("call", ["rename", "rmtree"])
@@ -130,7 +132,7 @@ def test_kill_while_deleting_leaves_what_shall_be_kept(
     checkpoint, complaints = store.newest()
     assert (checkpoint and checkpoint.step, complaints) == (20, [])
     store.keep_only({20})
-    assert [path.name for path in store.folder.iterdir()] == ["step_00000020"]
+    assert [path.name for path in store.directory.iterdir()] == ["step_00000020"]
 
 
 def truncate(path: Path) -> None:
@@ -147,14 +149,14 @@ DAMAGES = {
     "manifest of nothing": (lambda f: (f / "manifest.json").write_text("3"), "cannot be read"),
     "binary manifest": (lambda f: (f / "manifest.json").write_bytes(b"\xff"), "cannot be read"),
     "missing file": (lambda f: (f / "side/weights").unlink(), "weights is missing"),
-    "missing folder": (lambda f: shutil.rmtree(f / "side"), "weights is missing"),
+    "missing directory": (lambda f: shutil.rmtree(f / "side"), "weights is missing"),
     "truncated file": (lambda f: truncate(f / "side/weights"), "weights has changed"),
     "flipped bit": (lambda f: flip_a_bit(f / "state.json"), "state.json has changed"),
-    "file instead of a folder": (
+    "file instead of a directory": (
         lambda f: (shutil.rmtree(f), f.write_text("")),
         "cannot be read",
     ),
-    "folder instead of a file": (
+    "directory instead of a file": (
         lambda f: ((f / "state.json").unlink(), (f / "state.json").mkdir()),
         "cannot be read",
     ),
@@ -165,18 +167,18 @@ DAMAGES = {
 def test_damaged_checkpoint_is_passed_over(damage: str, store: CheckpointStore) -> None:
     newer = store.save(20, FILES)
     change, expected = DAMAGES[damage]
-    change(newer.folder)
+    change(newer.directory)
     checkpoint, (complaint,) = store.newest()
     assert checkpoint is not None
     assert checkpoint.step == 10
-    assert complaint.startswith(f"{newer.folder} is passed over: ")
+    assert complaint.startswith(f"{newer.directory} is passed over: ")
     assert expected in complaint
 
 
 @pytest.mark.parametrize("name", ["../../secret", "/etc/passwd", "side/../../x"])
-def test_manifest_cannot_lead_out_of_its_folder(name: str, store: CheckpointStore) -> None:
-    folder = store.save(20, FILES).folder
-    (folder / "manifest.json").write_text(f'{{"{name}": "0"}}')
+def test_manifest_cannot_lead_out_of_its_directory(name: str, store: CheckpointStore) -> None:
+    directory = store.save(20, FILES).directory
+    (directory / "manifest.json").write_text(f'{{"{name}": "0"}}')
     checkpoint, (complaint,) = store.newest()
     assert checkpoint is not None
     assert checkpoint.step == 10
@@ -184,13 +186,13 @@ def test_manifest_cannot_lead_out_of_its_folder(name: str, store: CheckpointStor
 
 
 def test_damaged_checkpoint_makes_way_and_is_kept(store: CheckpointStore) -> None:
-    truncate(store.save(20, FILES).folder / "state.json")
+    truncate(store.save(20, FILES).directory / "state.json")
     store.discard_after(10)
     assert store.steps() == [10]
     assert store.save(20, FILES).step == 20
-    truncate(store.checkpoint(20).folder / "state.json")
+    truncate(store.checkpoint(20).directory / "state.json")
     store.discard_after(10)
-    names = {path.name for path in store.folder.iterdir()}
+    names = {path.name for path in store.directory.iterdir()}
     assert names == {"step_00000010", "damaged_step_00000020", "damaged_step_00000020_2"}
 
 
@@ -209,7 +211,7 @@ def test_checkpoints_of_an_earlier_run_are_set_aside_and_never_lost(store: Check
 def test_existing_checkpoint_is_never_replaced(store: CheckpointStore) -> None:
     with pytest.raises(UserError, match=r"cannot write .*: it exists, and is never replaced$"):
         store.save(10, {"state.json": b"other"})
-    assert content(store.checkpoint(10).folder) == FILES
+    assert content(store.checkpoint(10).directory) == FILES
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from qst_tune.errors import UserError
 from qst_tune.models import qst_decoder
 from qst_tune.modules import QSTClassifier
 from qst_tune.training.classification import ClassificationTask, build_classification_task
-from tests.helpers import TINY, TINY_REDUCTION, randomize_, tiny_backbone
+from tests.support.numbers import TINY, TINY_REDUCTION, randomize_, tiny_backbone
 
 CPU = torch.device("cpu")
 # fp32 means over other batches.

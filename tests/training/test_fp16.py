@@ -15,7 +15,7 @@ from qst_tune.quantization.table import quantize_table
 from qst_tune.training.language_modelling import build_language_modelling
 from qst_tune.training.peqa_method import load_peqa
 from qst_tune.training.qst_method import load_qst
-from tests.checkpoints import SIZES, finetune_config
+from tests.support.checkpoints import SIZES, finetune_config
 
 CPU = torch.device("cpu")
 PEQA = "qst_tune.models.peqa_llama3_2"

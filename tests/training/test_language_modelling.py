@@ -12,8 +12,8 @@ from qst_tune.errors import UserError
 from qst_tune.models.setup import build_on_meta
 from qst_tune.training.language_modelling import NextTokenTask, build_language_modelling
 from qst_tune.training.qst_method import load_qst
-from tests.checkpoints import finetune_config
-from tests.helpers import TINY, random_tokens, tiny_backbone
+from tests.support.checkpoints import finetune_config
+from tests.support.numbers import TINY, random_tokens, tiny_backbone
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ import torch
 from qst_tune.models import qst_decoder
 from qst_tune.modules.side_config import VARIANTS
 from qst_tune.training.parameter_groups import parameter_groups, scale_rates
-from tests.helpers import TINY_REDUCTION, tiny_backbone
+from tests.support.numbers import TINY_REDUCTION, tiny_backbone
 
 
 @pytest.fixture(params=VARIANTS)

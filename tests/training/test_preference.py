@@ -19,7 +19,7 @@ from qst_tune.training.preference import (
     build_preference_learning,
     collate_preferences,
 )
-from tests.helpers import TINY, TINY_REDUCTION, random_tokens, randomize_, tiny_backbone
+from tests.support.numbers import TINY, TINY_REDUCTION, random_tokens, randomize_, tiny_backbone
 
 CPU = torch.device("cpu")
 

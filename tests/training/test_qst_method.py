@@ -10,7 +10,7 @@ from qst_tune.models import qst_decoder
 from qst_tune.modules.side_config import VARIANTS
 from qst_tune.results.tuned_directory import Provenance
 from qst_tune.training.qst_method import QSTMethod
-from tests.helpers import TINY_REDUCTION, randomize_, tiny_backbone
+from tests.support.numbers import TINY_REDUCTION, randomize_, tiny_backbone
 
 
 def method_of(variant: str) -> QSTMethod:

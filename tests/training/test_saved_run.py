@@ -44,12 +44,14 @@ STATE: dict[str, Any] = {
 }
 
 
-def save(folder: Path, state: dict[str, Any] = STATE) -> None:
-    CheckpointStore(folder / "checkpoints").save(5, pack_state(state))
+def save(directory: Path, state: dict[str, Any] = STATE) -> None:
+    CheckpointStore(directory / "checkpoints").save(5, pack_state(state))
 
 
-def find(folder: Path, changes: dict[str, Any] | None = None) -> SavedRun | None:
-    config = OmegaConf.create({**CONFIG, "output_dir": str(folder), "resume_from_checkpoint": True})
+def find(directory: Path, changes: dict[str, Any] | None = None) -> SavedRun | None:
+    config = OmegaConf.create(
+        {**CONFIG, "output_dir": str(directory), "resume_from_checkpoint": True}
+    )
     return find_saved_run(OmegaConf.merge(config, changes or {}))
 
 

@@ -16,10 +16,10 @@ from qst_tune.backbone.sharding import (
 from qst_tune.backbone.sizes import backbone_bytes, group_bytes
 from qst_tune.distributed.processes import rank_and_world_size
 from qst_tune.models import qst_from_hf
-from tests.backbone.model_types import tiny_model
-from tests.helpers import randomize_
-from tests.ranks import on_ranks
-from tests.traffic import Traffic
+from tests.support.model_types import tiny_model
+from tests.support.numbers import randomize_
+from tests.support.ranks import on_ranks
+from tests.support.traffic import Traffic
 
 CPU = torch.device("cpu")
 # Type, changes of its configuration, and arguments of the side network.
@@ -40,15 +40,15 @@ by_kind = pytest.mark.parametrize(
 )
 
 
-def save(folder: Path, kind: str) -> Path:
+def save(directory: Path, kind: str) -> Path:
     model_type, changes, _ = MODELS[kind]
-    tiny_model(model_type, **changes).save_pretrained(folder)
-    return folder
+    tiny_model(model_type, **changes).save_pretrained(directory)
+    return directory
 
 
-def build(folder: Path, kind: str) -> Any:
+def build(directory: Path, kind: str) -> Any:
     with torch.device("meta"):
-        return qst_from_hf(str(folder), reduction_factor=4, **MODELS[kind][2])
+        return qst_from_hf(str(directory), reduction_factor=4, **MODELS[kind][2])
 
 
 def begun(model: Any) -> Any:
@@ -58,16 +58,18 @@ def begun(model: Any) -> Any:
     return model
 
 
-def load_whole(folder: Path, kind: str) -> Any:
-    model = build(folder, kind)
-    load_backbone(model.backbone, folder, dtype=torch.float32, device=CPU)
+def load_whole(directory: Path, kind: str) -> Any:
+    model = build(directory, kind)
+    load_backbone(model.backbone, directory, dtype=torch.float32, device=CPU)
     return begun(model)
 
 
-def load_sharded(folder: Path, kind: str) -> Any:
-    model, sharding = build(folder, kind), choose_sharding("full", CPU)
+def load_sharded(directory: Path, kind: str) -> Any:
+    model, sharding = build(directory, kind), choose_sharding("full", CPU)
     assert sharding is not None
-    load_sharded_directory(model, model.backbone, folder, sharding, dtype=torch.float32, device=CPU)
+    load_sharded_directory(
+        model, model.backbone, directory, sharding, dtype=torch.float32, device=CPU
+    )
     return begun(model)
 
 
@@ -94,8 +96,8 @@ def assert_same_step(whole: Any, sharded: Any) -> None:
         assert torch.equal(gradients(sharded)[name], gradient), name
 
 
-def same_as_whole(folder: Path, kind: str) -> None:
-    whole, sharded = load_whole(folder, kind), load_sharded(folder, kind)
+def same_as_whole(directory: Path, kind: str) -> None:
+    whole, sharded = load_whole(directory, kind), load_sharded(directory, kind)
     if rank_and_world_size()[0] == 0:  # a process without a batch keeps in step
         take_part(sharded, CPU)
     else:
@@ -107,12 +109,12 @@ def same_as_whole(folder: Path, kind: str) -> None:
         assert all(torch.equal(*pair) for pair in pairs)
     free_weights(sharded)
     kept = sum(p.to_local().nbytes for p in frozen(sharded))
-    total = backbone_bytes(build(folder, kind))
+    total = backbone_bytes(build(directory, kind))
     # A tensor may have one row more here than elsewhere; each process has the levels of NF4.
     assert kept <= total / 2 + 0.05 * total
     with Traffic() as step:
         sharded(own_tokens()).sum().backward()
-    groups, _ = group_bytes(build(folder, kind))
+    groups, _ = group_bytes(build(directory, kind))
     assert len(step.messages) == len(groups) + 1, "every group is gathered once a step"
     assert {name for name, *_ in step.messages} == {"_allgather_base_"}
 

@@ -24,10 +24,10 @@ TREES = st.recursive(
 )
 
 
-def round_trip(tree: Any, folder: Path) -> Any:
+def round_trip(tree: Any, directory: Path) -> Any:
     for name, content in pack_state(tree).items():
-        (folder / name).write_bytes(content)
-    return unpack_state(folder)
+        (directory / name).write_bytes(content)
+    return unpack_state(directory)
 
 
 def assert_same(actual: Any, expected: Any) -> None:

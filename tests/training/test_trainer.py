@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qst_tune.errors import UserError
-from tests.checkpoints import Config, colour_rows, finetune_config, write_jsonl
-from tests.recipe_runs import finetune
+from tests.support.checkpoints import Config, colour_rows, finetune_config, write_jsonl
+from tests.support.recipe_runs import finetune
 
 
 @pytest.fixture
@@ -48,9 +48,9 @@ def test_run_that_makes_the_model_worse_is_reported_as_that_everywhere(
     out = capfd.readouterr().out
     assert f"warning: {verdict}" in out
     assert "step 4 of 4, the best of the validated steps" in out
-    assert verdict in (run.folder / "summary.md").read_text()
-    assert verdict in (run.folder / "side_network" / "README.md").read_text()
-    description = json.loads((run.folder / "side_network" / "qst_config.json").read_text())
+    assert verdict in (run.directory / "summary.md").read_text()
+    assert verdict in (run.directory / "side_network" / "README.md").read_text()
+    description = json.loads((run.directory / "side_network" / "qst_config.json").read_text())
     assert description["verdict"] == verdict
 
     first = "warning: step 1 learns nothing, since none of its rows (0 of the dataset) has a label"

@@ -8,7 +8,7 @@ from qst_tune.data.labels import align_labels
 from qst_tune.errors import UserError
 from qst_tune.models import qst_decoder
 from qst_tune.training.validation import validation_loss
-from tests.helpers import TINY, TINY_REDUCTION, random_tokens, randomize_, tiny_backbone
+from tests.support.numbers import TINY, TINY_REDUCTION, random_tokens, randomize_, tiny_backbone
 
 CPU = torch.device("cpu")
 

@@ -10,8 +10,8 @@ from transformers import AutoModelForSequenceClassification
 from qst_tune import QSTForCausalLM, QSTForSequenceClassification, SideConfig, get_qst_model
 from qst_tune.errors import UserError
 from qst_tune.results.described_model import load_described
-from tests.backbone.model_types import tiny_model
-from tests.helpers import random_tokens, randomize_
+from tests.support.model_types import tiny_model
+from tests.support.numbers import random_tokens, randomize_
 
 TYPES = ("llama", "qwen3", "gemma2", "opt", "mixtral")
 SMALL = SideConfig(reduction_factor=4, rank=8)
@@ -19,17 +19,17 @@ CLOSE = {"rtol": 0.0, "atol": 1e-5}
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     for name in TYPES:
         tiny_model(name).save_pretrained(root / name)
     return {name: root / name for name in TYPES}
 
 
-def load(folder: Path, num_labels: int = 3) -> Any:
+def load(directory: Path, num_labels: int = 3) -> Any:
     torch.manual_seed(0)
     return AutoModelForSequenceClassification.from_pretrained(
-        folder, num_labels=num_labels, dtype=torch.float32, pad_token_id=0
+        directory, num_labels=num_labels, dtype=torch.float32, pad_token_id=0
     )
 
 
@@ -43,8 +43,8 @@ def padded_batch() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", TYPES)
 @torch.no_grad()
-def test_it_starts_at_the_models_logits_and_losses(name, folders):
-    model, batch = load(folders[name]), padded_batch()
+def test_it_starts_at_the_models_logits_and_losses(name, directories):
+    model, batch = load(directories[name]), padded_batch()
     labels = torch.tensor([2, 0, 1])
     want = model(**batch, labels=labels)
     got = get_qst_model(model, SMALL)(**batch, labels=labels)
@@ -53,8 +53,8 @@ def test_it_starts_at_the_models_logits_and_losses(name, folders):
 
 
 @pytest.mark.parametrize("num_labels", [1, 3])
-def test_steps_lower_the_loss_and_train_side_network_and_head_alone(num_labels, folders):
-    tuned = get_qst_model(load(folders["llama"], num_labels), SMALL)
+def test_steps_lower_the_loss_and_train_side_network_and_head_alone(num_labels, directories):
+    tuned = get_qst_model(load(directories["llama"], num_labels), SMALL)
     frozen = {n: p.clone() for n, p in tuned.named_parameters() if not p.requires_grad}
     batch = padded_batch()
     head = tuned.model.side.score.weight.clone()
@@ -75,8 +75,8 @@ def test_steps_lower_the_loss_and_train_side_network_and_head_alone(num_labels, 
 
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 @torch.no_grad()
-def test_a_saved_classifier_opens_everywhere_with_the_same_logits(quantize, folders, tmp_path):
-    tuned = get_qst_model(load(folders["llama"]), SMALL, quantize=quantize)
+def test_a_saved_classifier_opens_everywhere_with_the_same_logits(quantize, directories, tmp_path):
+    tuned = get_qst_model(load(directories["llama"]), SMALL, quantize=quantize)
     randomize_(tuned.model.side)
     tuned.save_pretrained(tmp_path)
     batch = padded_batch()
@@ -85,10 +85,14 @@ def test_a_saved_classifier_opens_everywhere_with_the_same_logits(quantize, fold
     assert isinstance(opened, QSTForSequenceClassification)
     assert opened.config.num_labels == 3
     over_model = QSTForSequenceClassification.from_pretrained(
-        tmp_path, backbone=load(folders["llama"])
+        tmp_path, backbone=load(directories["llama"])
     )
     in_recipes, _ = load_described(
-        tmp_path, folders["llama"], dtype=torch.float32, device=torch.device("cpu"), classifies=True
+        tmp_path,
+        directories["llama"],
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        classifies=True,
     )
     assert torch.equal(opened(**batch).logits, want)
     assert torch.equal(over_model(**batch).logits, want)
@@ -98,8 +102,8 @@ def test_a_saved_classifier_opens_everywhere_with_the_same_logits(quantize, fold
         QSTForCausalLM.from_pretrained(tmp_path)
 
 
-def test_a_folder_cannot_have_foreign_code_called_as_its_backbone(folders, tmp_path):
-    tuned = get_qst_model(load(folders["llama"]), SMALL)
+def test_a_directory_cannot_have_foreign_code_called_as_its_backbone(directories, tmp_path):
+    tuned = get_qst_model(load(directories["llama"]), SMALL)
     tuned.save_pretrained(tmp_path)
     text = (tmp_path / "qst_config.json").read_text()
     for foreign in ("os.system", "torchtune.models.llama2.partial", "qst_tune.models.qst.inspect"):
@@ -109,8 +113,8 @@ def test_a_folder_cannot_have_foreign_code_called_as_its_backbone(folders, tmp_p
             AutoModelForSequenceClassification.from_pretrained(tmp_path)
 
 
-def test_a_head_that_is_no_plain_layer_is_refused(folders):
-    model = load(folders["llama"])
+def test_a_head_that_is_no_plain_layer_is_refused(directories):
+    model = load(directories["llama"])
     model.score = torch.nn.Linear(64, 3)
     with pytest.raises(UserError, match="must be linear, without bias"):
         get_qst_model(model, SMALL)

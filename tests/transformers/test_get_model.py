@@ -16,9 +16,9 @@ import qst_tune
 from qst_tune import QSTForCausalLM, SideConfig, get_qst_model
 from qst_tune.errors import UserError
 from qst_tune.results.described_model import load_described
-from tests.backbone.model_types import tiny_model
-from tests.fake_hub import COMMIT, serving, use
-from tests.helpers import random_tokens, randomize_
+from tests.support.fake_hub import COMMIT, serving, use
+from tests.support.model_types import tiny_model
+from tests.support.numbers import random_tokens, randomize_
 
 TYPES = ("llama", "qwen3", "gemma2", "opt", "qwen3_moe")
 CLOSE = {"rtol": 0.0, "atol": 1e-5}
@@ -26,15 +26,15 @@ SMALL = SideConfig(reduction_factor=4, rank=8)
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     for name in TYPES:
         tiny_model(name).save_pretrained(root / name)
     return {name: root / name for name in TYPES}
 
 
-def load(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def load(directory: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
 
 
 @pytest.fixture
@@ -42,9 +42,9 @@ def tokens() -> torch.Tensor:
     return random_tokens(batch=2, length=11, vocab_size=250)
 
 
-def saved(folder: Path, to: Path, **quantize: Any) -> Any:
+def saved(directory: Path, to: Path, **quantize: Any) -> Any:
     """A side network with random weights over a model, written to a directory."""
-    tuned = get_qst_model(load(folder), SMALL, **quantize)
+    tuned = get_qst_model(load(directory), SMALL, **quantize)
     randomize_(tuned.model.side)
     tuned.save_pretrained(to)
     return tuned
@@ -52,8 +52,8 @@ def saved(folder: Path, to: Path, **quantize: Any) -> Any:
 
 @pytest.mark.parametrize("name", TYPES)
 @torch.no_grad()
-def test_at_the_start_logits_and_loss_are_the_models(name, folders, tokens):
-    model = load(folders[name])
+def test_at_the_start_logits_and_loss_are_the_models(name, directories, tokens):
+    model = load(directories[name])
     labels = tokens.clone()
     labels[:, :4] = -100  # the last token of padding predicts nothing
     padded = torch.ones_like(tokens)
@@ -72,8 +72,8 @@ def dense(weight: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
-def test_steps_lower_the_loss_and_change_the_side_network_alone(quantize, folders, tokens):
-    tuned = get_qst_model(load(folders["llama"]), SMALL, quantize=quantize).train()
+def test_steps_lower_the_loss_and_change_the_side_network_alone(quantize, directories, tokens):
+    tuned = get_qst_model(load(directories["llama"]), SMALL, quantize=quantize).train()
     frozen = {n: dense(p) for n, p in tuned.named_parameters() if not p.requires_grad}
     trainable = {n: p.detach().clone() for n, p in tuned.named_parameters() if p.requires_grad}
     assert trainable.keys() == tuned.state_dict().keys()
@@ -93,8 +93,8 @@ def test_steps_lower_the_loss_and_change_the_side_network_alone(quantize, folder
         assert torch.equal(dense(now[name]), before)
 
 
-def test_gradients_are_those_of_transformers_own_loss(folders, tokens):
-    tuned = get_qst_model(load(folders["gemma2"]), SMALL).train()
+def test_gradients_are_those_of_transformers_own_loss(directories, tokens):
+    tuned = get_qst_model(load(directories["gemma2"]), SMALL).train()
     own = tuned(tokens, labels=tokens).loss
     grads = torch.autograd.grad(own, list(tuned.model.side.parameters()), allow_unused=True)
     logits = tuned(tokens, skip_logits=False).logits
@@ -109,14 +109,14 @@ def test_gradients_are_those_of_transformers_own_loss(folders, tokens):
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
 @torch.no_grad()
 def test_a_saved_side_network_opens_everywhere_with_the_same_logits(
-    name, quantize, folders, tokens, tmp_path
+    name, quantize, directories, tokens, tmp_path
 ):
-    tuned = saved(folders[name], tmp_path / "side", quantize=quantize)
+    tuned = saved(directories[name], tmp_path / "side", quantize=quantize)
     want = tuned(tokens).logits
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "side", dtype=torch.float32)
-    over_model = QSTForCausalLM.from_pretrained(tmp_path / "side", backbone=load(folders[name]))
+    over_model = QSTForCausalLM.from_pretrained(tmp_path / "side", backbone=load(directories[name]))
     in_recipes, _ = load_described(
-        tmp_path / "side", folders[name], dtype=torch.float32, device=torch.device("cpu")
+        tmp_path / "side", directories[name], dtype=torch.float32, device=torch.device("cpu")
     )
     assert torch.equal(opened(tokens).logits, want)
     assert torch.equal(over_model(tokens).logits, want)
@@ -126,18 +126,18 @@ def test_a_saved_side_network_opens_everywhere_with_the_same_logits(
         assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "side" / file).read_bytes()
 
 
-def test_other_files_of_a_directory_stay(folders, tmp_path):
+def test_other_files_of_a_directory_stay(directories, tmp_path):
     (tmp_path / "checkpoint-1").mkdir()
     (tmp_path / "notes").write_text("mine")
-    saved(folders["llama"], tmp_path)
+    saved(directories["llama"], tmp_path)
     assert (tmp_path / "checkpoint-1").is_dir()
     assert (tmp_path / "notes").read_text() == "mine"
 
 
 @torch.no_grad()
-def test_a_changed_model_is_known_by_its_own_weights(folders, tokens, tmp_path):
+def test_a_changed_model_is_known_by_its_own_weights(directories, tokens, tmp_path):
     def changed(by: float) -> Any:
-        model = load(folders["llama"])
+        model = load(directories["llama"])
         model.model.layers[1].mlp.up_proj.weight.add_(by)
         return model
 
@@ -164,21 +164,21 @@ def test_a_model_without_a_directory_is_named_at_loading(tokens, tmp_path):
 
 
 @torch.no_grad()
-def test_samples_in_one_row_are_told_apart_by_their_positions(folders, tokens):
-    tuned = get_qst_model(load(folders["llama"]), SMALL)
+def test_samples_in_one_row_are_told_apart_by_their_positions(directories, tokens):
+    tuned = get_qst_model(load(directories["llama"]), SMALL)
     randomize_(tuned.model.side)
     positions = torch.arange(11).repeat(2)[None]
     packed = tuned(tokens.reshape(1, -1), position_ids=positions).logits
     torch.testing.assert_close(packed.view(2, 11, -1), tuned(tokens).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_a_model_that_bitsandbytes_has_quantised(folders, tokens, tmp_path, caplog):
+def test_a_model_that_bitsandbytes_has_quantised(directories, tokens, tmp_path, caplog):
     pytest.importorskip("bitsandbytes", reason="only its own users have it")
     from transformers import BitsAndBytesConfig
 
     method = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     model = AutoModelForCausalLM.from_pretrained(
-        folders["llama"], quantization_config=method, dtype=torch.float32
+        directories["llama"], quantization_config=method, dtype=torch.float32
     )
     with torch.no_grad():
         want = model(tokens).logits
@@ -200,13 +200,13 @@ def test_a_model_that_bitsandbytes_has_quantised(folders, tokens, tmp_path, capl
 
 
 @torch.no_grad()
-def test_a_directory_in_4_bits_is_taken_over_with_its_codes(folders, tokens, tmp_path):
+def test_a_directory_in_4_bits_is_taken_over_with_its_codes(directories, tokens, tmp_path):
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="only its own users have it")
     from transformers import BitsAndBytesConfig
 
     method = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     AutoModelForCausalLM.from_pretrained(
-        folders["llama"], quantization_config=method, dtype=torch.float32
+        directories["llama"], quantization_config=method, dtype=torch.float32
     ).save_pretrained(tmp_path / "in_4_bits")
     tuned = saved(tmp_path / "in_4_bits", tmp_path / "side")
     opened = QSTForCausalLM.from_pretrained(tmp_path / "side", dtype=torch.float32)
@@ -219,8 +219,8 @@ def test_a_directory_in_4_bits_is_taken_over_with_its_codes(folders, tokens, tmp
 
 
 @torch.no_grad()
-def test_a_model_of_the_hub_keeps_its_name_and_commit(folders, tokens, tmp_path, monkeypatch):
-    shutil.copytree(folders["llama"], tmp_path / "served/org/tiny")
+def test_a_model_of_the_hub_keeps_its_name_and_commit(directories, tokens, tmp_path, monkeypatch):
+    shutil.copytree(directories["llama"], tmp_path / "served/org/tiny")
     with serving(tmp_path / "served") as hub:
         use(monkeypatch, hub.url, tmp_path / "home")
         source = snapshot_download("org/tiny")
@@ -237,10 +237,10 @@ def test_a_model_of_the_hub_keeps_its_name_and_commit(folders, tokens, tmp_path,
     assert str(tmp_path) not in (tmp_path / "side/recipe_config.yaml").read_text()
 
 
-def test_what_is_no_model_of_transformers_is_refused(folders):
+def test_what_is_no_model_of_transformers_is_refused(directories):
     with pytest.raises(UserError, match="not Linear"):
         get_qst_model(torch.nn.Linear(2, 2))
-    tuned = get_qst_model(load(folders["llama"]), SMALL)
+    tuned = get_qst_model(load(directories["llama"]), SMALL)
     with pytest.raises(UserError, match="not QSTForCausalLM"):
         get_qst_model(tuned)
     without_weights = tiny_model("llama").to("meta")
@@ -250,9 +250,9 @@ def test_what_is_no_model_of_transformers_is_refused(folders):
         tuned.save_pretrained("unused", variant="x")
 
 
-def test_trainable_parameters_are_printed_as_peft_prints_them(folders, capsys):
-    tuned = get_qst_model(load(folders["llama"]), SMALL, quantize="int8")
-    dense = sum(p.numel() for p in load(folders["llama"]).parameters())
+def test_trainable_parameters_are_printed_as_peft_prints_them(directories, capsys):
+    tuned = get_qst_model(load(directories["llama"]), SMALL, quantize="int8")
+    dense = sum(p.numel() for p in load(directories["llama"]).parameters())
     side = sum(p.numel() for p in tuned.model.side.parameters())
     tuned.print_trainable_parameters()
     share = f"{100 * side / (dense + side):.4f}"
@@ -261,19 +261,19 @@ def test_trainable_parameters_are_printed_as_peft_prints_them(folders, capsys):
     )
 
 
-def test_pushing_writes_a_public_directory(folders, tmp_path, monkeypatch):
+def test_pushing_writes_a_public_directory(directories, tmp_path, monkeypatch):
     pushed = {}
 
-    def push(folder: Path, name: str, *, private: bool) -> str:
-        pushed.update({path.name: path.read_bytes() for path in folder.iterdir()})
+    def push(directory: Path, name: str, *, private: bool) -> str:
+        pushed.update({path.name: path.read_bytes() for path in directory.iterdir()})
         return f"https://hub/{name}"
 
     monkeypatch.setattr("qst_tune.transformers.pretrained.push_directory", push)
-    tuned = saved(folders["llama"], tmp_path / "side")
+    tuned = saved(directories["llama"], tmp_path / "side")
     with pytest.raises(UserError, match="from a local directory"):
         tuned.push_to_hub("me/mine")
     assert tuned.push_to_hub("me/mine", base_model="org/base") == "https://hub/me/mine"
-    assert str(folders["llama"]).encode() not in b"".join(pushed.values())
+    assert str(directories["llama"]).encode() not in b"".join(pushed.values())
     assert b"org/base" in pushed["README.md"]
 
 

@@ -10,8 +10,8 @@ from qst_tune.data import hf_chat_tokenizer
 from qst_tune.evaluation.log_likelihood import Continuation, log_likelihoods
 from qst_tune.transformers import QSTForCausalLM
 from qst_tune.transformers.__main__ import main
-from tests.checkpoints import write_jsonl
-from tests.folders import side_network_folder
+from tests.support.checkpoints import write_jsonl
+from tests.support.directories import side_network_directory
 
 pytest.importorskip("lm_eval", reason="needs the extra eval")
 
@@ -29,7 +29,7 @@ metric_list: [{{metric: acc}}]
 
 
 def test_the_command_scores_a_directory_by_its_path(tmp_path, monkeypatch, capsys) -> None:
-    folder, torchtune_model = side_network_folder(tmp_path)
+    directory, torchtune_model = side_network_directory(tmp_path)
     rows = [
         {"question": f"{start} of it", "choices": ["red", "box"], "answer": 0}
         for start in ("the colour", "what is the name", "tell me", "blue is the colour", "a")
@@ -40,7 +40,7 @@ def test_the_command_scores_a_directory_by_its_path(tmp_path, monkeypatch, capsy
     monkeypatch.setattr(
         "sys.argv",
         ["qst_tune.transformers", "lm_eval", "--model", "hf", "--model_args",
-         f"pretrained={folder},dtype=float32", "--tasks", "colours", "--device", "cpu",
+         f"pretrained={directory},dtype=float32", "--tasks", "colours", "--device", "cpu",
          "--include_path", str(tmp_path)],
     )  # fmt: skip
     main()
@@ -66,11 +66,11 @@ def test_log_likelihoods_are_ours(tmp_path: Path) -> None:
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    folder, torchtune_model = side_network_folder(tmp_path)
+    directory, torchtune_model = side_network_directory(tmp_path)
     texts = [("what is the colour of", " box"), ("it is", " what it is"), ("the colour", " of it")]
     harness = HFLM(
-        pretrained=QSTForCausalLM.from_pretrained(str(folder), dtype=torch.float32),
-        tokenizer=AutoTokenizer.from_pretrained(folder),
+        pretrained=QSTForCausalLM.from_pretrained(str(directory), dtype=torch.float32),
+        tokenizer=AutoTokenizer.from_pretrained(directory),
         batch_size=2,
     )
     asked = [

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.folders import side_network_folder
+from tests.support.directories import side_network_directory
 
 openai = pytest.importorskip("openai", reason="needs transformers[serving] and openai")
 pytest.importorskip("uvicorn", reason="needs transformers[serving] and openai")
@@ -21,19 +21,19 @@ PATIENCE_S = 240
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return side_network_folder(tmp_path)[0]
+def directory(tmp_path: Path) -> Path:
+    return side_network_directory(tmp_path)[0]
 
 
 @pytest.fixture
-def address(folder: Path, tmp_path: Path) -> Iterator[str]:
+def address(directory: Path, tmp_path: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     log = tmp_path / "log"
     with log.open("w") as file:
         server = subprocess.Popen(
-            [sys.executable, "-m", "qst_tune.transformers", "serve", str(folder), "--host",
+            [sys.executable, "-m", "qst_tune.transformers", "serve", str(directory), "--host",
              "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"],
             stdout=file, stderr=file,
             env={**os.environ, "HF_HOME": str(tmp_path / "no_cache"), "OMP_NUM_THREADS": "1"},
@@ -54,13 +54,13 @@ def address(folder: Path, tmp_path: Path) -> Iterator[str]:
 
 
 def test_a_chat_request_is_answered_by_the_model_that_is_listed(
-    address: str, folder: Path, tmp_path: Path
+    address: str, directory: Path, tmp_path: Path
 ) -> None:
     client = openai.OpenAI(base_url=address, api_key="none", timeout=PATIENCE_S, max_retries=0)
     assert not (tmp_path / "no_cache/hub").exists()
-    assert [model.id for model in client.models.list()] == [str(folder)]
+    assert [model.id for model in client.models.list()] == [str(directory)]
     answer = client.chat.completions.create(
-        model=str(folder), messages=[{"role": "user", "content": "what is it"}], max_tokens=5
+        model=str(directory), messages=[{"role": "user", "content": "what is it"}], max_tokens=5
     )
     assert answer.choices[0].message.role == "assistant"
     assert answer.choices[0].message.content

@@ -22,9 +22,9 @@ from qst_tune.generation.sequence import CachedSequence
 from qst_tune.modules import LinearCrossEntropyLoss
 from qst_tune.modules.qst_decoder import QSTDecoder
 from qst_tune.transformers import QSTConfig, QSTForCausalLM
-from tests.checkpoints import random_weights, write_model_folder
-from tests.folders import side_network_folder
-from tests.helpers import random_tokens
+from tests.support.checkpoints import random_weights, write_model_directory
+from tests.support.directories import side_network_directory
+from tests.support.numbers import random_tokens
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "qst_tune"
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -32,11 +32,11 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, QSTDecoder]:
-    return side_network_folder(tmp_path_factory.mktemp("transformers"))
+    return side_network_directory(tmp_path_factory.mktemp("transformers"))
 
 
 @pytest.fixture(scope="module")
-def folder(made: tuple[Path, QSTDecoder]) -> Path:
+def directory(made: tuple[Path, QSTDecoder]) -> Path:
     return made[0]
 
 
@@ -46,8 +46,8 @@ def torchtune_model(made: tuple[Path, QSTDecoder]) -> QSTDecoder:
 
 
 @pytest.fixture(scope="module")
-def model(folder: Path) -> QSTForCausalLM:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def model(directory: Path) -> QSTForCausalLM:
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
 
 
 @pytest.fixture
@@ -146,8 +146,8 @@ def test_the_head_never_gets_a_view_of_a_longer_row(model, tokens, monkeypatch):
     assert all(x.stride()[:-1] == (width,) * (x.ndim - 1) for x in given[:2])
 
 
-def test_the_loss_is_that_of_the_next_token_and_trains_the_side_network_alone(folder):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def test_the_loss_is_that_of_the_next_token_and_trains_the_side_network_alone(directory):
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     tokens = random_tokens(batch=2, length=9, vocab_size=300)
     labels = tokens.clone()
     labels[0, :4] = -100
@@ -199,8 +199,8 @@ def test_beams_reorder_the_caches_of_both_networks(model, tokens):
     assert not torch.equal(cached, beamless)  # so that beams were indeed exchanged
 
 
-def test_a_pipeline_chats_with_the_backbones_tokenizer(folder, model):
-    chat = pipeline("text-generation", model=str(folder), dtype=torch.float32)
+def test_a_pipeline_chats_with_the_backbones_tokenizer(directory, model):
+    chat = pipeline("text-generation", model=str(directory), dtype=torch.float32)
     conversation = [{"role": "user", "content": "what is it"}]
     (answer,) = chat(conversation, max_new_tokens=5, do_sample=False)
     ids = chat.tokenizer.apply_chat_template(
@@ -211,33 +211,33 @@ def test_a_pipeline_chats_with_the_backbones_tokenizer(folder, model):
     assert answer["generated_text"][-1]["content"] == text
 
 
-def test_the_tokenizer_is_the_backbones(folder):
-    ours = AutoTokenizer.from_pretrained(folder)
-    theirs = AutoTokenizer.from_pretrained(folder.parent / "model")
+def test_the_tokenizer_is_the_backbones(directory):
+    ours = AutoTokenizer.from_pretrained(directory)
+    theirs = AutoTokenizer.from_pretrained(directory.parent / "model")
     assert ours("what is the colour")["input_ids"] == theirs("what is the colour")["input_ids"]
     assert ours.eos_token == "<|im_end|>"
 
 
-def test_the_config_says_what_it_is_and_loading_fills_in_sizes(folder, model):
-    config = AutoConfig.from_pretrained(folder)
+def test_the_config_says_what_it_is_and_loading_fills_in_sizes(directory, model):
+    config = AutoConfig.from_pretrained(directory)
     assert isinstance(config, QSTConfig)
-    assert config.backbone == str(folder.parent / "model")
+    assert config.backbone == str(directory.parent / "model")
     assert model.config.num_hidden_layers == 3 + len(model.model.side.blocks)
     assert model.config.vocab_size == 320
     assert model.dtype == torch.float32
-    bf16 = AutoModelForCausalLM.from_pretrained(folder)
+    bf16 = AutoModelForCausalLM.from_pretrained(directory)
     assert bf16.dtype == torch.bfloat16
     assert all(p.dtype == torch.float32 for p in bf16.model.side.parameters())
 
 
-def test_a_moved_backbone_can_be_named(folder, tokens, model, tmp_path):
+def test_a_moved_backbone_can_be_named(directory, tokens, model, tmp_path):
     moved, alone = tmp_path / "elsewhere", tmp_path / "side"
-    shutil.copytree(folder.parent / "model", moved)
-    shutil.copytree(folder, alone)
+    shutil.copytree(directory.parent / "model", moved)
+    shutil.copytree(directory, alone)
     config = (alone / "config.json").read_text()
-    (alone / "config.json").write_text(config.replace(str(folder.parent / "model"), "elsewhere"))
-    # A folder beside the side network's, or named by the caller.
-    shutil.copytree(folder.parent / "model", alone / "elsewhere")
+    (alone / "config.json").write_text(config.replace(str(directory.parent / "model"), "elsewhere"))
+    # A directory beside the side network's, or named by the caller.
+    shutil.copytree(directory.parent / "model", alone / "elsewhere")
     found = AutoModelForCausalLM.from_pretrained(alone, dtype=torch.float32)
     shutil.rmtree(alone / "elsewhere")
     named = AutoModelForCausalLM.from_pretrained(alone, backbone=str(moved), dtype=torch.float32)
@@ -246,29 +246,29 @@ def test_a_moved_backbone_can_be_named(folder, tokens, model, tmp_path):
     assert AutoTokenizer.from_pretrained(alone, backbone=str(moved)).eos_token == "<|im_end|>"
 
 
-def test_what_cannot_be_loaded_is_told(folder, tmp_path, monkeypatch):
+def test_what_cannot_be_loaded_is_told(directory, tmp_path, monkeypatch):
     load = AutoModelForCausalLM.from_pretrained
-    other = write_model_folder(tmp_path / "other", weights=random_weights(seed=1))
+    other = write_model_directory(tmp_path / "other", weights=random_weights(seed=1))
     with pytest.raises(UserError, match="was trained on another backbone"):
-        load(folder, backbone=str(other))
+        load(directory, backbone=str(other))
     with pytest.raises(UserError, match=r"'/not/there' is no directory here .* backbone=<DIR>"):
-        load(folder, backbone="/not/there")
+        load(directory, backbone="/not/there")
     with pytest.raises(UserError, match="load_in_4bit=True has no meaning"):
-        load(folder, load_in_4bit=True)
+        load(directory, load_in_4bit=True)
     with pytest.raises(UserError, match=r"dtype=torch.float64 is not supported"):
-        load(folder, dtype=torch.float64)
+        load(directory, dtype=torch.float64)
     with pytest.raises(UserError, match="must be on one device"):
-        load(folder, device_map={"a": "cpu", "b": "meta"})
+        load(directory, device_map={"a": "cpu", "b": "meta"})
 
 
-def test_a_folder_cannot_have_foreign_code_called(folder, tmp_path):
+def test_a_directory_cannot_have_foreign_code_called(directory, tmp_path):
     for file, ours, foreign in [
         ("qst_config.json", "qst_tune.models.qst_llama3_2", "os.system"),
         ("qst_config.json", "qst_tune.models.qst_llama3_2", "qst_tune.models.builder.inspect"),
         ("recipe_config.yaml", "torchtune.training.FullModelHFCheckpointer", "os.system"),
     ]:
         copy = tmp_path / foreign / file
-        shutil.copytree(folder, copy)
+        shutil.copytree(directory, copy)
         text = (copy / file).read_text()
         assert ours in text
         (copy / file).write_text(text.replace(ours, foreign))
@@ -277,12 +277,12 @@ def test_a_folder_cannot_have_foreign_code_called(folder, tmp_path):
 
 
 @torch.no_grad()
-def test_a_loaded_model_is_saved_as_it_was(folder, model, tokens, tmp_path):
+def test_a_loaded_model_is_saved_as_it_was(directory, model, tokens, tmp_path):
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     assert torch.equal(again(tokens).logits, model(tokens).logits)
     for name in ("side_network.safetensors", "recipe_config.yaml", "config.json"):
-        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+        assert (tmp_path / name).read_bytes() == (directory / name).read_bytes()
 
 
 def test_what_is_not_supported_is_refused(model, tokens):

@@ -9,21 +9,21 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qst_tune import QSTForCausalLM, SideConfig, get_qst_model
-from tests.checkpoints import write_model_folder
-from tests.documented import ROOT, commands
-from tests.printed_runs import Place, run
+from tests.support.checkpoints import write_model_directory
+from tests.support.documented_commands import ROOT, commands
+from tests.support.printed_runs import Place, run
 
 pytest.importorskip("accelerate", reason="needs the extra trl")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model_folder(tmp_path_factory.mktemp("trainer") / "model")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model_directory(tmp_path_factory.mktemp("trainer") / "model")
 
 
-def tuned_model(folder: Path) -> QSTForCausalLM:
+def tuned_model(directory: Path) -> QSTForCausalLM:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     return get_qst_model(model, SideConfig(reduction_factor=4, rank=8))
 
 
@@ -38,14 +38,14 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def test_trainer_resumes_as_if_it_had_not_stopped(folder, tmp_path):
+def test_trainer_resumes_as_if_it_had_not_stopped(directory, tmp_path):
     from transformers import Trainer, TrainingArguments
 
     rows = token_rows(8)
 
     def trainer(name: str, **more: Any) -> Trainer:
         args = TrainingArguments(output_dir=tmp_path / name, **SETTINGS, **more)
-        return Trainer(model=tuned_model(folder), args=args, train_dataset=rows)
+        return Trainer(model=tuned_model(directory), args=args, train_dataset=rows)
 
     # Recomputation changes nothing.
     whole = trainer("whole", gradient_accumulation_steps=2, activation_checkpointing=True)
@@ -69,8 +69,8 @@ def test_trainer_resumes_as_if_it_had_not_stopped(folder, tmp_path):
     assert float(figures["eval_loss"]) == pytest.approx(expected, abs=1e-3)
 
 
-def test_tensors_of_another_side_network_are_not_loaded(folder):
-    model = tuned_model(folder)
+def test_tensors_of_another_side_network_are_not_loaded(directory):
+    model = tuned_model(directory)
     tensors = model.state_dict()
     tensors.popitem()
     with pytest.raises(RuntimeError, match="Missing key"):
@@ -78,7 +78,7 @@ def test_tensors_of_another_side_network_are_not_loaded(folder):
 
 
 @pytest.mark.parametrize("packing", [False, True])
-def test_sft_trainer_learns_a_conversation(packing, folder, tmp_path):
+def test_sft_trainer_learns_a_conversation(packing, directory, tmp_path):
     trl = pytest.importorskip("trl", reason="needs the extra trl")
     conversation = [
         {"role": "user", "content": "what is the colour of it"},
@@ -88,19 +88,19 @@ def test_sft_trainer_learns_a_conversation(packing, folder, tmp_path):
         output_dir=tmp_path, max_length=64, packing=packing, bf16=False, **SETTINGS
     )
     trainer = trl.SFTTrainer(
-        model=tuned_model(folder),
+        model=tuned_model(directory),
         args=args,
         train_dataset=Dataset.from_list([{"messages": conversation}] * 4),
-        processing_class=AutoTokenizer.from_pretrained(folder),
+        processing_class=AutoTokenizer.from_pretrained(directory),
     )
     trainer.train()
     losses = [float(line["loss"]) for line in trainer.state.log_history if "loss" in line]
     # Four equal rows: packed or not, the first loss is that of one of them.
-    ids = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+    ids = AutoTokenizer.from_pretrained(directory).apply_chat_template(
         conversation, return_tensors="pt", return_dict=True
     )["input_ids"]
     with torch.no_grad():
-        expected = tuned_model(folder)(ids, labels=ids).loss.item()
+        expected = tuned_model(directory)(ids, labels=ids).loss.item()
     assert losses[0] == pytest.approx(expected, abs=1e-3)
     assert losses == sorted(losses, reverse=True)
     QSTForCausalLM.from_pretrained(tmp_path / "checkpoint-4")

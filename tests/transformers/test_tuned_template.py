@@ -12,7 +12,7 @@ from qst_tune.data import hf_chat_tokenizer
 from qst_tune.models.setup import build_on_meta, load_frozen_backbone
 from qst_tune.results.provenance import provenance_of
 from qst_tune.results.side_network import save_side_network
-from tests.checkpoints import finetune_config
+from tests.support.checkpoints import finetune_config
 
 CPU = torch.device("cpu")
 SHOUTING = (
@@ -44,25 +44,25 @@ def test_transformers_renders_what_the_run_rendered(tmp_path: Path, how: str) ->
     file = tmp_path / "shouting.jinja"
     file.write_text(SHOUTING)
     given = {"name": "zephyr", "text": SHOUTING, "file": str(file), "own": None}[how]
-    folder = result(tmp_path, given)
+    directory = result(tmp_path, given)
     of_the_run = hf_chat_tokenizer(str(tmp_path / "model"), chat_template=given)
     file.unlink()  # a result goes to other machines
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
     text = tokenizer.apply_chat_template(MESSAGES, tokenize=False)
     assert text == of_the_run.chat_template.render(MESSAGES)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     assert model.generation_config.eos_token_id == of_the_run.stop_tokens
 
 
 def test_a_file_that_a_foreign_config_names_is_not_read(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = result(tmp_path, None)
+    directory = result(tmp_path, None)
     secret = tmp_path / "secret.jinja"
     secret.write_text(SHOUTING)
-    config = OmegaConf.load(folder / "recipe_config.yaml")
+    config = OmegaConf.load(directory / "recipe_config.yaml")
     config.tokenizer.chat_template = str(secret)
-    OmegaConf.save(config, folder / "recipe_config.yaml")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    OmegaConf.save(config, directory / "recipe_config.yaml")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
     assert "ASSISTANT" not in tokenizer.apply_chat_template(MESSAGES, tokenize=False)
     assert "the backbone's is used" in caplog.text

@@ -13,7 +13,7 @@ from benchmarks.study.tasks import Task
 from qst_tune.models import qst_decoder
 from qst_tune.modules.memory import parameter_bytes
 from qst_tune.training.parameter_groups import parameter_groups
-from tests.helpers import TINY, TINY_REDUCTION, tiny_backbone
+from tests.support.numbers import TINY, TINY_REDUCTION, tiny_backbone
 
 
 def build(*, whole: bool) -> Learner:

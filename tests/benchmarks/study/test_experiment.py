@@ -10,10 +10,10 @@ from benchmarks.study.learners import Learner, Method
 from benchmarks.study.tasks import Task
 from qst_tune.models import qst_decoder
 from qst_tune.training.parameter_groups import parameter_groups
-from tests.helpers import TINY, TINY_REDUCTION, tiny_backbone
+from tests.support.numbers import TINY, TINY_REDUCTION, tiny_backbone
 
 
-def tiny_learner(_folder=None):
+def tiny_learner(_directory=None):
     model = qst_decoder(tiny_backbone(tied=True), reduction_factor=TINY_REDUCTION)
     return Learner(model, parameter_groups(model.side))
 

@@ -10,7 +10,7 @@ from benchmarks.study.tasks import BATCH_SIZE, STEPS, TASKS
 
 
 def planned(*arguments: str):
-    options = study._parse(["--data", "FOLDER", *arguments])
+    options = study._parse(["--data", "DIRECTORY", *arguments])
     return options, list(study._runs(options))
 
 
@@ -58,4 +58,4 @@ def test_what_is_missing_is_said_in_one_line(
     said = capsys.readouterr().err
     assert status == 2
     assert said.count("\n") == 1
-    assert ("make quickstart" if missing == "model" else "has no folder rte") in said
+    assert ("make quickstart" if missing == "model" else "has no directory rte") in said

@@ -50,11 +50,11 @@ def data(tmp_path):
         ),
     }
     for task, (train, records) in rows.items():
-        folder = tmp_path / task
-        folder.mkdir()
+        directory = tmp_path / task
+        directory.mkdir()
         held_out = "heldout" if task == "alpaca" else "dev"
         for name, part in ((train, records[:3]), (held_out, records[3:])):
-            (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
+            (directory / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
     (tmp_path / "wikitext2").mkdir()
     for name in ("train", "test"):
         extra = 7 if name == "train" else 0  # less than a window, or none

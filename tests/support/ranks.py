@@ -17,8 +17,8 @@ from qst_tune.recipes import qst_finetune
 
 from qst_tune.distributed.processes import process_group
 from qst_tune.errors import UserError
-from tests.checkpoints import Config
-from tests.recipe_runs import FinetuneResult, merged
+from tests.support.checkpoints import Config
+from tests.support.recipe_runs import FinetuneResult, merged
 
 
 def on_ranks(size: int, function: Callable[..., Any], *arguments: Any, nodes: int = 1) -> None:

@@ -5,17 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from qst_tune.data import HFChatTokenizer, hf_chat_tokenizer
-from tests.checkpoints import write_chat_tokenizer
+from tests.support.checkpoints import write_chat_tokenizer
 
 QUESTION, ANSWER = "what is the colour", "it is red"
 TURNS = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
 SHAREGPT = [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}]
 
 
-def chat_tokenizer(folder: Path, max_seq_len: int | None = None) -> HFChatTokenizer:
-    """The ChatML tokenizer of ``tests.checkpoints``."""
-    write_chat_tokenizer(folder)
-    return hf_chat_tokenizer(str(folder), max_seq_len)
+def chat_tokenizer(directory: Path, max_seq_len: int | None = None) -> HFChatTokenizer:
+    """The ChatML tokenizer of ``tests.support.checkpoints``."""
+    write_chat_tokenizer(directory)
+    return hf_chat_tokenizer(str(directory), max_seq_len)
 
 
 def write_rows(path: Path, *rows: Any) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 _MARK = re.compile(r"<!-- not run: (?P<reason>[^>]+?) -->|# not run: (?P<yaml>.+)")
 _COMMAND = re.compile(r"(?:\S*/)?(?:tune|python|pip|make|hf|echo)\s+\S")
 _INLINE = re.compile(r"`(?P<code>[^`]+)`(?P<mark>\s*<!-- not run: [^>]+? -->)?")

@@ -5,7 +5,7 @@ why; the second start must end with the same bytes in side_network.safetensors a
 in summary.json as a run that nobody killed. A run that was over before its kill came does not
 count. The log of 10 kills is in kill_rank.txt beside this file::
 
-    OMP_NUM_THREADS=1 nice -n 10 python -m tests.recipes.kill_rank --kills 10
+    OMP_NUM_THREADS=1 nice -n 10 python -m tests.support.kill_rank --kills 10
 """
 
 import argparse
@@ -21,19 +21,19 @@ from pathlib import Path
 
 from qst_tune.recipes import qst_finetune
 
-from tests.checkpoints import colour_rows, finetune_config, write_jsonl
-from tests.ranks import rank_environment, run_recipe, unused_port
-from tests.recipe_runs import merged, one_thread
-from tests.recipes.kill_resume import SETTINGS, exit_status, outcome
+from tests.support.checkpoints import colour_rows, finetune_config, write_jsonl
+from tests.support.kill_resume import SETTINGS, exit_status, outcome
+from tests.support.ranks import rank_environment, run_recipe, unused_port
+from tests.support.recipe_runs import merged, one_thread
 
 RANKS = 2
 # A process that has lost another must notice within so many seconds.
 PATIENCE = 60
 
 
-def start(root: Path, folder: Path, log: Path) -> list[int]:
+def start(root: Path, directory: Path, log: Path) -> list[int]:
     """Fork the processes of a run; returns their ids."""
-    config = finetune_config(root) | {"lr_scheduler": {}, "output_dir": str(folder)}
+    config = finetune_config(root) | {"lr_scheduler": {}, "output_dir": str(directory)}
     write_jsonl(root / "train.jsonl", colour_rows(24))
     cfg = merged(config, *SETTINGS, "backbone_sharding=full", "resume_from_checkpoint=True")
     port = unused_port()
@@ -60,21 +60,21 @@ def _fork(run: Callable[[], None], rank: int, port: str, log: Path) -> int:
         os._exit(status)
 
 
-def whole_run(root: Path, folder: Path) -> float:
+def whole_run(root: Path, directory: Path) -> float:
     """Run to the end; returns the seconds it took."""
     begin, log = time.perf_counter(), root / "log.txt"
-    statuses = [exit_status(process) for process in start(root, folder, log)]
+    statuses = [exit_status(process) for process in start(root, directory, log)]
     assert statuses == [0] * RANKS, log.read_text()[-3000:]
     return time.perf_counter() - begin
 
 
-def kill_one(root: Path, folder: Path, rank: int, seconds: float) -> str | None:
+def kill_one(root: Path, directory: Path, rank: int, seconds: float) -> str | None:
     """Kill a process after so many seconds, wait for the others and start the run again.
 
     Returns what was left and how the others ended; None if the run was over before.
     """
-    log = root / f"{folder.name}.txt"
-    processes = start(root, folder, log)
+    log = root / f"{directory.name}.txt"
+    processes = start(root, directory, log)
     time.sleep(seconds)
     if os.waitpid(processes[rank], os.WNOHANG)[0]:  # already over
         for other in set(processes) - {processes[rank]}:
@@ -85,9 +85,9 @@ def kill_one(root: Path, folder: Path, rank: int, seconds: float) -> str | None:
     statuses = [exit_status(process) for process in processes]
     waited = time.perf_counter() - killed
     assert waited < PATIENCE, f"the others went on for {waited:.0f} s"
-    left = sorted(path.name for path in folder.glob("checkpoints/step_*"))
+    left = sorted(path.name for path in directory.glob("checkpoints/step_*"))
     said = "has lost another process" in log.read_text()
-    whole_run(root, folder)
+    whole_run(root, directory)
     others = [status for other, status in enumerate(statuses) if other != rank]
     reason = "said why" if said else "before they were joined"
     return f"{left[-1] if left else 'no checkpoint'}; others ended with {others}, {reason}"

@@ -1,4 +1,4 @@
-"""Tiny models of transformers, saved as folders: three or more of each family we read."""
+"""Tiny models of transformers, saved as directories: three or more of each family we read."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch import nn
 
 from qst_tune.backbone.hf_checkpointer import HFCheckpointer
 from qst_tune.backbone.torchtune_loading import load_backbone
-from tests.helpers import randomize_
+from tests.support.numbers import randomize_
 
 # 307 is prime and more than the tokens of `write_chat_tokenizer`; 100 is not 4 x 48.
 SIZES = {
@@ -158,34 +158,34 @@ def hf_model(case: str) -> Any:
     return model.float().eval()
 
 
-def save_hf_model(folder: Path, case: str, **settings: Any) -> Any:
+def save_hf_model(directory: Path, case: str, **settings: Any) -> Any:
     """Save a case as transformers does; ``settings`` go into its ``config.json``."""
     model = hf_model(case)
-    model.save_pretrained(folder)
-    edit_config(folder, **settings)
+    model.save_pretrained(directory)
+    edit_config(directory, **settings)
     return model
 
 
-def loaded(builder, folder: Path, **arguments):
+def loaded(builder, directory: Path, **arguments):
     """A model as recipes make it: built on meta, filled file by file."""
     cpu = torch.device("cpu")
     with torch.device("meta"):
-        model = builder(str(folder), **arguments)
-    load_backbone(model, HFCheckpointer(str(folder)), dtype=torch.float32, device=cpu)
+        model = builder(str(directory), **arguments)
+    load_backbone(model, HFCheckpointer(str(directory)), dtype=torch.float32, device=cpu)
     if hasattr(model, "initialize_side"):
         model.initialize_side(cpu)
     return model.eval()
 
 
-def edit_config(folder: Path, *removed: str, **settings: Any) -> None:
-    path = folder / "config.json"
+def edit_config(directory: Path, *removed: str, **settings: Any) -> None:
+    path = directory / "config.json"
     content = {**json.loads(path.read_text()), **settings}
     path.write_text(json.dumps({k: v for k, v in content.items() if k not in removed}))
 
 
-def write_old_style(folder: Path) -> None:
-    """Change ``config.json`` to what transformers 4 wrote, as most published folders have it."""
-    path = folder / "config.json"
+def write_old_style(directory: Path) -> None:
+    """Change ``config.json`` to what transformers 4 wrote, as in most published ones."""
+    path = directory / "config.json"
     content = json.loads(path.read_text())
     rope = content.pop("rope_parameters", None)
     content["torch_dtype"] = content.pop("dtype")

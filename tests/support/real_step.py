@@ -1,6 +1,6 @@
 """What a real training step allocates, by torch's own profiler, beside what the estimate says.
 
-    python -m tests.estimation.real_step
+    python -m tests.support.real_step
 
 prints the table of docs/estimation.md.
 """

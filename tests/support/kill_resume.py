@@ -6,7 +6,7 @@ side_network.safetensors and the same losses in summary.json. A run that was ove
 came does not count. Runs are forked from this process after its imports, so that one takes
 seconds. The log of 50 kills is in kill_resume.txt beside this file::
 
-    OMP_NUM_THREADS=1 nice -n 10 python -m tests.recipes.kill_resume --kills 50
+    OMP_NUM_THREADS=1 nice -n 10 python -m tests.support.kill_resume --kills 50
 """
 
 import argparse
@@ -23,8 +23,8 @@ from typing import Any
 
 from qst_tune.recipes import qst_finetune
 
-from tests.checkpoints import Config, colour_rows, finetune_config, write_jsonl
-from tests.recipe_runs import FinetuneResult, merged, one_thread
+from tests.support.checkpoints import Config, colour_rows, finetune_config, write_jsonl
+from tests.support.recipe_runs import FinetuneResult, merged, one_thread
 
 # Every step and every validation is near a checkpoint, so that many kills meet one being written.
 SETTINGS = [
@@ -95,17 +95,17 @@ def exit_status(process: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-def outcome(folder: Path) -> tuple[bytes, dict[str, float], dict[str, float]]:
+def outcome(directory: Path) -> tuple[bytes, dict[str, float], dict[str, float]]:
     """What must be the same, to the last bit."""
-    result = FinetuneResult(folder)
+    result = FinetuneResult(directory)
     summary = result.summary
     return result.weights_file.read_bytes(), summary["train_loss"], summary["held_out_loss"]
 
 
-def uninterrupted(root: Path, variant: str, folder: Path) -> float:
-    """Run to the end in a new folder; returns the seconds it took."""
+def uninterrupted(root: Path, variant: str, directory: Path) -> float:
+    """Run to the end in a new directory; returns the seconds it took."""
     begin = time.perf_counter()
-    process = start(config_of(root, variant, folder), root / "log.txt")
+    process = start(config_of(root, variant, directory), root / "log.txt")
     assert exit_status(process) == 0, (root / "log.txt").read_text()[-3000:]
     return time.perf_counter() - begin
 
@@ -113,7 +113,7 @@ def uninterrupted(root: Path, variant: str, folder: Path) -> float:
 def kill_and_resume(
     root: Path,
     variant: str,
-    folder: Path,
+    directory: Path,
     *,
     seconds: float | None = None,
     write: int | None = None,
@@ -122,14 +122,14 @@ def kill_and_resume(
 
     Returns where it was killed; None if it was over before.
     """
-    process = start(config_of(root, variant, folder), root / "log.txt", kill_at_write=write)
+    process = start(config_of(root, variant, directory), root / "log.txt", kill_at_write=write)
     if seconds is not None:
         time.sleep(seconds)
         os.kill(process, signal.SIGKILL)
     status = exit_status(process)
-    left = sorted(path.name for path in folder.glob("checkpoints/*"))
-    left += sorted(path.name for path in folder.glob(".side_network*"))
-    resume = config_of(root, variant, folder, "resume_from_checkpoint=True")
+    left = sorted(path.name for path in directory.glob("checkpoints/*"))
+    left += sorted(path.name for path in directory.glob(".side_network*"))
+    resume = config_of(root, variant, directory, "resume_from_checkpoint=True")
     resumed = start(resume, root / "log.txt")
     assert exit_status(resumed) == 0, (root / "log.txt").read_text()[-3000:]
     if status == 0:
@@ -158,9 +158,9 @@ def main(kills: int, seed: int, say: Callable[[str], None]) -> int:
             moment: dict[str, Any] = {"write": moments.randrange(NUM_WRITES)}
         else:
             moment = {"seconds": round(moments.uniform(0, durations[variant]), 2)}
-        folder = root / str(attempt)
-        where = kill_and_resume(root, variant, folder, **moment)
-        same = outcome(folder) == outcome(root / variant)
+        directory = root / str(attempt)
+        where = kill_and_resume(root, variant, directory, **moment)
+        same = outcome(directory) == outcome(root / variant)
         failures += not same
         if where is not None or not same:
             done += 1

@@ -22,15 +22,17 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune._cli.tune import TuneCLIParser
 
 from qst_tune.config.file import parse_config
-from tests.checkpoints import SIZES, colour_rows, write_jsonl, write_model_folder
-from tests.documented import ROOT, Printed
-from tests.fake_hub import TOKEN, serving, use
-from tests.recipe_runs import one_thread
+from tests.support.checkpoints import SIZES, colour_rows, write_jsonl, write_model_directory
+from tests.support.documented_commands import ROOT, Printed
+from tests.support.fake_hub import TOKEN, serving, use
+from tests.support.recipe_runs import one_thread
 
 CONFIGS = ROOT / "configs"
 # Longer than the default rows of the configs.
 TINY = {**SIZES, "max_seq_len": 512}
-_PLACEHOLDER = re.compile(r"(?:(?P<key>[\w.-]+)=)?(?:<(?P<name>[^<>]+)>|(?P<word>FILE|FOLDER)\b)")
+_PLACEHOLDER = re.compile(
+    r"(?:(?P<key>[\w.-]+)=)?(?:<(?P<name>[^<>]+)>|(?P<word>FILE|DIRECTORY)\b)"
+)
 
 
 _TOOL = {
@@ -46,7 +48,7 @@ class Place:
         self.root = root
         self.cache = root / ".cache/qst_tune"  # as `make quickstart` leaves it
         self.model = self.cache / "SmolLM2-135M-Instruct"
-        write_model_folder(self.model, sizes=TINY)
+        write_model_directory(self.model, sizes=TINY)
         (self.cache / "python_docs").mkdir()
         self.rows = write_jsonl(self.cache / "python_docs/train.jsonl", colour_rows(8))
         write_jsonl(self.cache / "python_docs/heldout.jsonl", colour_rows(4, prefix="tell me "))
@@ -82,13 +84,13 @@ class Place:
     def side_network(self, config: str) -> Path:
         """What the training config of that kind has left."""
         name = "auto_qst" if config.startswith("auto") else "135M_qst"
-        folder = (
+        directory = (
             self.root / "tmp/qst_tune/auto_qst" if "auto" in name else self.cache / f"runs/{name}"
         )
-        if not folder.exists():
+        if not directory.exists():
             train = "auto/qst" if "auto" in name else "smollm2/135M_qst"
             run(Printed("trained before", f"tune run qst_finetune --config {train}"), self)
-        return folder / "side_network"
+        return directory / "side_network"
 
     def filled(self, command: str) -> list[str]:
         """The words of a command, with something real for each placeholder."""
@@ -115,7 +117,7 @@ class Place:
             "DATA": "dataset.source=json", "SHARED": self.root / "shared",
             "ORG/MODEL": "some-org/model", "HUB NAME": "some-org/model", "NAME": "me/mine",
             "ORG/NAME": "me/mine", "CONFIG": "smollm2/135M_qst", "ORGANISATION": "org",
-            "MODEL": "model", "HF_TOKEN": "a-token", "FOLDER": self.model, "DIR": self.model,
+            "MODEL": "model", "HF_TOKEN": "a-token", "DIRECTORY": self.model, "DIR": self.model,
         }  # fmt: skip
         if name in ("THEIRS", "OURS"):
             return self._authors(name)

@@ -5,7 +5,7 @@ forked processes. ``RssAnon`` of Linux is sampled every 5 ms: memory that is the
 the pages of the checkpoint that the system keeps. With its default threshold, glibc keeps most of
 what is freed, and all would seem to hold the same. Linux only; takes minutes::
 
-    MALLOC_MMAP_THRESHOLD_=262144 OMP_NUM_THREADS=1 python -m tests.training.sharded_loading
+    MALLOC_MMAP_THRESHOLD_=262144 OMP_NUM_THREADS=1 python -m tests.support.sharded_loading
 """
 
 import sys
@@ -27,8 +27,8 @@ from qst_tune.backbone.sizes import backbone_bytes, group_bytes
 from qst_tune.backbone.torchtune_loading import load_backbone
 from qst_tune.distributed.processes import rank_and_world_size
 from qst_tune.models import qst_llama3_2
-from tests.checkpoints import random_weights, write_checkpoint
-from tests.ranks import on_ranks
+from tests.support.checkpoints import random_weights, write_checkpoint
+from tests.support.ranks import on_ranks
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -84,10 +84,10 @@ def build() -> Any:
             torch.set_default_dtype(default)
 
 
-def load(folder: Path) -> None:
-    files = sorted(path.name for path in folder.glob("*.safetensors"))
-    out = str(folder / "out")
-    checkpointer = FullModelHFCheckpointer(str(folder), files, "LLAMA3_2", output_dir=out)
+def load(directory: Path) -> None:
+    files = sorted(path.name for path in directory.glob("*.safetensors"))
+    out = str(directory / "out")
+    checkpointer = FullModelHFCheckpointer(str(directory), files, "LLAMA3_2", output_dir=out)
     model = build()
     rank, size = rank_and_world_size()
     sharding = choose_sharding("full", CPU)
@@ -109,9 +109,9 @@ def load(folder: Path) -> None:
 
 def main() -> None:
     with tempfile.TemporaryDirectory(prefix="sharded_loading.") as root:
-        folder = Path(root)
+        directory = Path(root)
         weights = {k: v.bfloat16() for k, v in random_weights(SIZES).items()}
-        write_checkpoint(folder, weights, sizes=SIZES, num_shards=4)
+        write_checkpoint(directory, weights, sizes=SIZES, num_shards=4)
         dense = sum(w.nbytes for w in weights.values())
         largest = max(w.nbytes for w in weights.values())
         del weights
@@ -121,7 +121,7 @@ def main() -> None:
             f"a layer in NF4 {max(groups) / MIB:.0f} MiB"
         )
         for size in (1, 2, 4):
-            on_ranks(size, load, folder)
+            on_ranks(size, load, directory)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.backbone.model_types import tiny_model
 from tests.reference import stored_formats as formats
+from tests.support.model_types import tiny_model
 
 CT_GROUP = {"targets": ["Linear"]}
 
@@ -66,14 +66,14 @@ SIZES = {"num_hidden_layers": 2, "tie_word_embeddings": False}
 
 
 def save_stored(
-    folder: Path, model_type: str, form: str, *, left_out: tuple[str, ...] = (), **changes: Any
+    directory: Path, model_type: str, form: str, *, left_out: tuple[str, ...] = (), **changes: Any
 ) -> Any:
     """Write a directory in a format; returns transformers' model over the dense weights, fp32."""
     settings, write = FORMATS[form]
     model = tiny_model(model_type, **{**SIZES, **changes})
-    dense_folder = folder / "dense"
-    model.save_pretrained(dense_folder)
-    dense = load_file(dense_folder / "model.safetensors")
+    dense_directory = directory / "dense"
+    model.save_pretrained(dense_directory)
+    dense = load_file(dense_directory / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
     tensors: dict[str, torch.Tensor] = {}
     for name, weight in dense.items():
@@ -83,9 +83,9 @@ def save_stored(
             continue
         parts, dense[name] = write(*weight.shape, generator)
         tensors |= {f"{stem}.{part}": value for part, value in parts.items()}
-    write_directory(folder, dense_folder, tensors, settings)
-    save_file(dense, dense_folder / "model.safetensors", metadata={"format": "pt"})
-    return AutoModelForCausalLM.from_pretrained(dense_folder, dtype=torch.float32).eval()
+    write_directory(directory, dense_directory, tensors, settings)
+    save_file(dense, dense_directory / "model.safetensors", metadata={"format": "pt"})
+    return AutoModelForCausalLM.from_pretrained(dense_directory, dtype=torch.float32).eval()
 
 
 def _is_linear(name: str, weight: torch.Tensor) -> bool:
@@ -93,21 +93,24 @@ def _is_linear(name: str, weight: torch.Tensor) -> bool:
 
 
 def write_directory(
-    folder: Path, dense_folder: Path, tensors: dict[str, torch.Tensor], settings: dict[str, Any]
+    directory: Path,
+    dense_directory: Path,
+    tensors: dict[str, torch.Tensor],
+    settings: dict[str, Any],
 ) -> None:
-    config = json.loads((dense_folder / "config.json").read_text())
+    config = json.loads((dense_directory / "config.json").read_text())
     config["quantization_config"] = settings
-    (folder / "config.json").write_text(json.dumps(config))
+    (directory / "config.json").write_text(json.dumps(config))
     contiguous = {name: value.contiguous().clone() for name, value in tensors.items()}
-    save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(contiguous, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-def save_mxfp4(folder: Path) -> Any:
+def save_mxfp4(directory: Path) -> Any:
     """Write a tiny gpt-oss as OpenAI did, with experts in MXFP4; returns the dense one."""
     model = tiny_model("gpt_oss", **SIZES)
-    dense_folder = folder / "dense"
-    model.save_pretrained(dense_folder)
-    dense = load_file(dense_folder / "model.safetensors")
+    dense_directory = directory / "dense"
+    model.save_pretrained(dense_directory)
+    dense = load_file(dense_directory / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
     tensors: dict[str, torch.Tensor] = {}
     for name, weight in dense.items():
@@ -119,7 +122,7 @@ def save_mxfp4(folder: Path) -> Any:
         tensors |= {f"{name}_{part}": value for part, value in parts.items()}
     left_out = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "lm_head"]
     settings = {"quant_method": "mxfp4", "modules_to_not_convert": left_out}
-    write_directory(folder, dense_folder, tensors, settings)
+    write_directory(directory, dense_directory, tensors, settings)
     contiguous = {name: value.contiguous() for name, value in dense.items()}
-    save_file(contiguous, dense_folder / "model.safetensors", metadata={"format": "pt"})
-    return AutoModelForCausalLM.from_pretrained(dense_folder, dtype=torch.float32).eval()
+    save_file(contiguous, dense_directory / "model.safetensors", metadata={"format": "pt"})
+    return AutoModelForCausalLM.from_pretrained(dense_directory, dtype=torch.float32).eval()

@@ -1,7 +1,7 @@
 """Tiny models, tokenizers, datasets and configs on disk, made in about 0.1 s and without downloads.
 
-Nothing here is special to QST but the ``model`` block of the configs: the folders look like those
-that Hugging Face serves.
+Nothing here is special to QST but the ``model`` block of the configs: the directories look like
+those that Hugging Face serves.
 """
 
 import base64
@@ -112,7 +112,7 @@ def hf_config(sizes: Config = SIZES, **changes: Any) -> Config:
 
 
 def write_checkpoint(
-    folder: Path,
+    directory: Path,
     weights: dict[str, torch.Tensor] | None = None,
     *,
     sizes: Config = SIZES,
@@ -121,8 +121,8 @@ def write_checkpoint(
 ) -> list[str]:
     """Write ``config.json`` and the weights; returns the names of the weight files."""
     weights = random_weights(sizes) if weights is None else weights
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(hf_config(sizes, **config_changes)))
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(hf_config(sizes, **config_changes)))
     names = ["model.safetensors"]
     if num_shards > 1:
         total = f"{num_shards:05}"
@@ -130,22 +130,22 @@ def write_checkpoint(
     keys = sorted(weights)
     for index, name in enumerate(names):
         shard = {key: weights[key].contiguous() for key in keys[index::num_shards]}
-        save_file(shard, folder / name, metadata={"format": "pt"})
+        save_file(shard, directory / name, metadata={"format": "pt"})
     return names
 
 
-def read_checkpoint(folder: Path) -> dict[str, torch.Tensor]:
-    """All weights of a folder, under Hugging Face names."""
+def read_checkpoint(directory: Path) -> dict[str, torch.Tensor]:
+    """All weights of a directory, under Hugging Face names."""
     return {
-        k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()
+        k: v for file in sorted(directory.glob("*.safetensors")) for k, v in load_file(file).items()
     }
 
 
-def file_hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file below a folder, by relative path."""
+def file_hashes(directory: Path) -> dict[str, str]:
+    """SHA-256 of every file below a directory, by relative path."""
     return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.rglob("*"))
         if path.is_file()
     }
 
@@ -153,7 +153,7 @@ def file_hashes(folder: Path) -> dict[str, str]:
 # Tokenizers.
 
 
-def write_chat_tokenizer(folder: Path) -> None:
+def write_chat_tokenizer(directory: Path) -> None:
     """A byte-level BPE tokenizer of 300 tokens with a ChatML template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -167,7 +167,7 @@ def write_chat_tokenizer(folder: Path) -> None:
     tokenizer.train_from_iterator(
         ["system user assistant what is the colour of box it is"], trainer
     )
-    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.save(str(directory / "tokenizer.json"))
     content = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<|endoftext|>",
@@ -175,7 +175,7 @@ def write_chat_tokenizer(folder: Path) -> None:
         "pad_token": "<|pad|>",
         "chat_template": CHATML,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(content))
+    (directory / "tokenizer_config.json").write_text(json.dumps(content))
 
 
 def write_tiktoken(path: Path) -> None:
@@ -207,17 +207,17 @@ def colour_rows(count: int, prefix: str = "") -> list[dict[str, str]]:
 # Configs.
 
 
-def write_model_folder(folder: Path, **kwargs: Any) -> Path:
+def write_model_directory(directory: Path, **kwargs: Any) -> Path:
     """A checkpoint with its chat tokenizer."""
-    write_checkpoint(folder, **kwargs)
-    write_chat_tokenizer(folder)
-    return folder
+    write_checkpoint(directory, **kwargs)
+    write_chat_tokenizer(directory)
+    return directory
 
 
 def finetune_config(root: Path) -> Config:
     """A config of qst_finetune; writes what it refers to into ``root`` unless it is there."""
     if not root.joinpath("model").exists():
-        write_model_folder(root / "model")
+        write_model_directory(root / "model")
         write_jsonl(root / "train.jsonl", colour_rows(8))
         write_jsonl(root / "val.jsonl", colour_rows(5, prefix="tell me "))
     return {
@@ -289,5 +289,5 @@ def _dataset(path: Path, cache: Path) -> Config:
         "_component_": "torchtune.datasets.instruct_dataset",
         "source": "json",
         "data_files": str(path),
-        "cache_dir": str(cache),  # otherwise the home folder of whoever runs the tests
+        "cache_dir": str(cache),  # otherwise the home directory of whoever runs the tests
     }

@@ -18,18 +18,18 @@ from safetensors.torch import load_file
 from torchtune.data import Message
 
 from qst_tune.data import hf_chat_tokenizer
-from tests.checkpoints import Config
+from tests.support.checkpoints import Config
 
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What a run of qst_finetune left in its output folder."""
+    """What a run of qst_finetune left in its output directory."""
 
-    folder: Path
+    directory: Path
 
     @property
     def summary(self) -> dict[str, Any]:
-        return json.loads((self.folder / "summary.json").read_text())
+        return json.loads((self.directory / "summary.json").read_text())
 
     @property
     def train_loss(self) -> torch.Tensor:
@@ -41,7 +41,7 @@ class FinetuneResult:
 
     @property
     def weights_file(self) -> Path:
-        return self.folder / "side_network" / "side_network.safetensors"
+        return self.directory / "side_network" / "side_network.safetensors"
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:

@@ -24,10 +24,10 @@ def own_memory() -> int:
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    directory = Path(sys.argv[1])
     with torch.device("meta"):
         form = sys.argv[2] if len(sys.argv) > 2 else "nf4"
-        model = qst_from_hf(str(folder), base_quantization=form)
+        model = qst_from_hf(str(directory), base_quantization=form)
     quantization_config_type()
     before, peak, done = own_memory(), 0, threading.Event()
 
@@ -39,7 +39,7 @@ def main() -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    load_backbone(model.backbone, folder, dtype=torch.bfloat16, device=torch.device("cpu"))
+    load_backbone(model.backbone, directory, dtype=torch.bfloat16, device=torch.device("cpu"))
     done.set()
     watcher.join()
     sys.stdout.write(f"{peak - before} {parameter_bytes(model.frozen)}\n")

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
 
 from qst_tune.backbone.transformers import TransformersBackbone
-from tests.helpers import randomize_
+from tests.support.numbers import randomize_
 
 # Its config.json alone.
 OPT_DIRECTORY = str(Path(__file__).parent / "opt_tiny")

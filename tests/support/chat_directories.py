@@ -15,8 +15,8 @@ CHATML = (
 )
 
 
-def build_folder(folder: Path, template: Any = CHATML, **config: Any) -> Path:
-    """Write a byte-level BPE tokenizer of some 300 tokens as a Hugging Face folder."""
+def build_directory(directory: Path, template: Any = CHATML, **config: Any) -> Path:
+    """Write a byte-level BPE tokenizer of some 300 tokens as a Hugging Face directory."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -29,11 +29,11 @@ def build_folder(folder: Path, template: Any = CHATML, **config: Any) -> Path:
     text = "hello good day system user assistant\n\n  [INST] a b\n\n [/INST] \n\n"
     tokenizer.train_from_iterator([text] * 20, trainer)
     tokenizer.add_special_tokens([AddedToken("<|pad|>", special=True)])
-    folder.mkdir(exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    directory.mkdir(exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
     tokens = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>", "pad_token": "<|pad|>"}
     content = {"tokenizer_class": "PreTrainedTokenizerFast", **tokens, **config}
     if template is not None:
         content["chat_template"] = template
-    (folder / "tokenizer_config.json").write_text(json.dumps(content))
-    return folder
+    (directory / "tokenizer_config.json").write_text(json.dumps(content))
+    return directory

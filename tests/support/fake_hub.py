@@ -40,8 +40,10 @@ class FakeHub:
         self.commits: dict[str, dict[str, bytes]] = {}
 
     def files(self, repo: str) -> list[Path] | None:
-        folder = self.root / repo
-        return sorted(p for p in folder.rglob("*") if p.is_file()) if folder.is_dir() else None
+        directory = self.root / repo
+        return (
+            sorted(p for p in directory.rglob("*") if p.is_file()) if directory.is_dir() else None
+        )
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tests.checkpoints import hf_config
+from tests.support.checkpoints import hf_config
 
 _LLAMA3_SCALING = {
     "factor": 8.0,
@@ -225,10 +225,10 @@ _SMOLLM2_135M = {
 }
 
 
-def write_published(folder: Path, config_name: str) -> str:
+def write_published(directory: Path, config_name: str) -> str:
     """Write the ``config.json`` of one of our configs' models; SmolLM2-135M's for ``auto/*``."""
     model = config_name.rpartition("_")[0]
     is_any = config_name.startswith("auto/")
     settings = hf_config(_SMOLLM2_135M) if is_any else PUBLISHED[model][0]
-    (folder / "config.json").write_text(json.dumps(settings))
-    return str(folder)
+    (directory / "config.json").write_text(json.dumps(settings))
+    return str(directory)

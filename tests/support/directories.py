@@ -1,4 +1,4 @@
-"""Folders of side networks with random weights, as a training run leaves them."""
+"""Directories of side networks with random weights, as a training run leaves them."""
 
 from pathlib import Path
 
@@ -9,18 +9,18 @@ from qst_tune.models.setup import build_on_meta, load_frozen_backbone
 from qst_tune.modules.qst_decoder import QSTDecoder
 from qst_tune.results.provenance import provenance_of
 from qst_tune.results.side_network import save_side_network
-from tests.checkpoints import Config, finetune_config
-from tests.helpers import randomize_
+from tests.support.checkpoints import Config, finetune_config
+from tests.support.numbers import randomize_
 
 CPU = torch.device("cpu")
 
 
-def side_network_folder(
+def side_network_directory(
     root: Path, name: str = "side_network", *, seed: int = 0, **model_settings: object
 ) -> tuple[Path, QSTDecoder]:
-    """Write a folder over the model of :func:`tests.checkpoints.finetune_config`.
+    """Write a directory over the model of :func:`tests.support.checkpoints.finetune_config`.
 
-    Returns the folder, and the torchtune model it was saved from, loaded in fp32.
+    Returns the directory, and the torchtune model it was saved from, loaded in fp32.
     """
     config: Config = finetune_config(root)
     config["model"] = {**config["model"], **model_settings}
