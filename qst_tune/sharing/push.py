@@ -33,7 +33,7 @@ def push_directory(directory: Path, name: str, *, private: bool = False) -> str:
         address = api.create_repo(name, private=private or None, exist_ok=True)
         api.upload_folder(
             repo_id=name,
-            directory_path=directory,
+            folder_path=directory,
             allow_patterns=files,
             commit_message="Upload a result of qst_tune",
         )
