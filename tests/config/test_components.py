@@ -73,7 +73,7 @@ def test_value_that_is_taken_from_elsewhere_is_checked_there() -> None:
 
 
 def test_missing_argument_is_told_but_not_those_that_the_recipe_gives() -> None:
-    name = "tests.training.test_component_check"
+    name = "tests.config.test_components"
     config = {
         "model": {"_component_": f"{name}.build"},
         "dataset": [{"_component_": f"{name}.dataset"}],
