@@ -19,7 +19,6 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torchtune import training
-from torchtune.config._utils import _get_component_from_path
 from torchtune.modules import TransformerDecoder, TransformerSelfAttentionLayer
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
@@ -35,6 +34,7 @@ from qst_tune.models import peqa_decoder, qst_decoder
 from qst_tune.models.setup import build_any_on_meta
 from qst_tune.modules.peqa_model import PEQAModel
 from qst_tune.modules.qst_model import QSTModel
+from qst_tune.torchtune_compat import component_of
 from qst_tune.training.language_modelling import NextTokenTask
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -113,7 +113,7 @@ def _backbone(cfg: DictConfig) -> TransformerDecoder:
 
 
 def _is(cfg: DictConfig, model_type: type) -> bool:
-    builder = _get_component_from_path(cfg.model._component_)
+    builder = component_of(cfg.model._component_)
     return inspect.signature(builder).return_annotation is model_type
 
 

@@ -4,12 +4,12 @@ import inspect
 
 from omegaconf import DictConfig
 from torch import nn
-from torchtune.config._utils import _get_component_from_path
 from torchtune.modules import TransformerDecoder
 from torchtune.modules.peft import LoRALinear
 
 from qst_tune.errors import UserError
 from qst_tune.quantization.nf4 import quantize_nf4
+from qst_tune.torchtune_compat import component_of
 
 
 def plain_backbone(model_block: DictConfig) -> TransformerDecoder:
@@ -24,7 +24,7 @@ def plain_backbone(model_block: DictConfig) -> TransformerDecoder:
     Raises:
         UserError: if the builder is another one.
     """
-    builder = _get_component_from_path(model_block._component_)
+    builder = component_of(model_block._component_)
     if not hasattr(builder, "backbone_builder"):
         raise UserError(
             f"model: {model_block._component_} does not say what its backbone is; use one of "

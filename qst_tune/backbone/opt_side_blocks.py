@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 from torchtune.modules import FeedForward, MultiHeadAttention, TransformerSelfAttentionLayer
-from torchtune.modules.attention_utils import _MaskType
 
 from qst_tune.modules.side_block import SideShape
+from qst_tune.torchtune_compat import Mask
 
 
 class PostNormLayer(TransformerSelfAttentionLayer):
@@ -27,7 +27,7 @@ class PostNormLayer(TransformerSelfAttentionLayer):
         self,
         x: torch.Tensor,
         *,
-        mask: _MaskType | None = None,
+        mask: Mask | None = None,
         input_pos: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from qst_tune.modules.embedding_quantization import quantization_of_backbone
 from qst_tune.modules.peqa_linear import PEQALinear
 from qst_tune.modules.torchtune_backbone import build_rotary_caches
 from qst_tune.quantization.table import QuantizedTable, quantize_table
+from qst_tune.torchtune_compat import checkpoint_directory, checkpoint_paths, take_paths
 
 SIDE_PREFIX = "side."
 
@@ -48,7 +48,7 @@ def load_backbone(
     backbone = transformers_backbone(model)
     if backbone is not None:
         of_files = fingerprint_backbone(model, checkpointer)  # first: it finds damaged files
-        load_directory(backbone, Path(checkpointer._checkpoint_dir), dtype=dtype, device=device)
+        load_directory(backbone, checkpoint_directory(checkpointer), dtype=dtype, device=device)
         return of_files
     place = partial(set_weight, model, dtype=dtype, device=device)
     of_weights = read_weights(model, checkpointer, place)
@@ -65,7 +65,7 @@ def stored_as(model: Any) -> str:
 def fingerprint_backbone(model: Any, checkpointer: Any) -> str:
     """Read a checkpoint only to check and to identify it, as :func:`load_backbone` does."""
     if transformers_backbone(model) is not None:
-        return fingerprint_files(weight_files(Path(checkpointer._checkpoint_dir)))
+        return fingerprint_files(weight_files(checkpoint_directory(checkpointer)))
     return read_weights(model, checkpointer, lambda name, weight: None)
 
 
@@ -110,13 +110,13 @@ _FIX = "the config's model block must describe, or name the directory of, this v
 
 def _checkpoint_files(checkpointer: Any) -> Iterator[dict[str, torch.Tensor]]:
     """State dicts under torchtune's names, one file of the checkpoint at a time where possible."""
-    paths = getattr(checkpointer, "_checkpoint_paths", None)
+    paths = checkpoint_paths(checkpointer)
     if not isinstance(checkpointer, training.FullModelHFCheckpointer) or paths is None:
         yield _load_weights(checkpointer, "the checkpoint")
         return
     for path in paths:
         # torchtune's conversion works on any subset of the weights; only this list decides which.
-        checkpointer._checkpoint_paths = [path]
+        take_paths(checkpointer, [path])
         yield _load_weights(checkpointer, str(path))
 
 

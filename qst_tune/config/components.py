@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from torchtune.config._utils import _get_component_from_path
 
 from qst_tune.config.keys import NOUNS
 from qst_tune.config.other_names import other_name_hint
 from qst_tune.errors import Problem, did_you_mean
+from qst_tune.torchtune_compat import component_of
 
 # Block -> number of positional arguments and names of keyword arguments that a recipe gives.
 _GIVEN: dict[str, tuple[int, tuple[str, ...]]] = {
@@ -72,7 +72,7 @@ def _nodes(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:
 def _problems(path: str, node: DictConfig) -> list[Problem]:
     name, key = node["_component_"], f"{path}._component_"
     try:
-        component = _get_component_from_path(str(name))
+        component = component_of(str(name))
     except Exception as error:  # importing a user's own module may raise anything
         now = next((f"; {now}" for old, now in _GONE.items() if str(name).startswith(old)), "")
         text = f"{path}: component {name!r} cannot be imported: {_last_line(error)}{now}"

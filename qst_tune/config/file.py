@@ -14,10 +14,10 @@ from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from torchtune.config._utils import _has_component, _remove_key_by_dotpath
 
 from qst_tune.config.keys import TRAINING_KEYS
 from qst_tune.errors import UserError, first_line
+from qst_tune.torchtune_compat import has_component, remove_key
 
 # Texts for the model, in which a leading ~ is no home directory.
 _TEXTS = ("prompt", "prompts", "system_prompt", "new_system_prompt")
@@ -105,7 +105,7 @@ def _remove(settings: dict[str, Any], path: str) -> None:
     if "_component_" in path:
         raise ValueError(f"Removing components from CLI is not supported: ~{path}")
     try:
-        _remove_key_by_dotpath(settings, path)
+        remove_key(settings, path)
     except (KeyError, TypeError):
         raise ValueError(f"Could not find key {path} in yaml config to remove") from None
 
@@ -115,7 +115,7 @@ def _as_yaml(override: str, settings: dict[str, Any]) -> str:
     key, _, value = override.partition("=")
     if value in ("null", "None", ""):
         return f"{key}=null"
-    if key in settings and _has_component(settings[key]):
+    if key in settings and has_component(settings[key]):
         key += "._component_"
     current: Any = settings
     for part in key.split("."):

@@ -6,9 +6,9 @@ from typing import Any
 
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from torchtune.training.checkpointing._utils import FormattedCheckpointFiles
 
 from qst_tune.backbone.hub import Parts, fetch_model, hub_name, is_hub_name
+from qst_tune.torchtune_compat import file_names
 
 # Only here does a text with one slash mean a model.
 _PLACES = ("checkpoint_dir", "model", "tokenizer", "checkpointer")
@@ -42,7 +42,7 @@ def _files_of(cfg: DictConfig, name: str) -> list[str]:
     if block.get("checkpoint_dir") != name or not files:
         return []
     if not isinstance(files, ListConfig):
-        files = FormattedCheckpointFiles.from_dict(dict(files)).build_checkpoint_filenames()
+        files = file_names(dict(files))
     path = str(cfg.get("tokenizer", {}).get("path"))  # Llama 3's is original/tokenizer.model
     inside = [path.removeprefix(f"{name}/")] if path.startswith(f"{name}/") else []
     return [*map(str, files), *inside]

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch.nn.functional as F
 from omegaconf import DictConfig, ListConfig
-from torchtune.config._utils import _get_component_from_path
 from torchtune.datasets import ConcatDataset
 
 from qst_tune.config.cli import instantiate
@@ -18,6 +17,7 @@ from qst_tune.data.survey import Survey, survey_rows
 from qst_tune.data.torchtune_rows import with_literal_paths
 from qst_tune.errors import UserError
 from qst_tune.modules.model_limits import ModelLimits
+from qst_tune.torchtune_compat import component_of
 
 LENGTH_MULTIPLE = 16
 DEFAULT_COLLATE = "torchtune.data.padded_collate_sft"
@@ -94,7 +94,7 @@ def build_collate(limits: ModelLimits, component: str = DEFAULT_COLLATE) -> Coll
     pad_id, ignore_index = limits.pad_id, limits.ignore_index
     padding = {"padding_idx": pad_id, "ignore_idx": ignore_index}
     try:
-        collate = partial(_get_component_from_path(component), **padding)
+        collate = partial(component_of(component), **padding)
     except Exception as error:  # importing a user's own module may raise anything
         raise UserError(f"collate_fn={component} cannot be imported") from error
     fill = {"tokens": pad_id, "labels": ignore_index}

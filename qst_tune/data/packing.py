@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from torch.utils.data import Subset
-from torchtune.config._utils import _get_component_from_path
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.datasets import PackedDataset
 
 from qst_tune.errors import UserError
 from qst_tune.modules.model_limits import ModelLimits
+from qst_tune.torchtune_compat import component_of
 
 _OWN_COMPONENTS = ("torchtune.", "qst_tune.")
 
@@ -64,7 +64,7 @@ def split_off_packing(block: DictConfig) -> Packing | None:
     """
     if not block.get("packed") or not str(block.get("_component_")).startswith(_OWN_COMPONENTS):
         return None
-    parameters = inspect.signature(_get_component_from_path(block._component_)).parameters
+    parameters = inspect.signature(component_of(block._component_)).parameters
     unpacked = DictConfig({**block, "packed": False})
     split = block.get("split_across_pack")
     if split is None:

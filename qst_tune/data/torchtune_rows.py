@@ -10,6 +10,7 @@ from torchtune.data import OpenAIToMessages, ShareGPTToMessages
 from torchtune.datasets import SFTDataset
 
 from qst_tune.errors import UserError
+from qst_tune.torchtune_compat import rows_and_transform, source_column
 
 _SHAREGPT_NAMES = ("system", "human", "gpt")
 _INSTEAD = "dataset._component_=qst_tune.data.auto_dataset"
@@ -24,15 +25,15 @@ def check_chat_row(dataset: Any, index: int) -> None:
     """
     if type(dataset) is not SFTDataset:
         return
-    transform = dataset._message_transform
+    rows, transform = rows_and_transform(dataset)
     if type(transform) is OpenAIToMessages:
-        _check(dataset, index, transform._column_map["messages"], _openai_problem)
+        _check(rows[index], source_column(transform, "messages"), _openai_problem)
     elif type(transform) is ShareGPTToMessages:
-        _check(dataset, index, transform._column_map["conversations"], _sharegpt_problem)
+        _check(rows[index], source_column(transform, "conversations"), _sharegpt_problem)
 
 
-def _check(dataset: Any, index: int, column: str, problem_of: Any) -> None:
-    messages = dataset._data[index].get(column)
+def _check(row: Mapping[str, Any], column: str, problem_of: Any) -> None:
+    messages = row.get(column)
     for number, message in enumerate(messages if isinstance(messages, list) else []):
         problem = problem_of(message) if isinstance(message, Mapping) else None
         if problem:

@@ -2,11 +2,10 @@
 
 from typing import Any
 
-from torchtune.config._utils import _get_component_from_path
-
 from qst_tune.models.qst import is_opt_model, qst_builder
 from qst_tune.modules.output_mix import SigmoidMix
 from qst_tune.modules.qst_classifier import QSTClassifier
+from qst_tune.torchtune_compat import component_of
 
 
 def qst_classifier(backbone: str, num_labels: int, **arguments: Any) -> QSTClassifier:
@@ -36,7 +35,7 @@ def qst_classifier(backbone: str, num_labels: int, **arguments: Any) -> QSTClass
         ValueError: if ``backbone`` names nothing or a whole model, or as ``qst_decoder``.
     """
     try:
-        builder = _get_component_from_path(backbone)
+        builder = component_of(backbone)
     except Exception as error:  # importing a user's own module may raise anything
         raise ValueError(f"backbone={backbone!r} cannot be imported") from error
     plain = getattr(builder, "backbone_builder", None)

@@ -5,9 +5,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torchtune.modules.attention_utils import _MaskType
 
 from qst_tune.modules.side_block import SideShape
+from qst_tune.torchtune_compat import Mask
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 # Takes one hidden state, [B, T, D], while the backbone is between two layers.
@@ -64,14 +64,14 @@ class Backbone(Protocol):
     def side_norm(self, dim: int) -> nn.Module:
         """Build the side network's final norm over ``dim`` = S channels."""
 
-    def row_parts(self, tokens: torch.Tensor, mask: _MaskType | None) -> list[slice]:
+    def row_parts(self, tokens: torch.Tensor, mask: Mask | None) -> list[slice]:
         """Choose which rows of a batch run together: the memory of a layer grows with them."""
 
     def embed(
         self,
         tokens: torch.Tensor,
         *,
-        mask: _MaskType | None = None,
+        mask: Mask | None = None,
         input_pos: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute h_0 alone, ``[B, T, D]``; arguments as for :meth:`run`."""
@@ -82,7 +82,7 @@ class Backbone(Protocol):
         *,
         taps: Sequence[int],
         visit: Visit,
-        mask: _MaskType | None = None,
+        mask: Mask | None = None,
         input_pos: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run forward without gradient, and show hidden states as they come.
@@ -92,7 +92,7 @@ class Backbone(Protocol):
             taps (Sequence[int]): states to show, ascending.
             visit (Visit): called once for each tap, in the caller's gradient mode, before the next
                 layer runs: so the hidden states are never in memory together.
-            mask (_MaskType | None): which tokens see which; None: each sees those before it.
+            mask (Mask | None): which tokens see which; None: each sees those before it.
             input_pos (torch.Tensor | None): ``[B, T]`` positions; None: counted from 0.
 
         Returns:

@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torchtune import utils
-from torchtune.modules.attention_utils import _MaskType
+
+from qst_tune.torchtune_compat import Mask
 
 # Left free on the disk: the checkpoints of the run need room too.
 RESERVED_BYTES = 2 * 1024**3
@@ -39,7 +40,7 @@ class HiddenStateCache:
         self.is_full = False
 
     def read(
-        self, tokens: torch.Tensor, *, mask: _MaskType | None, input_pos: torch.Tensor | None
+        self, tokens: torch.Tensor, *, mask: Mask | None, input_pos: torch.Tensor | None
     ) -> Iterator[torch.Tensor] | None:
         """Find the states of a batch, in order and one at a time, on the device of ``tokens``.
 
@@ -49,13 +50,13 @@ class HiddenStateCache:
         return None if file is None else _tensors_of(file)
 
     def recorder(
-        self, tokens: torch.Tensor, *, mask: _MaskType | None, input_pos: torch.Tensor | None
+        self, tokens: torch.Tensor, *, mask: Mask | None, input_pos: torch.Tensor | None
     ) -> "Recorder":
         """Begin to record a batch: add each state in order, then write."""
         return Recorder(self, self._path(tokens, mask, input_pos))
 
     def _path(
-        self, tokens: torch.Tensor, mask: _MaskType | None, input_pos: torch.Tensor | None
+        self, tokens: torch.Tensor, mask: Mask | None, input_pos: torch.Tensor | None
     ) -> Path:
         return self.directory / f"{_digest(tokens, mask, input_pos)}.safetensors"
 
@@ -107,7 +108,7 @@ def _open(path: Path, device: torch.device) -> Any | None:
         return None
 
 
-def _digest(tokens: torch.Tensor, mask: _MaskType | None, input_pos: torch.Tensor | None) -> str:
+def _digest(tokens: torch.Tensor, mask: Mask | None, input_pos: torch.Tensor | None) -> str:
     """Name a batch by all that its hidden states depend on.
 
     A BlockMask, the mask of a packed batch, has no content to hash; but the positions begin anew

@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 from torchtune.modules import TransformerDecoder
-from torchtune.modules.attention_utils import _MaskType
 
 from qst_tune.modules.backbone import head_output
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.modules.side_network import SideNetwork
 from qst_tune.modules.torchtune_backbone import CHUNK_TOKENS, TorchtuneBackbone, decoder_parts
+from qst_tune.torchtune_compat import Mask, check_inputs
 
 
 class QSTDecoder(QSTModel, TransformerDecoder):
@@ -70,7 +70,7 @@ class QSTDecoder(QSTModel, TransformerDecoder):
         self,
         tokens: torch.Tensor,
         *,
-        mask: _MaskType | None = None,
+        mask: Mask | None = None,
         encoder_input: torch.Tensor | None = None,
         encoder_mask: torch.Tensor | None = None,
         input_pos: torch.Tensor | None = None,
@@ -80,9 +80,9 @@ class QSTDecoder(QSTModel, TransformerDecoder):
         The mask serves both networks. ``encoder_input`` and ``encoder_mask`` must be None. Returns
         :func:`~qst_tune.modules.backbone.head_output`.
         """
-        decoder: Any = self
-        decoder._validate_inputs(
-            tokens.shape[1],
+        check_inputs(
+            self,
+            tokens,
             mask=mask,
             encoder_input=encoder_input,
             encoder_mask=encoder_mask,

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_mask
-from torchtune.modules.attention_utils import _MaskType
 
 from qst_tune.modules.backbone import Backbone, where_of_rows
 from qst_tune.modules.hidden_state_cache import HiddenStateCache
 from qst_tune.modules.side_network import SideNetwork
+from qst_tune.torchtune_compat import Mask
 
 # Channels a head: torch's flex_attention refuses fewer (torch 2.11, CUDA).
 _NARROWEST_FLEX_HEAD = 16
@@ -104,7 +104,7 @@ class QSTModel(nn.Module):
         self,
         tokens: torch.Tensor,
         *,
-        mask: _MaskType | None = None,
+        mask: Mask | None = None,
         input_pos: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute inputs of the LM head, ``[B, T, D]``, of the model and of its reference model.
@@ -137,7 +137,7 @@ class QSTModel(nn.Module):
         self,
         tokens: torch.Tensor,
         *,
-        mask: _MaskType | None,
+        mask: Mask | None,
         input_pos: torch.Tensor | None,
         reference_side: SideNetwork | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,12 +14,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchtune.models.gemma.rms_norm import GemmaRMSNorm
 from torchtune.modules import RMSNorm
-from torchtune.modules.attention_utils import _MaskType
 
 from qst_tune.modules.backbone import Backbone
 from qst_tune.modules.downsample import Saved, build_downsample
 from qst_tune.modules.output_mix import build_output_mix
 from qst_tune.modules.side_config import SideConfig
+from qst_tune.torchtune_compat import Mask
 
 # torch's default for bf16, 0.008, is as large as the mean square of some embeddings.
 _NORM_EPS = 1e-6
@@ -183,7 +183,7 @@ class SideNetwork(nn.Module):
         h_BTD: torch.Tensor,
         g_BTS: torch.Tensor,
         *,
-        mask: _MaskType | None = None,
+        mask: Mask | None = None,
         input_pos: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute :math:`g_k`, ``[B, T, S]``, from :math:`h_{l(k)}` and :math:`g_{k-1}`.

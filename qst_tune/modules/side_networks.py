@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchtune.modules.attention_utils import _MaskType
 
 from qst_tune.modules.backbone import where_of_rows
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.modules.side_network import SideNetwork
+from qst_tune.torchtune_compat import Mask
 
 # What one network carries from block to block, or None where it has no row in the batch.
 _States = list[torch.Tensor | None]
@@ -102,7 +102,7 @@ class SideNetworks(nn.Module):
         h_BTD: torch.Tensor,
         states: _States,
         *,
-        mask: _MaskType | None = None,
+        mask: Mask | None = None,
         input_pos: torch.Tensor | None = None,
     ) -> _States:
         """Advance each network by one block; hidden states are of all rows.

@@ -8,7 +8,6 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention.flex_attention import BlockMask
 from torchtune.modules import TransformerDecoder
-from torchtune.modules.attention_utils import _MaskType
 
 from qst_tune.modules.backbone import Head, Visit, where_of_rows
 from qst_tune.modules.base_quantization import BaseQuantization, quantize_linears
@@ -25,6 +24,7 @@ from qst_tune.modules.side_block import (
     side_shape,
 )
 from qst_tune.quantization.decoded_once import decoding_once
+from qst_tune.torchtune_compat import Mask
 
 # Tokens that go through a frozen layer at once: enough for products at full speed.
 CHUNK_TOKENS = 4096
@@ -95,7 +95,7 @@ class TorchtuneBackbone:
         """Build a norm of the type of the final one."""
         return resize_norm(self.decoder.norm, dim)
 
-    def row_parts(self, tokens: torch.Tensor, mask: _MaskType | None) -> list[slice]:
+    def row_parts(self, tokens: torch.Tensor, mask: Mask | None) -> list[slice]:
         """Return all rows as one part: they are split layer by layer."""
         return [slice(0, len(tokens))]
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torchtune import training
-from torchtune.config._utils import _get_component_from_path
 
 from qst_tune.backbone.architecture_check import check_architecture
 from qst_tune.backbone.hub import model_name
@@ -16,6 +15,7 @@ from qst_tune.errors import UserError
 from qst_tune.modules.embedding_quantization import quantization_of_backbone
 from qst_tune.results.described_model import build_described
 from qst_tune.results.side_network import read_side_network
+from qst_tune.torchtune_compat import component_of
 
 
 class TunedCheckpointer:
@@ -37,7 +37,7 @@ class TunedCheckpointer:
     ) -> None:
         self.side_network = Path(side_network)
         self.checkpoint_dir = Path(checkpoint_dir)
-        make = _get_component_from_path(base_checkpointer)
+        make = component_of(base_checkpointer)
         self._base = make(checkpoint_dir=checkpoint_dir, **settings)
 
     def load_checkpoint(self) -> dict[str, Any]:
