@@ -1,7 +1,6 @@
 """Keep a quantised backbone in a file: the next start reads a quarter of it, and rounds nothing."""
 
 import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import nn
 from torchtune import utils
 
 from qst_tune import __version__
+from qst_tune.atomic_files import whole_file
 from qst_tune.backbone.hf_checkpointer import HFCheckpointer
 from qst_tune.backbone.sizes import is_side
 from qst_tune.backbone.torchtune_loading import stored_as
@@ -61,17 +61,13 @@ class BackboneCache:
         if rank_and_world_size()[0] != 0:
             return
         parts = _all_parts(model)
-        aside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             plain = {name: part.detach().cpu().contiguous() for name, part in parts.items()}
-            save_file(plain, aside, metadata={"format": "pt", "fingerprint": fingerprint})
-            aside.replace(self.path)
+            with whole_file(self.path, flush=False) as aside:
+                save_file(plain, aside, metadata={"format": "pt", "fingerprint": fingerprint})
             log.info(f"quantised backbone kept in {self.path} ({_gigabytes(self.path):.2f} GB)")
         except (SafetensorError, OSError) as error:
             log.warning(f"the quantised backbone cannot be kept in {self.path}: {error}")
-        finally:
-            aside.unlink(missing_ok=True)
 
 
 def backbone_cache(checkpointer: Any, model: Any, dtype: torch.dtype) -> BackboneCache | None:

@@ -1,7 +1,6 @@
 """A cache of a frozen backbone's states: epochs after the first run the side network alone."""
 
 import hashlib
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,8 @@ from safetensors.torch import save_file
 from torchtune import utils
 
 from qst_tune.torchtune_compat import Mask
+
+from qst_tune.atomic_files import whole_file
 
 # Left free on the disk: the checkpoints of the run need room too.
 RESERVED_BYTES = 2 * 1024**3
@@ -62,19 +63,16 @@ class HiddenStateCache:
 
     def keep(self, states: list[torch.Tensor], path: Path) -> None:
         """Write states on the CPU to a file that is whole or absent, whenever the process dies."""
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             room = shutil.disk_usage(self.directory).free - RESERVED_BYTES
             if sum(state.nbytes for state in states) > room:
                 raise OSError(f"the disk has less than {RESERVED_BYTES / 1024**3:.0f} GiB left")
-            save_file({str(i): state for i, state in enumerate(states)}, aside)
-            aside.replace(path)
+            with whole_file(path, flush=False) as aside:
+                save_file({str(i): state for i, state in enumerate(states)}, aside)
         except (OSError, SafetensorError) as error:
             self.is_full = True
             log.warning(f"no more hidden states are written to {self.directory}: {error}")
-        finally:
-            aside.unlink(missing_ok=True)
 
 
 class Recorder:

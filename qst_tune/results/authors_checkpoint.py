@@ -19,8 +19,8 @@ from torch import nn
 from torchtune.models import convert_weights
 from torchtune.models.convert_weights import get_mapped_key
 
+from qst_tune.atomic_files import write_directory
 from qst_tune.errors import UserError
-from qst_tune.results.atomic_directory import write_directory
 
 Weights = dict[str, torch.Tensor]
 Family = Literal["llama", "opt"]

@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torchtune import utils
 
+from qst_tune.atomic_files import whole_directory
 from qst_tune.backbone.directory_files import weight_files
 from qst_tune.backbone.peqa_transformer import PEQATransformer
 from qst_tune.backbone.weights_file import read_weights_file
@@ -19,7 +20,6 @@ from qst_tune.modules.peqa_decoder import PEQADecoder
 from qst_tune.modules.peqa_model import PEQAModel
 from qst_tune.quantization.affine import AffineWeight
 from qst_tune.quantization.gptq import GPTQFormat, fits_gptq, to_gptq
-from qst_tune.results.atomic_directory import whole_directory
 from qst_tune.results.hub_tensors import (
     IntegerRows,
     Tensors,

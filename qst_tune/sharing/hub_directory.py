@@ -9,9 +9,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from qst_tune.atomic_files import write_directory
 from qst_tune.config.hub_models import changed_texts
 from qst_tune.errors import UserError
-from qst_tune.results.atomic_directory import write_directory
 from qst_tune.results.lineage import describe_lineage
 from qst_tune.results.side_network import SIDE_NETWORK, transformers_config
 from qst_tune.results.tuned_directory import read_description, read_tensors, shown, table

@@ -13,8 +13,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from qst_tune.atomic_files import write_directory
 from qst_tune.errors import UserError, os_errors
-from qst_tune.results.atomic_directory import write_directory
 
 MANIFEST_FILE = "manifest.json"
 _NAME = re.compile(r"step_(\d{8})")

@@ -10,11 +10,11 @@ from omegaconf import DictConfig, OmegaConf
 from torchtune import utils
 
 from qst_tune import __version__
+from qst_tune.atomic_files import write_directory
 from qst_tune.config.keys import TRAINING_KEYS
 from qst_tune.data.schedule import Schedule
 from qst_tune.distributed.processes import rank_and_world_size, sum_or_fail
 from qst_tune.errors import UserError, os_errors
-from qst_tune.results.atomic_directory import write_directory
 from qst_tune.results.tuned_directory import add_verdict
 from qst_tune.training.checkpoint_store import CheckpointStore
 from qst_tune.training.method import Method

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
+from qst_tune.atomic_files import replace_files
 from qst_tune.backbone.qst_transformer import QSTTransformer
 from qst_tune.errors import UserError
 from qst_tune.generation.caches import attentions
 from qst_tune.modules.qst_model import QSTModel
-from qst_tune.results.atomic_directory import replace_files
 from qst_tune.results.described_model import load_described
 from qst_tune.results.side_network import SIDE_NETWORK, read_provenance, side_network_files
 from qst_tune.results.tuned_directory import Provenance

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qst_tune.atomic_files import write_directory
 from qst_tune.backbone.identity import BackboneId
 from qst_tune.errors import UserError
 from qst_tune.models import peqa_decoder, qst_decoder
-from qst_tune.results.atomic_directory import write_directory
 from qst_tune.results.scales import SCALES, load_scales, scales_files
 from qst_tune.results.side_network import load_side_network
 from qst_tune.results.tuned_directory import Provenance, read_description

@@ -1,4 +1,4 @@
-"""Directories that are whole or absent, whenever the process or the machine dies."""
+"""Files and directories that are whole or absent, whenever the process or the machine dies."""
 
 import os
 import shutil
@@ -8,6 +8,24 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qst_tune.errors import os_errors
+
+
+@contextmanager
+def whole_file(path: Path, *, flush: bool = True) -> Iterator[Path]:
+    """Yield a path beside ``path`` to write to, which replaces it at once when the block ends.
+
+    ``flush`` makes it survive a power cut; a cache need not wait for that. Raises OSError if it
+    cannot be written; what was there is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield aside
+        if flush:
+            _flush_file(aside)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -46,10 +64,8 @@ def replace_files(directory: Path, files: Mapping[str, bytes]) -> None:
     with os_errors(f"write {directory}"):
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            aside = directory / f".{name}.new"
-            aside.write_bytes(content)
-            _flush_file(aside)
-            aside.replace(directory / name)
+            with whole_file(directory / name) as aside:
+                aside.write_bytes(content)
         _flush_names(directory)
 
 

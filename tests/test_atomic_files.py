@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from qst_tune.atomic_files import whole_directory, whole_file, write_directory
 from qst_tune.errors import UserError
-from qst_tune.results.atomic_directory import whole_directory, write_directory
 
 OLD, NEW = {"a": b"old", "b": b"gone"}, {"a": b"new", "c/d": b"nested"}
 
@@ -65,3 +65,13 @@ def test_directory_whose_filling_fails_does_not_appear(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError):
         fill_half()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file"
+    for text in ("old", "new"):
+        with whole_file(path) as aside:
+            aside.write_text(text)
+    with pytest.raises(TypeError), whole_file(path) as aside:
+        aside.write_text(None)  # type: ignore[arg-type]
+    assert content(tmp_path) == {"new/file": b"new"}
