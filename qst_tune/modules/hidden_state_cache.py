@@ -11,9 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torchtune import utils
 
-from qst_tune.torchtune_compat import Mask
-
 from qst_tune.atomic_files import whole_file
+from qst_tune.torchtune_compat import Mask
 
 # Left free on the disk: the checkpoints of the run need room too.
 RESERVED_BYTES = 2 * 1024**3
