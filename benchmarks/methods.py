@@ -33,7 +33,7 @@ from qst_tune.data.labels import align_labels
 from qst_tune.models import qst_decoder, smollm2_135m
 from qst_tune.modules.loss import connect_loss, next_token_loss
 from qst_tune.modules.qst_model import QSTModel
-from qst_tune.modules.side_config import VARIANTS
+from qst_tune.modules.side.config import VARIANTS
 from qst_tune.quantization.nf4 import dequantize_nf4
 from qst_tune.training.parameter_groups import parameter_groups
 

@@ -23,8 +23,8 @@ from qst_tune.models import qst_decoder
 from qst_tune.models.llama import qst_llama3_2
 from qst_tune.modules.memory import parameter_bytes
 from qst_tune.modules.qst_model import QSTModel
-from qst_tune.modules.side_network import SideNetwork
-from qst_tune.modules.side_networks import share_backbone
+from qst_tune.modules.side.network import SideNetwork
+from qst_tune.modules.side.per_row import share_backbone
 
 COUNTS = (1, 4, 16)
 _MIB = 2**20

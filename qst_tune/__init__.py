@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "QSTForCausalLM": "qst_tune.transformers",
     "QSTForSequenceClassification": "qst_tune.transformers",
-    "SideConfig": "qst_tune.modules.side_config",
+    "SideConfig": "qst_tune.modules.side.config",
     "get_qst_model": "qst_tune.transformers",
 }
 

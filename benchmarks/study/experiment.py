@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from benchmarks.study.learners import METHODS, Learner, fast_decoding
 from benchmarks.study.tasks import IGNORE, Task
-from qst_tune.modules.base_quantization import quantization_of
+from qst_tune.modules.backbone_formats import quantization_of
 from qst_tune.modules.hidden_state_cache import HiddenStateCache
 from qst_tune.modules.qst_model import QSTModel
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from qst_tune.backbone.stored_weight import Decode
-from qst_tune.modules.base_quantization import BaseQuantization, LinearFormat, MakeLinear
+from qst_tune.modules.backbone_formats import BaseQuantization, LinearFormat, MakeLinear
 from qst_tune.modules.nf4_linear import NF4Linear
 from qst_tune.quantization.stored import Stored, StoredAffine, StoredNF4, StoredTransposed
 

@@ -13,15 +13,14 @@ from torch import nn
 from qst_tune.backbone.directory_format import DirectoryFormat, Layout
 from qst_tune.backbone.stored_weight import Decode
 from qst_tune.errors import UserError
-from qst_tune.modules.base_quantization import MakeLinear
+from qst_tune.modules.backbone_formats import MakeLinear
 from qst_tune.modules.nf4_linear import NF4Linear
 from qst_tune.modules.peqa_linear import PEQALinear
 from qst_tune.quantization.awq import from_awq
 from qst_tune.quantization.bitsandbytes import from_signed, read_bnb_4bit, read_bnb_8bit
 from qst_tune.quantization.compressed_tensors import from_pack_quantized
-from qst_tune.quantization.float8 import decode_float8
+from qst_tune.quantization.float_formats import decode_float8, read_mxfp4
 from qst_tune.quantization.gptq import GPTQFormat, from_gptq
-from qst_tune.quantization.mxfp4 import read_mxfp4
 from qst_tune.quantization.stored import Stored, StoredFloat, StoredTransposed
 
 _Tensors = dict[str, torch.Tensor]

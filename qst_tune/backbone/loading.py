@@ -25,7 +25,7 @@ from qst_tune.backbone.text_model import longest_text
 from qst_tune.backbone.transformers import TransformersBackbone
 from qst_tune.errors import UserError
 from qst_tune.json_files import read_json
-from qst_tune.modules.base_quantization import QuantizedLinear
+from qst_tune.modules.backbone_formats import QuantizedLinear
 
 _LITTLE = 0.5
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torchtune.modules import FeedForward, MultiHeadAttention, TransformerSelfAttentionLayer
 
-from qst_tune.modules.side_block import SideShape
+from qst_tune.modules.side.block import SideShape
 from qst_tune.torchtune_compat import Mask
 
 

@@ -12,7 +12,7 @@ from qst_tune.backbone.expert_linears import JoinedLinear
 from qst_tune.backbone.quantizers import keep, replace_experts, set_quantized
 from qst_tune.backbone.stored_weight import StoredWeight
 from qst_tune.errors import UserError
-from qst_tune.modules.base_quantization import LinearFormat
+from qst_tune.modules.backbone_formats import LinearFormat
 from qst_tune.quantization.stored import stored_on
 
 # Takes the tensors of a module, by its name, away, and leaves empty ones.

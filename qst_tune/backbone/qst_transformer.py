@@ -9,7 +9,7 @@ from qst_tune.backbone.transformers import TransformersBackbone
 from qst_tune.backbone.transformers_model import TransformersModel
 from qst_tune.modules.backbone import head_output
 from qst_tune.modules.qst_model import QSTModel
-from qst_tune.modules.side_network import SideNetwork
+from qst_tune.modules.side.network import SideNetwork
 
 
 class QSTTransformer(TransformersModel, QSTModel):

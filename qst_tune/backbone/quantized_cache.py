@@ -18,8 +18,7 @@ from qst_tune.backbone.hf_checkpointer import HFCheckpointer
 from qst_tune.backbone.sizes import is_side
 from qst_tune.backbone.torchtune_loading import stored_as
 from qst_tune.distributed.processes import rank_and_world_size
-from qst_tune.modules.plain_parts import Place
-from qst_tune.quantization.parts import join_parts, named_parts
+from qst_tune.modules.plain_parts import Place, join_parts, named_parts
 
 log = utils.get_logger("INFO")
 

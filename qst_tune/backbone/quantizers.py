@@ -10,14 +10,15 @@ from torch.nn.modules.conv import _ConvNd
 from qst_tune.backbone.directory_format import DirectoryFormat
 from qst_tune.backbone.expert_linears import ExpertLinears
 from qst_tune.backbone.experts import QuantizedExperts, quantize_experts
-from qst_tune.modules.base_quantization import (
+from qst_tune.modules.backbone_formats import (
+    EmbeddingQuantization,
     LinearFormat,
     MakeLinear,
     QuantizedLinear,
+    check_table_format,
     linear_format,
     quantization_of,
 )
-from qst_tune.modules.embedding_quantization import EmbeddingQuantization, check_table_format
 from qst_tune.modules.peqa_linear import PEQALinear
 from qst_tune.quantization.table import QuantizedTable, quantize_table
 

@@ -33,7 +33,7 @@ from qst_tune.backbone.torchtune_loading import read_weights, set_weight
 from qst_tune.backbone.transformers import TransformersBackbone
 from qst_tune.distributed.processes import sum_over_ranks
 from qst_tune.errors import UserError
-from qst_tune.modules.base_quantization import QuantizedLinear
+from qst_tune.modules.backbone_formats import QuantizedLinear
 from qst_tune.modules.loss import zero_loss
 from qst_tune.modules.plain_parts import Place, expose_parts, plain_parts, read_from
 from qst_tune.modules.qst_decoder import QSTDecoder

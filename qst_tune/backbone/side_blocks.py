@@ -12,7 +12,7 @@ from torchtune.modules import (
 
 from qst_tune.backbone.opt_side_blocks import opt_side_block
 from qst_tune.backbone.rotary import TablelessRotary
-from qst_tune.modules.side_block import LayerSizes, SideShape
+from qst_tune.modules.side.block import LayerSizes, SideShape
 
 _MLP_NAMES = ("intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner")
 _NORM_EPS = 1e-5

@@ -10,7 +10,7 @@ from torch import nn
 from qst_tune.backbone.torchtune_loading import SIDE_PREFIX
 from qst_tune.backbone.transformers import transformers_backbone
 from qst_tune.errors import UserError
-from qst_tune.modules.base_quantization import QuantizedLinear
+from qst_tune.modules.backbone_formats import QuantizedLinear
 from qst_tune.modules.memory import GIB, tensor_bytes
 from qst_tune.modules.plain_parts import plain_parts
 

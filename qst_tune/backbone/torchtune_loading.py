@@ -15,8 +15,7 @@ from qst_tune.backbone.loading import load_backbone as load_directory
 from qst_tune.backbone.tied_head import EMBEDDING, TiedHead
 from qst_tune.backbone.transformers import transformers_backbone
 from qst_tune.errors import UserError
-from qst_tune.modules.base_quantization import QuantizedLinear
-from qst_tune.modules.embedding_quantization import quantization_of_backbone
+from qst_tune.modules.backbone_formats import QuantizedLinear, quantization_of_backbone
 from qst_tune.modules.peqa_linear import PEQALinear
 from qst_tune.modules.torchtune_backbone import build_rotary_caches
 from qst_tune.quantization.table import QuantizedTable, quantize_table

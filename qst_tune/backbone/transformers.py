@@ -21,9 +21,8 @@ from qst_tune.backbone.quantizers import quantization_of_text, quantize_tables, 
 from qst_tune.backbone.side_blocks import side_block, side_norm, text_sizes
 from qst_tune.backbone.text_model import decoder_of, layers_of, longest_text
 from qst_tune.modules.backbone import Head, Visit
-from qst_tune.modules.base_quantization import LinearFormat
-from qst_tune.modules.embedding_quantization import EmbeddingQuantization
-from qst_tune.modules.side_block import SideShape, side_shape
+from qst_tune.modules.backbone_formats import EmbeddingQuantization, LinearFormat
+from qst_tune.modules.side.block import SideShape, side_shape
 
 # Tokens of a batch that run together; more rows would only need more memory.
 CHUNK_TOKENS = 4096

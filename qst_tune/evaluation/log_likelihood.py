@@ -10,8 +10,7 @@ from tqdm import tqdm
 
 from qst_tune.errors import UserError
 from qst_tune.generation.caches import without_head
-from qst_tune.modules.model_limits import check_ids
-from qst_tune.modules.precision import check_finite
+from qst_tune.modules.model_limits import check_finite, check_ids
 
 # Rows of logits at once: 512 x 128,256 in fp32 are a quarter of a GiB.
 _LOGITS_AT_ONCE = 512

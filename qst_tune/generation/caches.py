@@ -10,8 +10,8 @@ from torchtune import utils
 from torchtune.modules import TransformerDecoder
 
 from qst_tune.backbone.masks import causal_mask, positions
-from qst_tune.modules.base_quantization import QuantizedLinear
-from qst_tune.modules.precision import check_finite
+from qst_tune.modules.backbone_formats import QuantizedLinear
+from qst_tune.modules.model_limits import check_finite
 from qst_tune.quantization.decoded_once import Decoded, decoding_once
 from qst_tune.quantization.kernels import has_int8_kernel
 

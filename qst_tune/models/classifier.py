@@ -3,8 +3,8 @@
 from typing import Any
 
 from qst_tune.models.qst import is_opt_model, qst_builder
-from qst_tune.modules.output_mix import SigmoidMix
 from qst_tune.modules.qst_classifier import QSTClassifier
+from qst_tune.modules.side.output_mix import SigmoidMix
 from qst_tune.torchtune_compat import component_of
 
 

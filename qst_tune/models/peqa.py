@@ -11,10 +11,14 @@ from qst_tune.backbone.transformers import TransformersBackbone
 from qst_tune.errors import UserError
 from qst_tune.models.builder import method_builder
 from qst_tune.models.qst import Decoder
-from qst_tune.modules.base_quantization import Integers, linear_format, replace_linears
-from qst_tune.modules.embedding_quantization import EmbeddingQuantization, quantize_embedding
-from qst_tune.modules.peqa_decoder import PEQADecoder
-from qst_tune.modules.peqa_model import PEQAModel, named_integers
+from qst_tune.modules.backbone_formats import (
+    EmbeddingQuantization,
+    Integers,
+    linear_format,
+    quantize_embedding,
+    replace_linears,
+)
+from qst_tune.modules.peqa_model import PEQADecoder, PEQAModel, named_integers
 from qst_tune.quantization.affine import AffineInit
 
 

@@ -14,12 +14,11 @@ from qst_tune.backbone.side_blocks import is_opt
 from qst_tune.backbone.transformers import TransformersBackbone
 from qst_tune.models.builder import method_builder
 from qst_tune.modules.backbone import Backbone
-from qst_tune.modules.base_quantization import BaseQuantization
-from qst_tune.modules.embedding_quantization import EmbeddingQuantization
+from qst_tune.modules.backbone_formats import BaseQuantization, EmbeddingQuantization
 from qst_tune.modules.qst_decoder import QSTDecoder
 from qst_tune.modules.qst_model import QSTModel
-from qst_tune.modules.side_config import SIDE_PARAMETERS, SideConfig
-from qst_tune.modules.side_network import SideNetwork
+from qst_tune.modules.side.config import SIDE_PARAMETERS, SideConfig
+from qst_tune.modules.side.network import SideNetwork
 from qst_tune.modules.torchtune_backbone import TorchtuneBackbone
 
 Decoder: TypeAlias = TransformerDecoder | TransformersBackbone
@@ -47,7 +46,7 @@ def qst_decoder(
         embedding_quantization (EmbeddingQuantization): format of the embedding and the LM head:
             "int8" (a scale a token), or "none", which keeps them as they are. They are 2 GB of an
             8B model with a vocabulary of 128k.
-        **side (Any): fields of :class:`~qst_tune.modules.side_config.SideConfig`; the signature
+        **side (Any): fields of :class:`~qst_tune.modules.side.config.SideConfig`; the signature
             lists them.
 
     Returns:

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from qst_tune.modules.side_block import SideShape
+from qst_tune.modules.side.block import SideShape
 from qst_tune.torchtune_compat import Mask
 
 Head = Callable[[torch.Tensor], torch.Tensor]

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from qst_tune.quantization.parts import named_parts
+from qst_tune.modules.plain_parts import named_parts
 
 GIB = 1024**3
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.modules import TransformerDecoder
 
@@ -123,3 +124,20 @@ def check_ids(model: TransformerDecoder, texts: Iterable[Sequence[int]]) -> None
                 f"token {outside} of the text is outside the model, whose embedding has {size} "
                 "rows: use the model's own tokenizer"
             )
+
+
+FP16_RANGE = (
+    "; dtype=fp16 ends at 65504, and activations of some models (Gemma's among them) exceed it: "
+    "use dtype=bf16, or fp32 where the device has no bf16"
+)
+
+
+def overflow_hint(model: nn.Module) -> str:
+    """Return the end of an error message that names fp16 as the cause; empty in other dtypes."""
+    return FP16_RANGE if any(p.dtype == torch.float16 for p in model.parameters()) else ""
+
+
+def check_finite(values: torch.Tensor, model: nn.Module, what: str) -> None:
+    """Refuse NaN or infinity in what ``model`` computed; ``what`` names the values."""
+    if not values.isfinite().all():
+        raise UserError(f"{what} of the model are not finite{overflow_hint(model)}")

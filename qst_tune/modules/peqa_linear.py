@@ -19,7 +19,7 @@ from qst_tune.quantization.affine import (
     to_groups,
 )
 from qst_tune.quantization.decoded_once import decoded
-from qst_tune.quantization.few_token_products import affine_product
+from qst_tune.quantization.kernels import affine_product
 from qst_tune.quantization.packing import pack, unpack
 from qst_tune.quantization.stored import StoredAffine, in_own_order
 

@@ -5,8 +5,10 @@ from typing import Any
 import torch
 from torch import nn
 from torchtune import training
+from torchtune.modules import TransformerDecoder
 
 from qst_tune.modules.peqa_linear import PEQALinear
+from qst_tune.modules.torchtune_backbone import decoder_parts
 
 # What recomputation by torchtune puts into the names of modules.
 _WRAPPED = "_checkpoint_wrapped_module."
@@ -18,7 +20,7 @@ class PEQAModel(nn.Module):
     They can be exchanged in a loaded model while the codes stay. Embedding, norms, routers and LM
     head do not train. Source: PEQA (https://arxiv.org/abs/2305.14152).
 
-    This is what :class:`~qst_tune.modules.peqa_decoder.PEQADecoder` (torchtune) and
+    This is what :class:`~qst_tune.modules.peqa_model.PEQADecoder` (torchtune) and
     :class:`~qst_tune.backbone.peqa_transformer.PEQATransformer` (transformers) share. With
     ``skip_output_layer`` it returns the LM head's input instead of logits.
     """
@@ -86,3 +88,25 @@ def scales_of(module: nn.Module) -> dict[str, nn.Parameter]:
         for name, linear in named_integers(module).items()
         for leaf in linear.adapter_params()
     }
+
+
+class PEQADecoder(PEQAModel, TransformerDecoder):
+    """A torchtune decoder whose linears are :class:`~qst_tune.modules.peqa_linear.PEQALinear`.
+
+    It computes what the backbone's decoder does and keeps its names; its modules are taken over,
+    not copied. ValueError if it has no integer linear.
+    """
+
+    norm: Any
+
+    def __init__(self, backbone: TransformerDecoder) -> None:
+        TransformerDecoder.__init__(self, **decoder_parts(backbone))
+        self.adopt()
+
+    def unembed(self, h: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+        """Turn the last hidden state, ``[B, T, D]``, into logits or the head's input."""
+        if self.skip_output_layer:
+            head_input: torch.Tensor = self.norm(h)
+            return head_input
+        output: torch.Tensor | list[torch.Tensor] = super().unembed(h)
+        return output

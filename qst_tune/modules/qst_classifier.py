@@ -10,7 +10,7 @@ from torchtune.generation import (
 )
 
 from qst_tune.modules.qst_model import QSTModel
-from qst_tune.modules.side_network import ZeroLinear
+from qst_tune.modules.side.network import ZeroLinear
 
 
 class QSTClassifier(QSTModel):
@@ -19,7 +19,7 @@ class QSTClassifier(QSTModel):
     .. math:: z = W_{score}\,y_\ell
 
     where :math:`y_\ell` is the state of the last real token, mixed of backbone and side network as
-    in :class:`~qst_tune.modules.side_network.SideNetwork`, and :math:`W_{score}` is ``[C, D]``,
+    in :class:`~qst_tune.modules.side.network.SideNetwork`, and :math:`W_{score}` is ``[C, D]``,
     without bias, trained in fp32 from zero: all classes are equally likely at first. With
     ``num_labels`` C = 1 it is a regression.
 

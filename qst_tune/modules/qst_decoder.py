@@ -8,7 +8,7 @@ from torchtune.modules import TransformerDecoder
 
 from qst_tune.modules.backbone import head_output
 from qst_tune.modules.qst_model import QSTModel
-from qst_tune.modules.side_network import SideNetwork
+from qst_tune.modules.side.network import SideNetwork
 from qst_tune.modules.torchtune_backbone import CHUNK_TOKENS, TorchtuneBackbone, decoder_parts
 from qst_tune.torchtune_compat import Mask, check_inputs
 

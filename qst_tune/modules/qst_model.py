@@ -9,7 +9,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask
 
 from qst_tune.modules.backbone import Backbone, where_of_rows
 from qst_tune.modules.hidden_state_cache import HiddenStateCache
-from qst_tune.modules.side_network import SideNetwork
+from qst_tune.modules.side.network import SideNetwork
 from qst_tune.torchtune_compat import Mask
 
 # Channels a head: torch's flex_attention refuses fewer (torch 2.11, CUDA).
@@ -25,7 +25,7 @@ class QSTModel(nn.Module):
     together.
 
     Source: QST (https://arxiv.org/abs/2401.07159); equations in
-    :class:`~qst_tune.modules.side_network.SideNetwork`.
+    :class:`~qst_tune.modules.side.network.SideNetwork`.
 
     This is what :class:`~qst_tune.modules.qst_decoder.QSTDecoder` (torchtune) and
     :class:`~qst_tune.backbone.qst_transformer.QSTTransformer` (transformers) share; each defines

@@ -10,13 +10,14 @@ from torch.nn.attention.flex_attention import BlockMask
 from torchtune.modules import TransformerDecoder
 
 from qst_tune.modules.backbone import Head, Visit, where_of_rows
-from qst_tune.modules.base_quantization import BaseQuantization, quantize_linears
-from qst_tune.modules.embedding_quantization import (
+from qst_tune.modules.backbone_formats import (
+    BaseQuantization,
     EmbeddingQuantization,
     quantization_of_backbone,
     quantize_embedding,
+    quantize_linears,
 )
-from qst_tune.modules.side_block import (
+from qst_tune.modules.side.block import (
     SideShape,
     build_side_blocks,
     layer_sizes,

@@ -10,7 +10,7 @@ CPU           tables and torch's kernels   torch's int8 kernel, up to 64 tokens 
 
 Everything else decodes by tables and multiplies. A product of few tokens has no gradient. Triton's
 kernels are used if they pass a comparison with the tables, at the first use of a GPU
-(``triton_trial.py``); if not, a warning names the difference, and the tables are used.
+(``find_fault``); if not, a warning names the difference, and the tables are used.
 """
 
 from functools import lru_cache
@@ -42,7 +42,7 @@ def _runs_triton_on(device_type: str) -> bool:
 
 def passes_trial(device_type: str) -> bool:
     """Compare Triton's kernels with the tables on this device; a fault is logged."""
-    from qst_tune.quantization.triton_trial import find_fault
+    from qst_tune.quantization.triton_decoding import find_fault
 
     fault = find_fault(device_type)
     if fault is not None:
@@ -80,3 +80,46 @@ def has_int8_kernel(layout: "AffineLayout | None") -> bool:
     if layout is None:
         return False
     return layout.bits == 8 and layout.num_groups == 1 and layout.in_dim % 32 == 0
+
+
+def affine_product(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    weight_scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    layout: "AffineLayout",
+) -> torch.Tensor | None:
+    """Multiply few tokens ``[..., I]`` with an integer weight, or return None.
+
+    The other arguments are those of :func:`~.affine.dequantize_affine`.
+    """
+    runs_kernel = x.is_cpu and x.dtype == torch.bfloat16 and zero_point.dtype == torch.uint8
+    if is_few_tokens(x) and runs_kernel and has_int8_kernel(layout):
+        return int8_product(x, codes, weight_scale, zero_point)
+    return None
+
+
+def int8_product(
+    x: torch.Tensor, codes: torch.Tensor, weight_scale: torch.Tensor, zero_point: torch.Tensor
+) -> torch.Tensor:
+    r"""Multiply with an 8-bit weight of one scale and zero point a channel, by torch's CPU kernel.
+
+    .. math:: y_o = s_o \Big(\sum_i x_i (q_{oi} - 128) - (z_o - 128) \sum_i x_i\Big)
+
+    The first sum is the kernel's: of signed bytes, added in fp32 and rounded to bf16.
+
+    Args:
+        x (torch.Tensor): ``[..., I]`` in bf16: in fp32 the kernel is 20 times slower.
+        codes (torch.Tensor): ``[O, I]`` uint8, as ``packing.py`` stores 8 bits.
+        weight_scale (torch.Tensor): ``[O, 1]`` fp32.
+        zero_point (torch.Tensor): ``[O, 1]`` uint8.
+
+    Returns:
+        torch.Tensor: ``[..., O]`` in bf16.
+    """
+    x_MI = x.reshape(-1, x.shape[-1])
+    # The kernel takes scales in bf16 only, which would round ours.
+    y_MO = torch._weight_int8pack_mm(x_MI, codes.view(torch.int8), x.new_ones(len(codes)))
+    centre = (zero_point.view(-1) ^ 128).view(torch.int8)  # z - 128, without wider temporaries
+    y_MO = y_MO.sub(x_MI.sum(-1, keepdim=True, dtype=torch.float32) * centre)
+    return y_MO.mul_(weight_scale.view(-1)).to(x.dtype).view(*x.shape[:-1], len(codes))

@@ -17,7 +17,7 @@ from qst_tune.errors import UserError
 from qst_tune.models.qst import qst_decoder
 from qst_tune.models.setup import build_on_meta
 from qst_tune.modules.qst_model import QSTModel
-from qst_tune.modules.side_config import VARIANTS
+from qst_tune.modules.side.config import VARIANTS
 from qst_tune.results.authors_checkpoint import (
     Family,
     Weights,

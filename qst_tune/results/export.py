@@ -16,8 +16,7 @@ from qst_tune.backbone.peqa_transformer import PEQATransformer
 from qst_tune.backbone.weights_file import read_weights_file
 from qst_tune.errors import UserError
 from qst_tune.json_files import read_json
-from qst_tune.modules.peqa_decoder import PEQADecoder
-from qst_tune.modules.peqa_model import PEQAModel
+from qst_tune.modules.peqa_model import PEQADecoder, PEQAModel
 from qst_tune.quantization.affine import AffineWeight
 from qst_tune.quantization.gptq import GPTQFormat, fits_gptq, to_gptq
 from qst_tune.results.hub_tensors import (

@@ -8,7 +8,7 @@ import torch
 from qst_tune.backbone.identity import BackboneId
 from qst_tune.errors import UserError
 from qst_tune.modules.qst_model import QSTModel
-from qst_tune.modules.side_networks import SideNetworks, share_backbone
+from qst_tune.modules.side.per_row import SideNetworks, share_backbone
 from qst_tune.results.described_model import build_described
 from qst_tune.results.side_network import load_side_network
 

@@ -21,7 +21,7 @@ import torch
 from qst_tune import __version__
 from qst_tune.atomic_files import write_directory
 from qst_tune.backbone.identity import BackboneId
-from qst_tune.modules.side_network import SideNetwork
+from qst_tune.modules.side.network import SideNetwork
 from qst_tune.results.side_structure import check_structure, side_structure
 from qst_tune.results.tuned_directory import (
     Provenance,

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from qst_tune.errors import UserError
-from qst_tune.modules.side_config import SideConfig
-from qst_tune.modules.side_network import SideNetwork
+from qst_tune.modules.side.config import SideConfig
+from qst_tune.modules.side.network import SideNetwork
 
 # What makes two side networks with equal tensors compute otherwise. The rest of the configuration
 # shows in the tensors, acts in training alone, or (hidden_bits) approximates the same function.

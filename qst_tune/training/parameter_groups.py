@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import nn
 
-from qst_tune.modules.output_mix import AlphaMix, SigmoidMix
-from qst_tune.modules.side_network import Gate
+from qst_tune.modules.side.network import Gate
+from qst_tune.modules.side.output_mix import AlphaMix, SigmoidMix
 
 _UNDECAYED_TYPES = (Gate, AlphaMix, SigmoidMix)
 # The rate of a classifier's head is the optimizer's times this over the head's width D.

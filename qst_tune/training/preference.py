@@ -24,7 +24,7 @@ from qst_tune.data.training_data import (
 )
 from qst_tune.distributed.processes import sum_or_fail
 from qst_tune.errors import UserError
-from qst_tune.modules.linear_cross_entropy import linear_cross_entropy
+from qst_tune.modules.loss import linear_cross_entropy
 from qst_tune.modules.model_limits import check_length, limits_of
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.training.validation import visit

@@ -14,8 +14,8 @@ from qst_tune.backbone.identity import BackboneId
 from qst_tune.distributed.processes import broadcast_tensors, rank_and_world_size
 from qst_tune.models.setup import load_frozen_backbone
 from qst_tune.modules.hidden_state_cache import HiddenStateCache
-from qst_tune.modules.output_mix import AlphaMix, SigmoidMix
 from qst_tune.modules.qst_model import QSTModel
+from qst_tune.modules.side.output_mix import AlphaMix, SigmoidMix
 from qst_tune.results.provenance import provenance_of
 from qst_tune.results.side_network import load_side_network, side_network_files
 from qst_tune.results.start import find_start

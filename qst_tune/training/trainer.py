@@ -19,7 +19,7 @@ from qst_tune.data.schedule import Schedule
 from qst_tune.distributed.processes import gather_lists, sum_gradients, sum_or_fail
 from qst_tune.errors import UserError
 from qst_tune.modules.memory import count_saved_activations, memory_kind, memory_parts
-from qst_tune.modules.precision import overflow_hint
+from qst_tune.modules.model_limits import overflow_hint
 from qst_tune.training.checkpointing import Checkpointing
 from qst_tune.training.method import Method, Task
 from qst_tune.training.run_log import RunLog

@@ -6,9 +6,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from qst_tune.errors import UserError
-from qst_tune.modules.base_quantization import BaseQuantization
+from qst_tune.modules.backbone_formats import BaseQuantization
 from qst_tune.modules.qst_classifier import QSTClassifier
-from qst_tune.modules.side_config import SideConfig
+from qst_tune.modules.side.config import SideConfig
 from qst_tune.transformers.config import QSTConfig
 from qst_tune.transformers.model import QSTForCausalLM, QSTForSequenceClassification
 from qst_tune.transformers.over_model import side_over

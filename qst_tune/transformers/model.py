@@ -12,7 +12,7 @@ from transformers.modeling_outputs import (
 )
 
 from qst_tune.backbone.head import ScaledHead
-from qst_tune.modules.linear_cross_entropy import linear_cross_entropy
+from qst_tune.modules.loss import linear_cross_entropy
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.results.tuned_directory import Provenance
 from qst_tune.transformers.config import QSTConfig

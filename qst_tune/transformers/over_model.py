@@ -25,9 +25,9 @@ from qst_tune.backbone.transformers import TransformersBackbone
 from qst_tune.backbone.weights_file import read_weights_file
 from qst_tune.errors import UserError
 from qst_tune.models.qst import qst_decoder
-from qst_tune.modules.base_quantization import BaseQuantization
+from qst_tune.modules.backbone_formats import BaseQuantization
 from qst_tune.modules.qst_classifier import QSTClassifier
-from qst_tune.modules.side_config import SideConfig
+from qst_tune.modules.side.config import SideConfig
 from qst_tune.results.side_network import SIDE_NETWORK, load_side_network
 from qst_tune.results.tuned_directory import Provenance, read_description
 

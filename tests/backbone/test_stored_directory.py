@@ -14,7 +14,7 @@ from qst_tune.backbone.loading import backbone_on_meta, load_backbone
 from qst_tune.backbone.quantizers import quantized_share
 from qst_tune.backbone.transformers import TransformersBackbone
 from qst_tune.errors import UserError
-from qst_tune.modules.base_quantization import QuantizedLinear
+from qst_tune.modules.backbone_formats import QuantizedLinear
 from tests.support.stored_models import FORMATS, save_mxfp4, save_stored
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ import torch
 from qst_tune.backbone.transformers import TransformersBackbone
 from qst_tune.errors import UserError
 from qst_tune.models import qst_decoder
-from qst_tune.modules.side_networks import share_backbone
+from qst_tune.modules.side.per_row import share_backbone
 from tests.support.model_types import tiny_model
 from tests.support.numbers import randomize_
 

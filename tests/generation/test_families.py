@@ -13,7 +13,7 @@ from torchtune.models.llama3_2 import llama3_2
 from qst_tune.backbone.identity import BackboneId
 from qst_tune.generation.sequence import CachedSequence
 from qst_tune.models import qst_decoder, qst_from_hf
-from qst_tune.modules.downsample import DownsampleKind
+from qst_tune.modules.side.downsample import DownsampleKind
 from qst_tune.results.tuned_directory import Provenance
 from qst_tune.transformers import QSTConfig, QSTForCausalLM
 from tests.generation.test_sequence import greedy

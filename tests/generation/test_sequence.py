@@ -17,7 +17,7 @@ from qst_tune.generation.sequence import CachedSequence, continue_sequence
 from qst_tune.models import qst_decoder
 from qst_tune.models.peqa import peqa_decoder
 from qst_tune.modules import nf4_linear, peqa_linear
-from qst_tune.modules.downsample import DownsampleKind
+from qst_tune.modules.side.downsample import DownsampleKind
 from tests.support.numbers import TINY, TINY_REDUCTION, random_tokens, randomize_, tiny_backbone
 
 PROMPT = [5, 9, 2, 60, 7]

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torchtune.models.llama2 import llama2
 
 from qst_tune.models import qst_decoder
-from qst_tune.modules.side_config import VARIANTS
+from qst_tune.modules.side.config import VARIANTS
 from tests.reference import qst_reference as reference
 from tests.support.numbers import (
     randomize_,

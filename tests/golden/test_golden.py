@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qst_tune.modules.side_config import VARIANTS
+from qst_tune.modules.side.config import VARIANTS
 from tests.golden.make import HERE, build, loss_of, transcribed
 
 # fp32 against fp64; the largest measured difference is 1.2e-5, of logits as large as 4.

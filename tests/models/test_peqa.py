@@ -9,8 +9,8 @@ from torchtune.models.llama2 import llama2
 
 import qst_tune.models
 from qst_tune.models import peqa_builder, peqa_decoder
-from qst_tune.modules.peqa_decoder import PEQADecoder
 from qst_tune.modules.peqa_linear import PEQALinear
+from qst_tune.modules.peqa_model import PEQADecoder
 from tests.support.numbers import random_tokens, tiny_backbone
 
 # LLaMA-1: layers, heads, width, width inside the MLP, and the paper's table of trained parameters.

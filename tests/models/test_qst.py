@@ -14,13 +14,13 @@ from torchtune.models.qwen2 import qwen2
 
 import qst_tune.models
 from qst_tune.models import qst_builder, qst_decoder
-from qst_tune.modules.base_quantization import quantization_of
+from qst_tune.modules.backbone_formats import quantization_of
 from qst_tune.modules.nf4_linear import NF4Linear
-from qst_tune.modules.output_mix import AlphaMix, ResidualMix, SigmoidMix
 from qst_tune.modules.peqa_linear import PEQALinear
 from qst_tune.modules.qst_decoder import QSTDecoder
-from qst_tune.modules.side_config import VARIANTS
-from qst_tune.modules.side_network import ZeroLinear
+from qst_tune.modules.side.config import VARIANTS
+from qst_tune.modules.side.network import ZeroLinear
+from qst_tune.modules.side.output_mix import AlphaMix, ResidualMix, SigmoidMix
 from qst_tune.quantization.table import QuantizedTable
 from tests.support.numbers import TINY, dense_weight, random_tokens, randomize_, tiny_backbone
 

@@ -9,7 +9,14 @@ from torch import nn
 from qst_tune.data.packing import align_packs
 from qst_tune.data.rows import CheckedRows
 from qst_tune.errors import UserError
-from qst_tune.modules.model_limits import ModelLimits, check_ids, check_length, limits_of
+from qst_tune.modules.model_limits import (
+    ModelLimits,
+    check_finite,
+    check_ids,
+    check_length,
+    limits_of,
+    overflow_hint,
+)
 from tests.support.numbers import TINY, tiny_backbone
 
 
@@ -100,3 +107,15 @@ def test_length_limit_is_inclusive() -> None:
     check_length(torch.zeros(1, 8), 8)
     with pytest.raises(UserError, match=r"a row of 9 tokens .* max_seq_len 8: set tokenizer\.max"):
         check_length(torch.zeros(1, 9), 8)
+
+
+def test_only_fp16_is_named_as_the_cause() -> None:
+    assert overflow_hint(nn.Linear(2, 2)) == overflow_hint(nn.Linear(2, 2).bfloat16()) == ""
+    assert "dtype=fp16 ends at 65504" in overflow_hint(nn.Linear(2, 2).half())
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_is_not_finite_is_refused(value: float) -> None:
+    check_finite(torch.zeros(3), nn.Linear(2, 2), "logits")
+    with pytest.raises(UserError, match=r"^logits of the model are not finite$"):
+        check_finite(torch.tensor([0.0, value]), nn.Linear(2, 2), "logits")

@@ -22,7 +22,7 @@ from torchtune.modules.peft import disable_adapter, get_adapter_params
 
 from qst_tune.models import qst_decoder
 from qst_tune.modules import nf4_linear, peqa_linear
-from qst_tune.modules.base_quantization import quantize_linears
+from qst_tune.modules.backbone_formats import quantize_linears
 from qst_tune.modules.nf4_linear import NF4Linear
 from qst_tune.modules.qst_decoder import QSTDecoder
 from tests.reference import qst_reference as reference

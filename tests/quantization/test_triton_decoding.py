@@ -1,5 +1,6 @@
 """Triton's kernels decode to the bits of the tables: in the interpreter, and on a GPU if any."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import torch
 from torchao.dtypes.nf4tensor import NF4Tensor
 
 from qst_tune.quantization.affine import AffineLayout, dequantize_affine, quantize_affine
+from qst_tune.quantization.kernels import passes_trial
 from qst_tune.quantization.nf4 import (
     absmax_unless_double_quantized,
     dequantize_nf4,
@@ -136,3 +138,42 @@ def test_a_gpu_decodes_a_whole_weight_of_7b_by_these_kernels_to_the_bit(dtype, m
     assert torch.equal(actual, weight.get_original_weight())
     monkeypatch.setattr("qst_tune.quantization.nf4.runs_triton", lambda *_: False)
     assert torch.equal(actual, dequantize_nf4(weight))
+
+
+pytest.importorskip("triton")
+
+
+def test_our_kernels_pass(triton_device):
+    state = torch.get_rng_state()
+    assert passes_trial(triton_device)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("kernel", ["decode_nf4", "decode_affine"])
+def test_one_value_that_differs_is_found_and_logged(kernel, triton_device, monkeypatch, caplog):
+    from qst_tune.quantization import triton_decoding
+
+    own = getattr(triton_decoding, kernel)
+
+    def wrong(*args):
+        weight = own(*args)
+        weight[3, 5] += 0.01
+        return weight
+
+    monkeypatch.setattr(triton_decoding, kernel, wrong)
+    with caplog.at_level(logging.WARNING):
+        assert not passes_trial(triton_device)
+    assert "are decoded to other values" in caplog.text
+
+
+def test_a_kernel_that_does_not_compile_is_one_line(triton_device, monkeypatch, caplog):
+    from qst_tune.quantization import triton_decoding
+
+    def fail(*args):
+        raise RuntimeError("ptxas failed\nand much more")
+
+    monkeypatch.setattr(triton_decoding, "decode_affine", fail)
+    with caplog.at_level(logging.WARNING):
+        assert not passes_trial(triton_device)
+    assert "ptxas failed" in caplog.text
+    assert "much more" not in caplog.text

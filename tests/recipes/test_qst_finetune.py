@@ -16,7 +16,7 @@ from torchtune.models import convert_weights
 from torchtune.models.llama3_2 import llama3_2
 
 from qst_tune.data import hf_chat_tokenizer
-from qst_tune.modules.side_config import VARIANTS
+from qst_tune.modules.side.config import VARIANTS
 from qst_tune.modules.torchtune_backbone import TorchtuneBackbone
 from tests.support.checkpoints import (
     LLAMA3_SIZES,

@@ -8,8 +8,8 @@ from torchtune.models import convert_weights
 from torchtune.models.llama2 import llama2
 from torchtune.models.llama3_2 import llama3_2
 
-from qst_tune.modules.downsample import LinearDownsample, PoolDownsample
-from qst_tune.modules.output_mix import AlphaMix, ResidualMix, SigmoidMix
+from qst_tune.modules.side.downsample import LinearDownsample, PoolDownsample
+from qst_tune.modules.side.output_mix import AlphaMix, ResidualMix, SigmoidMix
 from qst_tune.quantization.nf4 import nf4_block_sizes
 from tests.reference import qst_reference as reference
 

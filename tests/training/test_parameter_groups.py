@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qst_tune.models import qst_decoder
-from qst_tune.modules.side_config import VARIANTS
+from qst_tune.modules.side.config import VARIANTS
 from qst_tune.training.parameter_groups import parameter_groups, scale_rates
 from tests.support.numbers import TINY_REDUCTION, tiny_backbone
 

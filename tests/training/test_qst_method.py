@@ -7,7 +7,7 @@ import torch
 
 from qst_tune.backbone.identity import BackboneId
 from qst_tune.models import qst_decoder
-from qst_tune.modules.side_config import VARIANTS
+from qst_tune.modules.side.config import VARIANTS
 from qst_tune.results.tuned_directory import Provenance
 from qst_tune.training.qst_method import QSTMethod
 from tests.support.numbers import TINY_REDUCTION, randomize_, tiny_backbone

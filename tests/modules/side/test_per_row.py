@@ -6,7 +6,7 @@ from torchtune.modules.peft import disable_adapter
 
 from qst_tune.generation.caches import GrowingCache, attached, attentions
 from qst_tune.models import qst_decoder
-from qst_tune.modules.side_networks import share_backbone
+from qst_tune.modules.side.per_row import share_backbone
 from tests.support.numbers import TINY_REDUCTION, random_tokens, randomize_, tiny_backbone
 
 # Different in all that may differ: width, downsampler, gates, mix, and what is read of a state.

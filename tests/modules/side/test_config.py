@@ -4,7 +4,7 @@ from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 
-from qst_tune.modules.side_config import VARIANTS, SideConfig
+from qst_tune.modules.side.config import VARIANTS, SideConfig
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-from qst_tune.modules.downsample import Activation, DownsampleKind
-from qst_tune.modules.output_mix import OutputMixKind
-from qst_tune.modules.side_block import MIN_HEAD_DIM
+from qst_tune.modules.side.block import MIN_HEAD_DIM
+from qst_tune.modules.side.downsample import Activation, DownsampleKind
+from qst_tune.modules.side.output_mix import OutputMixKind
 
 Variant = Literal["default", "paper", "authors"]
 

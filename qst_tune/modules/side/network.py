@@ -16,9 +16,9 @@ from torchtune.models.gemma.rms_norm import GemmaRMSNorm
 from torchtune.modules import RMSNorm
 
 from qst_tune.modules.backbone import Backbone
-from qst_tune.modules.downsample import Saved, build_downsample
-from qst_tune.modules.output_mix import build_output_mix
-from qst_tune.modules.side_config import SideConfig
+from qst_tune.modules.side.config import SideConfig
+from qst_tune.modules.side.downsample import Saved, build_downsample
+from qst_tune.modules.side.output_mix import build_output_mix
 from qst_tune.torchtune_compat import Mask
 
 # torch's default for bf16, 0.008, is as large as the mean square of some embeddings.
@@ -215,7 +215,7 @@ class SideNetwork(nn.Module):
         return saved
 
     def _downsampler(self, index: int) -> Any:
-        """A :class:`~qst_tune.modules.downsample.Downsample`; ModuleList hides its methods."""
+        """A :class:`~qst_tune.modules.side.downsample.Downsample`; ModuleList hides its methods."""
         return self.downsample[index]
 
     def _run(

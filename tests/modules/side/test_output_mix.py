@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from qst_tune.modules.output_mix import build_output_mix
+from qst_tune.modules.side.output_mix import build_output_mix
 
 
 @pytest.mark.parametrize("num_channels", [1, 6])

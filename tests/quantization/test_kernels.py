@@ -7,7 +7,7 @@ from torch import nn
 
 from qst_tune.modules.nf4_linear import NF4Linear
 from qst_tune.modules.peqa_linear import PEQALinear
-from qst_tune.quantization.few_token_products import affine_product, int8_product
+from qst_tune.quantization.kernels import affine_product, int8_product
 
 BF16 = torch.bfloat16
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from qst_tune.modules.backbone import where_of_rows
 from qst_tune.modules.qst_model import QSTModel
-from qst_tune.modules.side_network import SideNetwork
+from qst_tune.modules.side.network import SideNetwork
 from qst_tune.torchtune_compat import Mask
 
 # What one network carries from block to block, or None where it has no row in the batch.
@@ -18,7 +18,7 @@ _States = list[torch.Tensor | None]
 class SideNetworks(nn.Module):
     """Side networks that read the hidden states of one backbone pass.
 
-    It takes the place of a :class:`~qst_tune.modules.side_network.SideNetwork` in a ``QSTModel``.
+    It takes the place of a :class:`~qst_tune.modules.side.network.SideNetwork` in a ``QSTModel``.
     :meth:`use` chooses the network of each row of the next batches; a row may also be the plain
     backbone's. The backbone runs once for all rows, and each network for its own rows alone, so a
     row gives what it gives by itself. Nothing is moved or copied to switch.

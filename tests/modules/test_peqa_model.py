@@ -8,8 +8,8 @@ from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
 from qst_tune.models import peqa_decoder
 from qst_tune.modules import LinearCrossEntropyLoss
-from qst_tune.modules.peqa_decoder import PEQADecoder
 from qst_tune.modules.peqa_linear import PEQALinear
+from qst_tune.modules.peqa_model import PEQADecoder
 from tests.support.numbers import random_tokens, randomize_, tiny_backbone
 
 GROUPS = [None, 32]

@@ -10,9 +10,9 @@ from torchtune.modules.peft import disable_adapter, get_adapter_params, set_trai
 
 from qst_tune.models import qst_decoder
 from qst_tune.modules.qst_decoder import QSTDecoder
-from qst_tune.modules.side_block import SideShape
-from qst_tune.modules.side_config import SideConfig
-from qst_tune.modules.side_network import (
+from qst_tune.modules.side.block import SideShape
+from qst_tune.modules.side.config import SideConfig
+from qst_tune.modules.side.network import (
     Gate,
     SideNetwork,
     ZeroLinear,

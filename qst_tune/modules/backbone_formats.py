@@ -1,15 +1,17 @@
 """How the linears of a frozen backbone are stored: one table of formats."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Literal, NamedTuple, Protocol, TypeAlias, get_args, runtime_checkable
 
 import torch
 from torch import nn
+from torchtune.modules import TransformerDecoder
 
 from qst_tune.modules.nf4_linear import NF4Linear
 from qst_tune.modules.peqa_linear import PEQALinear
 from qst_tune.quantization.affine import AffineInit
+from qst_tune.quantization.table import QuantizedTable, quantize_table
 
 # "auto" is the format of a directory that is quantised already, and NF4 for any other.
 BaseQuantization = Literal["auto", "nf4", "fp4", "int4", "int8", "none"]
@@ -97,3 +99,57 @@ def quantization_of(module: nn.Module) -> str:
     """
     formats = {m.quantization for m in module.modules() if isinstance(m, QuantizedLinear)}
     return "+".join(sorted(formats)) or "none"
+
+
+EmbeddingQuantization = Literal["none", "int8"]
+
+
+def quantize_embedding(
+    decoder: TransformerDecoder, embedding_quantization: EmbeddingQuantization = "none"
+) -> None:
+    """Store, in place, the embedding and the LM head as codes; a tied head stays tied.
+
+    The modules stay, and with them a scale of Gemma's embedding, positions or a soft cap: only
+    their weight becomes a :class:`~qst_tune.quantization.table.QuantizedTable` with a scale a
+    token. "none" changes nothing. ValueError as of :func:`check_table_format`.
+    """
+    if embedding_quantization == "none":
+        return
+    check_table_format(embedding_quantization, decoder.tok_embeddings)
+    for owner in _owners(decoder):
+        table = quantize_table(owner.weight)
+        owner.weight = nn.Parameter(table, requires_grad=False)
+
+
+def check_table_format(embedding_quantization: EmbeddingQuantization, embedding: nn.Module) -> None:
+    """Check the arguments: ValueError if the format is unknown or this is no ``nn.Embedding``."""
+    if embedding_quantization not in get_args(EmbeddingQuantization):
+        known = ", ".join(get_args(EmbeddingQuantization))
+        raise ValueError(
+            f"embedding_quantization={embedding_quantization!r} is unknown; choose one of {known}"
+        )
+    if not isinstance(embedding, nn.Embedding):
+        raise ValueError(
+            f"embedding_quantization takes an nn.Embedding, not {type(embedding).__name__}"
+        )
+
+
+def _owners(decoder: TransformerDecoder) -> Iterator[nn.Embedding | nn.Linear]:
+    """The modules with a weight that has a row for each token."""
+    embedding: nn.Embedding = decoder.tok_embeddings
+    yield embedding
+    # A tied head has no weight of its own: it reads the embedding's at each call.
+    head = decoder.output.modules() if isinstance(decoder.output, nn.Module) else ()
+    for module in head:
+        if isinstance(module, nn.Linear) and module.out_features == embedding.num_embeddings:
+            yield module
+
+
+def quantization_of_backbone(decoder: TransformerDecoder) -> str:
+    """Name how a backbone is stored, which a side network or scales that were tuned on it need.
+
+    It is the layers' ``quantization_of``, with "; embedding int8" behind it if that is quantised.
+    """
+    layers = quantization_of(decoder.layers)
+    weight = decoder.tok_embeddings.weight
+    return f"{layers}; embedding int8" if isinstance(weight, QuantizedTable) else layers

@@ -15,7 +15,7 @@ from torchtune.models.qwen2 import qwen2
 from torchtune.modules import TransformerSelfAttentionLayer
 
 from qst_tune.models import smollm2_1_7b, smollm2_135m, smollm2_360m
-from qst_tune.modules.side_block import (
+from qst_tune.modules.side.block import (
     SideShape,
     build_side_blocks,
     layer_sizes,
