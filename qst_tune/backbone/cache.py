@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from qst_tune.backbone.packing import carries_state
+from qst_tune.backbone.text_model import carries_state
 from qst_tune.errors import UserError
 
 # Types whose code takes no cache but one of its own class.

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qst_tune.backbone.directory_format import DirectoryFormat, Layout
-from qst_tune.backbone.stored_weight import Decode
+from qst_tune.backbone.stored_weights import Decode, DirectoryFormat, Layout
 from qst_tune.errors import UserError
 from qst_tune.modules.backbone_formats import MakeLinear
 from qst_tune.modules.nf4_linear import NF4Linear

@@ -1,12 +1,27 @@
-"""The checkpointer of ``qst_from_hf`` and ``peqa_from_hf``: it only names their directory."""
+"""The checkpointer of ``*_from_hf`` models, and its cache of the quantised backbone."""
 
 import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from qst_tune.backbone.directory_files import weight_files
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torchtune import utils
+
+from qst_tune import __version__
+from qst_tune.atomic_files import whole_file
+from qst_tune.backbone.directory import weight_files
 from qst_tune.backbone.hub import model_name
 from qst_tune.backbone.loading import directory_format
+from qst_tune.backbone.sizes import is_side
+from qst_tune.backbone.torchtune_loading import stored_as
+from qst_tune.distributed.processes import rank_and_world_size
 from qst_tune.errors import UserError
+from qst_tune.modules.plain_parts import Place, join_parts, named_parts
 
 
 class HFCheckpointer:
@@ -47,3 +62,121 @@ class HFCheckpointer:
             "checkpointer: HFCheckpointer is for *_from_hf; with a builder over torchtune, such as "
             "qst_llama2_7b, use torchtune.training.FullModelHFCheckpointer"
         )
+
+
+log = utils.get_logger("INFO")
+
+# Raised when a quantised tensor's bytes change their meaning, so that older files are not read.
+_FORMAT = 2  # 1 had 8-bit codes without a sign
+
+
+@dataclass(frozen=True)
+class BackboneCache:
+    """One quantised backbone as a safetensors file.
+
+    The name of ``path`` identifies files, format and dtype, so an existing one is the right one; it
+    may be deleted at any time.
+    """
+
+    path: Path
+
+    def load(self, model: Any, device: torch.device) -> str | None:
+        """Fill the backbone of a model that was built on meta; a side network stays as it is.
+
+        Returns the checkpoint's fingerprint, as ``load_backbone`` does; None, and nothing is
+        changed, if there is no file or it is damaged.
+        """
+        if not self.path.is_file():
+            return None
+        try:
+            with safe_open(self.path, framework="pt", device=str(device)) as file:
+                _check(file, _all_parts(model))
+                fingerprint = str(file.metadata()["fingerprint"])
+                _replace(file, model)
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            log.warning(f"{self.path} is damaged ({error}); quantising again")
+            return None
+        log.info(f"quantised backbone read from {self.path}")
+        return fingerprint
+
+    def save(self, model: Any, fingerprint: str) -> None:
+        """Write the file, whole or not at all, on the first process; failing is only a warning."""
+        if rank_and_world_size()[0] != 0:
+            return
+        parts = _all_parts(model)
+        try:
+            plain = {name: part.detach().cpu().contiguous() for name, part in parts.items()}
+            with whole_file(self.path, flush=False) as aside:
+                save_file(plain, aside, metadata={"format": "pt", "fingerprint": fingerprint})
+            log.info(f"quantised backbone kept in {self.path} ({_gigabytes(self.path):.2f} GB)")
+        except (SafetensorError, OSError) as error:
+            log.warning(f"the quantised backbone cannot be kept in {self.path}: {error}")
+
+
+def backbone_cache(checkpointer: Any, model: Any, dtype: torch.dtype) -> BackboneCache | None:
+    """Find where a model's quantised backbone is kept, by an ``HFCheckpointer`` only.
+
+    None if the checkpointer keeps none or nothing is quantised.
+    """
+    quantization = stored_as(model)
+    if (
+        not isinstance(checkpointer, HFCheckpointer)
+        or checkpointer.cache_dir is None
+        or quantization == "none"
+    ):
+        return None
+    described = repr((_FORMAT, checkpointer.identity, quantization, str(dtype), __version__))
+    key = hashlib.sha256(described.encode()).hexdigest()[:16]
+    name = f"{checkpointer.name}-{key}.safetensors"
+    return BackboneCache(checkpointer.cache_dir / name)
+
+
+def _all_parts(model: Any) -> dict[str, torch.Tensor]:
+    """The plain tensors of the whole backbone."""
+    parts: dict[str, torch.Tensor] = {}
+    for name, (tensor, _) in _tensors(model).items():
+        parts.update(named_parts(name, tensor))
+    return parts
+
+
+def _tensors(model: nn.Module) -> dict[str, tuple[torch.Tensor, list[Place]]]:
+    """Everything of the backbone that loading fills, and where it is: a tied head's in two places.
+
+    That is also what transformers' models make of their config while they load, such as the
+    frequencies of a rotary embedding.
+    """
+    found: dict[int, tuple[str, torch.Tensor, list[Place]]] = {}
+    for path, module in model.named_modules():
+        if is_side(path):
+            continue
+        for name, tensor in {**module._parameters, **module._buffers, **vars(module)}.items():
+            if isinstance(tensor, torch.Tensor):
+                places = found.setdefault(id(tensor), (f"{path}.{name}", tensor, []))[2]
+                places.append(Place(module, name))
+    return {name: (tensor, places) for name, tensor, places in found.values()}
+
+
+def _check(file: Any, parts: Mapping[str, torch.Tensor]) -> None:
+    expected = {key: list(part.shape) for key, part in parts.items()}
+    found = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+    if found != expected:
+        raise ValueError("it has other tensors than the model")
+
+
+def _replace(file: Any, model: Any) -> None:
+    for name, (tensor, places) in _tensors(model).items():
+        # A copy on a CPU: there the source is a view of the memory-mapped file.
+        parts = {key: file.get_tensor(key).clone() for key in named_parts(name, tensor)}
+        if name in parts:
+            filled = parts[name]
+        else:
+            own = {key.rpartition("/")[2]: part for key, part in parts.items()}
+            filled = join_parts(own, tensor)
+        if isinstance(tensor, nn.Parameter):
+            filled = nn.Parameter(filled, requires_grad=tensor.requires_grad)
+        for place in places:
+            setattr(place.owner, place.name, filled)
+
+
+def _gigabytes(path: Path) -> float:
+    return path.stat().st_size / 1e9

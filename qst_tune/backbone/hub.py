@@ -16,7 +16,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from qst_tune.backbone.directory_files import FORMATS, weight_files
+from qst_tune.backbone.directory import FORMATS, weight_files
 from qst_tune.errors import UserError
 
 # How much of a model: its config.json; that and the tokenizer; that and the weights.

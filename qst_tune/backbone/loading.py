@@ -8,19 +8,24 @@ from typing import Any
 import torch
 from torchtune import utils
 
-from qst_tune.backbone.directory_files import weight_files
-from qst_tune.backbone.directory_format import DirectoryFormat
+from qst_tune.backbone.directory import weight_files
 from qst_tune.backbone.directory_methods import read_directory_format
-from qst_tune.backbone.expert_linears import ExpertLinears
-from qst_tune.backbone.hf_quantizer import drop_other_modalities, quantization_config_type
-from qst_tune.backbone.placing import Placing, Take, decode_rest_
+from qst_tune.backbone.experts import ExpertLinears
+from qst_tune.backbone.placing import (
+    Placing,
+    Take,
+    decode_rest_,
+    drop_other_modalities,
+    quantization_config_type,
+    report,
+)
 from qst_tune.backbone.quantizers import (
     forget_weights,
     quantization_of_text,
     quantize_tables,
     quantized_share,
 )
-from qst_tune.backbone.stored_directory import check_unused, lazy_state_dict, report
+from qst_tune.backbone.stored_weights import DirectoryFormat, check_unused, lazy_state_dict
 from qst_tune.backbone.text_model import longest_text
 from qst_tune.backbone.transformers import TransformersBackbone
 from qst_tune.errors import UserError

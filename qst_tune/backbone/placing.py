@@ -1,19 +1,23 @@
-"""Put weights that are read into a model: taken over, quantised, or as they are; and count."""
+"""Put each weight into a model as transformers' loader reads it, and count what became of it."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
+from torchtune import utils
 
-from qst_tune.backbone.directory_format import DirectoryFormat
-from qst_tune.backbone.expert_linears import JoinedLinear
-from qst_tune.backbone.quantizers import keep, replace_experts, set_quantized
-from qst_tune.backbone.stored_weight import StoredWeight
+from qst_tune.backbone.experts import JoinedLinear
+from qst_tune.backbone.quantizers import keep, names_to_quantize, replace_experts, set_quantized
+from qst_tune.backbone.stored_weights import DirectoryFormat, StoredWeight
+from qst_tune.backbone.text_model import decoder_of, layers_of
 from qst_tune.errors import UserError
 from qst_tune.modules.backbone_formats import LinearFormat
 from qst_tune.quantization.stored import stored_on
+
+log = utils.get_logger("INFO")
 
 # Takes the tensors of a module, by its name, away, and leaves empty ones.
 Take = Callable[[str, nn.Module], None]
@@ -168,3 +172,97 @@ def decode_rest_(model: nn.Module, device: torch.device) -> None:
                     dense = weight.dense(device)
                     decoded[id(weight)] = nn.Parameter(dense, requires_grad=False)
                 module._parameters[name] = decoded[id(weight)]
+
+
+def report(place: Placing) -> None:
+    """Log what became of the weights of a directory."""
+    assert place.stored is not None
+    tally = place.tally
+    parts = []
+    if tally.taken_over:
+        parts.append(f"{tally.taken_over} weights taken over as they are")
+    if tally.rounded:
+        target = "nf4" if place.base_quantization == "auto" else place.base_quantization
+        parts.append(
+            f"{tally.rounded} weights decoded and rounded to {target}, which adds an error of "
+            f"{100 * tally.relative_error:.2f} % (root mean square)"
+        )
+    log.info(f"{place.stored.title}: {'; '.join(parts) or 'all weights decoded'}")
+
+
+NAME = "qst_tune"
+
+
+@lru_cache(maxsize=1)
+def quantization_config_type() -> Any:
+    """Register our quantizer with transformers, once, and return the type of its configuration.
+
+    ``from_pretrained`` takes one as ``quantization_config``.
+    """
+    # Here, since importing transformers' models takes a second, also of runs without them.
+    from transformers.core_model_loading import ConversionOps
+    from transformers.quantizers.auto import register_quantization_config, register_quantizer
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    @register_quantization_config(NAME)
+    class Config(QuantizationConfigMixin):
+        def __init__(self, place: Placing) -> None:
+            self.quant_method: Any = NAME
+            self.place = place
+
+        def to_dict(self) -> dict[str, Any]:
+            return {"quant_method": NAME, "base_quantization": str(self.place.base_quantization)}
+
+    class Quantize(ConversionOps):
+        def __init__(self, quantizer: Any) -> None:
+            self.quantizer = quantizer
+
+        def convert(
+            self,
+            input_dict: dict[str, Any],
+            source_patterns: list[str],
+            target_patterns: list[str],
+            **context: Any,
+        ) -> dict[str, Any]:
+            place = self.quantizer.quantization_config.place
+            for name, value in input_dict.items():
+                weight = value[0] if isinstance(value, list) else value
+                place(context["model"], name, weight)
+                context["missing_keys"].discard(name)
+            return {}
+
+    @register_quantizer(NAME)
+    class Quantizer(HfQuantizer):
+        requires_calibration = False
+        is_trainable = False
+        quantization_config: Any
+        names: frozenset[str]
+
+        def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+            return param_name in self.names
+
+        def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
+            layers = drop_other_modalities(model)
+            place = self.quantization_config.place
+            self.names = names_to_quantize(model, layers, place.base_quantization, place.stored)
+            return model
+
+        def get_quantize_ops(self) -> Any:
+            return Quantize(self)
+
+        def is_serializable(self) -> bool:
+            return False
+
+    return Config
+
+
+def drop_other_modalities(model: Any) -> nn.ModuleList:
+    """Remove everything except the language model, on meta and in place; return its layers."""
+    decoder = decoder_of(model)
+    base = getattr(model, "model", None)
+    if base is not None and base is not decoder:
+        for name, child in list(base.named_children()):
+            if child is not decoder:
+                delattr(base, name)
+    return layers_of(decoder, model.config.get_text_config(decoder=True))

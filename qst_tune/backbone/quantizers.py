@@ -7,9 +7,8 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from qst_tune.backbone.directory_format import DirectoryFormat
-from qst_tune.backbone.expert_linears import ExpertLinears
-from qst_tune.backbone.experts import QuantizedExperts, quantize_experts
+from qst_tune.backbone.experts import ExpertLinears, QuantizedExperts, quantize_experts
+from qst_tune.backbone.stored_weights import DirectoryFormat
 from qst_tune.modules.backbone_formats import (
     EmbeddingQuantization,
     LinearFormat,

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 from torchtune.modules import (
     FeedForward,
@@ -10,9 +11,86 @@ from torchtune.modules import (
     TransformerSelfAttentionLayer,
 )
 
-from qst_tune.backbone.opt_side_blocks import opt_side_block
-from qst_tune.backbone.rotary import TablelessRotary
 from qst_tune.modules.side.block import LayerSizes, SideShape
+from qst_tune.torchtune_compat import Mask
+
+
+class TablelessRotary(nn.Module):
+    r"""Rotates the channels of a head by angles that grow with the position.
+
+    .. math:: \theta_j(p) = p\,b^{-2j / C}
+
+    where C is the head's width, even, and b the base; channel j rotates with channel j + C / 2.
+    Angles are computed from the positions at each call: a table for 131,072 positions would take 16
+    MiB, one for Llama 4's 10 million 1.2 GiB.
+
+    Source: RoFormer (https://arxiv.org/abs/2104.09864).
+    """
+
+    def __init__(self, dim: int, base: float = 10_000.0) -> None:
+        super().__init__()
+        self.dim, self.base = dim, base
+
+    def forward(self, x: torch.Tensor, *, input_pos: torch.Tensor | None = None) -> torch.Tensor:
+        """Rotate queries or keys ``[B, T, H, C]``; positions ``[B, T]``, None: from 0."""
+        if input_pos is None:
+            input_pos = torch.arange(x.shape[1], device=x.device)[None]
+        exponents = torch.arange(0, self.dim, 2, device=x.device) / self.dim
+        angles = (input_pos[..., None].float() * self.base**-exponents)[:, :, None]
+        first, second = x.float().chunk(2, dim=-1)
+        cos, sin = angles.cos(), angles.sin()
+        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        return turned.to(x.dtype)
+
+
+class PostNormLayer(TransformerSelfAttentionLayer):
+    r"""torchtune's layer with the norms moved behind the residual sums, as OPT-350M has them.
+
+    .. math::
+        h = \mathrm{norm}_1(x + \mathrm{attn}(x)), \qquad y = \mathrm{norm}_2(h + \mathrm{mlp}(h))
+
+    where :math:`\mathrm{norm}_1` is ``sa_norm`` and :math:`\mathrm{norm}_2` is ``mlp_norm``.
+    """
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        *,
+        mask: Mask | None = None,
+        input_pos: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Apply the layer to ``x``, ``[B, T, D]``; arguments as in torchtune's layer."""
+        h_BTD = self.sa_norm(x + self.attn(x, x, mask=mask, input_pos=input_pos))
+        y_BTD: torch.Tensor = self.mlp_norm(h_BTD + self.mlp(h_BTD))
+        return y_BTD
+
+
+def opt_side_block(shape: SideShape, *, post_norm: bool) -> TransformerSelfAttentionLayer:
+    """Build one of OPT's layers with random weights; ``post_norm``: norms after the sums."""
+    dim = shape.embed_dim
+    q_proj, k_proj, v_proj, output_proj = (nn.Linear(dim, dim) for _ in range(4))
+    layer_type = PostNormLayer if post_norm else TransformerSelfAttentionLayer
+    return layer_type(
+        attn=MultiHeadAttention(
+            embed_dim=dim,
+            num_heads=shape.num_heads,
+            num_kv_heads=shape.num_heads,
+            head_dim=shape.head_dim,
+            q_proj=q_proj,
+            k_proj=k_proj,
+            v_proj=v_proj,
+            output_proj=output_proj,
+        ),
+        mlp=FeedForward(
+            gate_proj=nn.Linear(dim, shape.hidden_dim),
+            down_proj=nn.Linear(shape.hidden_dim, dim),
+            activation=nn.ReLU(),
+        ),
+        sa_norm=nn.LayerNorm(dim),
+        mlp_norm=nn.LayerNorm(dim),
+    )
+
 
 _MLP_NAMES = ("intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner")
 _NORM_EPS = 1e-5

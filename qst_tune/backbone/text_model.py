@@ -1,12 +1,14 @@
-"""Where the parts of a text model are in a model of transformers."""
+"""The parts of a model of transformers: its decoder, its layers, its LM head."""
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from qst_tune.errors import UserError
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 # Models without positions have no limit of their own.
 _UNLIMITED = 2**20
 
@@ -49,3 +51,92 @@ def layers_of(decoder: Any, config: Any) -> nn.ModuleList:
         f"model_type={config.model_type!r}: {type(decoder).__name__} has no list of "
         f"{config.num_hidden_layers} layers to read hidden states from; it is not supported"
     )
+
+
+def carries_state(model: Any, config: Any) -> bool:
+    """Return whether states run along the tokens: of Mamba, linear attention or convolutions.
+
+    transformers marks some such models, and the text's ``config`` names the kind of each layer.
+    They cannot be packed, nor can their cache be shortened.
+    """
+    kinds = set(getattr(config, "layer_types", None) or ())
+    return bool(getattr(model, "_is_stateful", False) or kinds - _ATTENTION)
+
+
+# What some models multiply their logits (or the head's input, which is the same) with, by the name
+# of the setting: Cohere, Falcon-H1, Granite, MiniCPM 3, Inkling. HyperCLOVA X multiplies where
+# Granite divides. ``check_head`` compares the result with the model's own logits.
+_FACTORS = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
+_OTHER_SIGN = {"hyperclovax": {"logits_scaling": 1}}
+
+
+class ScaledHead(nn.Module):
+    r"""Logits with a scale s and a soft cap c behind the matrix product.
+
+    .. math:: z = c\,\tanh(s\,W y / c)
+
+    The model owns W, its own head; c may be None.
+    """
+
+    def __init__(self, linear: nn.Module, scale: float, cap: float | None) -> None:
+        super().__init__()
+        self._linear = (linear,)  # in a tuple, so that its weight has one name
+        self.scale, self.cap = scale, cap
+
+    @property
+    def linear(self) -> nn.Module:
+        """W as a module."""
+        return self._linear[0]
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        """Compute logits ``[..., V]`` of ``y``, ``[..., D]``."""
+        logits: torch.Tensor = self.linear(y)
+        if self.scale != 1:
+            logits = logits * self.scale
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+
+class ProjectedHead(nn.Module):
+    r"""OPT-350M's head: project to the width of its narrow embedding, then score every token.
+
+    .. math:: z = E\,W_{out}\,y
+
+    W_out is ``[W, D]``; E, ``[V, W]``, is the model's LM head; the model owns both. The output mix
+    comes before this head, so that f and u have the model's width; the authors' code projects f
+    first, and then fails on shapes.
+    """
+
+    def __init__(self, project_out: nn.Module, linear: nn.Module) -> None:
+        super().__init__()
+        self._parts = (project_out, linear)  # in a tuple, so that each weight has one name
+
+    def forward(self, y: torch.Tensor) -> torch.Tensor:
+        """Compute logits ``[..., V]`` of ``y``, ``[..., D]``."""
+        project_out, linear = self._parts
+        logits: torch.Tensor = linear(project_out(y))
+        return logits
+
+
+def head_of(model: Any, config: Any) -> nn.Module:
+    """Return a model's head, from f to logits; a plain linear stays one: the loss is fast for it.
+
+    The model of transformers writes text or classifies sequences; ``config`` is that of its text.
+    """
+    score: nn.Module | None = score_of(model)
+    if score is not None:
+        return score
+    linear: nn.Module = model.get_output_embeddings()
+    project_out = getattr(model.get_decoder(), "project_out", None)
+    if project_out is not None:
+        return ProjectedHead(project_out, linear)
+    cap = getattr(config, "final_logit_softcapping", None)
+    scale = _scale(config)
+    return linear if cap is None and scale == 1 else ScaledHead(linear, scale, cap)
+
+
+def _scale(config: Any) -> float:
+    signs = {**_FACTORS, **_OTHER_SIGN.get(config.model_type, {})}
+    scale = 1.0
+    for name, sign in signs.items():
+        scale *= float(getattr(config, name, None) or 1.0) ** sign
+    return scale

@@ -2,19 +2,22 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torchtune import training
-from torchtune.modules import RMSNorm, TransformerDecoder
+from torchtune.modules import RMSNorm, TiedLinear, TransformerDecoder
 
-from qst_tune.backbone.directory_files import weight_files
-from qst_tune.backbone.fingerprint import fingerprint, fingerprint_files, weight_digest
+from qst_tune.backbone.directory import weight_files
+from qst_tune.backbone.identity import fingerprint, fingerprint_files, weight_digest
+from qst_tune.backbone.loading import check_same
 from qst_tune.backbone.loading import load_backbone as load_directory
-from qst_tune.backbone.tied_head import EMBEDDING, TiedHead
 from qst_tune.backbone.transformers import transformers_backbone
+from qst_tune.backbone.transformers_models import TransformersModel
 from qst_tune.errors import UserError
+from qst_tune.json_files import read_json
 from qst_tune.modules.backbone_formats import QuantizedLinear, quantization_of_backbone
 from qst_tune.modules.peqa_linear import PEQALinear
 from qst_tune.modules.torchtune_backbone import build_rotary_caches
@@ -179,3 +182,102 @@ def set_weight(
         owner.quantize_(dense)
     else:
         setattr(owner, leaf, nn.Parameter(dense, requires_grad=False))
+
+
+EMBEDDING = "tok_embeddings.weight"
+HEAD = "output.weight"
+
+
+class TiedHead:
+    """Watches a checkpoint's weights for the two that must be one, if the model's head is tied.
+
+    Both are views of memory-mapped files, so they are kept without being read.
+    """
+
+    def __init__(self, model: TransformerDecoder) -> None:
+        self._is_tied = isinstance(model.output, TiedLinear)
+        self._found: dict[str, torch.Tensor] = {}
+
+    def is_head(self, name: str) -> bool:
+        """Return whether the weight is a tied head, which is not a weight of the model."""
+        return self._is_tied and name == HEAD
+
+    def look_at(self, name: str, weight: torch.Tensor) -> None:
+        """Keep a weight if it is one of the two."""
+        if self._is_tied and name in (EMBEDDING, HEAD):
+            self._found[name] = weight
+
+    def head_without_embedding(self) -> torch.Tensor | None:
+        """Return the head if the checkpoint has it in place of the embedding, once all are read.
+
+        UserError if it has both, and they differ.
+        """
+        embedding, head = self._found.get(EMBEDDING), self._found.get(HEAD)
+        if embedding is None or head is None:
+            return head
+        if not torch.equal(embedding, head):
+            raise UserError(
+                "config.json says that the LM head is the embedding (tie_word_embeddings), but the "
+                "checkpoint has an lm_head.weight that differs from it: set tie_word_embeddings to "
+                "false there if the head is meant, or take it out of the file"
+            )
+        return None
+
+
+def check_architecture(model: Any, checkpoint_dir: Path) -> None:
+    """Refuse a model that is not the checkpoint's, naming every property that differs.
+
+    Without a ``config.json`` a decoder of torchtune's is not checked. The model may be on meta.
+    """
+    if isinstance(model, TransformersModel):
+        check_same(model.backbone, checkpoint_dir)
+        return
+    config = read_json(checkpoint_dir / "config.json", optional=True)
+    if not config:
+        return
+    stored = _stored_properties(config)
+    built = _built_properties(model)
+    differences = [
+        f"{name} is {stored[name]} in the checkpoint and {built[name]} in the model"
+        for name in built
+        if stored.get(name) is not None and built[name] is not None and stored[name] != built[name]
+    ]
+    if differences:
+        raise UserError(
+            f"the config's model block does not fit {checkpoint_dir}: {'; '.join(differences)}"
+        )
+
+
+def _stored_properties(config: dict[str, Any]) -> dict[str, Any]:
+    rope = config.get("rope_parameters") or {}  # where transformers 5 keeps the base
+    scaling = config.get("rope_scaling") or rope
+    is_scaled = scaling.get("rope_type", scaling.get("type", "default")) != "default"
+    return {
+        "vocab_size": config.get("vocab_size"),
+        "num_layers": config.get("num_hidden_layers"),
+        "embed_dim": config.get("hidden_size"),
+        "num_heads": config.get("num_attention_heads"),
+        "num_kv_heads": config.get("num_key_value_heads"),
+        "intermediate_dim": config.get("intermediate_size"),
+        "rope_base": _as_number(config.get("rope_theta") or rope.get("rope_theta")),
+        "rope scale_factor": _as_number(scaling.get("factor")) if is_scaled else 1.0,
+    }
+
+
+def _built_properties(model: TransformerDecoder) -> dict[str, Any]:
+    layer = model.layers[0]
+    rope = layer.attn.pos_embeddings
+    return {
+        "vocab_size": model.tok_embeddings.num_embeddings,
+        "num_layers": len(model.layers),
+        "embed_dim": layer.attn.embed_dim,
+        "num_heads": layer.attn.num_heads,
+        "num_kv_heads": layer.attn.num_kv_heads,
+        "intermediate_dim": layer.mlp.w1.out_features,
+        "rope_base": _as_number(getattr(rope, "base", None)),
+        "rope scale_factor": _as_number(getattr(rope, "scale_factor", None)),
+    }
+
+
+def _as_number(value: Any) -> float | None:
+    return None if value is None else float(value)

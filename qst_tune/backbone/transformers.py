@@ -11,15 +11,12 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention.flex_attention import BlockMask
 
 from qst_tune.backbone.cache import TransformersCache
-from qst_tune.backbone.directory_format import DirectoryFormat
-from qst_tune.backbone.expert_linears import ExpertLinears
-from qst_tune.backbone.experts import QuantizedExperts
-from qst_tune.backbone.head import head_of
-from qst_tune.backbone.masks import positions
-from qst_tune.backbone.packing import Packing, find_packing
+from qst_tune.backbone.experts import ExpertLinears, QuantizedExperts
+from qst_tune.backbone.masks import Packing, find_packing, positions
 from qst_tune.backbone.quantizers import quantization_of_text, quantize_tables, quantize_text
 from qst_tune.backbone.side_blocks import side_block, side_norm, text_sizes
-from qst_tune.backbone.text_model import decoder_of, layers_of, longest_text
+from qst_tune.backbone.stored_weights import DirectoryFormat
+from qst_tune.backbone.text_model import decoder_of, head_of, layers_of, longest_text
 from qst_tune.modules.backbone import Head, Visit
 from qst_tune.modules.backbone_formats import EmbeddingQuantization, LinearFormat
 from qst_tune.modules.side.block import SideShape, side_shape

@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qst_tune.backbone.directory_files import read_settings, weight_files
+from qst_tune.backbone.directory import read_settings, weight_files
 from qst_tune.backbone.hub import is_hub_name
 from qst_tune.config.components import component_problems
 from qst_tune.config.file import variables_in

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from qst_tune.backbone.directory_format import DirectoryFormat
-from qst_tune.backbone.peqa_transformer import PEQATransformer
+from qst_tune.backbone.stored_weights import DirectoryFormat
 from qst_tune.backbone.transformers import TransformersBackbone
+from qst_tune.backbone.transformers_models import PEQATransformer
 from qst_tune.errors import UserError
 from qst_tune.models.builder import method_builder
 from qst_tune.models.qst import Decoder

@@ -9,9 +9,9 @@ import torch
 from torchtune import training
 from torchtune.modules import TransformerDecoder
 
-from qst_tune.backbone.qst_transformer import QSTTransformer
 from qst_tune.backbone.side_blocks import is_opt
 from qst_tune.backbone.transformers import TransformersBackbone
+from qst_tune.backbone.transformers_models import QSTTransformer
 from qst_tune.models.builder import method_builder
 from qst_tune.modules.backbone import Backbone
 from qst_tune.modules.backbone_formats import BaseQuantization, EmbeddingQuantization

@@ -9,19 +9,23 @@ from omegaconf import DictConfig
 from torchtune import training, utils
 from torchtune.modules import TransformerDecoder
 
-from qst_tune.backbone.architecture_check import check_architecture
+from qst_tune.backbone.hf_checkpointer import backbone_cache
 from qst_tune.backbone.hub import model_name
 from qst_tune.backbone.identity import BackboneId
-from qst_tune.backbone.peqa_transformer import PEQATransformer
-from qst_tune.backbone.quantized_cache import backbone_cache
 from qst_tune.backbone.sharding import (
     choose_sharding,
     load_sharded_backbone,
     load_sharded_directory,
 )
 from qst_tune.backbone.sizes import check_fits
-from qst_tune.backbone.torchtune_loading import fingerprint_backbone, load_backbone, stored_as
+from qst_tune.backbone.torchtune_loading import (
+    check_architecture,
+    fingerprint_backbone,
+    load_backbone,
+    stored_as,
+)
 from qst_tune.backbone.transformers import transformers_backbone
+from qst_tune.backbone.transformers_models import PEQATransformer
 from qst_tune.config.check import check_checkpoint_dir
 from qst_tune.config.cli import instantiate
 from qst_tune.distributed.processes import rank_and_world_size

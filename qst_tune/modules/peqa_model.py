@@ -21,7 +21,7 @@ class PEQAModel(nn.Module):
     head do not train. Source: PEQA (https://arxiv.org/abs/2305.14152).
 
     This is what :class:`~qst_tune.modules.peqa_model.PEQADecoder` (torchtune) and
-    :class:`~qst_tune.backbone.peqa_transformer.PEQATransformer` (transformers) share. With
+    :class:`~qst_tune.backbone.transformers_models.PEQATransformer` (transformers) share. With
     ``skip_output_layer`` it returns the LM head's input instead of logits.
     """
 

@@ -28,8 +28,8 @@ class QSTModel(nn.Module):
     :class:`~qst_tune.modules.side.network.SideNetwork`.
 
     This is what :class:`~qst_tune.modules.qst_decoder.QSTDecoder` (torchtune) and
-    :class:`~qst_tune.backbone.qst_transformer.QSTTransformer` (transformers) share; each defines
-    where its parameters are.
+    :class:`~qst_tune.backbone.transformers_models.QSTTransformer` (transformers) share; each
+    defines where its parameters are.
 
     Attributes:
         side (SideNetwork): its blocks belong to layers of the backbone.

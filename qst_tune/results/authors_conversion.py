@@ -11,8 +11,8 @@ from torch import nn
 from torchtune import utils
 from torchtune.modules import RMSNorm
 
-from qst_tune.backbone.qst_transformer import QSTTransformer
 from qst_tune.backbone.side_blocks import is_opt, text_sizes
+from qst_tune.backbone.transformers_models import QSTTransformer
 from qst_tune.errors import UserError
 from qst_tune.models.qst import qst_decoder
 from qst_tune.models.setup import build_on_meta

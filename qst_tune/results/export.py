@@ -11,9 +11,8 @@ from huggingface_hub import save_torch_state_dict
 from torchtune import utils
 
 from qst_tune.atomic_files import whole_directory
-from qst_tune.backbone.directory_files import weight_files
-from qst_tune.backbone.peqa_transformer import PEQATransformer
-from qst_tune.backbone.weights_file import read_weights_file
+from qst_tune.backbone.directory import read_weights_file, weight_files
+from qst_tune.backbone.transformers_models import PEQATransformer
 from qst_tune.errors import UserError
 from qst_tune.json_files import read_json
 from qst_tune.modules.peqa_model import PEQADecoder, PEQAModel

@@ -11,9 +11,8 @@ import torch
 from torch import nn
 from torchtune.models.convert_weights import tune_to_hf
 
-from qst_tune.backbone.expert_linears import ExpertLinears
-from qst_tune.backbone.experts import QuantizedExperts
-from qst_tune.backbone.peqa_transformer import PEQATransformer
+from qst_tune.backbone.experts import ExpertLinears, QuantizedExperts
+from qst_tune.backbone.transformers_models import PEQATransformer
 from qst_tune.errors import UserError
 from qst_tune.modules.peqa_linear import PEQALinear
 from qst_tune.modules.peqa_model import PEQAModel, without_wrappers

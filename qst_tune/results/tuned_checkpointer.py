@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torchtune import training
 
-from qst_tune.backbone.architecture_check import check_architecture
 from qst_tune.backbone.hub import model_name
 from qst_tune.backbone.identity import BackboneId
-from qst_tune.backbone.torchtune_loading import SIDE_PREFIX, read_weights
+from qst_tune.backbone.torchtune_loading import SIDE_PREFIX, check_architecture, read_weights
 from qst_tune.backbone.transformers import transformers_backbone
 from qst_tune.errors import UserError
 from qst_tune.modules.backbone_formats import quantization_of_backbone

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from omegaconf import DictConfig
 
-from qst_tune.backbone.expert_linears import compile_forward
+from qst_tune.backbone.experts import compile_forward
 from qst_tune.models.setup import load_frozen_backbone
 from qst_tune.modules.peqa_model import PEQAModel
 from qst_tune.results.provenance import provenance_of

@@ -9,7 +9,7 @@ import torch
 from omegaconf import DictConfig
 from torchtune import utils
 
-from qst_tune.backbone.expert_linears import compile_forward
+from qst_tune.backbone.experts import compile_forward
 from qst_tune.backbone.identity import BackboneId
 from qst_tune.distributed.processes import broadcast_tensors, rank_and_world_size
 from qst_tune.models.setup import load_frozen_backbone

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from qst_tune.backbone.architecture_check import check_architecture
+from qst_tune.backbone.torchtune_loading import check_architecture
 from qst_tune.config.cli import instantiate
 from qst_tune.config.defaults import fill_in
 from qst_tune.config.device import choose_device, choose_dtype

@@ -11,7 +11,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
 )
 
-from qst_tune.backbone.head import ScaledHead
+from qst_tune.backbone.text_model import ScaledHead
 from qst_tune.modules.loss import linear_cross_entropy
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.results.tuned_directory import Provenance

@@ -9,20 +9,19 @@ from torch import nn
 from torchtune import utils
 from transformers import PreTrainedModel
 
-from qst_tune.backbone.directory_files import weight_files
-from qst_tune.backbone.fingerprint import (
+from qst_tune.backbone.directory import read_weights_file, weight_files
+from qst_tune.backbone.hub import fetch_model, hub_name, is_hub_name, model_name
+from qst_tune.backbone.identity import (
+    BackboneId,
     fingerprint,
     fingerprint_files,
     weight_digest,
     weight_sample,
 )
-from qst_tune.backbone.hub import fetch_model, hub_name, is_hub_name, model_name
-from qst_tune.backbone.identity import BackboneId
 from qst_tune.backbone.loading import backbone_on_meta, check_head, directory_format
-from qst_tune.backbone.qst_transformer import QSTTransformer
 from qst_tune.backbone.text_model import score_of
 from qst_tune.backbone.transformers import TransformersBackbone
-from qst_tune.backbone.weights_file import read_weights_file
+from qst_tune.backbone.transformers_models import QSTTransformer
 from qst_tune.errors import UserError
 from qst_tune.models.qst import qst_decoder
 from qst_tune.modules.backbone_formats import BaseQuantization

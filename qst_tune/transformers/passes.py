@@ -11,7 +11,7 @@ import torch
 from transformers import Cache, DynamicCache
 
 from qst_tune.backbone.cache import TransformersCache
-from qst_tune.backbone.qst_transformer import QSTTransformer
+from qst_tune.backbone.transformers_models import QSTTransformer
 from qst_tune.generation.caches import attached, attentions, without_head
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.transformers.masks import attention_mask_of, positions_of

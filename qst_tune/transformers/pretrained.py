@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from qst_tune.atomic_files import replace_files
-from qst_tune.backbone.qst_transformer import QSTTransformer
+from qst_tune.backbone.transformers_models import QSTTransformer
 from qst_tune.errors import UserError
 from qst_tune.generation.caches import attentions
 from qst_tune.modules.qst_model import QSTModel

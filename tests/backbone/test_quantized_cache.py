@@ -9,10 +9,9 @@ from safetensors.torch import load_file, save_file
 from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import training
 
-from qst_tune.backbone import quantized_cache as module
+from qst_tune.backbone import hf_checkpointer as module
 from qst_tune.backbone.experts import QuantizedExperts
-from qst_tune.backbone.hf_checkpointer import HFCheckpointer
-from qst_tune.backbone.quantized_cache import BackboneCache, backbone_cache
+from qst_tune.backbone.hf_checkpointer import BackboneCache, HFCheckpointer, backbone_cache
 from qst_tune.backbone.torchtune_loading import load_backbone
 from qst_tune.models import peqa_from_hf, qst_from_hf
 from qst_tune.quantization.table import QuantizedTable

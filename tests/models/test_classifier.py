@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from qst_tune.backbone.qst_transformer import QSTTransformer
+from qst_tune.backbone.transformers_models import QSTTransformer
 from qst_tune.models import qst_classifier
 from qst_tune.modules import NF4Linear, QSTClassifier
 from tests.support.opt_models import OPT_DIRECTORY

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qst_tune.backbone.qst_transformer import QSTTransformer
 from qst_tune.backbone.transformers import TransformersBackbone
+from qst_tune.backbone.transformers_models import QSTTransformer
 from qst_tune.models import backbone_from_hf, peqa_from_hf, qst_classifier, qst_from_hf
 from qst_tune.modules import QSTClassifier
 from tests.support.hf_models import (

@@ -7,8 +7,8 @@ from torch import nn
 from torchtune.generation import get_causal_mask_from_padding_mask
 
 from qst_tune.backbone.hf_checkpointer import HFCheckpointer
-from qst_tune.backbone.qst_transformer import QSTTransformer
 from qst_tune.backbone.torchtune_loading import load_backbone
+from qst_tune.backbone.transformers_models import QSTTransformer
 from qst_tune.models import qst_classifier, qst_decoder
 from qst_tune.modules.qst_classifier import QSTClassifier
 from qst_tune.results.authors_checkpoint import side_to_authors

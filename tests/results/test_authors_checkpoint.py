@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torchtune.models import convert_weights
 from torchtune.models.llama2 import llama2
 
-from qst_tune.backbone.qst_transformer import QSTTransformer
+from qst_tune.backbone.transformers_models import QSTTransformer
 from qst_tune.errors import UserError
 from qst_tune.generation.sampling import Sampling
 from qst_tune.generation.sequence import CachedSequence, continue_sequence

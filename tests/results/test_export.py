@@ -222,7 +222,7 @@ SAMPLE = ("llama", "gemma2", "opt", "gpt_neox", "qwen3_moe", "gpt_oss", "phi3", 
 EXPORTED = [
     pytest.param(name, marks=() if name in SAMPLE else pytest.mark.slow)
     for name in TYPES
-    if name not in ("gpt2", "zamba2")  # zamba2: not loaded, see test_peqa_transformer
+    if name not in ("gpt2", "zamba2")  # zamba2: not loaded, see test_transformers_models
 ]
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401  # before the measurement
 
-from qst_tune.backbone.hf_quantizer import quantization_config_type
 from qst_tune.backbone.loading import load_backbone
+from qst_tune.backbone.placing import quantization_config_type
 from qst_tune.models import qst_from_hf
 from qst_tune.modules.memory import parameter_bytes
 

@@ -1,4 +1,7 @@
-"""OPT's own side blocks and head; tests/training/test_authors_checkpoint.py has the authors'."""
+"""Side blocks: their rotary embedding, and OPT's own layer and head.
+
+tests/results/test_authors_checkpoint.py has the authors' tensors.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -7,9 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchtune.models.qwen2._positional_embeddings import Qwen2RotaryPositionalEmbeddings
 from torchtune.modules import TransformerSelfAttentionLayer
 
-from qst_tune.backbone.opt_side_blocks import PostNormLayer, ProjectedHead
+from qst_tune.backbone.side_blocks import PostNormLayer, TablelessRotary
+from qst_tune.backbone.text_model import ProjectedHead
 from qst_tune.generation.sequence import CachedSequence
 from qst_tune.models import backbone_from_hf, qst_decoder, qst_from_hf
 from tests.support.hf_models import loaded
@@ -133,3 +138,20 @@ def test_a_directory_as_meta_published_it_is_read(tmp_path: Path) -> None:
     assert torch.equal(loaded(backbone_from_hf, tmp_path)(tokens), expected)
     model = loaded(qst_from_hf, tmp_path, reduction_factor=3)
     assert model.backbone.quantization == "nf4"
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_it_turns_as_the_table_does(given: bool) -> None:
+    x = torch.randn(2, 11, 3, 16, generator=torch.Generator().manual_seed(0))
+    where = {}
+    if given:
+        where["input_pos"] = torch.stack([torch.arange(11), torch.arange(50, 61)])
+    expected = Qwen2RotaryPositionalEmbeddings(dim=16, max_seq_len=64, base=5000.0)(x, **where)
+    torch.testing.assert_close(TablelessRotary(16, 5000.0)(x, **where), expected)
+
+
+def test_a_far_position_takes_no_memory_and_stays_in_the_dtype() -> None:
+    x = torch.randn(1, 1, 1, 4, dtype=torch.bfloat16)
+    turned = TablelessRotary(4)(x, input_pos=torch.tensor([[10_000_000]]))
+    assert turned.dtype == torch.bfloat16
+    assert turned.isfinite().all()

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from transformers.utils import logging
 
-from qst_tune.backbone.expert_linears import ExpertLinears
+from qst_tune.backbone.experts import ExpertLinears
 from qst_tune.backbone.loading import load_backbone
 from qst_tune.backbone.transformers import TransformersBackbone
 from qst_tune.errors import UserError

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from qst_tune.backbone.directory_files import read_settings, weight_files
+from qst_tune.backbone.directory import read_settings, weight_files
 from qst_tune.errors import UserError
 
 SHARDS = [f"model-{i:05}-of-00003.safetensors" for i in (1, 2, 3)]
