@@ -45,7 +45,7 @@ from qst_tune.modules.nf4_linear import NF4Linear
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.quantization import kernels
 from qst_tune.quantization.nf4 import dequantize_nf4, quantize_nf4
-from qst_tune.training.parameter_groups import parameter_groups
+from qst_tune.training.methods import parameter_groups
 
 RESULTS = Path(__file__).parent / "results" / "gpu.jsonl"
 LLAMA2_7B = Backbone(

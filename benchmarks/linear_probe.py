@@ -27,8 +27,7 @@ from qst_tune.data.datasets import build_dataset
 from qst_tune.errors import UserError
 from qst_tune.models.setup import build_on_meta, load_frozen_backbone
 from qst_tune.modules import QSTClassifier
-from qst_tune.training.classification import labelled_rows
-from qst_tune.training.classification_metrics import METRICS
+from qst_tune.training.classification import METRICS, labelled_rows
 
 BATCH_SIZE = 64
 

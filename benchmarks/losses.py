@@ -45,7 +45,7 @@ from qst_tune.models import qst_decoder, smollm2_135m
 from qst_tune.modules import nf4_linear
 from qst_tune.modules.loss import connect_loss, next_token_loss
 from qst_tune.modules.qst_model import QSTModel
-from qst_tune.training.validation import validation_loss
+from qst_tune.training.language_modelling import validation_loss
 
 BATCH_SIZE = 4
 HELD_OUT_BATCHES = 4

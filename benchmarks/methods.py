@@ -35,7 +35,7 @@ from qst_tune.modules.loss import connect_loss, next_token_loss
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.modules.side.config import VARIANTS
 from qst_tune.quantization.nf4 import dequantize_nf4
-from qst_tune.training.parameter_groups import parameter_groups
+from qst_tune.training.methods import parameter_groups
 
 CONFIG = Path(__file__).parent.parent / "configs" / "smollm2" / "135M_qst.yaml"
 SMOLLM2 = "smollm2"

@@ -19,10 +19,9 @@ from qst_tune.errors import UserError
 from qst_tune.estimation.dry_run import describe_run
 from qst_tune.models.setup import build_on_meta
 from qst_tune.modules import QSTClassifier
+from qst_tune.training.methods import REFUSED, load_qst
 from qst_tune.training.preference import build_preference_learning, reference_of
-from qst_tune.training.qst_method import REFUSED, load_qst
-from qst_tune.training.trainer_setup import build_trainer
-from qst_tune.training.training_run import begin_run
+from qst_tune.training.run import begin_run, build_trainer
 
 KEYS = TRAINING_KEYS
 

@@ -41,7 +41,7 @@ from qst_tune.results.tuned_model import (
     TunedModel,
     load_tuned_model,
 )
-from qst_tune.training.validation import validation_loss
+from qst_tune.training.language_modelling import validation_loss
 
 KEYS = {
     "text": Key(kind=Path, meaning="text file: perplexity and bits a byte"),

@@ -28,10 +28,9 @@ from qst_tune.modules.qst_classifier import QSTClassifier
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.training.classification import build_classification_task
 from qst_tune.training.language_modelling import build_language_modelling
-from qst_tune.training.method import Task
-from qst_tune.training.qst_method import REFUSED, load_qst
-from qst_tune.training.trainer_setup import build_trainer
-from qst_tune.training.training_run import Run, begin_run
+from qst_tune.training.methods import REFUSED, load_qst
+from qst_tune.training.run import Run, begin_run, build_trainer
+from qst_tune.training.task import Task
 
 KEYS = TRAINING_KEYS
 

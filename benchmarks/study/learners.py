@@ -36,7 +36,7 @@ from qst_tune.models import peqa_decoder, qst_decoder, smollm2_135m
 from qst_tune.modules.peqa_model import PEQAModel
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.quantization.nf4 import dequantize_nf4, quantize_nf4
-from qst_tune.training.parameter_groups import parameter_groups
+from qst_tune.training.methods import parameter_groups
 
 WEIGHT_DECAY = 0.01
 

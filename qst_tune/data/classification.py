@@ -26,7 +26,7 @@ class ClassificationDataset(Dataset[Row]):
         labels (Sequence[str] | None): names of the classes, in the order of their numbers; None:
             the label is a score.
         metrics (Sequence[str]): how predictions are judged
-            (:mod:`qst_tune.training.classification_metrics`), the most informative first.
+            (:mod:`qst_tune.training.classification`), the most informative first.
     """
 
     def __init__(

@@ -50,7 +50,7 @@ class TrainingData:
 
     @property
     def digests(self) -> dict[str, str]:
-        """Digests of the content of all rows, by the names of ``saved_run.describe_data``."""
+        """Digests of the content of all rows, by the names of ``resume.describe_data``."""
         surveys = {
             "training rows": self.surveys,
             "held-out rows": self.validation_surveys or self.surveys,

@@ -23,9 +23,8 @@ from qst_tune.modules.peqa_model import PEQAModel
 from qst_tune.modules.qst_classifier import QSTClassifier
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.training.classification import ClassificationTask
-from qst_tune.training.language_modelling import NextTokenTask
-from qst_tune.training.loss import build_loss
-from qst_tune.training.parameter_groups import parameter_groups
+from qst_tune.training.language_modelling import NextTokenTask, build_loss
+from qst_tune.training.methods import parameter_groups
 from qst_tune.training.preference import PreferenceTask, check_loss, reference_of
 
 _CPU = torch.device("cpu")

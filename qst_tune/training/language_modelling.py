@@ -8,7 +8,9 @@ import torch
 from omegaconf import DictConfig
 from torchtune.modules import TransformerDecoder
 
+from qst_tune.config.cli import instantiate
 from qst_tune.data.batches import Batch
+from qst_tune.data.label_check import NO_LABEL
 from qst_tune.data.training_data import (
     TEXT_KEY,
     TrainingData,
@@ -16,15 +18,16 @@ from qst_tune.data.training_data import (
     check_rows,
     text_collate,
 )
+from qst_tune.distributed.processes import sum_or_fail
+from qst_tune.errors import UserError
 from qst_tune.modules.loss import connect_loss, next_token_loss
 from qst_tune.modules.model_limits import check_length, limits_of
-from qst_tune.training.loss import build_loss
-from qst_tune.training.validation import validation_loss
+from qst_tune.training.task import visit
 
 
 @dataclass(frozen=True)
 class NextTokenTask:
-    """Cross entropy of each next token; see :class:`~qst_tune.training.method.Task`.
+    """Cross entropy of each next token; see :class:`~qst_tune.training.task.Task`.
 
     ``loss_function`` is connected to the model by ``connect_loss``.
     """
@@ -56,3 +59,42 @@ def build_language_modelling(
     check_rows(data, TEXT_KEY)
     connect_loss(loss, model)
     return NextTokenTask(loss, device), data
+
+
+def build_loss(block: DictConfig) -> Any:
+    """Build the config's loss; UserError if it cannot be built or has no ``ignore_index``."""
+    loss = instantiate(block, "loss")
+    if not hasattr(loss, "ignore_index"):
+        raise UserError(
+            f"loss: {block._component_} has no ignore_index, the label of tokens without loss; use "
+            "a cross entropy such as qst_tune.modules.LinearCrossEntropyLoss"
+        )
+    return loss
+
+
+def validation_loss(
+    model: TransformerDecoder,
+    loss: Any,
+    batches: Iterable[dict[str, torch.Tensor]],
+    device: torch.device,
+) -> float:
+    """Mean loss in nats over every label of a dataset, on any number of devices.
+
+    UserError if a row is longer than the model can see, or none has a label.
+    """
+    total = torch.zeros(2, dtype=torch.float64)
+
+    def add(batch: dict[str, torch.Tensor]) -> None:
+        check_length(batch["tokens"], model.max_seq_len)
+        mean, num_labels = next_token_loss(model, loss, batch)
+        count = num_labels.double().cpu()
+        total.add_(torch.stack([mean.double().cpu() * count, count]))
+
+    error = visit(model, batches, device, add)
+    on_device = total.to(device if device.type == "cuda" else "cpu")
+    summed, count = sum_or_fail(on_device, error).tolist()
+    if not count:
+        raise UserError(
+            f"validation: none of its rows has a label, so nothing can be measured: {NO_LABEL}"
+        )
+    return float(summed / count)

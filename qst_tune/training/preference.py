@@ -27,12 +27,12 @@ from qst_tune.errors import UserError
 from qst_tune.modules.loss import linear_cross_entropy
 from qst_tune.modules.model_limits import check_length, limits_of
 from qst_tune.modules.qst_model import QSTModel
-from qst_tune.training.validation import visit
+from qst_tune.training.task import visit
 
 
 @dataclass(frozen=True)
 class PreferenceTask:
-    r"""Loss of one pair of answers a row; see :class:`~qst_tune.training.method.Task`.
+    r"""Loss of one pair of answers a row; see :class:`~qst_tune.training.task.Task`.
 
     .. math::
         -\log \sigma\Big(\beta \log \frac{\pi(c)}{\pi_0(c)}

@@ -20,11 +20,12 @@ from qst_tune.distributed.processes import gather_lists, sum_gradients, sum_or_f
 from qst_tune.errors import UserError
 from qst_tune.modules.memory import count_saved_activations, memory_kind, memory_parts
 from qst_tune.modules.model_limits import overflow_hint
-from qst_tune.training.checkpointing import Checkpointing
-from qst_tune.training.method import Method, Task
+from qst_tune.training.checkpoints import Checkpointing
+from qst_tune.training.methods import Method
+from qst_tune.training.progress import Progress, seed_step
 from qst_tune.training.run_log import RunLog
-from qst_tune.training.run_state import Progress, seed_step
 from qst_tune.training.stop_signals import StopSignals
+from qst_tune.training.task import Task
 
 
 @dataclass(kw_only=True)

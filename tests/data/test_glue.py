@@ -7,7 +7,7 @@ from datasets import Dataset
 
 from qst_tune.data import GLUE_TASKS, glue, glue_dataset
 from qst_tune.errors import UserError
-from qst_tune.training.classification_metrics import METRICS
+from qst_tune.training.classification import METRICS
 from tests.data.test_classification import Tokenizer
 from tests.support.shared_data import GLUE as REAL_DATA
 from tests.support.shared_data import needs

@@ -17,7 +17,7 @@ from qst_tune.models import qst_decoder
 from qst_tune.modules.loss import LinearCrossEntropyLoss, connect_loss, next_token_loss
 from qst_tune.modules.nf4_linear import NF4Linear
 from qst_tune.quantization.table import quantize_table
-from qst_tune.training.loss import build_loss
+from qst_tune.training.language_modelling import build_loss
 from tests.support.numbers import TINY, TINY_REDUCTION, random_tokens, randomize_, tiny_backbone
 
 LOSSES = [LinearCrossEntropyLoss, CEWithChunkedOutputLoss, nn.CrossEntropyLoss]

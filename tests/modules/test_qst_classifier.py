@@ -13,7 +13,7 @@ from qst_tune.models import qst_classifier, qst_decoder
 from qst_tune.modules.qst_classifier import QSTClassifier
 from qst_tune.results.authors_checkpoint import side_to_authors
 from qst_tune.training.classification import ClassificationTask
-from qst_tune.training.parameter_groups import parameter_groups
+from qst_tune.training.methods import parameter_groups
 from tests.reference import qst_reference as reference
 from tests.support.numbers import (
     TINY,

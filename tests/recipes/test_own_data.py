@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from qst_tune.recipes import qst_dpo, qst_finetune, qst_generate
 
 from qst_tune.config.cli import run_recipe
-from qst_tune.training.run_summary import RunSummary
+from qst_tune.training.run_log import RunSummary
 from tests.support.checkpoints import Config, finetune_config, generate_config, write_config
 from tests.support.recipe_runs import finetune, one_thread
 from tests.support.rows import SHAREGPT, TURNS

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qst_tune.errors import UserError
 from qst_tune.models import peqa_llama3_2
-from qst_tune.training.peqa_method import PEQAMethod, load_peqa
+from qst_tune.training.methods import PEQAMethod, load_peqa
 from tests.support.checkpoints import SIZES, Config, finetune_config
 from tests.support.recipe_runs import merged, one_thread
 

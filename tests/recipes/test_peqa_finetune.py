@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from qst_tune.errors import UserError
 from qst_tune.models import peqa_llama3_2
 from qst_tune.results.scales import load_scales
-from qst_tune.training.peqa_method import load_peqa
+from qst_tune.training.methods import load_peqa
 from tests.support.checkpoints import SIZES, Config, file_hashes, finetune_config, write_config
 from tests.support.recipe_runs import FinetuneResult, held_out_loss, merged, one_thread, run_tune
 

@@ -17,8 +17,8 @@ from qst_tune.data.row_store import RowStore
 from qst_tune.data.rows import CheckedRows, row_numbers
 from qst_tune.errors import UserError
 from qst_tune.results.side_network import SIDE_NETWORK
-from qst_tune.training.checkpoint_store import CheckpointStore
-from qst_tune.training.run_summary import RunSummary
+from qst_tune.training.checkpoints import CheckpointStore
+from qst_tune.training.run_log import RunSummary
 from qst_tune.training.trainer import Trainer
 from tests.support import kill_resume
 from tests.support.checkpoints import (

@@ -13,8 +13,7 @@ from qst_tune.models.setup import build_any_on_meta
 from qst_tune.modules.peqa_linear import PEQALinear
 from qst_tune.quantization.table import quantize_table
 from qst_tune.training.language_modelling import build_language_modelling
-from qst_tune.training.peqa_method import load_peqa
-from qst_tune.training.qst_method import load_qst
+from qst_tune.training.methods import load_peqa, load_qst
 from tests.support.checkpoints import SIZES, finetune_config
 
 CPU = torch.device("cpu")

@@ -9,11 +9,16 @@ from torch import nn
 from qst_tune.config.cli import instantiate
 from qst_tune.data.labels import align_labels
 from qst_tune.errors import UserError
+from qst_tune.models import qst_decoder
 from qst_tune.models.setup import build_on_meta
-from qst_tune.training.language_modelling import NextTokenTask, build_language_modelling
-from qst_tune.training.qst_method import load_qst
+from qst_tune.training.language_modelling import (
+    NextTokenTask,
+    build_language_modelling,
+    validation_loss,
+)
+from qst_tune.training.methods import load_qst
 from tests.support.checkpoints import finetune_config
-from tests.support.numbers import TINY, random_tokens, tiny_backbone
+from tests.support.numbers import TINY, TINY_REDUCTION, random_tokens, randomize_, tiny_backbone
 
 CPU = torch.device("cpu")
 
@@ -70,3 +75,51 @@ def test_row_longer_than_the_model_is_told(task: NextTokenTask) -> None:
     tokens = random_tokens(1, TINY["max_seq_len"] + 1)
     with pytest.raises(UserError, match="longer than the model's max_seq_len"):
         task.loss(tiny_backbone(), {"tokens": tokens, "labels": tokens})
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def model():
+    model = qst_decoder(tiny_backbone(), reduction_factor=TINY_REDUCTION, rank=4)
+    randomize_(model.side)
+    return model
+
+
+def batch(num_rows: int, length: int) -> dict[str, torch.Tensor]:
+    tokens = random_tokens(num_rows, length)
+    return {"tokens": tokens, "labels": align_labels(tokens)}
+
+
+def test_every_label_weighs_the_same(model) -> None:
+    batches = [batch(3, 12), batch(1, 3)]
+    with torch.no_grad():
+        log_probabilities = [
+            model(b["tokens"])[:, :-1].log_softmax(-1).gather(-1, b["tokens"][:, 1:, None])
+            for b in batches
+        ]
+    expected = -torch.cat([p.flatten() for p in log_probabilities]).double().mean()
+    actual = validation_loss(model, nn.CrossEntropyLoss(), batches, CPU)
+    assert actual == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_rows_without_a_label_are_passed_over_and_refused_alone(model) -> None:
+    empty = batch(1, 5)
+    empty["labels"].fill_(-100)
+    with pytest.raises(UserError, match=r"^validation: none of its rows has a label"):
+        validation_loss(model, nn.CrossEntropyLoss(), [empty], CPU)
+    full = batch(1, 5)
+    alone = validation_loss(model, nn.CrossEntropyLoss(), [full], CPU)
+    assert validation_loss(model, nn.CrossEntropyLoss(), [empty, full], CPU) == alone
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_mode_is_put_back_and_no_gradient_is_left(training: bool, model) -> None:
+    model.train(training)
+    seen = []
+    model.side.norm.register_forward_hook(lambda *args: seen.append(model.side.training))
+    validation_loss(model, nn.CrossEntropyLoss(), [batch(1, 5)], CPU)
+    assert seen == [False]
+    assert model.training is model.side.training is training
+    assert all(p.grad is None for p in model.parameters())

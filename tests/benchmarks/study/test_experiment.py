@@ -9,7 +9,7 @@ from benchmarks.study.experiment import Run, evaluate, execute
 from benchmarks.study.learners import Learner, Method
 from benchmarks.study.tasks import Task
 from qst_tune.models import qst_decoder
-from qst_tune.training.parameter_groups import parameter_groups
+from qst_tune.training.methods import parameter_groups
 from tests.support.numbers import TINY, TINY_REDUCTION, tiny_backbone
 
 

@@ -16,11 +16,14 @@ from qst_tune.data.batches import BatchLoader
 from qst_tune.distributed.processes import rank_and_world_size
 from qst_tune.errors import UserError
 from qst_tune.results.start import Start
-from qst_tune.training.checkpoint_store import Checkpoint, CheckpointStore
+from qst_tune.training.checkpoints import (
+    CHECKPOINTS_DIRECTORY,
+    FORMAT_VERSION,
+    Checkpoint,
+    CheckpointStore,
+)
 from qst_tune.training.state_file import unpack_state
 
-CHECKPOINTS_DIRECTORY = "checkpoints"
-FORMAT_VERSION = 3  # 1 had no digest of held-out rows, 2 one of 16 rows
 _SAMPLED_ROWS = 16
 _CONTENT = {"config", "data", "seed", "progress", "history", "optimizer", "lr_scheduler"}
 

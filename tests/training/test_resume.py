@@ -10,9 +10,9 @@ from omegaconf import OmegaConf
 
 from qst_tune.data.batches import BatchLoader
 from qst_tune.errors import UserError
-from qst_tune.training import saved_run as module
-from qst_tune.training.checkpoint_store import CheckpointStore
-from qst_tune.training.saved_run import (
+from qst_tune.training import resume as module
+from qst_tune.training.checkpoints import CheckpointStore
+from qst_tune.training.resume import (
     SavedRun,
     check_same_data,
     describe_data,

@@ -1,18 +1,41 @@
-"""Validation: every batch once, in evaluation mode, and the loss on it."""
+"""What the training loop asks of a task, and how every task goes through its validation set."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Protocol
 
 import torch
+from torch import nn
 from torchtune import utils
 from torchtune.modules import TransformerDecoder
 
 from qst_tune.backbone.sharding import anyone_has, free_weights, take_part
-from qst_tune.data.label_check import NO_LABEL
-from qst_tune.distributed.processes import sum_or_fail
+from qst_tune.data.batches import Batch
 from qst_tune.errors import UserError
-from qst_tune.modules.loss import next_token_loss
-from qst_tune.modules.model_limits import check_length
+
+
+class Task(Protocol):
+    """What is learnt. Its loss is a sum, so that the loop can weigh every label the same."""
+
+    @property
+    def monitor(self) -> str:
+        """Name of the figure of :meth:`evaluate` that decides which step is the best."""
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Direction of that figure."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the model on one batch, on the model's device; ``tokens`` are ``[B, T]``.
+
+        Returns the sum of the losses, to be differentiated, and the number of labels in it. Without
+        a label both are zero.
+        """
+
+    def evaluate(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+        """Measure on the validation set. Collective: all ranks call it and get the same figures.
+
+        ``batches`` are this process's share, on the CPU; ``val_loss`` among the figures is plotted.
+        """
 
 
 @torch.no_grad()
@@ -51,31 +74,3 @@ def visit(
     finally:
         model.train(was_training)
         free_weights(model)
-
-
-def validation_loss(
-    model: TransformerDecoder,
-    loss: Any,
-    batches: Iterable[dict[str, torch.Tensor]],
-    device: torch.device,
-) -> float:
-    """Mean loss in nats over every label of a dataset, on any number of devices.
-
-    UserError if a row is longer than the model can see, or none has a label.
-    """
-    total = torch.zeros(2, dtype=torch.float64)
-
-    def add(batch: dict[str, torch.Tensor]) -> None:
-        check_length(batch["tokens"], model.max_seq_len)
-        mean, num_labels = next_token_loss(model, loss, batch)
-        count = num_labels.double().cpu()
-        total.add_(torch.stack([mean.double().cpu() * count, count]))
-
-    error = visit(model, batches, device, add)
-    on_device = total.to(device if device.type == "cuda" else "cpu")
-    summed, count = sum_or_fail(on_device, error).tolist()
-    if not count:
-        raise UserError(
-            f"validation: none of its rows has a label, so nothing can be measured: {NO_LABEL}"
-        )
-    return float(summed / count)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from qst_tune.training import run_state
-from qst_tune.training.run_state import Progress, seed_step
+from qst_tune.training import progress
+from qst_tune.training.progress import Progress, seed_step
 
 
 def draws(seed: int, step: int) -> tuple[Any, ...]:
@@ -24,7 +24,7 @@ def test_random_numbers_are_a_function_of_seed_and_step() -> None:
 
 def test_processes_draw_different_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     alone = draws(7, 3)
-    monkeypatch.setattr(run_state, "rank_and_world_size", lambda: (1, 2))
+    monkeypatch.setattr(progress, "rank_and_world_size", lambda: (1, 2))
     assert draws(7, 3) != alone
 
 

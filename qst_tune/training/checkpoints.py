@@ -12,10 +12,22 @@ import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
+from torchtune import utils
 
 from qst_tune.atomic_files import write_directory
+from qst_tune.distributed.processes import rank_and_world_size, sum_or_fail
 from qst_tune.errors import UserError, os_errors
+from qst_tune.results.tuned_directory import add_verdict
+from qst_tune.training.methods import Method
+from qst_tune.training.progress import Progress
+from qst_tune.training.run_log import RunLog
+from qst_tune.training.state_file import pack_state
 
+CHECKPOINTS_DIRECTORY = "checkpoints"
+FORMAT_VERSION = 3  # 1 had no digest of held-out rows, 2 one of 16 rows
 MANIFEST_FILE = "manifest.json"
 _NAME = re.compile(r"step_(\d{8})")
 
@@ -125,3 +137,92 @@ def _unused(path: Path) -> Path:
     """The path itself, or with the first number that no other file has."""
     candidates = (path.with_name(f"{path.name}_{n}") for n in range(2, 10**6))
     return path if not path.exists() else next(p for p in candidates if not p.exists())
+
+
+log = utils.get_logger("INFO")
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """The checkpoints of one run, each with the method's files and the state of the run.
+
+    Args:
+        store (CheckpointStore): where they are.
+        header (dict[str, Any]): what every checkpoint records of the run: config, data, versions.
+        steps_per_epoch (int): each epoch ends with a checkpoint.
+        every (int | None): steps between further ones.
+        keep (int | None): how many of the newest are kept besides the best; None keeps all.
+    """
+
+    store: CheckpointStore
+    header: dict[str, Any]
+    steps_per_epoch: int
+    every: int | None = None
+    keep: int | None = None
+
+    def is_due(self, step: int) -> bool:
+        """Whether a step is saved in any case: an epoch's last, and every ``every``-th."""
+        return step % self.steps_per_epoch == 0 or bool(self.every and step % self.every == 0)
+
+    def save(
+        self,
+        method: Method,
+        results: dict[str, float],
+        state: dict[str, Any],
+        progress: Progress,
+    ) -> None:
+        """Save the run as it is, unless this step is saved already. Collective.
+
+        UserError if it cannot be written, naming what to resume from; SystemExit on the other
+        processes.
+        """
+        error = None
+        if rank_and_world_size()[0] == 0 and progress.step not in (0, *self.store.steps()):
+            try:
+                files = pack_state({**self.header, **state})
+                for name, content in method.files({"steps": progress.step, **results}).items():
+                    files[f"{method.result_name}/{name}"] = content
+                self.store.save(progress.step, files)
+                self._prune(progress)
+            except UserError as caught:
+                error = UserError(f"{caught}; {self._what_is_left()}")
+        sum_or_fail(torch.zeros(1), error)
+
+    def export(self, method: Method, progress: Progress, run_log: RunLog) -> None:
+        """Write the best result, the last one if none was measured, into the output directory."""
+        if rank_and_world_size()[0] != 0 or progress.step == 0:
+            return
+        step = progress.step if progress.best_step is None else progress.best_step
+        files = _read(self.store.checkpoint(step).directory / method.result_name)
+        if run_log.summary.verdict:
+            files = add_verdict(files, run_log.summary.verdict)
+        directory = run_log.directory / method.result_name
+        write_directory(directory, files)
+        for leftover in directory.parent.glob(f".{directory.name}.*"):  # of a write that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        size = sum(map(len, files.values())) / 1e6
+        which = "the last step" if progress.best_step is None else "the best on the validation set"
+        if run_log.summary.verdict:
+            which = "the best of the validated steps"
+        run_log.report(f"{directory}: step {step} of {progress.step}, {which} ({size:.1f} MB)")
+
+    def _prune(self, progress: Progress) -> None:
+        if self.keep is not None:
+            newest = self.store.steps()[-self.keep :]
+            self.store.keep_only({*newest, progress.best_step or progress.step})
+
+    def _what_is_left(self) -> str:
+        steps = self.store.steps()
+        if not steps:
+            return "no checkpoint was written before"
+        return (
+            f"the last good checkpoint is step {steps[-1]}: make room, then resume with "
+            "resume_from_checkpoint=True"
+        )
+
+
+def _read(directory: Path) -> dict[str, bytes]:
+    with os_errors(f"read {directory}"):
+        # A link would lead out of the checkpoint; none was written.
+        paths = [path for path in sorted(directory.iterdir()) if not path.is_symlink()]
+        return {path.name: path.read_bytes() for path in paths}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qst_tune.training.run_summary import RunSummary
+from qst_tune.training.run_log import RunSummary
 
 
 @pytest.mark.parametrize("held_out", [{}, {0: 2.5, 2: 1.25}])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from qst_tune.errors import UserError
-from qst_tune.training.checkpoint_store import CheckpointStore
+from qst_tune.training.checkpoints import CheckpointStore
 
 FILES = {"state.json": b"{}", "side/weights": b"\x00\x01", "side/config": b"text"}
 # What a save does to the disk, in order; each can be the one that fails.

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from qst_tune.errors import UserError
-from qst_tune.training.training_run import run_environment
+from qst_tune.training.run import run_environment
 
 
 def config(directory: Path, **changes):

@@ -1,0 +1,248 @@
+"""What the training loop asks of a method and of a task; it knows nothing else of either.
+
+A method (QST, PEQA) has the model, its trainable parameters and the result for the user. A task has
+the loss of a batch and the figures of the validation set. Any method goes with any task that takes
+its model's output.
+"""
+
+import hashlib
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from omegaconf import DictConfig
+from torch import nn
+from torchtune import utils
+
+from qst_tune.backbone.experts import compile_forward
+from qst_tune.backbone.identity import BackboneId
+from qst_tune.distributed.processes import broadcast_tensors, rank_and_world_size
+from qst_tune.models.setup import load_frozen_backbone
+from qst_tune.modules.hidden_state_cache import HiddenStateCache
+from qst_tune.modules.peqa_model import PEQAModel
+from qst_tune.modules.qst_model import QSTModel
+from qst_tune.modules.side.network import Gate
+from qst_tune.modules.side.output_mix import AlphaMix, SigmoidMix
+from qst_tune.results.provenance import provenance_of
+from qst_tune.results.scales import load_scales, scales_files
+from qst_tune.results.side_network import load_side_network, side_network_files
+from qst_tune.results.start import find_start
+from qst_tune.results.tuned_directory import Provenance
+
+
+class Method(Protocol):
+    """A model on its device, with its weights loaded, and its trainable parameters."""
+
+    @property
+    def model(self) -> nn.Module:
+        """Takes a batch's ``tokens`` ``[B, T]`` and, where the batch has them, further inputs."""
+
+    @property
+    def result_name(self) -> str:
+        """Name of the directory in ``output_dir`` that the result is written to."""
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the optimizer's groups, which contain exactly the trainable parameters."""
+
+    def files(self, results: dict[str, float]) -> dict[str, bytes]:
+        """Return everything that training has changed as files by name, no pickle.
+
+        ``results`` are figures for the model card.
+        """
+
+    def load(self, directory: Path) -> None:
+        """Load a directory of :meth:`files`, bit for bit; UserError if it does not fit."""
+
+    def statistics(self) -> dict[str, float]:
+        """Return what the method would like logged besides the loss; may be empty."""
+
+
+REFUSED = {
+    "scales": "is what PEQA starts from; use side_network",
+    "enable_activation_offloading": "has nothing to offload, since QST saves no activation of the "
+    "backbone; set it to False",
+}
+
+log = utils.get_logger("INFO")
+
+
+@dataclass(frozen=True)
+class QSTMethod:
+    """A frozen backbone with a side network that trains; see :class:`Method`.
+
+    ``provenance`` is what the result's directory says of the run, except for its figures.
+    """
+
+    model: QSTModel
+    provenance: Provenance
+
+    result_name: ClassVar[str] = "side_network"
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the side network's parameters: those that decay, and the rest."""
+        return parameter_groups(self.model.side)
+
+    def files(self, results: dict[str, float]) -> dict[str, bytes]:
+        """Return the side network as files by name; ``results`` are figures for the model card."""
+        provenance = replace(self.provenance, results=results)
+        return side_network_files(self.model.side, provenance)
+
+    def load(self, directory: Path) -> None:
+        """Fill the side network from a directory; UserError if it does not fit."""
+        load_side_network(directory, self.model.side, backbone=self.provenance.backbone)
+
+    @torch.no_grad()
+    def statistics(self) -> dict[str, float]:
+        """Return how far the gates are open and how much of the output is the side network's."""
+        side = self.model.side
+        betas = torch.cat([torch.sigmoid(p).flatten() for p in side.gates.parameters()])
+        figures = {
+            "gate_mean": betas.mean().item(),
+            "gate_min": betas.min().item(),
+            "gate_max": betas.max().item(),
+            "upsample_rms": side.upsample.get_parameter("weight").square().mean().sqrt().item(),
+        }
+        if isinstance(side.output_mix, AlphaMix):
+            figures["mix_mean"] = side.output_mix.alpha.mean().item()
+        elif isinstance(side.output_mix, SigmoidMix):
+            figures["mix_mean"] = torch.sigmoid(side.output_mix.logit).mean().item()
+        return figures
+
+
+def load_qst(
+    model: QSTModel, cfg: DictConfig, *, dtype: torch.dtype, device: torch.device
+) -> QSTMethod:
+    """Fill a model that was built on meta: the backbone from its checkpoint; a new side network.
+
+    The side network starts from what ``side_network`` names, if the config has it. ``compile`` and
+    ``enable_activation_checkpointing`` decide as in torchtune. UserError if the checkpoint is
+    missing, damaged or not of this architecture, or what the run starts from does not fit.
+    """
+    backbone = load_frozen_backbone(model, cfg, dtype=dtype, device=device)
+    model.initialize_side(device)
+    start = find_start(cfg)
+    if start is not None:
+        load_side_network(start.directory, model.side, backbone=backbone)
+    broadcast_tensors(model.side)
+    model.side.recompute = cfg.get("enable_activation_checkpointing", False)
+    if cfg.get("hidden_state_cache"):
+        model.hidden_state_cache = _hidden_state_cache(model, cfg, backbone, dtype, device)
+    if cfg.get("compile"):
+        layers: Any = model.layers
+        compile_forward([*layers, *model.side.blocks])
+    return QSTMethod(model, provenance_of(cfg, backbone, start.lineage if start else ()))
+
+
+def _hidden_state_cache(
+    model: QSTModel,
+    cfg: DictConfig,
+    backbone: BackboneId,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> HiddenStateCache:
+    """The cache for this backbone, its dtype, this kind of device and these layers."""
+    side: Any = model.side
+    described = (asdict(backbone), str(dtype), device.type, side.layers)
+    key = hashlib.sha256(repr(described).encode()).hexdigest()[:16]
+    name = backbone.name.replace("/", "--")
+    directory = Path(cfg.hidden_state_cache) / f"{name}-{key}"
+    if rank_and_world_size()[0] == 0:
+        size = (len(side.layers) + 1) * side.upsample.out_features * dtype.itemsize
+        log.info(f"hidden states are cached in {directory}: {size / 1000:.1f} kB a token")
+    return HiddenStateCache(directory)
+
+
+@dataclass(frozen=True)
+class PEQAMethod:
+    """An integer model of which the scales train; see :class:`~qst_tune.training.methods.Method`.
+
+    ``provenance`` is what the result's directory says of the run, except for its figures.
+    """
+
+    model: PEQAModel
+    provenance: Provenance
+
+    result_name: ClassVar[str] = "scales"
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the scales, in one group."""
+        return [{"params": list(self.model.task().values())}]
+
+    def files(self, results: dict[str, float]) -> dict[str, bytes]:
+        """Return the scales as files by name; ``results`` are figures for the model card."""
+        provenance = replace(self.provenance, results=results)
+        return scales_files(self.model, provenance)
+
+    def load(self, directory: Path) -> None:
+        """Exchange the scales for those of a directory; UserError if it does not fit."""
+        load_scales(directory, self.model, backbone=self.provenance.backbone)
+
+    def statistics(self) -> dict[str, float]:
+        """Return nothing: scales of different layers have no common size to log."""
+        return {}
+
+
+def load_peqa(
+    model: PEQAModel, cfg: DictConfig, *, dtype: torch.dtype, device: torch.device
+) -> PEQAMethod:
+    """Fill a model that was built on meta from its checkpoint, rounding weight by weight.
+
+    The scales start from those of the config's directory ``scales``, if it has one. ``compile`` and
+    ``enable_activation_checkpointing`` decide as in torchtune. UserError if the checkpoint is
+    missing, damaged or not of this architecture, or what the run starts from does not fit.
+    """
+    backbone = load_frozen_backbone(model, cfg, dtype=dtype, device=device)
+    start = find_start(cfg)
+    if start is not None:
+        load_scales(start.directory, model, backbone=backbone)
+    if cfg.get("compile"):
+        compile_forward(model.layers)
+    if cfg.get("enable_activation_checkpointing"):
+        model.recompute_layers()
+    return PEQAMethod(model, provenance_of(cfg, backbone, start.lineage if start else ()))
+
+
+_UNDECAYED_TYPES = (Gate, AlphaMix, SigmoidMix)
+# The rate of a classifier's head is the optimizer's times this over the head's width D.
+_SCORE_WIDTH = 64
+_RATE_FACTOR = "rate_factor"
+
+
+def parameter_groups(side: nn.Module) -> list[dict[str, Any]]:
+    """Split the trainable parameters for the optimizer: matrices decay, everything else does not.
+
+    A classifier's head, ``side.score``, learns at ``64 / D`` of the rate. A step of Adam moves each
+    of its D weights by the rate, so a logit by the rate times the sum of the state's magnitudes,
+    which grows with D: at the rate of the rest one step moved SmolLM2's logits by 1.6, and
+    classifiers learnt less (docs/results.md). Rates that fall with the width are those of
+    https://arxiv.org/abs/2203.03466. Call :func:`scale_rates` once the optimizer is built.
+
+    Weight decay pulls towards zero. For a gate, a mix or a norm that is not "small" but another
+    function (beta 0.5, a norm that outputs nothing), so they are exempt, and biases with them; the
+    authors' code decays them all.
+    """
+    score = getattr(side, "score", None)
+    head = [] if score is None else list(score.parameters())
+    undecayed = {
+        id(parameter)
+        for module in side.modules()
+        for parameter in module.parameters(recurse=False)
+        if isinstance(module, _UNDECAYED_TYPES) or parameter.ndim < 2
+    }
+    others = {id(parameter) for parameter in head}
+    trainable = [p for p in side.parameters() if p.requires_grad and id(p) not in others]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trainable if id(p) not in undecayed]},
+        {"params": [p for p in trainable if id(p) in undecayed], "weight_decay": 0.0},
+    ]
+    if head:
+        groups.append({"params": head, _RATE_FACTOR: _SCORE_WIDTH / head[0].shape[-1]})
+    return [group for group in groups if group["params"]]
+
+
+def scale_rates(optimizer: Any) -> None:
+    """Give groups with a rate of their own that rate, before a schedule takes the rates."""
+    for group in optimizer.param_groups:
+        # Not in place: some optimizers share one tensor among the groups.
+        group["lr"] = group["lr"] * group.pop(_RATE_FACTOR, 1.0)

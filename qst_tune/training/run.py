@@ -1,0 +1,236 @@
+"""What every training recipe does before its own steps; what can fail cheaply fails first."""
+
+import io
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torchtune import config, utils
+
+from qst_tune import __version__
+from qst_tune.backbone.torchtune_loading import check_architecture
+from qst_tune.config.cli import instantiate
+from qst_tune.config.defaults import fill_in
+from qst_tune.config.device import choose_device, choose_dtype
+from qst_tune.config.hub_models import fetch_models
+from qst_tune.config.keys import TRAINING_KEYS, setting
+from qst_tune.config.schedule_check import report_schedule
+from qst_tune.config.training_check import check_training_config
+from qst_tune.data.schedule import Schedule, schedule_of
+from qst_tune.data.survey_report import report_data
+from qst_tune.data.training_data import TrainingData
+from qst_tune.distributed.processes import process_group, rank_and_world_size
+from qst_tune.errors import UserError
+from qst_tune.results.output_directory import output_directory
+from qst_tune.results.start import Start, find_start
+from qst_tune.training.checkpoints import (
+    CHECKPOINTS_DIRECTORY,
+    FORMAT_VERSION,
+    Checkpointing,
+    CheckpointStore,
+)
+from qst_tune.training.methods import Method, scale_rates
+from qst_tune.training.resume import (
+    SavedRun,
+    check_same_data,
+    check_same_start,
+    describe_data,
+    find_saved_run,
+    set_run_date,
+    set_run_seed,
+)
+from qst_tune.training.run_log import BEFORE, RunLog
+from qst_tune.training.task import Task
+from qst_tune.training.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has begun.
+
+    Args:
+        cfg (DictConfig): the merged config, checked and filled in.
+        device (torch.device): of this process.
+        dtype (torch.dtype): of what is neither quantized nor trainable.
+        seed (int): of all random numbers.
+        tokenizer (Any): torchtune model tokenizer.
+        date (str | None): of the run's first day, where chat templates write it.
+        saved (SavedRun | None): what is resumed.
+        start (Start | None): the result that the run starts from.
+    """
+
+    cfg: DictConfig
+    device: torch.device
+    dtype: torch.dtype
+    seed: int
+    tokenizer: Any
+    date: str | None
+    saved: SavedRun | None
+    start: Start | None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that prints."""
+        return rank_and_world_size()[0] == 0
+
+    def report(self, model: Any, data: TrainingData) -> None:
+        """Print data and schedule; for a dry run, compare the model with its stored config too."""
+        report_data(data, self.tokenizer)
+        report_schedule(self.cfg, schedule_of(self.cfg, data.train).num_steps)
+        if self.cfg.get("dry_run"):
+            check_architecture(model, Path(self.cfg.checkpointer.checkpoint_dir))
+
+
+@contextmanager
+def begin_run(cfg: DictConfig, refused: Mapping[str, str]) -> Iterator[Run]:
+    """Check a training config, fetch its model and choose device, seed and what is resumed.
+
+    ``refused`` is for :func:`check_training_config`. UserError for a wrong config, checkpoint or
+    directory.
+    """
+    fill_in(cfg)
+    check_training_config(cfg, refused)
+    fetch_models(cfg, "tokenizer" if cfg.get("dry_run") else "weights")
+    with run_environment(cfg) as (device, dtype):
+        saved, start = find_saved_run(cfg), find_start(cfg)
+        seed = set_run_seed(cfg, saved)
+        tokenizer = instantiate(cfg.tokenizer, "tokenizer")
+        date = set_run_date(tokenizer, saved)
+        yield Run(cfg, device, dtype, seed, tokenizer, date, saved, start)
+
+
+@contextmanager
+def run_environment(cfg: DictConfig) -> Iterator[tuple[torch.device, torch.dtype]]:
+    """Choose device and dtype, and hold the output directory and the process group for a run.
+
+    With ``dry_run`` nothing is written, not even the directory. UserError if the device, the dtype
+    or the directory cannot be used.
+    """
+    device = choose_device(cfg)
+    dtype = choose_dtype(cfg, device)
+    directory = nullcontext() if cfg.get("dry_run") else output_directory(Path(cfg.output_dir))
+    with directory, process_group(device):
+        yield device, dtype
+
+
+NO_PROFILER = {"_component_": "torchtune.training.setup_torch_profiler", "enabled": False}
+
+log = utils.get_logger("INFO")
+
+
+def build_trainer(run: Run, method: Method, task: Task, data: TrainingData) -> Trainer:
+    """Build what is left, optimizer, schedules and loggers, and restore the saved run.
+
+    UserError if a component cannot be built, or the saved run was another one.
+    """
+    cfg, saved = run.cfg, run.saved
+    description = describe_data(data.train, data.validation, data.digests)
+    if saved is not None:
+        check_same_data(saved, description)
+        check_same_start(saved, run.start)
+        method.load(saved.checkpoint.directory / method.result_name)
+    schedule = schedule_of(cfg, data.train)
+    optimizer = instantiate(cfg.optimizer, "optimizer", method.parameter_groups())
+    scale_rates(optimizer)
+    lr_scheduler = None
+    if cfg.get("lr_scheduler"):
+        settings = {"num_training_steps": schedule.num_steps, "last_epoch": -1}
+        lr_scheduler = instantiate(cfg.lr_scheduler, "lr_scheduler", optimizer, **settings)
+    start = run.start and run.start.digest
+    about_run = {"data": description, "date": run.date, "start": start}
+    profiler, _ = config.instantiate(cfg.get("profiler") or OmegaConf.create(NO_PROFILER))
+    trainer = Trainer(
+        method=method,
+        task=task,
+        train_data=data.train,
+        validation_data=data.validation,
+        schedule=schedule,
+        optimizer=optimizer,
+        lr_scheduler=lr_scheduler,
+        clip_grad_norm=setting(cfg, "clip_grad_norm"),
+        seed=run.seed,
+        device=run.device,
+        checkpointing=build_checkpointing(cfg, schedule, about_run, saved),
+        run_log=_run_log(run),
+        profiler=profiler,
+    )
+    if saved is not None:
+        _restore(trainer, saved)
+    return trainer
+
+
+def _restore(trainer: Trainer, saved: SavedRun) -> None:
+    try:
+        trainer.restore(saved.state)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(
+            f"cannot resume from {saved.checkpoint.directory}: its state does not fit this run "
+            f"({reason})"
+        ) from error
+    best = trainer.progress.best_step
+    damage = None if best is None else trainer.checkpointing.store.damage(best)
+    if damage:
+        log.info(f"the checkpoint of step {best}, the best so far, is lost: {damage}")
+        trainer.progress.forget_best()
+
+
+def _run_log(run: Run) -> RunLog:
+    cfg, metric_logger = run.cfg, None
+    if run.is_main:
+        is_disk = str(cfg.metric_logger.get("_component_")).endswith(".DiskLogger")
+        # It prints "Writing logs to", which the config names.
+        with redirect_stdout(io.StringIO()) if is_disk else nullcontext():
+            metric_logger = instantiate(cfg.metric_logger, "metric_logger")
+        metric_logger.log_config(cfg)
+    return RunLog(
+        metric_logger,
+        directory=Path(cfg.output_dir),
+        device=run.device,
+        every=setting(cfg, "log_every_n_steps"),
+        memory=setting(cfg, "log_peak_memory_stats"),
+        before="start" if run.start else BEFORE,
+    )
+
+
+def build_checkpointing(
+    cfg: DictConfig, schedule: Schedule, about_run: dict[str, Any], saved: SavedRun | None
+) -> Checkpointing:
+    """Build the checkpointing of a run in ``output_dir``, and rename checkpoints of another run.
+
+    ``about_run`` is what every checkpoint records of the run besides its config.
+    """
+    store = CheckpointStore(Path(cfg.output_dir) / CHECKPOINTS_DIRECTORY)
+    if rank_and_world_size()[0] == 0:
+        _make_way(store, saved)
+    name = "keep_last_n_checkpoints"
+    keep = cfg.get(name, TRAINING_KEYS[name].default)  # null keeps all
+    return Checkpointing(
+        store=store,
+        header={
+            "format_version": FORMAT_VERSION,
+            "versions": {"qst_tune": __version__, "torch": torch.__version__},
+            "config": OmegaConf.to_container(cfg, resolve=True),
+            **about_run,
+        },
+        steps_per_epoch=schedule.steps_per_epoch,
+        every=cfg.get("save_every_n_steps"),
+        keep=keep,
+    )
+
+
+def _make_way(store: CheckpointStore, saved: SavedRun | None) -> None:
+    """Let no checkpoint of another run, or damaged one, be taken for one of this run."""
+    if saved is not None:
+        store.discard_after(saved.checkpoint.step)
+        return
+    renamed = store.set_aside()
+    if renamed is not None:
+        log.info(
+            f"{store.directory} of an earlier run is now {renamed.name}; "
+            "resume_from_checkpoint=True would have resumed it"
+        )
