@@ -23,7 +23,7 @@ from tqdm import tqdm
 from qst_tune.config.cli import instantiate, run_recipe
 from qst_tune.config.device import choose_device, choose_dtype
 from qst_tune.data import collate_classification
-from qst_tune.data.datasets import build_dataset
+from qst_tune.data.batches.datasets import build_dataset
 from qst_tune.errors import UserError
 from qst_tune.models.setup import build_on_meta, load_frozen_backbone
 from qst_tune.modules import QSTClassifier

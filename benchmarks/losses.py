@@ -40,7 +40,7 @@ from benchmarks.methods import (
     qst_trainee,
     recomputes_by_default,
 )
-from qst_tune.data.labels import align_labels
+from qst_tune.data.batches.collate import align_labels
 from qst_tune.models import qst_decoder, smollm2_135m
 from qst_tune.modules import nf4_linear
 from qst_tune.modules.loss import connect_loss, next_token_loss

@@ -22,7 +22,7 @@ from benchmarks.methods import (
     qst_model,
     qst_trainee,
 )
-from qst_tune.data.labels import align_labels
+from qst_tune.data.batches.collate import align_labels
 from qst_tune.training.preference import PreferenceTask
 
 

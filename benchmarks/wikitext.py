@@ -28,7 +28,7 @@ from torchtune.training import FullModelHFCheckpointer
 from benchmarks.backbones import DTYPE
 from benchmarks.methods import CPU
 from qst_tune.backbone.torchtune_loading import load_backbone
-from qst_tune.data.labels import align_labels
+from qst_tune.data.batches.collate import align_labels
 from qst_tune.models import peqa_decoder, smollm2_135m
 from qst_tune.modules import LinearCrossEntropyLoss
 from qst_tune.modules.loss import next_token_loss

@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from qst_tune.config.cli import run_recipe
 from qst_tune.config.keys import TRAINING_KEYS
 from qst_tune.data import collate_classification
-from qst_tune.data.training_data import TrainingData, build_data
+from qst_tune.data.batches.training_data import TrainingData, build_data
 from qst_tune.estimation.dry_run import describe_run
 from qst_tune.models.setup import build_on_meta
 from qst_tune.modules.model_limits import limits_of

@@ -5,17 +5,28 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import Dataset
-from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
+from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, Message, truncate, validate_messages
+from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
-from qst_tune.data.conversation import Conversation
-from qst_tune.data.forms import Form, Pair, Sample, Text, find_form, read_row, with_system
-from qst_tune.data.hub_rows import HubRows, read_hub
-from qst_tune.data.local_files import FORMATS, LocalRows, read_local_files
-from qst_tune.data.nearest_form import check_column_map, no_form
-from qst_tune.data.tokenized import tokenize_conversation, tokenize_text
+from qst_tune.data.chat.messages import Conversation
+from qst_tune.data.rows.forms import (
+    Form,
+    Pair,
+    Sample,
+    Text,
+    check_column_map,
+    find_form,
+    no_form,
+    read_row,
+    with_system,
+)
+from qst_tune.data.rows.local_files import FORMATS, NamedRows, read_hub, read_local_files
 from qst_tune.errors import UserError
 
 Row = dict[str, list[int]]
+
+# torchtune's name for the answer of a tool.
+_TORCHTUNE_ROLES = {"tool": "ipython"}
 
 
 @dataclass(frozen=True)
@@ -40,8 +51,8 @@ class AutoDataset(Dataset[Row]):
     """Rows of one form as tokens and labels.
 
     Args:
-        tokenizer (Any): torchtune model tokenizer; its ``max_seq_len`` limits an example.
-        rows (LocalRows | HubRows): at least one.
+        tokenizer (ModelTokenizer): its ``max_seq_len`` limits an example.
+        rows (NamedRows): at least one.
         column_map (Mapping[str, str]): columns of the rows by the names of a form.
         prompts (Prompts): settings for all rows.
 
@@ -54,8 +65,8 @@ class AutoDataset(Dataset[Row]):
 
     def __init__(
         self,
-        tokenizer: Any,
-        rows: LocalRows | HubRows,
+        tokenizer: ModelTokenizer,
+        rows: NamedRows,
         *,
         column_map: Mapping[str, str],
         prompts: Prompts,
@@ -83,15 +94,12 @@ class AutoDataset(Dataset[Row]):
         """
         sample = self.prompts.apply(read_row(self.form, self._renamed(self.rows[index])))
         if isinstance(sample, Text):
-            tokens = tokenize_text(self.tokenizer, sample.text)
+            tokens = _tokenize_text(self.tokenizer, sample.text)
             return {"tokens": tokens, "labels": list(tokens)}
         if isinstance(sample, Pair):
-            return {
-                **self._side("chosen", sample.chosen),
-                **self._side("rejected", sample.rejected),
-            }
-        tokens, labels = self._encode(sample)
-        return {"tokens": tokens, "labels": labels}
+            chosen = self._encode(sample.chosen, "chosen_input_ids", "chosen_labels")
+            return chosen | self._encode(sample.rejected, "rejected_input_ids", "rejected_labels")
+        return self._encode(sample, "tokens", "labels")
 
     def place(self, index: int) -> str:
         """Return the number, file and line of a row, for messages."""
@@ -118,21 +126,17 @@ class AutoDataset(Dataset[Row]):
         mapped = {name: row[column] for name, column in self.column_map.items() if column in row}
         return {**mapped, **{column: v for column, v in row.items() if column not in used}}
 
-    def _side(self, name: str, conversation: Conversation) -> Row:
-        tokens, labels = self._encode(conversation)
-        return {f"{name}_input_ids": tokens, f"{name}_labels": labels}
-
-    def _encode(self, conversation: Conversation) -> tuple[list[int], list[int]]:
-        tokens, mask = tokenize_conversation(self.tokenizer, conversation)
+    def _encode(self, conversation: Conversation, tokens_key: str, labels_key: str) -> Row:
+        tokens, mask = _tokenize_conversation(self.tokenizer, conversation)
         labels = [
             CROSS_ENTROPY_IGNORE_IDX if is_masked else token
             for token, is_masked in zip(tokens, mask, strict=True)
         ]
-        return tokens, labels
+        return {tokens_key: tokens, labels_key: labels}
 
 
 def auto_dataset(  # noqa: PLR0913 - a component of the config, whose keys these are
-    tokenizer: Any,
+    tokenizer: ModelTokenizer,
     *,
     data_files: str | Sequence[str] | None = None,
     source: str | None = None,
@@ -147,7 +151,7 @@ def auto_dataset(  # noqa: PLR0913 - a component of the config, whose keys these
     data_dir: str | None = None,
     revision: str | None = None,
 ) -> AutoDataset:
-    """Load examples in any usual form, from local files or the hub.
+    """Load examples in any usual form, from local files or the hub; read on access.
 
     In a torchtune config::
 
@@ -160,7 +164,7 @@ def auto_dataset(  # noqa: PLR0913 - a component of the config, whose keys these
     ``text``, or ``chosen`` and ``rejected``.
 
     Args:
-        tokenizer (Any): torchtune model tokenizer.
+        tokenizer (ModelTokenizer): of torchtune's interface.
         data_files (str | Sequence[str] | None): local files or glob patterns: JSONL, JSON, CSV,
             TSV or Parquet; text files also as ``.gz``. They take precedence over ``source``.
         source (str | None): name of a dataset on the hub; or the format of ``data_files`` (json,
@@ -177,20 +181,20 @@ def auto_dataset(  # noqa: PLR0913 - a component of the config, whose keys these
         revision (str | None): as in ``datasets.load_dataset``.
 
     Returns:
-        AutoDataset: rows are read and tokenized on access.
+        AutoDataset: the dataset.
 
     Raises:
         UserError: if there are no rows, they cannot be read or fit no form.
     """
     if packed or split_across_pack:
-        # Rows are checked before they are packed: training/packing.py takes these two away.
+        # Rows are checked before they are packed: batches/packing.py takes these two away.
         raise UserError("packed and split_across_pack go together, in the config of a recipe")
     if system_prompt and new_system_prompt:
         raise UserError(
             "system_prompt (for conversations without one) and new_system_prompt (in the place of "
             "all) exclude each other: remove one"
         )
-    rows: LocalRows | HubRows
+    rows: NamedRows
     if data_files:
         rows = read_local_files(data_files, source=source, split=split)
     elif source is None or source in FORMATS.values():
@@ -199,3 +203,41 @@ def auto_dataset(  # noqa: PLR0913 - a component of the config, whose keys these
         rows = read_hub(source, split, name=name, data_dir=data_dir, revision=revision)
     prompts = Prompts(system_prompt, new_system_prompt, train_on_input)
     return AutoDataset(tokenizer, rows, column_map=column_map or {}, prompts=prompts)
+
+
+def _tokenize_text(tokenizer: ModelTokenizer, text: str) -> list[int]:
+    """Tokenize text without roles; longer than ``max_seq_len``, it loses its end."""
+    tokens: list[int] = tokenizer.encode(text, add_bos=True, add_eos=True)
+    limit = getattr(tokenizer, "max_seq_len", None)
+    return tokens if limit is None else list(truncate(tokens, limit))
+
+
+def _tokenize_conversation(
+    tokenizer: ModelTokenizer, conversation: Conversation
+) -> tuple[list[int], list[bool]]:
+    """Tokenize messages: token ids, and for each True where no loss is taken.
+
+    Only our tokenizer takes tools. A conversation that the tokenizer or its template cannot express
+    is a UserError.
+    """
+    if hasattr(tokenizer, "tokenize_conversation"):
+        tokens, mask = tokenizer.tokenize_conversation(
+            conversation.messages, tools=conversation.tools, learnt=conversation.learnt
+        )
+        return tokens, mask
+    if conversation.tools or any("tool_calls" in message for message in conversation.messages):
+        raise UserError(
+            f"it has tools or tool calls, which {type(tokenizer).__name__} cannot express: use the "
+            "tokenizer qst_tune.data.hf_chat_tokenizer with the model's own chat template"
+        )
+    messages = [
+        Message(
+            role=_TORCHTUNE_ROLES.get(message["role"], message["role"]),
+            content=message["content"],
+            masked=not learnt,
+        )
+        for message, learnt in zip(conversation.messages, conversation.learnt, strict=True)
+    ]
+    validate_messages(messages)
+    tokens, mask = tokenizer.tokenize_messages(messages)
+    return tokens, mask

@@ -3,8 +3,8 @@
 import torch
 from omegaconf import DictConfig
 
-from qst_tune.data.schedule import schedule_of
-from qst_tune.data.training_data import TrainingData
+from qst_tune.data.batches.schedule import schedule_of
+from qst_tune.data.batches.training_data import TrainingData
 from qst_tune.distributed.processes import rank_and_world_size
 from qst_tune.errors import UserError
 from qst_tune.estimation.question import Question

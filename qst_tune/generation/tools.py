@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qst_tune.data.conversation import read_tools
+from qst_tune.data.chat.messages import read_tools
 from qst_tune.errors import UserError
 
 

@@ -29,7 +29,7 @@ def next_token_loss(
     """Compute the mean loss of predicting each next token, and the int64 number of labels in it.
 
     ``tokens`` and ``labels`` of the batch are ``[B, T]``, aligned
-    (:mod:`~qst_tune.data.labels`), perhaps with ``mask`` and ``input_pos``; the model is
+    (:mod:`~qst_tune.data.batches.collate`), perhaps with ``mask`` and ``input_pos``; the model is
     connected by :func:`connect_loss`.
     """
     inputs = {key: value for key, value in batch.items() if key != "labels"}

@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from torchtune.modules import TransformerDecoder
 
 from qst_tune.config.cli import instantiate
-from qst_tune.data.batches import Batch
+from qst_tune.data.batches.loader import Batch
 from qst_tune.distributed.processes import gather_lists, sum_or_fail
 from qst_tune.errors import UserError
 from qst_tune.modules.model_limits import check_length

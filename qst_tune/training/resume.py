@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from torchtune import training, utils
 
-from qst_tune.data.batches import BatchLoader
+from qst_tune.data.batches.loader import BatchLoader
 from qst_tune.distributed.processes import rank_and_world_size
 from qst_tune.errors import UserError
 from qst_tune.results.start import Start

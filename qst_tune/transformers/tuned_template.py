@@ -8,7 +8,7 @@ import yaml
 from torchtune import utils
 
 from qst_tune.data import hf_chat_tokenizer
-from qst_tune.data.template_source import template_names
+from qst_tune.data.chat.template_source import template_names
 
 _COMPONENTS = ("qst_tune.data.hf_chat_tokenizer", "qst_tune.data.chat_tokenizer.hf_chat_tokenizer")
 

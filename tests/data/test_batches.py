@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qst_tune.data import batches
-from qst_tune.data.batches import BatchLoader
+from qst_tune.data.batches.loader import BatchLoader
 from qst_tune.errors import UserError
 
 ROWS = list(range(10))

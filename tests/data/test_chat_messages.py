@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from torchtune.data import Message
 
-from qst_tune.data.chat_messages import call_variants, check_messages, from_torchtune
+from qst_tune.data.chat.messages import call_variants, check_messages, from_torchtune
 from qst_tune.errors import UserError
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}

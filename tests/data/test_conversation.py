@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from qst_tune.data.conversation import read_conversation, read_tools
+from qst_tune.data.chat.messages import read_conversation, read_tools
 from qst_tune.errors import UserError
 
 USER = {"role": "user", "content": "hi"}

@@ -8,7 +8,7 @@ import torch
 from omegaconf import OmegaConf
 from torchtune.datasets import ConcatDataset
 
-from qst_tune.data.datasets import build_collate, build_dataset
+from qst_tune.data.batches.datasets import build_collate, build_dataset
 from qst_tune.errors import UserError
 from qst_tune.modules.model_limits import ModelLimits
 

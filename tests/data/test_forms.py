@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from qst_tune.data.forms import find_form, read_row
+from qst_tune.data.rows.forms import find_form, read_row
 from qst_tune.errors import UserError
 
 TURNS = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]

@@ -3,7 +3,7 @@
 import pytest
 
 from qst_tune.data import auto_dataset
-from qst_tune.data.hub_rows import HubRows
+from qst_tune.data.rows.local_files import HubRows
 from qst_tune.errors import UserError
 
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from qst_tune.data.label_check import check_labels
-from qst_tune.data.survey import Survey
+from qst_tune.data.batches.survey import check_labels
+from qst_tune.data.batches.survey import Survey
 from qst_tune.errors import UserError
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from qst_tune.data.labels import align_labels
+from qst_tune.data.batches.collate import align_labels
 
 LABELS = torch.tensor([[-100, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]])
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qst_tune.data.local_files import find_files, read_local_files
+from qst_tune.data.rows.local_files import find_files, read_local_files
 from qst_tune.errors import UserError
 from tests.support.rows import write_rows
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from qst_tune.data.forms import find_form
-from qst_tune.data.nearest_form import nearest, no_form
+from qst_tune.data.rows.forms import find_form
+from qst_tune.data.rows.forms import nearest, no_form
 
 TURNS = [{"role": "user", "content": "x"}]
 

@@ -9,8 +9,8 @@ from omegaconf import OmegaConf
 from torchtune.data import padded_collate_packed
 from torchtune.datasets import ConcatDataset, PackedDataset
 
-from qst_tune.data.datasets import build_dataset
-from qst_tune.data.packing import is_packed, split_off_packing
+from qst_tune.data.batches.datasets import build_dataset
+from qst_tune.data.batches.packing import is_packed, split_off_packing
 from qst_tune.errors import UserError
 from qst_tune.models import qst_decoder
 from qst_tune.modules import LinearCrossEntropyLoss

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from qst_tune.data.row_store import RowStore
+from qst_tune.data.batches.survey import RowStore
 
 ROWS: list[dict[str, Any]] = [
     {"tokens": [1, 2, 3], "labels": [-100, 2, 3]},

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from qst_tune.data.rows import CheckedRows, hold_out, row_numbers
+from qst_tune.data.batches.checked_rows import CheckedRows, hold_out, row_numbers
 from qst_tune.errors import UserError
 from qst_tune.modules.model_limits import ModelLimits
 

@@ -3,7 +3,7 @@
 import pytest
 from omegaconf import OmegaConf
 
-from qst_tune.data.schedule import describe_step, fit_step
+from qst_tune.data.batches.schedule import describe_step, fit_step
 
 CONFIG = OmegaConf.create({"batch_size": 4, "gradient_accumulation_steps": 4})
 

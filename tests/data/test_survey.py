@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from qst_tune.data.rows import CheckedRows
-from qst_tune.data.survey import Survey, SurveyedRows, labels_of, survey_rows
+from qst_tune.data.batches.checked_rows import CheckedRows
+from qst_tune.data.batches.survey import Survey, SurveyedRows, labels_of, survey_rows
 from qst_tune.errors import UserError
 
 IGNORED = -100

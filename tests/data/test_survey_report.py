@@ -3,8 +3,8 @@
 from array import array
 from typing import Any
 
-from qst_tune.data.survey import Survey
-from qst_tune.data.survey_report import report
+from qst_tune.data.batches.survey import Survey
+from qst_tune.data.batches.survey_report import report
 
 IGNORED = -100
 

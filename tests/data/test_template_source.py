@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from qst_tune.data import HFChatTokenizer, hf_chat_tokenizer
-from qst_tune.data.template_source import template_names
+from qst_tune.data.chat.template_source import template_names
 from qst_tune.errors import UserError
 from tests.support.chat_directories import CHATML, build_directory
 

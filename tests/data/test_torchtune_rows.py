@@ -7,8 +7,8 @@ import pytest
 from omegaconf import OmegaConf
 from torchtune.datasets import chat_dataset
 
-from qst_tune.data.datasets import build_dataset
-from qst_tune.data.torchtune_rows import check_chat_row, with_literal_paths
+from qst_tune.data.batches.datasets import build_dataset
+from qst_tune.data.batches.checked_rows import check_chat_row, with_literal_paths
 from qst_tune.errors import UserError
 from tests.support.rows import SHAREGPT, TURNS, chat_tokenizer, write_rows
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchtune.modules import TiedLinear
 from torchtune.modules.loss import CEWithChunkedOutputLoss
 
-from qst_tune.data.labels import align_labels
+from qst_tune.data.batches.collate import align_labels
 from qst_tune.errors import UserError
 from qst_tune.models import qst_decoder
 from qst_tune.modules.loss import LinearCrossEntropyLoss, connect_loss, next_token_loss

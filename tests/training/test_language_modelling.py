@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from qst_tune.config.cli import instantiate
-from qst_tune.data.labels import align_labels
+from qst_tune.data.batches.collate import align_labels
 from qst_tune.errors import UserError
 from qst_tune.models import qst_decoder
 from qst_tune.models.setup import build_on_meta

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from torchtune import rlhf
 from torchtune.rlhf.loss import DPOLoss
 
-from qst_tune.data.batches import BatchLoader
+from qst_tune.data.batches.loader import BatchLoader
 from qst_tune.errors import UserError
 from qst_tune.models import qst_decoder
 from qst_tune.modules.qst_decoder import QSTDecoder

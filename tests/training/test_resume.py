@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from qst_tune.data.batches import BatchLoader
+from qst_tune.data.batches.loader import BatchLoader
 from qst_tune.errors import UserError
 from qst_tune.training import resume as module
 from qst_tune.training.checkpoints import CheckpointStore

@@ -1,15 +1,22 @@
 """Rows of a dataset: bad ones are named, and some can be split off for validation."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig, ListConfig
 from torch.utils.data import Subset
+from torchtune.data import OpenAIToMessages, ShareGPTToMessages
+from torchtune.datasets import SFTDataset
 
-from qst_tune.data.torchtune_rows import check_chat_row
 from qst_tune.errors import UserError
 from qst_tune.modules.model_limits import ModelLimits, lengths_of
+from qst_tune.torchtune_compat import rows_and_transform, source_column
+
+_SHAREGPT_NAMES = ("system", "human", "gpt")
+_INSTEAD = "dataset._component_=qst_tune.data.auto_dataset"
 
 
 class CheckedRows:
@@ -61,15 +68,11 @@ class CheckedRows:
 
 
 def hold_out(rows: Any, fraction: float, seed: int) -> tuple[Subset[Any], Subset[Any]]:
-    """Split rows at random into training and validation rows, each in the dataset's order.
-
-    At least one row is held out.
-    """
+    """Split rows at random into training and at least one validation row, each in their order."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     num_validation = max(1, round(len(rows) * fraction))
-    return Subset(rows, sorted(order[num_validation:])), Subset(
-        rows, sorted(order[:num_validation])
-    )
+    parts = (sorted(order[num_validation:]), sorted(order[:num_validation]))
+    return Subset(rows, parts[0]), Subset(rows, parts[1])
 
 
 def row_numbers(rows: Any, indices: Sequence[int]) -> list[int]:
@@ -87,3 +90,61 @@ def _line_of_row(path: Path, index: int, num_rows: int) -> int | None:
     with path.open("rb") as file:
         lines = [number for number, line in enumerate(file, start=1) if line.strip()]
     return lines[index] if len(lines) == num_rows else None
+
+
+# What torchtune's own datasets misread silently, or refuse without the cause.
+
+
+def check_chat_row(dataset: Any, index: int) -> None:
+    """Refuse a conversation that torchtune 0.6.1's chat datasets would not learn as it is.
+
+    Of a message without content, a tool call, its OpenAIToMessages keeps the content of the message
+    before (torchtune issue 2617): the model would learn to repeat the user. Of a name other than
+    human, gpt and system its ShareGPTToMessages raises ``KeyError`` alone.
+    """
+    if type(dataset) is not SFTDataset:
+        return
+    rows, transform = rows_and_transform(dataset)
+    if type(transform) is OpenAIToMessages:
+        _check(rows[index], source_column(transform, "messages"), _openai_problem)
+    elif type(transform) is ShareGPTToMessages:
+        _check(rows[index], source_column(transform, "conversations"), _sharegpt_problem)
+
+
+def _check(row: Mapping[str, Any], column: str, problem_of: Any) -> None:
+    messages = row.get(column)
+    for number, message in enumerate(messages if isinstance(messages, list) else []):
+        problem = problem_of(message) if isinstance(message, Mapping) else None
+        if problem:
+            raise UserError(f"{column}[{number}]{problem}")
+
+
+def _openai_problem(message: Mapping[str, Any]) -> str | None:
+    if message.get("tool_calls"):
+        return f".tool_calls: torchtune's chat_dataset does not learn tool calls; use {_INSTEAD}"
+    return None if message.get("content") is not None else f".content is null; use {_INSTEAD}"
+
+
+def _sharegpt_problem(message: Mapping[str, Any]) -> str | None:
+    name = message.get("from")
+    if name in _SHAREGPT_NAMES:
+        return None
+    return (
+        f".from is {name!r}: torchtune's chat_dataset knows {', '.join(_SHAREGPT_NAMES)}; rename "
+        f"it, or use {_INSTEAD}, which takes user and assistant too"
+    )
+
+
+def with_literal_paths(block: DictConfig) -> DictConfig:
+    """Let ``datasets`` take the name of an existing file literally, whatever brackets it has."""
+    files = block.get("data_files")
+    if not files or str(block.get("_component_")).endswith(".auto_dataset"):
+        return block
+    is_list = isinstance(files, ListConfig)
+    names = [_literal(str(file)) for file in (files if is_list else [files])]
+    return DictConfig({**block, "data_files": names if is_list else names[0]})
+
+
+def _literal(name: str) -> str:
+    has_mark = any(mark in name for mark in "*?[")
+    return escape(name) if has_mark and Path(name).is_file() else name

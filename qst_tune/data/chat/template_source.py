@@ -3,14 +3,11 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torchtune import utils
 
-from qst_tune.data.chat_template import ChatTemplate
-from qst_tune.data.turn_end import find_turn_end
+from qst_tune.data.chat.template import ChatTemplate, find_turn_end
 from qst_tune.errors import UserError
-from qst_tune.json_files import read_json
 
 log = utils.get_logger("INFO")
 
@@ -25,18 +22,10 @@ def template_names() -> list[str]:
 def given_template(
     value: str, special_tokens: Mapping[str, str], special: re.Pattern[str]
 ) -> ChatTemplate:
-    """Build the template that a config names, and check that it renders a short conversation.
+    """Build the template that a config names: a name, the path of a file, or a Jinja template.
 
-    Args:
-        value (str): a name of :func:`template_names`, the path of a file, or a Jinja template.
-        special_tokens (Mapping[str, str]): that the template may use.
-        special (re.Pattern[str]): finds special tokens in text.
-
-    Returns:
-        ChatTemplate: the template.
-
-    Raises:
-        UserError: if the value is none of the three, or does not render messages.
+    ``special`` finds special tokens in text. UserError if it is none of the three, or does not
+    render a short conversation.
     """
     name = value.strip()
     if name in template_names():
@@ -50,14 +39,16 @@ def given_template(
     return template
 
 
-def directory_template(directory: Path, special_tokens: Mapping[str, str]) -> ChatTemplate | None:
-    """Read a directory's own template, and that for tools if it has several; None for a base model.
+def directory_template(
+    found: str | Mapping[str, str] | None, special_tokens: Mapping[str, str], directory: Path
+) -> ChatTemplate | None:
+    """Build a directory's own template, and that for tools if it has several, by their names.
 
-    Several templates of which none is called default are a UserError.
+    None for a base model. Several templates of which none is called default are a UserError.
     """
-    templates = _file_templates(directory) or _config_templates(directory)
-    if not templates:
+    if not found:
         return None
+    templates = {"default": found} if isinstance(found, str) else found
     if "default" not in templates:
         raise UserError(
             f"{directory} has the chat templates {', '.join(sorted(templates))} and none called "
@@ -115,19 +106,3 @@ def _check(template: ChatTemplate, what: str) -> None:
             f"{what} is no chat template: it does not render the content of {missing[0]} messages; "
             "write {{ message['content'] }} in a loop over messages"
         )
-
-
-def _file_templates(directory: Path) -> dict[str, str]:
-    files = {path.stem: path for path in (directory / "additional_chat_templates").glob("*.jinja")}
-    if (directory / "chat_template.jinja").is_file():
-        files["default"] = directory / "chat_template.jinja"
-    return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
-
-
-def _config_templates(directory: Path) -> dict[str, str]:
-    found: Any = read_json(directory / "tokenizer_config.json", optional=True).get("chat_template")
-    if isinstance(found, list):  # as saved; the others are for tool use and retrieval
-        found = {entry["name"]: entry["template"] for entry in found}
-    if isinstance(found, str) and found:
-        found = {"default": found}
-    return {str(name): str(source) for name, source in (found or {}).items()}

@@ -4,11 +4,20 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qst_tune.data.conversation import Conversation, read_conversation, read_tools
-from qst_tune.data.json_values import kind_of, text_of
+from qst_tune.data.chat.messages import Conversation, read_conversation, read_tools
+from qst_tune.data.values import kind_of, text_of
 from qst_tune.errors import UserError
 
 Row = Mapping[str, Any]
+
+# Names of columns from which :func:`nearest` guesses, the surest first.
+_QUESTIONS = ("question", "query", "instruction", "prompt", "input", "user", "source", "problem")
+_ANSWERS = (
+    *("answer", "response", "output", "completion", "assistant"),
+    *("target", "reply", "solution", "answers"),
+)
+_CONTEXTS = ("context", "input", "passage")
+_TEXTS = ("text", "content", "document", "body", "article", "sentence", "code")
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,59 @@ def with_system(sample: Sample, prompt: str, *, replace: bool) -> Sample:
     return sample if isinstance(sample, Text) else _begin(sample, prompt, replace)
 
 
+def find_form(columns: Collection[str], wanted: Collection[str] = ()) -> Form | None:
+    """Find the first form that fits the columns and reads all that the user named (``wanted``)."""
+    fitting = (f for f in FORMS if {*f.needed} <= {*columns} and {*wanted} <= {*f.columns})
+    return next(fitting, None)
+
+
+def no_form(row: Row) -> UserError:
+    """Return the error for rows without a form: their columns, the forms and the nearest one."""
+    known = "; ".join(form.name for form in FORMS)
+    found = f"the columns {', '.join(row)}" if row else "no columns"
+    guess = nearest(row)
+    advice = "rename columns with dataset.column_map.<name>=<column of yours>"
+    if guess:
+        renamed = {name: column for name, column in guess.items() if name != column}
+        mapping = " ".join(f"dataset.column_map.{name}={c}" for name, c in renamed.items())
+        advice = f"the nearest is {', '.join(guess)}: set {mapping}"
+    return UserError(f"the rows have {found}, and no form has these ({known}); {advice}")
+
+
+def nearest(row: Row) -> dict[str, str]:
+    """Guess the columns of the first row for a form, from names and then types; may be empty."""
+    lists = [name for name, value in row.items() if _is_conversation(value)]
+    if lists:
+        return {"messages": lists[0]}
+    texts = [name for name, value in row.items() if isinstance(value, str)]
+    question, answer = _match(texts, _QUESTIONS), _match(texts, _ANSWERS)
+    context = _match([name for name in texts if name not in (question, answer)], _CONTEXTS)
+    if question and answer and context:
+        return {"instruction": question, "input": context, "output": answer}
+    if question and answer:
+        return {"input": question, "output": answer}
+    text = _match(texts, _TEXTS)
+    if text or len(texts) == 1:
+        return {"text": text or texts[0]}
+    return dict(zip(("input", "output"), texts, strict=True)) if len(texts) == 2 else {}
+
+
+def check_column_map(column_map: Mapping[str, str], columns: list[str]) -> None:
+    """Refuse a map with an unknown name or column; the UserError names the wrong entry."""
+    names = list(dict.fromkeys(name for form in FORMS for name in form.columns))
+    for name, column in column_map.items():
+        if name not in names:
+            raise UserError(
+                f"column_map.{name}={column}: {name!r} is no column of a form; it must be one of "
+                f"{', '.join(names)}"
+            )
+        if column not in columns:
+            raise UserError(
+                f"column_map.{name}={column}: there is no column {column!r}, only "
+                f"{', '.join(columns)}"
+            )
+
+
 def _begin(conversation: Conversation, prompt: str, replace: bool) -> Conversation:
     has_own = [message["role"] == "system" for message in conversation.messages]
     if any(has_own) and not replace:
@@ -85,11 +147,6 @@ def _column(row: Row, column: str) -> str:
     return text_of(row[column], f"column {column!r}")
 
 
-def _optional(row: Row, column: str) -> str:
-    value = row.get(column)
-    return "" if value is None else text_of(value, f"column {column!r}")
-
-
 def _turn(prompt: str, answer: str, tools: Any = None) -> Conversation:
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     return Conversation(messages, [False, True], read_tools(tools))
@@ -97,7 +154,9 @@ def _turn(prompt: str, answer: str, tools: Any = None) -> Conversation:
 
 def _instruction(row: Row) -> Conversation:
     """One user turn: the model's own chat template is the prompt, not Alpaca's sentences."""
-    parts = (_column(row, "instruction"), _optional(row, "input"))
+    parts = [_column(row, "instruction")]
+    if row.get("input") is not None:
+        parts.append(_column(row, "input"))
     return _turn("\n\n".join(part for part in parts if part), _column(row, "output"))
 
 
@@ -110,13 +169,13 @@ def _prompt_completion(row: Row) -> Conversation:
 
 def _joined(row: Row, answer: str) -> Conversation:
     """A prompt and an answer, each text or messages; only the answer is learnt."""
-    tools = row.get("tools")
+    tools = read_tools(row.get("tools"))
     after = _as_conversation(row[answer], answer, "assistant")
     if row.get("prompt") is None or after.messages[0]["role"] != "assistant":
-        return Conversation(after.messages, after.learnt, read_tools(tools))  # a whole conversation
+        return Conversation(after.messages, after.learnt, tools)  # a whole conversation
     before = _as_conversation(row["prompt"], "prompt", "user")
     learnt = [False] * len(before.messages) + after.learnt
-    return Conversation([*before.messages, *after.messages], learnt, read_tools(tools))
+    return Conversation([*before.messages, *after.messages], learnt, tools)
 
 
 def _as_conversation(value: Any, column: str, role: str) -> Conversation:
@@ -141,10 +200,7 @@ def _preference(row: Row) -> Pair:
 
 
 def _messages(column: str) -> Callable[[Row], Conversation]:
-    def read(row: Row) -> Conversation:
-        return read_conversation(row[column], column, row.get("tools"))
-
-    return read
+    return lambda row: read_conversation(row[column], column, row.get("tools"))
 
 
 _CONTEXT = ("system", "tools")
@@ -164,7 +220,13 @@ FORMS = (
 )
 
 
-def find_form(columns: Collection[str], wanted: Collection[str] = ()) -> Form | None:
-    """Find the first form that fits the columns and reads all that the user named (``wanted``)."""
-    fitting = (f for f in FORMS if {*f.needed} <= {*columns} and {*wanted} <= {*f.columns})
-    return next(fitting, None)
+def _match(columns: list[str], words: tuple[str, ...]) -> str | None:
+    """The column whose name equals, or else contains, the earliest of some words."""
+    equal = [c for word in words for c in columns if c.lower() == word]
+    containing = [c for word in words for c in columns if word in c.lower()]
+    return next(iter([*equal, *containing]), None)
+
+
+def _is_conversation(value: Any) -> bool:
+    is_list = isinstance(value, list) and bool(value) and isinstance(value[0], Mapping)
+    return is_list and bool({"role", "from"} & value[0].keys())

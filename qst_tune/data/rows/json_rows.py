@@ -5,18 +5,67 @@ row 7,000 fails without its row, and an object that lacks a key gets it with nul
 calls. Here each row is exactly its own text, and a mistake is reported with its line.
 """
 
+import gzip
+import io
 import json
+import zlib
 from array import array
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
-from qst_tune.data.file_text import FileText
-from qst_tune.data.forms import FORMS
-from qst_tune.data.json_values import kind_of
+from qst_tune.data.rows.forms import FORMS
+from qst_tune.data.values import kind_of
 from qst_tune.errors import UserError
 
+_BOM = b"\xef\xbb\xbf"
+# Byte order marks of encodings that editors call "Unicode".
+_OTHER_MARKS = (b"\xff\xfe", b"\xfe\xff")
 # A single object with these is a row of one conversation, not a file around a list of rows.
 _MESSAGE_KEYS = ({"role", "content"}, {"from", "value"})
+
+
+class FileText:
+    """A text file whose lines are found by the byte where they begin; a plain file stays on disk.
+
+    ``.gz`` is decompressed into memory. An unreadable file, damaged gzip and UTF-16 are a
+    UserError.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._content = _decompress(path) if path.suffix.lower() == ".gz" else None
+        try:
+            with self._open() as file:
+                head = file.read(3)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        if head[:2] in _OTHER_MARKS:
+            raise UserError(f"{path} is UTF-16: save it as UTF-8")
+        self._first = len(_BOM) if head == _BOM else 0
+
+    def lines(self) -> Iterator[tuple[int, bytes]]:
+        """Yield each line and the byte where it begins."""
+        with self._open() as file:
+            start = file.seek(self._first)
+            for line in file:
+                yield start, line
+                start += len(line)
+
+    def line_at(self, start: int) -> bytes:
+        """Read the line that begins at a byte, with its line end."""
+        with self._open() as file:
+            file.seek(start)
+            return file.readline()
+
+    def read(self) -> bytes:
+        """Read everything except a byte order mark."""
+        with self._open() as file:
+            file.seek(self._first)
+            return file.read()
+
+    def _open(self) -> BinaryIO:
+        return self.path.open("rb") if self._content is None else io.BytesIO(self._content)
 
 
 class JsonLines:
@@ -78,6 +127,43 @@ def read_json_rows(text: FileText) -> JsonLines | JsonList:
     return lines if rows is None or rows == [first] else JsonList(text.path, rows)
 
 
+def parse(text: str) -> Any:
+    """Parse one row; invalid JSON, a duplicate key and NaN or Infinity are a UserError."""
+    try:
+        return _loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"it is not JSON at column {error.colno}: {error.msg}; mend or delete the line"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(str(error)) from error
+
+
+def as_row(value: Any) -> dict[str, Any]:
+    """Return a value that must be an object of columns."""
+    if not isinstance(value, dict):
+        raise UserError(f'it is {kind_of(value)}, not an object of columns: {{"text": "..."}}')
+    return value
+
+
+def decode(line: bytes) -> str:
+    """Decode UTF-8; another encoding is a UserError."""
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"it is not UTF-8 (byte 0x{line[error.start]:02x} at {error.start}): save the file as "
+            "UTF-8"
+        ) from error
+
+
+def _decompress(path: Path) -> bytes:
+    try:
+        return gzip.decompress(path.read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} is not a whole gzip file: {error}") from error
+
+
 def _begins_document(lines: JsonLines) -> bool:
     """Whether the first of several lines begins a document instead of being one."""
     if len(lines) < 2 or _document(lines.line(0)) is not None:
@@ -110,35 +196,21 @@ def _rows_of(document: Any, path: Path) -> list[Any]:
     """The list of rows that a document is or contains, or a document as the only row."""
     if isinstance(document, list):
         return document
-    if not isinstance(document, dict):
+    if not isinstance(document, dict) or any(form.columns[0] in document for form in FORMS):
         return [document]
-    is_row = any(form.columns[0] in document for form in FORMS)
-    lists = {} if is_row else {k: v for k, v in document.items() if _is_list_of_rows(v)}
+    lists = {name: value for name, value in document.items() if _is_list_of_rows(value)}
     if len(lists) > 1:
         raise UserError(
             f"{path} has several lists of rows ({', '.join(lists)}): save the one to use as a file "
             "of its own"
         )
-    (rows,) = lists.values() if len(lists) == 1 else ([document],)
-    return list(rows)
+    return next(iter(lists.values()), [document])
 
 
 def _is_list_of_rows(value: Any) -> bool:
     if not isinstance(value, list) or not value or not all(isinstance(v, dict) for v in value):
         return False
     return not any(keys <= value[0].keys() for keys in _MESSAGE_KEYS)
-
-
-def parse(text: str) -> Any:
-    """Parse one row; invalid JSON, a duplicate key and NaN or Infinity are a UserError."""
-    try:
-        return _loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"it is not JSON at column {error.colno}: {error.msg}; mend or delete the line"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(str(error)) from error
 
 
 def _loads(text: str) -> Any:
@@ -156,21 +228,3 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no value of JSON: write null, or delete it")
-
-
-def as_row(value: Any) -> dict[str, Any]:
-    """Return a value that must be an object of columns."""
-    if not isinstance(value, dict):
-        raise UserError(f'it is {kind_of(value)}, not an object of columns: {{"text": "..."}}')
-    return value
-
-
-def decode(line: bytes) -> str:
-    """Decode UTF-8; another encoding is a UserError."""
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"it is not UTF-8 (byte 0x{line[error.start]:02x} at {error.start}): save the file as "
-            "UTF-8"
-        ) from error

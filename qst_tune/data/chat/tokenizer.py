@@ -11,12 +11,18 @@ from torchtune.data import Message, truncate
 from torchtune.modules.transforms import Transform
 from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
-from qst_tune.data.chat_messages import check_messages, from_torchtune
-from qst_tune.data.chat_template import ChatTemplate, Messages, Tools
-from qst_tune.data.learnt_spans import find_learnt_spans
-from qst_tune.data.rendered_chat import RenderedChat, Span
-from qst_tune.data.template_source import no_template
-from qst_tune.data.turn_end import TurnEnd, find_stop_strings, find_turn_end, special_pattern
+from qst_tune.data.chat.messages import check_messages, from_torchtune
+from qst_tune.data.chat.learnt_spans import RenderedChat, Span, find_learnt_spans
+from qst_tune.data.chat.template_source import no_template
+from qst_tune.data.chat.template import (
+    ChatTemplate,
+    Messages,
+    Tools,
+    TurnEnd,
+    find_stop_strings,
+    find_turn_end,
+    special_pattern,
+)
 from qst_tune.errors import UserError
 
 

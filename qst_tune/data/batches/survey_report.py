@@ -8,8 +8,8 @@ from typing import Any
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from tqdm import tqdm
 
-from qst_tune.data.survey import Survey
-from qst_tune.data.training_data import TrainingData
+from qst_tune.data.batches.survey import Survey
+from qst_tune.data.batches.training_data import TrainingData
 from qst_tune.distributed.processes import rank_and_world_size
 from qst_tune.modules.model_limits import SEQUENCES
 

@@ -1,17 +1,24 @@
-"""Rows of a CSV or TSV file, all of whose values are text: an answer of "007" stays "007"."""
+"""Rows of CSV, TSV and Parquet files."""
 
 import csv
 import io
+from pathlib import Path
+from typing import Any
 
-from qst_tune.data.file_text import FileText
-from qst_tune.data.json_rows import decode
+import pyarrow
+import pyarrow.parquet
+
+from qst_tune.data.rows.json_rows import FileText, decode
 from qst_tune.errors import UserError
 
 csv.field_size_limit(2**31 - 1)  # 131,072 characters by default: long documents are longer
 
 
 class CsvRows:
-    """Rows below a header; a file that is not UTF-8, or is no CSV, is a UserError."""
+    """Rows below a header, all of whose values are text: an answer of "007" stays "007".
+
+    A file that is not UTF-8, or is no CSV, is a UserError.
+    """
 
     def __init__(self, text: FileText, delimiter: str) -> None:
         self.path = text.path
@@ -35,6 +42,30 @@ class CsvRows:
     def place(self, index: int) -> str:
         """Return the file and line of a row."""
         return f"{self.path} (line {self._records[index][0]})"
+
+
+class ParquetRows:
+    """Rows of a Parquet file; a damaged file is a UserError."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            # Memory-mapped, and decompressed: as large in memory as its columns.
+            self._table = pyarrow.parquet.read_table(path, memory_map=True, partitioning=None)
+        except (OSError, pyarrow.ArrowException) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{path} is not a whole Parquet file: {reason}") from error
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        (row,) = self._table.slice(index, 1).to_pylist()
+        return dict(row)
+
+    def place(self, index: int) -> str:
+        """Return the file."""
+        return str(self.path)
 
 
 def _records(text: FileText, delimiter: str) -> list[tuple[int, list[str]]]:

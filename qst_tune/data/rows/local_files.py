@@ -1,4 +1,4 @@
-"""Rows of local files: JSONL, JSON, CSV, TSV and Parquet; the text formats also as ``.gz``."""
+"""Rows of local files (JSONL, JSON, CSV, TSV, Parquet; text also as ``.gz``) and of the hub."""
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -7,12 +7,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol
 
-from datasets import ReadInstruction
+from datasets import ReadInstruction, load_dataset
 
-from qst_tune.data.csv_rows import CsvRows
-from qst_tune.data.file_text import FileText
-from qst_tune.data.json_rows import read_json_rows
-from qst_tune.data.parquet_rows import ParquetRows
+from qst_tune.data.rows.json_rows import FileText, read_json_rows
+from qst_tune.data.rows.table_rows import CsvRows, ParquetRows
+from qst_tune.data.values import without_nulls
 from qst_tune.errors import UserError
 
 # Names under which `datasets` and torchtune's configs know the formats, as in source=json.
@@ -37,12 +36,14 @@ class Rows(Protocol):
         """Return the file and, if there is one, the line of a row."""
 
 
-class LocalRows:
-    """Rows of several files in order.
+class NamedRows(Rows, Protocol):
+    """Rows of a whole dataset, with the name of their source."""
 
-    Args:
-        files (Sequence[tuple[Path, Rows]]): rows of each file.
-        selection (Sequence[int] | None): numbers of the rows to use; None for all.
+    name: str
+
+
+class LocalRows:
+    """Rows of several files in order, or a ``selection`` of them by number.
 
     Attributes:
         name (str): the files.
@@ -75,10 +76,29 @@ class LocalRows:
         return self._parts[part], row - (self._ends[part - 1] if part else 0)
 
 
+class HubRows:
+    """Rows of one split of a map-style dataset of the hub."""
+
+    def __init__(self, rows: Any, name: str) -> None:
+        self.rows = rows
+        self.name = name
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        row: Mapping[str, Any] = self.rows[index]
+        return row
+
+    def place(self, index: int) -> str:
+        """Return the number and source of a row."""
+        return f"row {index} of {self.name}"
+
+
 def read_local_files(
     data_files: str | Sequence[str], *, source: str | None = None, split: str = "train"
 ) -> LocalRows:
-    """Read local files.
+    """Read local files in order; one that is missing, damaged or of no known format is a UserError.
 
     Args:
         data_files (str | Sequence[str]): paths or glob patterns; a path that exists is taken
@@ -88,16 +108,30 @@ def read_local_files(
         split (str): ``train``, or a part of it such as ``train[:1000]`` or ``train[90%:]``.
 
     Returns:
-        LocalRows: in the order of the files.
-
-    Raises:
-        UserError: if a file is missing, damaged or of another format, or there is no such split.
+        LocalRows: the rows of the split.
     """
     names = [data_files] if isinstance(data_files, str) else [str(name) for name in data_files]
     paths = list(dict.fromkeys(path for name in names for path in find_files(name)))
     files = [(path, _read(path, source)) for path in paths]
     number = sum(len(rows) for _, rows in files)
     return LocalRows(files, _select(split, number))
+
+
+def read_hub(source: str, split: str, **settings: Any) -> HubRows:
+    """Load a split, or a part of one, of a dataset such as ``yahma/alpaca-cleaned``.
+
+    ``settings`` are further arguments of ``datasets.load_dataset``; None is left out. A dataset
+    that cannot be loaded is a UserError.
+    """
+    try:
+        rows = load_dataset(source, split=split, **without_nulls(settings))
+    except Exception as error:  # of the network, the hub, the cache and the formats: many types
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"source={source} cannot be read from the hub ({type(error).__name__}: {reason}): name "
+            "local files with dataset.data_files=my.jsonl, or correct dataset.source"
+        ) from error
+    return HubRows(rows, f"{source}, split {split}")
 
 
 def find_files(name: str) -> list[Path]:
@@ -118,20 +152,17 @@ def find_files(name: str) -> list[Path]:
     return found
 
 
-def format_of(path: Path) -> str | None:
-    """Return the format that a file's suffix names, before any ``.gz``."""
-    name = path.with_suffix("") if path.suffix.lower() == ".gz" else path
-    return FORMATS.get(name.suffix.lower())
-
-
 def _read(path: Path, source: str | None) -> Rows:
-    file_format = format_of(path) or (source if source in FORMATS.values() else None)
-    if file_format == "json":
-        return read_json_rows(FileText(path))
-    if file_format in ("csv", "tsv"):
-        return CsvRows(FileText(path), "," if file_format == "csv" else "\t")
-    if file_format == "parquet":
-        return ParquetRows(path)
+    name = path.with_suffix("") if path.suffix.lower() == ".gz" else path
+    match FORMATS.get(name.suffix.lower(), source):
+        case "json":
+            return read_json_rows(FileText(path))
+        case "csv":
+            return CsvRows(FileText(path), ",")
+        case "tsv":
+            return CsvRows(FileText(path), "\t")
+        case "parquet":
+            return ParquetRows(path)
     raise UserError(
         f"data_files={path}: its ending is none of {', '.join(FORMATS)} (also .gz): convert it, or "
         "name its format with source=json"

@@ -1,0 +1,1 @@
+"""Conversations through chat templates: tokens, and which of them are learnt."""
