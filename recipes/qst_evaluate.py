@@ -26,8 +26,8 @@ from qst_tune.config.check import check_config
 from qst_tune.config.cli import instantiate, run_recipe
 from qst_tune.config.defaults import fill_in
 from qst_tune.config.keys import Key, pick, setting
-from qst_tune.data.batches.loader import BatchLoader
 from qst_tune.data.batches.datasets import build_dataset
+from qst_tune.data.batches.loader import BatchLoader
 from qst_tune.data.batches.training_data import collate_of, text_collate
 from qst_tune.errors import UserError
 from qst_tune.evaluation.multiple_choice import read_questions, score_questions

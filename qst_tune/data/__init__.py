@@ -3,13 +3,13 @@
 from qst_tune.data.auto_dataset import AutoDataset, auto_dataset
 from qst_tune.data.chat.template import ChatTemplate
 from qst_tune.data.chat.tokenizer import HFChatTokenizer
+from qst_tune.data.chat.tokenizer_files import hf_chat_tokenizer
 from qst_tune.data.classification import (
     ClassificationDataset,
     classification_dataset,
     collate_classification,
 )
 from qst_tune.data.glue import GLUE_TASKS, glue_dataset
-from qst_tune.data.chat.tokenizer_files import hf_chat_tokenizer
 
 __all__ = [
     "GLUE_TASKS",

@@ -8,7 +8,7 @@ from datasets import load_dataset
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from qst_tune.data.batches.datasets import LENGTH_MULTIPLE
+from qst_tune.data.batches.collate import LENGTH_MULTIPLE
 from qst_tune.errors import UserError
 
 Row = dict[str, Any]

@@ -13,8 +13,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from torchtune.modules import RMSNorm
 
 from qst_tune.config.cli import instantiate
-from qst_tune.data.batches.loader import Batch
 from qst_tune.data.batches.collate import align_labels
+from qst_tune.data.batches.loader import Batch
 from qst_tune.errors import UserError
 from qst_tune.estimation.fake_device import Attention, UnknownValues
 from qst_tune.models.setup import build_any_on_meta

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qst_tune.data.rows.json_rows import FileText
-from qst_tune.data.rows.json_rows import JsonLines
+from qst_tune.data.rows.json_rows import FileText, JsonLines
 from qst_tune.errors import UserError
 from qst_tune.evaluation.log_likelihood import Continuation, log_likelihoods
 

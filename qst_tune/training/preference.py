@@ -14,8 +14,8 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_dpo
 from torchtune.modules import TransformerDecoder
 
 from qst_tune.config.cli import instantiate
-from qst_tune.data.batches.loader import Batch
 from qst_tune.data.batches.collate import align_labels
+from qst_tune.data.batches.loader import Batch
 from qst_tune.data.batches.training_data import (
     PAIR_KEY,
     TrainingData,

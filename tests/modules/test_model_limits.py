@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from qst_tune.data.batches.packing import align_packs
 from qst_tune.data.batches.checked_rows import CheckedRows
+from qst_tune.data.batches.packing import align_packs
 from qst_tune.errors import UserError
 from qst_tune.modules.model_limits import (
     ModelLimits,

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qst_tune.data.batches.survey import RowStore
 from qst_tune.data.batches.checked_rows import CheckedRows, row_numbers
+from qst_tune.data.batches.survey import RowStore
 from qst_tune.errors import UserError
 from qst_tune.results.side_network import SIDE_NETWORK
 from qst_tune.training.checkpoints import CheckpointStore

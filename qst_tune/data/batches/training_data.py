@@ -9,13 +9,13 @@ from torch.utils.data import Subset
 from torchtune.data import padded_collate_packed
 
 from qst_tune.config.keys import setting
-from qst_tune.data.batches.loader import BatchLoader, Collate
-from qst_tune.data.batches.datasets import DEFAULT_COLLATE, build_collate, build_dataset
-from qst_tune.data.batches.survey import check_labels
-from qst_tune.data.batches.packing import is_packed
 from qst_tune.data.batches.checked_rows import hold_out
+from qst_tune.data.batches.collate import DEFAULT_COLLATE, build_collate
+from qst_tune.data.batches.datasets import build_dataset
+from qst_tune.data.batches.loader import BatchLoader, Collate
+from qst_tune.data.batches.packing import is_packed
 from qst_tune.data.batches.schedule import describe_step, fit_step, schedule_of
-from qst_tune.data.batches.survey import Survey
+from qst_tune.data.batches.survey import Survey, check_labels
 from qst_tune.errors import UserError
 from qst_tune.modules.model_limits import ModelLimits
 

@@ -11,9 +11,8 @@ from torchtune.data import Message, truncate
 from torchtune.modules.transforms import Transform
 from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
-from qst_tune.data.chat.messages import check_messages, from_torchtune
 from qst_tune.data.chat.learnt_spans import RenderedChat, Span, find_learnt_spans
-from qst_tune.data.chat.template_source import no_template
+from qst_tune.data.chat.messages import check_messages, from_torchtune
 from qst_tune.data.chat.template import (
     ChatTemplate,
     Messages,
@@ -23,6 +22,7 @@ from qst_tune.data.chat.template import (
     find_turn_end,
     special_pattern,
 )
+from qst_tune.data.chat.template_source import no_template
 from qst_tune.errors import UserError
 
 

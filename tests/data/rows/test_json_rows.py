@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from qst_tune.data.rows.json_rows import FileText
-from qst_tune.data.rows.json_rows import read_json_rows
+from qst_tune.data.rows.json_rows import FileText, read_json_rows
 from qst_tune.errors import UserError
 
 ROWS = [{"text": "a\u2028b", "n": {"x": None}}, {"text": "c"}, {"text": "d"}]

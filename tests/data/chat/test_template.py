@@ -4,8 +4,12 @@ import re
 
 import pytest
 
-from qst_tune.data.chat.template import ChatTemplate
-from qst_tune.data.chat.template import find_stop_strings, find_turn_end, special_pattern
+from qst_tune.data.chat.template import (
+    ChatTemplate,
+    find_stop_strings,
+    find_turn_end,
+    special_pattern,
+)
 from tests.support import templates
 from tests.support.chat_directories import CHATML
 

@@ -1,34 +1,30 @@
-"""Datasets that can or cannot be used, and how their rows are padded."""
+"""Each label is moved to the position that predicts it, and never across the end of a sample."""
 
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
-from torchtune.datasets import ConcatDataset
 
-from qst_tune.data.batches.datasets import build_collate, build_dataset
+from qst_tune.data.batches.collate import align_labels, build_collate
 from qst_tune.errors import UserError
 from qst_tune.modules.model_limits import ModelLimits
 
 PAD, IGNORED = 0, -100
 
+LABELS = torch.tensor([[-100, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]])
 
-class Rows:
-    """A dataset whose row i is i + 1 tokens of value i + 1."""
 
-    def __init__(self, tokenizer: Any = None, *, count: int = 10, fail: bool = False) -> None:
-        self.count, self.fail = count, fail
+def test_position_holds_the_label_of_the_token_behind_it() -> None:
+    expected = [[1, 2, 3, 4, 5, -100], [7, 8, 9, 10, 11, -100]]
+    assert align_labels(LABELS).tolist() == expected
+    assert align_labels(LABELS, ignore_index=-1)[:, -1].tolist() == [-1, -1]
 
-    def __len__(self) -> int:
-        return self.count
 
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        if self.fail:
-            raise KeyError("input")
-        row = [index + 1] * (index + 1)
-        return {"tokens": row, "labels": row}
+def test_sample_ends_where_positions_begin_anew() -> None:
+    input_pos = torch.tensor([[0, 1, 2, 0, 1, 2], [0, 0, 1, 2, 3, 3]])
+    expected = [[1, 2, -100, 4, 5, -100], [-100, 8, 9, 10, -100, -100]]
+    assert align_labels(LABELS, input_pos=input_pos).tolist() == expected
 
 
 class Tokenizer:
@@ -38,12 +34,17 @@ class Tokenizer:
 LIMITS = ModelLimits(100, 100, 64, Tokenizer(), IGNORED)
 
 
+def row(length: int) -> dict[str, list[int]]:
+    """A row of a token as often as its number says."""
+    return {"tokens": [length] * length, "labels": [length] * length}
+
+
 def collate(max_seq_len: int = 64):
     return build_collate(replace(LIMITS, max_seq_len=max_seq_len))
 
 
 def test_rows_are_padded_to_a_multiple_of_16_but_never_past_the_model() -> None:
-    rows = [Rows()[2], Rows()[4]]
+    rows = [row(3), row(5)]
     batch = collate()(rows)
     assert batch["tokens"].shape == batch["labels"].shape == (2, 16)
     assert batch["tokens"][1].tolist() == [5] * 5 + [PAD] * 11
@@ -60,9 +61,9 @@ def flattened(rows: list[Any], *, padding_idx: int, ignore_idx: int) -> dict[str
 
 
 def test_own_collate_function_that_joins_rows_keeps_their_labels_apart() -> None:
-    name = "tests.data.test_datasets.flattened"
+    name = "tests.data.batches.test_collate.flattened"
     collate = build_collate(LIMITS, name)
-    batch = collate([Rows()[2], Rows()[1]])
+    batch = collate([row(3), row(2)])
     assert batch["tokens"].tolist() == [[3, 3, 3, 2, 2]]
     assert batch["labels"].tolist() == [[3, 3, IGNORED, 2, IGNORED]]
     assert batch["input_pos"].shape == batch["tokens"].shape
@@ -71,28 +72,3 @@ def test_own_collate_function_that_joins_rows_keeps_their_labels_apart() -> None
 def test_unknown_collate_function_is_told() -> None:
     with pytest.raises(UserError, match=r"collate_fn=torchtune\.data\.none cannot be imported"):
         build_collate(LIMITS, "torchtune.data.none")
-
-
-def dataset_block(**settings):
-    return OmegaConf.create({"_component_": "tests.data.test_datasets.Rows", **settings})
-
-
-def test_dataset_or_list_of_datasets_is_built() -> None:
-    assert len(build_dataset(dataset_block(), "dataset", None)) == 10
-    both = OmegaConf.create([dataset_block(count=3), dataset_block(count=4)])
-    built = build_dataset(both, "dataset", None)
-    assert isinstance(built, ConcatDataset)
-    assert len(built) == 7
-
-
-@pytest.mark.parametrize(
-    ("block", "message"),
-    [
-        (dataset_block(count=0), r"^dataset: .*Rows has no rows$"),
-        (dataset_block(fail=True), r"^dataset: row 0 of .*Rows cannot be used: KeyError: 'input'$"),
-        (OmegaConf.create([dataset_block(), dataset_block(count=0)]), r"^dataset\[1\]: .* no rows"),
-    ],
-)
-def test_dataset_that_cannot_be_used_is_told(block, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        build_dataset(block, "dataset", None)

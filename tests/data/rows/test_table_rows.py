@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from qst_tune.data.rows.table_rows import CsvRows
 from qst_tune.data.rows.json_rows import FileText
+from qst_tune.data.rows.table_rows import CsvRows
 from qst_tune.errors import UserError
 
 
