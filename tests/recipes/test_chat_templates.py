@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from qst_tune.recipes import qst_generate
 
-from qst_tune.data import chat_template
+from qst_tune.data.chat import template as chat_template
 from qst_tune.training.state_file import unpack_state
 from tests.support.checkpoints import CHATML, finetune_config, generate_config
 from tests.support.recipe_runs import finetune, merged, one_thread

@@ -43,11 +43,7 @@ class NamedRows(Rows, Protocol):
 
 
 class LocalRows:
-    """Rows of several files in order, or a ``selection`` of them by number.
-
-    Attributes:
-        name (str): the files.
-    """
+    """Rows of several files, in order, or a ``selection`` of their numbers; ``name``: the files."""
 
     def __init__(
         self, files: Sequence[tuple[Path, Rows]], selection: Sequence[int] | None = None

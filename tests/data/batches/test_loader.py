@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from qst_tune.data import batches
 from qst_tune.data.batches.loader import BatchLoader
 from qst_tune.errors import UserError
 
+MODULE = BatchLoader.__module__
 ROWS = list(range(10))
 
 
@@ -18,7 +18,7 @@ def collate(rows: list[int]) -> dict[str, torch.Tensor]:
 
 
 def loader_of(rank: int, world_size: int, monkeypatch: pytest.MonkeyPatch, **settings):
-    monkeypatch.setattr(batches, "rank_and_world_size", lambda: (rank, world_size))
+    monkeypatch.setattr(f"{MODULE}.rank_and_world_size", lambda: (rank, world_size))
     return BatchLoader(ROWS, collate, **{"batch_size": 2, "seed": None, **settings})
 
 
@@ -88,7 +88,7 @@ def test_validation_rows_come_exactly_once(
     ]
     shares = []
     for rank, loader in enumerate(loaders):
-        monkeypatch.setattr(batches, "rank_and_world_size", lambda r=rank: (r, world_size))
+        monkeypatch.setattr(f"{MODULE}.rank_and_world_size", lambda r=rank: (r, world_size))
         shares.append(rows_of(loader))
         assert len(loader) == len(shares[-1])
     assert sorted(flat(flat(shares))) == ROWS

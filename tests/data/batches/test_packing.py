@@ -63,7 +63,7 @@ class OwnPacks(PackedDataset):
 
 
 def build(name: str, **settings: Any) -> Any:
-    block = {"_component_": f"tests.data.test_packing.{name}", **settings}
+    block = {"_component_": f"tests.data.batches.test_packing.{name}", **settings}
     return build_dataset(OmegaConf.create(block), "dataset", Tokenizer())
 
 
@@ -145,7 +145,7 @@ def test_split_packs_lose_no_token_and_number_each_piece_from_zero() -> None:
 
 def test_concatenation_of_packs_is_packed() -> None:
     assert not is_packed(Rows())
-    name = "tests.data.test_packing."
+    name = "tests.data.batches.test_packing."
     own = {"_component_": f"{name}own_packs", "split": False}
     both = build_dataset(OmegaConf.create([own, own]), "dataset", Tokenizer())
     assert isinstance(both, ConcatDataset)

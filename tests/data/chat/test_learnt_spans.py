@@ -9,7 +9,8 @@ from jinja2 import TemplateError
 from torchtune.data import Message
 from transformers import AutoTokenizer
 
-from qst_tune.data import HFChatTokenizer, hf_chat_tokenizer, learnt_spans
+from qst_tune.data import HFChatTokenizer, hf_chat_tokenizer
+from qst_tune.data.chat import learnt_spans
 from qst_tune.errors import UserError
 from tests.support import templates
 from tests.support.chat_directories import CHATML, build_directory
