@@ -9,9 +9,9 @@ from omegaconf import DictConfig
 from torchtune.modules import TransformerDecoder
 
 from qst_tune.config.cli import instantiate
-from qst_tune.data.batches import Batch
-from qst_tune.data.label_check import NO_LABEL
-from qst_tune.data.training_data import (
+from qst_tune.data.batches.loader import Batch
+from qst_tune.data.batches.survey import NO_LABEL
+from qst_tune.data.batches.training_data import (
     TEXT_KEY,
     TrainingData,
     build_data,

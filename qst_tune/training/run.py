@@ -20,9 +20,9 @@ from qst_tune.config.hub_models import fetch_models
 from qst_tune.config.keys import TRAINING_KEYS, setting
 from qst_tune.config.schedule_check import report_schedule
 from qst_tune.config.training_check import check_training_config
-from qst_tune.data.schedule import Schedule, schedule_of
-from qst_tune.data.survey_report import report_data
-from qst_tune.data.training_data import TrainingData
+from qst_tune.data.batches.schedule import Schedule, schedule_of
+from qst_tune.data.batches.survey_report import report_data
+from qst_tune.data.batches.training_data import TrainingData
 from qst_tune.distributed.processes import process_group, rank_and_world_size
 from qst_tune.errors import UserError
 from qst_tune.results.output_directory import output_directory

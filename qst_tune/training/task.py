@@ -9,7 +9,7 @@ from torchtune import utils
 from torchtune.modules import TransformerDecoder
 
 from qst_tune.backbone.sharding import anyone_has, free_weights, take_part
-from qst_tune.data.batches import Batch
+from qst_tune.data.batches.loader import Batch
 from qst_tune.errors import UserError
 
 
