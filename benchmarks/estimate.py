@@ -31,7 +31,7 @@ from qst_tune.estimation.question import Question
 from qst_tune.estimation.report import Row, table
 from qst_tune.estimation.setup import Setup, Shape, peqa_setup, qst_setup
 from qst_tune.models import peqa_decoder, qst_decoder
-from qst_tune.models.setup import build_any_on_meta
+from qst_tune.models.build import build_any_on_meta
 from qst_tune.modules.peqa_model import PEQAModel
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.torchtune_compat import component_of

@@ -25,7 +25,8 @@ from qst_tune.config.device import choose_device, choose_dtype
 from qst_tune.data import collate_classification
 from qst_tune.data.batches.datasets import build_dataset
 from qst_tune.errors import UserError
-from qst_tune.models.setup import build_on_meta, load_frozen_backbone
+from qst_tune.models.build import build_on_meta
+from qst_tune.models.load import load_frozen_backbone
 from qst_tune.modules import QSTClassifier
 from qst_tune.training.classification import METRICS, labelled_rows
 

@@ -18,7 +18,8 @@ from qst_tune.config.cli import run_recipe
 from qst_tune.config.device import choose_device, choose_dtype
 from qst_tune.config.hub_models import fetch_models
 from qst_tune.config.keys import Key, pick, setting
-from qst_tune.models.setup import build_peqa_on_meta, load_frozen_backbone
+from qst_tune.models.build import build_peqa_on_meta
+from qst_tune.models.load import load_frozen_backbone
 from qst_tune.results.export import check_export_format, export_model
 from qst_tune.results.scales import load_scales
 from qst_tune.results.start import tuned_directory

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from qst_tune.config.cli import run_recipe
 from qst_tune.config.keys import TRAINING_KEYS
 from qst_tune.estimation.dry_run import describe_run
-from qst_tune.models.setup import build_peqa_on_meta
+from qst_tune.models.build import build_peqa_on_meta
 from qst_tune.training.language_modelling import build_language_modelling
 from qst_tune.training.methods import load_peqa
 from qst_tune.training.run import begin_run, build_trainer

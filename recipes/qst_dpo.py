@@ -17,7 +17,7 @@ from qst_tune.config.cli import run_recipe
 from qst_tune.config.keys import TRAINING_KEYS
 from qst_tune.errors import UserError
 from qst_tune.estimation.dry_run import describe_run
-from qst_tune.models.setup import build_on_meta
+from qst_tune.models.build import build_on_meta
 from qst_tune.modules import QSTClassifier
 from qst_tune.training.methods import REFUSED, load_qst
 from qst_tune.training.preference import build_preference_learning, reference_of

@@ -12,7 +12,7 @@ from torchtune import config as torchtune_config
 from qst_tune import plugin
 from qst_tune.config.check import check_config
 from qst_tune.models import backbone_from_hf
-from qst_tune.models.setup import build_any_on_meta
+from qst_tune.models.build import build_any_on_meta
 from tests.support.published import PUBLISHED, write_published
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -17,11 +17,11 @@ from qst_tune.atomic_files import whole_file
 from qst_tune.backbone.directory import weight_files
 from qst_tune.backbone.hub import model_name
 from qst_tune.backbone.loading import directory_format
-from qst_tune.backbone.sizes import is_side
 from qst_tune.backbone.torchtune_loading import stored_as
 from qst_tune.distributed.processes import rank_and_world_size
 from qst_tune.errors import UserError
 from qst_tune.modules.plain_parts import Place, join_parts, named_parts
+from qst_tune.modules.qst_model import is_side
 
 
 class HFCheckpointer:

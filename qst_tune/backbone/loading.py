@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torchtune import utils
 
 from qst_tune.backbone.directory import weight_files
@@ -28,6 +29,7 @@ from qst_tune.backbone.quantizers import (
 from qst_tune.backbone.stored_weights import DirectoryFormat, check_unused, lazy_state_dict
 from qst_tune.backbone.text_model import longest_text
 from qst_tune.backbone.transformers import TransformersBackbone
+from qst_tune.distributed.sharding import ShardedBackbone, Sharding
 from qst_tune.errors import UserError
 from qst_tune.json_files import read_json
 from qst_tune.modules.backbone_formats import QuantizedLinear
@@ -114,6 +116,29 @@ def load_backbone(
         transplant_rest_(backbone.model, model)
     if backbone.base_quantization != "none":
         _report_share(backbone)
+
+
+@torch.no_grad()
+def load_sharded_directory(
+    model: Any,
+    backbone: TransformersBackbone,
+    directory: Path,
+    sharding: Sharding,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Load a directory through transformers' loader, keeping only this process's parts.
+
+    The model, over ``backbone``, was built on meta; it is filled and sharded in place.
+    """
+    root = next(path for path, m in model.named_modules() if m is backbone.model)
+    sharded = ShardedBackbone(model, sharding, device)
+
+    def take(path: str, module: nn.Module) -> None:
+        sharded.take(f"{root}.{path}" if path else root, module)
+
+    load_backbone(backbone, directory, dtype=dtype, device=device, take=take)
 
 
 def _from_pretrained(

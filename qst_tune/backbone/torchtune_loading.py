@@ -16,15 +16,15 @@ from qst_tune.backbone.loading import check_same
 from qst_tune.backbone.loading import load_backbone as load_directory
 from qst_tune.backbone.transformers import transformers_backbone
 from qst_tune.backbone.transformers_models import TransformersModel
+from qst_tune.distributed.sharding import META, ShardedBackbone, Sharding
 from qst_tune.errors import UserError
 from qst_tune.json_files import read_json
 from qst_tune.modules.backbone_formats import QuantizedLinear, quantization_of_backbone
 from qst_tune.modules.peqa_linear import PEQALinear
+from qst_tune.modules.qst_model import is_side
 from qst_tune.modules.torchtune_backbone import build_rotary_caches
 from qst_tune.quantization.table import QuantizedTable, quantize_table
 from qst_tune.torchtune_compat import checkpoint_directory, checkpoint_paths, take_paths
-
-SIDE_PREFIX = "side."
 
 
 def load_backbone(
@@ -56,6 +56,36 @@ def load_backbone(
     of_weights = read_weights(model, checkpointer, place)
     build_rotary_caches(model.layers, device)
     return of_weights
+
+
+@torch.no_grad()
+def load_sharded_backbone(
+    model: TransformerDecoder,
+    twin: TransformerDecoder,
+    checkpointer: Any,
+    sharding: Sharding,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> str:
+    """Load a checkpoint as ``load_backbone`` does, keeping of each weight only this process's part.
+
+    A process has no more than its parts and one whole weight in memory. It still has to read every
+    weight: the scales of a 4-bit weight are quantised together, so its part cannot be made of a
+    part. ``twin`` is another model built alike; it is used to quantise, and on meta again
+    afterwards.
+    """
+    sharded = ShardedBackbone(model, sharding, device)
+
+    def place(name: str, weight: torch.Tensor) -> None:
+        path = name.rpartition(".")[0]
+        set_weight(twin, name, weight, dtype=dtype, device=device)
+        sharded.keep(path, twin.get_submodule(path))
+        set_weight(twin, name, weight, dtype=dtype, device=META)
+
+    fingerprint = read_weights(twin, checkpointer, place)
+    build_rotary_caches(model.layers, device)
+    return fingerprint
 
 
 def stored_as(model: Any) -> str:
@@ -147,7 +177,7 @@ def _backbone_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
             own = {name: shape for name, shape in own.items() if name == "bias"}
             own["weight"] = (module.out_features, module.in_features)
         shapes.update((f"{prefix}.{name}", shape) for name, shape in own.items())
-    return {name: s for name, s in shapes.items() if not name.startswith(SIDE_PREFIX)}
+    return {name: s for name, s in shapes.items() if not is_side(name)}
 
 
 def _check_shape(name: str, weight: torch.Tensor, wanted: tuple[int, ...]) -> None:

@@ -51,6 +51,12 @@ class TransformersModel(nn.Module):
         """The backbone's layers."""
         return self.backbone.layers
 
+    @property
+    def is_tied(self) -> bool:
+        """Whether the LM head reads the embedding's weight."""
+        head = self.backbone.model.get_output_embeddings()
+        return bool(head.weight is self.tok_embeddings.weight)
+
     def caches_are_enabled(self) -> bool:
         """Whether keys and values are cached, so that a pass depends on those before it."""
         return self.backbone.cache is not None

@@ -17,7 +17,7 @@ from qst_tune.data.batches.collate import align_labels
 from qst_tune.data.batches.loader import Batch
 from qst_tune.errors import UserError
 from qst_tune.estimation.fake_device import Attention, UnknownValues
-from qst_tune.models.setup import build_any_on_meta
+from qst_tune.models.build import build_any_on_meta
 from qst_tune.modules.loss import connect_loss
 from qst_tune.modules.peqa_model import PEQAModel
 from qst_tune.modules.qst_classifier import QSTClassifier

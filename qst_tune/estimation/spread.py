@@ -1,7 +1,7 @@
 """What each of several processes stores of a run, and what it receives in a step.
 
 Notation: N processes, B bytes of the backbone, R of them in the group that is whole during a step
-(:func:`~qst_tune.backbone.sharding.group_bytes`), L the largest other group, S bytes of the
+(:func:`~qst_tune.distributed.sharding.group_bytes`), L the largest other group, S bytes of the
 trainable parameters.
 """
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from omegaconf import DictConfig
 from torchtune.modules import TransformerDecoder
 
-from qst_tune.backbone.sizes import group_bytes
+from qst_tune.distributed.sharding import group_bytes
 from qst_tune.modules.memory import GIB, tensor_bytes
 from qst_tune.modules.peqa_model import PEQAModel
 

@@ -16,6 +16,14 @@ from qst_tune.torchtune_compat import Mask
 _NARROWEST_FLEX_HEAD = 16
 
 
+SIDE_PREFIX = "side."
+
+
+def is_side(path: str) -> bool:
+    """Whether a module or a parameter of this path belongs to the side network."""
+    return f"{path}.".startswith(SIDE_PREFIX)
+
+
 class QSTModel(nn.Module):
     """Quantized Side Tuning over a :class:`~qst_tune.modules.backbone.Backbone`.
 

@@ -14,8 +14,8 @@ from torchtune.modules import RMSNorm
 from qst_tune.backbone.side_blocks import is_opt, text_sizes
 from qst_tune.backbone.transformers_models import QSTTransformer
 from qst_tune.errors import UserError
+from qst_tune.models.build import build_on_meta
 from qst_tune.models.qst import qst_decoder
-from qst_tune.models.setup import build_on_meta
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.modules.side.config import VARIANTS
 from qst_tune.results.authors_checkpoint import (

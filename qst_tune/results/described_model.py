@@ -18,7 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 import qst_tune.models
 from qst_tune.backbone.identity import BackboneId
 from qst_tune.errors import UserError
-from qst_tune.models.setup import build_any_on_meta, load_frozen_backbone
+from qst_tune.models.build import build_any_on_meta
+from qst_tune.models.load import load_frozen_backbone
 from qst_tune.modules.qst_classifier import QSTClassifier
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.results.side_network import SIDE_NETWORK, load_side_network

@@ -8,10 +8,11 @@ from torchtune import training
 
 from qst_tune.backbone.hub import model_name
 from qst_tune.backbone.identity import BackboneId
-from qst_tune.backbone.torchtune_loading import SIDE_PREFIX, check_architecture, read_weights
+from qst_tune.backbone.torchtune_loading import check_architecture, read_weights
 from qst_tune.backbone.transformers import transformers_backbone
 from qst_tune.errors import UserError
 from qst_tune.modules.backbone_formats import quantization_of_backbone
+from qst_tune.modules.qst_model import SIDE_PREFIX
 from qst_tune.results.described_model import build_described
 from qst_tune.results.side_network import read_side_network
 from qst_tune.torchtune_compat import component_of

@@ -17,7 +17,8 @@ from qst_tune.config.device import choose_device, choose_dtype
 from qst_tune.config.hub_models import fetch_models
 from qst_tune.config.keys import Key, pick
 from qst_tune.errors import UserError
-from qst_tune.models.setup import build_any_on_meta, load_frozen_backbone
+from qst_tune.models.build import build_any_on_meta
+from qst_tune.models.load import load_frozen_backbone
 from qst_tune.modules.peqa_model import PEQAModel
 from qst_tune.modules.qst_classifier import QSTClassifier
 from qst_tune.modules.qst_model import QSTModel

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from qst_tune.backbone.identity import BackboneId
-from qst_tune.models.setup import identify_backbone
+from qst_tune.models.load import identify_backbone
 from qst_tune.results.described_model import build_any_described, checkpointer_of, directory_format
 from qst_tune.results.side_network import SIDE_NETWORK, read_side_network
 from qst_tune.results.tuned_directory import load_tuned, read_description, read_tensors

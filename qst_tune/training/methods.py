@@ -18,7 +18,7 @@ from torchtune import utils
 from qst_tune.backbone.experts import compile_forward
 from qst_tune.backbone.identity import BackboneId
 from qst_tune.distributed.processes import broadcast_tensors, rank_and_world_size
-from qst_tune.models.setup import load_frozen_backbone
+from qst_tune.models.load import load_frozen_backbone
 from qst_tune.modules.hidden_state_cache import HiddenStateCache
 from qst_tune.modules.peqa_model import PEQAModel
 from qst_tune.modules.qst_model import QSTModel

@@ -8,8 +8,8 @@ from torch import nn
 from torchtune import utils
 from torchtune.modules import TransformerDecoder
 
-from qst_tune.backbone.sharding import anyone_has, free_weights, take_part
 from qst_tune.data.batches.loader import Batch
+from qst_tune.distributed.sharding import anyone_has, free_weights, take_part
 from qst_tune.errors import UserError
 
 

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from torchtune import utils
 
-from qst_tune.backbone.sharding import take_part
 from qst_tune.data.batches.checked_rows import row_numbers
 from qst_tune.data.batches.loader import Batch, BatchLoader
 from qst_tune.data.batches.schedule import Schedule
 from qst_tune.data.batches.survey import NO_LABEL
 from qst_tune.distributed.processes import gather_lists, sum_gradients, sum_or_fail
+from qst_tune.distributed.sharding import take_part
 from qst_tune.errors import UserError
 from qst_tune.modules.memory import count_saved_activations, memory_kind, memory_parts
 from qst_tune.modules.model_limits import overflow_hint

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from qst_tune.backbone.sizes import backbone_bytes, group_bytes
 from qst_tune.distributed.processes import sum_gradients
+from qst_tune.distributed.sharding import backbone_bytes, group_bytes
 from qst_tune.estimation.spread import Spread, spread_line
 from qst_tune.modules.memory import GIB
-from tests.backbone.test_sharding import MODELS, build, load_sharded, own_tokens
+from tests.distributed.test_sharding import MODELS, build, load_sharded, own_tokens
 from tests.support.hf_models import save_hf_model
 from tests.support.ranks import on_ranks
 from tests.support.traffic import Traffic

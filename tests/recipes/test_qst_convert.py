@@ -9,7 +9,8 @@ from omegaconf import OmegaConf
 from qst_tune.recipes import qst_convert
 
 from qst_tune.errors import UserError
-from qst_tune.models.setup import build_on_meta, load_frozen_backbone
+from qst_tune.models.build import build_on_meta
+from qst_tune.models.load import load_frozen_backbone
 from qst_tune.results.authors_checkpoint import write_authors_directory
 from qst_tune.results.side_network import SIDE_NETWORK, load_side_network
 from qst_tune.results.tuned_directory import read_description

@@ -13,7 +13,7 @@ from qst_tune.recipes import qst_estimate
 from qst_tune.config.check import check_config
 from qst_tune.config.file import parse_config
 from qst_tune.errors import UserError
-from qst_tune.models.setup import build_any_on_meta
+from qst_tune.models.build import build_any_on_meta
 from tests.support.published import write_published
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ from torchtune.models.qwen2 import qwen2
 from qst_tune.backbone.identity import BackboneId
 from qst_tune.errors import UserError
 from qst_tune.models import qst_builder
-from qst_tune.models.setup import build_on_meta
+from qst_tune.models.build import build_on_meta
 from qst_tune.results.authors_checkpoint import (
     Weights,
     read_authors_directory,

@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from qst_tune.models.setup import build_on_meta, load_frozen_backbone
+from qst_tune.models.build import build_on_meta
+from qst_tune.models.load import load_frozen_backbone
 from qst_tune.modules.qst_decoder import QSTDecoder
 from qst_tune.results.provenance import provenance_of
 from qst_tune.results.side_network import save_side_network

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from qst_tune.config.cli import instantiate
-from qst_tune.models.setup import build_any_on_meta
+from qst_tune.models.build import build_any_on_meta
 from qst_tune.modules.peqa_linear import PEQALinear
 from qst_tune.quantization.table import quantize_table
 from qst_tune.training.language_modelling import build_language_modelling

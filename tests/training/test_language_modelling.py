@@ -10,7 +10,7 @@ from qst_tune.config.cli import instantiate
 from qst_tune.data.batches.collate import align_labels
 from qst_tune.errors import UserError
 from qst_tune.models import qst_decoder
-from qst_tune.models.setup import build_on_meta
+from qst_tune.models.build import build_on_meta
 from qst_tune.training.language_modelling import (
     NextTokenTask,
     build_language_modelling,

@@ -6,15 +6,15 @@ from typing import Any
 import pytest
 import torch
 
-from qst_tune.backbone.loading import load_backbone
-from qst_tune.backbone.sharding import (
+from qst_tune.backbone.loading import load_backbone, load_sharded_directory
+from qst_tune.distributed.processes import rank_and_world_size
+from qst_tune.distributed.sharding import (
+    backbone_bytes,
     choose_sharding,
     free_weights,
-    load_sharded_directory,
+    group_bytes,
     take_part,
 )
-from qst_tune.backbone.sizes import backbone_bytes, group_bytes
-from qst_tune.distributed.processes import rank_and_world_size
 from qst_tune.models import qst_from_hf
 from tests.support.model_types import tiny_model
 from tests.support.numbers import randomize_

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qst_tune.transformers  # noqa: F401  # registers the model
 from qst_tune.data import hf_chat_tokenizer
-from qst_tune.models.setup import build_on_meta, load_frozen_backbone
+from qst_tune.models.build import build_on_meta
+from qst_tune.models.load import load_frozen_backbone
 from qst_tune.results.provenance import provenance_of
 from qst_tune.results.side_network import save_side_network
 from tests.support.checkpoints import finetune_config

@@ -8,9 +8,10 @@ summed as without sharding. So nothing but frozen codes and those gradients ever
 """
 
 import itertools
+import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,22 +26,18 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
-from torchtune.modules import TransformerDecoder
 
-from qst_tune.backbone.loading import load_backbone
-from qst_tune.backbone.sizes import gathered_groups, is_side
-from qst_tune.backbone.torchtune_loading import read_weights, set_weight
-from qst_tune.backbone.transformers import TransformersBackbone
 from qst_tune.distributed.processes import sum_over_ranks
 from qst_tune.errors import UserError
 from qst_tune.modules.backbone_formats import QuantizedLinear
 from qst_tune.modules.loss import zero_loss
+from qst_tune.modules.memory import GIB, tensor_bytes
 from qst_tune.modules.plain_parts import Place, expose_parts, plain_parts, read_from
 from qst_tune.modules.qst_decoder import QSTDecoder
-from qst_tune.modules.qst_model import QSTModel
-from qst_tune.modules.torchtune_backbone import build_rotary_caches
+from qst_tune.modules.qst_model import QSTModel, is_side
 
 META = torch.device("meta")
+_LARGEST_SHARE = 0.8  # of a device's memory, for a backbone
 
 
 @dataclass(frozen=True)
@@ -136,59 +133,6 @@ class ShardedBackbone:
                 module._buffers[name] = torch.empty(0, device=META)
 
 
-@torch.no_grad()
-def load_sharded_backbone(
-    model: TransformerDecoder,
-    twin: TransformerDecoder,
-    checkpointer: Any,
-    sharding: Sharding,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> str:
-    """Load a checkpoint as ``load_backbone`` does, keeping of each weight only this process's part.
-
-    A process has no more than its parts and one whole weight in memory. It still has to read every
-    weight: the scales of a 4-bit weight are quantised together, so its part cannot be made of a
-    part. ``twin`` is another model built alike; it is used to quantise, and on meta again
-    afterwards.
-    """
-    sharded = ShardedBackbone(model, sharding, device)
-
-    def place(name: str, weight: torch.Tensor) -> None:
-        path = name.rpartition(".")[0]
-        set_weight(twin, name, weight, dtype=dtype, device=device)
-        sharded.keep(path, twin.get_submodule(path))
-        set_weight(twin, name, weight, dtype=dtype, device=META)
-
-    fingerprint = read_weights(twin, checkpointer, place)
-    build_rotary_caches(model.layers, device)
-    return fingerprint
-
-
-@torch.no_grad()
-def load_sharded_directory(
-    model: Any,
-    backbone: TransformersBackbone,
-    directory: Path,
-    sharding: Sharding,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> None:
-    """Load a directory through transformers' loader, keeping only this process's parts.
-
-    The model, over ``backbone``, was built on meta; it is filled and sharded in place.
-    """
-    root = next(path for path, m in model.named_modules() if m is backbone.model)
-    sharded = ShardedBackbone(model, sharding, device)
-
-    def take(path: str, module: nn.Module) -> None:
-        sharded.take(f"{root}.{path}" if path else root, module)
-
-    load_backbone(backbone, directory, dtype=dtype, device=device, take=take)
-
-
 def take_part(model: nn.Module, device: torch.device) -> None:
     """Run a model on one token, for nothing but to gather its weights together with the others.
 
@@ -218,6 +162,65 @@ def free_weights(model: nn.Module) -> None:
     """
     if isinstance(model, FSDPModule):
         model.reshard()
+
+
+def backbone_bytes(model: nn.Module) -> int:
+    """Bytes of a backbone as it is stored, all of it and without what trains.
+
+    ``model`` may be on meta, and is not sharded.
+    """
+    return _frozen_bytes(m for path, m in model.named_modules() if not is_side(path))
+
+
+def gathered_groups(model: Any) -> list[nn.Module]:
+    """Return what is gathered and freed by itself, in the order in which it runs.
+
+    These are the layers, and an embedding that is not the LM head too. ``model`` is not sharded.
+    """
+    groups: list[nn.Module] = list(model.layers)
+    if not is_tied(model):
+        groups.insert(0, model.tok_embeddings)
+    return groups
+
+
+def is_tied(model: Any) -> bool:
+    """Whether the LM head reads the embedding's weight; torchtune's such heads are no linears."""
+    is_tied: bool = getattr(
+        model, "is_tied", not isinstance(model.output, nn.Linear | QuantizedLinear)
+    )
+    return is_tied
+
+
+def group_bytes(model: Any) -> tuple[list[int], int]:
+    """Return the bytes of each group that is freed as soon as it has run, and of the rest.
+
+    The rest, final norm, head and a tied embedding, is whole during a step.
+    """
+    groups = [_frozen_bytes(group.modules()) for group in gathered_groups(model)]
+    return groups, backbone_bytes(model) - sum(groups)
+
+
+def _frozen_bytes(modules: Iterable[nn.Module]) -> int:
+    """Of what is frozen in these modules, without their children; a tied weight counts once."""
+    parts = [p for m in modules for p in plain_parts(m).values() if not p.requires_grad]
+    return sum(tensor_bytes(part) for part in {id(part): part for part in parts}.values())
+
+
+def check_fits(model: nn.Module, device: torch.device) -> None:
+    """Refuse a whole backbone, on meta, that takes more than 80 % of a CUDA device.
+
+    The rest is for the side network's activations; the UserError says what to set. Elsewhere
+    nothing is checked.
+    """
+    if device.type != "cuda":
+        return
+    needed, there = backbone_bytes(model), torch.cuda.get_device_properties(device).total_memory
+    if needed > _LARGEST_SHARE * there:
+        raise UserError(
+            f"the backbone takes {needed / GIB:.1f} GiB and {device} has {there / GIB:.1f} GiB: "
+            "set backbone_sharding=full and start at least "
+            f"{math.ceil(needed / (_LARGEST_SHARE * there))} processes with --nproc_per_node"
+        )
 
 
 def _expose(model: nn.Module) -> tuple[dict[str, Place], set[str]]:

@@ -8,7 +8,8 @@ from omegaconf import OmegaConf
 
 from qst_tune.config.device import choose_device, choose_dtype
 from qst_tune.errors import UserError
-from qst_tune.models.setup import build_on_meta, load_frozen_backbone
+from qst_tune.models.build import build_on_meta
+from qst_tune.models.load import load_frozen_backbone
 from tests.support.checkpoints import finetune_config
 
 CPU = torch.device("cpu")

@@ -12,14 +12,9 @@ from torchtune.models.llama3_2 import llama3_2
 from torchtune.models.qwen2 import qwen2
 from torchtune.training import FullModelHFCheckpointer
 
-from qst_tune.backbone.sharding import (
-    choose_sharding,
-    load_sharded_backbone,
-    take_part,
-)
-from qst_tune.backbone.sizes import backbone_bytes, check_fits
-from qst_tune.backbone.torchtune_loading import load_backbone
+from qst_tune.backbone.torchtune_loading import load_backbone, load_sharded_backbone
 from qst_tune.distributed.processes import rank_and_world_size, sum_gradients
+from qst_tune.distributed.sharding import backbone_bytes, check_fits, choose_sharding, take_part
 from qst_tune.errors import UserError
 from qst_tune.models import peqa_builder, qst_builder
 from qst_tune.modules.memory import parameter_bytes

@@ -1,0 +1,106 @@
+"""Fill the frozen backbone of a model on meta from the config's checkpoint, and identify it."""
+
+import time
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torchtune import utils
+
+from qst_tune.backbone.hf_checkpointer import backbone_cache
+from qst_tune.backbone.hub import model_name
+from qst_tune.backbone.identity import BackboneId
+from qst_tune.backbone.loading import load_sharded_directory
+from qst_tune.backbone.torchtune_loading import (
+    check_architecture,
+    fingerprint_backbone,
+    load_backbone,
+    load_sharded_backbone,
+    stored_as,
+)
+from qst_tune.backbone.transformers import transformers_backbone
+from qst_tune.backbone.transformers_models import PEQATransformer
+from qst_tune.config.check import check_checkpoint_dir
+from qst_tune.config.cli import instantiate
+from qst_tune.distributed.processes import rank_and_world_size
+from qst_tune.distributed.sharding import Sharding, check_fits, choose_sharding
+from qst_tune.errors import UserError
+from qst_tune.models.build import build_any_on_meta
+from qst_tune.modules.peqa_model import PEQAModel
+from qst_tune.modules.qst_model import QSTModel
+
+log = utils.get_logger("INFO")
+
+
+def load_frozen_backbone(
+    model: QSTModel | PEQAModel, cfg: DictConfig, *, dtype: torch.dtype, device: torch.device
+) -> BackboneId:
+    """Fill the backbone from the config's checkpoint, quantising what the model has quantised.
+
+    ``backbone_sharding`` and ``fsdp_cpu_offload`` of the config decide how much of it each of
+    several processes keeps. Returns what the run's result will be tied to. UserError if the
+    checkpoint is missing, damaged or not of this architecture.
+    """
+    start = time.perf_counter()
+    checkpointer = _checked(model, cfg)
+    quantization = stored_as(model)
+    offload = bool(cfg.get("fsdp_cpu_offload"))
+    sharding = choose_sharding(cfg.get("backbone_sharding"), device, offload=offload)
+    if sharding is None:
+        fingerprint = _load_whole(model, checkpointer, dtype, device)
+    else:
+        where = {"dtype": dtype, "device": device}
+        fingerprint = _load_sharded(model, cfg, checkpointer, sharding, **where)
+    if isinstance(model, PEQATransformer):
+        model.train_scales()  # of the layers that were loaded
+    if rank_and_world_size()[0] == 0:
+        log.info(f"backbone loaded in {time.perf_counter() - start:.1f} s")
+    return _identity(model, cfg, fingerprint, quantization)
+
+
+def identify_backbone(model: QSTModel | PEQAModel, cfg: DictConfig) -> BackboneId:
+    """Check the config's checkpoint against a model and identify it, without loading it."""
+    fingerprint = fingerprint_backbone(model, _checked(model, cfg))
+    return _identity(model, cfg, fingerprint, stored_as(model))
+
+
+def _checked(model: Any, cfg: DictConfig) -> Any:
+    """The checkpointer, of a checkpoint that the model fits."""
+    check_architecture(model, check_checkpoint_dir(cfg.checkpointer))
+    return instantiate(cfg.checkpointer, "checkpointer")
+
+
+def _load_whole(model: Any, checkpointer: Any, dtype: torch.dtype, device: torch.device) -> str:
+    """From the cache, if there is one, or from the checkpoint; returns the fingerprint."""
+    check_fits(model, device)
+    cache = backbone_cache(checkpointer, model, dtype)
+    fingerprint = cache.load(model, device) if cache else None
+    if fingerprint is None:
+        fingerprint = load_backbone(model, checkpointer, dtype=dtype, device=device)
+        if cache:
+            cache.save(model, fingerprint)
+    return fingerprint
+
+
+def _load_sharded(
+    model: Any, cfg: DictConfig, checkpointer: Any, sharding: Sharding, **where: Any
+) -> str:
+    if cfg.checkpointer.get("cache_dir"):
+        raise UserError(
+            f"checkpointer.cache_dir={cfg.checkpointer.cache_dir} does not work yet with "
+            "backbone_sharding: set it to null"
+        )
+    backbone = transformers_backbone(model)
+    if backbone is None:
+        twin = build_any_on_meta(cfg, where["dtype"])
+        return load_sharded_backbone(model, twin, checkpointer, sharding, **where)
+    fingerprint = fingerprint_backbone(model, checkpointer)
+    directory = check_checkpoint_dir(cfg.checkpointer)
+    load_sharded_directory(model, backbone, directory, sharding, **where)
+    return fingerprint
+
+
+def _identity(model: Any, cfg: DictConfig, fingerprint: str, quantization: str) -> BackboneId:
+    name, revision = model_name(check_checkpoint_dir(cfg.checkpointer))
+    library = "torchtune" if transformers_backbone(model) is None else "transformers"
+    return BackboneId(name, fingerprint, quantization, revision, library)
