@@ -13,17 +13,12 @@ from pathlib import Path
 from omegaconf import DictConfig
 from torchtune import utils
 
-from qst_tune.config.check import check_checkpoint_dir, check_config
+from qst_tune.config.check import check_config
 from qst_tune.config.cli import run_recipe
 from qst_tune.config.device import choose_device, choose_dtype
-from qst_tune.config.hub_models import fetch_models
 from qst_tune.config.keys import Key, pick, setting
-from qst_tune.models.build import build_peqa_on_meta
-from qst_tune.models.load import load_frozen_backbone
 from qst_tune.results.export import check_export_format, export_model
-from qst_tune.results.scales import load_scales
-from qst_tune.results.start import tuned_directory
-from qst_tune.results.tuned_model import MODEL_KEYS
+from qst_tune.results.loading import MODEL_KEYS, load_tuned_model
 
 KEYS = {
     **pick("model", "checkpointer", "output_dir", "device", "dtype"),
@@ -44,17 +39,10 @@ def main(cfg: DictConfig) -> None:
     """Run the recipe."""
     check_config(cfg, KEYS)
     form = check_export_format(setting(cfg, "format", KEYS))
-    fetch_models(cfg)
-    checkpoint_dir = check_checkpoint_dir(cfg.checkpointer)
-    device = choose_device(cfg)
-    dtype = choose_dtype(cfg, device)
-    output_dir = Path(cfg.output_dir)
-    scales = tuned_directory(cfg, "scales")
-    directory = Path(cfg.get("export_dir") or output_dir / form)
-    model = build_peqa_on_meta(cfg, dtype)
-    backbone = load_frozen_backbone(model, cfg, dtype=dtype, device=device)
-    if scales:
-        load_scales(scales, model, backbone=backbone)
+    directory = Path(cfg.get("export_dir") or Path(cfg.output_dir) / form)
+    model = load_tuned_model(cfg, "integers").model
+    dtype = choose_dtype(cfg, choose_device(cfg))
+    checkpoint_dir = Path(cfg.checkpointer.checkpoint_dir)
     export_model(model, checkpoint_dir, directory, form=form, dtype=dtype)
     log.info(f"{form} model written to {directory}")
 

@@ -22,7 +22,7 @@ from qst_tune.config.keys import Key, setting
 from qst_tune.errors import UserError
 from qst_tune.generation.conversation import Conversation
 from qst_tune.generation.sampling import SAMPLING_KEYS, Sampling
-from qst_tune.results.tuned_model import MODEL_KEYS, load_tuned_model
+from qst_tune.results.loading import MODEL_KEYS, load_tuned_model
 
 KEYS = {
     "system_prompt": Key(kind=str, meaning="begins the conversation"),

@@ -28,8 +28,8 @@ from qst_tune.data import ClassificationDataset, collate_classification
 from qst_tune.errors import UserError
 from qst_tune.modules import QSTClassifier
 from qst_tune.modules.model_limits import check_ids
+from qst_tune.results.loading import load_tuned_model
 from qst_tune.results.output_directory import output_directory
-from qst_tune.results.tuned_model import load_tuned_model
 
 KEYS = {
     "side_network": Key(kind=Path, required=True, meaning="directory of the trained classifier"),
@@ -89,7 +89,7 @@ def main(cfg: DictConfig) -> None:
     fetch_models(cfg)
     with output_directory(Path(cfg.output_dir)) as directory:
         dataset = read_rows(cfg)
-        model = load_tuned_model(cfg, classifies=True).model
+        model = load_tuned_model(cfg, "classes").model
         found = answers(model, dataset, cfg.get("batch_size_val") or cfg.batch_size)
         lines = [
             json.dumps({**row, **answer}, default=str)

@@ -24,7 +24,7 @@ from qst_tune.errors import UserError
 from qst_tune.models.load import identify_backbone
 from qst_tune.results.authors_checkpoint import write_authors_directory
 from qst_tune.results.authors_conversion import export_authors, import_authors
-from qst_tune.results.side_network import save_side_network
+from qst_tune.results.tuned_directory import Provenance, save_tuned
 
 KEYS = {
     **pick("model", "checkpointer"),
@@ -43,13 +43,14 @@ def import_directory(cfg: DictConfig, theirs: Path, ours: Path) -> None:
     check_checkpoint_dir(cfg.checkpointer)
     model, block = import_authors(theirs, cfg)
     plain = OmegaConf.to_container(OmegaConf.create({**cfg, "model": block}), resolve=True)
-    save_side_network(
+    save_tuned(
         ours,
         model.side,
-        backbone=identify_backbone(model, cfg),
-        model_block=with_hub_names(block),
-        recipe_config=OmegaConf.to_yaml(OmegaConf.create(with_hub_names(plain))),
-        results={},
+        Provenance(
+            backbone=identify_backbone(model, cfg),
+            model_block=with_hub_names(block),
+            recipe_config=OmegaConf.to_yaml(OmegaConf.create(with_hub_names(plain))),
+        ),
     )
     found = ("variant", "reduction_factor", "rank", "num_labels")
     settings = " ".join(f"model.{name}={block[name]}" for name in found if name in block)

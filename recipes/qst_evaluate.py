@@ -35,12 +35,8 @@ from qst_tune.evaluation.perplexity import read_text, score_text
 from qst_tune.generation.caches import without_head
 from qst_tune.modules import LinearCrossEntropyLoss
 from qst_tune.modules.model_limits import limits_of
+from qst_tune.results.loading import MODEL_KEYS, TunedModel, load_tuned_model
 from qst_tune.results.output_directory import output_directory
-from qst_tune.results.tuned_model import (
-    MODEL_KEYS,
-    TunedModel,
-    load_tuned_model,
-)
 from qst_tune.training.language_modelling import validation_loss
 
 KEYS = {

@@ -26,7 +26,7 @@ from qst_tune.generation.batch import answer_batch
 from qst_tune.generation.conversation import prompt_tokens
 from qst_tune.generation.sampling import SAMPLING_KEYS, Sampling
 from qst_tune.generation.tools import read_tool_file
-from qst_tune.results.tuned_model import MODEL_KEYS, load_tuned_model
+from qst_tune.results.loading import MODEL_KEYS, load_tuned_model
 
 KEYS = {
     "prompt": Key(kind=str, meaning="what to answer"),

@@ -25,8 +25,8 @@ from qst_tune.results.authors_checkpoint import (
     side_from_authors,
     side_to_authors,
 )
-from qst_tune.results.side_network import SIDE_NETWORK
-from qst_tune.results.tuned_directory import read_description, read_tensors
+from qst_tune.results.description import SIDE_NETWORK, read_description
+from qst_tune.results.tuned_directory import read_tensors
 
 # Settings that their code fixes and no tensor shows, in addition to those of the variant.
 _FIXED = {"activation": "silu"}
@@ -85,7 +85,7 @@ def export_authors(directory: Path, cfg: DictConfig) -> tuple[Weights, dict[str,
     contains.
     """
     ours: Any = OmegaConf.to_container(cfg.model, resolve=True)
-    theirs = dict(read_description(directory, SIDE_NETWORK).get("model") or {})
+    theirs = read_description(directory, SIDE_NETWORK).model
     if (_CLASSIFIER in ours) != (_CLASSIFIER in theirs):
         kind = "a classifier's" if _CLASSIFIER in theirs else "a language model's"
         raise UserError(

@@ -1,6 +1,5 @@
 """What a result's directory says of the run that made it."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,12 @@ from qst_tune.backbone.identity import BackboneId
 from qst_tune.config.file import variables_in
 from qst_tune.config.hub_models import with_hub_names
 from qst_tune.config.keys import TRAINING_KEYS
+from qst_tune.results.description import Ancestor
 from qst_tune.results.tuned_directory import Provenance
 
 
 def provenance_of(
-    cfg: DictConfig, backbone: BackboneId, lineage: Sequence[dict[str, Any]] = ()
+    cfg: DictConfig, backbone: BackboneId, lineage: tuple[Ancestor, ...] = ()
 ) -> Provenance:
     """Return what the directory of a run's result says of the run, without its results."""
     plain = with_hub_names(OmegaConf.to_container(cfg, resolve=True))

@@ -1,27 +1,22 @@
 """Start from what was tuned before: a second data set, DPO after fine-tuning, a warm start.
 
 A training config names the directory under the key of its method, ``side_network`` or ``scales``.
-The run's result records where it began: its lineage, oldest first, each entry with the name of a
-directory, the digest of its tensors, its steps and its data.
+The run's result records where it began: its lineage, oldest first.
 """
 
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torchtune import utils
 
 from qst_tune.errors import UserError
-from qst_tune.results.scales import SCALES
-from qst_tune.results.side_network import SIDE_NETWORK
-from qst_tune.results.tuned_directory import TunedFormat, read_description, read_tensors
-
-# Key of the config, which is also the directory's name in a run's output_dir.
-FORMATS: dict[str, TunedFormat] = {"side_network": SIDE_NETWORK, "scales": SCALES}
+from qst_tune.results.description import FORMATS, Ancestor, TunedFormat, read_description
+from qst_tune.results.recipe_config import read_config
+from qst_tune.results.tuned_directory import read_tensors
 
 log = utils.get_logger("INFO")
 
@@ -31,12 +26,12 @@ class Start:
     """A result of an earlier run, and its lineage with itself as the last entry."""
 
     directory: Path
-    lineage: tuple[dict[str, Any], ...]
+    lineage: tuple[Ancestor, ...]
 
     @property
     def digest(self) -> str:
         """SHA-256 of the tensors."""
-        return str(self.lineage[-1]["digest"])
+        return self.lineage[-1].digest
 
 
 def find_start(cfg: DictConfig) -> Start | None:
@@ -52,13 +47,10 @@ def find_start(cfg: DictConfig) -> Start | None:
                     f"{key}={directory} is this run's own result: name another output_dir"
                 )
             description = read_description(directory, form)
-            entry = {
-                "name": _name(directory),
-                "digest": digest_of(read_tensors(directory, form)),
-                "steps": (description.get("results") or {}).get("steps"),
-                "data": list(_data(directory)),
-            }
-            return Start(directory, (*(description.get("lineage") or ()), entry))
+            digest = digest_of(read_tensors(directory, form))
+            steps = description.results.get("steps")
+            itself = Ancestor(_name(directory), digest, steps, tuple(_data(directory)))
+            return Start(directory, (*description.lineage, itself))
     return None
 
 
@@ -98,13 +90,13 @@ def _began_from(result: Path, start: Path, form: TunedFormat) -> bool:
     if not result.is_dir() or result.resolve() == start.resolve():
         return False
     try:
-        lineage = read_description(result, form).get("lineage")
+        lineage = read_description(result, form).lineage
         if not lineage:
             return False
         if not start.exists():  # moved or deleted since
-            return bool(lineage[-1]["name"] == _name(start))
-        return bool(lineage[-1]["digest"] == digest_of(read_tensors(start, form)))
-    except (UserError, KeyError, TypeError):  # reported when one of them is loaded
+            return lineage[-1].name == _name(start)
+        return lineage[-1].digest == digest_of(read_tensors(start, form))
+    except UserError:  # reported when one of them is loaded
         return False
 
 
@@ -114,13 +106,10 @@ def _name(directory: Path) -> str:
 
 
 def _data(directory: Path) -> Iterator[str]:
-    """Names of the files that a result was trained on."""
-    try:
-        blocks: Any = OmegaConf.to_container(OmegaConf.load(directory / "recipe_config.yaml"))
-        blocks = blocks["dataset"]
-    except Exception:  # the card can do without; OmegaConf and YAML raise many types
-        return
+    """Names of the files that a result was trained on; the card can do without."""
+    blocks = read_config(directory).get("dataset")
     for block in blocks if isinstance(blocks, list) else [blocks]:
-        files = block.get("data_files") or block.get("source") or block.get("_component_")
-        for file in files if isinstance(files, list) else [files]:
-            yield Path(str(file)).name
+        if isinstance(block, dict):
+            files = block.get("data_files") or block.get("source") or block.get("_component_")
+            for file in files if isinstance(files, list) else [files]:
+                yield Path(str(file)).name

@@ -13,8 +13,8 @@ from qst_tune.backbone.transformers import transformers_backbone
 from qst_tune.errors import UserError
 from qst_tune.modules.backbone_formats import quantization_of_backbone
 from qst_tune.modules.qst_model import SIDE_PREFIX
-from qst_tune.results.described_model import build_described
-from qst_tune.results.side_network import read_side_network
+from qst_tune.results.loading import build_described
+from qst_tune.results.tuned_directory import read_tuned
 from qst_tune.torchtune_compat import component_of
 
 
@@ -56,6 +56,6 @@ class TunedCheckpointer:
         fingerprint = read_weights(model, self._base, weights.__setitem__)
         name, _ = model_name(self.checkpoint_dir)
         backbone = BackboneId(name, fingerprint, quantization_of_backbone(model))
-        side = read_side_network(self.side_network, model.side, backbone=backbone)
+        side = read_tuned(self.side_network, model.side, backbone=backbone)
         tuned = {SIDE_PREFIX + name: value for name, value in side.items()}
         return {training.MODEL_KEY: weights | tuned}

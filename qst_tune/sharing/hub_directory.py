@@ -1,20 +1,28 @@
 """Prepares a side network's directory for a model hub: no local paths, a full model card."""
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+import yaml
+from huggingface_hub import ModelCardData
 
 from qst_tune.atomic_files import write_directory
+from qst_tune.backbone.identity import BackboneId
 from qst_tune.config.hub_models import changed_texts
 from qst_tune.errors import UserError
-from qst_tune.results.lineage import describe_lineage
-from qst_tune.results.side_network import SIDE_NETWORK, transformers_config
-from qst_tune.results.tuned_directory import read_description, read_tensors, shown, table
+from qst_tune.results.card import describe_lineage, shown, table
+from qst_tune.results.description import SIDE_NETWORK, Description, read_description
+from qst_tune.results.recipe_config import read_config
+from qst_tune.results.tuned_directory import (
+    CARD_FILE,
+    RECIPE_CONFIG,
+    read_tensors,
+    transformers_config,
+)
 
 _PACKAGES = ("torch", "torchtune", "torchao", "transformers")
 
@@ -32,13 +40,13 @@ class Publication:
 
 def base_model_of(directory: Path) -> str:
     """Return the hub name of a side network's backbone; a local backbone is a UserError."""
-    backbone = read_description(directory, SIDE_NETWORK)["backbone"]
-    if not backbone.get("revision"):
+    backbone = read_description(directory, SIDE_NETWORK).backbone
+    if not backbone.revision:
         raise UserError(
-            f"the run had {backbone['name']} from a local directory: name the model on the hub "
+            f"the run had {backbone.name} from a local directory: name the model on the hub "
             "with --base-model org/name"
         )
-    return str(backbone["name"])
+    return backbone.name
 
 
 def make_hub_directory(directory: Path, target: Path, publication: Publication) -> None:
@@ -49,44 +57,34 @@ def make_hub_directory(directory: Path, target: Path, publication: Publication) 
     if target.exists():
         raise UserError(f"{target} exists already: name a new directory")
     description = read_description(directory, SIDE_NETWORK)
-    public = _public_name(description["backbone"], publication.base_model)
-    if "num_labels" in description["model"]:
+    if description.is_classifier:
         raise UserError(f"{directory} is a classifier; only models that write text are shared")
     read_tensors(directory, SIDE_NETWORK)  # raises if damaged
-    cfg = _portable(directory / "recipe_config.yaml", public)
-    home = str(description["model"].get("checkpoint_dir", ""))
-    portable = _without_paths(description, home, public)
-    card = model_card(description, cfg, publication, summary=_summary(directory))
+    config = read_config(directory)
+    if not isinstance(config.get("checkpointer"), dict):
+        raise UserError(f"{directory / RECIPE_CONFIG} cannot be read: it has no checkpointer block")
+    public = _public_name(description.backbone, publication.base_model)
+    config = _without_paths(config, str(config["checkpointer"].get("checkpoint_dir", "")), public)
+    home = str(description.model.get("checkpoint_dir", ""))
+    portable = replace(description, model=_without_paths(description.model, home, public))
+    card = model_card(portable, config, publication, summary=_summary(directory))
     files = {
         SIDE_NETWORK.weights_file: (directory / SIDE_NETWORK.weights_file).read_bytes(),
-        SIDE_NETWORK.config_file: (json.dumps(portable, indent=2) + "\n").encode(),
-        "recipe_config.yaml": OmegaConf.to_yaml(cfg).encode(),
+        SIDE_NETWORK.config_file: portable.to_json(),
+        RECIPE_CONFIG: yaml.safe_dump(config, sort_keys=False).encode(),
         "config.json": transformers_config(public),
-        "README.md": card.encode(),
+        CARD_FILE: card.encode(),
     }
     write_directory(target, files)
 
 
-def _public_name(backbone: dict[str, Any], base_model: str) -> str:
+def _public_name(backbone: BackboneId, base_model: str) -> str:
     """The hub name, with the commit if the run had the model from the hub."""
-    is_from_there = backbone["name"] == base_model and backbone.get("revision")
-    return f"{base_model}@{backbone['revision']}" if is_from_there else base_model
+    is_from_there = backbone.name == base_model and backbone.revision
+    return f"{base_model}@{backbone.revision}" if is_from_there else base_model
 
 
-def _portable(path: Path, public: str) -> DictConfig:
-    """The run's config with names of files and directories instead of local paths."""
-    try:
-        cfg = OmegaConf.load(path)
-    except Exception as error:  # OmegaConf and YAML raise many types
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} cannot be read: {reason}") from error
-    plain: Any = OmegaConf.to_container(cfg)
-    home = str(plain["checkpointer"].get("checkpoint_dir", ""))
-    portable: DictConfig = OmegaConf.create(_without_paths(plain, home, public))
-    return portable
-
-
-def _without_paths(node: Any, home: str, public: str) -> Any:
+def _without_paths(block: dict[str, Any], home: str, public: str) -> dict[str, Any]:
     """Copy plain dicts, lists and values without local paths.
 
     ``home``, the backbone's directory here, becomes its ``public`` name; of other absolute paths
@@ -99,45 +97,58 @@ def _without_paths(node: Any, home: str, public: str) -> Any:
         is_path = Path(text).is_absolute() or text.startswith("~")
         return Path(text).name if is_path else text
 
-    return changed_texts(node, portable)
+    return dict(changed_texts(block, portable))
 
 
 def _summary(directory: Path) -> dict[str, Any]:
     """What the run measured, if the directory is still where the run wrote it."""
-    path = directory.parent / "summary.json"
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
+        found = json.loads((directory.parent / "summary.json").read_text())
     except (OSError, ValueError):
         return {}
-    return found
+    return found if isinstance(found, dict) else {}
 
 
 def model_card(
-    description: dict[str, Any],
-    cfg: DictConfig,
+    description: Description,
+    config: Mapping[str, Any],
     publication: Publication,
     *,
-    summary: dict[str, Any],
+    summary: Mapping[str, Any],
 ) -> str:
     """Write the card: what it is, how to use it, how it was made and the results.
 
-    ``cfg`` has no local paths; ``summary`` may be empty. The card is Markdown with the hub's front
-    matter.
+    ``config`` has no local paths; ``summary`` may be empty. The card is Markdown with the hub's
+    front matter.
     """
-    backbone = description["backbone"]
+    front = ModelCardData(
+        base_model=publication.base_model,
+        library_name="qst_tune",
+        license=publication.license,
+        pipeline_tag="text-generation",
+        tags=["qst", "quantized-side-tuning", "torchtune"],
+    )
+    verdict = f"**Validation**: {description.verdict}.\n\n" if description.verdict else ""
     return f"""\
-{_front_matter(publication)}
+---
+{front.to_yaml()}
+---
 # {publication.name.rpartition("/")[2]}
 
 A side network of [QST](https://arxiv.org/abs/2401.07159) for `{publication.base_model}`, which
-runs in {backbone["quantization"]} and is not part of this directory. It cannot be merged
+runs in {description.backbone.quantization} and is not part of this directory. It cannot be merged
 into that model, and works with no other weights than those of the fingerprint
-`{backbone["fingerprint"][:16]}...`: loading checks it.
+`{description.backbone.fingerprint[:16]}...`: loading checks it.
 
 ## Use
 
 ```python
-{_snippet(publication)}
+import qst_tune.transformers
+from transformers import pipeline
+
+chat = pipeline("text-generation", model="{publication.name}")
+question = [{{"role": "user", "content": "What can you tell me?"}}]
+print(chat(question, max_new_tokens=40)[0]["generated_text"][-1]["content"])
 ```
 
 The package is not on an index yet: `pip install -c constraints.txt .` in a clone of qst_tune
@@ -152,14 +163,13 @@ instead if there is one.
 
 ## Training
 
-{table("", _training(cfg, publication))}
+{table("", _training(config, publication))}
 
-{table("result", {name: shown(value) for name, value in description["results"].items()})}
+{table("result", {name: shown(value) for name, value in description.results.items()})}
 
-{_verdict(description)}{describe_lineage(description.get("lineage") or ())}\
-{table("measured", dict(_measured(summary)))}
+{verdict}{describe_lineage(description.lineage)}{table("measured", dict(_measured(summary)))}
 
-The whole config is `recipe_config.yaml`. Made with qst_tune {description["qst_tune_version"]}; this
+The whole config is `recipe_config.yaml`. Made with qst_tune {description.version}; this
 card was written with {", ".join(f"{name} {version(name)}" for name in _PACKAGES)}.
 
 ## Limits
@@ -169,62 +179,33 @@ on the data above and on nothing else. The figures are of the run; nothing more 
 """
 
 
-def _verdict(description: dict[str, Any]) -> str:
-    verdict = description.get("verdict")
-    return f"**Validation**: {verdict}.\n\n" if verdict else ""
-
-
-def _front_matter(publication: Publication) -> str:
-    about = {
-        "base_model": publication.base_model,
-        "library_name": "qst_tune",
-        "pipeline_tag": "text-generation",
-        "tags": ["qst", "quantized-side-tuning", "torchtune"],
-        **({"license": publication.license} if publication.license else {}),
-    }
-    return f"---\n{OmegaConf.to_yaml(OmegaConf.create(about))}---"
-
-
-def _snippet(publication: Publication) -> str:
-    return f"""\
-import qst_tune.transformers
-from transformers import pipeline
-
-chat = pipeline("text-generation", model="{publication.name}")
-question = [{{"role": "user", "content": "What can you tell me?"}}]
-print(chat(question, max_new_tokens=40)[0]["generated_text"][-1]["content"])"""
-
-
-def _training(cfg: DictConfig, publication: Publication) -> dict[str, Any]:
-    model = {f"model.{name}": value for name, value in cfg.model.items()}
-    optimizer = cfg.get("optimizer") or {}
+def _training(config: Mapping[str, Any], publication: Publication) -> dict[str, object]:
+    optimizer = config.get("optimizer") or {}
+    plain = ("epochs", "batch_size", "gradient_accumulation_steps", "seed", "dtype")
     found = {
-        "data": publication.data or ", ".join(_data_files(cfg.get("dataset"))),
-        **model,
-        "epochs": cfg.get("epochs"),
-        "batch_size": cfg.get("batch_size"),
-        "gradient_accumulation_steps": cfg.get("gradient_accumulation_steps"),
+        "data": publication.data or ", ".join(_data_files(config.get("dataset"))),
+        **{f"model.{name}": value for name, value in config["model"].items()},
+        **{name: config.get(name) for name in plain},
         "optimizer": optimizer.get("_component_"),
         "lr": optimizer.get("lr"),
-        "seed": cfg.get("seed"),
-        "dtype": cfg.get("dtype"),
     }
     return {name: value for name, value in found.items() if value not in (None, "")}
 
 
 def _data_files(block: Any) -> Iterator[str]:
-    for part in block if isinstance(block, list) or OmegaConf.is_list(block) else [block or {}]:
+    for part in block if isinstance(block, list) else [block or {}]:
         name = part.get("data_files") or part.get("source")
         if name:
             yield str(name)
 
 
-def _measured(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _measured(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """The run's single figures; curves are in its own summary."""
-    single = {
-        name: summary.get(name) for name in ("trainable_parameters", "tokens_per_second", "seconds")
-    }
     memory = summary.get("memory_gib") or {}
-    for name, value in {**single, **{f"memory, GiB: {k}": v for k, v in memory.items()}}.items():
+    figures = {
+        **{n: summary.get(n) for n in ("trainable_parameters", "tokens_per_second", "seconds")},
+        **{f"memory, GiB: {name}": value for name, value in memory.items()},
+    }
+    for name, value in figures.items():
         if isinstance(value, int | float):
             yield name.replace("_", " "), shown(value)

@@ -8,8 +8,8 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
 
 from qst_tune.errors import UserError
-from qst_tune.results.described_model import directory_format
-from qst_tune.results.tuned_directory import read_description, read_tensors
+from qst_tune.results.description import read_description
+from qst_tune.results.tuned_directory import read_tensors
 
 _LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -45,8 +45,8 @@ def push_directory(directory: Path, name: str, *, private: bool = False) -> str:
 
 def _check(directory: Path) -> list[str]:
     """Names of the files to upload, all of which were checked."""
-    form = directory_format(directory)
-    description = read_description(directory, form)
+    description = read_description(directory)
+    form = description.form
     broken = [
         name for name, t in read_tensors(directory, form).items() if not bool(t.isfinite().all())
     ]
@@ -63,7 +63,7 @@ def _check(directory: Path) -> list[str]:
     for name in files:
         if name != form.weights_file:
             _check_text(directory / name)
-    if "num_labels" in description["model"]:
+    if description.is_classifier:
         raise UserError(f"{directory} is a classifier; only models that write text are shared")
     return files
 

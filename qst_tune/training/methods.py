@@ -25,10 +25,8 @@ from qst_tune.modules.qst_model import QSTModel
 from qst_tune.modules.side.network import Gate
 from qst_tune.modules.side.output_mix import AlphaMix, SigmoidMix
 from qst_tune.results.provenance import provenance_of
-from qst_tune.results.scales import load_scales, scales_files
-from qst_tune.results.side_network import load_side_network, side_network_files
 from qst_tune.results.start import find_start
-from qst_tune.results.tuned_directory import Provenance
+from qst_tune.results.tuned_directory import Provenance, load_tuned, tuned_files
 
 
 class Method(Protocol):
@@ -86,11 +84,11 @@ class QSTMethod:
     def files(self, results: dict[str, float]) -> dict[str, bytes]:
         """Return the side network as files by name; ``results`` are figures for the model card."""
         provenance = replace(self.provenance, results=results)
-        return side_network_files(self.model.side, provenance)
+        return tuned_files(self.model.side, provenance)
 
     def load(self, directory: Path) -> None:
         """Fill the side network from a directory; UserError if it does not fit."""
-        load_side_network(directory, self.model.side, backbone=self.provenance.backbone)
+        load_tuned(directory, self.model.side, backbone=self.provenance.backbone)
 
     @torch.no_grad()
     def statistics(self) -> dict[str, float]:
@@ -123,7 +121,7 @@ def load_qst(
     model.initialize_side(device)
     start = find_start(cfg)
     if start is not None:
-        load_side_network(start.directory, model.side, backbone=backbone)
+        load_tuned(start.directory, model.side, backbone=backbone)
     broadcast_tensors(model.side)
     model.side.recompute = cfg.get("enable_activation_checkpointing", False)
     if cfg.get("hidden_state_cache"):
@@ -172,11 +170,11 @@ class PEQAMethod:
     def files(self, results: dict[str, float]) -> dict[str, bytes]:
         """Return the scales as files by name; ``results`` are figures for the model card."""
         provenance = replace(self.provenance, results=results)
-        return scales_files(self.model, provenance)
+        return tuned_files(self.model, provenance)
 
     def load(self, directory: Path) -> None:
         """Exchange the scales for those of a directory; UserError if it does not fit."""
-        load_scales(directory, self.model, backbone=self.provenance.backbone)
+        load_tuned(directory, self.model, backbone=self.provenance.backbone)
 
     def statistics(self) -> dict[str, float]:
         """Return nothing: scales of different layers have no common size to log."""
@@ -195,7 +193,7 @@ def load_peqa(
     backbone = load_frozen_backbone(model, cfg, dtype=dtype, device=device)
     start = find_start(cfg)
     if start is not None:
-        load_scales(start.directory, model, backbone=backbone)
+        load_tuned(start.directory, model, backbone=backbone)
     if cfg.get("compile"):
         compile_forward(model.layers)
     if cfg.get("enable_activation_checkpointing"):

@@ -7,7 +7,8 @@ from transformers import PretrainedConfig
 
 from qst_tune.backbone.hub import Parts, fetch_model, is_hub_name
 from qst_tune.errors import UserError
-from qst_tune.results.side_network import SIDE_NETWORK, TRANSFORMERS_MODEL_TYPE
+from qst_tune.results.description import SIDE_NETWORK
+from qst_tune.results.tuned_directory import TRANSFORMERS_MODEL_TYPE
 
 # Settings of a download; a revision is the side network's, not its backbone's.
 FETCHING = {"cache_dir", "force_download", "local_files_only", "revision", "token"}

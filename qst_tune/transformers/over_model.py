@@ -27,8 +27,8 @@ from qst_tune.models.qst import qst_decoder
 from qst_tune.modules.backbone_formats import BaseQuantization
 from qst_tune.modules.qst_classifier import QSTClassifier
 from qst_tune.modules.side.config import SideConfig
-from qst_tune.results.side_network import SIDE_NETWORK, load_side_network
-from qst_tune.results.tuned_directory import Provenance, read_description
+from qst_tune.results.description import SIDE_NETWORK, read_description
+from qst_tune.results.tuned_directory import Provenance, load_tuned
 
 _BUILDER: dict[str, Any] = {"_component_": "qst_tune.models.qst_from_hf"}
 _CLASSIFIER = {
@@ -83,7 +83,7 @@ def side_over(
 
 def load_over(directory: Path, model: PreTrainedModel) -> tuple[QSTTransformer, Provenance]:
     """Put a saved side network over the model that it was trained on; any other is a UserError."""
-    block = dict(read_description(directory, SIDE_NETWORK)["model"])
+    block = read_description(directory, SIDE_NETWORK).model
     builder = _BUILDER if score_of(model) is None else _CLASSIFIER
     if any(block.get(name) != value for name, value in builder.items()):
         raise UserError(
@@ -94,7 +94,7 @@ def load_over(directory: Path, model: PreTrainedModel) -> tuple[QSTTransformer, 
     is_dense = getattr(model.config, "quantization_config", None) is None
     quantize: Any = stored if is_dense and stored != "auto" else "none"
     decoder, provenance = side_over(model, SideConfig.of_block(block), quantize)
-    load_side_network(directory, decoder.side, backbone=provenance.backbone)
+    load_tuned(directory, decoder.side, backbone=provenance.backbone)
     return decoder, provenance
 
 

@@ -15,9 +15,10 @@ from qst_tune.backbone.transformers_models import QSTTransformer
 from qst_tune.errors import UserError
 from qst_tune.generation.caches import attentions
 from qst_tune.modules.qst_model import QSTModel
-from qst_tune.results.described_model import load_described
-from qst_tune.results.side_network import SIDE_NETWORK, read_provenance, side_network_files
-from qst_tune.results.tuned_directory import Provenance
+from qst_tune.results.description import SIDE_NETWORK
+from qst_tune.results.loading import load_directory
+from qst_tune.results.recipe_config import TunedTemplate, tuned_template
+from qst_tune.results.tuned_directory import Provenance, tuned_files
 from qst_tune.sharing.hub_directory import Publication, base_model_of, make_hub_directory
 from qst_tune.sharing.push import push_directory
 from qst_tune.transformers.config import (
@@ -28,7 +29,6 @@ from qst_tune.transformers.config import (
 )
 from qst_tune.transformers.over_model import load_over
 from qst_tune.transformers.passes import num_cache_layers
-from qst_tune.transformers.tuned_template import TunedTemplate, tuned_template
 
 _SIDE = "model.side."
 # Trainer resumes from a directory with this file; it names the tensors of side_network.safetensors.
@@ -132,14 +132,14 @@ class QSTPreTrainedModel(PreTrainedModel):
         else:
             fetching.pop("revision", None)
             home = backbone_directory(backbone or config.backbone, directory, **fetching)
-            decoder, _ = load_described(
+            decoder = load_directory(
                 directory,
                 home,
                 dtype=_dtype(config.dtype if dtype in (None, "auto") else dtype),
                 device=_device(device_map),
-                classifies=not cls.can_generate(),
-            )
-            provenance = read_provenance(directory, backbone or config.backbone)
+                use="text" if cls.can_generate() else "classes",
+            ).model
+            provenance = Provenance.of_directory(directory, backbone or config.backbone)
             if cls.can_generate():
                 generation = _generation_config(home, tuned_template(directory, home))
         model = cls(config, decoder, provenance)
@@ -179,7 +179,7 @@ class QSTPreTrainedModel(PreTrainedModel):
                 raise UserError(f"save_pretrained: {name}={value} is not supported by a QST model")
         if not is_main_process:
             return
-        files = side_network_files(self.model.side, self.provenance)
+        files = tuned_files(self.model.side, self.provenance)
         names = dict.fromkeys(self.state_dict(), SIDE_NETWORK.weights_file)
         index = {"metadata": {}, "weight_map": names}
         files[_INDEX] = (json.dumps(index, indent=2) + "\n").encode()

@@ -4,13 +4,13 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from qst_tune.results.recipe_config import tuned_template
 from qst_tune.transformers.config import (
     FETCHING,
     QSTConfig,
     backbone_directory,
     side_network_directory,
 )
-from qst_tune.transformers.tuned_template import tuned_template
 
 
 class BackboneTokenizer:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from qst_tune.errors import UserError
 from qst_tune.models import peqa_llama3_2
-from qst_tune.results.scales import load_scales
+from qst_tune.results.tuned_directory import load_tuned
 from qst_tune.training.methods import load_peqa
 from tests.support.checkpoints import SIZES, Config, file_hashes, finetune_config, write_config
 from tests.support.recipe_runs import FinetuneResult, held_out_loss, merged, one_thread, run_tune
@@ -66,7 +66,7 @@ def test_the_saved_scales_give_the_held_out_loss_of_the_run_on_a_fresh_model(
         model = peqa_llama3_2(**SIZES, bits=3)
     method = load_peqa(model, cfg, dtype=torch.float32, device=torch.device("cpu"))
     rounded = {name: value.detach().clone() for name, value in model.task().items()}
-    load_scales(trained.directory / "scales", model, backbone=method.provenance.backbone)
+    load_tuned(trained.directory / "scales", model, backbone=method.provenance.backbone)
     for name, value in scales(trained).items():
         assert torch.equal(model.task()[name], value)
         assert not torch.equal(rounded[name], value)

@@ -12,8 +12,8 @@ from qst_tune.errors import UserError
 from qst_tune.models.build import build_on_meta
 from qst_tune.models.load import load_frozen_backbone
 from qst_tune.results.authors_checkpoint import write_authors_directory
-from qst_tune.results.side_network import SIDE_NETWORK, load_side_network
-from qst_tune.results.tuned_directory import read_description
+from qst_tune.results.description import SIDE_NETWORK, read_description
+from qst_tune.results.tuned_directory import load_tuned
 from tests.reference import qst_reference as reference
 from tests.results.test_authors_conversion import (
     LLAMA,
@@ -118,11 +118,11 @@ def test_an_opt_classifiers_directory_comes_back(tmp_path: Path, config: Config)
 
 def loaded(directory: Path, config: Config):
     """The directory's model over its quantised backbone, loaded like any side network of ours."""
-    cfg = OmegaConf.create({**config, "model": read_description(directory, SIDE_NETWORK)["model"]})
+    cfg = OmegaConf.create({**config, "model": read_description(directory, SIDE_NETWORK).model})
     model = build_on_meta(cfg, torch.float32)
     backbone = load_frozen_backbone(model, cfg, dtype=torch.float32, device=CPU)
     model.initialize_side(CPU)
-    load_side_network(directory, model.side, backbone=backbone)
+    load_tuned(directory, model.side, backbone=backbone)
     return model, cfg
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from qst_tune.data.batches.checked_rows import CheckedRows, row_numbers
 from qst_tune.data.batches.survey import RowStore
 from qst_tune.errors import UserError
-from qst_tune.results.side_network import SIDE_NETWORK
+from qst_tune.results.description import SIDE_NETWORK
 from qst_tune.training.checkpoints import CheckpointStore
 from qst_tune.training.run_log import RunSummary
 from qst_tune.training.trainer import Trainer

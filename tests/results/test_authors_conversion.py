@@ -21,7 +21,7 @@ from qst_tune.results.authors_checkpoint import (
     write_authors_directory,
 )
 from qst_tune.results.authors_conversion import export_authors, import_authors
-from qst_tune.results.side_network import save_side_network
+from qst_tune.results.tuned_directory import Provenance, save_tuned
 from tests.support import opt_models
 from tests.support.checkpoints import SIZES
 from tests.support.numbers import TINY
@@ -77,9 +77,7 @@ def random_state(block: dict[str, Any], dtype=torch.float32) -> Weights:
 
 
 def save(directory: Path, side, block: dict[str, Any]) -> None:
-    save_side_network(
-        directory, side, backbone=BACKBONE, model_block=block, recipe_config="", results={}
-    )
+    save_tuned(directory, side, Provenance(BACKBONE, block, ""))
 
 
 def assert_same_tensors(actual: Weights, expected: Weights) -> None:

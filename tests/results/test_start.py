@@ -11,8 +11,8 @@ from qst_tune.recipes import peqa_finetune, qst_dpo
 from safetensors.torch import load_file, save_file
 
 from qst_tune.errors import UserError
+from qst_tune.results.loading import load_tuned_model
 from qst_tune.results.start import digest_of, find_start, tuned_directory
-from qst_tune.results.tuned_model import load_tuned_model
 from tests.recipes.test_qst_dpo import write_pairs
 from tests.support.checkpoints import SIZES, Config, finetune_config
 from tests.support.recipe_runs import FinetuneResult, finetune, merged, one_thread
@@ -67,7 +67,7 @@ def test_lineage_is_in_the_description_and_the_card(
         merged({"side_network": str(second.directory / "side_network"), "output_dir": "x"})
     )
     assert start is not None
-    assert [link["name"] for link in start.lineage] == ["first/side_network", "second/side_network"]
+    assert [link.name for link in start.lineage] == ["first/side_network", "second/side_network"]
 
 
 def test_digest_sees_every_value_name_and_shape(first: FinetuneResult) -> None:
@@ -212,4 +212,4 @@ def test_data_of_several_files_is_recorded(first: FinetuneResult) -> None:
     finally:
         (directory / "recipe_config.yaml").write_text(config)
     assert start is not None
-    assert start.lineage[-1]["data"] == ["a.jsonl", "b.jsonl", "set"]
+    assert start.lineage[-1].data == ("a.jsonl", "b.jsonl", "set")

@@ -13,7 +13,7 @@ from qst_tune.recipes import qst_chat
 
 from qst_tune.config.file import parse_config
 from qst_tune.errors import UserError
-from qst_tune.results.side_network import SIDE_NETWORK
+from qst_tune.results.description import SIDE_NETWORK
 from qst_tune.sharing.__main__ import main
 from qst_tune.sharing.hub_directory import Publication, make_hub_directory
 from tests.support.directories import side_network_directory

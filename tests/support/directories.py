@@ -1,5 +1,6 @@
 """Directories of side networks with random weights, as a training run leaves them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from qst_tune.models.build import build_on_meta
 from qst_tune.models.load import load_frozen_backbone
 from qst_tune.modules.qst_decoder import QSTDecoder
 from qst_tune.results.provenance import provenance_of
-from qst_tune.results.side_network import save_side_network
+from qst_tune.results.tuned_directory import save_tuned
 from tests.support.checkpoints import Config, finetune_config
 from tests.support.numbers import randomize_
 
@@ -32,13 +33,6 @@ def side_network_directory(
     torch.manual_seed(seed)
     randomize_(model.side)
     origin = provenance_of(cfg, backbone)
-    save_side_network(
-        root / name,
-        model.side,
-        backbone=backbone,
-        model_block=origin.model_block,
-        recipe_config=origin.recipe_config,
-        backbone_path=origin.backbone_path,
-        results={"validation loss at step 8": 1.25},
-    )
+    origin = replace(origin, results={"validation loss at step 8": 1.25})
+    save_tuned(root / name, model.side, origin)
     return root / name, model.eval()

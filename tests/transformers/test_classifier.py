@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification
 
 from qst_tune import QSTForCausalLM, QSTForSequenceClassification, SideConfig, get_qst_model
 from qst_tune.errors import UserError
-from qst_tune.results.described_model import load_described
+from qst_tune.results.loading import load_directory
 from tests.support.model_types import tiny_model
 from tests.support.numbers import random_tokens, randomize_
 
@@ -87,13 +87,13 @@ def test_a_saved_classifier_opens_everywhere_with_the_same_logits(quantize, dire
     over_model = QSTForSequenceClassification.from_pretrained(
         tmp_path, backbone=load(directories["llama"])
     )
-    in_recipes, _ = load_described(
+    in_recipes = load_directory(
         tmp_path,
         directories["llama"],
         dtype=torch.float32,
         device=torch.device("cpu"),
-        classifies=True,
-    )
+        use="classes",
+    ).model
     assert torch.equal(opened(**batch).logits, want)
     assert torch.equal(over_model(**batch).logits, want)
     recipes_logits = in_recipes(batch["input_ids"], padding_mask=batch["attention_mask"].bool())

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import qst_tune
 from qst_tune import QSTForCausalLM, SideConfig, get_qst_model
 from qst_tune.errors import UserError
-from qst_tune.results.described_model import load_described
+from qst_tune.results.loading import load_directory
 from tests.support.fake_hub import COMMIT, serving, use
 from tests.support.model_types import tiny_model
 from tests.support.numbers import random_tokens, randomize_
@@ -115,9 +115,9 @@ def test_a_saved_side_network_opens_everywhere_with_the_same_logits(
     want = tuned(tokens).logits
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "side", dtype=torch.float32)
     over_model = QSTForCausalLM.from_pretrained(tmp_path / "side", backbone=load(directories[name]))
-    in_recipes, _ = load_described(
+    in_recipes = load_directory(
         tmp_path / "side", directories[name], dtype=torch.float32, device=torch.device("cpu")
-    )
+    ).model
     assert torch.equal(opened(tokens).logits, want)
     assert torch.equal(over_model(tokens).logits, want)
     assert torch.equal(in_recipes(tokens), want)

@@ -1,4 +1,4 @@
-"""From a config to a model that can be used tuned or as it was."""
+"""From a config, or from directories, to models that can be used tuned or as they were."""
 
 from pathlib import Path
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from qst_tune.errors import UserError
-from qst_tune.results.tuned_model import load_tuned_model
+from qst_tune.results.loading import load_directory, load_side_networks, load_tuned_model
 from tests.support.checkpoints import SIZES, finetune_config
-from tests.support.directories import side_network_directory
+from tests.support.directories import CPU, side_network_directory
 from tests.support.numbers import random_tokens
 from tests.support.recipe_runs import merged
 
@@ -62,3 +62,36 @@ def test_what_does_not_fit_is_told(model: dict, message: str, tmp_path: Path) ->
         del config["model"]["scale_factor"]
     with pytest.raises(UserError, match=message):
         load_tuned_model(merged(config))
+
+
+@torch.no_grad()
+def test_each_row_has_the_logits_of_its_directories_own_model(tmp_path: Path) -> None:
+    directories, alone = {}, {}
+    for seed, (name, settings) in enumerate(
+        {"narrow": {}, "wide": {"reduction_factor": 2}}.items()
+    ):
+        directories[name], alone[name] = side_network_directory(
+            tmp_path, name, seed=seed, **settings
+        )
+    loaded = load_directory(
+        directories["narrow"], tmp_path / "model", dtype=torch.float32, device=CPU
+    )
+    before = [parameter.data_ptr() for parameter in loaded.model.layers.parameters()]
+    side = load_side_networks(loaded.model, directories, backbone=loaded.backbone)
+    assert before == [parameter.data_ptr() for parameter in loaded.model.layers.parameters()]
+    tokens = random_tokens(batch=3, vocab_size=300)
+    side.use(["wide", "narrow", "wide"])
+    together = loaded.model(tokens)
+    for row, name in enumerate(["wide", "narrow", "wide"]):
+        expected = alone[name](tokens[row : row + 1])
+        torch.testing.assert_close(together[row : row + 1], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_directories_that_do_not_go_together_are_told(tmp_path: Path) -> None:
+    all_layers, _ = side_network_directory(tmp_path, "all")
+    one_layer, _ = side_network_directory(tmp_path, "one", num_side_blocks=1)
+    loaded = load_directory(all_layers, tmp_path / "model", dtype=torch.float32, device=CPU)
+    with pytest.raises(UserError, match="one: side networks must read the same layers"):
+        load_side_networks(
+            loaded.model, {"a": all_layers, "b": one_layer}, backbone=loaded.backbone
+        )

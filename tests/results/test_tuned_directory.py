@@ -1,10 +1,10 @@
-"""A side network on disk: what goes in comes out, and nothing else comes in."""
+"""A side network or scales on disk: what goes in comes out, and nothing else comes in."""
 
 import errno
 import json
 import os
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,15 +14,10 @@ from safetensors.torch import load_file, save_file
 from qst_tune import __version__
 from qst_tune.backbone.identity import BackboneId
 from qst_tune.errors import UserError
-from qst_tune.models import qst_decoder
-from qst_tune.results.side_network import (
-    SIDE_NETWORK,
-    load_side_network,
-    save_side_network,
-)
-from qst_tune.results.side_structure import side_structure
-from qst_tune.results.tuned_directory import read_description
-from tests.support.numbers import TINY_REDUCTION, randomize_, tiny_backbone
+from qst_tune.models import peqa_decoder, qst_decoder
+from qst_tune.results.description import SCALES, read_description
+from qst_tune.results.tuned_directory import Provenance, load_tuned, save_tuned
+from tests.support.numbers import TINY_REDUCTION, random_tokens, randomize_, tiny_backbone
 
 BACKBONE = BackboneId(name="tiny", fingerprint="0123456789abcdef" * 4, quantization="nf4")
 MODEL_BLOCK = {"_component_": "tests.tiny", "reduction_factor": TINY_REDUCTION, "rank": 4}
@@ -51,7 +46,7 @@ def save(directory: Path, side, **changes) -> None:
         "results": {"validation loss": 1.25},
         **changes,
     }
-    save_side_network(directory, side, **arguments)
+    save_tuned(directory, side, Provenance(**arguments))
 
 
 @pytest.fixture
@@ -78,7 +73,7 @@ def test_transformers_finds_the_backbone_and_the_classes(tmp_path: Path) -> None
 def test_round_trip_is_exact(variant: str, tmp_path: Path) -> None:
     side, other = side_network(variant=variant), side_network(variant=variant)
     save(tmp_path / "side", side)
-    load_side_network(tmp_path / "side", other, backbone=BACKBONE)
+    load_tuned(tmp_path / "side", other, backbone=BACKBONE)
     for name, value in side.state_dict().items():
         torch.testing.assert_close(other.state_dict()[name], value, rtol=0, atol=0, msg=name)
 
@@ -92,7 +87,8 @@ def test_directory_holds_the_documented_files(saved: Path) -> None:
 
 
 def test_description_says_what_it_was_trained_on(saved: Path) -> None:
-    assert read_description(saved, SIDE_NETWORK) == {
+    side = side_network()
+    assert json.loads((saved / "qst_config.json").read_text()) == {
         "method": "qst",
         "format_version": 2,
         "qst_tune_version": __version__,
@@ -104,7 +100,12 @@ def test_description_says_what_it_was_trained_on(saved: Path) -> None:
             "library": "torchtune",
         },
         "model": MODEL_BLOCK,
-        "structure": side_structure(side_network()),
+        "structure": {
+            **asdict(side.config),
+            "layers": [0, 1, 2],
+            "num_heads": 1,
+            "num_kv_heads": 1,
+        },
         "results": {"validation loss": 1.25},
     }
 
@@ -133,7 +134,7 @@ def test_saving_again_replaces_the_directory(saved: Path) -> None:
     assert {path.name for path in saved.iterdir()} == FILES
     assert [path.name for path in saved.parent.iterdir()] == ["side_network"]
     other = side_network()
-    load_side_network(saved, other, backbone=BACKBONE)
+    load_tuned(saved, other, backbone=BACKBONE)
     assert torch.equal(other.upsample.weight, side.upsample.weight)
 
 
@@ -254,10 +255,13 @@ DAMAGES = {
     ),
     "no structure": (
         lambda f: edit_description(f, structure=None),
-        r"for another model: layers None there, \[0, 1, 2\] here; .* num_heads None there, 1 here",
+        r"qst_config\.json: structure is None, and must be an object; copy the directory again",
     ),
     "no format": (lambda f: edit_description(f, format_version=None), "has format None"),
-    "no backbone": (lambda f: edit_description(f, backbone=None), "trained on another backbone"),
+    "no backbone": (
+        lambda f: edit_description(f, backbone=None),
+        "backbone is None and must be an object",
+    ),
     "missing tensors": (
         lambda f: (f / "side_network.safetensors").unlink(),
         r"side_network\.safetensors is missing: copy the whole directory",
@@ -293,7 +297,7 @@ def test_damaged_directory_is_refused_and_changes_nothing(
     before = {name: value.clone() for name, value in side.state_dict().items()}
     damage(saved)
     with pytest.raises(UserError, match=message):
-        load_side_network(saved, side, backbone=BACKBONE)
+        load_tuned(saved, side, backbone=BACKBONE)
     assert all(torch.equal(value, before[name]) for name, value in side.state_dict().items())
 
 
@@ -302,27 +306,117 @@ def test_other_backbone_is_refused_and_both_are_named(saved: Path) -> None:
     with pytest.raises(
         UserError, match=r"another backbone \(tiny\) than other: fingerprint .*ffff"
     ):
-        load_side_network(saved, side_network(), backbone=other)
+        load_tuned(saved, side_network(), backbone=other)
 
 
 def test_other_quantisation_is_refused(saved: Path) -> None:
     other = replace(BACKBONE, quantization="none")
     with pytest.raises(UserError, match="quantization 'nf4' there, 'none' here"):
-        load_side_network(saved, side_network(), backbone=other)
+        load_tuned(saved, side_network(), backbone=other)
 
 
 def test_renamed_checkpoint_directory_is_the_same_backbone(saved: Path) -> None:
-    load_side_network(saved, side_network(), backbone=replace(BACKBONE, name="renamed"))
+    load_tuned(saved, side_network(), backbone=replace(BACKBONE, name="renamed"))
 
 
 def test_other_heads_of_the_same_tensors_are_refused(tmp_path: Path) -> None:
     ungrouped = {"num_kv_heads": 6}
     save(tmp_path / "side", side_network(ungrouped, min_head_dim=12))
     with pytest.raises(UserError, match=r"for another model: num_heads 2 there, 1 here; .*; use"):
-        load_side_network(tmp_path / "side", side_network(ungrouped), backbone=BACKBONE)
+        load_tuned(tmp_path / "side", side_network(ungrouped), backbone=BACKBONE)
 
 
 @pytest.mark.parametrize("settings", [{"reduction_factor": 8}, {"rank": 8}, {"variant": "paper"}])
 def test_other_sizes_are_refused_with_an_example(settings, saved: Path) -> None:
     with pytest.raises(UserError, match=r"tensors differ, for example .* use the model block of"):
-        load_side_network(saved, side_network(**settings), backbone=BACKBONE)
+        load_tuned(saved, side_network(**settings), backbone=BACKBONE)
+
+
+# Scales.
+
+INTEGERS = BackboneId("tiny", "0123456789abcdef" * 4, "int4, per channel, rtn")
+BITS = {"_component_": "tests.tiny", "bits": 4}
+
+
+def model_of(**settings):
+    torch.manual_seed(0)
+    return peqa_decoder(tiny_backbone(), **settings)
+
+
+def tuned(factor: float, **settings):
+    model = model_of(**settings)
+    model.load_task({name: value * factor for name, value in model.task().items()})
+    return model
+
+
+def save_scales(directory: Path, model) -> Path:
+    save_tuned(directory, model, Provenance(INTEGERS, BITS, "epochs: 1\n", {"val_loss": 1.25}))
+    return directory
+
+
+@pytest.mark.parametrize("settings", [{}, {"group_size": 32}, {"train_zero_points": True}])
+def test_tasks_are_exchanged_on_a_loaded_model_bit_for_bit(settings, tmp_path: Path) -> None:
+    tokens = random_tokens()
+    a, b = tuned(1.1, **settings), tuned(0.9, **settings)
+    save_scales(tmp_path / "a", a)
+    save_scales(tmp_path / "b", b)
+    model = model_of(**settings)
+    for name, expected in (("a", a), ("b", b), ("a", a)):
+        load_tuned(tmp_path / name, model, backbone=INTEGERS)
+        assert torch.equal(model(tokens), expected(tokens))
+
+
+def test_the_file_holds_the_scales_and_nothing_else(tmp_path: Path) -> None:
+    model = tuned(1.1)
+    directory = save_scales(tmp_path / "scales", model)
+    names = {"scales.safetensors", "peqa_config.json", "recipe_config.yaml", "README.md"}
+    assert {path.name for path in directory.iterdir()} == names
+    tensors = load_file(directory / "scales.safetensors")
+    assert tensors.keys() == model.task().keys()
+    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+    num_bytes = 4 * sum(tensor.numel() for tensor in tensors.values())
+    assert 0 < (directory / "scales.safetensors").stat().st_size - num_bytes < 10_000
+
+
+def test_description_and_card_say_what_it_belongs_to(tmp_path: Path) -> None:
+    directory = save_scales(tmp_path / "scales", tuned(1.1))
+    description = read_description(directory, SCALES)
+    assert description.form is SCALES
+    assert description.backbone.quantization == "int4, per channel, rtn"
+    assert description.model == BITS
+    card = (directory / "README.md").read_text()
+    assert "# A set of PEQA scales for tiny" in card
+    assert "| val_loss | 1.25 |" in card
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fingerprint": "f" * 64}, "was trained on another backbone .*: fingerprint '0123"),
+        ({"quantization": "int3, per channel, rtn"}, "quantization 'int4, per channel, rtn' there"),
+        ({"quantization": "int4, groups of 64, rtn"}, "quantization 'int4, per channel"),
+    ],
+)
+def test_scales_of_other_codes_are_refused(changes, message: str, tmp_path: Path) -> None:
+    directory, model = save_scales(tmp_path / "scales", tuned(1.1)), model_of()
+    before = {name: value.detach().clone() for name, value in model.task().items()}
+    with pytest.raises(UserError, match=message):
+        load_tuned(directory, model, backbone=replace(INTEGERS, **changes))
+    assert all(torch.equal(value, before[name]) for name, value in model.task().items())
+
+
+def test_another_shape_is_refused_by_name(tmp_path: Path) -> None:
+    directory = save_scales(tmp_path / "scales", tuned(1.1))
+    with pytest.raises(UserError, match=r"21 tensors differ, for example layers\.0\.attn\.k_proj"):
+        load_tuned(directory, model_of(group_size=32), backbone=INTEGERS)
+
+
+def test_the_directory_of_another_method_is_refused(tmp_path: Path) -> None:
+    directory = save_scales(tmp_path / "scales", tuned(1.1))
+    side = qst_decoder(tiny_backbone(), reduction_factor=TINY_REDUCTION).side
+    with pytest.raises(UserError, match=r"it has no qst_config\.json"):
+        load_tuned(directory, side, backbone=INTEGERS)
+    content = json.loads((directory / "peqa_config.json").read_text())
+    (directory / "peqa_config.json").write_text(json.dumps({**content, "method": "qst"}))
+    with pytest.raises(UserError, match="does not describe a set of PEQA scales"):
+        load_tuned(directory, model_of(), backbone=INTEGERS)

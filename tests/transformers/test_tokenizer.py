@@ -12,7 +12,7 @@ from qst_tune.data import hf_chat_tokenizer
 from qst_tune.models.build import build_on_meta
 from qst_tune.models.load import load_frozen_backbone
 from qst_tune.results.provenance import provenance_of
-from qst_tune.results.side_network import save_side_network
+from qst_tune.results.tuned_directory import save_tuned
 from tests.support.checkpoints import finetune_config
 
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ def result(root: Path, template: str | None) -> Path:
     backbone = load_frozen_backbone(model, cfg, dtype=torch.float32, device=CPU)
     model.side.materialize(CPU)
     origin = provenance_of(cfg, backbone)
-    save_side_network(root / "side_network", model.side, **vars(origin))
+    save_tuned(root / "side_network", model.side, origin)
     return root / "side_network"
 
 

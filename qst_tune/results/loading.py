@@ -1,0 +1,269 @@
+"""The loader of tuned models: from a config, or from a directory and its backbone.
+
+A directory may be anyone's. Of what it names, only builders of ``qst_tune.models`` and torchtune's
+families are called, and the checkpointers of :mod:`~qst_tune.results.recipe_config`; they only read
+tensors and numbers.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torchtune.modules.peft import disable_adapter
+
+import qst_tune.models
+from qst_tune.backbone.identity import BackboneId
+from qst_tune.config.check import check_checkpoint_dir
+from qst_tune.config.cli import instantiate
+from qst_tune.config.device import choose_device, choose_dtype
+from qst_tune.config.hub_models import fetch_models
+from qst_tune.config.keys import Key, pick
+from qst_tune.errors import UserError
+from qst_tune.models.build import build_any_on_meta
+from qst_tune.models.load import load_frozen_backbone
+from qst_tune.modules.peqa_model import PEQAModel
+from qst_tune.modules.qst_classifier import QSTClassifier
+from qst_tune.modules.qst_model import QSTModel
+from qst_tune.modules.side.per_row import SideNetworks, share_backbone
+from qst_tune.results.description import FORMATS, SIDE_NETWORK, TunedFormat, read_description
+from qst_tune.results.recipe_config import checkpointer_of
+from qst_tune.results.start import tuned_directory
+from qst_tune.results.tuned_directory import Tensors, Tuned, check_fits, load_tuned
+
+TunableModel = QSTModel | PEQAModel
+Use = Literal["text", "classes", "integers"]  # what the model must give
+
+# What a recipe that uses a tuned model reads of its config; that of the training run has it all.
+MODEL_KEYS = {
+    **pick("model", "tokenizer", "checkpointer", "device", "dtype"),
+    "side_network": Key(
+        kind=Path,
+        default="<output_dir>/side_network",
+        meaning="directory of a QST run's result; null: the base model",
+    ),
+    "scales": Key(
+        kind=Path,
+        default="<output_dir>/scales",
+        meaning="directory of a PEQA run's result; null: the base model",
+    ),
+    **pick("output_dir", required=False),
+}
+
+
+@dataclass(frozen=True)
+class TunedModel:
+    """A model on its device, in evaluation mode, that can be used tuned or as it was.
+
+    Args:
+        model (Any): a ``QSTModel`` or ``PEQAModel``.
+        backbone (BackboneId): what the model was loaded from.
+        is_tuned (bool): whether there is anything tuned to use.
+        tokenizer (Any): of a config's model for text: torchtune model tokenizer, cuts nothing.
+        untuned_scales (Tensors): of a PEQA model, as rounding left them.
+    """
+
+    model: Any
+    backbone: BackboneId
+    is_tuned: bool
+    tokenizer: Any = None
+    untuned_scales: Tensors = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """What the tuned model is, for people."""
+        kind = "side network" if isinstance(self.model, QSTModel) else "tuned scales"
+        return f"with the {kind}"
+
+    @contextmanager
+    def untuned(self) -> Iterator[None]:
+        """Make the model the quantised base model for as long as the context lasts."""
+        if isinstance(self.model, QSTModel):
+            with disable_adapter(self.model):
+                yield
+            return
+        tuned = {name: value.clone() for name, value in self.model.task().items()}
+        self.model.load_task(self.untuned_scales)
+        try:
+            yield
+        finally:
+            self.model.load_task(tuned)
+
+
+def load_tuned_model(cfg: DictConfig, use: Use = "text") -> TunedModel:
+    """Load a model for a use, with its side network or scales.
+
+    ``side_network`` (QST) or ``scales`` (PEQA) names the directory of the result; null is the base
+    model. Without the key, or if it names what the run started from, it is the result in
+    ``output_dir``. UserError if the model is of another kind, or the result does not fit it.
+    """
+    check_checkpoint_dir(cfg.checkpointer)
+    fetch_models(cfg)
+    device = choose_device(cfg)
+    dtype = choose_dtype(cfg, device)
+    model = build_any_on_meta(cfg, dtype)
+    _check_kind(model, f"model: {cfg.model._component_}", use)
+    key = "side_network" if isinstance(model, QSTModel) else "scales"
+    for other in FORMATS.keys() - {key}:
+        if cfg.get(other):
+            raise UserError(f"{other}={cfg[other]} does not go with this model: it takes {key}")
+    tokenizer = None
+    if use == "text":  # without a limit: what training cuts off is where the answer begins
+        tokenizer = instantiate(_without_limit(cfg.tokenizer), "tokenizer")
+    directory = tuned_directory(cfg, key)
+    return _fill(model, cfg, directory, dtype=dtype, device=device, tokenizer=tokenizer)
+
+
+def load_directory(
+    directory: Path,
+    backbone_directory: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    use: Use = "text",
+) -> TunedModel:
+    """Load a side network and its backbone by the result's directory alone.
+
+    UserError if one of the directories is not what it should be, or they do not belong together.
+    """
+    model = build_described(directory, dtype, backbone_directory, use)
+    cfg = checkpointer_of(directory, backbone_directory)
+    return _fill(model, cfg, directory, dtype=dtype, device=device)
+
+
+def load_side_networks(
+    model: QSTModel,
+    directories: Mapping[str, Path],
+    *,
+    backbone: BackboneId,
+    backbone_directory: Path | None = None,
+) -> SideNetworks:
+    """Load side networks by name and put them in the place of a model's own, ``model.side``.
+
+    The backbone is left alone; ``side.use`` chooses a network. ``backbone_directory`` is the
+    backbone's directory, where a side network's model is built from it; None: where it was at its
+    training. UserError if a directory is no side network of this backbone, or they read different
+    layers.
+    """
+    weight: torch.Tensor = model.tok_embeddings.weight
+    networks = {}
+    for name, directory in directories.items():
+        side = build_described(directory, weight.dtype, backbone_directory).side
+        check_fits(directory, side)
+        side.materialize(weight.device)
+        load_tuned(directory, side, backbone=backbone)
+        networks[name] = side.requires_grad_(False).eval()
+    try:
+        return share_backbone(model, networks)
+    except ValueError as error:
+        raise UserError(f"{', '.join(map(str, directories.values()))}: {error}") from error
+
+
+def build_described(
+    directory: Path,
+    dtype: torch.dtype,
+    backbone_directory: Path | None = None,
+    use: Use = "text",
+) -> QSTModel:
+    """Build a side network's model on meta; the backbone has ``dtype``.
+
+    ``backbone_directory`` is the backbone's directory now, for a builder that reads it; None: where
+    it was. UserError if the model is not one of ``qst_tune.models``, or not for this ``use``.
+    """
+    model = build_any_described(directory, SIDE_NETWORK, dtype, backbone_directory)
+    _check_kind(model, str(directory), use)
+    if not isinstance(model, QSTModel):
+        raise UserError(f"{directory} is no side network: its model block builds another model")
+    return model
+
+
+def build_any_described(
+    directory: Path, form: TunedFormat, dtype: torch.dtype, backbone_directory: Path | None = None
+) -> TunableModel:
+    """Build the model of a result on meta, of either format; see :func:`build_described`."""
+    block = dict(read_description(directory, form).model)
+    # A classifier names two builders: its own and its backbone's.
+    names = [str(block.get("_component_", "")), str(block.get("backbone", ""))]
+    for name in names if "." in names[1] else names[:1]:
+        if not _is_known(name):
+            raise UserError(
+                f"{directory} names the model {name!r}; from a directory, which may be anyone's, "
+                "only builders that qst_tune.models has are called: use a config with that model "
+                "block, or if it is a qst_opt_*, which are gone, tune again with qst_from_hf"
+            )
+    if names[0].endswith("_from_hf"):
+        block.pop("backbone", None)  # until 0.1 a choice; BackboneId knows what it was
+    if backbone_directory is not None and "checkpoint_dir" in block:  # of a builder *_from_hf
+        block["checkpoint_dir"] = str(backbone_directory)
+    model: TunableModel = build_any_on_meta(OmegaConf.create({"model": block}), dtype)
+    return model
+
+
+def tuned_part(model: TunableModel) -> Tuned:
+    """Return what of a model a directory's tensors fill."""
+    return model.side if isinstance(model, QSTModel) else model
+
+
+def _fill(
+    model: TunableModel,
+    cfg: DictConfig,
+    directory: Path | None,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    tokenizer: Any = None,
+) -> TunedModel:
+    """Fill a model that was built on meta: the backbone, and what was tuned if there is any."""
+    if directory and isinstance(model, QSTModel):
+        check_fits(directory, model.side)
+    backbone = load_frozen_backbone(model, cfg, dtype=dtype, device=device)
+    untuned: Tensors = {}
+    if isinstance(model, QSTModel):
+        model.side.materialize(device)
+    else:
+        untuned = {name: value.detach().clone() for name, value in model.task().items()}
+    if directory:
+        load_tuned(directory, tuned_part(model), backbone=backbone)
+    return TunedModel(model.eval(), backbone, bool(directory), tokenizer, untuned)
+
+
+def _is_known(name: str) -> bool:
+    """Whether it is a public builder of ours, or of a family of torchtune."""
+    home, _, leaf = name.rpartition(".")
+    is_ours = home == "qst_tune.models" and leaf in qst_tune.models.__all__
+    if is_ours or not re.fullmatch(r"torchtune\.models\.\w+", home):
+        return is_ours
+    try:
+        return leaf in import_module(home).__all__
+    except (ImportError, AttributeError):
+        return False
+
+
+def _check_kind(model: object, named: str, use: Use) -> None:
+    is_classifier = isinstance(model, QSTClassifier)
+    if use == "classes" and not is_classifier:
+        raise UserError(f"{named} is no classifier; use qst_tune.models.qst_classifier")
+    if use == "integers" and not isinstance(model, PEQAModel):
+        raise UserError(f"{named} is no PEQA model; use one of qst_tune.models.peqa_*")
+    if use == "text" and is_classifier:
+        raise UserError(
+            f"{named} is a classifier, which writes no text: use qst_classify, or "
+            "QSTForSequenceClassification in Python"
+        )
+    if not isinstance(model, QSTModel | PEQAModel):
+        raise UserError(
+            f"{named} builds no model that writes text; use one of qst_tune.models.qst_* or peqa_*"
+        )
+
+
+def _without_limit(block: DictConfig) -> DictConfig:
+    if "max_seq_len" not in block:
+        return block
+    unlimited = block.copy()
+    unlimited.max_seq_len = None
+    return unlimited
