@@ -255,7 +255,7 @@ DAMAGES = {
     ),
     "no structure": (
         lambda f: edit_description(f, structure=None),
-        r"qst_config\.json: structure is None, and must be an object; copy the directory again",
+        r"qst_config\.json: structure is None and must be an object; copy the directory again",
     ),
     "no format": (lambda f: edit_description(f, format_version=None), "has format None"),
     "no backbone": (
