@@ -17,11 +17,11 @@ import runpy
 import sys
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-from torchtune._recipe_registry import get_all_recipes
+from torchtune._recipe_registry import Recipe, get_all_recipes
 
-from qst_tune.errors import nearest
+from qst_tune.errors import nearest, question
 from qst_tune.plugin import report
 
 if TYPE_CHECKING:
@@ -29,10 +29,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
     from types import ModuleType
 
+    from torchtune._cli.subcommand import Subcommand
+
     # The arguments of a command and the names of our recipes, to a hint or None.
     Check: TypeAlias = Callable[[argparse.Namespace, Collection[str]], str | None]
-
-__all__ = ["add_to"]
+    Method: TypeAlias = Callable[[Subcommand, argparse.Namespace], None]
 
 # difflib's ratio of two names. 0.8 takes one or two wrong letters ("qst_finetun", "qts_finetune")
 # and leaves "lora_finetune" (0.72) and "dpo_finetune" (0.75) to torchtune.
@@ -52,11 +53,11 @@ def add_to(command_module: ModuleType, ours: Collection[str]) -> None:
         setattr(command, method_name, _with_check(method, check, ours))
 
 
-def _with_check(method: Callable[..., None], check: Check, ours: Collection[str]) -> Any:
+def _with_check(method: Method, check: Check, ours: Collection[str]) -> Method:
     """Wrap a command's method; should ``check`` itself fail, the command runs as without it."""
 
     @functools.wraps(method)
-    def checked(self: Any, args: argparse.Namespace) -> None:
+    def checked(self: Subcommand, args: argparse.Namespace) -> None:
         hint = None
         try:
             hint = check(args, ours)
@@ -81,65 +82,55 @@ def _check_run(args: argparse.Namespace, ours: Collection[str]) -> str | None:
     if args.recipe in recipes:
         recipe = recipes[args.recipe]
         if not {"-h", "--help"}.isdisjoint(args.recipe_args):
-            _print_help(recipe)
+            sys.argv = [recipe.file_path, "--help"]
+            runpy.run_path(recipe.file_path, run_name="__main__")
         return _check_config(recipe, args.recipe_args)
-    near = _nearest(args.recipe, recipes)
+    near = _meant(args.recipe, recipes)
     if near not in ours or _is_users_own(args.recipe):
         return None
-    return f"no recipe {args.recipe!r}; did you mean {near!r}? `tune ls` lists all recipes"
+    return f"no recipe {args.recipe!r}{question(near)} `tune ls` lists all recipes"
 
 
-def _check_config(recipe: Any, recipe_args: list[str]) -> str | None:
+def _check_config(recipe: Recipe, recipe_args: list[str]) -> str | None:
     """Return a hint if the value of ``--config`` is neither a registered config nor a file."""
+    names = [config.name for config in recipe.configs]
     if "--config" not in recipe_args:
-        return _missing_config(recipe, recipe_args)
+        # As torchtune does, with what to write.
+        written = next((arg for arg in recipe_args if arg.startswith("--config=")), None)
+        if written is not None:
+            return f"write --config {written.removeprefix('--config=')}, with a space, not '='"
+        example = next((name for name in names if name.startswith("auto/")), "CONFIG")
+        return (
+            f"The '--config' argument is required: `tune run {recipe.name} --config {example} ...`;"
+            f" `tune ls` lists the configs, `tune run {recipe.name} --help` the keys"
+        )
     values = recipe_args[recipe_args.index("--config") + 1 :]
     if not values:
         return f"--config needs a value: a config of {recipe.name!r} from `tune ls`, or a YAML file"
     registered = [config.name for other in get_all_recipes() for config in other.configs]
     if values[0] in registered or Path(values[0]).is_file():
         return None
-    near = _nearest(values[0], [config.name for config in recipe.configs])
-    question = f"; did you mean {near!r}?" if near else "."
     return (
-        f"no config {values[0]!r}{question} --config takes a name from `tune ls` or a YAML file, "
-        f"and {os.getcwd()!r} has no such file"
+        f"no config {values[0]!r}{question(_meant(values[0], names)) or '.'} --config takes a "
+        f"name from `tune ls` or a YAML file, and {os.getcwd()!r} has no such file"
     )
-
-
-def _missing_config(recipe: Any, recipe_args: list[str]) -> str:
-    """Report as torchtune does that --config is required, and what to write."""
-    written = next((arg for arg in recipe_args if arg.startswith("--config=")), None)
-    if written is not None:
-        return f"write --config {written.removeprefix('--config=')}, with a space instead of '='"
-    names = [config.name for config in recipe.configs]
-    example = next((name for name in names if name.startswith("auto/")), "CONFIG")
-    return (
-        f"The '--config' argument is required: `tune run {recipe.name} --config {example} ...`; "
-        f"`tune ls` lists the configs, `tune run {recipe.name} --help` the keys"
-    )
-
-
-def _print_help(recipe: Any) -> None:
-    """Let the recipe print its help, and exit."""
-    sys.argv = [recipe.file_path, "--help"]
-    runpy.run_path(recipe.file_path, run_name="__main__")
 
 
 def _check_cp(args: argparse.Namespace, ours: Collection[str]) -> str | None:
     """Return a hint if ``tune cp`` misspells a recipe or config of ours."""
     # Name of each recipe and config -> the recipe it belongs to.
-    owners = {recipe.name: recipe.name for recipe in get_all_recipes()}
-    owners |= {
-        config.name: recipe.name for recipe in get_all_recipes() for config in recipe.configs
+    owners = {
+        name: recipe.name
+        for recipe in get_all_recipes()
+        for name in (recipe.name, *(config.name for config in recipe.configs))
     }
-    near = None if args.file in owners else _nearest(args.file, owners)
+    near = None if args.file in owners else _meant(args.file, owners)
     if near is None or owners[near] not in ours:
         return None
-    return f"no recipe or config {args.file!r}; did you mean {near!r}? `tune ls` lists all of them"
+    return f"no recipe or config {args.file!r}{question(near)} `tune ls` lists all of them"
 
 
-def _nearest(name: str, candidates: Iterable[str]) -> str | None:
+def _meant(name: str, candidates: Iterable[str]) -> str | None:
     """Return the candidate that ``name`` most likely stands for, or None."""
     names = list(candidates)
     # "qst_finetune_single_device" stands for ours, although "lora_finetune_single_device" is more

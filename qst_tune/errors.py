@@ -39,7 +39,11 @@ def nearest(name: str, candidates: Iterable[str], *, cutoff: float = 0.6) -> str
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the end of a message, or nothing."""
-    near = nearest(name, candidates)
+    return question(nearest(name, candidates))
+
+
+def question(near: str | None) -> str:
+    """Return "; did you mean 'x'?" for a known name that is near, or nothing."""
     return f"; did you mean {near!r}?" if near else ""
 
 

@@ -32,7 +32,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,13 +42,9 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-__all__ = ["install", "report"]
-
-
 # Recipes, recipes/<name>.py, with the methods of their configs, which are the files
 # configs/<family>/<size>_<method>.yaml and configs/auto/<method>.yaml. A recipe without methods
-# takes the configs of others: torchtune looks a config up among those of all recipes. A recipe
-# whose file is absent is not listed.
+# takes the configs of others: torchtune looks a config up among those of all recipes.
 _RECIPES: dict[str, tuple[str, ...]] = {
     "qst_finetune": ("qst", "qst_sst2", "lst"),
     "qst_dpo": ("qst_dpo",),
@@ -129,7 +125,7 @@ class _PatchingFinder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return the spec that the other finders give, with a loader that patches the module."""
+        """Return the spec that the other finders give, whose loader then patches the module."""
         if fullname not in self._waiting:
             return None
         # importlib, too, skips finders that have no find_spec.
@@ -137,39 +133,25 @@ class _PatchingFinder(MetaPathFinder):
         specs = (finder.find_spec(fullname, path, target) for finder in others)
         spec = next((spec for spec in specs if spec is not None), None)
         if spec is not None and spec.loader is not None:
-            spec.loader = _PatchingLoader(spec.loader, self._patch)
+            try:
+                self._patch_after(spec.loader)
+            except Exception as error:
+                report(error)
         return spec
 
-    def _patch(self, module: ModuleType) -> None:
-        """Patch ``module`` and forget it; after the last one, leave ``sys.meta_path``."""
-        _patch(module)
-        self._waiting.discard(module.__name__)
-        if not self._waiting and self in sys.meta_path:
-            sys.meta_path.remove(self)
+    def _patch_after(self, loader: Any) -> None:
+        """Let this one loader patch its module, then forget it; after the last one, leave."""
+        execute = loader.exec_module
 
+        def execute_and_patch(module: ModuleType) -> None:
+            del loader.exec_module  # from now on, the class's own
+            execute(module)
+            _patch(module)
+            self._waiting.discard(module.__name__)
+            if not self._waiting and self in sys.meta_path:
+                sys.meta_path.remove(self)
 
-class _PatchingLoader(Loader):
-    """Executes a module with its own loader, then calls ``after``."""
-
-    def __init__(self, loader: Loader, after: Callable[[ModuleType], None]) -> None:
-        self._loader = loader
-        self._after = after
-
-    def __getattr__(self, name: str) -> Any:
-        """Answer as the module's own loader to those who only look, as for ``get_source``."""
-        return getattr(self._loader, name)
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """Leave it to the module's own loader."""
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        """Execute the module, which from then on shows no trace of this loader."""
-        module.__loader__ = self._loader
-        if module.__spec__ is not None:
-            module.__spec__.loader = self._loader
-        self._loader.exec_module(module)
-        self._after(module)
+        loader.exec_module = execute_and_patch
 
 
 def _patch_if_imported(name: str) -> bool:
@@ -218,15 +200,21 @@ def _our_recipes(registry: ModuleType) -> list[Any]:
             supports_distributed=name in _DISTRIBUTED,
         )
         for name, methods in _RECIPES.items()
-        if (recipe_dir / f"{name}.py").is_file()
     ]
 
 
 def _configs(registry: ModuleType, config_dir: Path, methods: tuple[str, ...]) -> list[Any]:
-    """Return the configs of some methods as torchtune's ``Config`` objects."""
+    """Return the configs of some methods as torchtune's ``Config`` objects, by name.
+
+    A name is ``<family>/<size>_<method>``; the directory ``auto`` has no sizes, only ``<method>``.
+    """
+    suffixes = tuple(f"_{method}" for method in methods)
     return [
-        registry.Config(name=_config_name(path, config_dir), file_path=str(path))
-        for path in _config_files(config_dir, methods)
+        registry.Config(
+            name=path.relative_to(config_dir).with_suffix("").as_posix(), file_path=str(path)
+        )
+        for path in sorted(config_dir.glob("*/*.yaml"))
+        if f"_{path.stem}".endswith(suffixes)
     ]
 
 
@@ -238,21 +226,6 @@ def _directory(package: str) -> Path:
             f"package {package!r} must be installed with qst_tune; reinstall qst_tune with pip"
         )
     return Path(spec.submodule_search_locations[0]).resolve()
-
-
-def _config_files(config_dir: Path, methods: tuple[str, ...]) -> list[Path]:
-    """Return ``<family>/<size>_<method>.yaml`` for each of ``methods``, sorted.
-
-    The directory ``auto`` has no sizes, only ``<method>.yaml``.
-    """
-    suffixes = tuple(f"_{method}" for method in methods)
-    paths = sorted(config_dir.glob("*/*.yaml"))
-    return [path for path in paths if f"_{path.stem}".endswith(suffixes)]
-
-
-def _config_name(path: Path, config_dir: Path) -> str:
-    """Return ``<family>/<size>_<method>``, which torchtune's users write after ``--config``."""
-    return path.relative_to(config_dir).with_suffix("").as_posix()
 
 
 def _add_hints(command_module: ModuleType) -> None:

@@ -134,13 +134,6 @@ def test_registering_twice_adds_each_recipe_once(fresh_registry: ModuleType) -> 
     assert len(fresh_registry.get_all_recipes()) == stock + added
 
 
-def test_recipe_without_its_file_is_not_listed(
-    fresh_registry: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(plugin, "_RECIPES", {"not_written_yet": ("qst",)})
-    assert plugin._our_recipes(fresh_registry) == []
-
-
 # The import hook.
 
 

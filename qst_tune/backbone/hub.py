@@ -1,6 +1,5 @@
 """Find a model by its name on the Hugging Face Hub, and download only the files that are needed."""
 
-import difflib
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from huggingface_hub.errors import (
 )
 
 from qst_tune.backbone.directory import FORMATS, weight_files
-from qst_tune.errors import UserError
+from qst_tune.errors import UserError, nearest
 
 # How much of a model: its config.json; that and the tokenizer; that and the weights.
 Parts = Literal["config", "tokenizer", "weights"]
@@ -166,8 +165,8 @@ def _similar(name: str) -> str:
     """The local directory that may have been meant."""
     parent, wanted = Path(name).parent, Path(name).name
     here = {path.name: path for place in (Path(), parent) for path in _directories(place)}
-    match = difflib.get_close_matches(wanted, list(here), n=1, cutoff=0.7)
-    return f" (did you mean the directory {here[match[0]]}?)" if match else ""
+    near = nearest(wanted, here, cutoff=0.7)
+    return f" (did you mean the directory {here[near]}?)" if near else ""
 
 
 def _directories(place: Path) -> Iterator[Path]:

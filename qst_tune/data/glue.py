@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qst_tune.data.classification import ClassificationDataset, classification_dataset
-from qst_tune.errors import UserError
+from qst_tune.errors import UserError, did_you_mean
 
 HUB_NAME = "nyu-mll/glue"
 
@@ -85,7 +85,9 @@ def glue_dataset(
         ClassificationDataset: the rows may have labels as numbers or as names.
     """
     if task not in GLUE_TASKS:
-        raise UserError(f"task={task!r} is unknown; choose one of {', '.join(GLUE_TASKS)}")
+        raise UserError(
+            f"task={task!r} is none of {', '.join(GLUE_TASKS)}{did_you_mean(task, GLUE_TASKS)}"
+        )
     if source == HUB_NAME:
         arguments = {"name": task, **arguments}
     return classification_dataset(

@@ -6,14 +6,17 @@ The stock ``tune`` command does the work; each command is printed before it runs
 import argparse
 import json
 import logging
+import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from qst_tune.errors import USER_ERROR_STATUS, UserError
 from qst_tune.quickstart.python_docs import build_python_docs, demo_question
-from qst_tune.quickstart.smollm2 import FetchError, default_cache_dir, fetch_smollm2
+from qst_tune.quickstart.smollm2 import default_cache_dir, fetch_smollm2
 from qst_tune.terminal import safe_streams
 
 TRAIN_CONFIG = "smollm2/135M_qst"
@@ -26,9 +29,9 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         fetch_smollm2()
-    except (FetchError, ImportError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return USER_ERROR_STATUS
     split = build_python_docs(default_cache_dir() / "python_docs")
     print(
         f"data: {split.num_train} training examples and {split.num_val} for validation, in "
@@ -64,10 +67,17 @@ def _tune(arguments: list[str]) -> int:
     return subprocess.run(command, check=False).returncode
 
 
+def _tune_command() -> str:
+    """Return how to call ``tune`` of this environment, whether or not it is activated."""
+    tune = Path(sys.executable).with_name("tune")
+    return "tune" if shutil.which("tune") == str(tune) else os.path.relpath(tune)
+
+
 def _print_summary(output_dir: Path, question: str) -> None:
     summary: dict[str, Any] = json.loads((output_dir / "summary.json").read_text())
     losses = list(summary["held_out_loss"].values())
     memory = summary["memory_gib"]
+    ask = f"{_tune_command()} run qst_generate --config {GENERATE_CONFIG}"
     parts = ", ".join(f"{name} {size:.3f}" for name, size in memory.items() if name != "peak")
     print(f"""
 validation question    {question}
@@ -79,7 +89,7 @@ loss curve             {output_dir / "loss.png"}
 side network           {output_dir / "side_network"}
 
 Ask it something of your own:
-  .venv/bin/tune run qst_generate --config {GENERATE_CONFIG} prompt="What does a with statement do?"
+  {ask} prompt="What does a with statement do?"
 """)
 
 

@@ -63,10 +63,6 @@ class _Example:
     question: str
     answer: str
 
-    @property
-    def row(self) -> dict[str, str]:
-        return {"input": self.question, "output": self.answer}
-
 
 def build_python_docs(output_dir: Path) -> DocsSplit:
     """Write ``train.jsonl`` and ``heldout.jsonl`` with questions on Python and their answers.
@@ -92,7 +88,7 @@ def build_python_docs(output_dir: Path) -> DocsSplit:
 
 def choose_val_topics(topics: Iterable[str]) -> frozenset[str]:
     """Return a tenth of the topics, at least one, the same in every run and on every machine."""
-    ordered = sorted(topics, key=lambda topic: _stable_hash(topic))
+    ordered = sorted(topics, key=_stable_hash)
     return frozenset(ordered[: max(1, round(VAL_FRACTION * len(ordered)))])
 
 
@@ -220,6 +216,7 @@ def _stable_hash(text: str) -> int:
 
 
 def _write_rows(path: Path, examples: Iterable[_Example]) -> Path:
-    lines = (json.dumps(example.row, ensure_ascii=False) + "\n" for example in examples)
+    rows = ({"input": example.question, "output": example.answer} for example in examples)
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     path.write_bytes("".join(lines).encode())
     return path

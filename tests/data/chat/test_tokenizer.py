@@ -10,7 +10,7 @@ from torchtune.data import Message
 
 from qst_tune.data import HFChatTokenizer, hf_chat_tokenizer
 from qst_tune.errors import UserError
-from qst_tune.quickstart.smollm2 import FetchError, fetch_smollm2
+from qst_tune.quickstart.smollm2 import fetch_smollm2
 from tests.support.chat_directories import CHATML, build_directory
 from tests.support.checkpoints import write_chat_tokenizer
 
@@ -291,7 +291,7 @@ def test_template_that_refuses(tmp_path: Path) -> None:
 def test_smollm2_tokens_equal_transformers(conversation: list[tuple[str, str]]) -> None:
     try:
         directory = fetch_smollm2()
-    except FetchError as error:
+    except UserError as error:
         pytest.skip(str(error))
     tokens, mask = hf_chat_tokenizer(str(directory)).tokenize_messages(to_messages(conversation))
     oracle = hf_tokenizer(directory)
