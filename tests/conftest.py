@@ -1,4 +1,5 @@
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -40,3 +41,13 @@ def triton_device(monkeypatch: pytest.MonkeyPatch) -> str:
 def seed() -> None:
     """Every test starts from the same random state, whichever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def no_plots() -> Iterator[None]:
+    """No loss curve is saved as a picture: it takes as long as the rest of a tiny run."""
+    from matplotlib.figure import Figure
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda *_, **__: None)
+        yield

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import linear_probe
-from tests.recipes.test_classification import LABELS, TEMPLATE, write_rows
 from tests.support.checkpoints import finetune_config
+from tests.support.methods import LABELS, TEMPLATE, write_rows
 from tests.support.recipe_runs import merged
 
 

@@ -1,4 +1,4 @@
-"""Classifiers through the real `tune` and, where it is not needed, the recipe's main()."""
+"""Metrics, predictions and settings of classifiers; the rest is in test_methods.py."""
 
 import json
 from pathlib import Path
@@ -11,20 +11,12 @@ from transformers import AutoTokenizer
 
 from qst_tune import QSTForSequenceClassification
 from qst_tune.errors import UserError
-from tests.support.checkpoints import Config, finetune_config, write_config, write_jsonl
-from tests.support.recipe_runs import FinetuneResult, finetune, merged, run_tune
+from tests.support.checkpoints import Config, write_jsonl
+from tests.support.methods import LABELS, METHODS, TEMPLATE
+from tests.support.recipe_runs import FinetuneResult, finetune, merged
 
-TEMPLATE = "box {text} is"
-LABELS = ["red", "blue"]
-
-
-def write_rows(path: Path, count: int, start: int = 0) -> Path:
-    """The class is whether the text has an x, in rows of different lengths."""
-    texts = [
-        "ab" * (i % 3 + 1) + ("x" if i % 2 else "y") + "c" * (i % 2) for i in range(start, count)
-    ]
-    rows = [{"text": t, "label": LABELS[int("x" in t)]} for t in texts]
-    return write_jsonl(path, rows)
+CLASSIFIER = METHODS["classifier"]
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 
 @pytest.fixture(scope="module")
@@ -34,38 +26,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def config(root: Path) -> Config:
-    config = finetune_config(root)
-    dataset = {
-        "_component_": "qst_tune.data.classification_dataset",
-        "source": "json",
-        "template": TEMPLATE,
-        "labels": LABELS,
-        "metrics": ["accuracy", "f1"],
-        "cache_dir": str(root / "cache"),
-    }
-    sizes = {k: v for k, v in config["model"].items() if k != "_component_"}
-    return {
-        **config,
-        "model": {
-            "_component_": "qst_tune.models.qst_classifier",
-            "backbone": "torchtune.models.llama3_2.llama3_2",
-            "num_labels": 2,
-            **sizes,
-        },
-        "dataset": {**dataset, "data_files": str(write_rows(root / "rows.jsonl", 16))},
-        # Not a multiple of the batch size: the last rows must count too.
-        "dataset_val": {**dataset, "data_files": str(write_rows(root / "dev.jsonl", 7, 0))},
-        "loss": {"_component_": "torch.nn.CrossEntropyLoss"},
-    }
+    return CLASSIFIER.config(root)
 
 
 @pytest.fixture(scope="module")
-def trained(root: Path, config: Config) -> FinetuneResult:
-    path = write_config(root / "config.yaml", config)
-    result = run_tune("run", "qst_finetune", "--config", path, "epochs=10", cwd=root)
-    assert result.returncode == 0, result.stderr
-    assert "accuracy, step 40: 1.0000" in result.stdout
-    return FinetuneResult(root / "run")
+def trained(root: Path) -> FinetuneResult:
+    return CLASSIFIER.run(root, root / "run", "epochs=10")
 
 
 def test_it_learns_and_the_summary_has_every_metric(trained: FinetuneResult) -> None:
@@ -133,15 +99,6 @@ def test_rows_are_read_as_one_dataset_says(
     both = {**config, "dataset": [config["dataset"], config["dataset_val"]]}
     with pytest.raises(UserError, match=r"^dataset: name one, whose template and labels"):
         classify(both, trained, f"rows={root / 'dev.jsonl'}")
-
-
-def test_dry_run_tells_the_steps(
-    root: Path, config: Config, capsys: pytest.CaptureFixture[str]
-) -> None:
-    qst_finetune.main(merged(config, f"output_dir={root / 'dry'}", "dry_run=True", "epochs=3"))
-    told = capsys.readouterr().out
-    assert "dry run: 12 steps in 3 epochs of 16 rows, 7 rows for validation" in told
-    assert "QST, classifier" in told
 
 
 def test_row_that_is_too_long_for_the_model_is_named(root: Path, config: Config) -> None:

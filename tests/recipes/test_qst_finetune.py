@@ -1,31 +1,20 @@
-"""Training through the real `tune` and, for what does not need it, through the recipe's main()."""
+"""Settings of qst_finetune; what holds for every method is in test_methods.py."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 import torchtune
 from omegaconf import OmegaConf
-from safetensors import safe_open
-from torchao.dtypes.nf4tensor import to_nf4
-from torchtune.data import Message
-from torchtune.models import convert_weights
-from torchtune.models.llama3_2 import llama3_2
 
-from qst_tune.data import hf_chat_tokenizer
 from qst_tune.modules.side.config import VARIANTS
 from qst_tune.modules.torchtune_backbone import TorchtuneBackbone
 from tests.support.checkpoints import (
     LLAMA3_SIZES,
-    SIZES,
     Config,
     colour_rows,
-    file_hashes,
     finetune_config,
-    read_checkpoint,
     write_checkpoint,
     write_config,
     write_jsonl,
@@ -36,7 +25,6 @@ from tests.support.recipe_runs import FinetuneResult, finetune, run_tune
 # fp32 sums in another order: measured 1e-6 in losses of 7, and 3e-8 in the weights.
 LOSS_CLOSE = {"rtol": 1e-6, "atol": 0.0}
 WEIGHTS_CLOSE = {"rtol": 1e-5, "atol": 1e-6}
-TRAINED_EPOCHS = "epochs=12"
 
 
 @pytest.fixture(scope="module")
@@ -67,18 +55,6 @@ def sgd_config(config: Config) -> Config:
 
 
 @pytest.fixture(scope="module")
-def trained(root: Path, config: Config) -> FinetuneResult:
-    """Learns eight rows by heart, through `tune run`."""
-    before = file_hashes(root / "model")
-    path = write_config(root / "config.yaml", config)
-    result = run_tune("run", "qst_finetune", "--config", path, TRAINED_EPOCHS, cwd=root)
-    assert result.returncode == 0, result.stderr
-    assert "validation loss, quantised base model: " in result.stdout
-    assert file_hashes(root / "model") == before, "the base checkpoint was changed"
-    return FinetuneResult(root / "run")
-
-
-@pytest.fixture(scope="module")
 def plain_sgd(sgd_config: Config, root: Path) -> FinetuneResult:
     """What variations that must not change the result are compared with: batches of 2."""
     return finetune(sgd_config, root / "plain_sgd")
@@ -94,111 +70,6 @@ def batch_of_four(sgd_config: Config, root: Path) -> FinetuneResult:
 def assert_same_run(actual: FinetuneResult, expected: FinetuneResult) -> None:
     torch.testing.assert_close(actual.train_loss, expected.train_loss, **LOSS_CLOSE)
     torch.testing.assert_close(actual.weights, expected.weights, **WEIGHTS_CLOSE)
-
-
-# One run, looked at from all sides.
-
-
-def test_loss_falls_on_rows_that_can_be_learnt_by_heart(trained: FinetuneResult) -> None:
-    losses = trained.train_loss
-    assert len(losses) == 24
-    assert losses.isfinite().all()
-    assert losses[-4:].mean() < losses[0] / 3
-    assert list(trained.held_out_loss) == list(range(0, 25, 2))
-    assert trained.held_out_loss[24] < trained.held_out_loss[0] / 2
-
-
-def test_held_out_loss_at_step_0_is_that_of_the_quantised_backbone(
-    trained: FinetuneResult, root: Path
-) -> None:
-    backbone = quantised_backbone(root / "model")
-    tokenizer = hf_chat_tokenizer(str(root / "model"), max_seq_len=64)
-    total, count = 0.0, 0
-    for row in map(json.loads, (root / "val.jsonl").read_text().splitlines()):
-        tokens, mask = tokenizer.tokenize_messages(
-            [
-                Message(role="user", content=row["input"], masked=True),
-                Message(role="assistant", content=row["output"]),
-            ]
-        )
-        with torch.no_grad():
-            logits = backbone(torch.tensor([tokens]))[0, :-1]
-        labels = torch.tensor(tokens)[1:]
-        kept = ~torch.tensor(mask)[1:]
-        total += F.cross_entropy(logits[kept], labels[kept], reduction="sum").item()
-        count += int(kept.sum())
-    # fp32 over rows of 20 tokens, padded there and not here: measured 2e-7.
-    assert trained.held_out_loss[0] == pytest.approx(total / count, rel=2e-6)
-
-
-def quantised_backbone(directory: Path) -> torch.nn.Module:
-    """torchtune's own decoder with weights that torchao, not we, quantised and decoded."""
-    state = convert_weights.hf_to_tune(
-        read_checkpoint(directory),
-        num_heads=SIZES["num_heads"],
-        num_kv_heads=SIZES["num_kv_heads"],
-        dim=SIZES["embed_dim"],
-    )
-    for name, weight in state.items():
-        if name.startswith("layers.") and weight.ndim == 2:
-            num_blocks = weight.numel() // 64
-            scaler_block = next(n for n in range(256, 0, -1) if 256 % n == num_blocks % n == 0)
-            state[name] = to_nf4(weight, 64, scaler_block).get_original_weight()
-    model = llama3_2(**SIZES)
-    model.load_state_dict(state)
-    return model
-
-
-def test_side_network_is_a_directory_of_exactly_the_documented_files(
-    trained: FinetuneResult,
-) -> None:
-    directory = trained.weights_file.parent
-    texts = {"qst_config.json", "config.json", "recipe_config.yaml", "README.md"}
-    documented = {"side_network.safetensors", *texts}
-    assert {path.name for path in directory.iterdir()} == documented
-    recorded = OmegaConf.load(directory / "recipe_config.yaml")
-    assert recorded.epochs == 12
-    assert recorded.checkpointer.output_dir == str(trained.directory)
-
-
-def test_side_network_holds_side_tensors_in_fp32_and_nothing_else(trained: FinetuneResult) -> None:
-    names = {name.split(".")[0] for name in trained.weights}
-    assert names == {"downsample", "gates", "blocks", "norm", "upsample"}
-    assert {tensor.dtype for tensor in trained.weights.values()} == {torch.float32}
-    num_trained = sum(tensor.numel() for tensor in trained.weights.values())
-    assert num_trained == trained.summary["trainable_parameters"]
-    with safe_open(trained.weights_file, "pt") as file:
-        assert file.metadata() == {"format": "pt"}
-
-
-def test_nothing_a_run_leaves_is_a_pickle(trained: FinetuneResult) -> None:
-    files = [path for path in trained.directory.rglob("*") if path.is_file()]
-    assert files
-    assert not [f for f in files if f.suffix in (".pt", ".pth", ".bin", ".pkl", ".ckpt")]
-    # A zip holds torch's pickles; protocol 2 and above start with 0x80. A safetensors file may do
-    # so too, with the length of its header, but safe_open() reads it.
-    others = []
-    for file in files:
-        if file.suffix == ".safetensors":
-            safe_open(file, "pt").__enter__()
-        else:
-            others.append(file.read_bytes())
-    assert not [content for content in others if content.startswith((b"PK\x03\x04", b"\x80"))]
-
-
-def test_same_seed_gives_the_same_side_network_bit_for_bit(
-    trained: FinetuneResult, config: Config, tmp_path: Path
-) -> None:
-    again = finetune(config, tmp_path / "run", TRAINED_EPOCHS)
-    assert again.weights_file.read_bytes() == trained.weights_file.read_bytes()
-    assert again.train_loss.tolist() == trained.train_loss.tolist()
-
-
-def test_another_seed_gives_another_side_network(
-    plain_sgd: FinetuneResult, sgd_config: Config, tmp_path: Path
-) -> None:
-    other = finetune(sgd_config, tmp_path / "run", "seed=1")
-    assert other.weights_file.read_bytes() != plain_sgd.weights_file.read_bytes()
 
 
 def test_run_that_writes_over_an_earlier_one_replaces_its_side_network(
@@ -351,13 +222,6 @@ def test_bf16_follows_fp32(plain_sgd: FinetuneResult, sgd_config: Config, tmp_pa
     # bf16 has 8 bits of precision; measured 1.7 % after two steps.
     torch.testing.assert_close(run.train_loss, plain_sgd.train_loss, rtol=0.03, atol=0)
     assert {tensor.dtype for tensor in run.weights.values()} == {torch.float32}
-
-
-def test_unquantised_backbone_trains_too(config: Config, tmp_path: Path) -> None:
-    run = finetune(config, tmp_path / "run", "model.quantize_base=False", "epochs=4")
-    assert run.train_loss[-2:].mean() < run.train_loss[:2].mean() * 0.8
-    description = json.loads((run.weights_file.parent / "qst_config.json").read_text())
-    assert description["backbone"]["quantization"] == "none"
 
 
 def test_packed_rows_train(config: Config, tmp_path: Path) -> None:

@@ -11,13 +11,13 @@ from qst_tune.config.file import parse_config
 from qst_tune.errors import UserError
 from qst_tune.sharing.inspection import verify_directory
 from qst_tune.transformers import QSTForCausalLM
-from tests.recipes.test_qst_dpo import write_pairs
 from tests.support.checkpoints import (
     colour_rows,
     finetune_config,
     write_chat_tokenizer,
     write_jsonl,
 )
+from tests.support.methods import write_pairs
 from tests.support.model_types import tiny_model
 from tests.support.ranks import run_on
 from tests.support.recipe_runs import merged, one_thread, run_tune

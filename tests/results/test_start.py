@@ -1,20 +1,18 @@
 """A run starts from what was tuned, records it, and its result is what is loaded afterwards."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from qst_tune.recipes import peqa_finetune, qst_dpo
-from safetensors.torch import load_file, save_file
+from qst_tune.recipes import qst_dpo
 
 from qst_tune.errors import UserError
 from qst_tune.results.loading import load_tuned_model
 from qst_tune.results.start import digest_of, find_start, tuned_directory
-from tests.recipes.test_qst_dpo import write_pairs
-from tests.support.checkpoints import SIZES, Config, finetune_config
+from tests.support.checkpoints import Config, finetune_config
+from tests.support.methods import write_pairs
 from tests.support.recipe_runs import FinetuneResult, finetune, merged, one_thread
 
 
@@ -40,13 +38,6 @@ def from_first(first: FinetuneResult) -> list[str]:
 
 def description(run: FinetuneResult) -> dict[str, Any]:
     return json.loads((run.directory / "side_network" / "qst_config.json").read_text())
-
-
-def test_it_begins_where_the_other_ended(first: FinetuneResult, second: FinetuneResult) -> None:
-    assert second.held_out_loss[0] == first.held_out_loss[4]
-    assert second.held_out_loss[0] < first.held_out_loss[0]
-    assert second.summary["before"] == "start"
-    assert first.summary["before"] == "quantised base model"
 
 
 def test_lineage_is_in_the_description_and_the_card(
@@ -79,31 +70,6 @@ def test_digest_sees_every_value_name_and_shape(first: FinetuneResult) -> None:
     assert digest_of(changed) != digest_of(tensors)
     assert digest_of({"a": torch.zeros(2, 3)}) != digest_of({"a": torch.zeros(3, 2)})
     assert digest_of({"a": torch.zeros(2)}) != digest_of({"b": torch.zeros(2)})
-
-
-def test_resumed_run_takes_its_checkpoint_and_is_the_one_that_was_never_stopped(
-    config: Config, first: FinetuneResult, second: FinetuneResult, tmp_path: Path
-) -> None:
-    schedule = "lr_scheduler._component_=qst_tune.training.lr_schedulers.cosine_with_warmup"
-    settings = [*from_first(first), "epochs=3", schedule]
-    whole = finetune(config, tmp_path / "whole", *settings, "keep_last_n_checkpoints=3")
-    shutil.copytree(whole.directory / "checkpoints", tmp_path / "run" / "checkpoints")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000006")
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000004")
-    resumed = [*settings, "resume_from_checkpoint=True"]
-    run = finetune(config, tmp_path / "run", *resumed)
-    assert torch.equal(run.train_loss, whole.train_loss)
-    assert all(torch.equal(run.weights[n], w) for n, w in whole.weights.items())
-    with pytest.raises(UserError, match=r"cannot resume with side_network: .* the run started"):
-        finetune(config, tmp_path / "run", *resumed, "side_network=null")
-    weights = first.directory / "side_network" / "side_network.safetensors"
-    before = weights.read_bytes()
-    save_file({n: w + 1 for n, w in first.weights.items()}, weights)
-    try:
-        with pytest.raises(UserError, match=r"the tensors of .*, which it started from, have chan"):
-            finetune(config, tmp_path / "run", *resumed)
-    finally:
-        weights.write_bytes(before)
 
 
 def test_result_is_loaded_where_the_training_config_names_the_start(
@@ -151,25 +117,6 @@ def test_dpo_is_compared_with_the_start_in_one_backbone_pass(
     assert abs(backbone[0] - 0.6931) > 1e-3, "the start already differs from the backbone"
     with pytest.raises(UserError, match=r"^reference=start needs side_network"):
         losses("none", "reference=start")
-
-
-def test_scales_start_from_scales(config: Config, tmp_path: Path) -> None:
-    block = {"_component_": "qst_tune.models.peqa_llama3_2", **SIZES, "bits": 3}
-    peqa = {**config, "model": block}
-
-    def run(name: str, *more: str) -> FinetuneResult:
-        with one_thread():
-            peqa_finetune.main(merged(peqa, f"output_dir={tmp_path / name}", "epochs=1", *more))
-        return FinetuneResult(tmp_path / name)
-
-    first = run("first")
-    second = run("second", f"scales={first.directory / 'scales'}")
-    assert second.held_out_loss[0] == first.held_out_loss[2]
-    described = json.loads((second.directory / "scales" / "peqa_config.json").read_text())
-    tensors = load_file(first.directory / "scales" / "scales.safetensors")
-    assert described["lineage"][0]["digest"] == digest_of(tensors)
-    with pytest.raises(UserError, match=r"side_network=x is what QST starts from; use scales"):
-        run("wrong", "side_network=x")
 
 
 @pytest.mark.parametrize(

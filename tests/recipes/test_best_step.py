@@ -1,0 +1,97 @@
+"""Validation chooses the step that is exported, and when a run stops."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qst_tune.data.batches.checked_rows import row_numbers
+from qst_tune.results.description import SIDE_NETWORK
+from qst_tune.training.checkpoints import CheckpointStore
+from qst_tune.training.trainer import Trainer
+from tests.support.checkpoints import (
+    Config,
+)
+from tests.support.nine_steps import NUM_STEPS, RESUME, SETTINGS
+from tests.support.recipe_runs import finetune
+
+pytestmark = pytest.mark.usefixtures("no_plots")
+
+
+def test_best_step_is_the_one_that_is_exported(
+    nine_steps: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    diverging = ["optimizer.lr=0.5", "lr_scheduler.num_warmup_steps=9", "clip_grad_norm=null"]
+    run = finetune(nine_steps, tmp_path / "run", *SETTINGS, *diverging, "keep_last_n_checkpoints=1")
+    losses = {step: loss for step, loss in run.held_out_loss.items() if step > 0}
+    best = min(losses, key=losses.__getitem__)
+    assert best < NUM_STEPS
+    exported = run.weights_file.read_bytes()
+    store = CheckpointStore(run.directory / "checkpoints")
+    assert store.steps() == [best, NUM_STEPS], "the best one is never deleted"
+    for step in store.steps():
+        saved = store.checkpoint(step).directory / "side_network" / SIDE_NETWORK.weights_file
+        assert (saved.read_bytes() == exported) == (step == best)
+    assert f"step {best} of {NUM_STEPS}, the best of the validated steps" in capfd.readouterr().out
+
+
+def test_training_stops_when_validation_gets_no_better(
+    nine_steps: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    settings = [
+        *SETTINGS,
+        "run_val_every_n_steps=1",
+        "early_stopping_patience=2",
+        "optimizer.lr=0.5",
+    ]
+    settings += ["lr_scheduler.num_warmup_steps=9", "clip_grad_norm=null"]
+    run = finetune(nine_steps, tmp_path / "run", *settings)
+    losses = list(run.held_out_loss.values())[1:]
+    best = losses.index(min(losses))
+    assert len(losses) == best + 1 + 2 < NUM_STEPS
+    assert "no better for 2 validations" in capfd.readouterr().out
+    again = finetune(nine_steps, tmp_path / "run", *settings, RESUME)
+    assert again.held_out_loss == run.held_out_loss, "it is over, also after resuming"
+
+
+def test_fraction_of_the_rows_is_held_out_and_never_trained_on(
+    nine_steps: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaders = []
+    fit = Trainer.fit
+
+    def spy(trainer: Trainer) -> None:
+        loaders.append((trainer.train_data, trainer.validation_data))
+        fit(trainer)
+
+    monkeypatch.setattr(Trainer, "fit", spy)
+    run = finetune(nine_steps, tmp_path / "run", "dataset_val=null", "val_fraction=0.3", "epochs=2")
+    assert set(run.held_out_loss) == {0, 2, 4}
+    ((train, held_out),) = loaders
+    trained = {
+        i for epoch in range(2) for b in train.rows(epoch) for i in row_numbers(train.dataset, b)
+    }
+    measured = {i for b in held_out.rows() for i in row_numbers(held_out.dataset, b)}
+    assert len(measured) == 4  # of 12
+    assert not trained & measured
+
+
+def test_each_epoch_ends_with_a_validation(nine_steps: Config, tmp_path: Path) -> None:
+    run = finetune(nine_steps, tmp_path / "run", "epochs=3")
+    assert list(run.held_out_loss) == [0, 3, 6, 9]
+
+
+def test_lost_best_checkpoint_is_told_and_another_becomes_the_best(
+    nine_steps: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = [*SETTINGS, "optimizer.lr=0.5", "lr_scheduler.num_warmup_steps=9"]
+    finetune(nine_steps, tmp_path / "run", *settings, "epochs=2", "lr_scheduler=null")
+    store = CheckpointStore(tmp_path / "run" / "checkpoints")
+    state = json.loads((store.checkpoint(6).directory / "state.json").read_text())
+    best = state["progress"]["best_step"]
+    assert best < 6
+    (store.checkpoint(best).directory / "manifest.json").unlink()
+    run = finetune(nine_steps, tmp_path / "run", *settings, "epochs=3", "lr_scheduler=null", RESUME)
+    assert f"the checkpoint of step {best}, the best so far, is lost: " in caplog.text
+    assert run.summary["best_step"] > 6
+    assert run.weights_file.exists()
