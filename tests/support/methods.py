@@ -45,7 +45,7 @@ class Method:
         """Load the result in ``directory``, or the base model, as chat and evaluation do."""
         path = "null" if directory is None else directory
         cfg = merged(self.config(root), f"{self.result}={path}", f"output_dir={root / 'none'}")
-        return load_tuned_model(cfg, classifies=self.name == "classifier")
+        return load_tuned_model(cfg, "classes" if self.name == "classifier" else "text")
 
     def tensors(self, directory: Path) -> dict[str, torch.Tensor]:
         """What was trained, as it is on disk."""
