@@ -22,6 +22,7 @@ from benchmarks.decoding import Decoding, milliseconds_by_turns
 from qst_tune.models import qst_decoder
 from qst_tune.models.llama import qst_llama3_2
 from qst_tune.modules.memory import parameter_bytes
+from qst_tune.modules.meta_device import materialize
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.modules.side.network import SideNetwork
 from qst_tune.modules.side.per_row import share_backbone
@@ -45,7 +46,7 @@ def build(backbone: Backbone, count: int) -> QSTModel:
     for number in range(1, count):
         with torch.device("meta"):
             networks[str(number)] = qst_llama3_2(**backbone.builder_arguments()).side
-        networks[str(number)].materialize(torch.device("cpu"))
+        materialize(networks[str(number)], torch.device("cpu"))
     share_backbone(model, networks)
     model.eval()
     return model

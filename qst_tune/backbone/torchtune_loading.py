@@ -20,9 +20,9 @@ from qst_tune.distributed.sharding import META, ShardedBackbone, Sharding
 from qst_tune.errors import UserError
 from qst_tune.json_files import read_json
 from qst_tune.modules.backbone_formats import QuantizedLinear, quantization_of_backbone
+from qst_tune.modules.meta_device import build_rotary_caches
 from qst_tune.modules.peqa_linear import PEQALinear
 from qst_tune.modules.qst_model import is_side
-from qst_tune.modules.torchtune_backbone import build_rotary_caches
 from qst_tune.quantization.table import QuantizedTable, quantize_table
 from qst_tune.torchtune_compat import checkpoint_directory, checkpoint_paths, take_paths
 

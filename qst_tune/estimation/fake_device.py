@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torchao.dtypes.nf4tensor import NF4Tensor
 
-from qst_tune.modules import loss, peqa_linear, torchtune_backbone
+from qst_tune.modules import batch_parts, loss, peqa_linear
 from qst_tune.modules.nf4_linear import NF4Linear
 from qst_tune.quantization import nf4
 from qst_tune.quantization.nf4 import QuantType
@@ -30,7 +30,7 @@ from qst_tune.quantization.table import WEIGHTS_AT_ONCE
 DeviceType = Literal["cpu", "cuda"]
 Attention = Literal["fused", "plain"]
 # Loops over the rows or tokens of a batch.
-BATCH_LOOPS = (loss, torchtune_backbone)
+BATCH_LOOPS = (loss, batch_parts)
 Workspace: TypeAlias = dict[Any, Callable[..., int]]
 
 _aten = torch.ops.aten

@@ -25,7 +25,7 @@ from qst_tune.estimation.fake_device import (
 )
 from qst_tune.estimation.setup import Setup, Shape
 from qst_tune.estimation.tracker import PeakMemory, StorageTracker, Timeline
-from qst_tune.modules.torchtune_backbone import build_rotary_caches
+from qst_tune.modules.meta_device import build_rotary_caches
 
 _CPU = torch.device("cpu")
 CUDA_GRANULARITY = 512  # bytes, of torch's caching allocator

@@ -37,19 +37,8 @@ def log_likelihoods(
 
     Sequences are padded on the right, where causal attention ignores padding, and one that several
     continuations share is run once. The LM head runs only on the positions of the targets.
-
-    Args:
-        model (Any): a ``QSTModel`` or ``PEQAModel`` in evaluation mode.
-        continuations (Sequence[Continuation]): in any order.
-        batch_size (int): sequences at once.
-        name (str): of the progress bar.
-
-    Returns:
-        list[float]: in the order of ``continuations``.
-
-    Raises:
-        UserError: if one is longer than the model's context, a token is outside its vocabulary, or
-            a logit is not finite.
+    UserError if one is longer than the model's context, a token is outside its vocabulary, or a
+    logit is not finite.
     """
     by_row: dict[tuple[int, ...], list[int]] = {}
     for number, continuation in enumerate(continuations):

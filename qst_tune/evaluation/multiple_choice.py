@@ -45,8 +45,8 @@ class ChoiceScore:
 def read_questions(path: Path) -> list[Question]:
     """Read a JSONL file with the columns question, choices, answer and perhaps subject.
 
-    ``answer`` is an index or a letter. A file that cannot be read or has no questions is a
-    UserError, and so is an invalid line, which it names.
+    ``answer`` is an index or a letter. UserError for a file that cannot be read or is empty, and
+    for an invalid line, which it names.
     """
     rows = JsonLines(FileText(path))
     if not len(rows):
@@ -71,10 +71,7 @@ def _question(rows: JsonLines, index: int) -> Question:
 
 
 def prompt_of(question: Question, examples: Sequence[Question]) -> str:
-    """Write the prompt of MMLU (https://arxiv.org/abs/2009.03300), ending with "Answer:".
-
-    Answered examples come before the question; the answer is a space and a letter.
-    """
+    """Write the prompt of MMLU (https://arxiv.org/abs/2009.03300), ending with "Answer:"."""
     topic = f" about {question.subject.replace('_', ' ')}" if question.subject else ""
     head = f"The following are multiple choice questions (with answers){topic}.\n\n"
     answered = [f"{_asked(example)} {LETTERS[example.answer]}\n\n" for example in examples]
@@ -98,16 +95,7 @@ def score_questions(
 ) -> ChoiceScore:
     """Take the most likely letter as the answer and count the right ones.
 
-    Args:
-        model (Any): a ``QSTModel`` or ``PEQAModel`` in evaluation mode.
-        tokenizer (Any): torchtune tokenizer.
-        questions (Sequence[Question]): to be answered.
-        examples (Sequence[Question]): the first ones of a question's subject come before it.
-        num_examples (int): how many; MMLU's figure is 5.
-        batch_size (int): prompts at once.
-
-    Returns:
-        ChoiceScore: over all questions.
+    The first ``num_examples`` of a question's subject come before it; MMLU's figure is 5.
     """
     of_subject: dict[str, list[Question]] = defaultdict(list)
     for example in examples:

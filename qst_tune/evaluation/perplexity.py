@@ -29,10 +29,10 @@ class TextScore:
 
 
 def text_windows(tokens: list[int], window: int) -> list[Continuation]:
-    """Cut a text of at least two tokens so that every token except the first is predicted once.
+    """Cut a text so that every token except the first is predicted once.
 
-    The model reads ``window`` tokens at once. The next window begins with the last token that this
-    one predicts, and has no context before it.
+    The next window of ``window`` tokens begins with the last token that this one predicts, and has
+    no context before it.
     """
     return [
         Continuation((tokens[start],), tuple(tokens[start + 1 : start + window + 1]))

@@ -18,18 +18,10 @@ def answer_batch(
     stop_tokens: Sequence[int],
     max_new_tokens: int,
 ) -> list[list[int]]:
-    """Generate an answer for each prompt.
+    """Generate an answer for each prompt, of token ids and of at most ``max_new_tokens``.
 
-    Args:
-        model (Any): a ``QSTModel`` or ``PEQAModel`` in evaluation mode, with positions for the
-            longest prompt and ``max_new_tokens``.
-        prompts (Sequence[Sequence[int]]): token ids, at least one each.
-        sampling (Sampling): how to choose a token.
-        stop_tokens (Sequence[int]): the first of them ends an answer and is not part of it.
-        max_new_tokens (int): length of the longest answer.
-
-    Returns:
-        list[list[int]]: the generated ids of each prompt.
+    The first stop token ends an answer and is not part of it. The model is in evaluation mode, and
+    has positions for the longest prompt and ``max_new_tokens``.
     """
     check_ids(model, prompts)
     answers: list[list[int]] = [[] for _ in prompts]

@@ -66,10 +66,7 @@ def attentions(model: TransformerDecoder) -> list[Any]:
 
 @contextmanager
 def attached(model: TransformerDecoder, caches: Sequence[Any]) -> Iterator[None]:
-    """Let each of :func:`attentions` use a cache in this context.
-
-    The model has no caches of its own. Meanwhile it needs ``mask`` and ``input_pos``.
-    """
+    """Let each of :func:`attentions` use a cache here; it needs ``mask`` and ``input_pos``."""
     layers = attentions(model)
     for layer, cache in zip(layers, caches, strict=True):
         layer.kv_cache, layer.cache_enabled = cache, True
@@ -85,9 +82,6 @@ class ModelCaches:
 
     Keys and values of all attentions, those of the backbone and of the side network; and on a CPU
     the decoded weights, if they are no more than :data:`MOST_DECODED_BYTES`.
-
-    Args:
-        model (Any): a ``QSTModel`` or ``PEQAModel`` in evaluation mode.
     """
 
     def __init__(self, model: Any) -> None:
@@ -123,8 +117,7 @@ class ModelCaches:
 def _may_keep_decoded(model: Any) -> bool:
     """Whether weights are decoded once for a text, which is reported.
 
-    Decoding takes a CPU most of a token's time: SmolLM2-135M in NF4 generates twice as fast. A
-    GPU has kernels that need no decoded weight.
+    Decoding takes a CPU most of a token's time: SmolLM2-135M in NF4 generates twice as fast.
     """
     linears = [m for m in model.modules() if isinstance(m, QuantizedLinear)]
     decoded = [m for m in linears if not has_int8_kernel(getattr(m, "layout", None))]
@@ -143,11 +136,7 @@ def _report_decoded(num_bytes: int) -> None:
 
 @contextmanager
 def without_head(model: Any) -> Iterator[None]:
-    """Let a decoder of ours return the LM head's input ``[B, T, D]`` in this context.
-
-    Only the last token's logits of a long prompt are wanted: all of them would be the largest
-    tensor of the pass.
-    """
+    """Let a decoder return the LM head's input ``[B, T, D]`` here: all logits would be large."""
     before = model.skip_output_layer
     model.skip_output_layer = True
     try:

@@ -18,19 +18,8 @@ class Conversation:
 
     Each turn is tokenized with all turns before it, exactly as the chat template writes a whole
     conversation, and their common beginning comes from the caches. So the answers are those of a
-    model that reads everything again, while normally only the new turn is run. Only where a
-    generated text is tokenized differently as a whole is it run again from that position.
-
-    Args:
-        model (Any): a ``QSTModel`` or ``PEQAModel`` in evaluation mode.
-        tokenizer (Any): torchtune model tokenizer.
-        system_prompt (str | None): first message.
-        sampling (Sampling | None): how tokens are chosen; None: always the most likely.
-        max_new_tokens (int): length of the longest answer.
-
-    Attributes:
-        messages (list[Message]): all turns so far.
-        system_prompt (str | None): first message; may be changed between two turns.
+    model that reads everything again, while normally only the new turn is run.
+    ``messages`` are all turns so far; ``system_prompt`` may be changed between two.
     """
 
     def __init__(
@@ -66,8 +55,7 @@ class Conversation:
         """Add a turn of the user, generate the model's and yield its text piece by piece.
 
         Both are part of the conversation once the generator is exhausted or closed; an interrupted
-        answer is kept as far as it came. A conversation without room for an answer is a UserError,
-        and stays as it was.
+        answer is kept as far as it came. A conversation without room for an answer is a UserError.
         """
         turns = [*self.messages, Message(role="user", content=text, masked=True)]
         prompt = prompt_tokens(self.tokenizer, turns, system_prompt=self.system_prompt)
@@ -118,10 +106,7 @@ def prompt_tokens(
 
 
 def text_pieces(tokens: Iterable[int], decode: Callable[[list[int]], str]) -> Iterator[str]:
-    """Decode token ids as they come, and yield the new text in whole characters.
-
-    A character of several tokens comes with its last.
-    """
+    """Decode token ids as they come, and yield the new text in whole characters."""
     ids: list[int] = []
     shown = text = ""
     for token in tokens:

@@ -14,12 +14,8 @@ class CachedSequence:
     """A model with the caches of the tokens it has run.
 
     Every sequence takes its longest common beginning with the last one from the caches: of a
-    conversation only the new turn is run, and a text that was changed in the middle is run from
-    there. One model can have several of these.
-
-    Args:
-        model (Any): a ``QSTModel`` or ``PEQAModel`` in evaluation mode. What it computes must
-            not change meanwhile; in particular its side network stays on, or off.
+    conversation only the new turn is run. One model can have several of these. What it computes
+    must not change meanwhile; in particular its side network stays on, or off.
     """
 
     def __init__(self, model: Any) -> None:
@@ -65,18 +61,7 @@ def continue_sequence(
     stop_tokens: Sequence[int],
     max_new_tokens: int,
 ) -> Iterator[int]:
-    """Generate tokens one by one, until a stop token, ``max_new_tokens`` or the end of the context.
-
-    Args:
-        sequence (CachedSequence): its caches are used.
-        prompt (Sequence[int]): at least one token.
-        sampling (Sampling): how to choose a token.
-        stop_tokens (Sequence[int]): the first of them ends the text and is not part of it.
-        max_new_tokens (int): the most to generate.
-
-    Yields:
-        int: the next token.
-    """
+    """Generate tokens until a stop token, ``max_new_tokens`` or the end of the context."""
     tokens = list(prompt)
     longest = sequence.model.max_seq_len
     while len(tokens) <= longest and len(tokens) < len(prompt) + max_new_tokens:

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from qst_tune.modules.backbone_formats import BaseQuantization, EmbeddingQuantization
 from qst_tune.modules.side.block import SideShape
 from qst_tune.torchtune_compat import Mask
 
@@ -39,18 +40,17 @@ class Backbone(Protocol):
         """From f to logits, with the model's own soft cap and scale."""
 
     @property
-    def embedding(self) -> Any:
+    def embedding(self) -> nn.Embedding:
         """The token embedding; its weight has the backbone's device and dtype."""
 
     @property
     def quantization(self) -> str:
         """How the weights are stored; a tuned side network belongs to it."""
 
-    def quantize(self, base_quantization: Any, embedding_quantization: Any) -> None:
-        """Store the linears of the layers and the embedding in these formats, in place.
-
-        The types are ``BaseQuantization`` and ``EmbeddingQuantization``.
-        """
+    def quantize(
+        self, base_quantization: BaseQuantization, embedding_quantization: EmbeddingQuantization
+    ) -> None:
+        """Store the linears of the layers and the embedding in these formats, in place."""
 
     def side_shape(self, reduction_factor: int, min_head_dim: int) -> SideShape:
         """Choose the sizes of a side block, of width D // r."""
@@ -85,32 +85,12 @@ class Backbone(Protocol):
         mask: Mask | None = None,
         input_pos: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Run forward without gradient, and show hidden states as they come.
+        """Run forward on ``[B, T]`` without gradient; return f, ``[B, T, D]``.
 
-        Args:
-            tokens (torch.Tensor): ``[B, T]``.
-            taps (Sequence[int]): states to show, ascending.
-            visit (Visit): called once for each tap, in the caller's gradient mode, before the next
-                layer runs: so the hidden states are never in memory together.
-            mask (Mask | None): which tokens see which; None: each sees those before it.
-            input_pos (torch.Tensor | None): ``[B, T]`` positions; None: counted from 0.
-
-        Returns:
-            torch.Tensor: f, ``[B, T, D]``.
+        ``visit`` is called once for each state of ``taps`` (ascending), in the caller's gradient
+        mode, before the next layer runs: so the hidden states are never in memory together.
+        ``mask`` None: each token sees those before it; ``input_pos`` None: counted from 0.
         """
-
-
-def where_of_rows(where: dict[str, Any], rows: Any, batch_size: int) -> dict[str, Any]:
-    """Index mask and positions by rows of the batch; what serves all rows stays whole.
-
-    So do positions ``[T]``, of which there may be as many as rows.
-    """
-    return {
-        name: value[rows]
-        if isinstance(value, torch.Tensor) and value.ndim > 1 and len(value) == batch_size
-        else value
-        for name, value in where.items()
-    }
 
 
 def head_output(model: Any, y_BTD: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""How the linears of a frozen backbone are stored: one table of formats."""
+"""How the linears, the embedding and the LM head of a frozen backbone are stored."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -71,7 +71,7 @@ def quantize_linears(module: nn.Module, base_quantization: BaseQuantization = "n
 def linear_format(base_quantization: LinearFormat) -> MakeLinear | None:
     """Return what makes a :class:`QuantizedLinear` from a dense weight and a bias; None for "none".
 
-    The weight may be on the meta device. ValueError if the format is unknown.
+    The weight may be on meta. ValueError if the format is unknown.
     """
     if isinstance(base_quantization, Integers):
         return partial(PEQALinear, **base_quantization._asdict())
@@ -93,10 +93,7 @@ def replace_linears(module: nn.Module, make: MakeLinear) -> None:
 
 
 def quantization_of(module: nn.Module) -> str:
-    """Name the format that :func:`quantize_linears` left below a module.
-
-    It is "nf4", "fp4", "none" or, for integers, such as "int4, groups of 64, rtn".
-    """
+    """Name the formats below a module: "nf4", "none" or such as "int4, groups of 64, rtn"."""
     formats = {m.quantization for m in module.modules() if isinstance(m, QuantizedLinear)}
     return "+".join(sorted(formats)) or "none"
 
@@ -110,8 +107,8 @@ def quantize_embedding(
     """Store, in place, the embedding and the LM head as codes; a tied head stays tied.
 
     The modules stay, and with them a scale of Gemma's embedding, positions or a soft cap: only
-    their weight becomes a :class:`~qst_tune.quantization.table.QuantizedTable` with a scale a
-    token. "none" changes nothing. ValueError as of :func:`check_table_format`.
+    their weight becomes a :class:`~qst_tune.quantization.table.QuantizedTable`. ValueError as of
+    :func:`check_table_format`.
     """
     if embedding_quantization == "none":
         return
@@ -146,10 +143,7 @@ def _owners(decoder: TransformerDecoder) -> Iterator[nn.Embedding | nn.Linear]:
 
 
 def quantization_of_backbone(decoder: TransformerDecoder) -> str:
-    """Name how a backbone is stored, which a side network or scales that were tuned on it need.
-
-    It is the layers' ``quantization_of``, with "; embedding int8" behind it if that is quantised.
-    """
+    """Name how a backbone is stored: ``quantization_of`` and perhaps "; embedding int8"."""
     layers = quantization_of(decoder.layers)
     weight = decoder.tok_embeddings.weight
     return f"{layers}; embedding int8" if isinstance(weight, QuantizedTable) else layers

@@ -1,17 +1,23 @@
 """A cache of a frozen backbone's states: epochs after the first run the side network alone."""
 
 import hashlib
+import itertools
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torchtune import utils
 
 from qst_tune.atomic_files import whole_file
+from qst_tune.errors import first_line
+from qst_tune.file_lock import locked
+from qst_tune.modules.backbone import Backbone, Visit
 from qst_tune.torchtune_compat import Mask
 
 # Left free on the disk: the checkpoints of the run need room too.
@@ -25,87 +31,124 @@ class HiddenStateCache:
 
     No gradient enters the backbone of QST and nothing in it trains, so it computes the same of a
     batch in every epoch; with this cache it runs on each batch once. What is read is bit for bit
-    what was computed. A batch is found by its content: another batch, or one whose file is damaged,
-    is computed. When the disk is full, no more is written, which is logged once.
+    what was computed: a batch is found by its content, and each state has a digest. What is damaged
+    is computed anew, which is logged. When the disk is full, no more is written, which is logged
+    once.
 
     Not in the paper. LoRA cannot do this: what its layers compute changes with every step.
 
-    Args:
-        directory (Path): for one backbone and one choice of layers; made when needed. Several
-            processes and runs may share it, and its files may be deleted at any time.
+    ``directory`` is for one backbone and one choice of layers; it is made when needed. Several
+    processes and runs may share it, and its files may be deleted at any time.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.is_full = False
+        self.is_tidy = False
 
-    def read(
-        self, tokens: torch.Tensor, *, mask: Mask | None, input_pos: torch.Tensor | None
-    ) -> Iterator[torch.Tensor] | None:
-        """Find the states of a batch, in order and one at a time, on the device of ``tokens``.
+    def run(
+        self,
+        backbone: Backbone,
+        tokens: torch.Tensor,
+        *,
+        taps: Sequence[int],
+        visit: Visit,
+        **where: Any,
+    ) -> torch.Tensor:
+        """Do what ``backbone.run`` does, on a batch that it has not run on or that was damaged.
 
-        None if they must be computed. ``tokens`` are ``[B, T]``.
+        ``taps`` begin with 0: the embedding is cheaper computed than read.
         """
-        file = _open(self._path(tokens, mask, input_pos), tokens.device)
-        return None if file is None else _tensors_of(file)
-
-    def recorder(
-        self, tokens: torch.Tensor, *, mask: Mask | None, input_pos: torch.Tensor | None
-    ) -> "Recorder":
-        """Begin to record a batch: add each state in order, then write."""
-        return Recorder(self, self._path(tokens, mask, input_pos))
-
-    def _path(
-        self, tokens: torch.Tensor, mask: Mask | None, input_pos: torch.Tensor | None
-    ) -> Path:
-        return self.directory / f"{_digest(tokens, mask, input_pos)}.safetensors"
-
-    def keep(self, states: list[torch.Tensor], path: Path) -> None:
-        """Write states on the CPU to a file that is whole or absent, whenever the process dies."""
+        path = self.directory / f"{_digest_of_batch(tokens, **where)}.safetensors"
+        num_shown = 0
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            room = shutil.disk_usage(self.directory).free - RESERVED_BYTES
-            if sum(state.nbytes for state in states) > room:
-                raise OSError(f"the disk has less than {RESERVED_BYTES / 1024**3:.0f} GiB left")
-            with whole_file(path, flush=False) as aside:
-                save_file({str(i): state for i, state in enumerate(states)}, aside)
+            for state in _read(path, len(taps), tokens.device):
+                if num_shown == len(taps):
+                    return state
+                if num_shown == 0:
+                    visit(backbone.embed(tokens, **where))
+                    num_shown = 1
+                visit(state)
+                num_shown += 1
+        except _DamagedError as error:
+            log.warning(f"{path} is damaged, its hidden states are computed anew: {error}")
+        on_host: list[torch.Tensor] = []
+        numbers = itertools.count()
+
+        def show(h_BTD: torch.Tensor) -> None:
+            number = next(numbers)
+            if number > 0 and not self.is_full:
+                on_host.append(h_BTD.detach().cpu().contiguous())
+            if number >= num_shown:
+                visit(h_BTD)
+
+        f_BTD = backbone.run(tokens, taps=taps, visit=show, **where)
+        if not self.is_full:
+            self._write([*on_host, f_BTD.cpu().contiguous()], path)
+        return f_BTD
+
+    def _write(self, states: list[torch.Tensor], path: Path) -> None:
+        """Write states to a file that is whole or absent, whenever the process dies."""
+        try:
+            with locked(self.directory, wait=True) as is_held:
+                if is_held and not self.is_tidy:
+                    self.is_tidy = True
+                    for left in self.directory.glob(".*.safetensors.*"):  # by a killed process
+                        left.unlink(missing_ok=True)
+                room = shutil.disk_usage(self.directory).free - RESERVED_BYTES
+                if sum(state.nbytes for state in states) > room:
+                    raise OSError(f"the disk has less than {RESERVED_BYTES / 1024**3:.0f} GiB left")
+                about = {"of": _origin(path), "digests": [_digest(state) for state in states]}
+                with whole_file(path, flush=False) as aside:
+                    tensors = {str(i): state for i, state in enumerate(states)}
+                    save_file(tensors, aside, {"qst_tune": json.dumps(about)})
         except (OSError, SafetensorError) as error:
             self.is_full = True
             log.warning(f"no more hidden states are written to {self.directory}: {error}")
 
 
-class Recorder:
-    """The states of one batch, copied to the host as they are computed."""
-
-    def __init__(self, cache: HiddenStateCache, path: Path) -> None:
-        self._cache, self._path = cache, path
-        self._states: list[torch.Tensor] = []
-
-    def add(self, state: torch.Tensor) -> None:
-        """Copy the next state, ``[B, T, D]``, unless the disk is full."""
-        if not self._cache.is_full:
-            self._states.append(state.detach().cpu().contiguous())
-
-    def write(self) -> None:
-        """Write the batch's file; the last state must have been added."""
-        if self._states:
-            self._cache.keep(self._states, self._path)
+class _DamagedError(Exception):
+    """A file of the cache is not what was written for its batch."""
 
 
-def _tensors_of(file: Any) -> Iterator[torch.Tensor]:
-    with file:
-        yield from (file.get_tensor(str(i)) for i in range(len(file.keys())))
+def _read(path: Path, count: int, device: torch.device) -> Iterator[torch.Tensor]:
+    """Yield the states of a file in order, each after its digest was checked; none if it is absent.
 
-
-def _open(path: Path, device: torch.device) -> Any | None:
-    """A file that can be read, or None."""
+    Of another version, which had no digests, it is damaged too.
+    """
     try:
-        return safe_open(path, "pt", device=str(device))
-    except (OSError, SafetensorError):  # there is none, or it is damaged
-        return None
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get("qst_tune", "{}"))
+            if about.get("of") != _origin(path):
+                raise ValueError("it was not written for this batch, or without digests")
+            if len(about["digests"]) != count or len(file.keys()) != count:
+                raise ValueError(f"it does not have {count} states")
+            for number, digest in enumerate(about["digests"]):
+                state = file.get_tensor(str(number))
+                if _digest(state) != digest:
+                    raise ValueError(f"state {number} does not have its digest")
+                yield state.to(device)
+    except FileNotFoundError:
+        return
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise _DamagedError(first_line(error)) from error
 
 
-def _digest(tokens: torch.Tensor, mask: Mask | None, input_pos: torch.Tensor | None) -> str:
+def _origin(path: Path) -> str:
+    """Name what a file belongs to: the directory is a backbone's, the file a batch's."""
+    return f"{path.parent.name}/{path.name}"
+
+
+def _digest(state: torch.Tensor) -> str:
+    """Digest of dtype, shape and bits; against damage, not against an attacker."""
+    digest = xxhash.xxh3_128(repr((state.dtype, state.shape)).encode())
+    digest.update(state.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _digest_of_batch(
+    tokens: torch.Tensor, *, mask: Mask | None = None, input_pos: torch.Tensor | None = None
+) -> str:
     """Name a batch by all that its hidden states depend on.
 
     A BlockMask, the mask of a packed batch, has no content to hash; but the positions begin anew

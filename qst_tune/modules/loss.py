@@ -1,4 +1,7 @@
-"""Connect a loss of the config to the model, whichever of torchtune's three kinds it is."""
+"""Losses: cross entropy through a frozen LM head that never holds the logits, or torchtune's.
+
+Notation: N tokens, D width, V vocabulary.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,11 +15,7 @@ from torchtune.modules.loss import CEWithChunkedOutputLoss
 
 
 def connect_loss(loss: Any, model: TransformerDecoder) -> None:
-    """Make the model return what the loss takes, in place.
-
-    A loss with ``set_model_output`` gets the LM head's input, torchtune's chunked loss gets chunks
-    of logits, any other gets the logits.
-    """
+    """Make the model return, in place, what the loss takes: the head's input or logits."""
     if hasattr(loss, "set_model_output"):
         loss.set_model_output(model)
     elif isinstance(loss, CEWithChunkedOutputLoss):
@@ -28,9 +27,8 @@ def next_token_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the mean loss of predicting each next token, and the int64 number of labels in it.
 
-    ``tokens`` and ``labels`` of the batch are ``[B, T]``, aligned
-    (:mod:`~qst_tune.data.batches.collate`), perhaps with ``mask`` and ``input_pos``; the model is
-    connected by :func:`connect_loss`.
+    The batch has ``tokens`` and aligned ``labels``, both ``[B, T]``, perhaps ``mask`` and
+    ``input_pos``; the model is connected by :func:`connect_loss`.
     """
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     labels = batch["labels"]
@@ -63,8 +61,7 @@ class LinearCrossEntropyLoss(nn.Module):
     The head is frozen, so all that backward needs is the gradient of its input y, ``[N, D]``. It is
     computed in the forward pass, a chunk of tokens at a time: the full ``[N, V]`` logits (16 GiB in
     fp32 for 32k tokens and a vocabulary of 128k) never exist. A chunk needs ``6 chunk_tokens V``
-    bytes in bf16. Tokens with the label ``ignore_index`` are dropped before the head, so a masked
-    prompt costs nothing here.
+    bytes in bf16. Tokens with the label ``ignore_index`` are dropped before the head.
 
     It takes the place of torchtune's losses in a config. As newer torchtune versions do it, the
     recipe calls :meth:`set_model_output`, after which the model returns the head's input.
@@ -88,7 +85,6 @@ class LinearCrossEntropyLoss(nn.Module):
         """Compute the loss: fp32 scalar, the mean over tokens with a label; 0 if there is none.
 
         ``hidden`` is the head's input y, ``[..., D]``; ``labels`` are aligned token ids ``[...]``.
-        RuntimeError if :meth:`set_model_output` was not called.
         """
         if self._head is None:
             raise RuntimeError("LinearCrossEntropyLoss: call set_model_output(model) first")

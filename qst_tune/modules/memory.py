@@ -30,10 +30,7 @@ class ActivationCount:
 
 @contextmanager
 def count_saved_activations(exclude: nn.Module) -> Iterator[ActivationCount]:
-    """Count the distinct bytes that a forward pass saves for backward, while the block runs.
-
-    Parameters of ``exclude`` are not activations, even where autograd keeps them.
-    """
+    """Count the distinct bytes that a forward pass saves for backward, without parameters."""
     count = ActivationCount()
     kept: list[torch.Tensor] = []  # alive until the end, so that no address is used twice
     parameters = {p.untyped_storage().data_ptr() for p in _plain_tensors(exclude)}
@@ -50,10 +47,7 @@ def count_saved_activations(exclude: nn.Module) -> Iterator[ActivationCount]:
 
 
 def parameter_bytes(module: nn.Module) -> int:
-    """Bytes of all parameters and buffers below a module, each storage once.
-
-    Quantized weights count as they are stored, sharded ones with this process's part.
-    """
+    """Bytes of parameters and buffers below a module as they are stored here, each storage once."""
     storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _plain_tensors(module)
     }

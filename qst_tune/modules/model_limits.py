@@ -26,14 +26,9 @@ SEQUENCES = (
 
 @dataclass(frozen=True)
 class ModelLimits:
-    """What a model can read, and the tokenizer and label of its rows.
+    """What a model can read, and the tokenizer and the label without loss of its rows.
 
-    Args:
-        vocab_size (int): ids of tokens are below it.
-        num_logits (int): ids of labels are below it.
-        max_seq_len (int): tokens of the longest row.
-        tokenizer (Any): torchtune model tokenizer.
-        ignore_index (int): label of a token without loss.
+    Ids of tokens are below ``vocab_size``, those of labels below ``num_logits``.
     """
 
     vocab_size: int
@@ -44,10 +39,7 @@ class ModelLimits:
 
     @property
     def pad_id(self) -> int:
-        """The tokenizer's padding id, or 0 where the embedding has no row for it.
-
-        Any row does: padding is neither seen by a token of the text nor learnt.
-        """
+        """The tokenizer's padding id, or 0 where the embedding lacks it: padding is never seen."""
         pad_id = getattr(self.tokenizer, "pad_id", None)
         return pad_id if isinstance(pad_id, int) and 0 <= pad_id < self.vocab_size else 0
 

@@ -34,8 +34,7 @@ def _without_gradient(x: torch.Tensor, weight: NF4Tensor) -> torch.Tensor:
     """``x W^T`` with a weight that is decoded whole, or in parts.
 
     In parts a large weight is never whole in memory: one token through 8192 x 2048 takes 14 instead
-    of 29 ms (one CPU core, bf16), since the system gives and takes back 32 MiB page by page. A GPU
-    would only wait for more and smaller kernels.
+    of 29 ms (one CPU core, bf16). A GPU would only wait for more and smaller kernels.
     """
     if is_few_tokens(x) and not keeps_decoded():
         return torch.cat([F.linear(x, part.to(x.dtype)) for part in decoded_rows(weight)], dim=-1)
@@ -49,14 +48,9 @@ class NF4Linear(nn.Linear):
 
     Unlike torchtune's ``FrozenNF4Linear`` it takes any width
     (:func:`~qst_tune.quantization.nf4.nf4_block_sizes`) and decodes several times faster on a CPU.
-    ``weight`` is a torchao ``NF4Tensor`` ``[out_dim, in_dim]``; loading a dense weight into it
-    quantises, and a gradient flows to ``x`` only.
-
-    Args:
-        weight (torch.Tensor): ``[out_dim, in_dim]``; dense (quantised here) or an NF4Tensor of type
-            ``quant_type``, may be meta.
-        bias (torch.Tensor | None): ``[out_dim]``, frozen, in its dtype.
-        quant_type (QuantType): "nf4" or "fp4". Default: "nf4".
+    ``weight``, ``[out_dim, in_dim]``, is dense (quantised here; may be meta) or a torchao
+    ``NF4Tensor`` of type ``quant_type``; loading a dense weight quantises. A gradient flows to
+    ``x`` only.
     """
 
     def __init__(

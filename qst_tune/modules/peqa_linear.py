@@ -44,25 +44,11 @@ class PEQALinear(nn.Module):
     Source: PEQA (https://arxiv.org/abs/2305.14152), equation 2, with ``weight_scale`` for its
     :math:`s_0 + \Delta s`.
 
-    Args:
-        weight (torch.Tensor): ``[O, I]``, floating point, quantised here; may be on meta.
-        bias (torch.Tensor | None): ``[O]``, frozen. Default: None.
-        bits (int): of a code: 2 (with a warning), 3, 4 or 8. Default: 4.
-        group_size (int | None): input channels that share a scale; None: all. Default: None.
-        init (AffineInit): "rtn" or "mse", see :func:`quantize_affine`. Default: "rtn".
-        train_zero_points (bool): train them too, as fp32 numbers; the paper's ablation.
-            Default: False.
-
-    Shapes (O out, I in, G groups a row):
-        codes: ``[O, packed_dim(G g, bits)]`` uint8; weight_scale: ``[O, G]`` fp32; zero_point:
-        ``[O, G]`` uint8, fp32 if trained. input_order: None, or ``[I]`` int64: the input channel
-        of each column of the codes, where a GPTQ directory groups them so (act-order).
-
-    Attributes:
-        output_is_overwritten (bool): the model changes the layer's outputs in place.
-
-    Raises:
-        ValueError: if an argument is not supported.
+    Shapes (O out, I in, G groups a row): weight ``[O, I]``, quantised here, may be meta; bias
+    ``[O]``, frozen; codes ``[O, packed_dim(G g, bits)]`` uint8; weight_scale ``[O, G]`` fp32;
+    zero_point ``[O, G]`` uint8, or fp32 with ``train_zero_points``, the paper's ablation.
+    input_order: None, or ``[I]`` int64, the input channel of each column of the codes, where a
+    GPTQ directory groups them so (act-order).
     """
 
     output_is_overwritten = False
@@ -187,8 +173,8 @@ class PEQALinear(nn.Module):
 def scale_columns_(values: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
     """Multiply ``[..., O]`` in place by one number a column, in the wider dtype of the two.
 
-    On a CPU a few rows at once: there torch copies the whole to the wider dtype, into fresh memory,
-    which took as long as the product before it (for 1024 x 1536 in bf16 25 ms, in parts 1).
+    On a CPU a few rows at once: there torch copies the whole to the wider dtype, which took as long
+    as the product before it (for 1024 x 1536 in bf16 25 ms, in parts 1).
     """
     if values.device.type != "cpu" or values.dtype == weight_scale.dtype:
         return values.mul_(weight_scale)

@@ -1,4 +1,4 @@
-"""The PEQA model over any decoder: integer weights of which the scales train."""
+"""PEQA models: integer weights of which the scales train, over any decoder and over torchtune's."""
 
 from typing import Any
 
@@ -18,11 +18,9 @@ class PEQAModel(nn.Module):
     """A decoder with integer linears whose task is the trainable tensors.
 
     They can be exchanged in a loaded model while the codes stay. Embedding, norms, routers and LM
-    head do not train. Source: PEQA (https://arxiv.org/abs/2305.14152).
-
-    This is what :class:`~qst_tune.modules.peqa_model.PEQADecoder` (torchtune) and
-    :class:`~qst_tune.backbone.transformers_models.PEQATransformer` (transformers) share. With
-    ``skip_output_layer`` it returns the LM head's input instead of logits.
+    head do not train. Source: PEQA (https://arxiv.org/abs/2305.14152). :class:`PEQADecoder`
+    (torchtune) and :class:`~qst_tune.backbone.transformers_models.PEQATransformer` (transformers)
+    share it. With ``skip_output_layer`` it returns the LM head's input.
     """
 
     skip_output_layer: bool

@@ -1,4 +1,4 @@
-"""A frozen backbone as plain tensors, so that FSDP shards it whatever they represent.
+"""The plain tensors that quantised ones consist of, so that FSDP shards them and files store them.
 
 FSDP2 shards parameters along their first dimension. A quantised weight is one tensor to a module
 but several in memory, and cannot be cut between any two rows: torchao's own sharding of NF4 needs
@@ -47,8 +47,8 @@ class Place:
 def plain_parts(module: nn.Module) -> dict[str, torch.Tensor]:
     """Return what a checkpoint fills of a module, without its children, as plain tensors.
 
-    They are not copied. The parts of a quantised ``weight`` are called ``weight/quantized_data``
-    and so on. The module must not have been changed by :func:`expose_parts`.
+    The parts of a quantised ``weight`` are called ``weight/quantized_data`` and so on. The module
+    must not have been changed by :func:`expose_parts`. Nothing is copied.
     """
     parts: dict[str, torch.Tensor] = {}
     for name, tensor in module.named_parameters(recurse=False):
@@ -132,10 +132,7 @@ class _Join(nn.Module):
 
 
 def parts_of(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the plain tensors in a quantised one by name, not copied; none of a plain tensor.
-
-    torchao's ``NF4Tensor`` has codes, absmax codes, their factors and mean, and the 16 levels.
-    """
+    """Return the plain tensors in a quantised one by name, not copied; none of a plain tensor."""
     if not is_traceable_wrapper_subclass(tensor):
         return {}
     names, _ = tensor.__tensor_flatten__()
@@ -143,20 +140,13 @@ def parts_of(tensor: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def named_parts(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Name the plain tensors of any tensor as files and sharding do; none is copied.
-
-    Those of a quantised one are ``name/quantized_data`` and so on; a plain one has its own name.
-    """
+    """Name the plain tensors of any tensor: ``name/quantized_data`` and so on, or ``name``."""
     parts = parts_of(tensor)
     return {f"{name}/{part}": value for part, value in parts.items()} or {name: tensor}
 
 
 def join_parts(parts: Mapping[str, torch.Tensor], like: torch.Tensor) -> torch.Tensor:
-    """Undo :func:`parts_of`, on the device of the parts.
-
-    ``like`` is a quantised tensor of the same shape and format on any device. An NF4 weight gets
-    the dtype of its levels.
-    """
+    """Undo :func:`parts_of`, on the device of the parts, in the shape and format of ``like``."""
     quantized: type = type(like)
     names, context = like.__tensor_flatten__()  # type: ignore[attr-defined]
     if isinstance(like, NF4Tensor):

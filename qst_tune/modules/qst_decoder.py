@@ -7,9 +7,10 @@ import torch
 from torchtune.modules import TransformerDecoder
 
 from qst_tune.modules.backbone import head_output
+from qst_tune.modules.batch_parts import CHUNK_TOKENS
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.modules.side.network import SideNetwork
-from qst_tune.modules.torchtune_backbone import CHUNK_TOKENS, TorchtuneBackbone, decoder_parts
+from qst_tune.modules.torchtune_backbone import TorchtuneBackbone, decoder_parts
 from qst_tune.torchtune_compat import Mask, check_inputs
 
 
@@ -19,9 +20,6 @@ class QSTDecoder(QSTModel, TransformerDecoder):
     The backbone's ``tok_embeddings``, ``layers``, ``norm`` and ``output`` keep torchtune's names,
     are taken over (not copied) and frozen; ``side`` is added. So a stock checkpoint loads with
     exactly the ``side.`` keys missing, and torchtune's generation and chunked output work.
-
-    A batch of more than ``frozen_chunk_tokens`` tokens goes through each frozen layer in parts,
-    which bounds the memory of its intermediates. ValueError as of :meth:`adopt`.
     """
 
     def __init__(self, backbone: TransformerDecoder, side: SideNetwork) -> None:
@@ -75,10 +73,9 @@ class QSTDecoder(QSTModel, TransformerDecoder):
         encoder_mask: torch.Tensor | None = None,
         input_pos: torch.Tensor | None = None,
     ) -> torch.Tensor | list[torch.Tensor]:
-        """Compute logits; arguments as torchtune's ``TransformerDecoder.forward``.
+        """Compute :func:`~.backbone.head_output`; arguments as those of torchtune's decoder.
 
-        The mask serves both networks. ``encoder_input`` and ``encoder_mask`` must be None. Returns
-        :func:`~qst_tune.modules.backbone.head_output`.
+        The mask serves both networks. ``encoder_input`` and ``encoder_mask`` must be None.
         """
         check_inputs(
             self,

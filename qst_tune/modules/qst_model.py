@@ -1,20 +1,20 @@
 """The QST model over any backbone: the backbone only runs forward, the side network trains."""
 
 import copy
+import itertools
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.attention.flex_attention import BlockMask, create_mask
 
-from qst_tune.modules.backbone import Backbone, where_of_rows
+from qst_tune.modules.backbone import Backbone
+from qst_tune.modules.batch_parts import in_parts
 from qst_tune.modules.hidden_state_cache import HiddenStateCache
+from qst_tune.modules.meta_device import materialize
+from qst_tune.modules.side.compute import mask_for_heads
 from qst_tune.modules.side.network import SideNetwork
 from qst_tune.torchtune_compat import Mask
-
-# Channels a head: torch's flex_attention refuses fewer (torch 2.11, CUDA).
-_NARROWEST_FLEX_HEAD = 16
-
 
 SIDE_PREFIX = "side."
 
@@ -25,14 +25,18 @@ def is_side(path: str) -> bool:
 
 
 class QSTModel(nn.Module):
-    """Quantized Side Tuning over a :class:`~qst_tune.modules.backbone.Backbone`.
+    r"""Quantized Side Tuning over a :class:`~qst_tune.modules.backbone.Backbone`.
+
+    .. math::
+        h_l = \mathrm{layer}_l(h_{l-1}), \quad g_0 = \mathrm{start}(h_0), \quad
+        g_k = \mathrm{step}_k(h_{l(k)}, g_{k-1}), \quad y = \mathrm{finish}(f, g_M)
 
     The backbone runs under ``no_grad``, interleaved with the side network: after each layer that
     the side network reads, its next block runs. So nothing of the backbone is saved for backward
     except what a downsampler needs for its own gradient, and the hidden states are never in memory
     together.
 
-    Source: QST (https://arxiv.org/abs/2401.07159); equations in
+    Source: QST (https://arxiv.org/abs/2401.07159); start, step and finish are those of
     :class:`~qst_tune.modules.side.network.SideNetwork`.
 
     This is what :class:`~qst_tune.modules.qst_decoder.QSTDecoder` (torchtune) and
@@ -96,7 +100,7 @@ class QSTModel(nn.Module):
     def initialize_side(self, device: torch.device) -> None:
         """Give a side network on meta its first values, in place, on this device."""
         if any(parameter.is_meta for parameter in self.side.parameters()):
-            self.side.materialize(device)
+            materialize(self.side, device)
 
     def keep_reference(self) -> None:
         """Let :meth:`with_reference` compare with the model as it is now, not with the backbone.
@@ -126,20 +130,9 @@ class QSTModel(nn.Module):
         )
 
     def side_where(self, tokens: torch.Tensor, **where: Any) -> dict[str, Any]:
-        """Return ``mask`` and ``input_pos`` as the side network takes them.
-
-        The mask of packed rows on CUDA becomes ``[B, T, T]`` where its heads are too narrow for
-        torch's flex_attention, as those of ``variant="paper"`` are.
-        """
-        mask = where.get("mask")
-        if not isinstance(mask, BlockMask):
-            return where
+        """Return ``mask`` and ``input_pos`` as the side network takes them."""
         block: Any = self.side.blocks[0]
-        if block.attn.head_dim >= _NARROWEST_FLEX_HEAD:
-            return where
-        batch, length = tokens.shape
-        dense = create_mask(mask.mask_mod, batch, None, length, length, device=tokens.device)
-        return {**where, "mask": dense.squeeze(1)}
+        return {**where, "mask": mask_for_heads(where.get("mask"), block.attn.head_dim, tokens)}
 
     def _both(
         self,
@@ -149,83 +142,41 @@ class QSTModel(nn.Module):
         input_pos: torch.Tensor | None,
         reference_side: SideNetwork | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The head's input of the model, and that of the reference or of the backbone alone.
-
-        A large batch runs in parts, if the backbone chooses so.
-        """
+        """The head's input of the model, and that of the reference or of the backbone alone."""
         # A method of its own: FSDP wraps with_reference, and forward must not enter it twice.
         sides = [self.side] if reference_side is None else [self.side, reference_side]
-        parts = self.backbone.row_parts(tokens, mask)
-        if len(parts) == 1 or not self.side.rows_are_alike:
-            return self._rows(sides, tokens, mask=mask, input_pos=input_pos)
-        where = {"mask": mask, "input_pos": input_pos}
-        pairs = [
-            self._rows(sides, tokens[rows], **where_of_rows(where, rows, len(tokens)))
-            for rows in parts
-        ]
-        y, reference = zip(*pairs, strict=True)
-        return torch.cat(y), torch.cat(reference)
+        parts = [slice(None)]
+        if self.side.rows_are_alike:
+            parts = self.backbone.row_parts(tokens, mask)
+        compute = partial(self._run_networks, sides)
+        y_BTD, reference_BTD = in_parts(compute, parts, tokens, mask=mask, input_pos=input_pos)
+        return y_BTD, reference_BTD
 
-    def _rows(
+    def _run_networks(
         self, sides: list[SideNetwork], tokens: torch.Tensor, **where: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the backbone, and after each layer that they read a block of the side networks."""
         if self.side.disabled:
             f_BTD = self.backbone.run(tokens, taps=(), visit=lambda h: None, **where)
             return f_BTD, f_BTD
-        steps = _SideSteps(sides, self.side_where(tokens, **where))
-        f_BTD = self._run(tokens, steps, **where)
-        y_BTD, *reference = steps.finish(f_BTD)
+        side_where = self.side_where(tokens, **where)
+        states: list[Any] = []  # g_k of each side network
+        indices = itertools.count()
+
+        def visit(h_BTD: torch.Tensor) -> None:
+            if not states:
+                states.extend(side.start(h_BTD) for side in sides)
+                return
+            index = next(indices)
+            for number, side in enumerate(sides):
+                states[number] = side.step(index, h_BTD, states[number], **side_where)
+
+        taps = [0, *(index + 1 for index in self.side.layers)]
+        f_BTD = self._run_backbone(tokens, taps=taps, visit=visit, **where)
+        y_BTD, *reference = [side.finish(f_BTD, g) for side, g in zip(sides, states, strict=True)]
         return y_BTD, reference[0] if reference else f_BTD
 
-    def _run(self, tokens: torch.Tensor, steps: "_SideSteps", **where: Any) -> torch.Tensor:
-        """Run the backbone, or read what it made of this batch before."""
-        taps = [0, *(index + 1 for index in self.side.layers)]
+    def _run_backbone(self, tokens: torch.Tensor, **how: Any) -> torch.Tensor:
         if self.hidden_state_cache is None or self.caches_are_enabled():
-            return self.backbone.run(tokens, taps=taps, visit=steps, **where)
-        states = self.hidden_state_cache.read(tokens, **where)
-        if states is not None:
-            steps(self.backbone.embed(tokens, **where))
-            for _ in self.side.layers:
-                steps(next(states))
-            (f_BTD,) = states
-            return f_BTD
-        recorder = self.hidden_state_cache.recorder(tokens, **where)
-
-        def record(h_BTD: torch.Tensor) -> None:
-            if steps.have_begun:  # the embedding is cheaper computed than read
-                recorder.add(h_BTD)
-            steps(h_BTD)
-
-        f_BTD = self.backbone.run(tokens, taps=taps, visit=record, **where)
-        recorder.add(f_BTD)
-        recorder.write()
-        return f_BTD
-
-
-class _SideSteps:
-    """Side networks that advance with each state they get: start, then their blocks."""
-
-    def __init__(self, sides: list[SideNetwork], where: dict[str, Any]) -> None:
-        self._sides, self._where = sides, where
-        self._states: list[Any] = []
-        self._block = 0
-
-    @property
-    def have_begun(self) -> bool:
-        """Whether the embedding was shown."""
-        return bool(self._states)
-
-    def __call__(self, h_BTD: torch.Tensor) -> None:
-        if not self._states:
-            self._states = [side.start(h_BTD) for side in self._sides]
-            return
-        self._states = [
-            side.step(self._block, h_BTD, state, **self._where)
-            for side, state in zip(self._sides, self._states, strict=True)
-        ]
-        self._block += 1
-
-    def finish(self, f_BTD: torch.Tensor) -> list[torch.Tensor]:
-        """The LM head's input of each."""
-        pairs = zip(self._sides, self._states, strict=True)
-        return [side.finish(f_BTD, state) for side, state in pairs]
+            return self.backbone.run(tokens, **how)
+        return self.hidden_state_cache.run(self.backbone, tokens, **how)

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.attention.flex_attention import BlockMask
 from torchtune.modules import TransformerDecoder
 
-from qst_tune.modules.backbone import Head, Visit, where_of_rows
+from qst_tune.modules.backbone import Head, Visit
 from qst_tune.modules.backbone_formats import (
     BaseQuantization,
     EmbeddingQuantization,
@@ -17,6 +17,7 @@ from qst_tune.modules.backbone_formats import (
     quantize_embedding,
     quantize_linears,
 )
+from qst_tune.modules.batch_parts import CHUNK_TOKENS, module_in_parts
 from qst_tune.modules.side.block import (
     SideShape,
     build_side_blocks,
@@ -24,22 +25,15 @@ from qst_tune.modules.side.block import (
     resize_norm,
     side_shape,
 )
-from qst_tune.quantization.decoded_once import decoding_once
 from qst_tune.torchtune_compat import Mask
-
-# Tokens that go through a frozen layer at once: enough for products at full speed.
-CHUNK_TOKENS = 4096
 
 
 class TorchtuneBackbone:
     """Runs a torchtune decoder forward, layer by layer; see :class:`~.backbone.Backbone`.
 
-    Side blocks are the backbone's own layer type at the width of the side network.
-
-    Args:
-        decoder (TransformerDecoder): referred to, not owned: its parameters keep their names.
-        chunk_tokens (int): a batch of more tokens goes through each layer in parts, which bounds
-            the memory of its intermediates.
+    Side blocks are the backbone's own layer type at the width of the side network. The decoder is
+    referred to, not owned: its parameters keep their names. A batch of more than ``chunk_tokens``
+    goes through each layer in parts.
     """
 
     def __init__(self, decoder: TransformerDecoder, chunk_tokens: int = CHUNK_TOKENS) -> None:
@@ -68,9 +62,10 @@ class TorchtuneBackbone:
         return head
 
     @property
-    def embedding(self) -> Any:
+    def embedding(self) -> nn.Embedding:
         """The decoder's token embedding."""
-        return self.decoder.tok_embeddings
+        embedding: nn.Embedding = self.decoder.tok_embeddings
+        return embedding
 
     @property
     def quantization(self) -> str:
@@ -118,36 +113,20 @@ class TorchtuneBackbone:
         return self._frozen(self.decoder.norm, h_BTD)
 
     @torch.no_grad()
-    def _frozen(self, module: nn.Module, x: torch.Tensor, **per_row: Any) -> torch.Tensor:
+    def _frozen(self, module: nn.Module, x: torch.Tensor, **where: Any) -> torch.Tensor:
         """Run a module of the backbone, some rows of the batch at a time, saving nothing.
 
-        Without gradient a layer's intermediates (several times the size of its input) are all that
-        a long batch costs here. Rows are independent, so doing few at a time bounds them. Weights
-        are decoded, and a module that FSDP has sharded is gathered, once for all of them: processes
-        whose batches have different sizes stay in step.
+        A module that FSDP has sharded is gathered once for all of them: processes whose batches
+        have different sizes stay in step.
         """
-        output = self._in_parts(module, x, **per_row)
-        if isinstance(module, FSDPModule):
-            module.reshard()
-        return output
-
-    def _in_parts(self, module: nn.Module, x: torch.Tensor, **per_row: Any) -> torch.Tensor:
-        num_rows = max(1, self.chunk_tokens // x.shape[1])
+        rows = max(1, self.chunk_tokens // x.shape[1])
         # A cache is written for all rows. A BlockMask (packed batches on CUDA) counts its rows from
         # the first; flex_attention takes fewer rows without an error and masks them wrongly.
-        indivisible = self.decoder.caches_are_enabled() or isinstance(
-            per_row.get("mask"), BlockMask
-        )
-        if num_rows >= len(x) or indivisible:
-            whole: torch.Tensor = module(x, **per_row)
-            return whole
-        output = torch.empty(0)
-        with decoding_once():
-            for start in range(0, len(x), num_rows):
-                rows = slice(start, start + num_rows)
-                part = module(x[rows], **where_of_rows(per_row, rows, len(x)))
-                output = output if start else part.new_empty(len(x), *part.shape[1:])
-                output[rows] = part
+        indivisible = self.decoder.caches_are_enabled() or isinstance(where.get("mask"), BlockMask)
+        whole = rows >= len(x) or indivisible
+        output = module(x, **where) if whole else module_in_parts(module, x, rows, **where)
+        if isinstance(module, FSDPModule):
+            module.reshard()
         return output
 
 
@@ -155,11 +134,3 @@ def decoder_parts(backbone: TransformerDecoder) -> dict[str, Any]:
     """Return the arguments that make a ``TransformerDecoder`` of the same modules, not copied."""
     names = ("tok_embeddings", "layers", "max_seq_len", "num_heads", "head_dim", "norm", "output")
     return {name: getattr(backbone, name) for name in names}
-
-
-def build_rotary_caches(module: nn.Module, device: torch.device) -> None:
-    """Compute, in place, what no checkpoint has: the caches of torchtune's rotary embeddings."""
-    ropes: list[Any] = [child for child in module.modules() if hasattr(child, "rope_init")]
-    with device:
-        for rope in ropes:
-            rope.rope_init()

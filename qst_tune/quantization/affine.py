@@ -48,12 +48,12 @@ class AffineLayout(NamedTuple):
 
     @property
     def num_codes(self) -> int:
-        """Number of codes of a row, including the padding of its last group."""
+        """Codes of a row, including the padding of its last group."""
         return self.num_groups * self.group_size
 
     @property
     def num_bytes(self) -> int:
-        """Number of bytes of a row's codes."""
+        """Bytes of a row's codes."""
         return packed_dim(self.num_codes, self.bits)
 
 
@@ -83,28 +83,19 @@ def to_groups(values: torch.Tensor, group_size: int) -> torch.Tensor:
 def quantize_affine(
     weight: torch.Tensor, *, bits: int, group_size: int | None = None, init: AffineInit = "rtn"
 ) -> AffineWeight:
-    r"""Quantise a weight by asymmetric rounding to nearest.
+    r"""Quantise ``[O, I]`` by asymmetric rounding to nearest; ``weight`` may be on meta.
 
     .. math::
         s = \frac{\max(w, 0) - \min(w, 0)}{2^b - 1}, \quad
         z = \mathrm{round}(-\min(w, 0) / s), \quad
         q = \mathrm{clamp}(\mathrm{round}(w / s) + z,\, 0,\, 2^b - 1)
 
-    The extrema are those of a group, so 0 is always represented exactly. ``init="mse"`` also tries
-    narrower ranges, each with the least-squares scale for its codes, and each group takes the one
-    with the least squared error.
+    The extrema are those of a group (``group_size`` None: of a row), so 0 is always exact.
+    ``init="mse"`` also tries narrower ranges, each with the least-squares scale for its codes, and
+    each group takes the one with the least squared error.
 
     Source: PEQA (https://arxiv.org/abs/2305.14152), equation 1; torchao's
     ``choose_qparams_affine`` and ``quantize_affine`` compute the same.
-
-    Args:
-        weight (torch.Tensor): ``[O, I]``, floating point; may be on the meta device.
-        bits (int): b.
-        group_size (int | None): g, input channels that share a scale; None: all of a row.
-        init (AffineInit): "rtn" or "mse".
-
-    Returns:
-        AffineWeight: on the device of ``weight``.
     """
     check_affine(bits, group_size, init)
     groups_OGg = to_groups(weight.detach().float(), group_size or weight.shape[1])
@@ -113,60 +104,45 @@ def quantize_affine(
     return AffineWeight(codes.flatten(1), scale.squeeze(-1), zero_point.squeeze(-1))
 
 
-def _round_to_nearest(
-    w_OGg: torch.Tensor, bits: int, shrink: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _round_to_nearest(w_OGg: torch.Tensor, bits: int, shrink: float = 1.0) -> AffineWeight:
     low = w_OGg.amin(-1, keepdim=True).clamp(max=0) * shrink
     high = w_OGg.amax(-1, keepdim=True).clamp(min=0) * shrink
     largest = 2**bits - 1
     scale = ((high - low) / largest).clamp(min=_SMALLEST_SCALE)
     zero_point = (-low / scale).round().clamp(0, largest)
     codes = ((w_OGg / scale).round() + zero_point).clamp(0, largest)
-    return codes.to(torch.uint8), scale, zero_point.to(torch.uint8)
+    return AffineWeight(codes.to(torch.uint8), scale, zero_point.to(torch.uint8))
 
 
-def _least_squares(
-    w_OGg: torch.Tensor, bits: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _least_squares(w_OGg: torch.Tensor, bits: int) -> AffineWeight:
     best = _round_to_nearest(w_OGg, bits)
-    least = _squared_error(w_OGg, *best)
+    least = _squared_error(w_OGg, best)
     for shrink in _SHRINKS:
         codes, scale, zero_point = _round_to_nearest(w_OGg, bits, shrink)
         centred = codes.float() - zero_point
         # The scale that fits these codes best; none does where all of them stand for 0.
         norm = centred.square().sum(-1, keepdim=True)
         fitted = (w_OGg * centred).sum(-1, keepdim=True) / norm.clamp(min=1)
-        scale = torch.where(fitted > 0, fitted, scale)
-        error = _squared_error(w_OGg, codes, scale, zero_point)
+        found = AffineWeight(codes, torch.where(fitted > 0, fitted, scale), zero_point)
+        error = _squared_error(w_OGg, found)
         better = error < least
-        best = (
-            torch.where(better, codes, best[0]),
-            torch.where(better, scale, best[1]),
-            torch.where(better, zero_point, best[2]),
-        )
+        pairs = zip(found, best, strict=True)
+        best = AffineWeight(*(torch.where(better, new, old) for new, old in pairs))
         least = torch.where(better, error, least)
     return best
 
 
-def _squared_error(
-    w_OGg: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor
-) -> torch.Tensor:
-    return (w_OGg - scale * (codes.float() - zero_point)).square().sum(-1, keepdim=True)
+def _squared_error(w_OGg: torch.Tensor, weight: AffineWeight) -> torch.Tensor:
+    centred = weight.codes.float() - weight.zero_point
+    return (w_OGg - weight.weight_scale * centred).square().sum(-1, keepdim=True)
 
 
 def centred_codes(
     packed: torch.Tensor, zero_point: torch.Tensor, layout: AffineLayout
 ) -> torch.Tensor:
-    """Unpack codes and subtract their zero points.
+    """Unpack codes ``[O, layout.num_bytes]`` and subtract zero points ``[O, G]``: ``[O, G, g]``.
 
-    Args:
-        packed (torch.Tensor): ``[O, layout.num_bytes]`` uint8.
-        zero_point (torch.Tensor): ``[O, G]``, uint8 or floating point.
-        layout (AffineLayout): of the rows.
-
-    Returns:
-        torch.Tensor: ``[O, G, g]``; int8 (int16 for 8 bits), or the dtype of a floating-point
-            ``zero_point``.
+    The dtype is int8 (int16 for 8 bits), or that of a floating-point ``zero_point``.
     """
     codes = unpack(packed, layout.bits, layout.num_codes)
     codes_OGg = codes.reshape(len(packed), layout.num_groups, layout.group_size)
@@ -179,9 +155,9 @@ def centred_codes(
 def centred_rows(
     packed: torch.Tensor, zero_point: torch.Tensor, layout: AffineLayout, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Decode rows of one group without their scale, to ``[O, I]`` in ``dtype``.
+    """Decode rows of one group without their scale: whole numbers below 256, exact in bf16.
 
-    These are whole numbers below 256, exact in bf16; ``zero_point`` is ``[O, 1]`` uint8.
+    ``packed`` is ``[O, layout.num_bytes]``, ``zero_point`` ``[O, 1]`` uint8; the result ``[O, I]``.
     """
     ones = torch.ones(1, device=packed.device).expand(len(packed), 1)
     if triton_decodes_affine(packed, ones, layout.bits, dtype):
@@ -193,10 +169,7 @@ def centred_rows(
 
 
 def row_parts(num_rows: int, in_dim: int, weights_at_once: int | None = None) -> Iterator[slice]:
-    """Yield slices of rows with at most ``weights_at_once`` (2^22) weights, but at least one row.
-
-    A temporary for one of them then stays small.
-    """
+    """Yield slices of rows of at most ``weights_at_once`` (2^22) weights, but at least one row."""
     step = max(1, (weights_at_once or _WEIGHTS_AT_ONCE) // in_dim)
     for start in range(0, num_rows, step):
         yield slice(start, min(start + step, num_rows))
@@ -209,17 +182,10 @@ def dequantize_affine(
     layout: AffineLayout,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Decode a packed weight: ``weight_scale * (codes - zero_point)``, rounded once to ``dtype``.
+    """Decode ``[O, I]``: ``weight_scale * (codes - zero_point)``, rounded once to ``dtype``.
 
-    Args:
-        packed (torch.Tensor): ``[O, layout.num_bytes]`` uint8.
-        weight_scale (torch.Tensor): ``[O, G]``, fp32 or fp64.
-        zero_point (torch.Tensor): ``[O, G]``, uint8 or the dtype of ``weight_scale``.
-        layout (AffineLayout): of the rows.
-        dtype (torch.dtype): of the result.
-
-    Returns:
-        torch.Tensor: ``[O, I]``.
+    ``packed`` is ``[O, layout.num_bytes]`` uint8; ``weight_scale`` ``[O, G]``, fp32 or fp64;
+    ``zero_point`` ``[O, G]``, uint8 or the dtype of ``weight_scale``.
     """
     if triton_decodes_affine(packed, weight_scale, layout.bits, dtype):
         from qst_tune.quantization.triton_decoding import decode_affine

@@ -24,10 +24,7 @@ _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 
 
 def from_awq(parts: Mapping[str, torch.Tensor]) -> StoredAffine:
-    """Read a linear from the three tensors: the same codes, scales and zero points.
-
-    Tensors that do not belong together are a ValueError.
-    """
+    """Read a linear of three tensors; those that do not belong together are a ValueError."""
     codes_IO, zeros_GO = _unpack(parts["qweight"]), _unpack(parts["qzeros"])
     return stored_affine(codes_IO.T, parts["scales"].T, zeros_GO.T, bits=BITS)
 

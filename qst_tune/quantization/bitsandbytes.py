@@ -34,10 +34,7 @@ _INT8_ZERO = 128
 
 
 def read_bnb_4bit(parts: Mapping[str, torch.Tensor]) -> StoredNF4:
-    """Read a 4-bit weight with its codes and scalers; it decodes to the same numbers.
-
-    Parts that do not belong together are a ValueError.
-    """
+    """Read a 4-bit weight; parts that do not belong together are a ValueError."""
     state, quant_type = _state(parts)
     shape = tuple(int(size) for size in state["shape"])
     numel = math.prod(shape)

@@ -26,10 +26,9 @@ from qst_tune.quantization.stored import StoredAffine
 def from_pack_quantized(
     parts: Mapping[str, torch.Tensor], *, bits: int, group_size: int | None = None
 ) -> StoredAffine:
-    """Read a packed linear from tensors by name: the same codes, scales and zero points.
+    """Read a packed linear; tensors that do not belong together are a ValueError.
 
-    Tensors that do not belong together are a ValueError. ``group_size`` is that of
-    :func:`~qst_tune.quantization.gptq.from_gptq`.
+    ``group_size`` is that of :func:`~qst_tune.quantization.gptq.from_gptq`.
     """
     out_dim, in_dim = (int(size) for size in parts["weight_shape"])
     scale = parts["weight_scale"].float().reshape(out_dim, -1)

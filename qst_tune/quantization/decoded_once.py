@@ -13,15 +13,7 @@ _kept: ContextVar[Decoded | None] = ContextVar("kept", default=None)
 
 @contextmanager
 def decoding_once(kept: Decoded | None = None) -> Iterator[None]:
-    """Keep every weight that :func:`decoded` decodes in here.
-
-    Args:
-        kept (Decoded | None): what was kept before, added to; None: nothing, and what is decoded is
-            forgotten with the context.
-
-    Yields:
-        None: meanwhile decoded weights are in memory beside the stored ones.
-    """
+    """Keep every weight that :func:`decoded` decodes in here, in ``kept`` if it is given."""
     token = _kept.set({} if kept is None else kept)
     try:
         yield
@@ -37,16 +29,7 @@ def keeps_decoded() -> bool:
 def decoded(
     stored: torch.Tensor, dtype: torch.dtype, decode: Callable[[], torch.Tensor]
 ) -> torch.Tensor:
-    """Decode a weight, or return what was decoded before.
-
-    Args:
-        stored (torch.Tensor): identifies the weight.
-        dtype (torch.dtype): of the result.
-        decode (Callable[[], torch.Tensor]): makes the result.
-
-    Returns:
-        torch.Tensor: not to be changed.
-    """
+    """Decode a weight that ``stored`` identifies, or return what was decoded before, unchanged."""
     kept = _kept.get()
     if kept is None or torch.compiler.is_compiling():
         return decode()

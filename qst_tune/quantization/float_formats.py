@@ -1,4 +1,4 @@
-"""Decode FP8 weights: values of 8 bits with a scale for the whole, each channel or each block."""
+"""Read 8-bit floats with a scale for the whole, each channel or block (FP8), and MXFP4."""
 
 import torch
 
@@ -8,22 +8,13 @@ from qst_tune.quantization.stored import StoredNF4
 def decode_float8(
     weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] | None = None
 ) -> torch.Tensor:
-    """Multiply FP8 values with their scales.
+    """Multiply FP8 values ``[..., O, I]`` with their scales, to fp32.
+
+    ``scale`` is one number; one a row, ``[..., O]`` or ``[..., O, 1]``; or, with a ``block`` of
+    b x c, ``[..., ceil(O / b), ceil(I / c)]``. ValueError if the shapes do not belong together.
 
     Source: ``weight_dequant`` of github.com/deepseek-ai/DeepSeek-V3 (its ``weight_scale_inv`` is
     multiplied too, despite its name); "float-quantized" of compressed-tensors.
-
-    Args:
-        weight (torch.Tensor): ``[..., O, I]``, any floating-point dtype.
-        scale (torch.Tensor): one number; one a row, ``[..., O]`` or ``[..., O, 1]``; or, with
-            ``block``, ``[..., ceil(O / b), ceil(I / c)]``.
-        block (tuple[int, int] | None): b and c.
-
-    Returns:
-        torch.Tensor: ``[..., O, I]`` fp32.
-
-    Raises:
-        ValueError: if the shapes do not belong together.
     """
     values, factors = weight.float(), scale.float()
     if factors.numel() == 1:
@@ -50,20 +41,14 @@ _EXPONENT_OF_ONE = 127
 
 
 def read_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> StoredNF4:
-    r"""Read a weight: :math:`w = 2^{e - 127}\,L[q]`.
+    r"""Read a weight of gpt-oss's experts: :math:`w = 2^{e - 127}\,L[q]`.
 
-    It fits the parts of an NF4 weight: the 16 levels are E2M1's, the scaler codes are the
-    exponents, and their map contains the 256 powers of two. All of it is exact in bf16.
+    ``blocks`` are ``[O, I / 32, 16]`` uint8, two codes a byte, the first in the low half;
+    ``scales`` ``[O, I / 32]`` uint8 exponents e. It fits the parts of an NF4 weight: the 16 levels
+    are E2M1's, the scaler codes are the exponents, and their map contains the 256 powers of two.
+    All of it is exact in bf16.
 
     Source: OCP Microscaling Formats (MX) 1.0; the tensors of github.com/openai/gpt-oss.
-
-    Args:
-        blocks (torch.Tensor): ``[O, I / 32, 16]`` uint8, two codes a byte, the first in the low
-            half.
-        scales (torch.Tensor): ``[O, I / 32]`` uint8 exponents e.
-
-    Returns:
-        StoredNF4: ``[O, I]``.
     """
     if blocks.shape[:-1] != scales.shape or blocks.shape[-1] * 2 != BLOCK_SIZE:
         raise ValueError(f"{tuple(blocks.shape)} codes with {tuple(scales.shape)} exponents")

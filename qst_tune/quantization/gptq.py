@@ -37,21 +37,10 @@ def to_gptq(
     form: GPTQFormat,
     order: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Store a weight as GPTQ checkpoints do.
+    """Store a weight as GPTQ checkpoints do: the four tensors by name.
 
-    Args:
-        weight (AffineWeight): ``codes`` ``[O, I]`` without padding.
-        bits (int): of a code.
-        group_size (int): input channels that share a scale.
-        form (GPTQFormat): how zero points are stored.
-        order (torch.Tensor | None): ``[I]``, the input channel of each column of the codes, as
-            :func:`from_gptq` gives it; None: the columns are in order.
-
-    Returns:
-        dict[str, torch.Tensor]: the four tensors by name.
-
-    Raises:
-        ValueError: if sizes are no multiples of a word, or "gptq" would have to store zero point 0.
+    ``weight`` has codes ``[O, I]`` without padding; ``order`` is what :func:`from_gptq` gave it.
+    ValueError if sizes are no multiples of a word, or "gptq" would have to store zero point 0.
     """
     codes, scale, zero_point = weight
     out_dim, in_dim = codes.shape
@@ -106,20 +95,10 @@ def from_gptq(
     form: GPTQFormat,
     group_size: int | None = None,
 ) -> StoredAffine:
-    """Read a linear of a GPTQ checkpoint, including act-order.
+    """Read a linear of a GPTQ checkpoint, including act-order; ``g_idx`` may be missing.
 
-    Args:
-        parts (Mapping[str, torch.Tensor]): the tensors by name; ``g_idx`` may be missing.
-        bits (int): of a code.
-        form (GPTQFormat): how zero points are stored.
-        group_size (int | None): g, which matters where the last group is not full; None: all groups
-            are full.
-
-    Returns:
-        StoredAffine: the same codes, scales and zero points.
-
-    Raises:
-        ValueError: if the tensors do not belong together, or groups differ in size.
+    ``group_size`` matters where the last group is not full; None: all groups are full. ValueError
+    if the tensors do not belong together, or groups differ in size.
     """
     zeros_GO = unpack_words(parts["qzeros"].T.contiguous(), bits).T
     if form == "gptq":
@@ -142,11 +121,7 @@ def _group_size(in_dim: int, num_groups: int, group_size: int | None = None) -> 
 
 
 def _group_order(g_idx: torch.Tensor | None, in_dim: int, group_size: int) -> torch.Tensor | None:
-    """Return the input channels ``[I]``, group after group; None if they are in that order already.
-
-    ``g_idx`` ``[I]`` is the group of each input channel. A group of another size than
-    ``group_size`` is a ValueError.
-    """
+    """Return the input channels ``[I]``, group after group; None if they are in order already."""
     regular = torch.arange(in_dim) // group_size
     if g_idx is None or torch.equal(g_idx.long(), regular):
         return None
@@ -170,19 +145,9 @@ def stored_affine(
 ) -> StoredAffine:
     """Make a contiguous weight, its columns group after group and its last group padded.
 
-    Args:
-        codes (torch.Tensor): ``[O, I]`` uint8.
-        scale (torch.Tensor): ``[O, G]``.
-        zero_point (torch.Tensor): ``[O, G]`` uint8.
-        bits (int): of a code.
-        group_size (int | None): as for :func:`from_gptq`.
-        g_idx (torch.Tensor | None): ``[I]``, group of each input channel; None: in order.
-
-    Returns:
-        StoredAffine: the same codes, scales and zero points.
-
-    Raises:
-        ValueError: if the tensors do not belong together, or groups differ in size.
+    ``codes`` are ``[O, I]`` uint8, ``scale`` ``[O, G]``, ``zero_point`` ``[O, G]`` uint8, and
+    ``g_idx`` ``[I]`` the group of each input channel (None: in order). ValueError as of
+    :func:`from_gptq`.
     """
     out_dim, in_dim = codes.shape
     if scale.shape != zero_point.shape or len(scale) != out_dim:

@@ -89,7 +89,7 @@ def affine_product(
     zero_point: torch.Tensor,
     layout: "AffineLayout",
 ) -> torch.Tensor | None:
-    """Multiply few tokens ``[..., I]`` with an integer weight, or return None.
+    """Multiply few tokens ``[..., I]`` with an integer weight; None: decode it first.
 
     The other arguments are those of :func:`~.affine.dequantize_affine`.
     """
@@ -106,16 +106,9 @@ def int8_product(
 
     .. math:: y_o = s_o \Big(\sum_i x_i (q_{oi} - 128) - (z_o - 128) \sum_i x_i\Big)
 
-    The first sum is the kernel's: of signed bytes, added in fp32 and rounded to bf16.
-
-    Args:
-        x (torch.Tensor): ``[..., I]`` in bf16: in fp32 the kernel is 20 times slower.
-        codes (torch.Tensor): ``[O, I]`` uint8, as ``packing.py`` stores 8 bits.
-        weight_scale (torch.Tensor): ``[O, 1]`` fp32.
-        zero_point (torch.Tensor): ``[O, 1]`` uint8.
-
-    Returns:
-        torch.Tensor: ``[..., O]`` in bf16.
+    The first sum is the kernel's: of signed bytes, added in fp32 and rounded to bf16. ``x`` is
+    ``[..., I]`` in bf16 (in fp32 the kernel is 20 times slower), ``codes`` ``[O, I]`` as
+    ``packing.py`` stores 8 bits, ``weight_scale`` fp32 and ``zero_point`` uint8, both ``[O, 1]``.
     """
     x_MI = x.reshape(-1, x.shape[-1])
     # The kernel takes scales in bf16 only, which would round ours.

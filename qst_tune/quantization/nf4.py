@@ -1,16 +1,15 @@
 """NF4 and FP4 weights: torchao's 4-bit format, for any width, made and decoded quickly on a CPU.
 
 torchao defines the format (QLoRA, https://arxiv.org/abs/2305.14314: 16 normal-float levels, one
-absmax per 64 weights, those absmax values quantised again to 8 bits). This file only adds what it
-lacks: block sizes that fit every weight, two lookup tables that replace its slow and large loops
-bit for bit, the 16 levels of FP4, which QLoRA and QST compare NF4 with, and the scalers of
-bitsandbytes, in the same bytes (quantization/bitsandbytes.py).
+absmax per 64 weights, those absmax values quantised again to 8 bits). This file adds block sizes
+that fit every weight, two lookup tables that replace its slow and large loops bit for bit, the 16
+levels of FP4, and the scalers of bitsandbytes, in the same bytes.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torchao.dtypes.nf4tensor import NF4Tensor, SubclassTensorArgs, get_block_absmax, to_nf4
@@ -35,9 +34,8 @@ _FP4_LEVELS = [sign * size / 12 for sign in (1, -1) for size in (0, 0.0625, 8, 1
 def nf4_block_sizes(numel: int) -> tuple[int, int]:
     """Return weights per absmax and absmax values per factor; both divide a weight evenly.
 
-    torchao fixes 64 and 256, which refuses for example a 576 x 576 weight (SmolLM2): it has 5184
-    blocks, and 5184 is not a multiple of 256. An odd number of elements is a ValueError, since a
-    byte has two codes.
+    torchao fixes 64 and 256, which refuses for example a 576 x 576 weight (SmolLM2): 5184 blocks.
+    An odd number of elements is a ValueError, since a byte has two codes.
     """
     block_size = math.gcd(numel, BLOCK_SIZE)
     if numel == 0 or block_size % 2:
@@ -51,29 +49,27 @@ def nf4_block_sizes(numel: int) -> tuple[int, int]:
 def quantize_nf4(weight: torch.Tensor, quant_type: QuantType = "nf4") -> NF4Tensor:
     """Quantise ``[out_dim, in_dim]`` to 4 bits with double quantisation: 0.52 bytes a weight.
 
-    NF4 equals torchao's ``to_nf4`` exactly. An FP4 weight is the same tensor with the 16 levels of
-    bitsandbytes in its table; its absmax values are stored like those of NF4.
+    NF4 equals torchao's ``to_nf4`` exactly. FP4 is the same with the 16 levels of bitsandbytes.
     """
     weight = weight.detach().contiguous()
     block_size, scaler_block_size = nf4_block_sizes(weight.numel())
     if weight.is_meta:
         return _meta_nf4(weight, block_size, scaler_block_size)
-    codes, factors, mean = NF4Tensor.double_quantize_scalers(
+    scalers, factors, mean = NF4Tensor.double_quantize_scalers(
         weight.flatten(), block_size, scaler_block_size
     )
-    # torchao's factors are a view that keeps one value a block alive: 6 % of the bytes for nothing.
-    factors = factors.clone()
+    codes = nearest_levels(weight, block_size, quant_type)
     levels = _levels(weight.dtype, quant_type).to(weight.device, copy=True)
-    data = nearest_levels(weight, block_size, quant_type)
-    return _assemble(weight, block_size, scaler_block_size, codes, factors, mean, data, levels)
+    # torchao's factors are a view that keeps one value a block alive: 6 % of the bytes for nothing.
+    return nf4_from_parts(weight.shape, (scalers, factors.clone(), mean, codes, levels))
 
 
 def dequantize_nf4(weight: NF4Tensor) -> torch.Tensor:
     """Decode an NF4 weight to its own dtype, bit for bit as torchao's ``get_original_weight``.
 
     A table of all 256 bytes gives two weights a lookup: on a CPU 0.5 instead of 3.3 ns a weight
-    (2 cores, bf16). The indices are made for a part of the weight at a time; torchao makes two
-    64-bit ones for every byte, up to 4 GiB for one weight of a 70B model.
+    (2 cores, bf16). Indices are made for a part at a time; torchao's take up to 4 GiB for a weight
+    of a 70B model.
     """
     if runs_triton(weight.quantized_data, weight.dtype):
         from qst_tune.quantization.triton_decoding import decode_nf4
@@ -87,10 +83,7 @@ def dequantize_nf4(weight: NF4Tensor) -> torch.Tensor:
 
 
 def decoded_rows(weight: NF4Tensor) -> Iterator[torch.Tensor]:
-    """Yield the rows of :func:`dequantize_nf4`, ``[R, in_dim]`` at a time.
-
-    Where blocks do not end with a row, all rows come at once.
-    """
+    """Yield rows of :func:`dequantize_nf4`, some at a time; all at once where blocks cross rows."""
     out_dim, in_dim = weight.shape
     parts = list(row_parts(out_dim, in_dim, _AT_ONCE))
     if len(parts) == 1 or in_dim % weight.block_size:
@@ -182,10 +175,9 @@ def _bfloat16_to_code(quant_type: QuantType) -> torch.Tensor:
 def nearest_levels(
     weight: torch.Tensor, block_size: int, quant_type: QuantType = "nf4"
 ) -> torch.Tensor:
-    """Find the level nearest to each weight over its block's absmax.
+    """Find the level nearest to each weight over its block's absmax: uint8 ``[numel / 2]``.
 
-    The weight is contiguous and has whole blocks; the result is uint8 ``[numel / 2]``, two codes a
-    byte. On a CPU in bf16 this is one lookup, 40 times faster than torchao's search.
+    The weight has whole blocks. On a CPU in bf16 this is one lookup, 40 times faster than torchao.
     """
     flat = weight.flatten()
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
@@ -204,58 +196,27 @@ def nearest_levels(
 def _meta_nf4(weight: torch.Tensor, block_size: int, scaler_block_size: int) -> NF4Tensor:
     """The tensors of ``to_nf4`` without values; torchao's loop takes 20 s for a 70B model."""
     num_blocks = weight.numel() // block_size
-    return _assemble(
-        weight,
-        block_size,
-        scaler_block_size,
+    parts = (
         weight.new_empty(num_blocks, dtype=torch.int8),
         weight.new_empty(num_blocks // scaler_block_size),
         weight.new_empty(()),
         weight.new_empty(weight.numel() // 2, dtype=torch.uint8),
         weight.new_empty(16),
     )
+    return nf4_from_parts(weight.shape, parts)
 
 
 def nf4_from_parts(shape: Sequence[int], parts: Sequence[torch.Tensor]) -> NF4Tensor:
-    """Make a weight of the tensors that one from :func:`quantize_nf4` consists of; none is copied.
+    """Make a weight of absmax codes, factors, mean, codes and levels, which give the dtype.
 
-    Args:
-        shape (Sequence[int]): of the weight.
-        parts (Sequence[torch.Tensor]): absmax codes, their factors, their mean, codes and levels.
-            uint8 absmax codes are bitsandbytes': their mean is followed by the 256 numbers of its
-            map. Floating-point ones are the absmax values.
-
-    Returns:
-        NF4Tensor: with the dtype of the levels.
+    uint8 absmax codes are bitsandbytes': their mean is followed by the 256 numbers of its map.
+    Floating-point ones are the absmax values. Nothing is copied.
     """
-    num_blocks = len(parts[0])
-    block_sizes = math.prod(shape) // num_blocks, num_blocks // max(1, len(parts[1]))
-    return _assemble(_Layout(tuple(shape), parts[-1].dtype, parts[-1].device), *block_sizes, *parts)
-
-
-class _Layout(NamedTuple):
-    """Shape, dtype and device of a contiguous weight, without memory."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-
-def _assemble(
-    weight: "torch.Tensor | _Layout",
-    block_size: int,
-    scaler_block_size: int,
-    *parts: torch.Tensor,
-) -> NF4Tensor:
-    """An NF4Tensor with the shape, dtype and device of ``weight``, which is contiguous."""
-    shape = torch.Size(weight.shape)
+    scalers, factors, *_, levels = parts
+    num_blocks = len(scalers)
+    strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
     layout = SubclassTensorArgs(
-        shape,
-        (*(math.prod(shape[i + 1 :]) for i in range(len(shape))),),
-        0,
-        weight.dtype,
-        weight.device,
-        requires_grad=False,
+        torch.Size(shape), strides, 0, levels.dtype, levels.device, requires_grad=False
     )
-    num_blocks = math.prod(shape) // block_size
-    return NF4Tensor(layout, block_size, num_blocks, scaler_block_size, *parts)
+    block_size = math.prod(shape) // num_blocks
+    return NF4Tensor(layout, block_size, num_blocks, num_blocks // max(1, len(factors)), *parts)

@@ -2,10 +2,9 @@
 
 A row is cut into as many equal segments as codes share a group of bytes (4 bits: 2 codes a byte, 3
 bits: 8 codes in 3 bytes, 2 bits: 4 codes a byte), and codes at the same place of each segment are
-packed together. Packing and unpacking are then a few operations on whole segments, contiguous in
-memory, with no kernel of our own: 0.4 ns a code on one CPU core, where the codes of one byte side
-by side take 1 ns through a lookup table. An 8-bit code q is stored as the signed byte q - 128,
-which integer matrix kernels read as it is.
+packed together: a few operations on whole segments, 0.4 ns a code on one CPU core, where the codes
+of one byte side by side take 1 ns. An 8-bit code q is stored as the signed byte q - 128, which
+integer matrix kernels read as it is.
 
 Notation: O rows (output channels), I codes a row (input channels).
 """
@@ -47,10 +46,7 @@ def units_together(bits: int, unit_bits: int) -> tuple[int, int]:
 
 
 def pack_groups(codes: torch.Tensor, bits: int, unit_bits: int) -> torch.Tensor:
-    """Pack ``[N, codes, M]`` to ``[N, units, M]``, the first code in the lowest bits.
-
-    A unit is a byte or a word; the sizes of a group are those of :func:`units_together`.
-    """
+    """Pack codes ``[N, codes, M]`` to bytes or words ``[N, units, M]``, the first one lowest."""
     _, num_units = units_together(bits, unit_bits)
     packed = codes.new_zeros(len(codes), num_units, codes.shape[2])
     for index in range(codes.shape[1]):

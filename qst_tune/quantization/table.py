@@ -25,18 +25,11 @@ class QuantizedTable(torch.Tensor):
 
     .. math:: W_{vd} = s_v\, q_{vd}, \qquad -127 \le q \le 127
 
-    A weight takes 1 + 4 / D bytes.
-
-    It replaces a module's dense weight. ``F.embedding`` decodes the rows of its tokens.
-    ``F.linear(x, W)``, its gradient and ``x @ W`` decode some rows at a time and never have the
-    dense weight; the scale of a whole row is applied to the product. ``copy_`` from a dense weight
-    quantises. Everything else raises: decode with :meth:`dense` first. The table is frozen: only x
-    gets a gradient.
-
-    Args:
-        codes (torch.Tensor): q, int8, ``[V, D]``.
-        row_scale (torch.Tensor): s, fp32, ``[V, 1]``.
-        dtype (torch.dtype): of the tensor and of its decoded rows.
+    ``codes`` are int8 ``[V, D]``, ``row_scale`` fp32 ``[V, 1]``, and ``dtype`` that of decoded
+    rows: 1 + 4 / D bytes a weight. ``F.embedding`` decodes the rows of its tokens. ``F.linear(x,
+    W)``, its gradient and ``x @ W`` decode some rows at a time; a row's scale is applied to the
+    product. ``copy_`` from a dense weight quantises. Everything else raises: decode with
+    :meth:`dense`. Only x gets a gradient.
     """
 
     codes: torch.Tensor
@@ -174,18 +167,10 @@ def quantize_table(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
 ) -> QuantizedTable:
-    r"""Quantise a dense weight, some rows at a time: no second copy of the whole exists.
+    r"""Quantise ``[V, D]``, such as a view of a file, some rows at a time; ``weight`` may be meta.
 
     It is symmetric rounding to nearest from fp32, :math:`s = \max_d |w_d| / 127` and
     :math:`q = \mathrm{round}(w / s)`.
-
-    Args:
-        weight (torch.Tensor): ``[V, D]``, floating point, such as a view of a file; may be meta.
-        dtype (torch.dtype | None): of the table; None: that of ``weight``.
-        device (torch.device | None): of the table; None: that of ``weight``.
-
-    Returns:
-        QuantizedTable: ``[V, D]``.
     """
     num_rows, dim = weight.shape
     dtype, device = dtype or weight.dtype, device or weight.device

@@ -94,25 +94,14 @@ def _decode_affine(
 
 
 def nf4_parts(weight: NF4Tensor, absmax: torch.Tensor | None) -> tuple[list[torch.Tensor], int]:
-    """Return codes, scalers, factors, mean and levels, and how many scalers share a factor.
-
-    With ``absmax`` these are the scalers, and none share a factor.
-    """
+    """Return codes, scalers (or ``absmax``), factors, mean, levels, and the scalers of a factor."""
     scalers = weight.quantized_scalers if absmax is None else absmax
     tensors = [scalers, weight.quantization_factor, weight.scaler_mean, weight.nf4]
     return [weight.quantized_data, *tensors], weight.scaler_block_size if absmax is None else 0
 
 
 def decode_nf4(weight: NF4Tensor, absmax: torch.Tensor | None = None) -> torch.Tensor:
-    """Decode an NF4 or FP4 weight.
-
-    Args:
-        weight (NF4Tensor): ``[..., O, I]``, any block sizes.
-        absmax (torch.Tensor | None): of each block; None: torchao's int8 scalers encode it.
-
-    Returns:
-        torch.Tensor: of the shape and dtype of ``weight``.
-    """
+    """Decode an NF4 or FP4 weight; ``absmax`` None: torchao's int8 scalers encode it."""
     parts, scalers = nf4_parts(weight, absmax)
     num_bytes = parts[0].numel()
     decoded = torch.empty(weight.shape, dtype=weight.dtype, device=parts[0].device)

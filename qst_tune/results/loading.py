@@ -27,6 +27,7 @@ from qst_tune.config.keys import Key, pick
 from qst_tune.errors import UserError
 from qst_tune.models.build import build_any_on_meta
 from qst_tune.models.load import load_frozen_backbone
+from qst_tune.modules.meta_device import materialize
 from qst_tune.modules.peqa_model import PEQAModel
 from qst_tune.modules.qst_classifier import QSTClassifier
 from qst_tune.modules.qst_model import QSTModel
@@ -155,7 +156,7 @@ def load_side_networks(
     for name, directory in directories.items():
         side = build_described(directory, weight.dtype, backbone_directory).side
         check_fits(directory, side)
-        side.materialize(weight.device)
+        materialize(side, weight.device)
         load_tuned(directory, side, backbone=backbone)
         networks[name] = side.requires_grad_(False).eval()
     try:
@@ -224,7 +225,7 @@ def _fill(
     backbone = load_frozen_backbone(model, cfg, dtype=dtype, device=device)
     untuned: Tensors = {}
     if isinstance(model, QSTModel):
-        model.side.materialize(device)
+        materialize(model.side, device)
     else:
         untuned = {name: value.detach().clone() for name, value in model.task().items()}
     if directory:

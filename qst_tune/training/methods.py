@@ -22,7 +22,7 @@ from qst_tune.models.load import load_frozen_backbone
 from qst_tune.modules.hidden_state_cache import HiddenStateCache
 from qst_tune.modules.peqa_model import PEQAModel
 from qst_tune.modules.qst_model import QSTModel
-from qst_tune.modules.side.network import Gate
+from qst_tune.modules.side.gate import Gate
 from qst_tune.modules.side.output_mix import AlphaMix, SigmoidMix
 from qst_tune.results.provenance import provenance_of
 from qst_tune.results.start import find_start

@@ -2,7 +2,8 @@ import torch
 from torchtune.models.llama3_1 import llama3_1
 from torchtune.modules import TransformerDecoder
 
-from qst_tune.modules.torchtune_backbone import build_rotary_caches, decoder_parts
+from qst_tune.modules.meta_device import build_rotary_caches
+from qst_tune.modules.torchtune_backbone import decoder_parts
 from tests.support.numbers import TINY, random_tokens, tiny_backbone
 
 

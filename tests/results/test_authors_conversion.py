@@ -14,6 +14,7 @@ from qst_tune.backbone.identity import BackboneId
 from qst_tune.errors import UserError
 from qst_tune.models import qst_builder
 from qst_tune.models.build import build_on_meta
+from qst_tune.modules.meta_device import materialize
 from qst_tune.results.authors_checkpoint import (
     Weights,
     read_authors_directory,
@@ -60,7 +61,7 @@ def config(block: dict[str, Any]) -> DictConfig:
 
 def random_side(block: dict[str, Any], dtype=torch.float32):
     model = build_on_meta(OmegaConf.create({"model": block}), torch.float32)
-    model.side.materialize(torch.device("cpu"))
+    materialize(model.side, torch.device("cpu"))
     with torch.no_grad():
         for parameter in model.side.parameters():
             parameter.normal_()

@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 from qst_tune.models.build import build_on_meta
 from qst_tune.models.load import load_frozen_backbone
+from qst_tune.modules.meta_device import materialize
 from qst_tune.modules.qst_decoder import QSTDecoder
 from qst_tune.results.provenance import provenance_of
 from qst_tune.results.tuned_directory import save_tuned
@@ -29,7 +30,7 @@ def side_network_directory(
     cfg = OmegaConf.create(config)
     model = build_on_meta(cfg, torch.float32)
     backbone = load_frozen_backbone(model, cfg, dtype=torch.float32, device=CPU)
-    model.side.materialize(CPU)
+    materialize(model.side, CPU)
     torch.manual_seed(seed)
     randomize_(model.side)
     origin = provenance_of(cfg, backbone)

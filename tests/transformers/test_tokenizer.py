@@ -11,6 +11,7 @@ import qst_tune.transformers  # noqa: F401  # registers the model
 from qst_tune.data import hf_chat_tokenizer
 from qst_tune.models.build import build_on_meta
 from qst_tune.models.load import load_frozen_backbone
+from qst_tune.modules.meta_device import materialize
 from qst_tune.results.provenance import provenance_of
 from qst_tune.results.tuned_directory import save_tuned
 from tests.support.checkpoints import finetune_config
@@ -34,7 +35,7 @@ def result(root: Path, template: str | None) -> Path:
     cfg = OmegaConf.create(config)
     model = build_on_meta(cfg, torch.float32)
     backbone = load_frozen_backbone(model, cfg, dtype=torch.float32, device=CPU)
-    model.side.materialize(CPU)
+    materialize(model.side, CPU)
     origin = provenance_of(cfg, backbone)
     save_tuned(root / "side_network", model.side, origin)
     return root / "side_network"

@@ -37,10 +37,7 @@ class SideShape:
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """Sizes of a backbone layer, from which those of a side block follow.
-
-    ``is_rotary``: a side block turns pairs of channels, so its heads have an even width.
-    """
+    """Sizes of a backbone layer; where rotary, a side block has heads of even width."""
 
     embed_dim: int
     hidden_dim: int
@@ -70,10 +67,7 @@ def side_shape(
     number of heads, as the authors do, where that leaves a head_dim of at least ``min_head_dim``
     (never below 4), even where rotary embeddings turn pairs of channels. Otherwise it has the
     largest smaller number that does, preferably one that keeps the backbone's share of key and
-    value heads, and with it the number of parameters.
-
-    Narrow heads learn badly (docs/results.md), and the time of attention grows with their number:
-    at width 36, 3 heads of 12 take nearly half the time of 9 of 4.
+    value heads. Narrow heads learn badly and many heads are slow (docs/results.md).
 
     ValueError if no number of heads fits that width; the message names values of r that work.
     """

@@ -53,23 +53,21 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class SideConfig:
-    """What shapes a side network; None takes the variant's value.
+    """What shapes a side network; None takes the variant's value. ValueError for an unknown one.
 
     Args:
         reduction_factor (int): r; the side network has width ``D // r``. Higher trains fewer
             parameters in less memory.
-        variant (Variant): preset of the fields that are None: "default", "paper" or "authors".
+        variant (Variant): preset of the fields that are None.
         hidden_bits (int): 16 or 8; bits in which "linear", "lora" and "adapter" save hidden states
             for backward (with recomputation on, else the decoded ones are saved too).
-        num_side_blocks (int | None): side blocks, evenly spaced over the backbone's layers; the
-            variant's is at most one for every layer.
-        normalize_hidden (bool | None): read each token's hidden state divided by its root mean
-            square.
-        downsample (DownsampleKind | None): "linear", "lora", "adapter", "maxpool" or "avgpool".
-        rank (int | None): bottleneck of the "lora" and "adapter" downsamplers; the variant's is at
-            most the backbone's width.
-        output_mix (OutputMixKind | None): "residual", "alpha", "sigmoid" or "swapped_sigmoid";
-            "authors" means swapped over OPT.
+        num_side_blocks (int | None): evenly spaced over the backbone's layers; a variant's is at
+            most one for every layer.
+        normalize_hidden (bool | None): read each token's hidden state over its root mean square.
+        downsample (DownsampleKind | None): see :mod:`~qst_tune.modules.side.downsample`.
+        rank (int | None): bottleneck of "lora" and "adapter"; a variant's is at most D.
+        output_mix (OutputMixKind | None): see :mod:`~qst_tune.modules.side.output_mix`; "authors"
+            means swapped over OPT.
         mix_per_channel (bool | None): one alpha, or one z, per channel instead of one for all.
         gate_per_channel (bool | None): one gamma per channel instead of one per layer.
         initial_gamma (float | None): start of every gate's gamma.
@@ -77,13 +75,9 @@ class SideConfig:
             authors' code does.
         downsample_norm (bool | None): LayerNorm behind an "adapter".
         min_head_dim (int | None): fewer heads than the backbone's where theirs would be narrower.
-        initial_mix (float): start of alpha in the "alpha" mix, of z in "sigmoid" and
-            "swapped_sigmoid"; "residual" has nothing to start.
-        activation (Activation): of an "adapter": "silu", "relu", "gelu" or "identity".
+        initial_mix (float): start of alpha in the "alpha" mix, of z in both "sigmoid" ones.
+        activation (Activation): of an "adapter".
         dropout (float): share of a hidden state's channels that are not read, in training.
-
-    Raises:
-        ValueError: if a name is unknown or a number out of range.
     """
 
     reduction_factor: int = 16

@@ -15,7 +15,7 @@ avgpool  mean over r neighbouring channels  none           S numbers a token
 
 What is saved is the memory that grows with the batch, so each downsampler has two parts:
 ``read`` runs without gradient and returns all that must be saved of h; ``project`` is the trained
-rest. A downsampler that must save h can do so in 8 bits (:mod:`qst_tune.modules.side.downsample`).
+rest. A downsampler that must save h can do so in 8 bits (``quantize_blocks``).
 
 Dropout belongs to ``read``. It needs no gradient there, so no mask is saved; and a step that is
 recomputed in backward starts from what was read, so it cannot draw another mask.
@@ -31,6 +31,7 @@ from torch import nn
 DownsampleKind = Literal["linear", "lora", "adapter", "maxpool", "avgpool"]
 Activation = Literal["silu", "relu", "gelu", "identity"]
 Saved = tuple[torch.Tensor, ...]
+BLOCK_SIZE = 64  # channels that share a scale in 8 bits
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "silu": nn.SiLU,
@@ -41,19 +42,13 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 class Downsample(nn.Module):
-    """What all downsamplers share: ``forward(h) == project(*read(h))``.
+    """What all downsamplers share: ``forward(h) == project(*read(h))``."""
 
-    Args:
-        hidden_bits (int): 16 saves h as it is; 8 saves integer codes with one scale for every 64
-            channels. The forward pass sees the decoded values too, so its gradient is exact.
-        dropout (float): share of the channels of h that are read as 0 in training, the others as
-            h / (1 - dropout).
-    """
-
-    def __init__(self, hidden_bits: int = 16, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.hidden_bits = hidden_bits
-        self.dropout = dropout
+    # 8 saves integer codes with a scale for every 64 channels. The forward pass sees the decoded
+    # values too, so its gradient is exact.
+    hidden_bits = 16
+    # Share of the channels of h that are read as 0 in training, the others as h / (1 - dropout).
+    dropout = 0.0
 
     @torch.no_grad()
     def read(self, h: torch.Tensor) -> Saved:
@@ -81,10 +76,8 @@ class Downsample(nn.Module):
 class LinearDownsample(Downsample):
     """Downsample from D = ``in_dim`` to S = ``out_dim`` by one trained matrix."""
 
-    def __init__(
-        self, in_dim: int, out_dim: int, *, hidden_bits: int = 16, dropout: float = 0.0
-    ) -> None:
-        super().__init__(hidden_bits, dropout)
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
         self.reduce = nn.Linear(in_dim, out_dim, bias=False)
 
     def project(self, *saved: torch.Tensor) -> torch.Tensor:
@@ -101,26 +94,17 @@ class LowRankDownsample(Downsample):
     """
 
     def __init__(
-        self,
-        in_dim: int,
-        out_dim: int,
-        rank: int,
-        *,
-        activation: nn.Module | None = None,
-        norm: nn.Module | None = None,
-        hidden_bits: int = 16,
-        dropout: float = 0.0,
+        self, in_dim: int, out_dim: int, rank: int, *, activation: nn.Module, norm: nn.Module
     ) -> None:
-        super().__init__(hidden_bits, dropout)
+        super().__init__()
         self.reduce = nn.Linear(in_dim, rank, bias=False)
         self.expand = nn.Linear(rank, out_dim, bias=False)
-        self.activation = activation or nn.Identity()
-        self.norm = norm or nn.Identity()
+        self.activation = activation
+        self.norm = norm
 
     def project(self, *saved: torch.Tensor) -> torch.Tensor:
         """Pass the bottleneck."""
-        narrow = self.activation(self.reduce(self._hidden(saved)))
-        y: torch.Tensor = self.norm(self.expand(narrow))
+        y: torch.Tensor = self.norm(self.expand(self.activation(self.reduce(self._hidden(saved)))))
         return y
 
 
@@ -131,10 +115,8 @@ class PoolDownsample(Downsample):
     ``floor(j D / S)`` up to ``ceil((j + 1) D / S)``.
     """
 
-    def __init__(
-        self, out_dim: int, kind: Literal["maxpool", "avgpool"], *, dropout: float = 0.0
-    ) -> None:
-        super().__init__(dropout=dropout)
+    def __init__(self, out_dim: int, kind: Literal["maxpool", "avgpool"]) -> None:
+        super().__init__()
         self.out_dim = out_dim
         self.kind = kind
 
@@ -143,8 +125,7 @@ class PoolDownsample(Downsample):
         in_dim = h.shape[-1]
         if in_dim % self.out_dim == 0:
             windows = h.unflatten(-1, (self.out_dim, in_dim // self.out_dim))
-            pooled = windows.amax(-1) if self.kind == "maxpool" else windows.mean(-1)
-            return (pooled,)
+            return (windows.amax(-1) if self.kind == "maxpool" else windows.mean(-1),)
         pool = F.adaptive_max_pool1d if self.kind == "maxpool" else F.adaptive_avg_pool1d
         pooled = pool(h.flatten(0, -2).unsqueeze(1), self.out_dim)
         return (pooled.view(*h.shape[:-1], self.out_dim),)
@@ -170,36 +151,27 @@ def build_downsample(  # a builder, as those of models/
     Only "lora" and "adapter" have a ``rank``, and only "adapter" an ``activation`` and, as in the
     authors' code, a LayerNorm (``norm``). The pools ignore ``hidden_bits``.
     """
+    down: Downsample
     if kind == "maxpool" or kind == "avgpool":
-        return PoolDownsample(out_dim, kind, dropout=dropout)
-    if kind == "linear":
-        return LinearDownsample(in_dim, out_dim, hidden_bits=hidden_bits, dropout=dropout)
-    return LowRankDownsample(
-        in_dim,
-        out_dim,
-        rank,
-        activation=_ACTIVATIONS[activation]() if kind == "adapter" else None,
-        norm=nn.LayerNorm(out_dim) if norm and kind == "adapter" else None,
-        hidden_bits=hidden_bits,
-        dropout=dropout,
-    )
-
-
-BLOCK_SIZE = 64
+        down = PoolDownsample(out_dim, kind)
+    elif kind == "linear":
+        down = LinearDownsample(in_dim, out_dim)
+    elif kind == "lora":
+        identities = {"activation": nn.Identity(), "norm": nn.Identity()}
+        down = LowRankDownsample(in_dim, out_dim, rank, **identities)
+    else:
+        last = nn.LayerNorm(out_dim) if norm else nn.Identity()
+        sigma = _ACTIVATIONS[activation]()
+        down = LowRankDownsample(in_dim, out_dim, rank, activation=sigma, norm=last)
+    down.hidden_bits, down.dropout = hidden_bits, dropout
+    return down
 
 
 def quantize_blocks(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round to symmetric 8-bit integers, one scale for each block of up to 64 channels.
+    """Round ``[..., D]`` to int8 codes, and scales ``[..., ceil(D / 64)]`` in the dtype of ``x``.
 
-    Blocks confine the few huge channels that every large language model has: with one scale a
-    token, those would round all others to zero.
-
-    Args:
-        x (torch.Tensor): floating point, ``[..., D]``.
-
-    Returns:
-        tuple[torch.Tensor, torch.Tensor]: int8 codes ``[..., D]``, and scales
-        ``[..., ceil(D / 64)]`` in the dtype of ``x``.
+    Blocks of up to 64 channels confine the few huge channels that every large language model has:
+    with one scale a token, those would round all others to zero.
     """
     blocks = _blocks(x)
     scale = blocks.abs().amax(-1, keepdim=True) / 127
@@ -216,6 +188,7 @@ def dequantize_blocks(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 def _blocks(x: torch.Tensor) -> torch.Tensor:
     """``[..., D]`` as ``[..., ceil(D / 64), 64]``, zeros behind the last channel."""
     missing = -x.shape[-1] % BLOCK_SIZE
-    padded = torch.nn.functional.pad(x, (0, missing)) if missing else x
-    blocks: torch.Tensor = padded.unflatten(-1, (-1, BLOCK_SIZE))
+    blocks: torch.Tensor = (F.pad(x, (0, missing)) if missing else x).unflatten(
+        -1, (-1, BLOCK_SIZE)
+    )
     return blocks

@@ -4,50 +4,22 @@ Notation: B batch, T tokens, D width of the backbone, S = D / r width of the sid
 of the backbone, M blocks of the side network.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
-from torchtune.models.gemma.rms_norm import GemmaRMSNorm
-from torchtune.modules import RMSNorm
 
 from qst_tune.modules.backbone import Backbone
+from qst_tune.modules.side.compute import compute_like
 from qst_tune.modules.side.config import SideConfig
 from qst_tune.modules.side.downsample import Saved, build_downsample
+from qst_tune.modules.side.gate import Gate
 from qst_tune.modules.side.output_mix import build_output_mix
 from qst_tune.torchtune_compat import Mask
 
 # torch's default for bf16, 0.008, is as large as the mean square of some embeddings.
 _NORM_EPS = 1e-6
-
-
-class Gate(nn.Module):
-    r"""Learned interpolation between a new and a carried state.
-
-    .. math:: \mathrm{gate}(x, c) = (1 - \beta)\,x + \beta\,c, \qquad \beta = \sigma(\gamma)
-
-    Source: QST (https://arxiv.org/abs/2401.07159), where gamma is a scalar that starts at 0; the
-    authors' code has one gamma per channel that starts at 0.5.
-    """
-
-    def __init__(self, num_channels: int, initial_gamma: float) -> None:
-        super().__init__()
-        self.initial_gamma = float(initial_gamma)
-        self.gamma = nn.Parameter(torch.empty(num_channels))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Set gamma to its start."""
-        nn.init.constant_(self.gamma, self.initial_gamma)
-
-    def forward(self, new: torch.Tensor, carried: torch.Tensor) -> torch.Tensor:
-        """Mix two states ``[B, T, S]``, x and c, in the dtype of x."""
-        beta = torch.sigmoid(self.gamma).to(new.dtype)
-        return torch.lerp(new, carried.to(new.dtype), beta)
 
 
 class ZeroLinear(nn.Linear):
@@ -91,13 +63,9 @@ class SideNetwork(nn.Module):
     only the last few count in :math:`g_M`; and ``normalize_hidden``, which divides each token's
     hidden state by its root mean square, since hidden states grow a hundredfold over the layers.
 
-    The parameters may be wider than the hidden states (fp32 masters over a bf16 backbone); products
-    are then computed in the backbone's dtype by autocast.
-
-    It follows torchtune's adapter protocol: :meth:`adapter_params` names the trainable parameters,
-    and ``disabled = True`` (``torchtune.modules.peft.disable_adapter``) gives the plain backbone.
-    ``recompute = True`` saves only the inputs of a step, and runs its downsampler, gate and block
-    again in backward.
+    Parameters may be wider than hidden states (fp32 masters over a bf16 backbone); products are
+    then computed in the backbone's dtype. It follows torchtune's adapter protocol: ``disabled =
+    True`` (``torchtune.modules.peft.disable_adapter``) gives the plain backbone.
 
     Args:
         backbone (Backbone): only its sizes are read; it is not stored.
@@ -105,6 +73,7 @@ class SideNetwork(nn.Module):
 
     Attributes:
         layers (list[int]): for each block the index of the backbone layer that it reads, ascending.
+        recompute (bool): save only the inputs of a step, and run it again in backward.
 
     Raises:
         ValueError: if r or the number of blocks does not fit the backbone.
@@ -150,32 +119,10 @@ class SideNetwork(nn.Module):
         """Names of the trainable parameters, relative to this module: all of them."""
         return [name for name, _ in self.named_parameters()]
 
-    def materialize(self, device: torch.device) -> None:
-        """Allocate and initialise, in place, a side network that was built on the meta device.
-
-        ValueError if a module with parameters has no known initial value.
-        """
-        self.to_empty(device=device)
-        with device:
-            for module in self.modules():
-                initializer = getattr(module, "reset_parameters", None)
-                initializer = initializer or getattr(module, "rope_init", None)
-                if initializer is not None:
-                    initializer()
-                elif isinstance(module, RMSNorm):  # has no reset_parameters
-                    nn.init.ones_(module.scale)
-                elif isinstance(module, GemmaRMSNorm):  # neither; it multiplies by 1 + scale
-                    nn.init.zeros_(module.scale)
-                elif list(module.parameters(recurse=False)):  # would stay uninitialised memory
-                    raise ValueError(
-                        f"{type(module).__name__} cannot be initialised in place: it has no "
-                        "reset_parameters; build the model on its device instead of on meta"
-                    )
-
     def start(self, h_BTD: torch.Tensor) -> torch.Tensor:
-        """Compute :math:`g_0`, ``[B, T, S]``, from the embedding :math:`h_0`."""
-        downsample = self._downsampler(0)
-        return self._run(downsample.project, h_BTD, *self._read(downsample, h_BTD))
+        """Compute :math:`g_0 = D_0(h_0)`, ``[B, T, S]``, from the embedding."""
+        downsample: Any = self.downsample[0]
+        return self._compute(h_BTD, downsample.project, *self._read(downsample, h_BTD))
 
     def step(
         self,
@@ -190,52 +137,39 @@ class SideNetwork(nn.Module):
 
         ``index`` is k - 1; ``mask`` and ``input_pos`` are torchtune's.
         """
-        downsample = self._downsampler(index if self.config.share_first_downsample else index + 1)
         gate, block = self.gates[index], self.blocks[index]
+        downsample: Any = self.downsample[index + (not self.config.share_first_downsample)]
 
-        def next_state(g_BTS: torch.Tensor, *saved: torch.Tensor) -> torch.Tensor:
-            mixed_BTS = gate(downsample.project(*saved), g_BTS)
+        def next_state(g_BTS: torch.Tensor, *read: torch.Tensor) -> torch.Tensor:
+            mixed_BTS = gate(downsample.project(*read), g_BTS)
             out_BTS: torch.Tensor = block(mixed_BTS, mask=mask, input_pos=input_pos)
             return out_BTS
 
-        return self._run(next_state, h_BTD, g_BTS, *self._read(downsample, h_BTD))
+        return self._compute(h_BTD, next_state, g_BTS, *self._read(downsample, h_BTD))
 
     def finish(self, f_BTD: torch.Tensor, g_BTS: torch.Tensor) -> torch.Tensor:
         """Compute y, the input of the LM head, ``[B, T, D]`` in the dtype of f."""
-        with self._compute_in(f_BTD.dtype, f_BTD.device.type):
-            upsampled_BTD = self.upsample(self.norm(g_BTS))
-        mixed: torch.Tensor = self.output_mix(f_BTD, upsampled_BTD.to(f_BTD.dtype))
-        return mixed
+
+        def upsampled(g_BTS: torch.Tensor) -> torch.Tensor:
+            u_BTD: torch.Tensor = self.upsample(self.norm(g_BTS))
+            return u_BTD
+
+        u_BTD = compute_like(f_BTD, upsampled, g_BTS, parameters=self._dtype)
+        y_BTD: torch.Tensor = self.output_mix(f_BTD, u_BTD.to(f_BTD.dtype))
+        return y_BTD
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.gates[0].get_parameter("gamma").dtype
 
     def _read(self, downsample: Any, h_BTD: torch.Tensor) -> Saved:
-        """What the downsampler must save of a hidden state."""
+        """What backward needs of a hidden state."""
         if self.config.normalize_hidden:
             h_BTD = F.rms_norm(h_BTD, h_BTD.shape[-1:], eps=_NORM_EPS)
-        saved: Saved = downsample.read(h_BTD)
-        return saved
+        read: Saved = downsample.read(h_BTD)
+        return read
 
-    def _downsampler(self, index: int) -> Any:
-        """A :class:`~qst_tune.modules.side.downsample.Downsample`; ModuleList hides its methods."""
-        return self.downsample[index]
-
-    def _run(
-        self, compute: Callable[..., torch.Tensor], h: torch.Tensor, *inputs: torch.Tensor
-    ) -> torch.Tensor:
-        """Compute in the dtype of ``h``, saving nothing but the inputs if ``recompute``."""
-        # The closure lives until backward: one that held h itself would keep every hidden state.
-        dtype, device_type = h.dtype, h.device.type
-
-        def compute_in_dtype(*inputs: torch.Tensor) -> torch.Tensor:
-            with self._compute_in(dtype, device_type):
-                return compute(*inputs)
-
-        if self.recompute and torch.is_grad_enabled():
-            recomputed: torch.Tensor = checkpoint(compute_in_dtype, *inputs, use_reentrant=False)
-            return recomputed
-        return compute_in_dtype(*inputs)
-
-    def _compute_in(self, dtype: torch.dtype, device_type: str) -> AbstractContextManager[None]:
-        """Autocast to the backbone's dtype; nothing to do when the parameters have it already."""
-        narrow = dtype in (torch.bfloat16, torch.float16)
-        needed = narrow and self.gates[0].gamma.dtype != dtype
-        return torch.autocast(device_type, dtype=dtype if narrow else None, enabled=needed)
+    def _compute(self, h_BTD: torch.Tensor, equation: Any, *inputs: torch.Tensor) -> torch.Tensor:
+        return compute_like(
+            h_BTD, equation, *inputs, parameters=self._dtype, recompute=self.recompute
+        )

@@ -13,11 +13,11 @@ OutputMixKind = Literal["residual", "alpha", "sigmoid", "swapped_sigmoid"]
 
 
 class ResidualMix(nn.Module):
-    """Add the side network to the backbone: :math:`y = f + u`.
+    """Add the side network to the backbone: :math:`y = f + u`. Not in the paper.
 
     With an upsampler that starts at zero the model starts exactly at the backbone, and the
     upsampler has a gradient from the first step. Under the paper's mix it has none while alpha
-    is 1. Not in the paper.
+    is 1.
     """
 
     def forward(self, f: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
@@ -50,9 +50,9 @@ class AlphaMix(nn.Module):
 class SigmoidMix(nn.Module):
     r"""The authors' code: :math:`y = \sigma(z)\,f + (1 - \sigma(z))\,u`, z from 1.
 
-    Their code for OPT has f and u ``swapped``. It does not start at the backbone but at 0.731 of it
-    plus 0.269 of a random state (swapped: the other way round). It exists to load and continue
-    their checkpoints, which have one z a channel.
+    Their code for OPT has f and u ``swapped``. It starts at 0.731 of the backbone plus 0.269 of a
+    random state (swapped: the other way round), and exists to load and continue their checkpoints,
+    which have one z a channel.
     """
 
     def __init__(
@@ -75,11 +75,7 @@ class SigmoidMix(nn.Module):
 
 
 def build_output_mix(kind: OutputMixKind, num_channels: int, initial: float = 1.0) -> nn.Module:
-    """Build an output mix with ``num_channels`` (1 or D) weights.
-
-    ``initial`` is the start of alpha ("alpha") or of z (both "sigmoid" ones); "residual" has no
-    parameters and ignores the numbers.
-    """
+    """Build an output mix with ``num_channels`` (1 or D) weights that start at ``initial``."""
     if kind == "residual":
         return ResidualMix()
     if kind == "alpha":

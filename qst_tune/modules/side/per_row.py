@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qst_tune.modules.backbone import where_of_rows
+from qst_tune.modules.batch_parts import where_of_rows
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.modules.side.network import SideNetwork
 from qst_tune.torchtune_compat import Mask
@@ -16,26 +16,17 @@ _States = list[torch.Tensor | None]
 
 
 class SideNetworks(nn.Module):
-    """Side networks that read the hidden states of one backbone pass.
+    """Side networks that read the hidden states of one backbone pass, each for some rows.
 
     It takes the place of a :class:`~qst_tune.modules.side.network.SideNetwork` in a ``QSTModel``.
     :meth:`use` chooses the network of each row of the next batches; a row may also be the plain
     backbone's. The backbone runs once for all rows, and each network for its own rows alone, so a
     row gives what it gives by itself. Nothing is moved or copied to switch.
 
-    Widths, ranks, downsamplers and mixes may differ between networks. With caches, rows may not
-    change their network: begin a new sequence for that. torchtune's caches are of all rows of a
-    batch; use :mod:`qst_tune.generation.caches`.
-
-    Args:
-        networks (Mapping[str, SideNetwork]): by name, at least one, which read the same layers.
-
-    Attributes:
-        names (list[str]): of the networks, in order.
-        disabled (bool): True gives the plain backbone for all rows.
-
-    Raises:
-        ValueError: if there are none, or they read different layers.
+    Widths, ranks, downsamplers and mixes may differ between networks, which read the same layers:
+    else a ValueError. With caches, rows may not change their network: begin a new sequence for
+    that. torchtune's caches are of all rows of a batch; use :mod:`qst_tune.generation.caches`.
+    ``disabled = True`` gives the plain backbone for all rows.
     """
 
     rows_are_alike = False
@@ -105,10 +96,7 @@ class SideNetworks(nn.Module):
         mask: Mask | None = None,
         input_pos: torch.Tensor | None = None,
     ) -> _States:
-        """Advance each network by one block; hidden states are of all rows.
-
-        ``mask`` and ``input_pos`` are of all rows, or one for all.
-        """
+        """Advance each network by one block; hidden states, mask and positions are of all rows."""
         following: _States = []
         for (network, rows), state in zip(self._each(), states, strict=True):
             if rows is None or state is None:

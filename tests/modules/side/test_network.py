@@ -9,15 +9,12 @@ from torchtune.models.gemma import gemma
 from torchtune.modules.peft import disable_adapter, get_adapter_params, set_trainable_params
 
 from qst_tune.models import qst_decoder
+from qst_tune.modules.meta_device import materialize
 from qst_tune.modules.qst_decoder import QSTDecoder
 from qst_tune.modules.side.block import SideShape
 from qst_tune.modules.side.config import SideConfig
-from qst_tune.modules.side.network import (
-    Gate,
-    SideNetwork,
-    ZeroLinear,
-    evenly_spaced_layers,
-)
+from qst_tune.modules.side.gate import Gate
+from qst_tune.modules.side.network import SideNetwork, ZeroLinear, evenly_spaced_layers
 from tests.support.numbers import TINY, random_tokens, tiny_backbone
 
 
@@ -175,7 +172,7 @@ def test_materialising_from_meta_gives_the_same_initial_values(variant):
     with torch.device("meta"):
         side = side_of(variant)
     assert all(parameter.is_meta for parameter in side.parameters())
-    side.materialize(torch.device("cpu"))
+    materialize(side, torch.device("cpu"))
     assert {parameter.dtype for parameter in side.parameters()} == {torch.float32}
     assert_documented_initial_values(side, variant)
     rope = side.blocks[0].attn.pos_embeddings
@@ -189,7 +186,7 @@ def test_gates_and_mixes_train_after_every_way_to_a_device(variant):
     with torch.device("meta"):
         side = side_of(variant)
     names = set(side.adapter_params())
-    side.materialize(torch.device("cpu"))
+    materialize(side, torch.device("cpu"))
     side.to(torch.device("cpu"), torch.float64).to(torch.float32)
     model = QSTDecoder(tiny_backbone(), side)
     parameters = dict(model.side.named_parameters())
@@ -212,7 +209,7 @@ def test_gates_and_mixes_train_after_every_way_to_a_device(variant):
 def test_materialising_knows_gemmas_norm():
     with torch.device("meta"):
         model = qst_decoder(gemma(**TINY, head_dim=16), reduction_factor=4)
-    model.side.materialize(torch.device("cpu"))
+    materialize(model.side, torch.device("cpu"))
     assert not model.side.norm.scale.any()
     assert not model.side.blocks[0].sa_norm.scale.any()
 
@@ -226,7 +223,7 @@ def test_materialising_refuses_to_leave_memory_uninitialised():
     side = toy_side()
     side.norm = Unknown()
     with pytest.raises(ValueError, match="Unknown cannot be initialised in place"):
-        side.materialize(torch.device("cpu"))
+        materialize(side, torch.device("cpu"))
 
 
 def test_zero_linear_starts_at_zero_with_and_without_bias():
