@@ -75,7 +75,7 @@ def _tune_command() -> str:
 
 def _print_summary(output_dir: Path, question: str) -> None:
     summary: dict[str, Any] = json.loads((output_dir / "summary.json").read_text())
-    losses = list(summary["held_out_loss"].values())
+    losses = list(summary["val_loss"].values())
     memory = summary["memory_gib"]
     ask = f"{_tune_command()} run qst_generate --config {GENERATE_CONFIG}"
     parts = ", ".join(f"{name} {size:.3f}" for name, size in memory.items() if name != "peak")

@@ -1,8 +1,9 @@
-"""The checkpoints of a run: directories named by step, whole or absent at every moment.
+"""The checkpoints of a run: states to resume from, whole or absent at every moment.
 
-A checkpoint is written aside, flushed to disk and then appears by one rename; it is never changed
-or replaced afterwards. ``manifest.json`` in it has the SHA-256 of every file, so that a checkpoint
-that was damaged later is recognised and the one before it taken.
+A checkpoint is a directory named by its step. It is written aside, flushed to disk and then appears
+by one rename; it is never changed or replaced afterwards. Its ``manifest.json`` has the SHA-256 of
+every file, so that a checkpoint that was damaged later is recognised and another one taken. Damaged
+ones are renamed ``damaged_*`` and never deleted.
 """
 
 import hashlib
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torchtune import utils
 
 from qst_tune.atomic_files import write_directory
 from qst_tune.distributed.processes import rank_and_world_size, sum_or_fail
@@ -27,17 +27,9 @@ from qst_tune.training.run_log import RunLog
 from qst_tune.training.state_file import pack_state
 
 CHECKPOINTS_DIRECTORY = "checkpoints"
-FORMAT_VERSION = 3  # 1 had no digest of held-out rows, 2 one of 16 rows
+FORMAT_VERSION = 4  # 1 had no digest of the validation set, 2 and 3 one of 16 rows
 MANIFEST_FILE = "manifest.json"
 _NAME = re.compile(r"step_(\d{8})")
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """One complete checkpoint: the step after which it was taken, and its directory."""
-
-    step: int
-    directory: Path
 
 
 class CheckpointStore:
@@ -46,33 +38,33 @@ class CheckpointStore:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
 
-    def save(self, step: int, files: Mapping[str, bytes]) -> Checkpoint:
+    def path(self, step: int) -> Path:
+        """Return the directory of a step's checkpoint, which need not exist."""
+        return self.directory / f"step_{step:08}"
+
+    def save(self, step: int, files: Mapping[str, bytes]) -> None:
         """Write files by path as the checkpoint of a step that has none.
 
         If it fails, with UserError or at any moment, the checkpoints that were there still load.
         """
-        checkpoint = self.checkpoint(step)
-        if checkpoint.directory.exists():
-            raise UserError(
-                f"cannot write {checkpoint.directory}: it exists, and is never replaced"
-            )
-        write_directory(checkpoint.directory, {**files, MANIFEST_FILE: _manifest(files)})
-        return checkpoint
+        path = self.path(step)
+        if path.exists():
+            raise UserError(f"cannot write {path}: it exists, and is never replaced")
+        digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        manifest = json.dumps(digests, indent=2).encode()
+        write_directory(path, {**files, MANIFEST_FILE: manifest})
 
     def steps(self) -> list[int]:
         """Return the steps that have a checkpoint, complete or damaged, in order."""
         if not self.directory.is_dir():
             return []
-        matches = [_NAME.fullmatch(path.name) for path in self.directory.iterdir()]
+        with os_errors(f"read {self.directory}"):
+            matches = [_NAME.fullmatch(path.name) for path in self.directory.iterdir()]
         return sorted(int(match[1]) for match in matches if match)
-
-    def checkpoint(self, step: int) -> Checkpoint:
-        """Return the checkpoint of a step, not verified."""
-        return Checkpoint(step, self.directory / f"step_{step:08}")
 
     def damage(self, step: int) -> str | None:
         """Return what is wrong with a checkpoint; None if its files are as they were written."""
-        directory = self.checkpoint(step).directory
+        directory = self.path(step)
         try:
             digests = json.loads((directory / MANIFEST_FILE).read_text())
             for name, expected in digests.items():
@@ -87,38 +79,25 @@ class CheckpointStore:
             return f"it cannot be read ({error})"
         return None
 
-    def newest(self) -> tuple[Checkpoint | None, list[str]]:
-        """Return the newest undamaged checkpoint, and what is wrong with each newer one."""
+    def newest(self) -> tuple[int | None, list[str]]:
+        """Return the newest step that is undamaged, and what is wrong with each newer one."""
         complaints: list[str] = []
         for step in reversed(self.steps()):
-            checkpoint = self.checkpoint(step)
             damage = self.damage(step)
             if damage is None:
-                return checkpoint, complaints
-            complaints.append(f"{checkpoint.directory} is passed over: {damage}")
+                return step, complaints
+            complaints.append(f"{self.path(step)} is passed over: {damage}")
         return None, complaints
 
-    def discard_after(self, step: int) -> None:
-        """Rename damaged checkpoints after the newest good step; they are kept for their owner."""
-        for later in self.steps():
-            if later > step:
-                path = self.checkpoint(later).directory
-                with os_errors(f"rename {path}"):
-                    path.rename(_unused(path.with_name(f"damaged_{path.name}")))
+    def set_aside(self, step: int) -> Path:
+        """Rename a damaged checkpoint, which is kept for its owner; returns its new path."""
+        path = self.path(step)
+        renamed = _unused(path.with_name(f"damaged_{path.name}"))
+        with os_errors(f"rename {path}"):
+            path.rename(renamed)
+        return renamed
 
-    def keep_only(self, steps: Collection[int]) -> None:
-        """Delete all other checkpoints, and what interrupted writes have left."""
-        for step in set(self.steps()) - set(steps):
-            path = self.checkpoint(step).directory
-            # Renamed first: a checkpoint that is half deleted must not look like one.
-            doomed = path.with_name(f".{path.name}.deleted")
-            shutil.rmtree(doomed, ignore_errors=True)
-            with os_errors(f"delete {path}"):
-                path.rename(doomed)
-        for leftover in self.directory.glob(".step_*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-    def set_aside(self) -> Path | None:
+    def set_all_aside(self) -> Path | None:
         """Rename the directory for a new run to begin with none; None if it has no checkpoint."""
         if not self.steps():
             return None
@@ -127,24 +106,22 @@ class CheckpointStore:
             self.directory.rename(renamed)
         return renamed
 
-
-def _manifest(files: Mapping[str, bytes]) -> bytes:
-    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    return json.dumps(digests, indent=2).encode()
-
-
-def _unused(path: Path) -> Path:
-    """The path itself, or with the first number that no other file has."""
-    candidates = (path.with_name(f"{path.name}_{n}") for n in range(2, 10**6))
-    return path if not path.exists() else next(p for p in candidates if not p.exists())
-
-
-log = utils.get_logger("INFO")
+    def keep_only(self, steps: Collection[int]) -> None:
+        """Delete all other checkpoints, and what interrupted writes have left."""
+        for step in set(self.steps()) - set(steps):
+            path = self.path(step)
+            # Renamed first: a checkpoint that is half deleted must not look like one.
+            doomed = path.with_name(f".{path.name}.deleted")
+            shutil.rmtree(doomed, ignore_errors=True)
+            with os_errors(f"delete {path}"):
+                path.rename(doomed)
+        for leftover in self.directory.glob(".step_*"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 @dataclass(frozen=True)
 class Checkpointing:
-    """The checkpoints of one run, each with the method's files and the state of the run.
+    """When a run is saved, which checkpoints are kept, and which one the user gets in the end.
 
     Args:
         store (CheckpointStore): where they are.
@@ -183,17 +160,58 @@ class Checkpointing:
                 for name, content in method.files({"steps": progress.step, **results}).items():
                     files[f"{method.result_name}/{name}"] = content
                 self.store.save(progress.step, files)
-                self._prune(progress)
+                if self.keep is not None:
+                    newest = self.store.steps()[-self.keep :]
+                    self.store.keep_only({*newest, progress.best_step or progress.step})
             except UserError as caught:
                 error = UserError(f"{caught}; {self._what_is_left()}")
         sum_or_fail(torch.zeros(1), error)
 
-    def export(self, method: Method, progress: Progress, run_log: RunLog) -> None:
-        """Write the best result, the last one if none was measured, into the output directory."""
-        if rank_and_world_size()[0] != 0 or progress.step == 0:
-            return
+    def replace_damaged_best(
+        self, progress: Progress, figures: Mapping[int, float], *, higher_is_better: bool
+    ) -> list[str]:
+        """Set a damaged best checkpoint aside and let the next best step take its place.
+
+        ``figures`` are those of all validated steps; of these the best one counts that has a
+        checkpoint without damage. Changes ``progress``; returns what a user must know of it.
+        """
+        notes = []
+        sign = 1 if higher_is_better else -1
+        while (lost := progress.best_step) is not None:
+            damage = self.store.damage(lost)
+            if damage is None:
+                break
+            where = (
+                f" and is now {self.store.set_aside(lost)}"
+                if self.store.path(lost).exists()
+                else ""
+            )
+            stored = [s for s in self.store.steps() if s in figures and s <= progress.step]
+            best = max(stored, key=lambda s: (sign * figures[s], -s), default=None)
+            progress.best_step, progress.best_value = best, None if best is None else figures[best]
+            progress.validations_since_best = sum(s > best for s in figures) if best else 0
+            instead = (
+                f"step {best} is the next best" if best else "no other validated step was kept"
+            )
+            notes.append(
+                f"warning: the checkpoint of step {lost}, the best so far, is damaged ({damage})"
+                f"{where}; {instead}"
+            )
+        return notes
+
+    def export(self, method: Method, progress: Progress, run_log: RunLog, *, which: str) -> None:
+        """Write a step's result into the output directory, ``which`` for people.
+
+        That is the best step, or the newest one if no step was validated. UserError if its
+        checkpoint is damaged.
+        """
         step = progress.step if progress.best_step is None else progress.best_step
-        files = _read(self.store.checkpoint(step).directory / method.result_name)
+        damage = self.store.damage(step)
+        if damage:
+            raise UserError(
+                f"cannot write the result: {self.store.path(step)} is damaged ({damage})"
+            )
+        files = _read(self.store.path(step) / method.result_name)
         if run_log.summary.verdict:
             files = add_verdict(files, run_log.summary.verdict)
         directory = run_log.directory / method.result_name
@@ -201,15 +219,7 @@ class Checkpointing:
         for leftover in directory.parent.glob(f".{directory.name}.*"):  # of a write that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         size = sum(map(len, files.values())) / 1e6
-        which = "the last step" if progress.best_step is None else "the best on the validation set"
-        if run_log.summary.verdict:
-            which = "the best of the validated steps"
         run_log.report(f"{directory}: step {step} of {progress.step}, {which} ({size:.1f} MB)")
-
-    def _prune(self, progress: Progress) -> None:
-        if self.keep is not None:
-            newest = self.store.steps()[-self.keep :]
-            self.store.keep_only({*newest, progress.best_step or progress.step})
 
     def _what_is_left(self) -> str:
         steps = self.store.steps()
@@ -226,3 +236,9 @@ def _read(directory: Path) -> dict[str, bytes]:
         # A link would lead out of the checkpoint; none was written.
         paths = [path for path in sorted(directory.iterdir()) if not path.is_symlink()]
         return {path.name: path.read_bytes() for path in paths}
+
+
+def _unused(path: Path) -> Path:
+    """The path itself, or with the first number that no other file has."""
+    candidates = (path.with_name(f"{path.name}_{n}") for n in range(2, 10**6))
+    return path if not path.exists() else next(p for p in candidates if not p.exists())

@@ -1,7 +1,9 @@
 """The counters and random numbers of a run: a resumed run continues both."""
 
+import math
 import random
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -39,10 +41,6 @@ class Progress:
     validations_since_best: int = 0
     validated_step: int | None = None
 
-    def forget_best(self) -> None:
-        """Let the next validation be the best one so far, where that one's result is lost."""
-        self.best_step, self.best_value, self.validations_since_best = None, None, 0
-
     def record(self, value: float, *, higher_is_better: bool) -> bool:
         """Record the figure of a validation; returns whether it is the best so far."""
         sign = 1 if higher_is_better else -1
@@ -58,10 +56,21 @@ class Progress:
         return is_best
 
     @classmethod
-    def from_dict(cls, counters: dict[str, Any]) -> "Progress":
-        """Read the counters by name; unknown names are left out."""
+    def from_dict(cls, counters: Mapping[str, Any]) -> "Progress":
+        """Read the counters by name; ValueError for a type or value that none can have."""
         known = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in counters.items() if name in known})
+        progress = cls(**{name: value for name, value in counters.items() if name in known})
+        for name, value in asdict(progress).items():
+            kind: type = float if name in ("step_seconds", "best_value") else int
+            if value is None and name in ("best_step", "best_value", "validated_step"):
+                continue
+            is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+            is_negative = is_number and value < 0 and name != "best_value"
+            if not is_number or not math.isfinite(value) or is_negative:
+                raise ValueError(f"progress.{name}={value!r}")
+        if (progress.best_step or 0) > progress.step or (progress.best_step == 0):
+            raise ValueError(f"progress.best_step={progress.best_step} of {progress.step} steps")
+        return progress
 
 
 def seed_step(seed: int, step: int) -> None:

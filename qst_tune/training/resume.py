@@ -3,7 +3,7 @@
 import hashlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -16,16 +16,9 @@ from qst_tune.data.batches.loader import BatchLoader
 from qst_tune.distributed.processes import rank_and_world_size
 from qst_tune.errors import UserError
 from qst_tune.results.start import Start
-from qst_tune.training.checkpoints import (
-    CHECKPOINTS_DIRECTORY,
-    FORMAT_VERSION,
-    Checkpoint,
-    CheckpointStore,
-)
+from qst_tune.training.checkpoints import CHECKPOINTS_DIRECTORY, FORMAT_VERSION, CheckpointStore
+from qst_tune.training.progress import Progress
 from qst_tune.training.state_file import unpack_state
-
-_SAMPLED_ROWS = 16
-_CONTENT = {"config", "data", "seed", "progress", "history", "optimizer", "lr_scheduler"}
 
 # Keys that must not change, with the reason. Every other change is logged and accepted.
 _FIXED = {
@@ -56,15 +49,28 @@ _MOVABLE = (
     "source",
     "cache_dir",
 )
+# What every state has, and its types.
+_CONTENT: dict[str, type | tuple[type, ...]] = {
+    "config": dict,
+    "data": dict,
+    "seed": int,
+    "progress": dict,
+    "history": dict,
+    "optimizer": dict,
+    "lr_scheduler": (dict, type(None)),
+}
+_ANEW = "restore that, or start again with another output_dir"
+_LARGEST_SEED = 2**32 - 1
 
 log = utils.get_logger("INFO")
 
 
 @dataclass(frozen=True)
 class SavedRun:
-    """The newest good checkpoint, with its state from ``unpack_state``."""
+    """The newest good checkpoint: its step, its directory, its state from ``unpack_state``."""
 
-    checkpoint: Checkpoint
+    step: int
+    directory: Path
     state: dict[str, Any]
 
 
@@ -74,23 +80,20 @@ def find_saved_run(cfg: DictConfig) -> SavedRun | None:
     Processes that torchrun has started again (``--max-restarts``) resume in any case. UserError
     naming every key of the config whose change would break the run.
     """
-    if not cfg.get("resume_from_checkpoint") and not _is_restarted():
+    is_restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if not cfg.get("resume_from_checkpoint") and not is_restarted:
         return None
     store = CheckpointStore(Path(cfg.output_dir) / CHECKPOINTS_DIRECTORY)
-    checkpoint, complaints = store.newest()
-    _say(complaints)
-    if checkpoint is None:
-        _say([f"resuming: no checkpoint in {store.directory}, so the run begins at step 0"])
+    step, complaints = store.newest()
+    _log(*complaints)
+    if step is None:
+        _log(f"resuming: no checkpoint in {store.directory}, so the run begins at step 0")
         return None
-    state = unpack_state(checkpoint.directory)
-    _check_format(checkpoint, state)
-    _say([f"resuming from {checkpoint.directory}"])
-    _compare(state, cfg)
-    return SavedRun(checkpoint, state)
-
-
-def _is_restarted() -> bool:
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    saved = SavedRun(step, store.path(step), unpack_state(store.path(step)))
+    _check_state(saved)
+    _log(f"resuming from {saved.directory}")
+    _compare(saved.state, cfg)
+    return saved
 
 
 def set_run_seed(cfg: DictConfig, saved: SavedRun | None) -> int:
@@ -101,7 +104,7 @@ def set_run_seed(cfg: DictConfig, saved: SavedRun | None) -> int:
     seed = cfg.get("seed") if saved is None else saved.state["seed"]
     chosen: int = training.set_seed(seed=seed, debug_mode=cfg.get("cudnn_deterministic_mode"))
     if seed is None:
-        _say([f"seed={chosen} was drawn: with it the run can be repeated"])
+        _log(f"seed={chosen} was drawn: with it the run can be repeated")
     return chosen
 
 
@@ -119,32 +122,37 @@ def set_run_date(tokenizer: Any, saved: SavedRun | None) -> str | None:
 
 def describe_data(
     train: BatchLoader,
-    held_out: BatchLoader | None = None,
+    validation: BatchLoader | None = None,
     digests: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Return the number of processes, and for each set of examples their number and a digest.
+    """Return the number of processes, and of each set of examples their number and digest.
 
-    ``digests`` are of the content of all examples, where they are known; for packs of the user's
-    own code the digest is of some examples, evenly spaced.
+    ``digests`` are of the content of all examples, where they are known; else they are read.
     """
-    known = digests or {}
-    kinds = {"training rows": train.dataset, "held-out rows": held_out.dataset if held_out else []}
+    sets = {
+        "training set": train.dataset,
+        "validation set": validation.dataset if validation else [],
+    }
+    digests = digests or {}
     return {
         "processes": rank_and_world_size()[1],
-        **{name: _describe_rows(rows, known.get(name)) for name, rows in kinds.items()},
+        **{
+            name: {"number": len(rows), "digest": digests.get(name) or _digest(rows)}
+            for name, rows in sets.items()
+        },
     }
 
 
 def check_same_data(saved: SavedRun, description: dict[str, Any]) -> None:
     """Refuse to resume with other data than :func:`describe_data` gave when the run was saved."""
     before = saved.state["data"]
-    cannot = f"cannot resume from {saved.checkpoint.directory}"
-    for name in ("training rows", "held-out rows"):
+    cannot = f"cannot resume from {saved.directory}"
+    for name in ("training set", "validation set"):
         count, now = before[name]["number"], description[name]["number"]
         if count != now:
-            raise UserError(f"{cannot}: it has {count} {name}, this run {now}; {_ANEW}")
+            raise UserError(f"{cannot}: its {name} has {count} examples, this run's {now}; {_ANEW}")
         if before[name]["digest"] != description[name]["digest"]:
-            raise UserError(f"{cannot}: the {name} have changed since it was written; {_ANEW}")
+            raise UserError(f"{cannot}: the {name} has changed since it was written; {_ANEW}")
 
 
 def check_same_start(saved: SavedRun, start: Start | None) -> None:
@@ -152,40 +160,51 @@ def check_same_start(saved: SavedRun, start: Start | None) -> None:
     before = saved.state.get("start")
     if before is not None and start is not None and before != start.digest:
         raise UserError(
-            f"cannot resume from {saved.checkpoint.directory}: the tensors of {start.directory}, "
-            f"which it started from, have changed since it was written; {_ANEW}"
+            f"cannot resume from {saved.directory}: the tensors of {start.directory}, which it "
+            f"started from, have changed since it was written; {_ANEW}"
         )
 
 
-_ANEW = "restore that, or start again with another output_dir"
-
-
-def _describe_rows(rows: Any, digest_of_all: str | None) -> dict[str, Any]:
-    if digest_of_all is not None:
-        return {"number": len(rows), "digest": digest_of_all}
+def _digest(rows: Any) -> str:
     digest = hashlib.sha256()
-    for index in range(0, len(rows), max(1, len(rows) // _SAMPLED_ROWS)):
-        row = rows[index]
-        digest.update(repr([(key, _plain(row[key])) for key in sorted(row)]).encode())
-    return {"number": len(rows), "digest": digest.hexdigest()}
+    for row in (rows[index] for index in range(len(rows))):
+        plain = [(key, _plain(row[key])) for key in sorted(row)]
+        digest.update(repr(plain).encode())
+    return digest.hexdigest()
 
 
-def _check_format(checkpoint: Checkpoint, state: Any) -> None:
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _check_state(saved: SavedRun) -> None:
+    """Refuse the state of another version, or one that no run has written."""
+    state, cannot = saved.state, f"cannot resume from {saved.directory}"
     version = state.get("format_version") if isinstance(state, dict) else None
     if version != FORMAT_VERSION:
         raise UserError(
-            f"cannot resume from {checkpoint.directory}: its format is {version}, this qst_tune "
-            f"reads {FORMAT_VERSION}; {_ANEW}"
+            f"{cannot}: its format is {version}, this qst_tune reads {FORMAT_VERSION}; {_ANEW}"
         )
-    missing = sorted(_CONTENT - state.keys())
-    if missing:
-        raise UserError(
-            f"cannot resume from {checkpoint.directory}: its state has no {missing[0]!r}"
-        )
+    for name, kind in _CONTENT.items():
+        if name not in state:
+            raise UserError(f"{cannot}: its state has no {name!r}")
+        if not isinstance(state[name], kind) or isinstance(state[name], bool):
+            raise UserError(f"{cannot}: {name} of its state is {str(state[name])[:60]!r}; {_ANEW}")
+    if not 0 <= state["seed"] <= _LARGEST_SEED:
+        raise UserError(f"{cannot}: seed of its state is {state['seed']}; {_ANEW}")
+    try:
+        step = Progress.from_dict(state["progress"]).step
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{cannot}: its state has {error}; {_ANEW}") from error
+    if step != saved.step:
+        raise UserError(f"{cannot}: its state is of step {step}; {_ANEW}")
 
 
 def _compare(state: dict[str, Any], cfg: DictConfig) -> None:
-    before, now = _flat(state["config"]), _flat(OmegaConf.to_container(cfg, resolve=True))
+    before, now = (
+        dict(_flat(config))
+        for config in (state["config"], OmegaConf.to_container(cfg, resolve=True))
+    )
     refused = []
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) == now.get(key) or key == "resume_from_checkpoint":
@@ -197,7 +216,7 @@ def _compare(state: dict[str, Any], cfg: DictConfig) -> None:
         if reason:
             refused.append(f"cannot resume with {change}: {reason}")
         else:
-            _say([f"changed since the checkpoint: {change}"])
+            _log(f"changed since the checkpoint: {change}")
     refused += _compare_step(state, cfg)
     if refused:
         raise UserError("\n".join(refused))
@@ -218,7 +237,7 @@ def _compare_step(state: dict[str, Any], cfg: DictConfig) -> list[str]:
     if before != now:
         spread = f"{processes['saved']} processes when saved, {processes['now']} now"
         exact = "the run continues as before, except for rounding and the random numbers of dropout"
-        _say([f"{spread}: each step has the same examples, so {exact}"])
+        _log(f"{spread}: each step has the same examples, so {exact}")
     return []
 
 
@@ -233,22 +252,19 @@ def _reason_to_refuse(key: str) -> str | None:
     return _FIXED.get(key.split(".")[0].split("[")[0])
 
 
-def _flat(node: Any, path: str = "") -> dict[str, Any]:
-    """Every value of a nested config by its dotted path."""
+def _flat(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value of a nested config with its dotted path."""
     if isinstance(node, dict) and node:
-        parts = [_flat(item, f"{path}.{key}" if path else str(key)) for key, item in node.items()]
+        for key, item in node.items():
+            yield from _flat(item, f"{path}.{key}" if path else str(key))
     elif isinstance(node, list) and node:
-        parts = [_flat(item, f"{path}[{index}]") for index, item in enumerate(node)]
+        for index, item in enumerate(node):
+            yield from _flat(item, f"{path}[{index}]")
     else:
-        return {path: node}
-    return {key: value for part in parts for key, value in part.items()}
+        yield path, node
 
 
-def _plain(value: Any) -> Any:
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _say(lines: list[str]) -> None:
+def _log(*lines: str) -> None:
     if rank_and_world_size()[0] == 0:
         for line in lines:
             log.info(line)

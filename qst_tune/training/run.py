@@ -132,7 +132,7 @@ def build_trainer(run: Run, method: Method, task: Task, data: TrainingData) -> T
     if saved is not None:
         check_same_data(saved, description)
         check_same_start(saved, run.start)
-        method.load(saved.checkpoint.directory / method.result_name)
+        method.load(saved.directory / method.result_name)
     schedule = schedule_of(cfg, data.train)
     optimizer = instantiate(cfg.optimizer, "optimizer", method.parameter_groups())
     scale_rates(optimizer)
@@ -140,8 +140,6 @@ def build_trainer(run: Run, method: Method, task: Task, data: TrainingData) -> T
     if cfg.get("lr_scheduler"):
         settings = {"num_training_steps": schedule.num_steps, "last_epoch": -1}
         lr_scheduler = instantiate(cfg.lr_scheduler, "lr_scheduler", optimizer, **settings)
-    start = run.start and run.start.digest
-    about_run = {"data": description, "date": run.date, "start": start}
     profiler, _ = config.instantiate(cfg.get("profiler") or OmegaConf.create(NO_PROFILER))
     trainer = Trainer(
         method=method,
@@ -154,29 +152,50 @@ def build_trainer(run: Run, method: Method, task: Task, data: TrainingData) -> T
         clip_grad_norm=setting(cfg, "clip_grad_norm"),
         seed=run.seed,
         device=run.device,
-        checkpointing=build_checkpointing(cfg, schedule, about_run, saved),
+        checkpointing=_checkpointing(run, schedule, description),
         run_log=_run_log(run),
         profiler=profiler,
     )
     if saved is not None:
-        _restore(trainer, saved)
+        try:
+            trainer.restore(saved.state)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(
+                f"cannot resume from {saved.directory}: its state does not fit this run ({reason})"
+            ) from error
+        trainer.replace_damaged_best()
     return trainer
 
 
-def _restore(trainer: Trainer, saved: SavedRun) -> None:
-    try:
-        trainer.restore(saved.state)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(
-            f"cannot resume from {saved.checkpoint.directory}: its state does not fit this run "
-            f"({reason})"
-        ) from error
-    best = trainer.progress.best_step
-    damage = None if best is None else trainer.checkpointing.store.damage(best)
-    if damage:
-        log.info(f"the checkpoint of step {best}, the best so far, is lost: {damage}")
-        trainer.progress.forget_best()
+def _checkpointing(run: Run, schedule: Schedule, data: dict[str, Any]) -> Checkpointing:
+    """Build the checkpointing in ``output_dir``; no checkpoint of another run stays in its way."""
+    cfg = run.cfg
+    store = CheckpointStore(Path(cfg.output_dir) / CHECKPOINTS_DIRECTORY)
+    if run.is_main and run.saved is not None:
+        for step in store.steps():
+            if step > run.saved.step:  # damaged, or the run would resume from it
+                store.set_aside(step)
+    elif run.is_main and (renamed := store.set_all_aside()) is not None:
+        log.info(
+            f"{store.directory} of an earlier run is now {renamed.name}; "
+            "resume_from_checkpoint=True would have resumed it"
+        )
+    name = "keep_last_n_checkpoints"
+    return Checkpointing(
+        store=store,
+        header={
+            "format_version": FORMAT_VERSION,
+            "versions": {"qst_tune": __version__, "torch": torch.__version__},
+            "config": OmegaConf.to_container(cfg, resolve=True),
+            "data": data,
+            "date": run.date,
+            "start": run.start and run.start.digest,
+        },
+        steps_per_epoch=schedule.steps_per_epoch,
+        every=cfg.get("save_every_n_steps"),
+        keep=cfg.get(name, TRAINING_KEYS[name].default),  # null keeps all
+    )
 
 
 def _run_log(run: Run) -> RunLog:
@@ -195,42 +214,3 @@ def _run_log(run: Run) -> RunLog:
         memory=setting(cfg, "log_peak_memory_stats"),
         before="start" if run.start else BEFORE,
     )
-
-
-def build_checkpointing(
-    cfg: DictConfig, schedule: Schedule, about_run: dict[str, Any], saved: SavedRun | None
-) -> Checkpointing:
-    """Build the checkpointing of a run in ``output_dir``, and rename checkpoints of another run.
-
-    ``about_run`` is what every checkpoint records of the run besides its config.
-    """
-    store = CheckpointStore(Path(cfg.output_dir) / CHECKPOINTS_DIRECTORY)
-    if rank_and_world_size()[0] == 0:
-        _make_way(store, saved)
-    name = "keep_last_n_checkpoints"
-    keep = cfg.get(name, TRAINING_KEYS[name].default)  # null keeps all
-    return Checkpointing(
-        store=store,
-        header={
-            "format_version": FORMAT_VERSION,
-            "versions": {"qst_tune": __version__, "torch": torch.__version__},
-            "config": OmegaConf.to_container(cfg, resolve=True),
-            **about_run,
-        },
-        steps_per_epoch=schedule.steps_per_epoch,
-        every=cfg.get("save_every_n_steps"),
-        keep=keep,
-    )
-
-
-def _make_way(store: CheckpointStore, saved: SavedRun | None) -> None:
-    """Let no checkpoint of another run, or damaged one, be taken for one of this run."""
-    if saved is not None:
-        store.discard_after(saved.checkpoint.step)
-        return
-    renamed = store.set_aside()
-    if renamed is not None:
-        log.info(
-            f"{store.directory} of an earlier run is now {renamed.name}; "
-            "resume_from_checkpoint=True would have resumed it"
-        )

@@ -8,37 +8,34 @@ from typing import Any
 
 import torch
 from torchtune import utils
+from torchtune.training.metric_logging import MetricLoggerInterface
 from tqdm import tqdm
 
 from qst_tune.distributed.processes import rank_and_world_size
+from qst_tune.errors import os_errors
 from qst_tune.modules.memory import GIB, memory_kind, peak_memory_bytes
 from qst_tune.training.task import Task
+
+BEFORE = "quantised base model"
+_HISTORY = ("train_loss", "val_loss", "metrics")
+_TITLES = {"val_loss": "validation loss"}
 
 log = utils.get_logger("INFO")
 
 
-SUMMARY_FILE = "summary.json"
-TABLE_FILE = "summary.md"
-PLOT_FILE = "loss.png"
-BEFORE = "quantised base model"
-_HISTORY = ("train_loss", "held_out_loss", "metrics")
-
-
 @dataclass
 class RunSummary:
-    """Figures of one run, filled while it runs.
+    """Figures of one run, filled while it runs; ``summary.json`` has them under these names.
 
     Args:
         train_loss (dict[int, float]): nats a token, by step.
-        held_out_loss (dict[int, float]): of validation, nats a token, by step; step 0 is before
-            training.
+        val_loss (dict[int, float]): on the validation set, by step; step 0 is before training.
         metrics (dict[str, dict[int, float]]): other figures of validation, by name and step.
-        before (str): what step 0 is.
+        before (str): the model of step 0.
         best_step (int | None): whose result was exported, by validation; None without any.
         skipped_steps (int): left out because their loss or gradient was not finite.
         empty_steps (int): in which no row had a label.
-        verdict (str | None): that the run made the model no better, measured by validation; None
-            if it did, or nothing was measured.
+        verdict (str | None): that the run made the model no better, measured by validation.
         tokens_per_second (float): over all steps, padding included, for one device.
         trainable_parameters (int): their number.
         memory_gib (dict[str, float]): peak, and the parts it consists of.
@@ -47,7 +44,7 @@ class RunSummary:
     """
 
     train_loss: dict[int, float] = field(default_factory=dict)
-    held_out_loss: dict[int, float] = field(default_factory=dict)
+    val_loss: dict[int, float] = field(default_factory=dict)
     metrics: dict[str, dict[int, float]] = field(default_factory=dict)
     before: str = BEFORE
     best_step: int | None = None
@@ -62,10 +59,9 @@ class RunSummary:
 
     def results(self) -> dict[str, float]:
         """Return the figures of validation by name and step, for a model card."""
-        figures = {"validation loss": self.held_out_loss, **self.metrics}
         return {
-            f"{name} at step {step}": value
-            for name, values in figures.items()
+            f"{_TITLES.get(name, name)} at step {step}": value
+            for name, values in {"val_loss": self.val_loss, **self.metrics}.items()
             for step, value in values.items()
         }
 
@@ -80,7 +76,7 @@ class RunSummary:
 
     def figure(self, name: str) -> dict[int, float]:
         """Return one figure of validation by step, named as a task names it; perhaps empty."""
-        return self.held_out_loss if name == "val_loss" else self.metrics.get(name, {})
+        return self.val_loss if name == "val_loss" else self.metrics.get(name, {})
 
     def judge(self, name: str, best_step: int | None, *, higher_is_better: bool) -> str | None:
         """Set ``verdict`` by comparing one figure of the validated steps with step 0.
@@ -92,7 +88,7 @@ class RunSummary:
             return None
         sign = 1 if higher_is_better else -1
         start, best, last = values[0], values[best_step], values[max(values)]
-        title = "validation loss" if name == "val_loss" else name
+        title = _TITLES.get(name, name)
         if sign * best <= sign * start:
             self.verdict = (
                 f"no validated step is better than the {self.before}: {title} {best:.4f} at step "
@@ -108,9 +104,10 @@ class RunSummary:
 
     def write(self, directory: Path) -> None:
         """Write ``summary.json``, ``summary.md`` and ``loss.png`` into a directory."""
-        (directory / SUMMARY_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
-        (directory / TABLE_FILE).write_text(self.table())
-        self._plot(directory / PLOT_FILE)
+        with os_errors(f"write the summary into {directory}"):
+            (directory / "summary.json").write_text(json.dumps(asdict(self), indent=2) + "\n")
+            (directory / "summary.md").write_text(self.table())
+            self._plot(directory / "loss.png")
 
     def table(self) -> str:
         """Return the figures that the run has as a Markdown table."""
@@ -141,8 +138,8 @@ class RunSummary:
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
         axes.plot(list(self.train_loss), list(self.train_loss.values()), lw=0.8, label="training")
-        if self.held_out_loss:
-            steps, losses = list(self.held_out_loss), list(self.held_out_loss.values())
+        if self.val_loss:
+            steps, losses = list(self.val_loss), list(self.val_loss.values())
             axes.plot(steps, losses, "o-", label=f"validation (step 0: {self.before})")
         axes.set_xlabel("step")
         axes.set_ylabel("loss, nats a token")
@@ -154,7 +151,7 @@ class RunLog:
     """Prints and logs on the main process, keeps the summary on every process.
 
     Args:
-        metric_logger (Any): one of torchtune's; None on all processes except the main one.
+        metric_logger (MetricLoggerInterface | None): None on all processes except the main one.
         directory (Path): of the run.
         device (torch.device): whose memory is shown.
         every (int): steps between two entries of the metric logger.
@@ -164,7 +161,7 @@ class RunLog:
 
     def __init__(
         self,
-        metric_logger: Any,
+        metric_logger: MetricLoggerInterface | None,
         *,
         directory: Path,
         device: torch.device,
@@ -206,22 +203,17 @@ class RunLog:
         self.bar.set_postfix(figures, refresh=False)
         self.bar.update(1)
         if self.is_due(step):
-            extra = {"peak_memory_gib": memory} if self.memory else {}
-            self._log({**metrics, **extra}, step)
+            self._log(metrics | ({"peak_memory_gib": memory} if self.memory else {}), step)
 
     def evaluation(self, step: int, figures: dict[str, float]) -> None:
         """Record figures of validation by name; step 0 is before training."""
-        for name, value in figures.items():
-            if not math.isfinite(value):  # JSON has no NaN
-                continue
-            if name == "val_loss":
-                self.summary.held_out_loss[step] = value
-            else:
-                self.summary.metrics.setdefault(name, {})[step] = value
         where = self.summary.before if step == 0 else f"step {step}"
-        texts = {"val_loss": "validation loss"}
         for name, value in figures.items():
-            self.report(f"{texts.get(name, name)}, {where}: {value:.4f}")
+            summary = self.summary
+            by_step = summary.val_loss if name in _TITLES else summary.metrics.setdefault(name, {})
+            if math.isfinite(value):  # JSON has no NaN
+                by_step[step] = value
+            self.report(f"{_TITLES.get(name, name)}, {where}: {value:.4f}")
         self._log(figures, step)
 
     def judge(self, task: Task, best_step: int | None) -> None:

@@ -41,9 +41,9 @@ class Task(Protocol):
 @torch.no_grad()
 def visit(
     model: TransformerDecoder,
-    batches: Iterable[dict[str, torch.Tensor]],
+    batches: Iterable[Batch],
     device: torch.device,
-    take: Callable[[dict[str, torch.Tensor]], None],
+    take: Callable[[Batch], None],
 ) -> UserError | None:
     """Hand each batch to a function, while the model is in evaluation mode.
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torchtune import utils
 
 from qst_tune.data.batches.checked_rows import row_numbers
@@ -32,20 +34,9 @@ from qst_tune.training.task import Task
 class Trainer:
     """One training run: :meth:`fit` does all of it.
 
-    Args:
-        method (Method): the model and its trainable parameters.
-        task (Task): the loss.
-        train_data (BatchLoader): of the training set.
-        validation_data (BatchLoader | None): of the validation set.
-        schedule (Schedule): how long, and when what happens.
-        optimizer (Any): over the method's parameter groups.
-        lr_scheduler (Any): stepped after each optimizer step; may be None.
-        clip_grad_norm (float | None): largest norm of all gradients together.
-        seed (int): of the random numbers of each step.
-        device (torch.device): the model's.
-        checkpointing (Checkpointing): when the run is saved, and where.
-        run_log (RunLog): where figures go.
-        profiler (Any): one of torchtune's.
+    ``lr_scheduler`` steps after each optimizer step, ``clip_grad_norm`` is the largest norm of all
+    gradients together, ``seed`` is of the random numbers of each step, and ``profiler`` one of
+    torchtune's.
     """
 
     method: Method
@@ -53,8 +44,8 @@ class Trainer:
     train_data: BatchLoader
     validation_data: BatchLoader | None
     schedule: Schedule
-    optimizer: Any
-    lr_scheduler: Any
+    optimizer: Optimizer
+    lr_scheduler: LRScheduler | None
     clip_grad_norm: float | None
     seed: int
     device: torch.device
@@ -66,11 +57,6 @@ class Trainer:
     stop: StopSignals = field(default_factory=StopSignals, init=False)
     is_stopping: bool = field(default=False, init=False)
     activation_bytes: int = field(default=0, init=False)
-
-    @property
-    def trained(self) -> list[nn.Parameter]:
-        """The trainable parameters."""
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def fit(self) -> None:
         """Run what is left of the run; validate and save on the way, and export the result.
@@ -91,29 +77,9 @@ class Trainer:
                     self._run_epoch(profiler)
                 self._save()
                 self._report_end()
-                self.checkpointing.export(self.method, self.progress, self.run_log)
+                self._export()
             self._summarise(time.perf_counter() - start)
         self.stop.exit_if_requested()
-
-    def state(self) -> dict[str, Any]:
-        """Return what a resumed run needs besides the method's own files."""
-        return {
-            "seed": self.seed,
-            "progress": asdict(self.progress),
-            "history": self.run_log.summary.history(),
-            "optimizer": self.optimizer.state_dict(),
-            "lr_scheduler": self.lr_scheduler.state_dict() if self.lr_scheduler else None,
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Take :meth:`state` of the same run back; the method has loaded its own files already."""
-        self.progress = Progress.from_dict(state["progress"])
-        self.run_log.summary.restore(state["history"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.lr_scheduler is not None:
-            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-
-    # The loop.
 
     def _is_finished(self) -> bool:
         patience = self.schedule.patience
@@ -209,18 +175,18 @@ class Trainer:
             metrics |= self.method.statistics()
         self.run_log.step(self.progress.step, metrics)
 
+    # Steps that cannot be used.
+
     def _skip_or_stop(self, metrics: dict[str, float]) -> None:
         """Skip a step whose loss or gradient is not finite, or stop the run there."""
+        progress, allowed = self.progress, self.schedule.max_bad_steps
         what = (
-            f"step {self.progress.step + 1}: the loss is {metrics['loss']} and the gradient's norm "
+            f"step {progress.step + 1}: the loss is {metrics['loss']} and the gradient's norm "
             f"{metrics['grad_norm']} (rows {self._rows_of_step()} of the dataset)"
         )
-        if self.progress.skipped_steps < self.schedule.max_bad_steps:
-            self.progress.skipped_steps += 1
-            self.run_log.report(
-                f"{what}: skipped, {self.progress.skipped_steps} of at most "
-                f"{self.schedule.max_bad_steps}"
-            )
+        if progress.skipped_steps < allowed:
+            progress.skipped_steps += 1
+            self.run_log.report(f"{what}: skipped, {progress.skipped_steps} of at most {allowed}")
             return
         self._save_before_failing()
         raise UserError(
@@ -247,7 +213,7 @@ class Trainer:
         rows = gather_lists([row for batch in batches for row in row_numbers(dataset, batch)])
         return ", ".join(map(str, rows))
 
-    # Validation, saving, the end.
+    # Validation.
 
     def _is_validation_due(self) -> bool:
         every, step = self.schedule.validate_every, self.progress.step
@@ -273,6 +239,36 @@ class Trainer:
             return False
         return self.progress.record(value, higher_is_better=self.task.higher_is_better)
 
+    def _validated(self) -> dict[int, float]:
+        """The monitored figure of each step that was validated, without that before training."""
+        values = self.run_log.summary.figure(self.task.monitor)
+        return {step: value for step, value in values.items() if step > 0}
+
+    # What is saved, and taken back.
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The trainable parameters."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run needs besides the method's own files."""
+        return {
+            "seed": self.seed,
+            "progress": asdict(self.progress),
+            "history": self.run_log.summary.history(),
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict() if self.lr_scheduler else None,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take :meth:`state` of the same run back; the method has loaded its own files already."""
+        self.progress = Progress.from_dict(state["progress"])
+        self.run_log.summary.restore(state["history"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+
     def _save(self) -> None:
         results = self.run_log.summary.results()
         self.checkpointing.save(self.method, results, self.state(), self.progress)
@@ -284,6 +280,19 @@ class Trainer:
                 self._save()
         except UserError as error:
             self.run_log.report(str(error))
+
+    def replace_damaged_best(self) -> None:
+        """Choose another best step if the checkpoint of the best one is damaged. Collective."""
+        better, notes = self.task.higher_is_better, []
+        if self.run_log.is_main:
+            notes = self.checkpointing.replace_damaged_best(
+                self.progress, self._validated(), higher_is_better=better
+            )
+        for note in notes:
+            self.run_log.report(note)
+        (self.progress,) = gather_lists([self.progress] if self.run_log.is_main else [])
+
+    # The end.
 
     def _report_end(self) -> None:
         """Report why the run stopped, and what must not be mistaken for a success."""
@@ -303,18 +312,34 @@ class Trainer:
                 f"warning: {empty} of {self.progress.step} steps had no label and changed "
                 f"nothing: {NO_LABEL}"
             )
-        self.run_log.judge(self.task, self.progress.best_step)
+
+    def _export(self) -> None:
+        """Judge the run, and write the best result, the last one if none was measured."""
+        self.replace_damaged_best()
+        best, values = self.progress.best_step, self._validated()
+        sign = 1 if self.task.higher_is_better else -1
+        self.run_log.judge(self.task, best)
+        if best is None:
+            which = "the last step"
+        elif any(sign * value > sign * values[best] for value in values.values()):
+            which = "the best step whose checkpoint is not damaged"
+        elif self.run_log.summary.verdict:
+            which = "the best of the validated steps"
+        else:
+            which = "the best on the validation set"
+        if self.run_log.is_main and self.progress.step:
+            self.checkpointing.export(self.method, self.progress, self.run_log, which=which)
 
     def _summarise(self, seconds: float) -> None:
-        summary = self.run_log.summary
+        summary, progress = self.run_log.summary, self.progress
         summary.trainable_parameters = sum(p.numel() for p in self.trained)
         summary.memory_gib = memory_parts(
             self.method.model, self.optimizer, self.activation_bytes, self.device
         )
         summary.memory_kind = memory_kind(self.device)
-        summary.tokens_per_second = self.progress.num_tokens / max(self.progress.step_seconds, 1e-9)
+        summary.tokens_per_second = progress.num_tokens / max(progress.step_seconds, 1e-9)
         summary.seconds = seconds
-        summary.best_step = self.progress.best_step
-        summary.skipped_steps = self.progress.skipped_steps
-        summary.empty_steps = self.progress.empty_steps
+        summary.best_step = progress.best_step
+        summary.skipped_steps = progress.skipped_steps
+        summary.empty_steps = progress.empty_steps
         self.run_log.finish()

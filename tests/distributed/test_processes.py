@@ -51,7 +51,7 @@ def two_ranks(rank: int, port_file: str, out: str) -> None:
             module.bias.grad = torch.tensor([1.0, 2.0, 3.0])
         sum_gradients(module.parameters())
         total = sum_over_ranks(torch.tensor([1.0 + rank]))
-        # As of three held-out batches on two ranks: two here, one there.
+        # As of three validation batches on two ranks: two here, one there.
         gathered = torch.cat(gather_lists([torch.arange(3) + 10 * rank] * (2 - rank)))
         torch.save(
             {

@@ -87,7 +87,7 @@ def test_bad_held_out_row_costs_no_step_either(
     assert steps_of(tmp_path / "run") == [2]
     monkeypatch.setattr(CheckedRows, "__getitem__", read)
     run = finetune(nine_steps, tmp_path / "run", *SETTINGS, RESUME)
-    assert 2 in run.held_out_loss, "the validation that failed is made up for"
+    assert 2 in run.val_loss, "the validation that failed is made up for"
 
 
 def test_bad_row_can_be_skipped(bad_rows: Path, nine_steps: Config, tmp_path: Path) -> None:

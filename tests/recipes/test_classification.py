@@ -38,7 +38,7 @@ def test_it_learns_and_the_summary_has_every_metric(trained: FinetuneResult) -> 
     metrics = trained.summary["metrics"]
     assert metrics["accuracy"]["40"] == metrics["f1"]["40"] == 1.0
     assert metrics["accuracy"]["0"] < 1.0
-    assert trained.held_out_loss[40] < trained.held_out_loss[0]
+    assert trained.val_loss[40] < trained.val_loss[0]
     card = (trained.directory / "side_network" / "README.md").read_text()
     assert f"| accuracy at step {trained.summary['best_step']} | 1 |" in card
     assert "tune run qst_classify " in card
@@ -124,7 +124,7 @@ def test_a_regression_learns_its_scores(root: Path, config: Config) -> None:
     }
     result = finetune(regression, root / "scores", "epochs=15")
     assert result.summary["metrics"]["pearson"]["45"] > 0.95
-    assert result.held_out_loss[45] < 0.1 * result.held_out_loss[0]
+    assert result.val_loss[45] < 0.1 * result.val_loss[0]
 
 
 @pytest.mark.parametrize(

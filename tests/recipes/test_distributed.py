@@ -24,7 +24,7 @@ from tests.support.checkpoints import (
 from tests.support.ranks import finetune_on, unused_port
 from tests.support.recipe_runs import FinetuneResult, merged, one_thread, run_tune
 
-# 40 rows, 12 to 43 tokens long, in 5 steps of 8 an epoch; 7 held-out rows are dealt unevenly.
+# 40 rows, 12 to 43 tokens long, in 5 steps of 8 an epoch; 7 validation rows are dealt unevenly.
 NUM_ROWS, ROWS_PER_STEP, NUM_STEPS = 40, 8, 20
 SETTINGS = [
     "epochs=4",
@@ -109,7 +109,7 @@ def assert_same_run(method: str, run: FinetuneResult, expected: FinetuneResult) 
     assert len(run.train_loss) == (16 if method == "dpo" else NUM_STEPS)  # 4 pairs are held out
     # DPO's losses fall to thousandths, which are sums of log-probabilities of some tens.
     torch.testing.assert_close(run.train_loss, expected.train_loss, rtol=1e-6, atol=1e-8)
-    assert run.held_out_loss == pytest.approx(expected.held_out_loss, rel=1e-6, abs=1e-8)
+    assert run.val_loss == pytest.approx(expected.val_loss, rel=1e-6, abs=1e-8)
     torch.testing.assert_close(trained(method, run), trained(method, expected), rtol=0, atol=1e-4)
 
 

@@ -19,7 +19,7 @@ from qst_tune.training.checkpoints import CheckpointStore
 from tests.support.checkpoints import file_hashes, write_config
 from tests.support.methods import METHODS, Method
 from tests.support.quantised import quantised_backbone
-from tests.support.recipe_runs import FinetuneResult, held_out_loss, run_tune
+from tests.support.recipe_runs import FinetuneResult, val_loss, run_tune
 
 SETTINGS = [
     "epochs=3",
@@ -51,7 +51,7 @@ class Trained:
     def has_same_bits(self, other: FinetuneResult) -> bool:
         ours, theirs = (self.method.tensors(run.directory) for run in (self.run, other))
         equal = all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
-        histories = ("train_loss", "held_out_loss", "metrics")
+        histories = ("train_loss", "val_loss", "metrics")
         return equal and all(self.run.summary[k] == other.summary[k] for k in histories)
 
 
@@ -70,7 +70,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def test_losses_fall(trained: Trained) -> None:
-    losses, validation = trained.run.train_loss, trained.run.held_out_loss
+    losses, validation = trained.run.train_loss, trained.run.val_loss
     steps = len(losses)
     assert losses.isfinite().all()
     assert losses[-2:].mean() < 0.9 * losses[0]
@@ -83,14 +83,14 @@ def test_the_first_validation_loss_is_that_of_the_base_model(trained: Trained) -
     assert not base.is_tuned
     expected = trained.method.loss_of(base, trained.root)
     # fp32 over batches that are padded, and one example at a time: measured 2e-7.
-    assert trained.run.held_out_loss[0] == pytest.approx(expected, rel=2e-6)
+    assert trained.run.val_loss[0] == pytest.approx(expected, rel=2e-6)
 
 
 @pytest.mark.parametrize("name", ["qst", "lst"])
 def test_the_base_model_is_torchtunes_own_decoder(name: str, tmp_path: Path) -> None:
     """Its weights are quantised and decoded by torchao, or not at all, not by us."""
     METHODS[name].config(tmp_path)
-    expected = held_out_loss(quantised_backbone(tmp_path / "model", name == "qst"), tmp_path)
+    expected = val_loss(quantised_backbone(tmp_path / "model", name == "qst"), tmp_path)
     base = METHODS[name].load(tmp_path, None)
     assert METHODS[name].loss_of(base, tmp_path) == pytest.approx(expected, rel=2e-6)
 
@@ -138,7 +138,7 @@ def test_nothing_that_a_run_leaves_is_a_pickle(trained: Trained) -> None:
 
 def test_the_loaded_result_has_the_validation_loss_of_the_run(trained: Trained) -> None:
     tuned = trained.method.load(trained.root, trained.result)
-    best = trained.run.held_out_loss[trained.run.summary["best_step"]]
+    best = trained.run.val_loss[trained.run.summary["best_step"]]
     assert tuned.is_tuned
     assert trained.method.loss_of(tuned, trained.root) == pytest.approx(best, rel=2e-6)
 
@@ -219,9 +219,9 @@ def test_run_starts_where_the_other_ended_and_records_it(trained: Trained, tmp_p
     first = trained.run
     second = trained.again(tmp_path / "second", *from_result(trained))
     if trained.method.name == "dpo":  # the start is its own reference
-        assert second.held_out_loss[0] == pytest.approx(0.6931, abs=1e-4)
+        assert second.val_loss[0] == pytest.approx(0.6931, abs=1e-4)
     else:
-        assert second.held_out_loss[0] == first.held_out_loss[first.summary["best_step"]]
+        assert second.val_loss[0] == first.val_loss[first.summary["best_step"]]
     assert first.summary["before"] == "quantised base model"
     assert second.summary["before"] == "start"
     assert "lineage" not in trained.method.description(first.directory)

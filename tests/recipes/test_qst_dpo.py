@@ -14,10 +14,10 @@ pytestmark = pytest.mark.usefixtures("no_plots")
 def test_it_learns_which_answer_is_better(tmp_path: Path) -> None:
     run = DPO.run(tmp_path, tmp_path / "run", "epochs=4")
     metrics = run.summary["metrics"]
-    assert run.held_out_loss[0] == pytest.approx(0.6931, abs=1e-4), "no opinion before"
+    assert run.val_loss[0] == pytest.approx(0.6931, abs=1e-4), "no opinion before"
     assert metrics["reward_accuracy"]["16"] == 1.0
     assert metrics["reward_margin"]["16"] > 0
-    assert run.held_out_loss[16] < 0.6
+    assert run.val_loss[16] < 0.6
 
 
 def test_loss_that_takes_no_pairs_is_one_line(tmp_path: Path) -> None:

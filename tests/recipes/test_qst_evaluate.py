@@ -12,7 +12,7 @@ from qst_tune.recipes import qst_evaluate
 from qst_tune.config.cli import run_recipe
 from tests.support.checkpoints import Config, finetune_config, write_config, write_jsonl
 from tests.support.directories import side_network_directory
-from tests.support.recipe_runs import held_out_loss, merged, one_thread, run_tune
+from tests.support.recipe_runs import merged, one_thread, run_tune, val_loss
 
 TUNED = "with the side network"
 
@@ -70,7 +70,7 @@ def test_tune_prints_the_table_that_it_writes(config: Config, root: Path, made) 
     for name in found[TUNED]:
         assert written[name] == [f"{figures[name]:.4f}" for figures in found.values()]
     # The loss is that of the rows one by one, without our training code.
-    expected = held_out_loss(made[1], root)
+    expected = val_loss(made[1], root)
     assert found[TUNED]["validation loss"] == pytest.approx(expected, rel=1e-5)
     assert found["quantised base model"]["perplexity"] != found[TUNED]["perplexity"]
 
@@ -86,7 +86,7 @@ def test_batch_sizes_do_not_change_the_scores(config: Config) -> None:
 def test_packed_rows_have_the_loss_of_the_rows_alone(config: Config, root: Path, made) -> None:
     only = ["text=null", "questions=null", "dataset_val.packed=True"]
     found = evaluate(config, *only)[TUNED]["validation loss"]
-    assert found == pytest.approx(held_out_loss(made[1], root), rel=1e-5)
+    assert found == pytest.approx(val_loss(made[1], root), rel=1e-5)
 
 
 def test_without_anything_tuned_there_is_one_column(config: Config) -> None:

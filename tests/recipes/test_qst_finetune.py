@@ -39,7 +39,7 @@ def config(root: Path) -> Config:
 
 @pytest.fixture(scope="module")
 def sgd_config(config: Config) -> Config:
-    """Three steps in file order, without held-out data.
+    """Three steps in file order, without a validation set.
 
     Under SGD the weights are linear in the gradients, so sums in another order stay close; AdamW
     divides each gradient by its own size, and would magnify the rounding of one near zero.
@@ -126,7 +126,7 @@ def test_two_processes_equal_one_with_twice_the_batch(
     alone = finetune(
         sgd_config | {"dataset_val": held_out}, tmp_path / "alone", "max_steps_per_epoch=1"
     )
-    assert run.held_out_loss[0] == pytest.approx(alone.held_out_loss[0], rel=1e-6)
+    assert run.val_loss[0] == pytest.approx(alone.val_loss[0], rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_kept_hidden_states_give_the_same_run_without_the_backbone(
     second = finetune(config, tmp_path / "second", *settings)
     assert torch.equal(second.train_loss, first.train_loss)
     assert all(torch.equal(second.weights[name], first.weights[name]) for name in first.weights)
-    assert second.held_out_loss == first.held_out_loss
+    assert second.val_loss == first.val_loss
     assert ran
     assert all(isinstance(module, torch.nn.Embedding) for module in ran)
 
@@ -175,7 +175,7 @@ def test_first_epoch_of_a_run_that_keeps_hidden_states_is_that_of_any_run(
     kept = finetune(config, tmp_path / "kept", "epochs=1", f"hidden_state_cache={tmp_path / 's'}")
     plain = finetune(config, tmp_path / "plain", "epochs=1")
     assert torch.equal(kept.train_loss, plain.train_loss)
-    assert kept.held_out_loss == plain.held_out_loss
+    assert kept.val_loss == plain.val_loss
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_every_downsampler_trains(downsample: str, config: Config, tmp_path: Pat
 def test_every_variant_trains(variant: str, config: Config, tmp_path: Path) -> None:
     run = finetune(config, tmp_path / "run", f"model.variant={variant}", "epochs=4")
     assert run.train_loss[-2:].mean() < run.train_loss[:2].mean()
-    assert run.held_out_loss[8] < run.held_out_loss[0]
+    assert run.val_loss[8] < run.val_loss[0]
 
 
 def test_bf16_follows_fp32(plain_sgd: FinetuneResult, sgd_config: Config, tmp_path: Path) -> None:

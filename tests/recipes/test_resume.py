@@ -160,8 +160,8 @@ def test_change_that_would_break_the_run_is_refused(
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (colour_rows(13), "it has 12 training rows, this run 13"),
-        (colour_rows(12, prefix="pray "), "the training rows have changed"),
+        (colour_rows(13), "its training set has 12 examples, this run's 13"),
+        (colour_rows(12, prefix="pray "), "the training set has changed"),
     ],
 )
 def test_changed_rows_are_refused(
@@ -228,5 +228,5 @@ def test_other_validation_rows_are_refused(nine_steps: Config, tmp_path: Path) -
     finetune(nine_steps, tmp_path / "run", *SETTINGS, "epochs=1")
     write_jsonl(tmp_path / "other.jsonl", colour_rows(5)[1:] + colour_rows(9)[8:])
     other = f"dataset_val.data_files={tmp_path / 'other.jsonl'}"
-    with pytest.raises(UserError, match="the held-out rows have changed"):
+    with pytest.raises(UserError, match="the validation set has changed"):
         finetune(nine_steps, tmp_path / "run", *SETTINGS, other, RESUME)

@@ -127,7 +127,7 @@ def test_the_result_is_evaluated_verified_and_tuned_on_by_preferences(
     with one_thread():
         qst_dpo.main(parse_config(["--config", str(CONFIG), *given]))
     summary = json.loads((tmp_path / "dpo" / "summary.json").read_text())
-    first, *_, last = summary["held_out_loss"].values()
+    first, *_, last = summary["val_loss"].values()
     assert first == pytest.approx(0.6931, abs=1e-4)
     assert last < first
     assert list(summary["metrics"]["reward_accuracy"].values())[-1] == 1.0

@@ -218,7 +218,7 @@ MISTAKES = [
         ["fsdp_cpu_offload=True"],
         ["fsdp_cpu_offload=True offloads", "set backbone_sharding=full"],
     ),
-    Mistake("two kinds of held-out rows", ["val_fraction=0.1"], ["val_fraction and dataset_val"]),
+    Mistake("two validation sets", ["val_fraction=0.1"], ["val_fraction and dataset_val"]),
     Mistake(
         "everything held out",
         ["dataset_val=null", "val_fraction=1"],
@@ -230,7 +230,7 @@ MISTAKES = [
         ["val_fraction=0 must be a number above 0 and below 1"],
     ),
     Mistake(
-        "patience without held-out rows",
+        "patience without a validation set",
         ["dataset_val=null", "early_stopping_patience=2"],
         ["early_stopping_patience needs a validation set", "val_fraction=0.05"],
     ),
@@ -346,7 +346,7 @@ MISTAKES = [
     ),
     # The data.
     Mistake("missing data", ["dataset.data_files={root}/no.jsonl"], ["dataset: ", "no.jsonl"]),
-    Mistake("missing held-out data", [], ["dataset_val: ", "val.jsonl"], remove("val.jsonl")),
+    Mistake("missing validation set", [], ["dataset_val: ", "val.jsonl"], remove("val.jsonl")),
     Mistake("empty data", [], ["dataset", "train.jsonl"], write("train.jsonl", "")),
     Mistake("malformed data", [], ["dataset: ", "JSON"], write("train.jsonl", '{"input": 1\n{]')),
     Mistake("data of another format", ["dataset.source=csv"], ["dataset"]),
@@ -391,7 +391,7 @@ MISTAKES = [
         lambda root: write_jsonl(root / "train.jsonl", LONG_ROWS),
     ),
     Mistake(
-        "held-out row longer than the model",
+        "validation row longer than the model",
         ["tokenizer.max_seq_len=null"],
         ["tokens is longer than the model's max_seq_len 128", "tokenizer.max_seq_len=128"],
         lambda root: write_jsonl(root / "val.jsonl", colour_rows(3) + LONG_ROWS),

@@ -109,7 +109,7 @@ def test_dpo_is_compared_with_the_start_in_one_backbone_pass(
         overrides = [f"output_dir={tmp_path / name}", "epochs=1", *more]
         with one_thread():
             qst_dpo.main(merged(pairs, *overrides))
-        return FinetuneResult(tmp_path / name).held_out_loss
+        return FinetuneResult(tmp_path / name).val_loss
 
     start = losses("start", *from_first(first))
     assert start[0] == pytest.approx(0.6931, abs=1e-4), "the start is its own reference"

@@ -99,7 +99,7 @@ def outcome(directory: Path) -> tuple[bytes, dict[str, float], dict[str, float]]
     """What must be the same, to the last bit."""
     result = FinetuneResult(directory)
     summary = result.summary
-    return result.weights_file.read_bytes(), summary["train_loss"], summary["held_out_loss"]
+    return result.weights_file.read_bytes(), summary["train_loss"], summary["val_loss"]
 
 
 def uninterrupted(root: Path, variant: str, directory: Path) -> float:

@@ -16,7 +16,7 @@ from torchtune.data import Message
 from qst_tune.data import hf_chat_tokenizer
 from qst_tune.results.loading import TunedModel, load_tuned_model
 from tests.support.checkpoints import SIZES, Config, finetune_config, write_jsonl
-from tests.support.recipe_runs import FinetuneResult, held_out_loss, merged, one_thread
+from tests.support.recipe_runs import FinetuneResult, val_loss, merged, one_thread
 
 TEMPLATE = "box {text} is"
 LABELS = ["red", "blue"]
@@ -144,7 +144,7 @@ def dpo_config(root: Path) -> Config:
 
 
 def text_loss(tuned: TunedModel, root: Path) -> float:
-    return held_out_loss(tuned.model, root)
+    return val_loss(tuned.model, root)
 
 
 @torch.no_grad()

@@ -57,14 +57,14 @@ def cut(run: FinetuneResult, directory: Path, step: int) -> Path:
 
 def assert_identical(actual: FinetuneResult, expected: FinetuneResult) -> None:
     assert actual.weights_file.read_bytes() == expected.weights_file.read_bytes()
-    for name in ("train_loss", "held_out_loss"):
+    for name in ("train_loss", "val_loss"):
         assert actual.summary[name] == expected.summary[name]
 
 
 def faulty_loss(kind: str, directory: Path, **arguments: Any) -> list[str]:
     """Overrides: a loss of faults.py that goes wrong in the second half of the third step.
 
-    Two batches of held-out rows come before the first step and two after the second, then the
+    Two batches of the validation set come before the first step and two after the second, then the
     first half of the third.
     """
     call = 2 + 2 * 2 + 2 + 2

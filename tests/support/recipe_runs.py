@@ -36,8 +36,8 @@ class FinetuneResult:
         return torch.tensor(list(self.summary["train_loss"].values()), dtype=torch.float64)
 
     @property
-    def held_out_loss(self) -> dict[int, float]:
-        return {int(step): loss for step, loss in self.summary["held_out_loss"].items()}
+    def val_loss(self) -> dict[int, float]:
+        return {int(step): loss for step, loss in self.summary["val_loss"].items()}
 
     @property
     def weights_file(self) -> Path:
@@ -90,7 +90,7 @@ def finetune(config: Config, output_dir: Path, *overrides: str) -> FinetuneResul
     return FinetuneResult(output_dir)
 
 
-def held_out_loss(model: torch.nn.Module, root: Path) -> float:
+def val_loss(model: torch.nn.Module, root: Path) -> float:
     """Mean loss of the answers in ``val.jsonl``, a row at a time and without our training code."""
     tokenizer = hf_chat_tokenizer(str(root / "model"), max_seq_len=64)
     losses = []

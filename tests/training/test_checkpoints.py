@@ -52,10 +52,8 @@ def fail_at(call: str, index: int, fail: Callable[[], None], patch: pytest.Monke
 
 
 def test_checkpoint_holds_its_files(store: CheckpointStore) -> None:
-    checkpoint, complaints = store.newest()
-    assert checkpoint is not None
-    assert (checkpoint.step, complaints) == (10, [])
-    assert content(checkpoint.directory) == FILES
+    assert store.newest() == (10, [])
+    assert content(store.path(10)) == FILES
     assert [path.name for path in store.directory.iterdir()] == ["step_00000010"]
 
 
@@ -63,7 +61,7 @@ def test_store_without_a_checkpoint_has_none(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "nowhere")
     assert store.newest() == (None, [])
     assert store.steps() == []
-    assert store.set_aside() is None
+    assert store.set_all_aside() is None
 
 
 @pytest.mark.parametrize(("call", "index"), CALLS)
@@ -78,12 +76,12 @@ def test_write_that_fails_is_told_and_leaves_the_one_before(
         fail_at(call, index, fail, patch)
         with pytest.raises(UserError, match=f"^cannot write .*step_00000020: {os.strerror(code)}$"):
             store.save(20, FILES)
-    checkpoint, complaints = store.newest()
-    assert checkpoint is not None
+    step, complaints = store.newest()
+    assert step is not None
     assert complaints == []
-    assert content(checkpoint.directory) == FILES
+    assert content(store.path(step)) == FILES
     assert not list(store.directory.glob(".*")), "a temporary directory is left"
-    if checkpoint.step == 10:  # it failed before the rename, so it can be tried again
+    if step == 10:  # it failed before the rename, so it can be tried again
         store.save(20, FILES)
 
 
@@ -97,11 +95,11 @@ def test_kill_at_any_moment_of_a_write_leaves_a_checkpoint_that_loads(
         store.save(20, FILES)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 9
-    checkpoint, complaints = store.newest()
-    assert checkpoint is not None
+    step, complaints = store.newest()
+    assert step is not None
     assert complaints == []
-    assert content(checkpoint.directory) == FILES
-    if checkpoint.step == 10:
+    assert content(store.path(step)) == FILES
+    if step == 10:
         store.save(20, FILES)
     store.keep_only({20})
     assert [path.name for path in store.directory.iterdir()] == ["step_00000020"]
@@ -129,8 +127,7 @@ def test_kill_while_deleting_leaves_what_shall_be_kept(
         store.keep_only({20})
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 9
-    checkpoint, complaints = store.newest()
-    assert (checkpoint and checkpoint.step, complaints) == (20, [])
+    assert store.newest() == (20, [])
     store.keep_only({20})
     assert [path.name for path in store.directory.iterdir()] == ["step_00000020"]
 
@@ -165,41 +162,37 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_checkpoint_is_passed_over(damage: str, store: CheckpointStore) -> None:
-    newer = store.save(20, FILES)
+    store.save(20, FILES)
     change, expected = DAMAGES[damage]
-    change(newer.directory)
-    checkpoint, (complaint,) = store.newest()
-    assert checkpoint is not None
-    assert checkpoint.step == 10
-    assert complaint.startswith(f"{newer.directory} is passed over: ")
+    change(store.path(20))
+    step, (complaint,) = store.newest()
+    assert step == 10
+    assert complaint.startswith(f"{store.path(20)} is passed over: ")
     assert expected in complaint
 
 
 @pytest.mark.parametrize("name", ["../../secret", "/etc/passwd", "side/../../x"])
 def test_manifest_cannot_lead_out_of_its_directory(name: str, store: CheckpointStore) -> None:
-    directory = store.save(20, FILES).directory
-    (directory / "manifest.json").write_text(f'{{"{name}": "0"}}')
-    checkpoint, (complaint,) = store.newest()
-    assert checkpoint is not None
-    assert checkpoint.step == 10
+    store.save(20, FILES)
+    (store.path(20) / "manifest.json").write_text(f'{{"{name}": "0"}}')
+    step, (complaint,) = store.newest()
+    assert step == 10
     assert "outside of it" in complaint
 
 
 def test_damaged_checkpoint_makes_way_and_is_kept(store: CheckpointStore) -> None:
-    truncate(store.save(20, FILES).directory / "state.json")
-    store.discard_after(10)
-    assert store.steps() == [10]
-    assert store.save(20, FILES).step == 20
-    truncate(store.checkpoint(20).directory / "state.json")
-    store.discard_after(10)
+    for _ in range(2):
+        store.save(20, FILES)
+        store.set_aside(20)
+        assert store.steps() == [10]
     names = {path.name for path in store.directory.iterdir()}
     assert names == {"step_00000010", "damaged_step_00000020", "damaged_step_00000020_2"}
 
 
 def test_checkpoints_of_an_earlier_run_are_set_aside_and_never_lost(store: CheckpointStore) -> None:
-    renamed = [store.set_aside()]
+    renamed = [store.set_all_aside()]
     store.save(5, FILES)
-    renamed.append(store.set_aside())
+    renamed.append(store.set_all_aside())
     assert [path and path.name for path in renamed] == [
         "checkpoints_before",
         "checkpoints_before_2",
@@ -211,15 +204,15 @@ def test_checkpoints_of_an_earlier_run_are_set_aside_and_never_lost(store: Check
 def test_existing_checkpoint_is_never_replaced(store: CheckpointStore) -> None:
     with pytest.raises(UserError, match=r"cannot write .*: it exists, and is never replaced$"):
         store.save(10, {"state.json": b"other"})
-    assert content(store.checkpoint(10).directory) == FILES
+    assert content(store.path(10)) == FILES
 
 
 @pytest.mark.parametrize(
     ("act", "message"),
     [
         (lambda store: store.keep_only({20}), "^cannot delete .*step_00000010: No space left"),
-        (lambda store: store.discard_after(5), "^cannot rename .*step_00000010: No space left"),
-        (lambda store: store.set_aside(), "^cannot rename .*checkpoints: No space left"),
+        (lambda store: store.set_aside(10), "^cannot rename .*step_00000010: No space left"),
+        (lambda store: store.set_all_aside(), "^cannot rename .*checkpoints: No space left"),
     ],
 )
 def test_checkpoint_that_cannot_be_moved_is_told(

@@ -33,7 +33,7 @@ CONFIG = {
     "gradient_accumulation_steps": 2,
 }
 STATE: dict[str, Any] = {
-    "format_version": 3,
+    "format_version": 4,
     "config": CONFIG,
     "data": {"processes": 1},
     "seed": 7,
@@ -59,7 +59,7 @@ def test_same_config_goes_on(tmp_path: Path) -> None:
     save(tmp_path)
     saved = find(tmp_path)
     assert saved is not None
-    assert saved.state["progress"]["step"] == saved.checkpoint.step == 5
+    assert saved.state["progress"]["step"] == saved.step == 5
 
 
 def test_run_that_is_not_to_resume_does_not(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_all_refusals_are_told_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({**STATE, "format_version": 1}, "its format is 1, this qst_tune reads 3"),
+        ({**STATE, "format_version": 1}, "its format is 1, this qst_tune reads 4"),
         ([], "its format is None"),
         (3, "its format is None"),
         ({k: v for k, v in STATE.items() if k != "seed"}, "its state has no 'seed'"),
@@ -201,11 +201,11 @@ def test_data_is_told_apart_by_number_and_content(tmp_path: Path) -> None:
     saved = find(tmp_path)
     assert saved is not None
     check_same_data(saved, describe_data(loader(list(rows))))
-    with pytest.raises(UserError, match="it has 100 training rows, this run 101"):
+    with pytest.raises(UserError, match="its training set has 100 examples, this run's 101"):
         check_same_data(saved, describe_data(loader([*rows, 7])))
-    with pytest.raises(UserError, match="the training rows have changed"):
+    with pytest.raises(UserError, match="the training set has changed"):
         check_same_data(saved, describe_data(loader([7, *rows[1:]])))
-    with pytest.raises(UserError, match="it has 0 held-out rows, this run 1"):
+    with pytest.raises(UserError, match="its validation set has 0 examples, this run's 1"):
         check_same_data(saved, describe_data(loader(rows), loader([1])))
 
 
@@ -215,5 +215,5 @@ def test_other_validation_rows_are_told(tmp_path: Path) -> None:
     saved = find(tmp_path)
     assert saved is not None
     check_same_data(saved, describe_data(train, loader([3])))
-    with pytest.raises(UserError, match="the held-out rows have changed"):
+    with pytest.raises(UserError, match="the validation set has changed"):
         check_same_data(saved, describe_data(train, loader([4])))

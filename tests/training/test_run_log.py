@@ -12,7 +12,7 @@ from qst_tune.training.run_log import RunSummary
 def test_figures_and_plot_are_written(held_out: dict[int, float], tmp_path: Path) -> None:
     summary = RunSummary(
         train_loss={1: 3.0, 2: 2.0},
-        held_out_loss=held_out,
+        val_loss=held_out,
         metrics={"accuracy": {2: 0.5}},
         best_step=2,
         skipped_steps=1,
@@ -27,7 +27,7 @@ def test_figures_and_plot_are_written(held_out: dict[int, float], tmp_path: Path
     assert {path.name for path in tmp_path.iterdir()} == {"summary.json", "summary.md", "loss.png"}
     assert json.loads((tmp_path / "summary.json").read_text()) == {
         "train_loss": {"1": 3.0, "2": 2.0},
-        "held_out_loss": {str(step): loss for step, loss in held_out.items()},
+        "val_loss": {str(step): loss for step, loss in held_out.items()},
         "metrics": {"accuracy": {"2": 0.5}},
         "before": "quantised base model",
         "best_step": 2,
@@ -51,7 +51,7 @@ def test_figures_are_at_full_precision(tmp_path: Path) -> None:
 def test_table_has_a_row_for_each_figure() -> None:
     summary = RunSummary(
         train_loss={1: 3.0, 2: 2.0},
-        held_out_loss={0: 2.5, 2: 1.25},
+        val_loss={0: 2.5, 2: 1.25},
         best_step=2,
         trainable_parameters=1234,
         memory_gib={"peak": 0.5},
@@ -78,7 +78,7 @@ def test_table_reports_what_did_not_go_well() -> None:
 
 
 def test_history_comes_back() -> None:
-    before = RunSummary(train_loss={1: 3.0}, held_out_loss={0: 2.5}, metrics={"accuracy": {0: 0.5}})
+    before = RunSummary(train_loss={1: 3.0}, val_loss={0: 2.5}, metrics={"accuracy": {0: 0.5}})
     after = RunSummary()
     after.restore(before.history())
     assert after == before
@@ -89,7 +89,7 @@ LOSS, ACCURACY = "val_loss", "accuracy"
 
 def judge(values: dict[int, float], best_step: int | None, name: str) -> str | None:
     if name == LOSS:
-        summary = RunSummary(held_out_loss=values)
+        summary = RunSummary(val_loss=values)
     else:
         summary = RunSummary(metrics={name: values}, before="start")
     found = summary.judge(name, best_step, higher_is_better=name == ACCURACY)

@@ -38,7 +38,7 @@ def test_run_that_makes_the_model_worse_is_reported_as_that_everywhere(
         "epochs=1",
         "optimizer.lr=3.0",
     )
-    loss = run.held_out_loss
+    loss = run.val_loss
     verdict = (
         "no validated step is better than the quantised base model: validation loss "
         f"{loss[4]:.4f} at step 4, {loss[0]:.4f} before training"

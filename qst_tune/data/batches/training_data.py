@@ -52,8 +52,8 @@ class TrainingData:
     def digests(self) -> dict[str, str]:
         """Digests of the content of all rows, by the names of ``resume.describe_data``."""
         surveys = {
-            "training rows": self.surveys,
-            "held-out rows": self.validation_surveys or self.surveys,
+            "training set": self.surveys,
+            "validation set": self.validation_surveys or self.surveys,
         }
         return {
             name: " ".join(survey.digest for survey in some)
