@@ -5,7 +5,7 @@ Example::
     python -m benchmarks.linear_probe --config configs/smollm2/135M_qst_sst2.yaml key=value ...
 
 Takes a config of a classifier and reads its backbone's last state of every row, training and
-held-out, as the classifier would. A logistic regression on the training rows, its strength chosen
+validation, as the classifier would. A logistic regression on the training rows, its strength chosen
 by cross-validation there, gives the figures; beside it stand those of the commonest class.
 """
 
@@ -93,7 +93,7 @@ def main(cfg: DictConfig) -> None:
             ("linear probe", probe.predict(x_val)),
         ):
             value = metric(torch.from_numpy(predictions), torch.from_numpy(y_val))
-            print(f"{name}, {title}: {value:.4f} ({len(y)} training, {len(y_val)} held-out rows)")
+            print(f"{name}, {title}: {value:.4f} ({len(y)} training, {len(y_val)} validation rows)")
 
 
 if __name__ == "__main__":

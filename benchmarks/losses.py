@@ -92,10 +92,10 @@ class Outcome:
 
     Args:
         train (float): mean training loss of the last steps, nats a token.
-        held_out (float): loss of the held-out rows, nats a token.
+        held_out (float): loss of the validation rows, nats a token.
         side (dict[str, torch.Tensor]): the side network.
-        gradient (torch.Tensor): fp32, one vector: of the first held-out batch, for the side network
-            that the run was given to compare, its own if it was given none.
+        gradient (torch.Tensor): fp32, one vector: of the first validation batch, for the side
+            network that the run was given to compare, its own if it was given none.
     """
 
     train: float
@@ -214,16 +214,16 @@ def summarise(
     }
     farthest = max(changes, key=lambda title: changes[title])
     verdict = (
-        f"Between {len(of_seeds)} seeds the default's held-out loss varies by {noise:.4f}; the "
+        f"Between {len(of_seeds)} seeds the default's validation loss varies by {noise:.4f}; the "
         f'setting that changes it most is "{farthest}", by {changes[farthest]:.4f}: '
         f"{'within' if changes[farthest] <= noise else 'NOT within'} the noise of seeds."
     )
     what = (
         f"{name}; {num_steps} steps on {BATCH_SIZE} rows, the same seed and batches but where a "
-        f"seed is named. The training loss is the mean of the last {NUM_LAST} steps, the held-out "
-        "loss that of rows not trained on after the last step, both in nats a token. The "
-        "gradient's error is relative, of one batch and the side network that the first row has "
-        "learnt."
+        f"seed is named. The training loss is the mean of the last {NUM_LAST} steps, the "
+        "validation loss that of rows not trained on after the last step, both in nats a token. "
+        "The gradient's error is relative, of one batch and the side network that the first row "
+        "has learnt."
     )
     command = "python -m benchmarks losses"
     return {"command": command, "what": what, "rows": rows, "verdict": verdict}

@@ -271,7 +271,7 @@ def _losses(losses: dict[str, Any] | None) -> str:
         ]
         for row in losses["rows"]
     ]
-    columns = ["", "training loss", "held-out loss", "held-out, from the first row", "gradient"]
+    columns = ["", "training loss", "validation loss", "validation, from the first row", "gradient"]
     return f"""## The same loss with each optimisation on and off
 
     {losses["command"]}

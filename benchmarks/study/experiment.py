@@ -1,4 +1,4 @@
-"""One run of the study: train a method on a task, then measure it on the held-out rows."""
+"""One run of the study: train a method on a task, then measure it on the validation rows."""
 
 import math
 import re
@@ -164,7 +164,7 @@ def _label_logits(
 
 @torch.no_grad()
 def evaluate(learner: Learner, task: Task) -> dict[str, float]:
-    """Measure the held-out rows.
+    """Measure the validation rows.
 
     Args:
         learner (Learner): the model.

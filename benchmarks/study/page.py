@@ -33,7 +33,7 @@ Written by `python -m benchmarks.study --data DIRECTORY`; do not edit. SmolLM2-1
 QLoRA in NF4, for QST in 8 bits (its config's) unless said otherwise, for PEQA in 4-bit integers,
 for the others as it is; AdamW with warm-up and linear decay, the same rows in the same order for
 every method. Several seeds: their mean (least to greatest). Where several learning rates were
-tried, the table shows the best, chosen on the same held-out rows for every method. Minutes are
+tried, the table shows the best, chosen on the same validation rows for every method. Minutes are
 steps times the seconds of a step in the table of costs, and MiB the peak of a step,
 weights and optimizer included; a dash: not measured.
 """
@@ -84,7 +84,7 @@ def _table(task: str, groups: list[list[Line]], costs: dict[Any, Line]) -> str:
     rows = [
         f"## {task}, {BATCH_SIZE[task]} rows a step unless said otherwise\n",
         f"| method | trained | learning rate | steps | {_METRICS[task]} | seeds "
-        "| held-out loss | tokens | minutes | MiB |",
+        "| validation loss | tokens | minutes | MiB |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for seeds in groups:

@@ -36,7 +36,7 @@ def test_commonest_class_and_probe_are_scored_on_all_held_out_rows(
     }
     linear_probe.main(merged(changed))
     commonest, probe = capsys.readouterr().out.splitlines()[-2:]
-    # Of 24 rows half are red and of the 7 held-out ones four; a tie goes to the first, red.
-    assert commonest == "accuracy, commonest class: 0.5714 (24 training, 7 held-out rows)"
+    # Of 24 rows half are red and of the 7 validation ones four; a tie goes to the first, red.
+    assert commonest == "accuracy, commonest class: 0.5714 (24 training, 7 validation rows)"
     assert probe.startswith("accuracy, linear probe: ")
-    assert probe.endswith(" (24 training, 7 held-out rows)")
+    assert probe.endswith(" (24 training, 7 validation rows)")

@@ -1,6 +1,5 @@
 """Validation chooses the step that is exported, and when a run stops."""
 
-import json
 from pathlib import Path
 
 import pytest

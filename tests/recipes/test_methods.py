@@ -19,7 +19,7 @@ from qst_tune.training.checkpoints import CheckpointStore
 from tests.support.checkpoints import file_hashes, write_config
 from tests.support.methods import METHODS, Method
 from tests.support.quantised import quantised_backbone
-from tests.support.recipe_runs import FinetuneResult, val_loss, run_tune
+from tests.support.recipe_runs import FinetuneResult, run_tune, val_loss
 
 SETTINGS = [
     "epochs=3",

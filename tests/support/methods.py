@@ -16,7 +16,7 @@ from torchtune.data import Message
 from qst_tune.data import hf_chat_tokenizer
 from qst_tune.results.loading import TunedModel, load_tuned_model
 from tests.support.checkpoints import SIZES, Config, finetune_config, write_jsonl
-from tests.support.recipe_runs import FinetuneResult, val_loss, merged, one_thread
+from tests.support.recipe_runs import FinetuneResult, merged, one_thread, val_loss
 
 TEMPLATE = "box {text} is"
 LABELS = ["red", "blue"]
