@@ -30,13 +30,8 @@ class QuantizedExperts(torch.Tensor):
     transformers keeps the experts of a layer in one parameter and indexes it: ``weight[e]`` gives a
     dense ``[O, I]`` here, so one expert is dense at a time. Every other operation (Llama 4
     multiplies all experts at once) sees the dense weight of this layer, for as long as it runs. It
-    is frozen: no gradient flows through it.
-
-    Args:
-        parts (list[torch.Tensor]): absmax codes, their factors, their means and codes, ``[E, ...]``
-            each, and the 16 levels.
-        shape (tuple[int, ...]): ``(E, O, I)``.
-        quantization (QuantType): "nf4" or "fp4".
+    is frozen: no gradient flows through it. ``parts`` are absmax codes, their factors, their means
+    and codes, ``[E, ...]`` each, and the 16 levels.
     """
 
     parts: list[torch.Tensor]
@@ -104,11 +99,9 @@ def with_dense(kinds: Any, func: Any, args: tuple[Any, ...], kwargs: Any) -> Any
 def quantize_experts(weight: torch.Tensor, quant_type: QuantType) -> QuantizedExperts:
     """Quantise a layer's experts ``[E, O, I]``, perhaps on meta, each with ``quantize_nf4``."""
     if weight.is_meta:  # all alike: an estimate builds models of thousands of experts
-        one = quantize_nf4(weight[0], quant_type)
-        parts = [getattr(one, name) for name in _PARTS[:-1]]
-        stacked = [part.new_empty(len(weight), *part.shape) for part in parts]
-        return QuantizedExperts([*stacked, one.nf4], tuple(weight.shape), quant_type)
-    experts = [quantize_nf4(expert, quant_type) for expert in weight]
+        experts = [quantize_nf4(weight[0], quant_type)] * len(weight)
+    else:
+        experts = [quantize_nf4(expert, quant_type) for expert in weight]
     stacked = [torch.stack([getattr(e, name) for e in experts]) for name in _PARTS[:-1]]
     return QuantizedExperts([*stacked, experts[0].nf4], tuple(weight.shape), quant_type)
 
@@ -121,12 +114,8 @@ class ExpertLinears(nn.Module):
 
     An index gives one expert's weight, not decoded: a product with it is its linear layer's, so
     that one expert is decoded at a time and scales get their gradient. For every other operation
-    the weight is decoded, also with its gradient.
-
-    Args:
-        experts (Sequence[nn.Module]): a linear layer each, without bias.
-        dtype (torch.dtype): that the weights decode to.
-        is_transposed (bool): the model multiplies ``x W`` and has ``[E, I, O]``, as gpt-oss does.
+    the weight is decoded to ``dtype``, also with its gradient. ``is_transposed``: the model
+    multiplies ``x W`` and has ``[E, I, O]``, as gpt-oss does.
     """
 
     # Else the _init_weights of some models would draw new weights.
@@ -199,30 +188,22 @@ class ExpertWeight:
         return with_dense(ExpertLinears | ExpertWeight, func, args, kwargs)
 
 
-class JoinedLinear(nn.ModuleList):
+class JoinedLinear(nn.Module):
     """Linear layers whose outputs are joined, as gate and up that a directory stores apart."""
 
-    @property
-    def in_features(self) -> int:
-        """I."""
-        return int(self._parts[0].in_features)
-
-    @property
-    def out_features(self) -> int:
-        """O, of all together."""
-        return sum(int(part.out_features) for part in self._parts)
-
-    @property
-    def _parts(self) -> list[Any]:
-        return list(self)
+    def __init__(self, parts: Sequence[Any]) -> None:
+        super().__init__()
+        self.parts: Any = nn.ModuleList(parts)
+        self.in_features: int = parts[0].in_features
+        self.out_features = sum(part.out_features for part in parts)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply each layer to the same input."""
-        return torch.cat([part(x) for part in self._parts], dim=-1)
+        return torch.cat([part(x) for part in self.parts], dim=-1)
 
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """Decode the weight ``[O, I]``."""
-        return torch.cat([part.dense_weight(dtype) for part in self._parts])
+        return torch.cat([part.dense_weight(dtype) for part in self.parts])
 
 
 def compile_forward(modules: Iterable[Any]) -> None:

@@ -18,7 +18,6 @@ from qst_tune.backbone.placing import (
     decode_rest_,
     drop_other_modalities,
     quantization_config_type,
-    report,
 )
 from qst_tune.backbone.quantizers import (
     forget_weights,
@@ -104,7 +103,7 @@ def load_backbone(
         )
     if place.stored is not None:
         decode_rest_(model, device)
-        report(place)
+        place.report()
     move_dense_(model, device)
     quantize_tables(model.get_input_embeddings(), model, backbone.embedding_quantization)
     if take is None:

@@ -1,7 +1,6 @@
 """Put each weight into a model as transformers' loader reads it, and count what became of it."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -23,34 +22,11 @@ log = utils.get_logger("INFO")
 Take = Callable[[str, nn.Module], None]
 
 
-@dataclass
-class Tally:
-    """What became of the weights of a quantised directory.
-
-    ``taken_over`` weights have the directory's codes; ``rounded`` ones were quantised here.
-    ``error`` is the sum of squared differences of the latter to the directory's numbers, ``norm``
-    the sum of squares of these numbers.
-    """
-
-    taken_over: int = 0
-    rounded: int = 0
-    error: float = 0.0
-    norm: float = 0.0
-
-    @property
-    def relative_error(self) -> float:
-        """Root mean square of the rounding, relative to that of the weights."""
-        return float((self.error / self.norm) ** 0.5) if self.norm else 0.0
-
-    def compare(self, before: torch.Tensor, after: torch.Tensor) -> None:
-        """Add the rounding of one weight: the directory's numbers, and the decoded ones."""
-        before = before.float()
-        self.norm += float(before.square().sum())
-        self.error += float((after.float() - before).square_().sum())
-
-
 class Placing:
-    """Puts each weight into a model as it is read.
+    """Puts each weight into a model as it is read, and counts what became of it.
+
+    ``taken_over`` weights have the codes of a quantised directory; ``rounded`` ones were quantised
+    here.
 
     Args:
         base_quantization (LinearFormat): of linears and experts of the layers.
@@ -68,7 +44,9 @@ class Placing:
     ) -> None:
         self.take = take
         self.base_quantization, self.device, self.stored = base_quantization, device, stored
-        self.tally = Tally()
+        self.taken_over = self.rounded = 0
+        # Sums of squares: of the differences that rounding made, of the numbers that were rounded.
+        self._lost, self._total = 0.0, 0.0
         self.error: UserError | None = None
 
     def __call__(self, model: nn.Module, name: str, weight: torch.Tensor) -> None:
@@ -77,33 +55,28 @@ class Placing:
         UserError if it has another shape than in the model. transformers turns that into a report
         of its own; ``error`` is what a user must see.
         """
-        try:
-            _check_shape(model, name, weight)
-        except UserError as error:
-            self.error = self.error or error
-            raise
-        self._place(model, name, weight)
-        if self.take is not None:
-            path = name.rpartition(".")[0]
-            self.take(path, model.get_submodule(path))
-
-    def _place(self, model: nn.Module, name: str, weight: torch.Tensor) -> None:
-        stored = self.stored
-        if stored is None:
-            set_quantized(model, name, weight.to(self.device), self.base_quantization)
-            return
-        path = name.rpartition(".")[0]
+        path, _, leaf = name.rpartition(".")
         owner: Any = model.get_submodule(path)
-        is_linear = isinstance(owner, nn.Linear)
-        if not stored.takes_over(self.base_quantization) or not (
-            is_linear or isinstance(weight, StoredWeight)
+        if weight.shape != getattr(owner, leaf).shape:
+            self.error = self.error or UserError(
+                f"{name} has shape {tuple(weight.shape)} in the directory and "
+                f"{tuple(getattr(owner, leaf).shape)} by its config.json"
+            )
+            raise self.error
+        is_stored = isinstance(weight, StoredWeight)
+        if self.stored is None:
+            set_quantized(model, name, weight.to(self.device), self.base_quantization)
+        elif not self.stored.takes_over(self.base_quantization) or not (
+            is_stored or isinstance(owner, nn.Linear)
         ):
             self._round(model, name, weight)
         elif isinstance(weight, StoredWeight):
-            self._take_over(model, name, weight, stored)
+            self._take_over(model, name, weight, self.stored)
         else:  # the directory has it dense
             owner.weight = nn.Parameter(weight.to(self.device), requires_grad=False)
             keep(owner)
+        if self.take is not None:
+            self.take(path, model.get_submodule(path))
 
     def _take_over(
         self, model: nn.Module, name: str, weight: StoredWeight, stored: DirectoryFormat
@@ -111,7 +84,7 @@ class Placing:
         path, _, leaf = name.rpartition(".")
         owner: Any = model.get_submodule(path)
         bias = None if weight.is_stack else owner.bias
-        pieces: list[list[Any]] = [
+        pieces = [
             [stored.linear(stored_on(w, self.device), bias, weight.dtype) for w in weights]
             for weights in weight.pieces
         ]
@@ -121,33 +94,40 @@ class Placing:
                 for parts in zip(*pieces, strict=True)
             ]
             replace_experts(owner, leaf, experts, weight.dtype)
-            self.tally.taken_over += len(weight.pieces) * len(weight)
+            self.taken_over += len(weight.pieces) * len(weight)
         else:
             ((owner,),) = pieces
             model.set_submodule(path, owner)
-            self.tally.taken_over += 1
+            self.taken_over += 1
         keep(owner)
 
     def _round(self, model: nn.Module, name: str, weight: torch.Tensor) -> None:
-        if isinstance(weight, StoredWeight):
-            dense = weight.dense(self.device)
-        else:
-            dense = weight.to(self.device)
+        dense = (
+            weight.dense(self.device)
+            if isinstance(weight, StoredWeight)
+            else weight.to(self.device)
+        )
         set_quantized(model, name, dense, self.base_quantization)
-        self.tally.rounded += 1
+        self.rounded += 1
         path, _, leaf = name.rpartition(".")
         for before, after in _pairs(dense, model.get_submodule(path), leaf):
-            self.tally.compare(before, after)
+            self._total += float(before.float().square().sum())
+            self._lost += float((after.float() - before.float()).square_().sum())
 
-
-def _check_shape(model: nn.Module, name: str, weight: torch.Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    wanted = tuple(getattr(model.get_submodule(path), leaf).shape)
-    if tuple(weight.shape) != wanted:
-        raise UserError(
-            f"{name} has shape {tuple(weight.shape)} in the directory and {wanted} by its "
-            "config.json"
-        )
+    def report(self) -> None:
+        """Log what became of the weights of a quantised directory."""
+        assert self.stored is not None
+        parts = []
+        if self.taken_over:
+            parts.append(f"{self.taken_over} weights taken over as they are")
+        if self.rounded:
+            target = "nf4" if self.base_quantization == "auto" else self.base_quantization
+            relative = (self._lost / self._total) ** 0.5 if self._total else 0.0
+            parts.append(
+                f"{self.rounded} weights decoded and rounded to {target}, which adds an error of "
+                f"{100 * relative:.2f} % (root mean square)"
+            )
+        log.info(f"{self.stored.title}: {'; '.join(parts) or 'all weights decoded'}")
 
 
 def _pairs(
@@ -172,22 +152,6 @@ def decode_rest_(model: nn.Module, device: torch.device) -> None:
                     dense = weight.dense(device)
                     decoded[id(weight)] = nn.Parameter(dense, requires_grad=False)
                 module._parameters[name] = decoded[id(weight)]
-
-
-def report(place: Placing) -> None:
-    """Log what became of the weights of a directory."""
-    assert place.stored is not None
-    tally = place.tally
-    parts = []
-    if tally.taken_over:
-        parts.append(f"{tally.taken_over} weights taken over as they are")
-    if tally.rounded:
-        target = "nf4" if place.base_quantization == "auto" else place.base_quantization
-        parts.append(
-            f"{tally.rounded} weights decoded and rounded to {target}, which adds an error of "
-            f"{100 * tally.relative_error:.2f} % (root mean square)"
-        )
-    log.info(f"{place.stored.title}: {'; '.join(parts) or 'all weights decoded'}")
 
 
 NAME = "qst_tune"
@@ -215,8 +179,8 @@ def quantization_config_type() -> Any:
             return {"quant_method": NAME, "base_quantization": str(self.place.base_quantization)}
 
     class Quantize(ConversionOps):
-        def __init__(self, quantizer: Any) -> None:
-            self.quantizer = quantizer
+        def __init__(self, place: Placing) -> None:
+            self.place = place
 
         def convert(
             self,
@@ -225,10 +189,9 @@ def quantization_config_type() -> Any:
             target_patterns: list[str],
             **context: Any,
         ) -> dict[str, Any]:
-            place = self.quantizer.quantization_config.place
             for name, value in input_dict.items():
                 weight = value[0] if isinstance(value, list) else value
-                place(context["model"], name, weight)
+                self.place(context["model"], name, weight)
                 context["missing_keys"].discard(name)
             return {}
 
@@ -249,7 +212,7 @@ def quantization_config_type() -> Any:
             return model
 
         def get_quantize_ops(self) -> Any:
-            return Quantize(self)
+            return Quantize(self.quantization_config.place)
 
         def is_serializable(self) -> bool:
             return False

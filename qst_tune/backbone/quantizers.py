@@ -94,17 +94,12 @@ def quantize_tables(embedding: Any, model: Any, form: EmbeddingQuantization) -> 
     check_table_format(form, embedding)
     head = model.get_output_embeddings()
     is_tied = head.weight is embedding.weight
-    _quantize_table(embedding)
+    for owner in [embedding] if is_tied else [embedding, head]:
+        if not isinstance(owner.weight, QuantizedTable):
+            table = quantize_table(owner.weight.detach())
+            owner.weight = nn.Parameter(table, requires_grad=False)
     if is_tied:
         head.weight = embedding.weight
-    else:
-        _quantize_table(head)
-
-
-def _quantize_table(owner: Any) -> None:
-    if not isinstance(owner.weight, QuantizedTable):
-        table = quantize_table(owner.weight.detach())
-        owner.weight = nn.Parameter(table, requires_grad=False)
 
 
 def names_to_quantize(

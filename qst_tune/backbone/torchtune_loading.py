@@ -33,19 +33,10 @@ def load_backbone(
     """Load a checkpoint into the backbone of a model that was built on the meta device.
 
     One file of the checkpoint is open at a time, and each of its weights is quantised, moved and
-    dropped before the next: the whole unquantised model is never in memory.
-
-    Args:
-        model (Any): over a decoder of torchtune or transformers; a side network stays as it is.
-        checkpointer (Any): one of torchtune's checkpointers, or ours, not loaded yet.
-        dtype (torch.dtype): of what is not quantised, and of the values that codes stand for.
-        device (torch.device): of the backbone.
-
-    Returns:
-        str: fingerprint of the checkpoint's weights, the same for any dtype, device or sharding.
-
-    Raises:
-        UserError: if the checkpoint lacks a weight, or has one more, or one of another shape.
+    dropped before the next: the whole unquantised model is never in memory. A side network stays as
+    it is. ``dtype`` is that of what is not quantised, and of decoded values. Returns the
+    fingerprint of the checkpoint's weights. UserError if a weight is missing, is one too many or
+    has another shape.
     """
     backbone = transformers_backbone(model)
     if backbone is not None:
@@ -70,9 +61,8 @@ def load_sharded_backbone(
 ) -> str:
     """Load a checkpoint as ``load_backbone`` does, keeping of each weight only this process's part.
 
-    A process has no more than its parts and one whole weight in memory. It still has to read every
-    weight: the scales of a 4-bit weight are quantised together, so its part cannot be made of a
-    part. ``twin`` is another model built alike; it is used to quantise, and on meta again
+    Every process reads every weight, since the scales of a 4-bit weight are quantised together, and
+    keeps its part. ``twin`` is another model built alike, which quantises and is on meta again
     afterwards.
     """
     sharded = ShardedBackbone(model, sharding, device)
@@ -109,8 +99,9 @@ def read_weights(
     ``use`` gets each weight's name and the weight, which may be a view of a memory-mapped file.
     """
     expected = _backbone_shapes(model)
+    is_tied = isinstance(model.output, TiedLinear)
     digests: dict[str, str] = {}
-    tied = TiedHead(model)
+    pair: dict[str, torch.Tensor] = {}  # the embedding and its tied head: views, not read yet
 
     def take(name: str, weight: torch.Tensor) -> None:
         _check_shape(name, weight, expected[name])
@@ -120,14 +111,14 @@ def read_weights(
     for weights in _checkpoint_files(checkpointer):
         while weights:
             name, weight = weights.popitem()
-            tied.look_at(name, weight)
-            if name in expected:
+            if is_tied and name in (EMBEDDING, HEAD):
+                pair[name] = weight
+            elif name in expected:
                 take(name, weight)
-            elif not tied.is_head(name):
+            else:
                 raise UserError(f"the checkpoint has a weight that the model lacks: {name}; {_FIX}")
-    alone = tied.head_without_embedding()
-    if alone is not None:
-        take(EMBEDDING, alone)
+    if pair:
+        take(EMBEDDING, _one_of(pair))
     missing = expected - digests.keys()
     if missing:
         raise UserError(
@@ -137,6 +128,19 @@ def read_weights(
     return fingerprint(digests)
 
 
+def _one_of(pair: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The weight of embedding and tied head, of which a file may have either, or both."""
+    first, *rest = pair.values()
+    if any(not torch.equal(first, weight) for weight in rest):
+        raise UserError(
+            "config.json says that the LM head is the embedding (tie_word_embeddings), but the "
+            "checkpoint has an lm_head.weight that differs from it: set tie_word_embeddings to "
+            "false there if the head is meant, or take it out of the file"
+        )
+    return first
+
+
+EMBEDDING, HEAD = "tok_embeddings.weight", "output.weight"
 _FIX = "the config's model block must describe, or name the directory of, this very checkpoint"
 
 
@@ -214,100 +218,48 @@ def set_weight(
         setattr(owner, leaf, nn.Parameter(dense, requires_grad=False))
 
 
-EMBEDDING = "tok_embeddings.weight"
-HEAD = "output.weight"
-
-
-class TiedHead:
-    """Watches a checkpoint's weights for the two that must be one, if the model's head is tied.
-
-    Both are views of memory-mapped files, so they are kept without being read.
-    """
-
-    def __init__(self, model: TransformerDecoder) -> None:
-        self._is_tied = isinstance(model.output, TiedLinear)
-        self._found: dict[str, torch.Tensor] = {}
-
-    def is_head(self, name: str) -> bool:
-        """Return whether the weight is a tied head, which is not a weight of the model."""
-        return self._is_tied and name == HEAD
-
-    def look_at(self, name: str, weight: torch.Tensor) -> None:
-        """Keep a weight if it is one of the two."""
-        if self._is_tied and name in (EMBEDDING, HEAD):
-            self._found[name] = weight
-
-    def head_without_embedding(self) -> torch.Tensor | None:
-        """Return the head if the checkpoint has it in place of the embedding, once all are read.
-
-        UserError if it has both, and they differ.
-        """
-        embedding, head = self._found.get(EMBEDDING), self._found.get(HEAD)
-        if embedding is None or head is None:
-            return head
-        if not torch.equal(embedding, head):
-            raise UserError(
-                "config.json says that the LM head is the embedding (tie_word_embeddings), but the "
-                "checkpoint has an lm_head.weight that differs from it: set tie_word_embeddings to "
-                "false there if the head is meant, or take it out of the file"
-            )
-        return None
-
-
 def check_architecture(model: Any, checkpoint_dir: Path) -> None:
-    """Refuse a model that is not the checkpoint's, naming every property that differs.
+    """Refuse a model that is not the one of the checkpoint's ``config.json``.
 
-    Without a ``config.json`` a decoder of torchtune's is not checked. The model may be on meta.
+    A wrong number of layers would fail at loading, but a wrong rotary base or number of heads would
+    not: the shapes agree and the logits are silently wrong. UserError names every property that
+    differs. Without a ``config.json`` a decoder of torchtune is not checked. The model may be on
+    meta.
     """
     if isinstance(model, TransformersModel):
         check_same(model.backbone, checkpoint_dir)
         return
     config = read_json(checkpoint_dir / "config.json", optional=True)
-    if not config:
-        return
-    stored = _stored_properties(config)
-    built = _built_properties(model)
     differences = [
-        f"{name} is {stored[name]} in the checkpoint and {built[name]} in the model"
-        for name in built
-        if stored.get(name) is not None and built[name] is not None and stored[name] != built[name]
+        f"{name} is {stored} in the checkpoint and {built} in the model"
+        for name, (stored, built) in _properties(config, model).items()
+        if stored is not None and built is not None and stored != built
     ]
-    if differences:
+    if differences and config:
         raise UserError(
             f"the config's model block does not fit {checkpoint_dir}: {'; '.join(differences)}"
         )
 
 
-def _stored_properties(config: dict[str, Any]) -> dict[str, Any]:
+def _properties(config: dict[str, Any], model: TransformerDecoder) -> dict[str, tuple[Any, Any]]:
+    """What a checkpoint's ``config.json`` and a model say, by torchtune's names."""
+    attention, mlp = model.layers[0].attn, model.layers[0].mlp
     rope = config.get("rope_parameters") or {}  # where transformers 5 keeps the base
     scaling = config.get("rope_scaling") or rope
     is_scaled = scaling.get("rope_type", scaling.get("type", "default")) != "default"
+    base = getattr(attention.pos_embeddings, "base", None)
+    factor = getattr(attention.pos_embeddings, "scale_factor", None)
     return {
-        "vocab_size": config.get("vocab_size"),
-        "num_layers": config.get("num_hidden_layers"),
-        "embed_dim": config.get("hidden_size"),
-        "num_heads": config.get("num_attention_heads"),
-        "num_kv_heads": config.get("num_key_value_heads"),
-        "intermediate_dim": config.get("intermediate_size"),
-        "rope_base": _as_number(config.get("rope_theta") or rope.get("rope_theta")),
-        "rope scale_factor": _as_number(scaling.get("factor")) if is_scaled else 1.0,
+        "vocab_size": (config.get("vocab_size"), model.tok_embeddings.num_embeddings),
+        "num_layers": (config.get("num_hidden_layers"), len(model.layers)),
+        "embed_dim": (config.get("hidden_size"), attention.embed_dim),
+        "num_heads": (config.get("num_attention_heads"), attention.num_heads),
+        "num_kv_heads": (config.get("num_key_value_heads"), attention.num_kv_heads),
+        "intermediate_dim": (config.get("intermediate_size"), mlp.w1.out_features),
+        "rope_base": (_number(config.get("rope_theta") or rope.get("rope_theta")), _number(base)),
+        "rope scale_factor": (_number(scaling.get("factor") if is_scaled else 1), _number(factor)),
     }
 
 
-def _built_properties(model: TransformerDecoder) -> dict[str, Any]:
-    layer = model.layers[0]
-    rope = layer.attn.pos_embeddings
-    return {
-        "vocab_size": model.tok_embeddings.num_embeddings,
-        "num_layers": len(model.layers),
-        "embed_dim": layer.attn.embed_dim,
-        "num_heads": layer.attn.num_heads,
-        "num_kv_heads": layer.attn.num_kv_heads,
-        "intermediate_dim": layer.mlp.w1.out_features,
-        "rope_base": _as_number(getattr(rope, "base", None)),
-        "rope scale_factor": _as_number(getattr(rope, "scale_factor", None)),
-    }
-
-
-def _as_number(value: Any) -> float | None:
+def _number(value: Any) -> float | None:
     return None if value is None else float(value)
