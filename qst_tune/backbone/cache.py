@@ -18,8 +18,7 @@ class TransformersCache:
     could not go back to an earlier token. Masks still hide what is outside the window. A model with
     a state along the row (Mamba, linear attention) cannot go back at all, and begins again.
 
-    ``cache`` is transformers' own, and ``length`` the number of tokens in it. UserError if the
-    model type takes no cache of transformers.
+    ``length`` is the number of tokens in it. UserError if the model takes no cache of transformers.
     """
 
     def __init__(self, backbone: Any, cache: Any = None) -> None:

@@ -12,7 +12,6 @@ from torch import nn
 
 from qst_tune.backbone.stored_weights import Decode, DirectoryFormat, Layout
 from qst_tune.errors import UserError
-from qst_tune.modules.backbone_formats import MakeLinear
 from qst_tune.modules.nf4_linear import NF4Linear
 from qst_tune.modules.peqa_linear import PEQALinear
 from qst_tune.quantization.awq import from_awq
@@ -24,6 +23,7 @@ from qst_tune.quantization.stored import Stored, StoredFloat, StoredTransposed
 
 _Tensors = dict[str, torch.Tensor]
 _Settings = dict[str, Any]
+Skips = Callable[[str], bool]  # whether a module of this name is not quantised
 
 
 def read_directory_format(path: Path, settings: Any) -> DirectoryFormat:
@@ -54,10 +54,7 @@ def _bitsandbytes(settings: _Settings) -> DirectoryFormat:
     skips = _skipper(settings.get("llm_int8_skip_modules"))
     if settings.get("load_in_8bit"):
         layout = Layout(".weight", ".SCB", (".weight", ".SCB"))
-        make, name = _affine(8, None, "bitsandbytes")
-        return DirectoryFormat(
-            "bitsandbytes int8, per channel", (layout,), read_bnb_8bit, name, make, skips
-        )
+        return _integers("bitsandbytes", 8, None, (layout,), read_bnb_8bit, skips)
     own = settings.get("bnb_4bit_quant_type", "fp4")
     _choose("bnb_4bit_quant_type", own, ("nf4", "fp4"))
     names = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
@@ -80,15 +77,12 @@ def _gptq(settings: _Settings) -> DirectoryFormat:
     _choose("checkpoint_format", form, ("gptq", "gptq_v2"))
     bits, group_size = int(settings["bits"]), int(settings.get("group_size", 128))
     _choose("bits", bits, (2, 3, 4, 8))
-    make, name = _affine(bits, group_size, "gptq")
 
     def decode(parts: _Tensors) -> Stored:
         return from_gptq(parts, bits=_gptq_bits(parts), form=form, group_size=max(0, group_size))
 
-    parts = (".qweight", ".qzeros", ".scales", ".g_idx")
-    layouts = (Layout(".qweight", ".scales", parts),)
-    title = f"GPTQ {name.removesuffix(', gptq')}"
-    return DirectoryFormat(title, layouts, decode, name, make, _gptq_skips(settings))
+    layout = Layout(".qweight", ".scales", (".qweight", ".qzeros", ".scales", ".g_idx"))
+    return _integers("GPTQ", bits, group_size, (layout,), decode, _gptq_skips(settings))
 
 
 def _gptq_bits(parts: _Tensors) -> int:
@@ -96,7 +90,7 @@ def _gptq_bits(parts: _Tensors) -> int:
     return int(parts["qzeros"].shape[1] * 32 // parts["scales"].shape[1])
 
 
-def _gptq_skips(settings: _Settings) -> Callable[[str], bool]:
+def _gptq_skips(settings: _Settings) -> Skips:
     listed = settings.get("modules_in_block_to_quantize") or ()
     inside = [n for names in listed for n in ([names] if isinstance(names, str) else names)]
     left_out = [p[2:] for p in settings.get("dynamic") or {} if p.startswith("-:")]
@@ -113,16 +107,9 @@ def _awq(settings: _Settings) -> DirectoryFormat:
     _choose("version", str(settings.get("version", "gemm")).lower(), ("gemm",))
     _choose("bits", settings.get("bits", settings.get("w_bit")), (4,))
     group_size = int(settings.get("group_size") or settings.get("q_group_size") or 128)
-    make, name = _affine(4, group_size, "awq")
     layout = Layout(".qweight", ".scales", (".qweight", ".qzeros", ".scales"))
-    return DirectoryFormat(
-        f"AWQ {name.removesuffix(', awq')}",
-        (layout,),
-        from_awq,
-        name,
-        make,
-        _skipper(settings.get("modules_to_not_convert")),
-    )
+    skips = _skipper(settings.get("modules_to_not_convert"))
+    return _integers("AWQ", 4, group_size, (layout,), from_awq, skips)
 
 
 def _compressed_tensors(settings: _Settings) -> DirectoryFormat:
@@ -133,25 +120,19 @@ def _compressed_tensors(settings: _Settings) -> DirectoryFormat:
     if len(kinds) != 1:
         raise ValueError(f"config_groups of {len(kinds)} formats in one model are not supported")
     ((kind, bits),) = kinds
-    names = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
-    parts = tuple(f".{name}" for name in (*names, "weight_g_idx"))
-    layouts = (
-        Layout(".weight_packed", ".weight_scale", parts),
-        Layout(".weight", ".weight_scale", parts),
-    )
     skips = _skipper(settings.get("ignore"), is_regex=True)
     weights = groups[0]["weights"]
     if kind == "float":
         _choose("num_bits of a float", bits, (8,))
-        block = _pair(weights.get("block_structure"))
-        decode = partial(_decode_float8, scale="weight_scale", block=block)
-        return _decoded("compressed-tensors FP8", layouts, decode, skips)
+        block = weights.get("block_structure")
+        return _float8("compressed-tensors FP8", "weight_scale", block, skips)
     _choose("num_bits", bits, (4, 8))
+    names = ("weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+    parts = tuple(f".{name}" for name in (*names, "weight_g_idx"))
+    layouts = tuple(Layout(main, ".weight_scale", parts) for main in (".weight_packed", ".weight"))
     group_size = weights.get("group_size") or -1
-    make, name = _affine(bits, group_size, "compressed-tensors")
-    title = f"compressed-tensors {name.removesuffix(', compressed-tensors')}"
     decode = partial(_decode_compressed, bits=bits, group_size=max(0, group_size))
-    return DirectoryFormat(title, layouts, decode, name, make, skips)
+    return _integers("compressed-tensors", bits, group_size, layouts, decode, skips)
 
 
 def _decode_compressed(parts: _Tensors, *, bits: int, group_size: int) -> Stored:
@@ -165,23 +146,28 @@ def _decode_compressed(parts: _Tensors, *, bits: int, group_size: int) -> Stored
 
 
 def _fp8(settings: _Settings) -> DirectoryFormat:
-    block = _pair(settings.get("weight_block_size"))
-    layout = Layout(".weight", ".weight_scale_inv", (".weight", ".weight_scale_inv"))
-    decode = partial(_decode_float8, scale="weight_scale_inv", block=block)
+    block = settings.get("weight_block_size")
     shape = f"blocks of {block[0]} x {block[1]}" if block else "one scale a weight"
     skips = _skipper(settings.get("modules_to_not_convert"))
-    return _decoded(f"FP8, {shape}", (layout,), decode, skips)
+    return _float8(f"FP8, {shape}", "weight_scale_inv", block, skips)
 
 
 def _fbgemm_fp8(settings: _Settings) -> DirectoryFormat:
-    layout = Layout(".weight", ".weight_scale", (".weight", ".weight_scale"))
-    decode = partial(_decode_float8, scale="weight_scale", block=None)
     skips = _skipper(settings.get("modules_to_not_convert"))
-    return _decoded("FP8, one scale a channel", (layout,), decode, skips)
+    return _float8("FP8, one scale a channel", "weight_scale", None, skips)
 
 
-def _decode_float8(parts: _Tensors, *, scale: str, block: tuple[int, int] | None) -> Stored:
-    return StoredFloat(decode_float8(parts["weight"], parts[scale], block))
+def _float8(title: str, scale: str, block: Any, skips: Skips) -> DirectoryFormat:
+    """FP8 codes with scales: one a weight or a channel, or one for each block of this shape."""
+    if isinstance(block, str):  # "128x128", of older compressed-tensors
+        block = block.split("x")
+    sizes = None if block is None else (int(block[0]), int(block[1]))
+
+    def decode(parts: _Tensors) -> Stored:
+        return StoredFloat(decode_float8(parts["weight"], parts[scale], sizes))
+
+    layout = Layout(".weight", f".{scale}", (".weight", f".{scale}"))
+    return DirectoryFormat(title, (layout,), decode, None, NF4Linear, skips)
 
 
 def _mxfp4(settings: _Settings) -> DirectoryFormat:
@@ -213,26 +199,27 @@ _METHODS: dict[str, Callable[[_Settings], DirectoryFormat]] = {
 }
 
 
-def _decoded(
-    title: str, layouts: tuple[Layout, ...], decode: Decode, skips: Callable[[str], bool]
+def _integers(
+    program: str,
+    bits: int,
+    group_size: int | None,
+    layouts: tuple[Layout, ...],
+    decode: Decode,
+    skips: Skips,
 ) -> DirectoryFormat:
-    return DirectoryFormat(title, layouts, decode, None, NF4Linear, skips)
-
-
-def _affine(bits: int, group_size: int | None, origin: str) -> tuple[MakeLinear, str]:
-    """Makes an integer linear of a format, and its name."""
+    """Integers of a program, taken over into our own integer linear."""
     size = None if group_size is None or group_size < 1 else group_size
-    groups = "per channel" if size is None else f"groups of {size}"
-    name = f"int{bits}, {groups}, {origin}"
+    kind = f"int{bits}, {'per channel' if size is None else f'groups of {size}'}"
+    own = f"{kind}, {program.lower()}"
 
     def make(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Module:
         with warnings.catch_warnings():  # 2 bits were the directory's choice
             warnings.simplefilter("ignore")
             linear = PEQALinear(weight, bias, bits=bits, group_size=size)
-        linear.quantization = name
+        linear.quantization = own
         return linear
 
-    return make, name
+    return DirectoryFormat(f"{program} {kind}", layouts, decode, own, make, skips)
 
 
 def _choose(key: str, value: Any, known: Sequence[Any]) -> None:
@@ -240,13 +227,7 @@ def _choose(key: str, value: Any, known: Sequence[Any]) -> None:
         raise ValueError(f"{key}={value} is not supported, only {', '.join(map(str, known))}")
 
 
-def _pair(block: Any) -> tuple[int, int] | None:
-    if isinstance(block, str):  # "128x128", of older compressed-tensors
-        block = block.split("x")
-    return None if block is None else (int(block[0]), int(block[1]))
-
-
-def _skipper(names: Sequence[str] | None, *, is_regex: bool = False) -> Callable[[str], bool]:
+def _skipper(names: Sequence[str] | None, *, is_regex: bool = False) -> Skips:
     """Whether a list of modules that are not quantised has a name, as each writer means it."""
     patterns = list(names or ())
 

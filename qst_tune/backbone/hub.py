@@ -57,10 +57,7 @@ def model_name(directory: Path) -> tuple[str, str]:
 
 
 def local_model(name: str, parts: Parts = "weights") -> Path:
-    """Return the directory of that name, or the hub's model, downloaded if needed.
-
-    What is no hub name is returned as it is. UserError as from :func:`fetch_model`.
-    """
+    """Return the directory of that name, or the hub's model, downloaded if needed."""
     return fetch_model(name, parts) if is_hub_name(name) else Path(name)
 
 

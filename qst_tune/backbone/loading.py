@@ -41,9 +41,8 @@ log = utils.get_logger("INFO")
 def backbone_on_meta(directory: Path, max_seq_len: int | None = None) -> TransformersBackbone:
     """Build the decoder that a directory's ``config.json`` describes on meta, not quantised.
 
-    ``max_seq_len`` is the longest sequence; None: the model's number of positions. UserError if
-    transformers has no such model, it is no decoder, its weights are stored in a format that cannot
-    be read, or it has fewer positions.
+    UserError if transformers has no such decoder, it has fewer than ``max_seq_len`` positions, or
+    its weights are stored in a format that cannot be read.
     """
     config = _read_config(directory)
     _check_version(config)
@@ -78,20 +77,11 @@ def load_backbone(
     """Fill a backbone from a directory with transformers' own loader, weight by weight.
 
     Each weight is read, renamed and fused as transformers does it for the model type, then
-    quantised and dropped before the next: the whole unquantised model is never in memory.
-
-    Args:
-        backbone (TransformersBackbone): built by :func:`backbone_on_meta`, perhaps quantised there;
-            changed in place.
-        directory (Path): of the model that it was built for.
-        dtype (torch.dtype): of what is not quantised.
-        device (torch.device): of the backbone.
-        take (Take | None): takes the weights of each module instead of the backbone, which gets the
-            rest (:func:`transplant_rest_`).
-
-    Raises:
-        UserError: if the directory describes another model, a weight is missing or has another
-            shape, or the LM head does something that is not known here.
+    quantised and dropped before the next: the whole unquantised model is never in memory. The
+    backbone was built by :func:`backbone_on_meta`, and perhaps quantised there. ``take`` gets the
+    weights of each module instead of it; the backbone then gets the rest. UserError if the
+    directory describes another model, a weight is missing or has another shape, or the LM head does
+    something that is not known here.
     """
     check_same(backbone, directory)
     place = Placing(backbone.base_quantization, device, backbone.stored, take)
@@ -127,10 +117,7 @@ def load_sharded_directory(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Load a directory through transformers' loader, keeping only this process's parts.
-
-    The model, over ``backbone``, was built on meta; it is filled and sharded in place.
-    """
+    """Shard a model on meta over ``backbone``, and load this process's parts of it."""
     root = next(path for path, m in model.named_modules() if m is backbone.model)
     sharded = ShardedBackbone(model, sharding, device)
 
@@ -174,10 +161,7 @@ def _from_pretrained(
 
 @contextmanager
 def _quietly(*, errors_only: bool) -> Iterator[None]:
-    """Keep transformers from drawing a bar of its own between the lines of a log.
-
-    ``errors_only``: no table of tensors either, that belong to codes which are read by us.
-    """
+    """Keep transformers' bar out of the log; ``errors_only``: its table of unknown tensors too."""
     from transformers.utils import logging
 
     was_on, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
@@ -203,10 +187,9 @@ def _report_share(backbone: TransformersBackbone) -> None:
 
 
 def transplant_(model: Any, loaded: Any) -> None:
-    """Give a model on meta, in place, the weights of an equal one; its modules stay the same.
+    """Give a model on meta, in place, the weights of an equal one, which is not usable afterwards.
 
-    The loss, for one, has taken the LM head of the model that was built on meta. ``loaded`` is not
-    usable afterwards.
+    Its modules stay the same: the loss, for one, has taken its LM head.
     """
     for name, source in list(loaded.named_modules()):
         target = model.get_submodule(name)

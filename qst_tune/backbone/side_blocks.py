@@ -141,10 +141,7 @@ def _setting(config: Any, name: str) -> Any:
 
 
 def _plain_side_block(shape: SideShape, base: float) -> TransformerSelfAttentionLayer:
-    """Build a pre-norm layer of RMSNorm, rotary attention and a gated MLP, without biases.
-
-    Its weights are random; ``base`` is that of the rotary embedding.
-    """
+    """Build a pre-norm layer of RMSNorm, rotary attention and a gated MLP, without biases."""
     dim, kv_dim = shape.embed_dim, shape.num_kv_heads * shape.head_dim
     return TransformerSelfAttentionLayer(
         attn=MultiHeadAttention(

@@ -32,13 +32,8 @@ class StoredWeight(torch.Tensor):
 
     transformers' loader renames weights, and for some model types stacks, splits or fuses them. A
     weight that is only renamed arrives with its codes, and so do the experts of a mixture, stacked
-    and perhaps joined along their outputs; any other one arrives dense.
-
-    Args:
-        pieces (list[list[Stored]]): one of one weight; of experts, for each piece of their outputs
-            a list of the E experts' weights.
-        shape (tuple[int, ...]): ``[O, I]``, or ``[E, O, I]``.
-        dtype (torch.dtype): of the dense weight.
+    and perhaps joined along their outputs; any other one arrives dense. ``pieces`` has one of one
+    weight ``[O, I]``; of experts ``[E, O, I]``, for each piece of their outputs, the E weights.
     """
 
     pieces: list[list[Stored]]
@@ -104,17 +99,14 @@ def _are(weights: Any, *, is_stack: bool) -> bool:
     return all(isinstance(w, StoredWeight) and w.is_stack == is_stack for w in weights)
 
 
+@dataclass
 class LazyWeight:
     """One weight for transformers' loader: its tensors are read and put together on demand."""
 
-    def __init__(
-        self,
-        name: str,
-        parts: dict[str, torch.Tensor],
-        decode: Decode,
-        dtype: torch.dtype,
-    ) -> None:
-        self._name, self._parts, self._decode, self.dtype = name, parts, decode, dtype
+    name: str
+    parts: dict[str, torch.Tensor]
+    decode: Decode
+    dtype: torch.dtype
 
     def __getitem__(self, index: Any) -> StoredWeight:
         """Read the whole weight, not decoded, whatever the index: the loader asks for ``[...]``.
@@ -122,12 +114,12 @@ class LazyWeight:
         UserError if a tensor is missing or they do not belong together.
         """
         try:
-            stored = self._decode(self._parts)
+            stored = self.decode(self.parts)
         except KeyError as error:
-            raise UserError(f"{self._name} is damaged: its tensor {error} is missing") from error
+            raise UserError(f"{self.name} is damaged: its tensor {error} is missing") from error
         except (ValueError, RuntimeError, IndexError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"{self._name} cannot be read: {reason}") from error
+            raise UserError(f"{self.name} cannot be read: {reason}") from error
         if isinstance(stored, list):
             return StoredWeight([stored], (len(stored), *stored[0].shape), self.dtype)
         return StoredWeight([[stored]], stored.shape, self.dtype)
@@ -152,40 +144,28 @@ class Layout(NamedTuple):
 
 @dataclass(frozen=True)
 class DirectoryFormat:
-    """How a directory stores its weights.
+    """How a directory stores its weights."""
 
-    Args:
-        title (str): for messages.
-        layouts (tuple[Layout, ...]): of the tensors of a weight.
-        decode (Decode): puts them together.
-        own (str | None): name of our linear format with the same codes; None: no format has them.
-        make (MakeLinear): makes a linear of that format, of a weight on meta.
-        skips (Callable[[str], bool]): whether a module of this name is not quantised.
-    """
-
-    title: str
-    layouts: tuple[Layout, ...]
-    decode: Decode
-    own: str | None
-    make: MakeLinear
-    skips: Callable[[str], bool]
+    title: str  # for messages
+    layouts: tuple[Layout, ...]  # of the tensors of a weight
+    decode: Decode  # puts them together
+    own: str | None  # our linear format with the same codes; None: no format has them
+    make: MakeLinear  # makes a linear of that format, of a weight on meta
+    skips: Callable[[str], bool]  # whether a module of this name is not quantised
 
     @property
     def default(self) -> BaseQuantization:
         """The format unless another is asked for: "auto" is the directory's own, of integers."""
-        if self.own is None:
+        if self.own in (None, "nf4"):
             return "nf4"
-        return "fp4" if self.own == "fp4" else "nf4" if self.own == "nf4" else "auto"
+        return "fp4" if self.own == "fp4" else "auto"
 
     def leaves_out(self, name: str) -> bool:
-        """Return whether the config lists a linear among those not quantised, by any of its names.
-
-        ``name`` starts after the list of layers, such as "0.self_attn.q_proj".
-        """
+        """Whether a linear, such as "0.self_attn.q_proj" of the layers, is not quantised."""
         return any(self.skips(f"{prefix}.{name}") for prefix in _PREFIXES)
 
     def takes_over(self, base_quantization: LinearFormat) -> bool:
-        """Return whether codes are taken over; else weights are decoded and quantised again."""
+        """Whether codes are taken over; else weights are decoded and quantised again."""
         return self.own is not None and base_quantization in ("auto", self.own)
 
     def linear(self, stored: Stored, bias: torch.Tensor | None, dtype: torch.dtype) -> nn.Module:

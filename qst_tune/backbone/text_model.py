@@ -25,10 +25,7 @@ def score_of(model: Any) -> Any:
 
 
 def decoder_of(model: Any) -> Any:
-    """Find the module that turns token ids into f, in front of the head.
-
-    The model of transformers writes text or classifies sequences. UserError if there is none.
-    """
+    """Find the module that turns token ids into f, in front of the head; UserError if none does."""
     head = score_of(model) or model.get_output_embeddings()
     decoder = model.get_decoder() if score_of(model) is None else model.base_model
     # Llama 4's names a causal language model, or itself, as its decoder.
@@ -54,10 +51,9 @@ def layers_of(decoder: Any, config: Any) -> nn.ModuleList:
 
 
 def carries_state(model: Any, config: Any) -> bool:
-    """Return whether states run along the tokens: of Mamba, linear attention or convolutions.
+    """Whether states run along the tokens (Mamba, linear attention, convolutions).
 
-    transformers marks some such models, and the text's ``config`` names the kind of each layer.
-    They cannot be packed, nor can their cache be shortened.
+    Such models cannot be packed, nor can their cache be shortened.
     """
     kinds = set(getattr(config, "layer_types", None) or ())
     return bool(getattr(model, "_is_stateful", False) or kinds - _ATTENTION)
@@ -118,10 +114,7 @@ class ProjectedHead(nn.Module):
 
 
 def head_of(model: Any, config: Any) -> nn.Module:
-    """Return a model's head, from f to logits; a plain linear stays one: the loss is fast for it.
-
-    The model of transformers writes text or classifies sequences; ``config`` is that of its text.
-    """
+    """Return the head, from f to logits; a plain linear stays one: the loss is fast for it."""
     score: nn.Module | None = score_of(model)
     if score is not None:
         return score

@@ -29,23 +29,17 @@ class TransformersBackbone(nn.Module):
     """Runs a model of transformers forward and shows its hidden states.
 
     The model's own code computes everything: masks, sliding windows, positions, caches. Hooks on
-    its layers hand each state on, at once; see :class:`~qst_tune.modules.backbone.Backbone`. Of a
-    vision-language model the language model inside is used. UserError if the model's layers or its
-    LM head cannot be found.
+    its layers hand each state on, at once; see :class:`~qst_tune.modules.backbone.Backbone`. The
+    causal language model is taken over, of a vision-language model the one inside. UserError if its
+    layers or its LM head cannot be found.
 
     A 2-d ``mask`` is padding, as transformers' ``attention_mask``. A 3-d one is that of packed rows
     (or, with a cache, of what is cached): then ``input_pos`` must begin again with each sample, by
     which transformers separates packed samples.
 
-    Args:
-        model (Any): a causal language model of transformers; taken over.
-        directory (str): the directory it is described in, for loading and for messages.
-        max_seq_len (int | None): the longest sequence; None: the model's.
-        stored (DirectoryFormat | None): how the directory stores its weights; None: as they are.
-
-    Attributes:
-        cache (TransformersCache | None): attached: the next passes read and extend it.
-        chunk_tokens (int): a batch of more tokens runs in parts, some rows at a time.
+    ``directory`` is the one that describes the model, ``stored`` how it stores its weights.
+    ``max_seq_len`` None is the model's number of positions. A batch of more than ``chunk_tokens``
+    tokens runs in parts. While a ``cache`` is attached, passes read and extend it.
     """
 
     def __init__(
@@ -151,10 +145,9 @@ class TransformersBackbone(nn.Module):
         return TransformersCache(self)
 
     def row_parts(self, tokens: torch.Tensor, mask: Any) -> list[slice]:
-        """Split a large batch into parts of whole rows; a BlockMask cannot be split.
+        """Split a large batch into parts of whole rows.
 
-        A sharded model runs a batch at once: each part gathers all layers, and processes with other
-        numbers of parts would wait for each other.
+        Not with a BlockMask, nor a sharded model, of which each part would gather all layers.
         """
         rows = max(1, self.chunk_tokens // tokens.shape[1])
         is_sharded = isinstance(self.layers[0], FSDPModule)
@@ -186,8 +179,7 @@ class TransformersBackbone(nn.Module):
     ) -> torch.Tensor:
         """Run forward without gradient up to f, ``[B, T, D]``; show the states ``taps`` on the way.
 
-        ``tokens`` are ``[B, T]``. ``visit`` is called for each state in the caller's gradient mode.
-        ``mask`` is padding ``[B, L]``, or ``[B, T, L]`` of packed rows; positions are ``[B, T]``.
+        ``visit`` is called for each state in the caller's gradient mode.
         """
         packing = self._packing_of(mask)
         gradient = torch.is_grad_enabled()
@@ -276,17 +268,19 @@ class TransformersBackbone(nn.Module):
     @contextmanager
     def _hooks(self, taps: Sequence[int], show: Visit) -> Iterator[None]:
         """Let each tapped state be shown as soon as it is there."""
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            show(args[0] if args else kwargs["hidden_states"])
+
+        def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            show(output[0] if isinstance(output, tuple) else output)
+
         with ExitStack() as stack:
             for tap in taps:
-                handle = (
-                    self.layers[0].register_forward_pre_hook(
-                        lambda _, args, kwargs: show(_input(args, kwargs)), with_kwargs=True
-                    )
-                    if tap == 0
-                    else self.layers[tap - 1].register_forward_hook(
-                        lambda _, args, output: show(_output(output))
-                    )
-                )
+                if tap == 0:
+                    handle = self.layers[0].register_forward_pre_hook(before, with_kwargs=True)
+                else:
+                    handle = self.layers[tap - 1].register_forward_hook(after)
                 stack.callback(handle.remove)
             yield
 
@@ -305,16 +299,6 @@ class _Reached(Exception):  # noqa: N818  # not an error: how a pass is left ear
     def __init__(self, state: torch.Tensor) -> None:
         super().__init__()
         self.state = state
-
-
-def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    state: torch.Tensor = args[0] if args else kwargs["hidden_states"]
-    return state
-
-
-def _output(output: Any) -> torch.Tensor:
-    state: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return state
 
 
 def _plain(state: torch.Tensor, tokens: torch.Tensor, config: Any) -> torch.Tensor:

@@ -16,10 +16,7 @@ from qst_tune.modules.side.network import SideNetwork
 
 
 class TransformersModel(nn.Module):
-    """torchtune's names for the parts of a decoder of transformers.
-
-    The decoder's parameters are under ``frozen.model.`` and transformers' names.
-    """
+    """torchtune's names for the parts of a decoder, which has its parameters under ``frozen.``."""
 
     num_output_chunks: int
     takes_padding = True
@@ -67,9 +64,8 @@ class TransformersModel(nn.Module):
 
 
 class QSTTransformer(TransformersModel, QSTModel):
-    """Quantized Side Tuning over any decoder that transformers can load.
+    """Quantized Side Tuning over any decoder that transformers can load, which is frozen.
 
-    The side network's parameters are under ``side.``. The backbone is taken over and frozen;
     ValueError if a side block belongs to a layer that it lacks.
     """
 
@@ -85,21 +81,17 @@ class QSTTransformer(TransformersModel, QSTModel):
         mask: torch.Tensor | None = None,
         input_pos: torch.Tensor | None = None,
     ) -> torch.Tensor | list[torch.Tensor]:
-        """Compute fp32 logits ``[B, T, V]``, or what ``head_output`` returns instead.
+        """Compute logits of tokens ``[B, T]``, as ``head_output`` returns them.
 
-        ``tokens`` are ``[B, T]``. ``mask`` is padding ``[B, L]``, false where there is some, or
-        ``[B, T, L]`` booleans of packed rows, True where a token may attend; None: causal.
-        Positions ``[B, T]`` begin again with each packed sample.
+        ``mask`` is padding ``[B, L]``, false where there is some, or ``[B, T, L]`` booleans of
+        packed rows, True where a token may attend; None: causal. Positions ``[B, T]`` begin again
+        with each packed sample.
         """
         y_BTD, _ = self._both(tokens, mask=mask, input_pos=input_pos)
         return head_output(self, y_BTD)
 
     def side_where(self, tokens: torch.Tensor, **where: Any) -> dict[str, Any]:
-        """Return mask and positions for the side network, with padding as a mask ``[B, T, L]``.
-
-        ``where`` is ``mask`` and ``input_pos`` as the backbone gets them: the side network's layers
-        are torchtune's.
-        """
+        """Mask and positions for torchtune's layers: padding becomes a mask ``[B, T, L]``."""
         padding, num_new = where.get("mask"), tokens.shape[1]
         cache = self.backbone.cache
         if padding is None and cache is not None:
@@ -117,8 +109,7 @@ class QSTTransformer(TransformersModel, QSTModel):
 class PEQATransformer(TransformersModel, PEQAModel):
     """A model of transformers whose linears and experts are integers with trained scales.
 
-    transformers' own code computes everything, here with gradient; dropout stays off. The backbone
-    is taken over and frozen except for the scales; ValueError if it has no integer linear.
+    All else is frozen, and dropout stays off. ValueError if it has no integer linear.
     """
 
     def __init__(self, backbone: TransformersBackbone) -> None:
@@ -141,12 +132,7 @@ class PEQATransformer(TransformersModel, PEQAModel):
     def forward(
         self, tokens: torch.Tensor, *, mask: Any = None, input_pos: torch.Tensor | None = None
     ) -> torch.Tensor | list[torch.Tensor]:
-        """Compute logits, as :func:`~qst_tune.modules.backbone.head_output` returns them.
-
-        ``tokens`` are ``[B, T]``. ``mask`` is padding ``[B, L]``, false where there is some, or
-        ``[B, T, L]`` of packed rows; None: causal. Positions ``[B, T]`` begin again with each
-        packed sample.
-        """
+        """Compute logits; arguments as for :meth:`QSTTransformer.forward`."""
         if torch.is_grad_enabled() and not self._has_run:
             self._has_run = True
             find_overwritten_outputs(self.backbone)
@@ -156,10 +142,7 @@ class PEQATransformer(TransformersModel, PEQAModel):
 
 @torch.no_grad()
 def find_overwritten_outputs(backbone: TransformersBackbone) -> None:
-    """Let linears save inputs for backward where the model changes outputs in place (Falcon).
-
-    The backbone runs once, on four tokens.
-    """
+    """Let linears save inputs for backward where the model changes outputs in place (Falcon)."""
     linears = [m for m in backbone.layers.modules() if isinstance(m, PEQALinear)]
     outputs: list[tuple[torch.Tensor, int]] = []
     with ExitStack() as stack:

@@ -1,8 +1,4 @@
-"""Data parallelism for a side network: every process has the whole model, gradients are summed.
-
-The frozen backbone needs no communication and the side network is some thousandth of it, so plain
-replication with one all-reduce a step is all there is to do while the 4-bit backbone fits a device.
-"""
+"""Data parallelism: every process has the whole model, and gradients are summed once a step."""
 
 import os
 import re
@@ -47,12 +43,9 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 def _join(backend: str) -> None:
-    """Make the process group.
-
-    Processes that torchrun has started again on one machine meet in the store of the first start
-    (torch 2.13), where Gloo finds the addresses of the dead. So they keep apart what is theirs. On
-    several machines the number of restarts is each agent's own, and cannot do that.
-    """
+    # Processes that torchrun has started again on one machine meet in the store of the first start
+    # (torch 2.13), where Gloo finds the addresses of the dead: what is theirs gets a prefix. On
+    # several machines the number of restarts is each agent's own, and cannot do that.
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if restarts == "0" or os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
         dist.init_process_group(backend)
@@ -74,9 +67,7 @@ def _reason(error: RuntimeError) -> str:
 
 def rank_and_world_size() -> tuple[int, int]:
     """Return this process's number and how many there are; (0, 1) without a process group."""
-    if not dist.is_initialized():
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def broadcast_tensors(module: nn.Module) -> None:
@@ -96,10 +87,8 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
 def sum_or_fail(values: torch.Tensor, error: UserError | None) -> torch.Tensor:
     """Sum a tensor over all processes, in place, unless one of them has failed. Collective.
 
-    Without it, the others would wait in their next collective for the one that has left. A failed
-    process passes its ``error``, whose message is printed here: the first process to leave makes
-    torchrun stop the others. Raises the error of a single process, and SystemExit with status 2 on
-    all of several.
+    A failed process passes its ``error``, so that the others do not wait for it. Raises the error
+    of a single process; of several, prints it and raises SystemExit with status 2 on all.
     """
     if error is not None:
         if not dist.is_initialized():
@@ -130,11 +119,11 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """
     if not dist.is_initialized():
         return
-    trained = list(parameters)
-    for parameter in trained:
+    gradients = []
+    for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    gradients = [p.grad for p in trained if p.grad is not None]
+        gradients.append(parameter.grad)
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)
     for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):

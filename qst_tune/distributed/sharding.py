@@ -1,10 +1,9 @@
 """A frozen backbone that is spread over the processes: FSDP2 gathers each layer when it runs.
 
-Each tensor of the backbone, codes and scales alike, is cut along its first dimension into as many
-parts as there are processes, and every process keeps one. ``fully_shard`` gathers a layer before
-its forward pass, prefetches the next one meanwhile and frees the layer behind it. What trains, a
-side network or PEQA's scales, stays whole on every process: it is megabytes, and its gradients are
-summed as without sharding. So nothing but frozen codes and those gradients ever crosses processes.
+Each tensor of the backbone, codes and scales alike, is cut along its first dimension, and every
+process keeps a part. ``fully_shard`` gathers a layer before its forward pass, prefetches the next
+one and frees the layer behind it. What trains stays whole on every process: it is megabytes, and
+its gradients are summed as without sharding. Nothing else crosses processes.
 """
 
 import itertools
@@ -42,18 +41,13 @@ _LARGEST_SHARE = 0.8  # of a device's memory, for a backbone
 
 @dataclass(frozen=True)
 class Sharding:
-    """Over which processes a backbone is spread.
+    """Over which processes a backbone is spread."""
 
-    Args:
-        mesh (DeviceMesh): one-dimensional; this process is in it.
-        offload (bool): keep this process's part in the host's memory.
-    """
-
-    mesh: DeviceMesh
-    offload: bool = False
+    mesh: DeviceMesh  # one-dimensional; this process is in it
+    offload: bool = False  # keep this process's part in the host's memory
 
     def rows(self, num_rows: int) -> slice:
-        """Return which of a tensor's rows this process keeps, perhaps none, as FSDP2 cuts it."""
+        """Which of a tensor's rows this process keeps, perhaps none, as FSDP2 cuts it."""
         count = -(-num_rows // self.mesh.size())
         start = min(count * self.mesh.get_local_rank(), num_rows)
         return slice(start, min(start + count, num_rows))
@@ -87,11 +81,7 @@ def choose_sharding(
 
 
 class ShardedBackbone:
-    """The parts of a backbone that this process keeps.
-
-    The model, built on meta, is changed in place: its backbone is sharded, its parts are empty
-    tensors on ``device``. What trains, and a side network, stays as it is.
-    """
+    """Shards the backbone of a model on meta, in place, and keeps this process's parts of it."""
 
     def __init__(self, model: Any, sharding: Sharding, device: torch.device) -> None:
         self.sharding = sharding
@@ -103,9 +93,9 @@ class ShardedBackbone:
         self.parts = {name: _local(place.tensor) for name, place in places.items()}
 
     def keep(self, path: str, module: nn.Module) -> None:
-        """Keep this process's rows of the tensors of an unsharded module; skip those on meta.
+        """Keep this process's rows of the tensors of an unsharded module, by its path in the model.
 
-        ``path`` is the module's in the model. UserError if it is stored otherwise than the model's.
+        Those on meta are skipped. UserError if it is stored otherwise than the model's.
         """
         for name, part in plain_parts(module).items():
             key = f"{path}.{name}"
@@ -134,11 +124,9 @@ class ShardedBackbone:
 
 
 def take_part(model: nn.Module, device: torch.device) -> None:
-    """Run a model on one token, for nothing but to gather its weights together with the others.
+    """Run a sharded model on one token, so that the processes that have a batch get its weights.
 
-    A process without a batch of its own calls it once for each batch of the others, which would
-    wait for its part of the weights for ever. Gradients are zeros, if they are on. It does nothing
-    to a model that is not sharded.
+    Gradients are zeros, if they are on. It does nothing to a model that is not sharded.
     """
     if not isinstance(model, FSDPModule):
         return
@@ -157,26 +145,20 @@ def anyone_has(batch: object, model: nn.Module, device: torch.device) -> bool:
 def free_weights(model: nn.Module) -> None:
     """Free what a forward pass without a backward pass has left whole, such as the LM head.
 
-    Otherwise it would be freed by whatever reads the model's state dict next, which is the first
-    process alone when it saves: the others would not gather again when it has to.
+    Otherwise the first process alone would free it when it reads the state dict to save, and wait
+    for the others to gather it again.
     """
     if isinstance(model, FSDPModule):
         model.reshard()
 
 
 def backbone_bytes(model: nn.Module) -> int:
-    """Bytes of a backbone as it is stored, all of it and without what trains.
-
-    ``model`` may be on meta, and is not sharded.
-    """
+    """Bytes of a backbone as it is stored, without what trains; it may be on meta."""
     return _frozen_bytes(m for path, m in model.named_modules() if not is_side(path))
 
 
 def gathered_groups(model: Any) -> list[nn.Module]:
-    """Return what is gathered and freed by itself, in the order in which it runs.
-
-    These are the layers, and an embedding that is not the LM head too. ``model`` is not sharded.
-    """
+    """Return what is gathered by itself, in order: an embedding that is no LM head, the layers."""
     groups: list[nn.Module] = list(model.layers)
     if not is_tied(model):
         groups.insert(0, model.tok_embeddings)
@@ -192,26 +174,19 @@ def is_tied(model: Any) -> bool:
 
 
 def group_bytes(model: Any) -> tuple[list[int], int]:
-    """Return the bytes of each group that is freed as soon as it has run, and of the rest.
-
-    The rest, final norm, head and a tied embedding, is whole during a step.
-    """
+    """Bytes of each gathered group, and of the rest: the final norm, the head, a tied embedding."""
     groups = [_frozen_bytes(group.modules()) for group in gathered_groups(model)]
     return groups, backbone_bytes(model) - sum(groups)
 
 
 def _frozen_bytes(modules: Iterable[nn.Module]) -> int:
-    """Of what is frozen in these modules, without their children; a tied weight counts once."""
+    """Of what is frozen in these modules; a tied weight counts once."""
     parts = [p for m in modules for p in plain_parts(m).values() if not p.requires_grad]
     return sum(tensor_bytes(part) for part in {id(part): part for part in parts}.values())
 
 
 def check_fits(model: nn.Module, device: torch.device) -> None:
-    """Refuse a whole backbone, on meta, that takes more than 80 % of a CUDA device.
-
-    The rest is for the side network's activations; the UserError says what to set. Elsewhere
-    nothing is checked.
-    """
+    """Refuse, with a UserError, a whole backbone that takes more than 80 % of a CUDA device."""
     if device.type != "cuda":
         return
     needed, there = backbone_bytes(model), torch.cuda.get_device_properties(device).total_memory
@@ -261,10 +236,9 @@ def _shard(model: Any, groups: list[Any], sharding: Sharding) -> None:
 
 
 def _prefetch_backward(model: Any) -> None:
-    """By default FSDP2 prefetches whatever ran before, needed or not.
+    """Keep FSDP2 from prefetching what has no backward pass: a side network's last layer, or h_0.
 
-    For a side network that would be the last layer, and for PEQA the embedding, which both have no
-    backward pass. A module that "prefetches" itself is whole at that moment: it prefetches nothing.
+    A module that "prefetches" itself is whole at that moment: it prefetches nothing.
     """
     has_side_network = isinstance(model, QSTModel)
     if has_side_network:

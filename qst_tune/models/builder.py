@@ -14,10 +14,9 @@ def method_builder(
 ) -> Callable[..., Any]:
     """Turn a builder of a decoder into a builder of a method's model over it.
 
-    The new builder takes the arguments of both, all flat, as torchtune's configs want them. Its
-    signature is explicit, so that ``tune validate`` finds a misspelt argument. Its name has
-    ``prefix`` in front, in place of ``backbone_`` if there is that, and its attribute
-    ``backbone_builder`` is the one given.
+    The new builder takes the arguments of both, all flat, as torchtune's configs want them, with a
+    signature in which ``tune validate`` finds a misspelt one. ``prefix`` is in front of its name,
+    in place of ``backbone_``; its attribute ``backbone_builder`` is the one given.
     """
     backbone_parameters = inspect.signature(backbone_builder).parameters
     own_signature = inspect.signature(method)

@@ -23,16 +23,9 @@ def qst_classifier(backbone: str, num_labels: int, **arguments: Any) -> QSTClass
     ``initial_mix`` is set, and the last token is found by counting
     (:class:`~qst_tune.modules.qst_classifier.QSTClassifier`).
 
-    Args:
-        backbone (str): dotted name of a builder of a plain decoder, of ours or of torchtune's.
-        num_labels (int): number of classes; 1 for a regression.
-        **arguments (Any): of that builder and of :func:`~qst_tune.models.qst.qst_decoder`.
-
-    Returns:
-        QSTClassifier: frozen backbone, fp32 side network and head with random weights.
-
-    Raises:
-        ValueError: if ``backbone`` names nothing or a whole model, or as ``qst_decoder``.
+    ``backbone`` is the dotted name of a builder of a plain decoder, ours or torchtune's;
+    ``arguments`` are those of it and of :func:`~qst_tune.models.qst.qst_decoder`. One label makes a
+    regression. ValueError if ``backbone`` names nothing or a whole model, or as ``qst_decoder``.
     """
     try:
         builder = component_of(backbone)

@@ -11,9 +11,8 @@ from qst_tune.models.qst import qst_builder
 def backbone_from_hf(checkpoint_dir: str, max_seq_len: int | None = None) -> TransformersBackbone:
     """Build the decoder of a Hugging Face directory's ``config.json``, on the meta device.
 
-    It is transformers' own model. Only that file is read; docs/models.md lists what was tested.
-    ``max_seq_len`` None is the model's number of positions. UserError if transformers has no such
-    decoder, or ``max_seq_len`` is more than its positions.
+    It is transformers' own model; docs/models.md lists what was tested. ``max_seq_len`` None is the
+    model's number of positions. UserError if there is no such decoder, or it has fewer positions.
     """
     return backbone_on_meta(Path(checkpoint_dir), max_seq_len)
 
