@@ -182,8 +182,10 @@ def test_experts_that_a_directory_stores_in_pieces_are_joined() -> None:
     drawn = [[formats.gptq(rows, IN, generator) for rows in (16, 24)] for _ in range(NUM_EXPERTS)]
     experts = [
         JoinedLinear(
-            stored.linear(from_gptq(parts, bits=4, form="gptq"), None, torch.float32)
-            for parts, _ in pieces
+            [
+                stored.linear(from_gptq(parts, bits=4, form="gptq"), None, torch.float32)
+                for parts, _ in pieces
+            ]
         )
         for pieces in drawn
     ]
