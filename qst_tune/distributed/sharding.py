@@ -30,7 +30,7 @@ from qst_tune.distributed.processes import sum_over_ranks
 from qst_tune.errors import UserError
 from qst_tune.modules.backbone_formats import QuantizedLinear
 from qst_tune.modules.loss import zero_loss
-from qst_tune.modules.memory import GIB, tensor_bytes
+from qst_tune.modules.memory import GIB
 from qst_tune.modules.plain_parts import Place, expose_parts, plain_parts, read_from
 from qst_tune.modules.qst_decoder import QSTDecoder
 from qst_tune.modules.qst_model import QSTModel, is_side
@@ -182,7 +182,7 @@ def group_bytes(model: Any) -> tuple[list[int], int]:
 def _frozen_bytes(modules: Iterable[nn.Module]) -> int:
     """Of what is frozen in these modules; a tied weight counts once."""
     parts = [p for m in modules for p in plain_parts(m).values() if not p.requires_grad]
-    return sum(tensor_bytes(part) for part in {id(part): part for part in parts}.values())
+    return sum(part.nbytes for part in {id(part): part for part in parts}.values())
 
 
 def check_fits(model: nn.Module, device: torch.device) -> None:

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from torchtune.modules import TransformerDecoder
 
 from qst_tune.distributed.sharding import group_bytes
-from qst_tune.modules.memory import GIB, tensor_bytes
+from qst_tune.modules.memory import GIB
 from qst_tune.modules.peqa_model import PEQAModel
 
 
@@ -76,7 +76,7 @@ class Spread:
 
     def gradient_bytes(self, model: TransformerDecoder) -> int:
         r"""Bytes of gradients, :math:`2 \frac{N-1}{N} S`, that a process receives in a ring."""
-        trained = sum(tensor_bytes(p) for p in model.parameters() if p.requires_grad)
+        trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
         return self._from_others(2 * trained)
 
     def _from_others(self, num_bytes: int) -> int:

@@ -2,14 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from qst_tune.errors import UserError
-from qst_tune.generation.caches import without_head
+from qst_tune.generation.caches import Decoder, without_head
 from qst_tune.modules.model_limits import check_finite, check_ids
 
 # Rows of logits at once: 512 x 128,256 in fp32 are a quarter of a GiB.
@@ -31,7 +30,7 @@ class Continuation:
 
 @torch.no_grad()
 def log_likelihoods(
-    model: Any, continuations: Sequence[Continuation], *, batch_size: int, name: str = "scoring"
+    model: Decoder, continuations: Sequence[Continuation], *, batch_size: int, name: str = "scoring"
 ) -> list[float]:
     r"""Compute :math:`\log p(\mathrm{target} \mid \mathrm{context})` of each, in nats.
 
@@ -66,7 +65,7 @@ def _check_length(rows: Sequence[Sequence[int]], max_seq_len: int) -> None:
         )
 
 
-def _head_inputs(model: Any, rows: Sequence[Sequence[int]]) -> torch.Tensor:
+def _head_inputs(model: Decoder, rows: Sequence[Sequence[int]]) -> torch.Tensor:
     """``[B, T, D]``; meaningless after the end of a sequence."""
     device = model.tok_embeddings.weight.device
     longest = max(map(len, rows))
@@ -76,7 +75,7 @@ def _head_inputs(model: Any, rows: Sequence[Sequence[int]]) -> torch.Tensor:
     return hidden
 
 
-def _log_probability(model: Any, places: torch.Tensor, target: Sequence[int]) -> float:
+def _log_probability(model: Decoder, places: torch.Tensor, target: Sequence[int]) -> float:
     """Sum over the target's tokens; ``places`` is ``[len(target), D]``."""
     labels = torch.tensor(target, device=places.device)
     total = 0.0

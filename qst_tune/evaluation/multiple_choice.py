@@ -10,6 +10,7 @@ from typing import Any
 from qst_tune.data.rows.json_rows import FileText, JsonLines
 from qst_tune.errors import UserError
 from qst_tune.evaluation.log_likelihood import Continuation, log_likelihoods
+from qst_tune.generation.caches import Decoder
 
 LETTERS = "ABCDEFGHIJ"
 
@@ -85,7 +86,7 @@ def _asked(question: Question) -> str:
 
 
 def score_questions(
-    model: Any,
+    model: Decoder,
     tokenizer: Any,
     questions: Sequence[Question],
     examples: Sequence[Question],

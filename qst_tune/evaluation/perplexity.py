@@ -7,6 +7,7 @@ from typing import Any
 
 from qst_tune.errors import UserError
 from qst_tune.evaluation.log_likelihood import Continuation, log_likelihoods
+from qst_tune.generation.caches import Decoder
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def read_text(path: Path, tokenizer: Any, max_tokens: int | None = None) -> tupl
 
 
 def score_text(
-    model: Any, tokens: list[int], num_bytes: int, *, window: int, batch_size: int
+    model: Decoder, tokens: list[int], num_bytes: int, *, window: int, batch_size: int
 ) -> TextScore:
     """Score the tokens of :func:`read_text`, ``batch_size`` windows at once."""
     windows = text_windows(tokens, window)

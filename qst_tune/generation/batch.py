@@ -1,17 +1,16 @@
 """Answers to several prompts at once, padded on the left; each is the answer it gets alone."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 
-from qst_tune.generation.caches import ModelCaches, last_logits
+from qst_tune.generation.caches import Decoder, ModelCaches, last_logits
 from qst_tune.generation.sampling import Sampling
 from qst_tune.modules.model_limits import check_ids
 
 
 def answer_batch(
-    model: Any,
+    model: Decoder,
     prompts: Sequence[Sequence[int]],
     *,
     sampling: Sampling,
@@ -38,7 +37,7 @@ def answer_batch(
 
 @torch.no_grad()
 def _choices(
-    model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, count: int
+    model: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampling, count: int
 ) -> Iterator[list[int]]:
     """Choose the next token of every prompt, ``count`` times."""
     device = model.tok_embeddings.weight.device

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torchtune import utils
@@ -12,10 +12,15 @@ from torchtune.modules import TransformerDecoder
 from qst_tune.backbone.masks import causal_mask, positions
 from qst_tune.modules.backbone_formats import QuantizedLinear
 from qst_tune.modules.model_limits import check_finite
+from qst_tune.modules.peqa_model import PEQAModel
+from qst_tune.modules.qst_model import QSTModel
 from qst_tune.quantization.decoded_once import Decoded, decoding_once
 from qst_tune.quantization.kernels import has_int8_kernel
 
 log = utils.get_logger("INFO")
+
+# A model of ours or torchtune's, in evaluation mode.
+Decoder: TypeAlias = QSTModel | PEQAModel | TransformerDecoder
 
 # Two bytes for each weight of a model of 1B parameters.
 MOST_DECODED_BYTES = 2**31
@@ -58,14 +63,14 @@ def _with_room(held: torch.Tensor | None, new: torch.Tensor, start: int) -> torc
     return room
 
 
-def attentions(model: TransformerDecoder) -> list[Any]:
+def attentions(model: Decoder) -> list[Any]:
     """Return each attention once: the backbone's from first to last, then the side network's."""
     # By what they can do, since Gemma 2's is no MultiHeadAttention.
     return [module for module in model.modules() if hasattr(module, "cache_enabled")]
 
 
 @contextmanager
-def attached(model: TransformerDecoder, caches: Sequence[Any]) -> Iterator[None]:
+def attached(model: Decoder, caches: Sequence[Any]) -> Iterator[None]:
     """Let each of :func:`attentions` use a cache here; it needs ``mask`` and ``input_pos``."""
     layers = attentions(model)
     for layer, cache in zip(layers, caches, strict=True):
@@ -84,7 +89,7 @@ class ModelCaches:
     the decoded weights, if they are no more than :data:`MOST_DECODED_BYTES`.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Decoder) -> None:
         self._model = model
         self._own = [GrowingCache() for _ in attentions(model)]
         # Over transformers the backbone's attentions are not torchtune's, and have their own cache.
@@ -114,7 +119,7 @@ class ModelCaches:
             yield
 
 
-def _may_keep_decoded(model: Any) -> bool:
+def _may_keep_decoded(model: Decoder) -> bool:
     """Whether weights are decoded once for a text, which is reported.
 
     Decoding takes a CPU most of a token's time: SmolLM2-135M in NF4 generates twice as fast.
@@ -135,7 +140,7 @@ def _report_decoded(num_bytes: int) -> None:
 
 
 @contextmanager
-def without_head(model: Any) -> Iterator[None]:
+def without_head(model: Decoder) -> Iterator[None]:
     """Let a decoder return the LM head's input ``[B, T, D]`` here: all logits would be large."""
     before = model.skip_output_layer
     model.skip_output_layer = True
@@ -146,7 +151,7 @@ def without_head(model: Any) -> Iterator[None]:
 
 
 def last_logits(
-    model: Any, caches: ModelCaches, new_BN: torch.Tensor, is_real_BT: torch.Tensor
+    model: Decoder, caches: ModelCaches, new_BN: torch.Tensor, is_real_BT: torch.Tensor
 ) -> torch.Tensor:
     """Run the last N of T tokens, and return the last one's logits ``[B, V]``, fp32.
 

@@ -6,6 +6,7 @@ from typing import Any
 from torchtune.data import Message
 
 from qst_tune.errors import UserError
+from qst_tune.generation.caches import Decoder
 from qst_tune.generation.sampling import Sampling
 from qst_tune.generation.sequence import CachedSequence, continue_sequence
 
@@ -24,7 +25,7 @@ class Conversation:
 
     def __init__(
         self,
-        model: Any,
+        model: Decoder,
         tokenizer: Any,
         *,
         system_prompt: str | None = None,

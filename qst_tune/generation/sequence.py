@@ -1,11 +1,10 @@
 """One sequence of tokens that a model continues, never running a token twice."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 
-from qst_tune.generation.caches import ModelCaches, last_logits
+from qst_tune.generation.caches import Decoder, ModelCaches, last_logits
 from qst_tune.generation.sampling import Sampling
 from qst_tune.modules.model_limits import check_ids
 
@@ -18,7 +17,7 @@ class CachedSequence:
     must not change meanwhile; in particular its side network stays on, or off.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Decoder) -> None:
         self.model = model
         self.tokens: list[int] = []
         self._caches = ModelCaches(model)

@@ -14,9 +14,8 @@ from qst_tune.models.qst import Decoder
 from qst_tune.modules.backbone_formats import (
     EmbeddingQuantization,
     Integers,
-    linear_format,
     quantize_embedding,
-    replace_linears,
+    quantize_linears,
 )
 from qst_tune.modules.peqa_model import PEQADecoder, PEQAModel, named_integers
 from qst_tune.quantization.affine import AffineInit
@@ -58,9 +57,7 @@ def peqa_decoder(
     """
     form = Integers(bits, group_size, init, train_zero_points)
     if not isinstance(backbone, TransformersBackbone):
-        make = linear_format(form)
-        assert make is not None
-        replace_linears(backbone.layers, make)
+        quantize_linears(backbone.layers, form)
         quantize_embedding(backbone, embedding_quantization)
         return PEQADecoder(backbone)
     if backbone.stored is not None:

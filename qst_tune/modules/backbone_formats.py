@@ -1,8 +1,8 @@
 """How the linears, the embedding and the LM head of a frozen backbone are stored."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple, Protocol, TypeAlias, get_args, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, get_args, runtime_checkable
 
 import torch
 from torch import nn
@@ -57,15 +57,18 @@ _FORMATS: dict[str, MakeLinear] = {
 }
 
 
-def quantize_linears(module: nn.Module, base_quantization: BaseQuantization = "nf4") -> None:
+def quantize_linears(module: nn.Module, base_quantization: LinearFormat = "nf4") -> None:
     """Replace, in place, every ``nn.Linear`` below ``module`` by a :class:`QuantizedLinear`.
 
     The module may be on the meta device. "none" changes nothing. ValueError if the format is
     unknown or cannot store a weight of this size.
     """
     make = linear_format(base_quantization)
-    if make is not None:
-        replace_linears(module, make)
+    for name, child in module.named_children() if make else ():
+        if make and type(child) is nn.Linear:
+            setattr(module, name, make(child.weight, child.bias))
+        else:
+            quantize_linears(child, base_quantization)
 
 
 def linear_format(base_quantization: LinearFormat) -> MakeLinear | None:
@@ -81,15 +84,6 @@ def linear_format(base_quantization: LinearFormat) -> MakeLinear | None:
             f"base_quantization={base_quantization!r} is unknown; choose one of {known}"
         )
     return _FORMATS.get(base_quantization)
-
-
-def replace_linears(module: nn.Module, make: MakeLinear) -> None:
-    """Replace, in place, every ``nn.Linear`` below ``module`` by ``make(weight, bias)``."""
-    for name, child in module.named_children():
-        if type(child) is nn.Linear:
-            setattr(module, name, make(child.weight, child.bias))
-        else:
-            replace_linears(child, make)
 
 
 def quantization_of(module: nn.Module) -> str:
@@ -112,10 +106,15 @@ def quantize_embedding(
     """
     if embedding_quantization == "none":
         return
-    check_table_format(embedding_quantization, decoder.tok_embeddings)
-    for owner in _owners(decoder):
-        table = quantize_table(owner.weight)
-        owner.weight = nn.Parameter(table, requires_grad=False)
+    embedding: nn.Embedding = decoder.tok_embeddings
+    check_table_format(embedding_quantization, embedding)
+    # A tied head has no weight of its own: it reads the embedding's at each call.
+    head = decoder.output.modules() if isinstance(decoder.output, nn.Module) else ()
+    rows = embedding.num_embeddings
+    owners: list[Any] = [embedding]
+    owners += [m for m in head if isinstance(m, nn.Linear) and m.out_features == rows]
+    for owner in owners:
+        owner.weight = nn.Parameter(quantize_table(owner.weight), requires_grad=False)
 
 
 def check_table_format(embedding_quantization: EmbeddingQuantization, embedding: nn.Module) -> None:
@@ -129,17 +128,6 @@ def check_table_format(embedding_quantization: EmbeddingQuantization, embedding:
         raise ValueError(
             f"embedding_quantization takes an nn.Embedding, not {type(embedding).__name__}"
         )
-
-
-def _owners(decoder: TransformerDecoder) -> Iterator[nn.Embedding | nn.Linear]:
-    """The modules with a weight that has a row for each token."""
-    embedding: nn.Embedding = decoder.tok_embeddings
-    yield embedding
-    # A tied head has no weight of its own: it reads the embedding's at each call.
-    head = decoder.output.modules() if isinstance(decoder.output, nn.Module) else ()
-    for module in head:
-        if isinstance(module, nn.Linear) and module.out_features == embedding.num_embeddings:
-            yield module
 
 
 def quantization_of_backbone(decoder: TransformerDecoder) -> str:

@@ -54,15 +54,10 @@ def parameter_bytes(module: nn.Module) -> int:
     return sum(storages.values())
 
 
-def tensor_bytes(tensor: torch.Tensor) -> int:
-    """Bytes of one plain, not quantized tensor."""
-    return tensor.numel() * tensor.element_size()
-
-
 def optimizer_bytes(optimizer: Optimizer) -> int:
     """Bytes of an optimizer's state after at least one step, without the parameters."""
     return sum(
-        tensor_bytes(value)
+        value.nbytes
         for state in optimizer.state.values()
         for value in state.values()
         if isinstance(value, torch.Tensor)
@@ -73,7 +68,7 @@ def memory_parts(
     model: nn.Module, optimizer: Optimizer, activation_bytes: int, device: torch.device
 ) -> dict[str, float]:
     """Return the peak of a training run and its parts, in GiB by name, after at least one step."""
-    trained = sum(tensor_bytes(p) for group in optimizer.param_groups for p in group["params"])
+    trained = sum(p.nbytes for group in optimizer.param_groups for p in group["params"])
     reference = getattr(model, "reference_side", None)  # of preference learning
     frozen = parameter_bytes(model) - trained + (parameter_bytes(reference) if reference else 0)
     parts = {

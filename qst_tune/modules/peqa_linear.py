@@ -162,13 +162,6 @@ class PEQALinear(nn.Module):
         )
         return y
 
-    def extra_repr(self) -> str:
-        """Describe sizes and format, as ``print(model)`` shows them."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bits={self.layout.bits}, group_size={self.layout.group_size}"
-        )
-
 
 def scale_columns_(values: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
     """Multiply ``[..., O]`` in place by one number a column, in the wider dtype of the two.

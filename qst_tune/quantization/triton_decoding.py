@@ -93,22 +93,18 @@ def _decode_affine(
         tl.store(weight + row * in_dim + column, value, mask=inside)
 
 
-def nf4_parts(weight: NF4Tensor, absmax: torch.Tensor | None) -> tuple[list[torch.Tensor], int]:
-    """Return codes, scalers (or ``absmax``), factors, mean, levels, and the scalers of a factor."""
-    scalers = weight.quantized_scalers if absmax is None else absmax
-    tensors = [scalers, weight.quantization_factor, weight.scaler_mean, weight.nf4]
-    return [weight.quantized_data, *tensors], weight.scaler_block_size if absmax is None else 0
-
-
 def decode_nf4(weight: NF4Tensor, absmax: torch.Tensor | None = None) -> torch.Tensor:
     """Decode an NF4 or FP4 weight; ``absmax`` None: torchao's int8 scalers encode it."""
-    parts, scalers = nf4_parts(weight, absmax)
+    scalers = weight.quantized_scalers if absmax is None else absmax
+    in_factor = weight.scaler_block_size if absmax is None else 0
+    tensors = [scalers, weight.quantization_factor, weight.scaler_mean, weight.nf4]
+    parts = [weight.quantized_data, *tensors]
     num_bytes = parts[0].numel()
     decoded = torch.empty(weight.shape, dtype=weight.dtype, device=parts[0].device)
     with torch.cuda.device_of(parts[0]):
         _decode_nf4[(triton.cdiv(num_bytes, _BYTES_AT_ONCE),)](
             *parts, decoded, num_bytes,
-            BLOCK=weight.block_size, SCALERS=scalers, BYTES=_BYTES_AT_ONCE,
+            BLOCK=weight.block_size, SCALERS=in_factor, BYTES=_BYTES_AT_ONCE,
         )  # fmt: skip
     return decoded
 

@@ -13,6 +13,8 @@ from qst_tune.torchtune_compat import Mask
 
 # What one network carries from block to block, or None where it has no row in the batch.
 _States = list[torch.Tensor | None]
+# All rows of a batch, those of an index, or none.
+_Rows = slice | torch.Tensor | None
 
 
 class SideNetworks(nn.Module):
@@ -35,23 +37,21 @@ class SideNetworks(nn.Module):
         super().__init__()
         if not networks:
             raise ValueError("there must be at least one side network")
-        self.names = list(networks)
-        self.networks = nn.ModuleList(networks.values())
-        places = {tuple(net.layers) for net in networks.values()}
-        if len(places) > 1:
+        if len({tuple(network.layers) for network in networks.values()}) > 1:
             described = ", ".join(f"{name}: {net.layers}" for name, net in networks.items())
             raise ValueError(f"side networks must read the same layers ({described})")
-        first = next(iter(networks.values()))
-        self.layers: list[int] = first.layers
+        self.names = list(networks)
+        self.networks = nn.ModuleList(networks.values())
+        self.layers: list[int] = next(iter(networks.values())).layers
         self.disabled = False
-        self._rows: list[torch.Tensor | None] = []
+        self._rows: list[_Rows] = []
         self._num_rows: int | None = None
         self.use(self.names[0])
 
     @property
     def blocks(self) -> list[nn.Module]:
         """The side blocks of all networks, those of the first network first."""
-        return [block for network in self._all() for block in network.blocks]
+        return [block for network, _ in self._each() for block in network.blocks]
 
     def adapter_params(self) -> list[str]:
         """Names of the trainable parameters, relative to this module: all of them."""
@@ -63,15 +63,11 @@ class SideNetworks(nn.Module):
         ``names`` is one name for all rows of batches of any size, or a name for each row, where
         None is the plain backbone.
         """
-        asked = {names} if isinstance(names, str) else {name for name in names if name is not None}
-        if unknown := sorted(asked - set(self.names)):
+        of_rows = [names] if isinstance(names, str) else names
+        if unknown := sorted({name for name in of_rows if name is not None} - set(self.names)):
             raise ValueError(f"no side network {unknown[0]!r}; loaded: {', '.join(self.names)}")
-        if isinstance(names, str):
-            self._num_rows = None
-            self._rows = [None if name != names else _ALL_ROWS for name in self.names]
-            return
-        self._num_rows = len(names)
-        self._rows = [_rows_of(name, names) for name in self.names]
+        self._num_rows = None if isinstance(names, str) else len(names)
+        self._rows = [_rows_of(name, of_rows) for name in self.names]
 
     def start(self, h_BTD: torch.Tensor) -> _States:
         """Compute each network's first state, of its rows, from the embedding.
@@ -81,10 +77,11 @@ class SideNetworks(nn.Module):
         if self._num_rows not in (None, len(h_BTD)):
             raise ValueError(f"use() named {self._num_rows} rows, the batch has {len(h_BTD)}")
         # Here, once a batch: every move of an index stops a GPU.
-        self._rows = [_on(h_BTD.device, rows) for rows in self._rows]
+        self._rows = [
+            rows.to(h_BTD.device) if isinstance(rows, torch.Tensor) else rows for rows in self._rows
+        ]
         return [
-            None if rows is None else network.start(_take(h_BTD, rows))
-            for network, rows in self._each()
+            None if rows is None else network.start(h_BTD[rows]) for network, rows in self._each()
         ]
 
     def step(
@@ -103,9 +100,9 @@ class SideNetworks(nn.Module):
                 following.append(None)
                 continue
             where: dict[str, Any] = {"mask": mask, "input_pos": input_pos}
-            if rows is not _ALL_ROWS:
+            if not isinstance(rows, slice):
                 where = where_of_rows(where, rows, len(h_BTD))
-            following.append(network.step(index, _take(h_BTD, rows), state, **where))
+            following.append(network.step(index, h_BTD[rows], state, **where))
         return following
 
     def finish(self, f_BTD: torch.Tensor, states: _States) -> torch.Tensor:
@@ -113,38 +110,22 @@ class SideNetworks(nn.Module):
         mixed = f_BTD.clone()
         for (network, rows), state in zip(self._each(), states, strict=True):
             if rows is not None and state is not None:
-                own = network.finish(_take(f_BTD, rows), state)
-                if rows is _ALL_ROWS:
+                own = network.finish(f_BTD[rows], state)
+                if isinstance(rows, slice):
                     return own
                 mixed[rows] = own
         return mixed
 
-    def _all(self) -> list[SideNetwork]:
-        """The networks, typed; ModuleList hides their methods."""
-        networks: Any = self.networks
-        return list(networks)
-
-    def _each(self) -> list[tuple[SideNetwork, torch.Tensor | None]]:
-        return list(zip(self._all(), self._rows, strict=True))
+    def _each(self) -> list[tuple[SideNetwork, _Rows]]:
+        networks: Any = self.networks  # ModuleList hides their methods
+        return list(zip(networks, self._rows, strict=True))
 
 
-# A batch of one network alone is not indexed: its rows would be copied.
-_ALL_ROWS = torch.empty(0, dtype=torch.long)
-
-
-def _rows_of(name: str, names: Sequence[str | None]) -> torch.Tensor | None:
+def _rows_of(name: str, names: Sequence[str | None]) -> _Rows:
     own = [row for row, wanted in enumerate(names) if wanted == name]
     if len(own) == len(names):
-        return _ALL_ROWS
+        return slice(None)  # of a batch of one network alone no row is copied
     return torch.tensor(own) if own else None
-
-
-def _on(device: torch.device, rows: torch.Tensor | None) -> torch.Tensor | None:
-    return rows if rows is None or rows is _ALL_ROWS else rows.to(device)
-
-
-def _take(h: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    return h if rows is _ALL_ROWS else h[rows]
 
 
 def share_backbone(model: QSTModel, networks: Mapping[str, SideNetwork]) -> SideNetworks:
