@@ -22,8 +22,8 @@ from qst_tune.config.hub_models import fetch_models, with_hub_names
 from qst_tune.config.keys import Key, pick
 from qst_tune.errors import UserError
 from qst_tune.models.load import identify_backbone
-from qst_tune.results.authors_checkpoint import write_authors_directory
-from qst_tune.results.authors_conversion import export_authors, import_authors
+from qst_tune.results.authors.checkpoint import write_authors_directory
+from qst_tune.results.authors.conversion import export_authors, import_authors
 from qst_tune.results.tuned_directory import Provenance, save_tuned
 
 KEYS = {

@@ -83,17 +83,19 @@ class SideStructure:
         attn: Any = side.blocks[0].attn
         return cls(side.config, tuple(side.layers), attn.num_heads, attn.num_kv_heads)
 
-    def differences(self, here: "SideStructure") -> list[str]:
+    def differences(
+        self, other: "SideStructure", words: tuple[str, str] = ("there", "here")
+    ) -> list[str]:
         """List what makes two side networks with equal tensors compute otherwise.
 
         One head of 36 and three heads of 12, for one, have the same tensors. The rest of the
         configuration shows in the tensors, acts in training alone, or (hidden_bits) approximates
-        the same function.
+        the same function. ``words`` name the two.
         """
-        ours, wanted = self._function(), here._function()
+        ours, theirs = self._function(), other._function()
         return [
-            f"{key} {ours[key]!r} there, {value!r} here"
-            for key, value in wanted.items()
+            f"{key} {ours[key]!r} {words[0]}, {value!r} {words[1]}"
+            for key, value in theirs.items()
             if ours[key] != value
         ]
 

@@ -21,8 +21,11 @@ from transformers import (
 )
 
 from qst_tune.transformers.config import QSTConfig
-from qst_tune.transformers.get_model import get_qst_model
-from qst_tune.transformers.model import QSTForCausalLM, QSTForSequenceClassification
+from qst_tune.transformers.model import (
+    QSTForCausalLM,
+    QSTForSequenceClassification,
+    get_qst_model,
+)
 from qst_tune.transformers.tokenizer import BackboneTokenizer
 
 __all__ = [

@@ -1,10 +1,11 @@
-"""A side network and its backbone as a transformers model; it computes nothing of its own."""
+"""A side network and its backbone as a model of transformers; it computes nothing of its own."""
 
+import copy
 from typing import Any
 
 import torch
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
-from transformers import Cache, DynamicCache, GenerationMixin
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -12,12 +13,16 @@ from transformers.modeling_outputs import (
 )
 
 from qst_tune.backbone.text_model import ScaledHead
+from qst_tune.errors import UserError
+from qst_tune.modules.backbone_formats import BaseQuantization
 from qst_tune.modules.loss import linear_cross_entropy
+from qst_tune.modules.qst_classifier import QSTClassifier
 from qst_tune.modules.qst_model import QSTModel
+from qst_tune.modules.side.config import SideConfig
 from qst_tune.results.tuned_directory import Provenance
 from qst_tune.transformers.config import QSTConfig
-from qst_tune.transformers.masks import packed_mask
-from qst_tune.transformers.passes import cached_length, head_input
+from qst_tune.transformers.over_model import side_over
+from qst_tune.transformers.passes import cached_length, head_input, packed_mask
 from qst_tune.transformers.pretrained import QSTPreTrainedModel
 
 
@@ -176,3 +181,45 @@ class QSTForSequenceClassification(QSTPreTrainedModel):
                 logits=logits, labels=labels, pooled_logits=logits, config=self.config
             )
         return SequenceClassifierOutputWithPast(loss=loss, logits=logits)
+
+
+def get_qst_model(
+    model: PreTrainedModel,
+    config: SideConfig | None = None,
+    *,
+    quantize: BaseQuantization = "none",
+) -> Any:
+    """Put a side network over a model of transformers; only that trains.
+
+    Args:
+        model (PreTrainedModel): a loaded causal language model or sequence classifier, dense or
+            quantised by another program; taken over and frozen. A classifier's own head joins the
+            side network and trains.
+        config (SideConfig | None): of the side network; None: the defaults.
+        quantize (BaseQuantization): "nf4", "fp4", "int4" or "int8" rounds the linears of a dense
+            model's layers, in place, one after the other; "none" leaves the model as it is.
+
+    Returns:
+        Any: a ``QSTForCausalLM`` or ``QSTForSequenceClassification``, with the logits of the model,
+        for ``Trainer``, ``SFTTrainer`` or a loop.
+
+    Raises:
+        UserError: if the model is not supported, or a setting does not fit it.
+    """
+    if not isinstance(model, PreTrainedModel) or isinstance(model, QSTPreTrainedModel):
+        raise UserError(
+            f"get_qst_model takes a model of transformers, as AutoModelForCausalLM loads it, not "
+            f"{type(model).__name__}"
+        )
+    decoder, provenance = side_over(model, config or SideConfig(), quantize)
+    known = QSTConfig(backbone=provenance.backbone_path)
+    known.name_or_path = model.name_or_path
+    tuned: QSTPreTrainedModel
+    if isinstance(decoder, QSTClassifier):
+        known.id2label = model.config.id2label
+        known.problem_type = model.config.problem_type
+        tuned = QSTForSequenceClassification(known, decoder, provenance)
+    else:
+        tuned = QSTForCausalLM(known, decoder, provenance)
+        tuned.generation_config = copy.deepcopy(model.generation_config)
+    return tuned.eval()  # type: ignore[no-untyped-call]  # as transformers decorates it

@@ -71,12 +71,8 @@ def side_over(
     place = (hub_name(home) or str(home.resolve())) if home else _name(model)
     name, revision = model_name(home) if home else (place or str(model.config.model_type), "")
     identity = BackboneId(name, of_weights, quantization, revision, "transformers")
-    block = {
-        **builder,
-        "checkpoint_dir": place,
-        "base_quantization": stored,
-        **config.settings(),
-    }
+    where = {"checkpoint_dir": place, "base_quantization": stored}
+    block = {**builder, **where, **config.settings()}
     provenance = Provenance(identity, block, _recipe_config(block), backbone_path=place)
     return decoder, provenance
 

@@ -1,20 +1,21 @@
-"""A pass of both networks over one cache of transformers.
+"""A pass of both networks over one cache of transformers, with its masks and positions.
 
 The attentions of the backbone use the first layers of a cache, those of the side network the rest.
+B batch, T new tokens, L tokens of the cache and new ones together.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
 
 import torch
+import torch.nn.functional as F
 from transformers import Cache, DynamicCache
 
 from qst_tune.backbone.cache import TransformersCache
+from qst_tune.backbone.masks import causal_mask, positions
 from qst_tune.backbone.transformers_models import QSTTransformer
 from qst_tune.generation.caches import attached, attentions, without_head
 from qst_tune.modules.qst_model import QSTModel
-from qst_tune.transformers.masks import attention_mask_of, positions_of
 
 
 def num_cache_layers(model: QSTModel) -> int:
@@ -40,30 +41,67 @@ def head_input(
 
     ``tokens``, ``[B, T]``, are those after the cached ones. ``attention_mask`` is ``[B, L]``, 0 for
     padding, or ``[B, T, T]`` booleans of packed rows; over torchtune's modules also ``[B, 1, T,
-    L]`` booleans. ValueError if the mask or the cache is of another kind.
+    L]`` booleans, longer than L for a static cache. ValueError if the mask or the cache is of
+    another kind.
     """
     start = cached_length(model, cache)
     if isinstance(model, QSTTransformer):
         _check(model, attention_mask, cache)
         mask = None if attention_mask is None else attention_mask.bool()
-        caches = _shared(model, cache, start)
+        caches = nullcontext() if cache is None else _shared(model, cache, start)
     else:
-        where: dict[str, Any] = {"start": start, "length": start + tokens.shape[1], "like": tokens}
-        mask = attention_mask_of(attention_mask, **where)
+        length = start + tokens.shape[1]
+        padding = tokens.new_ones(1, length)
+        if attention_mask is not None and attention_mask.ndim == 2:
+            padding = attention_mask
         if position_ids is None:
-            position_ids = positions_of(attention_mask, **where)
+            position_ids = positions(padding, tokens.shape[1])
         # Asked in this order: to look into a mask stops a GPU.
         if cache is None and (attention_mask is None or bool((attention_mask == 1).all())):
             mask = None  # torchtune's own causal attention is faster
-        caches = _attached(model, cache, 0, where["length"])
+        else:
+            mask = _mask_of(padding if attention_mask is None else attention_mask, tokens, length)
+        caches = nullcontext() if cache is None else _attached(model, cache, 0, length)
     with caches, without_head(model):
         y_BTD: torch.Tensor = model(tokens, mask=mask, input_pos=position_ids)
     return y_BTD
 
 
-def _check(model: QSTTransformer, attention_mask: torch.Tensor | None, cache: Any) -> None:
+def packed_mask(positions_BT: torch.Tensor) -> torch.Tensor | None:
+    """Make the mask ``[B, T, T]`` of rows in which a sample begins where positions begin again.
+
+    Booleans, causal inside each sample; None if each row is one sample.
+    """
+    begins = positions_BT[:, 1:] <= positions_BT[:, :-1]
+    if not bool(begins.any()):
+        return None
+    sample = F.pad(begins.long().cumsum(-1), (1, 0))
+    return (sample[:, :, None] == sample[:, None, :]).tril()
+
+
+def _mask_of(mask: torch.Tensor, tokens: torch.Tensor, length: int) -> torch.Tensor:
+    """Torchtune's mask, ``[B, T, L]`` or ``[1, T, L]`` booleans, True: a token may attend.
+
+    Each token attends to itself, also padding: a row without any would give NaN.
+    """
+    num_new = tokens.shape[1]
+    if mask.ndim == 2 and mask.shape[1] == length:
+        return causal_mask(mask, num_new)
+    if mask.ndim == 3 and mask.dtype == torch.bool:
+        return mask
+    if mask.ndim == 4 and mask.dtype == torch.bool:
+        itself = torch.eye(length, dtype=torch.bool, device=tokens.device)[-num_new:]
+        causal = causal_mask(tokens.new_ones(1, length), num_new)
+        return (causal & mask[:, 0, :, :length]) | itself
+    raise ValueError(
+        f"attention_mask of shape {tuple(mask.shape)} and type {mask.dtype} is not supported: give "
+        f"[batch, {length}], 0 for padding, or booleans [batch, 1, new tokens, all tokens]"
+    )
+
+
+def _check(model: QSTTransformer, mask: torch.Tensor | None, cache: Cache | None) -> None:
     kind = model.backbone.config.model_type
-    if attention_mask is not None and attention_mask.ndim == 4:
+    if mask is not None and mask.ndim == 4:
         raise ValueError(
             f"attention_mask with 4 dimensions is not supported over {kind}: give [batch, tokens], "
             "0 for padding"
@@ -75,11 +113,8 @@ def _check(model: QSTTransformer, attention_mask: torch.Tensor | None, cache: An
 
 
 @contextmanager
-def _shared(model: QSTTransformer, cache: Any, length: int) -> Iterator[None]:
+def _shared(model: QSTTransformer, cache: Cache, length: int) -> Iterator[None]:
     """Let the backbone use a cache's first layers, and the side network the rest."""
-    if cache is None:
-        yield
-        return
     first = num_cache_layers(model)
     frozen = TransformersCache(model.backbone, cache)
     frozen.length = length
@@ -91,11 +126,10 @@ def _shared(model: QSTTransformer, cache: Any, length: int) -> Iterator[None]:
 
 
 @contextmanager
-def _attached(model: QSTModel, cache: Any, first: int, length: int | None = None) -> Iterator[None]:
+def _attached(
+    model: QSTModel, cache: Cache, first: int, length: int | None = None
+) -> Iterator[None]:
     """Let torchtune's attentions use a cache's layers from the first on."""
-    if cache is None:
-        yield
-        return
     layers = [_Layer(cache, first + index, length) for index in range(len(attentions(model)))]
     with attached(model, layers):
         yield

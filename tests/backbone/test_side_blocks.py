@@ -1,6 +1,6 @@
 """Side blocks: their rotary embedding, and OPT's own layer and head.
 
-tests/results/test_authors_checkpoint.py has the authors' tensors.
+tests/results/authors/test_checkpoint.py has the authors' tensors.
 """
 
 from pathlib import Path

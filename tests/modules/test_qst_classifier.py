@@ -11,7 +11,7 @@ from qst_tune.backbone.torchtune_loading import load_backbone
 from qst_tune.backbone.transformers_models import QSTTransformer
 from qst_tune.models import qst_classifier, qst_decoder
 from qst_tune.modules.qst_classifier import QSTClassifier
-from qst_tune.results.authors_checkpoint import side_to_authors
+from qst_tune.results.authors.checkpoint import side_to_authors
 from qst_tune.training.classification import ClassificationTask
 from qst_tune.training.methods import parameter_groups
 from tests.reference import qst_reference as reference

@@ -11,11 +11,11 @@ from qst_tune.recipes import qst_convert
 from qst_tune.errors import UserError
 from qst_tune.models.build import build_on_meta
 from qst_tune.models.load import load_frozen_backbone
-from qst_tune.results.authors_checkpoint import write_authors_directory
+from qst_tune.results.authors.checkpoint import write_authors_directory
 from qst_tune.results.description import SIDE_NETWORK, read_description
 from qst_tune.results.tuned_directory import load_tuned
 from tests.reference import qst_reference as reference
-from tests.results.test_authors_conversion import (
+from tests.results.authors.test_conversion import (
     LLAMA,
     LLAMA_CLASSIFIER,
     OPT_CLASSIFIER,

@@ -1,4 +1,4 @@
-"""Side networks of the authors' code (github.com/YouAreSpecialToMe/QST at 27cef0a).
+"""The tensors of their directories, under their names and under ours.
 
 Their ``save_qst_state`` writes a directory of pickled state dicts with Hugging Face names and
 without any configuration. They are read with ``weights_only``: a pickle that wants to run code is
@@ -9,14 +9,14 @@ before it writes that gate (LLaMA: ``torch.save`` gets no tensor; OPT: it is giv
 which a classifier lacks), and its loading asks for the file all the same.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
-from torchtune.models import convert_weights
 from torchtune.models.convert_weights import get_mapped_key
 
 from qst_tune.atomic_files import write_directory
@@ -28,39 +28,9 @@ Gate = Literal["lm_head_z", "score_z"]  # of a language model, of a classifier
 
 BLOCKS_FILE = "qst_layers_parameters.pt"
 SCORE_FILE = "qst_score_parameters.pt"
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """What differs between the authors' files for two families of backbones."""
-
-    prefix: str  # before the names of what belongs to their decoder
-    norm: dict[str, str]  # their names -> ours
-    gate_suffix: str  # of the file with the output gate
-
-    def files(self, gate: Gate) -> dict[str, str]:
-        """Name of a file -> prefix of its keys in the authors' model."""
-        files = {
-            BLOCKS_FILE: f"{self.prefix}qst_layers.",
-            "qst_z_parameters.pt": f"{self.prefix}z.",
-            "qst_downsample_parameters.pt": f"{self.prefix}downsample.",
-            "qst_norm_parameters.pt": f"{self.prefix}{next(iter(self.norm)).partition('.')[0]}.",
-            "qst_upsample_parameters.pt": "upsample.",
-        }
-        if gate == "score_z":
-            files[SCORE_FILE] = "score."
-        return {**files, self.gate_file(gate): gate}
-
-    def gate_file(self, gate: Gate) -> str:
-        """Name of the file with the output gate."""
-        return gate + self.gate_suffix
-
-    def names(self, gate: Gate) -> dict[str, str]:
-        """The authors' names without the prefix -> ours, for everything but the side blocks."""
-        return {**_SHARED_NAMES, **self.norm, gate: "output_mix.logit"}
-
-
-# ``{}`` is the number of a layer.
+_ROTATED = {"attn.q_proj.weight": "num_heads", "attn.k_proj.weight": "num_kv_heads"}
+_OUTSIDE = ("upsample.", "score", "lm_head_z")  # of their decoder
+# Modules of theirs -> ours, the same in both families; ``{}`` is the number of a layer.
 _SHARED_NAMES = {
     "z.{}": "gates.{}.gamma",
     "downsample.{}.adapter_A.weight": "downsample.{}.reduce.weight",
@@ -71,34 +41,76 @@ _SHARED_NAMES = {
     "upsample.bias": "upsample.bias",
     "score.weight": "score.weight",
 }
-# Modules of OPT's layer -> those of torchtune's layer; it has no rotary embedding to permute for.
-_OPT_LAYER = {
-    "self_attn.q_proj": "attn.q_proj",
-    "self_attn.k_proj": "attn.k_proj",
-    "self_attn.v_proj": "attn.v_proj",
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What differs between the authors' files for two families of backbones."""
+
+    prefix: str  # before the names of what belongs to their decoder
+    norm: Mapping[str, str]  # their names -> ours
+    block: Mapping[str, str]  # of a side block: their names -> ours
+    gate_suffix: str  # of the file with the output gate
+
+    def files(self, gate: Gate) -> dict[str, str]:
+        """Name of a file -> prefix of its keys in the authors' model."""
+        parts = ("qst_layers", "z", "downsample", next(iter(self.norm)).partition(".")[0])
+        names = (BLOCKS_FILE, "qst_z_parameters.pt", "qst_downsample_parameters.pt")
+        files = dict(zip((*names, "qst_norm_parameters.pt"), parts, strict=True))
+        files = {name: f"{self.prefix}{part}." for name, part in files.items()}
+        files["qst_upsample_parameters.pt"] = "upsample."
+        if gate == "score_z":
+            files[SCORE_FILE] = "score."
+        return {**files, gate + self.gate_suffix: gate}
+
+    def names(self, gate: Gate) -> dict[str, str]:
+        """The authors' names -> ours."""
+        block = {f"qst_layers.{{}}.{t}": f"blocks.{{}}.{o}" for t, o in self.block.items()}
+        inside = {**block, **_SHARED_NAMES, **self.norm, gate: "output_mix.logit"}
+        return {
+            theirs if theirs.startswith(_OUTSIDE) else self.prefix + theirs: ours
+            for theirs, ours in inside.items()
+        }
+
+
+def _with_leaves(modules: Mapping[str, str], *leaves: str) -> dict[str, str]:
+    return {f"{t}.{leaf}": f"{o}.{leaf}" for t, o in modules.items() for leaf in leaves}
+
+
+_PROJECTIONS = {f"self_attn.{name}_proj": f"attn.{name}_proj" for name in "qkv"}
+_LLAMA_LINEARS = {
+    **_PROJECTIONS,
+    "self_attn.o_proj": "attn.output_proj",
+    "mlp.gate_proj": "mlp.w1",
+    "mlp.down_proj": "mlp.w2",
+    "mlp.up_proj": "mlp.w3",
+}
+_LLAMA_NORMS = {
+    "input_layernorm.weight": "sa_norm.scale",
+    "post_attention_layernorm.weight": "mlp_norm.scale",
+}
+_OPT_MODULES = {
+    **_PROJECTIONS,
     "self_attn.out_proj": "attn.output_proj",
     "self_attn_layer_norm": "sa_norm",
     "fc1": "mlp.w1",
     "fc2": "mlp.w2",
     "final_layer_norm": "mlp_norm",
 }
-_OPT_NAMES = {
-    f"layers.{{}}.{theirs}.{leaf}": f"layers.{{}}.{ours}.{leaf}"
-    for theirs, ours in _OPT_LAYER.items()
-    for leaf in ("weight", "bias")
-}
 _LAYOUTS: dict[Family, _Layout] = {
-    "llama": _Layout("model.", {"norm_qst.weight": "norm.scale"}, "_path.pt"),
+    "llama": _Layout(
+        "model.",
+        {"norm_qst.weight": "norm.scale"},
+        {**_with_leaves(_LLAMA_LINEARS, "weight"), **_LLAMA_NORMS},
+        "_path.pt",
+    ),
     "opt": _Layout(
         "model.decoder.",
-        {
-            "final_layer_norm_qst.weight": "norm.weight",
-            "final_layer_norm_qst.bias": "norm.bias",
-        },
+        _with_leaves({"final_layer_norm_qst": "norm"}, "weight", "bias"),
+        _with_leaves(_OPT_MODULES, "weight", "bias"),
         "_parameters.pt",
     ),
 }
-_OUTSIDE = ("upsample.", "score", "lm_head_z")  # outside their decoder
 
 
 def read_authors_directory(directory: Path, *, classifier: bool = False) -> Weights:
@@ -111,21 +123,18 @@ def read_authors_directory(directory: Path, *, classifier: bool = False) -> Weig
     gate: Gate = "score_z" if classifier else "lm_head_z"
     blocks = _load_tensors(directory / BLOCKS_FILE, f"{BLOCKS_FILE} and others")
     layout = _LAYOUTS["opt" if any(".fc1." in name for name in blocks) else "llama"]
-    has_gate = (directory / layout.gate_file(gate)).exists()
+    files = layout.files(gate)
+    has_gate = (directory / (gate + layout.gate_suffix)).exists()
     if not classifier and not has_gate and (directory / SCORE_FILE).exists():
         raise UserError(
             f"{directory} is a classifier's, it has {SCORE_FILE}: name a config whose model is "
             "qst_tune.models.qst_classifier"
         )
-    files = layout.files(gate)
     state: Weights = {}
     for name, prefix in files.items():
-        if prefix == "score_z" and not has_gate:
-            continue
-        content = (
-            blocks if name == BLOCKS_FILE else _load_tensors(directory / name, ", ".join(files))
-        )
-        state.update({prefix + key: value.detach() for key, value in content.items()})
+        if prefix != "score_z" or has_gate:
+            content = _load_tensors(directory / name, ", ".join(files))
+            state.update({prefix + key: value.detach() for key, value in content.items()})
     return state
 
 
@@ -136,58 +145,31 @@ def side_from_authors(state: Weights, *, num_heads: int, num_kv_heads: int) -> W
     rotary embeddings to torchtune's interleaved ones. The numbers of heads are the side blocks'.
     """
     family = family_of(state)
-    layout = _LAYOUTS[family]
-    names = layout.names(_gate_of(state))
-    blocks_prefix = f"{layout.prefix}qst_layers."
-    blocks = {
-        f"layers.{name.removeprefix(blocks_prefix)}": value
+    names = _LAYOUTS[family].names(_gate_of(state))
+    side = {
+        get_mapped_key(name, names): value
         for name, value in state.items()
-        if name.startswith(blocks_prefix)
+        if not name.endswith("rotary_emb.inv_freq")
     }
-    if family == "opt":
-        converted = {get_mapped_key(n, _OPT_NAMES): value for n, value in blocks.items()}
-    else:
-        converted = convert_weights.hf_to_tune(
-            {f"model.{name}": value for name, value in blocks.items()},
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            dim=state["upsample.weight"].shape[1],
-        )
-    side = {name.replace("layers.", "blocks.", 1): value for name, value in converted.items()}
-    for name, value in state.items():
-        if not name.startswith(blocks_prefix):
-            side[get_mapped_key(name.removeprefix(layout.prefix), names)] = value
-    return side
+    return _permuted(side, family, (2, -1), num_heads=num_heads, num_kv_heads=num_kv_heads)
 
 
 def side_to_authors(side: Weights, family: Family, *, num_heads: int, num_kv_heads: int) -> Weights:
     """Rename the other way; the inverse of :func:`side_from_authors`."""
-    layout = _LAYOUTS[family]
-    names = {ours: theirs for theirs, ours in layout.names(_gate_of(side)).items()}
-    blocks = {
-        name.replace("blocks.", "layers.", 1): value
-        for name, value in side.items()
-        if name.startswith("blocks.")
-    }
-    if family == "opt":
-        names_of_opt = {ours: theirs for theirs, ours in _OPT_NAMES.items()}
-        converted = {
-            f"{layout.prefix}{get_mapped_key(n, names_of_opt)}": v for n, v in blocks.items()
-        }
-    else:
-        converted = convert_weights.tune_to_hf(
-            blocks,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            dim=side["upsample.weight"].shape[1],
-        )
-    state = {name.replace("layers.", "qst_layers.", 1): value for name, value in converted.items()}
+    names = {ours: theirs for theirs, ours in _LAYOUTS[family].names(_gate_of(side)).items()}
+    side = _permuted(side, family, (-1, 2), num_heads=num_heads, num_kv_heads=num_kv_heads)
+    return {get_mapped_key(name, names): value for name, value in side.items()}
+
+
+def _permuted(side: Weights, family: Family, pairs: tuple[int, int], **heads: int) -> Weights:
+    """Turn each head's rows, ``pairs`` halves of the head or pairs of rows; OPT rotates nothing."""
+    changed = dict(side)
     for name, value in side.items():
-        if not name.startswith("blocks."):
-            theirs = get_mapped_key(name, names)
-            inside = not theirs.startswith(_OUTSIDE)
-            state[layout.prefix + theirs if inside else theirs] = value
-    return state
+        leaf = name.split(".", 2)[-1]
+        if family == "llama" and name.startswith("blocks.") and leaf in _ROTATED:
+            rows = value.unflatten(0, (heads[_ROTATED[leaf]], *pairs))
+            changed[name] = rows.transpose(1, 2).flatten(0, 2)
+    return changed
 
 
 def write_authors_directory(directory: Path, state: Weights) -> None:
@@ -197,14 +179,14 @@ def write_authors_directory(directory: Path, state: Weights) -> None:
     """
     files: dict[str, bytes] = {}
     for name, prefix in _LAYOUTS[family_of(state)].files(_gate_of(state)).items():
-        content: Any = {
+        content: Weights | nn.Parameter = {
             # A clone: torch.save would write all that a view is a part of.
             key.removeprefix(prefix): value.detach().clone()
             for key, value in state.items()
             if key.startswith(prefix)
         }
         if prefix in state:  # their output gate is no state dict but the parameter itself
-            content = nn.Parameter(content.pop(""))
+            content = nn.Parameter(state[prefix].detach().clone())
         buffer = BytesIO()
         torch.save(content, buffer)
         files[name] = buffer.getvalue()
@@ -223,9 +205,8 @@ def _gate_of(state: Weights) -> Gate:
 
 def _load_tensors(path: Path, files: str) -> Weights:
     """A state dict; of a bare tensor, one whose only name is empty."""
-    content: Any
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content: Weights | torch.Tensor = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(
             f"{path} is missing: a directory of the authors' code has {files}"
@@ -233,7 +214,7 @@ def _load_tensors(path: Path, files: str) -> Weights:
     except Exception as error:  # torch.load raises many types for a damaged or hostile file
         reason = str(error).split(". ")[0].split("\n")[0]
         raise UserError(f"{path} is not a plain state dict and was not loaded: {reason}") from error
-    tensors: Weights = content if isinstance(content, dict) else {"": content}
+    tensors = content if isinstance(content, dict) else {"": content}
     if not all(isinstance(n, str) and isinstance(t, torch.Tensor) for n, t in tensors.items()):
         raise UserError(f"{path} is not a plain state dict: it has more than tensors")
     return tensors

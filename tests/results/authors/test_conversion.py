@@ -16,12 +16,13 @@ from qst_tune.models import qst_builder
 from qst_tune.models.build import build_on_meta
 from qst_tune.modules.meta_device import materialize
 from qst_tune.results.authors_checkpoint import (
+
     Weights,
     read_authors_directory,
     side_to_authors,
     write_authors_directory,
 )
-from qst_tune.results.authors_conversion import export_authors, import_authors
+from qst_tune.results.authors.conversion import export_authors, import_authors
 from qst_tune.results.tuned_directory import Provenance, save_tuned
 from tests.support import opt_models
 from tests.support.checkpoints import SIZES
@@ -205,7 +206,7 @@ def test_other_heads_or_mlp_widths_are_refused_with_a_tensor_that_shows_it(their
     message = refused(theirs, {**LLAMA, "intermediate_dim": 200})
     assert "blocks.0.mlp.w1.weight is (24, 16) and not (50, 16)" in message
     message = refused(theirs, {**LLAMA, "num_kv_heads": 4})
-    assert "no side network over this backbone" in message
+    assert "blocks.0.attn.k_proj.weight is (8, 16) and not (16, 16)" in message
 
 
 def test_side_blocks_that_our_attention_cannot_split_are_refused(tmp_path: Path):
@@ -254,12 +255,15 @@ def test_tensors_of_no_side_network_are_refused(theirs: Path, file, change, expe
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, "normalize_hidden is True, there it is False"),
-        ({"variant": "authors", "downsample": "lora"}, "downsample is lora, there it is adapter"),
-        ({"variant": "authors", "num_side_blocks": 2}, "it has 2 side blocks for 3 layers"),
-        ({"variant": "paper"}, "output_mix is alpha, there it is sigmoid"),
-        ({"variant": "authors", "activation": "relu"}, "activation is relu, there it is silu"),
-        ({"variant": "authors", "min_head_dim": 8}, "side blocks have {'num_heads': 2"),
+        ({}, "normalize_hidden True in it, False in theirs"),
+        (
+            {"variant": "authors", "downsample": "lora"},
+            "downsample 'lora' in it, 'adapter' in theirs",
+        ),
+        ({"variant": "authors", "num_side_blocks": 2}, "layers [0, 2] in it, [0, 1, 2] in theirs"),
+        ({"variant": "paper"}, "output_mix 'alpha' in it, 'sigmoid' in theirs"),
+        ({"variant": "authors", "activation": "relu"}, "activation 'relu' in it, 'silu' in theirs"),
+        ({"variant": "authors", "min_head_dim": 8}, "num_heads 2 in it, 4 in theirs"),
     ],
 )
 def test_what_their_code_does_not_compute_is_not_exported(settings, expected, tmp_path: Path):

@@ -1,7 +1,6 @@
 """Between directories of the authors' code and ours: shapes inferred, and checked on both sides."""
 
-import inspect
-from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +14,24 @@ from qst_tune.backbone.side_blocks import is_opt, text_sizes
 from qst_tune.backbone.transformers_models import QSTTransformer
 from qst_tune.errors import UserError
 from qst_tune.models.build import build_on_meta
-from qst_tune.models.qst import qst_decoder
 from qst_tune.modules.qst_model import QSTModel
-from qst_tune.modules.side.config import VARIANTS
-from qst_tune.results.authors_checkpoint import (
+from qst_tune.modules.side.config import SideConfig
+from qst_tune.results.authors.checkpoint import (
     Family,
     Weights,
     read_authors_directory,
     side_from_authors,
     side_to_authors,
 )
-from qst_tune.results.description import SIDE_NETWORK, read_description
+from qst_tune.results.description import SIDE_NETWORK, Block, SideStructure, read_description
 from qst_tune.results.tuned_directory import read_tensors
 
-# Settings that their code fixes and no tensor shows, in addition to those of the variant.
-_FIXED = {"activation": "silu"}
-# Of the variant: starts, and what the tensors' shapes show.
-_FREE = ("rank", "initial_gamma", "min_head_dim", "num_side_blocks")
 _CLASSIFIER = "num_labels"  # the argument of a model block that makes it a classifier's
 
 log = utils.get_logger("INFO")
 
 
-def import_authors(directory: Path, cfg: DictConfig) -> tuple[QSTModel, dict[str, Any]]:
+def import_authors(directory: Path, cfg: DictConfig) -> tuple[QSTModel, Block]:
     """Read a directory of the authors' code as the side network of a config's backbone.
 
     It has no configuration: r, the rank and a classifier's number of labels are those that give its
@@ -50,22 +44,25 @@ def import_authors(directory: Path, cfg: DictConfig) -> tuple[QSTModel, dict[str
     builds it. UserError if a file is missing or no plain state dict, or the tensors are not those
     of a side network over this backbone.
     """
-    block: Any = OmegaConf.to_container(cfg.model, resolve=True)
-    state = read_authors_directory(directory, classifier=_CLASSIFIER in block)
+    block = _backbone_part(cfg)
+    is_classifier = _CLASSIFIER in cfg.model
+    state = read_authors_directory(directory, classifier=is_classifier)
     embed_dim, side_dim = _shape(directory, state, "upsample.weight")
     rank = _shape(directory, state, "downsample.0.adapter_A.weight")[0]
-    found: dict[str, Any] = {"variant": "authors", "rank": rank}
-    if _CLASSIFIER in block:
-        found[_CLASSIFIER] = _shape(directory, state, "score.weight")[0]
-    full_width = _build({**_backbone_part(block), **found, "reduction_factor": 1})
+    block |= {"variant": "authors", "rank": rank}
+    if is_classifier:
+        block[_CLASSIFIER] = _shape(directory, state, "score.weight")[0]
+    full_width = _build({**block, "reduction_factor": 1})
     _check_backbone(directory, state, full_width, embed_dim)
     _start_missing_gate(directory, state, full_width)
     problem = f"their side network has width {side_dim}"
-    for reduction_factor in _candidates(embed_dim, side_dim):
-        candidate = {**_backbone_part(block), **found, "reduction_factor": reduction_factor}
+    for reduction_factor in range(embed_dim // side_dim, 0, -1):
+        if embed_dim // reduction_factor != side_dim:
+            break
+        candidate = {**block, "reduction_factor": reduction_factor}
         model = _build(candidate)
         side = _converted(directory, state, model)
-        problem = _difference(side, model)
+        problem = _difference(side, model)  # the MLP's width decides between several r
         if not problem:
             model.side.load_state_dict(side, assign=True)
             return model, candidate
@@ -75,50 +72,45 @@ def import_authors(directory: Path, cfg: DictConfig) -> tuple[QSTModel, dict[str
     )
 
 
-def export_authors(directory: Path, cfg: DictConfig) -> tuple[Weights, dict[str, Any]]:
+def export_authors(directory: Path, cfg: DictConfig) -> tuple[Weights, Block]:
     """Read one of our directories, of ``variant="authors"``, as tensors of the authors' code.
 
-    Of its own ``model`` block only the side network's settings are used: the builder of the
-    backbone that it names would be called, and the directory may come from anywhere. ``cfg.model``
-    builds a QST model over its backbone. Also returns what their configuration must have to load
-    the tensors. UserError if the directory is damaged, or their code cannot compute what it
-    contains.
+    ``cfg.model`` builds a QST model over its backbone; the builder that the directory names is not
+    called. Also returns what their configuration must have to load the tensors. UserError if the
+    directory is damaged, or their code cannot compute what it contains.
     """
-    ours: Any = OmegaConf.to_container(cfg.model, resolve=True)
-    theirs = read_description(directory, SIDE_NETWORK).model
-    if (_CLASSIFIER in ours) != (_CLASSIFIER in theirs):
-        kind = "a classifier's" if _CLASSIFIER in theirs else "a language model's"
+    block = _backbone_part(cfg)
+    description = read_description(directory, SIDE_NETWORK)
+    found = description.structure
+    assert found is not None  # a side network's has one
+    if (_CLASSIFIER in cfg.model) != description.is_classifier:
+        kind = "a classifier's" if description.is_classifier else "a language model's"
         raise UserError(
             f"{directory} is {kind}, and the config's model is not: name its own config"
         )
-    block = _backbone_part(ours) | {n: v for n, v in theirs.items() if n in _side_settings()}
+    labels = {n: v for n, v in description.model.items() if n == _CLASSIFIER}
+    sizes = {"reduction_factor": found.config.reduction_factor, "rank": found.config.rank}
+    model = _build({**block, **sizes, **labels, "variant": "authors"})
     side = read_tensors(directory, SIDE_NETWORK)
-    model = _build(block)
-    problem = _foreign_setting(block, model) or _difference(side, model)
+    words = ("in it", "in theirs")
+    problem = (
+        "; ".join(found.differences(SideStructure.of(model.side), words))
+        or _difference(side, model)
+        or _other_heads(model)
+    )
     if problem:
         raise UserError(f"{directory} is nothing that the authors' code computes: {problem}")
     state = side_to_authors(side, _family(model), **_heads(model.side.blocks))
-    rank = len(side["downsample.0.reduce.weight"])
-    settings = {"r": block.get("reduction_factor", 16), "peft_hidden_size": rank}
-    settings |= {"activation": "swish", "add_layer_norm_after_adapter": True}
-    if _CLASSIFIER in block:
-        settings[_CLASSIFIER] = block[_CLASSIFIER]
-    return state, settings
+    settings = {"r": sizes["reduction_factor"], "peft_hidden_size": sizes["rank"], **labels}
+    return state, settings | {"activation": "swish", "add_layer_norm_after_adapter": True}
 
 
-def _candidates(embed_dim: int, side_dim: int) -> Iterable[int]:
-    """Every r that turns one width into the other; the MLP's width decides between them."""
-    return [r for r in range(embed_dim // side_dim, 0, -1) if embed_dim // r == side_dim]
-
-
-def _backbone_part(block: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in block.items() if name not in _side_settings()}
-
-
-def _side_settings() -> set[str]:
-    arguments = set(inspect.signature(qst_decoder).parameters)
-    of_backbone = {"backbone", "quantize_base", "base_quantization", "embedding_quantization"}
-    return (arguments - of_backbone) | {_CLASSIFIER}
+def _backbone_part(cfg: DictConfig) -> Block:
+    """The config's model block without a side network's settings."""
+    block = OmegaConf.to_container(cfg.model, resolve=True)
+    of_side = {field.name for field in fields(SideConfig)} | {_CLASSIFIER}
+    assert isinstance(block, dict)
+    return {str(name): value for name, value in block.items() if name not in of_side}
 
 
 def _shape(directory: Path, state: Weights, suffix: str) -> tuple[int, int]:
@@ -130,7 +122,7 @@ def _shape(directory: Path, state: Weights, suffix: str) -> tuple[int, int]:
     return shape
 
 
-def _build(block: dict[str, Any]) -> QSTModel:
+def _build(block: Block) -> QSTModel:
     model = build_on_meta(OmegaConf.create({"model": block}), torch.float32)
     _family(model)
     return model
@@ -214,17 +206,3 @@ def _difference(side: Weights, model: QSTModel) -> str:
         f"{len(wrong)} tensors differ, for example {name} is {found.get(name, 'absent')} and not "
         f"{wanted.get(name, 'absent')}"
     )
-
-
-def _foreign_setting(block: dict[str, Any], model: QSTModel) -> str:
-    """A setting of the model that the authors' code does not have, in words, or nothing."""
-    variant = VARIANTS[block.get("variant", "default")]
-    wanted = {n: v for n, v in VARIANTS["authors"].items() if n not in _FREE} | _FIXED
-    chosen = {**_FIXED, **variant, **{n: v for n, v in block.items() if v is not None}}
-    for name, value in wanted.items():
-        if chosen[name] != value:
-            return f"{name} is {chosen[name]}, there it is {value}"
-    blocks, layers = len(model.side.blocks), len(model.layers)
-    if blocks != layers:
-        return f"it has {blocks} side blocks for {layers} layers, there each layer has one"
-    return _other_heads(model)

@@ -15,7 +15,7 @@ from qst_tune.generation.sampling import Sampling
 from qst_tune.generation.sequence import CachedSequence, continue_sequence
 from qst_tune.models import qst_decoder
 from qst_tune.modules.qst_classifier import QSTClassifier
-from qst_tune.results.authors_checkpoint import (
+from qst_tune.results.authors.checkpoint import (
     read_authors_directory,
     side_from_authors,
     side_to_authors,
