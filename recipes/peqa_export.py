@@ -17,7 +17,7 @@ from qst_tune.config.check import check_config
 from qst_tune.config.cli import run_recipe
 from qst_tune.config.device import choose_device, choose_dtype
 from qst_tune.config.keys import Key, pick, setting
-from qst_tune.results.export import check_export_format, export_model
+from qst_tune.results.export import export_model
 from qst_tune.results.loading import MODEL_KEYS, load_tuned_model
 
 KEYS = {
@@ -38,7 +38,7 @@ log = utils.get_logger("INFO")
 def main(cfg: DictConfig) -> None:
     """Run the recipe."""
     check_config(cfg, KEYS)
-    form = check_export_format(setting(cfg, "format", KEYS))
+    form = setting(cfg, "format", KEYS)
     directory = Path(cfg.get("export_dir") or Path(cfg.output_dir) / form)
     model = load_tuned_model(cfg, "integers").model
     dtype = choose_dtype(cfg, choose_device(cfg))

@@ -4,11 +4,10 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from torchtune import utils
 
 from qst_tune.atomic_files import whole_directory
 from qst_tune.backbone.directory import read_weights_file, weight_files
@@ -32,8 +31,6 @@ _COPIED = (".json", ".jinja", ".model", ".txt")
 
 # Of group sizes that kernels run, the widest first.
 _KERNEL_GROUPS = (128, 64, 32)
-
-log = utils.get_logger("INFO")
 
 
 def export_model(
@@ -76,14 +73,6 @@ def export_model(
         config["text_config"].pop("quantization_config", None)
         tensors |= _other_modalities(tensors, checkpoint_dir)
     _write(directory, tensors, config, checkpoint_dir)
-
-
-def check_export_format(form: Any) -> ExportFormat:
-    """Return a format's name from a config; UserError if it is unknown."""
-    if form not in get_args(ExportFormat):
-        raise UserError(f"format={form} is unknown: use {', '.join(get_args(ExportFormat))}")
-    known: ExportFormat = form
-    return known
 
 
 def _read_config(model: PEQAModel, checkpoint_dir: Path) -> dict[str, Any]:
@@ -143,7 +132,8 @@ def _is_gptq_directory(model: PEQAModel) -> bool:
 def _group_size(integers: dict[str, IntegerRows]) -> int | None:
     """How wide groups must be written that repeat a channel's scale; None: they stay as they are.
 
-    Kernels for GPTQ's format run groups of 32 to 128, and no row as one group.
+    Kernels for GPTQ's format run groups of 32 to 128, and no row as one group: UserError where the
+    widths allow none of those.
     """
     layouts = {rows.linear.layout for rows in integers.values()}
     if any(layout.num_groups > 1 for layout in layouts):
@@ -151,10 +141,9 @@ def _group_size(integers: dict[str, IntegerRows]) -> int | None:
     widths = {layout.in_dim for layout in layouts}
     size = next((g for g in _KERNEL_GROUPS if all(w % g == 0 for w in widths)), None)
     if size is None:
-        log.warning(
-            f"the model's widths {sorted(widths)} are no multiples of {_KERNEL_GROUPS[-1]}: it is "
-            "written with a scale a channel (group_size -1), which few kernels run; "
-            "format=dense is read by every program"
+        raise UserError(
+            f"the model's widths {sorted(widths)} are no multiples of {_KERNEL_GROUPS[-1]}: no "
+            "program runs such GPTQ groups; use format=dense"
         )
     return size
 
@@ -209,9 +198,6 @@ def _write(directory: Path, tensors: Tensors, config: dict[str, Any], source: Pa
             if path.suffix in _COPIED and not is_about_weights:
                 shutil.copyfile(path, aside / path.name)
         (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        if "quantization_config" in config:  # where AutoGPTQ and older readers look
-            quantization = json.dumps(config["quantization_config"], indent=2)
-            (aside / "quantize_config.json").write_text(quantization + "\n")
         whole = {name: _whole(tensors.pop(name)) for name in list(tensors)}
         save_torch_state_dict(whole, aside, max_shard_size="4GB", metadata={"format": "pt"})
 

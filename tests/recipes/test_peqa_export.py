@@ -63,8 +63,8 @@ def test_without_scales_it_is_the_rounded_model(config: Config, tmp_path: Path) 
 
 def test_the_gptq_directory_says_what_it_is(config: Config, tmp_path: Path) -> None:
     export(config, f"export_dir={tmp_path}/gptq", "format=gptq")
-    described = json.loads((tmp_path / "gptq" / "quantize_config.json").read_text())
-    assert described["bits"] == 3
+    described = json.loads((tmp_path / "gptq" / "config.json").read_text())
+    assert described["quantization_config"]["bits"] == 3
 
 
 @pytest.mark.parametrize(
