@@ -15,8 +15,7 @@ from qst_tune.errors import UserError
 from qst_tune.models import qst_builder
 from qst_tune.models.build import build_on_meta
 from qst_tune.modules.meta_device import materialize
-from qst_tune.results.authors_checkpoint import (
-
+from qst_tune.results.authors.checkpoint import (
     Weights,
     read_authors_directory,
     side_to_authors,
