@@ -66,30 +66,16 @@ class QSTForCausalLM(QSTPreTrainedModel, GenerationMixin):
         skip_logits: bool | None = None,
         **unsupported: Any,
     ) -> CausalLMOutputWithPast:
-        """Compute logits, or a loss, as a causal language model of transformers.
+        """Compute fp32 logits, or a loss in nats a token, as a model of transformers.
 
-        Args:
-            input_ids (torch.Tensor): ``[B, T]``, the tokens behind those of the cache.
-            attention_mask (torch.Tensor | None): ``[B, L]`` over cached and new tokens, 0 for
-                padding, or ``[B, 1, T, L]`` booleans, True where a token may attend.
-            position_ids (torch.Tensor | None): ``[B, T]``; default: counted without padding. In
-                rows without a mask, packed samples begin where positions begin again.
-            past_key_values (Cache | None): extended in place.
-            labels (torch.Tensor | None): ``[B, T]``, -100 for tokens without loss.
-            use_cache (bool | None): make a cache if there is none.
-            logits_to_keep (int | torch.Tensor): of the last so many tokens, or of these; 0: of all.
-            num_items_in_batch (torch.Tensor | int | None): labels of all batches of a step, by
-                which ``Trainer`` wants the sum of the losses divided; None: take the mean.
-            skip_logits (bool | None): leave them out; None: in training, where there are labels.
-            **unsupported (Any): must be None or False, except those that are not addressed to a
-                model.
-
-        Returns:
-            CausalLMOutputWithPast: fp32 ``logits``; ``loss`` with labels, nats a token;
-            ``past_key_values`` if there are any.
-
-        Raises:
-            ValueError: if an argument is not supported, or there are too many tokens.
+        ``input_ids``, ``[B, T]``, are the tokens after the cached ones. ``attention_mask`` is ``[B,
+        L]`` over cached and new tokens, 0 for padding, or ``[B, 1, T, L]`` booleans, True where a
+        token may attend. In rows without a mask, packed samples begin where ``position_ids`` begin
+        again. ``labels`` are -100 for tokens without loss; ``Trainer`` wants the sum of the losses
+        divided by ``num_items_in_batch``, otherwise it is their mean. ``logits_to_keep`` are of the
+        last so many tokens, or of these; 0: of all. ``skip_logits=None`` leaves them out in
+        training, where there are labels. ValueError if another argument asks for anything that is
+        not supported, or there are too many tokens.
         """
         output = self.states(
             input_ids, attention_mask, position_ids, past_key_values, use_cache, **unsupported
@@ -165,9 +151,8 @@ class QSTForSequenceClassification(QSTPreTrainedModel):
     ) -> SequenceClassifierOutputWithPast:
         """Compute the fp32 logits ``[B, C]`` of whole sequences ``[B, T]``, and a loss with labels.
 
-        A token with 0 in ``attention_mask``, ``[B, T]``, is padding; without a mask, one that is
-        the configuration's padding token. ``labels`` are ``[B]`` classes, or scores. ValueError if
-        an argument is not supported, or there are too many tokens.
+        Without a mask, the configuration's padding token is padding. ``labels`` ``[B]`` are classes
+        or scores. ValueError if an argument is not supported, or there are too many tokens.
         """
         self._check(input_ids.shape[1], unsupported)
         pad = getattr(self.config, "pad_token_id", None)
@@ -191,20 +176,12 @@ def get_qst_model(
 ) -> Any:
     """Put a side network over a model of transformers; only that trains.
 
-    Args:
-        model (PreTrainedModel): a loaded causal language model or sequence classifier, dense or
-            quantised by another program; taken over and frozen. A classifier's own head joins the
-            side network and trains.
-        config (SideConfig | None): of the side network; None: the defaults.
-        quantize (BaseQuantization): "nf4", "fp4", "int4" or "int8" rounds the linears of a dense
-            model's layers, in place, one after the other; "none" leaves the model as it is.
-
-    Returns:
-        Any: a ``QSTForCausalLM`` or ``QSTForSequenceClassification``, with the logits of the model,
-        for ``Trainer``, ``SFTTrainer`` or a loop.
-
-    Raises:
-        UserError: if the model is not supported, or a setting does not fit it.
+    ``model`` is a loaded causal language model or sequence classifier, dense or quantised by
+    another program; it is taken over and frozen. A classifier's own head joins the side network and
+    trains. ``quantize`` ("nf4", "fp4", "int4", "int8") rounds the linears of a dense model's layers
+    in place, one after the other. Returns a ``QSTForCausalLM`` or ``QSTForSequenceClassification``
+    with the logits of the model, for ``Trainer``, ``SFTTrainer`` or a loop. UserError if the model
+    is not supported, or a setting does not fit it.
     """
     if not isinstance(model, PreTrainedModel) or isinstance(model, QSTPreTrainedModel):
         raise UserError(

@@ -93,26 +93,15 @@ class QSTPreTrainedModel(PreTrainedModel):
         device_map: Any = None,
         **settings: Any,
     ) -> Any:
-        """Load a side network's directory with its backbone.
+        """Load a side network, by its directory or name on the hub, with its backbone.
 
-        Args:
-            pretrained_model_name_or_path (str): directory of the side network, or its name on the
-                hub.
-            config (QSTConfig | None): the directory's by default.
-            backbone (str | PreTrainedModel | None): directory of the backbone, or its name on the
-                hub, in place of the one in the configuration; or the loaded model itself.
-            dtype (torch.dtype | str | None): of what is not quantised, torch.float32 or
-                torch.bfloat16. Default, and "auto": the configuration's, else bfloat16.
-            device_map (Any): one device for all, or "auto". Default: the CPU.
-            **settings (Any): how to fetch what is not here: ``token``, ``cache_dir``, ``revision``
-                of the side network and the like.
-
-        Returns:
-            Any: a model of this class, in evaluation mode.
-
-        Raises:
-            UserError: if an argument has no meaning for a side network, or a directory is not to be
-                had, or the two do not belong together.
+        ``backbone`` is the backbone's directory or name on the hub, in place of the one in the
+        configuration, or the loaded model itself. ``dtype`` is of what is not quantised; None and
+        "auto" are the configuration's, else bfloat16. ``device_map`` is one device for all, or
+        "auto"; None is the CPU. ``settings`` say how to fetch what is not here: ``token``,
+        ``cache_dir``, ``revision`` of the side network and the like. UserError if an argument has
+        no meaning for a side network, a directory is not to be had, or the two do not belong
+        together.
         """
         strange = sorted(
             name
@@ -196,10 +185,9 @@ class QSTPreTrainedModel(PreTrainedModel):
     ) -> str:
         """Upload the side network with a model card, without local paths; return its address.
 
-        ``repo_id`` is ``org/name``; a new repository may be ``private``. ``base_model`` is the
-        backbone's name on the hub (None: where it came from), ``license`` that of the side network
-        in the hub's names, and ``data`` what it was trained on, for people. UserError if the
-        backbone has no name on the hub, or the hub refuses.
+        ``base_model`` is the backbone's name on the hub (None: where it came from), ``license``
+        that of the side network in the hub's names, and ``data`` what it was trained on, for
+        people. UserError if the backbone has no name on the hub, or the hub refuses.
         """
         with tempfile.TemporaryDirectory() as made:
             saved, shared = Path(made) / "saved", Path(made) / "shared"
