@@ -25,6 +25,8 @@ from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
 from benchmarks.peers import add_lora, plain_backbone
 from qst_tune.config.file import parse_config
+from qst_tune.config.keys import typed
+from qst_tune.config.schema import EstimateConfig, StepConfig
 from qst_tune.errors import UserError
 from qst_tune.estimation.fake_device import DeviceType
 from qst_tune.estimation.question import Question
@@ -42,23 +44,25 @@ DTYPE = torch.bfloat16
 LORA_RANK = 16  # on all linears of a layer
 
 
-def qst(cfg: DictConfig, *, recompute: bool | None = None, **changes: Any) -> Setup:
+def qst(cfg: StepConfig, *, recompute: bool | None = None, **changes: Any) -> Setup:
     """As recipes/qst_finetune.py sets it up; ``changes`` are arguments of the model block."""
-    model = build_any_on_meta(_changed(cfg, changes), DTYPE) if _is(cfg, QSTModel) else None
+    model = build_any_on_meta(_changed(cfg.model, changes), DTYPE) if _is(cfg, QSTModel) else None
     if model is None:
         model = qst_decoder(_backbone(cfg), **changes)
     if recompute is None:
-        recompute = bool(cfg.get("enable_activation_checkpointing", False))
+        recompute = cfg.enable_activation_checkpointing
     return qst_setup(cfg, model, DTYPE, recompute=recompute)
 
 
-def peqa(cfg: DictConfig, *, checkpointing: bool) -> Setup:
+def peqa(cfg: StepConfig, *, checkpointing: bool) -> Setup:
     """As recipes/peqa_finetune.py sets it up; at 4 bits per channel for another method's config."""
-    model = build_any_on_meta(cfg, DTYPE) if _is(cfg, PEQAModel) else peqa_decoder(_backbone(cfg))
+    model = (
+        build_any_on_meta(cfg.model, DTYPE) if _is(cfg, PEQAModel) else peqa_decoder(_backbone(cfg))
+    )
     return peqa_setup(cfg, model, DTYPE, checkpointing=checkpointing)
 
 
-def lora(cfg: DictConfig, *, quantize: bool, checkpointing: bool) -> Setup:
+def lora(cfg: StepConfig, *, quantize: bool, checkpointing: bool) -> Setup:
     """As torchtune's lora_finetune_single_device recipe sets it up."""
     backbone = _backbone(cfg)
     with training.set_default_dtype(DTYPE), torch.device("meta"):
@@ -67,7 +71,7 @@ def lora(cfg: DictConfig, *, quantize: bool, checkpointing: bool) -> Setup:
     return torchtune_setup(backbone, checkpointing=checkpointing)
 
 
-def full(cfg: DictConfig, *, checkpointing: bool) -> Setup:
+def full(cfg: StepConfig, *, checkpointing: bool) -> Setup:
     """As torchtune's full_finetune_single_device recipe: weights and states all in one dtype."""
     return torchtune_setup(_backbone(cfg), checkpointing=checkpointing)
 
@@ -83,7 +87,7 @@ def torchtune_setup(model: TransformerDecoder, *, checkpointing: bool) -> Setup:
     return Setup("", model, task, lambda: [p for p in model.parameters() if p.requires_grad], DTYPE)
 
 
-def qst_published(cfg: DictConfig) -> Setup:
+def qst_published(cfg: StepConfig) -> Setup:
     """The paper's equations as its authors ran them: nothing is recomputed, all logits are held.
 
     Of the config only the backbone counts: what it chooses for its side network is not published.
@@ -93,7 +97,7 @@ def qst_published(cfg: DictConfig) -> Setup:
     return _published(qst(cfg, recompute=False, **{**settings, "variant": "paper"}))
 
 
-def qlora_published(cfg: DictConfig) -> Setup:
+def qlora_published(cfg: StepConfig) -> Setup:
     """QLoRA with full logits and plain attention, as the paper compares with."""
     return _published(lora(cfg, quantize=True, checkpointing=False))
 
@@ -106,24 +110,24 @@ def _published(setup: Setup) -> Setup:
     return setup
 
 
-def _backbone(cfg: DictConfig) -> TransformerDecoder:
+def _backbone(cfg: StepConfig) -> TransformerDecoder:
     """The backbone of the config's model as torchtune would build it, all of it trainable."""
     with training.set_default_dtype(DTYPE), torch.device("meta"):
         return plain_backbone(cfg.model)
 
 
-def _is(cfg: DictConfig, model_type: type) -> bool:
+def _is(cfg: StepConfig, model_type: type) -> bool:
     builder = component_of(cfg.model._component_)
     return inspect.signature(builder).return_annotation is model_type
 
 
-def _changed(cfg: DictConfig, changes: dict[str, Any]) -> DictConfig:
-    merged = OmegaConf.merge(cfg, {"model": changes})
+def _changed(block: DictConfig, changes: dict[str, Any]) -> DictConfig:
+    merged = OmegaConf.merge(block, changes)
     assert isinstance(merged, DictConfig)
     return merged
 
 
-METHODS: dict[str, Callable[[DictConfig], Setup]] = {
+METHODS: dict[str, Callable[[StepConfig], Setup]] = {
     "qst": qst,
     "qst_stored": partial(qst, recompute=False),
     "qst_recomputed": partial(qst, recompute=True),
@@ -144,7 +148,7 @@ SHOWN = "qst,qst_stored,qst_avgpool,qlora_checkpointed,qlora,lora,full"
 
 
 def row(
-    name: str, cfg: DictConfig, shape: Shape, device: DeviceType, fit_gib: float | None = None
+    name: str, cfg: StepConfig, shape: Shape, device: DeviceType, fit_gib: float | None = None
 ) -> Row:
     """Estimate one method."""
     question = Question(partial(METHODS[name], cfg), cfg, shape, device, fit_gib=fit_gib)
@@ -168,7 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise UserError(f"--methods: {unknown[0]!r} is unknown; known: {', '.join(METHODS)}")
         shipped = CONFIGS / f"{asked.config}.yaml"
         path = str(shipped if shipped.is_file() else asked.config)
-        cfg = parse_config(["--config", path, *asked.overrides])
+        cfg = typed(parse_config(["--config", path, *asked.overrides]), EstimateConfig)
         shape = Shape(cfg.batch_size, cfg.tokenizer.max_seq_len or 512)
         rows = [row(name, cfg, shape, asked.device, asked.fit_gib) for name in names]
     except UserError as error:

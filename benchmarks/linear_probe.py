@@ -20,8 +20,11 @@ from sklearn.preprocessing import StandardScaler
 from torchtune import training
 from tqdm import tqdm
 
-from qst_tune.config.cli import instantiate, run_recipe
+from qst_tune.config.check import read_config
+from qst_tune.config.cli import run_recipe
+from qst_tune.config.components import instantiate
 from qst_tune.config.device import choose_device, choose_dtype
+from qst_tune.config.schema import TrainingConfig
 from qst_tune.data import collate_classification
 from qst_tune.data.batches.datasets import build_dataset
 from qst_tune.errors import UserError
@@ -62,24 +65,25 @@ def backbone_states(
     return torch.cat(states).numpy(), torch.cat(labels).numpy()
 
 
-def main(cfg: DictConfig) -> None:
+def main(raw: DictConfig) -> None:
     """Print the figures of the commonest class and of the linear probe.
 
     Args:
-        cfg (DictConfig): of ``qst_finetune``.
+        raw (DictConfig): a config of ``qst_finetune``.
 
     Raises:
         UserError: if the config is not that of a classifier of classes.
     """
-    training.set_seed(seed=cfg.get("seed"))
-    device = choose_device(cfg)
-    dtype = choose_dtype(cfg, device)
+    cfg = read_config(raw, TrainingConfig)
+    training.set_seed(seed=cfg.seed)
+    device = choose_device(cfg.device)
+    dtype = choose_dtype(cfg.dtype, device)
     tokenizer = instantiate(cfg.tokenizer, "tokenizer")
-    model = build_on_meta(cfg, dtype)
+    model = build_on_meta(cfg.model, dtype)
     if not isinstance(model, QSTClassifier) or model.num_labels == 1:
         raise UserError("model: name a classifier with classes, such as qst_classifier")
-    datasets = [build_dataset(cfg[name], name, tokenizer) for name in ("dataset", "dataset_val")]
-    load_frozen_backbone(model, cfg, dtype=dtype, device=device)
+    datasets = [build_dataset(raw[name], name, tokenizer) for name in ("dataset", "dataset_val")]
+    load_frozen_backbone(model, cfg.checkpointer, dtype=dtype, device=device)
     model.initialize_side(device)
     model.eval()
     (x, y), (x_val, y_val) = (backbone_states(model, rows, device) for rows in datasets)

@@ -28,7 +28,7 @@ from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
 from benchmarks.backbones import BACKBONES, DTYPE, Backbone, dense_backbone
 from qst_tune.backbone.torchtune_loading import load_backbone
-from qst_tune.config.cli import instantiate
+from qst_tune.config.components import instantiate
 from qst_tune.data.batches.collate import align_labels
 from qst_tune.models import qst_decoder, smollm2_135m
 from qst_tune.modules.loss import connect_loss, next_token_loss

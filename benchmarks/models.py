@@ -22,6 +22,8 @@ from transformers import AutoConfig
 
 from qst_tune.backbone.loading import backbone_on_meta
 from qst_tune.config.file import parse_config
+from qst_tune.config.keys import typed
+from qst_tune.config.schema import EstimateConfig
 from qst_tune.estimation.depth import Shorten, timeline_of_fewer_layers
 from qst_tune.estimation.fake_device import allocate_fake, fake_tensors
 from qst_tune.estimation.setup import Setup, Shape, own_setup
@@ -191,8 +193,9 @@ def peak_gib(directory: Path, shape: Shape, embedding_quantization: str) -> floa
     Of the layers between two side blocks one of each kind is run, and the weights of the others
     are added: as exact as all of them (tests/estimation/test_batch_peaks.py), and quicker.
     """
-    cfg = parse_config(["--config", str(CONFIG), f"checkpoint_dir={directory}",
+    raw = parse_config(["--config", str(CONFIG), f"checkpoint_dir={directory}",
                         f"model.embedding_quantization={embedding_quantization}"])  # fmt: skip
+    cfg = typed(raw, EstimateConfig)
     build, left_out = partial(own_setup, cfg, DTYPE), 0
 
     def trace(shorten: Shorten) -> Timeline:

@@ -8,44 +8,48 @@ Examples::
 It takes the config of the training run.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from omegaconf import DictConfig
 from torchtune import utils
 
-from qst_tune.config.check import check_config
+from qst_tune.config.check import read_config
 from qst_tune.config.cli import run_recipe
 from qst_tune.config.device import choose_device, choose_dtype
-from qst_tune.config.keys import Key, pick, setting
+from qst_tune.config.keys import key
+from qst_tune.config.model_directory import fetch_models
+from qst_tune.config.schema import TunedModelConfig, training_key
 from qst_tune.results.export import export_model
-from qst_tune.results.loading import MODEL_KEYS, load_tuned_model
+from qst_tune.results.loading import load_tuned_model
 
-KEYS = {
-    **pick("model", "checkpointer", "output_dir", "device", "dtype"),
-    "scales": MODEL_KEYS["scales"],
-    "format": Key(
-        kind=str,
-        default="dense",
-        choices=("dense", "gptq", "gptq_v2"),
-        meaning="dense is read by every program, gptq by programs with kernels for it",
-    ),
-    "export_dir": Key(kind=Path, meaning="directory to write; null: <output_dir>/<format>"),
-}
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig(TunedModelConfig):
+    """The keys of this recipe."""
+
+    output_dir: Path = training_key("output_dir")
+    format: Literal["dense", "gptq", "gptq_v2"] = key(
+        "dense is read by every program, gptq by programs with kernels for it", default="dense"
+    )
+    export_dir: Path | None = key("directory to write; null: <output_dir>/<format>", default=None)
+
 
 log = utils.get_logger("INFO")
 
 
-def main(cfg: DictConfig) -> None:
+def main(raw: DictConfig) -> None:
     """Run the recipe."""
-    check_config(cfg, KEYS)
-    form = setting(cfg, "format", KEYS)
-    directory = Path(cfg.get("export_dir") or Path(cfg.output_dir) / form)
+    cfg = fetch_models(read_config(raw, ExportConfig))
+    form = cfg.format
+    directory = cfg.export_dir or cfg.output_dir / form
     model = load_tuned_model(cfg, "integers").model
-    dtype = choose_dtype(cfg, choose_device(cfg))
+    dtype = choose_dtype(cfg.dtype, choose_device(cfg.device))
     checkpoint_dir = Path(cfg.checkpointer.checkpoint_dir)
     export_model(model, checkpoint_dir, directory, form=form, dtype=dtype)
     log.info(f"{form} model written to {directory}")
 
 
 if __name__ == "__main__":
-    run_recipe(main, KEYS, __doc__)
+    run_recipe(main, ExportConfig, __doc__)

@@ -12,15 +12,15 @@ config keys are torchtune's: a LoRA config becomes a PEQA config by changing its
 
 from omegaconf import DictConfig
 
+from qst_tune.config.check import read_config
 from qst_tune.config.cli import run_recipe
-from qst_tune.config.keys import TRAINING_KEYS
+from qst_tune.config.schema import TrainingConfig
 from qst_tune.estimation.dry_run import describe_run
 from qst_tune.models.build import build_peqa_on_meta
 from qst_tune.training.language_modelling import build_language_modelling
 from qst_tune.training.methods import load_peqa
 from qst_tune.training.run import begin_run, build_trainer
 
-KEYS = TRAINING_KEYS
 REFUSED = {
     "reference": "is for qst_dpo; remove it",
     "side_network": "is what QST starts from; use scales",
@@ -31,15 +31,16 @@ REFUSED = {
 }
 
 
-def main(cfg: DictConfig) -> None:
+def main(raw: DictConfig) -> None:
     """Run the recipe."""
-    with begin_run(cfg, REFUSED) as run:
-        model = build_peqa_on_meta(cfg, run.dtype)
+    with begin_run(read_config(raw, TrainingConfig, REFUSED)) as run:
+        cfg = run.cfg
+        model = build_peqa_on_meta(cfg.model, run.dtype)
         task, data = build_language_modelling(
             cfg, run.tokenizer, model, seed=run.seed, device=run.device
         )
         run.report(model, data)
-        if cfg.get("dry_run"):
+        if cfg.dry_run:
             if run.is_main:
                 print(describe_run(cfg, data, run.device, run.dtype))
             return
@@ -48,4 +49,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main, KEYS, __doc__)
+    run_recipe(main, TrainingConfig, __doc__)

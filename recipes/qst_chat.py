@@ -12,24 +12,27 @@ the commands. Each turn runs the new tokens only.
 import sys
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
+from dataclasses import dataclass
 
 from omegaconf import DictConfig
 from torchtune import training, utils
 
-from qst_tune.config.check import check_config
+from qst_tune.config.check import read_config
 from qst_tune.config.cli import run_recipe
-from qst_tune.config.keys import Key, setting
+from qst_tune.config.keys import key
+from qst_tune.config.schema import GenerationConfig
 from qst_tune.errors import UserError
 from qst_tune.generation.conversation import Conversation
-from qst_tune.generation.sampling import SAMPLING_KEYS, Sampling
-from qst_tune.results.loading import MODEL_KEYS, load_tuned_model
+from qst_tune.generation.sampling import Sampling
+from qst_tune.results.loading import load_tuned_model
 
-KEYS = {
-    "system_prompt": Key(kind=str, meaning="begins the conversation"),
-    "max_new_tokens": Key(kind=int, default=512, least=1, meaning="longest answer"),
-    **SAMPLING_KEYS,
-    **MODEL_KEYS,
-}
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig(GenerationConfig):
+    """The keys of this recipe."""
+
+    max_new_tokens: int = key("longest answer", default=512, least=1)
+
 
 HELP = """\
 /clear        begin a new conversation
@@ -98,17 +101,17 @@ def _answer(conversation: Conversation, text: str) -> None:
         print("error: the context is full (/clear begins anew)", file=sys.stderr)
 
 
-def main(cfg: DictConfig) -> None:
+def main(raw: DictConfig) -> None:
     """Run the recipe."""
-    check_config(cfg, KEYS)
-    training.set_seed(seed=cfg.get("seed"))
+    cfg = read_config(raw, ChatConfig)
+    training.set_seed(seed=cfg.seed)
     tuned = load_tuned_model(cfg)
     conversation = Conversation(
         tuned.model,
         tuned.tokenizer,
-        system_prompt=cfg.get("system_prompt"),
+        system_prompt=cfg.system_prompt,
         sampling=Sampling.of_config(cfg),
-        max_new_tokens=setting(cfg, "max_new_tokens", KEYS),
+        max_new_tokens=cfg.max_new_tokens,
     )
     what = tuned.title if tuned.is_tuned else "without anything tuned"
     log.info(f"{tuned.backbone.name}, {what}; /help lists the commands")
@@ -117,4 +120,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main, KEYS, __doc__)
+    run_recipe(main, ChatConfig, __doc__)

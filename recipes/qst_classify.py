@@ -12,6 +12,7 @@ becomes a text, and what the classes are called. The rows need no label. They ar
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torchtune import utils
 from tqdm import tqdm
 
-from qst_tune.config.check import check_checkpoint_dir, check_config
-from qst_tune.config.cli import instantiate, run_recipe
-from qst_tune.config.hub_models import fetch_models
-from qst_tune.config.keys import Key, pick
+from qst_tune.config.check import read_config
+from qst_tune.config.cli import run_recipe
+from qst_tune.config.components import instantiate
+from qst_tune.config.keys import key
+from qst_tune.config.model_directory import check_checkpoint_dir, fetch_models
+from qst_tune.config.schema import Blocks, TunedModelConfig, training_key
 from qst_tune.data import ClassificationDataset, collate_classification
 from qst_tune.errors import UserError
 from qst_tune.modules import QSTClassifier
@@ -31,22 +34,29 @@ from qst_tune.modules.model_limits import check_ids
 from qst_tune.results.loading import load_tuned_model
 from qst_tune.results.output_directory import output_directory
 
-KEYS = {
-    "side_network": Key(kind=Path, required=True, meaning="directory of the trained classifier"),
-    "rows": Key(kind=Path, required=True, meaning="jsonl file, each line one text to classify"),
-    **pick("output_dir", "model", "tokenizer", "checkpointer", "dataset", "batch_size"),
-    **pick("batch_size_val", "device", "dtype"),
-}
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifyConfig(TunedModelConfig):
+    """The keys of this recipe."""
+
+    side_network: Path = key("directory of the trained classifier")
+    rows: Path = key("jsonl file, each line one text to classify")
+    output_dir: Path = training_key("output_dir")
+    dataset: Blocks = training_key("dataset")
+    batch_size: int = training_key("batch_size")
+    batch_size_val: int | None = training_key("batch_size_val")
+
+
 PREDICTIONS_FILE = "predictions.jsonl"
 
 log = utils.get_logger("INFO")
 
 
-def read_rows(cfg: DictConfig) -> ClassificationDataset:
+def read_rows(cfg: ClassifyConfig) -> ClassificationDataset:
     """Read the rows as the config's dataset would, without their labels."""
     if isinstance(cfg.dataset, ListConfig):
         raise UserError("dataset: name one, whose template and labels the rows have")
-    path = Path(str(cfg.rows))
+    path = cfg.rows
     if not path.is_file() or not path.stat().st_size:
         raise UserError(f"rows={path} does not exist or is empty: name a jsonl file")
     here = {"source": "json", "data_files": str(path), "split": "train"}
@@ -82,15 +92,15 @@ def answers(
             yield {"prediction": dataset.labels[number], "probability": probability}
 
 
-def main(cfg: DictConfig) -> None:
+def main(raw: DictConfig) -> None:
     """Run the recipe."""
-    check_config(cfg, KEYS)
+    cfg = read_config(raw, ClassifyConfig)
     check_checkpoint_dir(cfg.checkpointer)
-    fetch_models(cfg)
-    with output_directory(Path(cfg.output_dir)) as directory:
+    cfg = fetch_models(cfg)
+    with output_directory(cfg.output_dir) as directory:
         dataset = read_rows(cfg)
         model = load_tuned_model(cfg, "classes").model
-        found = answers(model, dataset, cfg.get("batch_size_val") or cfg.batch_size)
+        found = answers(model, dataset, cfg.batch_size_val or cfg.batch_size)
         lines = [
             json.dumps({**row, **answer}, default=str)
             for row, answer in zip(dataset.rows, found, strict=True)
@@ -101,4 +111,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main, KEYS, __doc__)
+    run_recipe(main, ClassifyConfig, __doc__)

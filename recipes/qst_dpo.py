@@ -13,31 +13,32 @@ else, checkpoints, resuming, validation and the keys of a config, is that of ``q
 
 from omegaconf import DictConfig
 
+from qst_tune.config.check import read_config
 from qst_tune.config.cli import run_recipe
-from qst_tune.config.keys import TRAINING_KEYS
+from qst_tune.config.schema import TrainingConfig
 from qst_tune.errors import UserError
 from qst_tune.estimation.dry_run import describe_run
 from qst_tune.models.build import build_on_meta
 from qst_tune.modules import QSTClassifier
-from qst_tune.training.methods import REFUSED, load_qst
+from qst_tune.training.methods import QST_REFUSED, load_qst
 from qst_tune.training.preference import build_preference_learning, reference_of
 from qst_tune.training.run import begin_run, build_trainer
 
-KEYS = TRAINING_KEYS
 
-
-def main(cfg: DictConfig) -> None:
+def main(raw: DictConfig) -> None:
     """Run the recipe."""
+    cfg = read_config(raw, TrainingConfig, QST_REFUSED)
     reference = reference_of(cfg)  # fails before anything loads
-    with begin_run(cfg, REFUSED) as run:
-        model = build_on_meta(cfg, run.dtype)
+    with begin_run(cfg) as run:
+        cfg = run.cfg
+        model = build_on_meta(cfg.model, run.dtype)
         if isinstance(model, QSTClassifier):
             raise UserError(f"model: {cfg.model._component_} classifies; name a language model")
         task, data = build_preference_learning(
             cfg, run.tokenizer, model, seed=run.seed, device=run.device
         )
         run.report(model, data)
-        if cfg.get("dry_run"):
+        if cfg.dry_run:
             if run.is_main:
                 print(describe_run(cfg, data, run.device, run.dtype))
             return
@@ -48,4 +49,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main, KEYS, __doc__)
+    run_recipe(main, TrainingConfig, __doc__)

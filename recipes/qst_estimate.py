@@ -11,42 +11,25 @@ on the hub only ``config.json`` is downloaded. ``python -m benchmarks.estimate``
 QLoRA, LoRA and full fine-tuning beside it.
 """
 
-from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from torchtune import utils
 
-from qst_tune.config.check import check_config
+from qst_tune.config.check import read_config
 from qst_tune.config.cli import run_recipe
 from qst_tune.config.device import AUTO, DTYPE_NAMES
-from qst_tune.config.hub_models import fetch_models
-from qst_tune.config.keys import Key, pick, setting
+from qst_tune.config.model_directory import fetch_models
+from qst_tune.config.schema import EstimateConfig
 from qst_tune.errors import UserError
 from qst_tune.estimation.dry_run import DEFAULT_SEQ_LEN
-from qst_tune.estimation.fake_device import Attention, DeviceType
+from qst_tune.estimation.fake_device import DeviceType
 from qst_tune.estimation.question import Question
 from qst_tune.estimation.report import JSON_FILE, table, write
 from qst_tune.estimation.setup import Shape, own_setup
 from qst_tune.estimation.spread import Spread
 from qst_tune.results.output_directory import output_directory
-
-KEYS = {
-    "fit_gib": Key(kind=float, above=0, meaning="look for the largest batch within so many GiB"),
-    "attention": Key(
-        kind=str,
-        default="fused",
-        choices=get_args(Attention),
-        meaning="plain holds the scores, fused never does",
-    ),
-    "num_processes": Key(
-        kind=int, default=1, least=1, meaning="that share the work, as backbone_sharding has it"
-    ),
-    **pick("model", "tokenizer", "batch_size", "optimizer", "loss", "output_dir"),
-    **pick("device", "dtype", "clip_grad_norm", "enable_activation_checkpointing"),
-    **pick("backbone_sharding", "gradient_accumulation_steps"),
-}
 
 log = utils.get_logger("INFO")
 
@@ -54,17 +37,17 @@ log = utils.get_logger("INFO")
 class QSTEstimateRecipe:
     """Estimate a step of the config's model, and its largest batch if asked."""
 
-    def __init__(self, cfg: DictConfig) -> None:
+    def __init__(self, cfg: EstimateConfig) -> None:
         self.cfg = cfg
-        self.dtype = _dtype(str(setting(cfg, "dtype", KEYS)))
+        self.dtype = _dtype(cfg.dtype)
         self.question = Question(
             lambda: own_setup(cfg, self.dtype),
             cfg,
             Shape(cfg.batch_size, self._seq_len()),
-            device=_device_type(str(setting(cfg, "device", KEYS))),
-            attention=setting(cfg, "attention", KEYS),
-            spread=Spread.of_config(cfg, setting(cfg, "num_processes", KEYS)),
-            fit_gib=setting(cfg, "fit_gib", KEYS),
+            device=_device_type(cfg.device),
+            attention=cfg.attention,
+            spread=Spread.of_config(cfg, cfg.num_processes),
+            fit_gib=cfg.fit_gib,
         )
 
     def _seq_len(self) -> int:
@@ -93,7 +76,7 @@ class QSTEstimateRecipe:
                 f"largest batch of {asked.shape.seq_len} tokens a row that fits in "
                 f"{asked.fit_gib:g} GiB: {row.largest_batch or 'none'}"
             )
-        directory = Path(self.cfg.output_dir)
+        directory = self.cfg.output_dir
         write(directory, row, self._settings())
         print(f"{directory / JSON_FILE} written")
 
@@ -134,14 +117,13 @@ def _positive(value: Any, name: str) -> int:
     return value
 
 
-def main(cfg: DictConfig) -> None:
+def main(raw: DictConfig) -> None:
     """Run the recipe."""
-    check_config(cfg, KEYS)
-    fetch_models(cfg, "config")
+    cfg = fetch_models(read_config(raw, EstimateConfig), "config")
     recipe = QSTEstimateRecipe(cfg)
-    with output_directory(Path(cfg.output_dir)):
+    with output_directory(cfg.output_dir):
         recipe.run()
 
 
 if __name__ == "__main__":
-    run_recipe(main, KEYS, __doc__)
+    run_recipe(main, EstimateConfig, __doc__)

@@ -16,46 +16,55 @@ a file) and ``questions`` (accuracy on rows with question, choices and answer, b
 import json
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import DictConfig
 from torchtune import utils
 
-from qst_tune.config.check import check_config
-from qst_tune.config.cli import instantiate, run_recipe
-from qst_tune.config.defaults import fill_in
-from qst_tune.config.keys import Key, pick, setting
+from qst_tune.config.check import read_config
+from qst_tune.config.cli import run_recipe
+from qst_tune.config.components import instantiate
+from qst_tune.config.keys import key
+from qst_tune.config.schema import Blocks, TunedModelConfig, training_key
 from qst_tune.data.batches.datasets import build_dataset
 from qst_tune.data.batches.loader import BatchLoader
 from qst_tune.data.batches.training_data import collate_of, text_collate
 from qst_tune.errors import UserError
-from qst_tune.evaluation.multiple_choice import read_questions, score_questions
+from qst_tune.evaluation.multiple_choice import Question, read_questions, score_questions
 from qst_tune.evaluation.perplexity import read_text, score_text
 from qst_tune.generation.caches import without_head
 from qst_tune.modules import LinearCrossEntropyLoss
 from qst_tune.modules.model_limits import limits_of
-from qst_tune.results.loading import MODEL_KEYS, TunedModel, load_tuned_model
+from qst_tune.results.loading import TunedModel, load_tuned_model
 from qst_tune.results.output_directory import output_directory
 from qst_tune.training.language_modelling import validation_loss
 
-KEYS = {
-    "text": Key(kind=Path, meaning="text file: perplexity and bits a byte"),
-    "window": Key(kind=int, default=1024, least=1, meaning="tokens of text that are run at once"),
-    "max_text_tokens": Key(kind=int, least=2, meaning="of the beginning of text; null: all"),
-    "questions": Key(
-        kind=Path, meaning="jsonl file with question, choices, answer and subject: accuracy"
-    ),
-    "examples": Key(kind=Path, meaning="jsonl file of answered questions to put before each"),
-    "num_examples": Key(
-        kind=int, default=5, least=0, meaning="answered questions of the same subject"
-    ),
-    "limit": Key(kind=int, least=1, meaning="questions, spread evenly over the file; null: all"),
-    **pick("dataset_val", "on_bad_row", "batch_size_val"),
-    **pick("batch_size", required=False, default=8),
-    **MODEL_KEYS,
-    **pick("output_dir"),
-}
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(TunedModelConfig):
+    """The keys of this recipe."""
+
+    text: Path | None = key("text file: perplexity and bits a byte", default=None)
+    window: int = key("tokens of text that are run at once", default=1024, least=1)
+    max_text_tokens: int | None = key("of the beginning of text; null: all", default=None, least=2)
+    questions: Path | None = key(
+        "jsonl file with question, choices, answer and subject: accuracy", default=None
+    )
+    examples: Path | None = key("jsonl file of answered questions to put before each", default=None)
+    num_examples: int = key("answered questions of the same subject", default=5, least=0)
+    limit: int | None = key(
+        "questions, spread evenly over the file; null: all", default=None, least=1
+    )
+    dataset_val: Blocks | None = training_key("dataset_val")
+    on_bad_row: Literal["error", "skip"] = training_key("on_bad_row")
+    batch_size_val: int | None = training_key("batch_size_val")
+    batch_size: int = training_key("batch_size", default=8)
+    collate_fn: str | None = training_key("collate_fn")
+    output_dir: Path = training_key("output_dir")
+
+
 RESULT_FILE = "evaluation.json"
 
 # Measures a model as it is now.
@@ -64,27 +73,27 @@ Measure = Callable[[], dict[str, float]]
 log = utils.get_logger("INFO")
 
 
-def measures(cfg: DictConfig, tuned: TunedModel) -> Iterator[Measure]:
+def measures(cfg: EvaluationConfig, tuned: TunedModel) -> Iterator[Measure]:
     """Read what the config names, and yield functions that measure it."""
-    batch_size = cfg.get("batch_size_val") or setting(cfg, "batch_size", KEYS)
-    if cfg.get("dataset_val"):
-        yield _validation(cfg, tuned, batch_size)
-    if cfg.get("text"):
-        yield _text(cfg, tuned, batch_size)
-    if cfg.get("questions"):
-        yield _questions(cfg, tuned, batch_size)
+    batch_size = cfg.batch_size_val or cfg.batch_size
+    if cfg.dataset_val:
+        yield _validation(cfg, cfg.dataset_val, tuned, batch_size)
+    if cfg.text:
+        yield _text(cfg, cfg.text, tuned, batch_size)
+    if cfg.questions:
+        yield _questions(cfg, read_questions(cfg.questions), tuned, batch_size)
 
 
-def _validation(cfg: DictConfig, tuned: TunedModel, batch_size: int) -> Measure:
+def _validation(
+    cfg: EvaluationConfig, block: Blocks, tuned: TunedModel, batch_size: int
+) -> Measure:
     model, device = tuned.model, tuned.model.tok_embeddings.weight.device
     loss = LinearCrossEntropyLoss()
     tokenizer = instantiate(cfg.tokenizer, "tokenizer")  # with its limit, as in training
     limits = limits_of(model, tokenizer, loss.ignore_index)
-    skip = setting(cfg, "on_bad_row", KEYS) == "skip"
-    rows = build_dataset(
-        cfg.dataset_val, "dataset_val", tokenizer, limits=limits, skip_bad_rows=skip
-    )
-    collate = collate_of(rows, text_collate(cfg, limits))
+    skip = cfg.on_bad_row == "skip"
+    rows = build_dataset(block, "dataset_val", tokenizer, limits=limits, skip_bad_rows=skip)
+    collate = collate_of(rows, text_collate(cfg.collate_fn, limits))
     batches = BatchLoader(rows, collate, batch_size=batch_size, seed=None, drop_last=False)
 
     def measure() -> dict[str, float]:
@@ -95,9 +104,9 @@ def _validation(cfg: DictConfig, tuned: TunedModel, batch_size: int) -> Measure:
     return measure
 
 
-def _text(cfg: DictConfig, tuned: TunedModel, batch_size: int) -> Measure:
-    tokens, num_bytes = read_text(Path(cfg.text), tuned.tokenizer, cfg.get("max_text_tokens"))
-    window = min(setting(cfg, "window", KEYS), tuned.model.max_seq_len)
+def _text(cfg: EvaluationConfig, file: Path, tuned: TunedModel, batch_size: int) -> Measure:
+    tokens, num_bytes = read_text(file, tuned.tokenizer, cfg.max_text_tokens)
+    window = min(cfg.window, tuned.model.max_seq_len)
 
     def measure() -> dict[str, float]:
         score = score_text(tuned.model, tokens, num_bytes, window=window, batch_size=batch_size)
@@ -106,14 +115,15 @@ def _text(cfg: DictConfig, tuned: TunedModel, batch_size: int) -> Measure:
     return measure
 
 
-def _questions(cfg: DictConfig, tuned: TunedModel, batch_size: int) -> Measure:
-    questions = read_questions(Path(cfg.questions))
-    examples = read_questions(Path(cfg.examples)) if cfg.get("examples") else []
-    num_examples = setting(cfg, "num_examples", KEYS) if examples else 0
+def _questions(
+    cfg: EvaluationConfig, questions: list[Question], tuned: TunedModel, batch_size: int
+) -> Measure:
+    examples = read_questions(cfg.examples) if cfg.examples else []
+    num_examples = cfg.num_examples if examples else 0
     foreign = {question.subject for question in questions} - {e.subject for e in examples}
     if num_examples and foreign:
         raise UserError(f"examples={cfg.examples} has none of the subject {min(foreign)!r}")
-    limit = cfg.get("limit") or len(questions)
+    limit = cfg.limit or len(questions)
     # Evenly over the file, where the questions of a subject often stand together.
     chosen = [questions[i * len(questions) // limit] for i in range(min(limit, len(questions)))]
 
@@ -145,13 +155,12 @@ def table(results: dict[str, dict[str, float]]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def main(cfg: DictConfig) -> None:
+def main(raw: DictConfig) -> None:
     """Run the recipe."""
-    fill_in(cfg)
-    check_config(cfg, KEYS)
-    if not any(cfg.get(key) for key in ("dataset_val", "text", "questions")):
+    cfg = read_config(raw, EvaluationConfig)
+    if not any((cfg.dataset_val, cfg.text, cfg.questions)):
         raise UserError("nothing to measure: name a text, questions or a dataset_val")
-    with output_directory(Path(cfg.output_dir)) as directory:
+    with output_directory(cfg.output_dir) as directory:
         tuned = load_tuned_model(cfg)
         to_measure = list(measures(cfg, tuned))
         results: dict[str, dict[str, float]] = {}
@@ -165,4 +174,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main, KEYS, __doc__)
+    run_recipe(main, EvaluationConfig, __doc__)

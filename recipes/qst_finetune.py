@@ -17,8 +17,9 @@ from functools import partial
 
 from omegaconf import DictConfig
 
+from qst_tune.config.check import read_config
 from qst_tune.config.cli import run_recipe
-from qst_tune.config.keys import TRAINING_KEYS
+from qst_tune.config.schema import TrainingConfig
 from qst_tune.data import collate_classification
 from qst_tune.data.batches.training_data import TrainingData, build_data
 from qst_tune.estimation.dry_run import describe_run
@@ -28,11 +29,11 @@ from qst_tune.modules.qst_classifier import QSTClassifier
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.training.classification import build_classification_task
 from qst_tune.training.language_modelling import build_language_modelling
-from qst_tune.training.methods import REFUSED, load_qst
+from qst_tune.training.methods import QST_REFUSED, load_qst
 from qst_tune.training.run import Run, begin_run, build_trainer
 from qst_tune.training.task import Task
 
-KEYS = TRAINING_KEYS
+REFUSED = {**QST_REFUSED, "reference": "is for qst_dpo; remove it"}
 
 
 def build_task(run: Run, model: QSTModel) -> tuple[Task, TrainingData]:
@@ -45,16 +46,17 @@ def build_task(run: Run, model: QSTModel) -> tuple[Task, TrainingData]:
     collate = partial(collate_classification, pad_id=pad_id, max_seq_len=longest)
     data = build_data(cfg, limits, collate, seed=seed)
     datasets = [loader.dataset for loader in (data.train, data.validation) if loader]
-    return build_classification_task(cfg, model, datasets, device), data
+    return build_classification_task(cfg.loss, model, datasets, device), data
 
 
-def main(cfg: DictConfig) -> None:
+def main(raw: DictConfig) -> None:
     """Run the recipe."""
-    with begin_run(cfg, {**REFUSED, "reference": "is for qst_dpo; remove it"}) as run:
-        model = build_on_meta(cfg, run.dtype)
+    with begin_run(read_config(raw, TrainingConfig, REFUSED)) as run:
+        cfg = run.cfg
+        model = build_on_meta(cfg.model, run.dtype)
         task, data = build_task(run, model)
         run.report(model, data)
-        if cfg.get("dry_run"):
+        if cfg.dry_run:
             if run.is_main:
                 print(describe_run(cfg, data, run.device, run.dtype))
             return
@@ -63,4 +65,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main, KEYS, __doc__)
+    run_recipe(main, TrainingConfig, __doc__)

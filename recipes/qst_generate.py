@@ -11,35 +11,36 @@ The config may also be that of the training run, of qst_finetune or of peqa_fine
 """
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, ListConfig
 from torchtune import training, utils
 from torchtune.data import Message
 
-from qst_tune.config.check import check_config
+from qst_tune.config.check import read_config
 from qst_tune.config.cli import run_recipe
-from qst_tune.config.keys import Key, setting
+from qst_tune.config.keys import key
+from qst_tune.config.schema import GenerationConfig
 from qst_tune.errors import UserError
 from qst_tune.generation.batch import answer_batch
 from qst_tune.generation.conversation import prompt_tokens
-from qst_tune.generation.sampling import SAMPLING_KEYS, Sampling
+from qst_tune.generation.sampling import Sampling
 from qst_tune.generation.tools import read_tool_file
-from qst_tune.results.loading import MODEL_KEYS, load_tuned_model
+from qst_tune.results.loading import load_tuned_model
 
-KEYS = {
-    "prompt": Key(kind=str, meaning="what to answer"),
-    "prompts": Key(kind=list, meaning="several prompts, answered in one batch"),
-    "system_prompt": Key(kind=str, meaning="precedes each prompt"),
-    "tools": Key(
-        kind=Path, meaning="JSON file with schemas of the functions that the model may call"
-    ),
-    "compare_with_base": Key(kind=bool, default=False, meaning="print the base model's answer too"),
-    "max_new_tokens": Key(kind=int, default=200, least=1, meaning="longest answer"),
-    **SAMPLING_KEYS,
-    **MODEL_KEYS,
-}
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(GenerationConfig):
+    """The keys of this recipe."""
+
+    prompt: str | None = key("what to answer", default=None)
+    prompts: ListConfig | None = key("several prompts, answered in one batch", default=None)
+    tools: Path | None = key(
+        "JSON file with schemas of the functions that the model may call", default=None
+    )
+    compare_with_base: bool = key("print the base model's answer too", default=False)
+
 
 log = utils.get_logger("INFO")
 
@@ -47,17 +48,17 @@ log = utils.get_logger("INFO")
 class QSTGenerateRecipe:
     """Load a model once and answer a batch of prompts."""
 
-    def __init__(self, cfg: DictConfig) -> None:
+    def __init__(self, cfg: GenerateConfig) -> None:
         self.cfg = cfg
-        training.set_seed(seed=cfg.get("seed"))
+        training.set_seed(seed=cfg.seed)
         self.prompts = read_prompts(cfg)
         self.tuned = load_tuned_model(cfg)
         self.model, self.tokenizer = self.tuned.model, self.tuned.tokenizer
-        self.tools = read_tool_file(cfg.tools, self.tokenizer) if cfg.get("tools") else None
+        self.tools = read_tool_file(cfg.tools, self.tokenizer) if cfg.tools else None
 
     def run(self) -> None:
         """Print the answers, and the base model's before them if ``compare_with_base``."""
-        if self.cfg.get("compare_with_base") or not self.tuned.is_tuned:
+        if self.cfg.compare_with_base or not self.tuned.is_tuned:
             with self.tuned.untuned():
                 self._print_answers("quantised base model")
         if self.tuned.is_tuned:
@@ -76,7 +77,7 @@ class QSTGenerateRecipe:
     def answer(self) -> list[list[int]]:
         """Generate all prompts in one batch; returns the ids without a stop token."""
         encoded = [self._encode(prompt) for prompt in self.prompts]
-        budget = setting(self.cfg, "max_new_tokens", KEYS)
+        budget = self.cfg.max_new_tokens
         longest = max(map(len, encoded))
         if longest + budget > self.model.max_seq_len:
             raise UserError(
@@ -93,7 +94,7 @@ class QSTGenerateRecipe:
 
     def _encode(self, prompt: str) -> list[int]:
         message = Message(role="user", content=prompt, masked=True)
-        system_prompt = self.cfg.get("system_prompt")
+        system_prompt = self.cfg.system_prompt
         return prompt_tokens(
             self.tokenizer, [message], system_prompt=system_prompt, tools=self.tools
         )
@@ -104,10 +105,9 @@ class QSTGenerateRecipe:
         return text
 
 
-def read_prompts(cfg: DictConfig) -> list[str]:
+def read_prompts(cfg: GenerateConfig) -> list[str]:
     """Read ``prompt``, a text, or ``prompts``, a list; UserError if there is none."""
-    one: Any = cfg.get("prompt")
-    many: Any = cfg.get("prompts")
+    one, many = cfg.prompt, cfg.prompts
     if many is not None and not isinstance(many, ListConfig):
         raise UserError(f'prompts={many} is not a list: write prompts=\'["first","second"]\'')
     if one and many:
@@ -118,11 +118,10 @@ def read_prompts(cfg: DictConfig) -> list[str]:
     return prompts
 
 
-def main(cfg: DictConfig) -> None:
+def main(raw: DictConfig) -> None:
     """Run the recipe."""
-    check_config(cfg, KEYS)
-    QSTGenerateRecipe(cfg).run()
+    QSTGenerateRecipe(read_config(raw, GenerateConfig)).run()
 
 
 if __name__ == "__main__":
-    run_recipe(main, KEYS, __doc__)
+    run_recipe(main, GenerateConfig, __doc__)

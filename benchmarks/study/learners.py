@@ -31,7 +31,7 @@ from benchmarks.methods import (
 )
 from benchmarks.peers import add_lora
 from qst_tune.backbone.torchtune_loading import load_backbone
-from qst_tune.config.cli import instantiate
+from qst_tune.config.components import instantiate
 from qst_tune.models import peqa_decoder, qst_decoder, smollm2_135m
 from qst_tune.modules.peqa_model import PEQAModel
 from qst_tune.modules.qst_model import QSTModel

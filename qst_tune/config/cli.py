@@ -2,28 +2,34 @@
 
 import errno
 import os
-import re
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from torchtune import config
 
+from qst_tune.config.defaults import hide_bars_of_small_files
 from qst_tune.config.file import lines_of, parse_config, split_arguments
-from qst_tune.config.help import help_text
-from qst_tune.config.keys import TRAINING_KEYS, Keys
-from qst_tune.config.progress_bars import hide_bars_of_small_files
-from qst_tune.errors import USER_ERROR_STATUS, ConfigError, UserError, first_line
+from qst_tune.config.keys import NOUNS, Keys, RecipeConfig, keys_of
+from qst_tune.config.schema import TRAINING_KEYS, TrainingConfig
+from qst_tune.errors import USER_ERROR_STATUS, ConfigError, UserError
 from qst_tune.terminal import hide_routine_lines, safe_streams
 
+WIDTH = 96
+_EPILOGUE = """\
+A value follows the config file's key: batch_size=8 tokenizer.max_seq_len=1024. ~key removes a key.
+`tune ls` lists the configs; `tune cp CONFIG FILE` copies one to change. Keys of a training config
+that are not listed are accepted and not read."""
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 TRACEBACK_VARIABLE = "QST_TUNE_TRACEBACK"
 
 
 def run_recipe(
-    recipe_main: Callable[[DictConfig], None], keys: Keys = TRAINING_KEYS, doc: str | None = None
+    recipe_main: Callable[[DictConfig], None],
+    schema: type[RecipeConfig] = TrainingConfig,
+    doc: str | None = None,
 ) -> None:
     """Run a recipe's main function on ``--config FILE key=value ...`` and exit.
 
@@ -34,7 +40,7 @@ def run_recipe(
     hide_routine_lines()
     with safe_streams():
         if not {"-h", "--help"}.isdisjoint(sys.argv[1:]):
-            sys.stdout.write(help_text(Path(sys.argv[0]).stem, doc or "", keys))
+            sys.stdout.write(help_text(Path(sys.argv[0]).stem, doc or "", keys_of(schema)))
             sys.exit(0)
         _run(recipe_main)
 
@@ -61,23 +67,6 @@ def _run(recipe_main: Callable[[DictConfig], None]) -> None:
         sys.exit(130)
 
 
-def instantiate(block: DictConfig, name: str, *args: Any, **kwargs: Any) -> Any:
-    """Build a component of the config; UserError with the name of its block if it raises."""
-    try:
-        return config.instantiate(block, *args, **kwargs)
-    except UserError as error:  # of a component of ours
-        if re.match(rf"{re.escape(name)}\b", str(error)):
-            raise
-        raise UserError(f"{name}: {error}") from error
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{name}: {first_line(error)}") from error
-    except Exception as error:  # a component may be the user's own code
-        # Messages of other types need not be sentences: a KeyError's is the key.
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        cause = f" ({first_line(error.__cause__)})" if error.__cause__ else ""
-        raise UserError(f"{name}: {block._component_} failed: {reason}{cause}") from error
-
-
 def _with_places(error: UserError, arguments: list[str]) -> list[str]:
     """The message's lines; each mistake of the config file with its line there."""
     if not isinstance(error, ConfigError):
@@ -90,3 +79,47 @@ def _with_places(error: UserError, arguments: list[str]) -> list[str]:
         line = None if problem.key.startswith(overridden) else places.get(problem.key)
         lines.append(f"config: {problem.text}" + (f" ({path}:{line})" if line else ""))
     return lines
+
+
+def help_text(recipe: str, doc: str, keys: Keys) -> str:
+    """Describe a recipe: its usage, the purpose in its module's docstring, and its keys."""
+    usage = f"usage: tune run {recipe} --config CONFIG [key=value ...]"
+    lines = [line for name in keys for line in _lines_of(name, keys)]
+    purpose = doc.strip().replace("``", "`")
+    return "\n".join([usage, "", purpose, "", "keys:", *lines, "", _EPILOGUE, ""])
+
+
+def _lines_of(name: str, keys: Keys) -> list[str]:
+    """Name and values of a key, then its meaning and default, indented."""
+    key = keys[name]
+    choices = [str(choice) for choice in key.choices]
+    values = "|".join(choices) if choices else NOUNS[key.kind].removeprefix("a ")
+    # A non-breaking space: textwrap breaks lines at ASCII whitespace only.
+    end = "required" if key.required else f"default:\xa0{_shown(key.default)}"
+    return [f"  {name}: {values}", *_wrapped(f"{key.meaning} [{end}]")]
+
+
+def _wrapped(text: str) -> list[str]:
+    indent = " " * 6
+    lines = textwrap.wrap(
+        text, WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+    )
+    return [line.replace("\xa0", " ") for line in lines]
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+def markdown_table(keys: Keys) -> str:
+    """Describe keys as a Markdown table."""
+    rows = [
+        f"| `{name}` | {'required' if key.required else f'`{_shown(key.default)}`'} "
+        f"| {key.meaning.replace('<', '&lt;')} |"
+        for name, key in keys.items()
+    ]
+    return "\n".join(["| key | default | meaning |", "| --- | --- | --- |", *rows])
+
+
+if __name__ == "__main__":
+    sys.stdout.write(markdown_table(TRAINING_KEYS) + "\n")

@@ -1,6 +1,7 @@
-"""Check the components of a config against their signatures, without calling them."""
+"""Build the components of a config; check them against their signatures without calling them."""
 
 import inspect
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -8,10 +9,11 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from torchtune import config
 
 from qst_tune.config.keys import NOUNS
 from qst_tune.config.other_names import other_name_hint
-from qst_tune.errors import Problem, did_you_mean
+from qst_tune.errors import Problem, UserError, did_you_mean, first_line
 from qst_tune.torchtune_compat import component_of
 
 # Block -> number of positional arguments and names of keyword arguments that a recipe gives.
@@ -166,3 +168,20 @@ def _last_line(error: Exception) -> str:
     """The informative line: torchtune's InstantiationError wraps the cause in several."""
     cause = error.__cause__ or error
     return str(cause).strip().splitlines()[-1] if str(cause).strip() else type(cause).__name__
+
+
+def instantiate(block: DictConfig, name: str, *args: Any, **kwargs: Any) -> Any:
+    """Build a component of the config; UserError with the name of its block if it raises."""
+    try:
+        return config.instantiate(block, *args, **kwargs)
+    except UserError as error:  # of a component of ours
+        if re.match(rf"{re.escape(name)}\b", str(error)):
+            raise
+        raise UserError(f"{name}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{name}: {first_line(error)}") from error
+    except Exception as error:  # a component may be the user's own code
+        # Messages of other types need not be sentences: a KeyError's is the key.
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        cause = f" ({first_line(error.__cause__)})" if error.__cause__ else ""
+        raise UserError(f"{name}: {block._component_} failed: {reason}{cause}") from error

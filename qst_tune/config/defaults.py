@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -19,6 +20,8 @@ LOCAL_FORMATS = {
     ".parquet": "parquet",
     ".txt": "text",
 }
+# Read in about a second.
+SMALL_BYTES = 100 * 2**20
 # Keys of a dataset block that choose its rows: another choice takes none of them over.
 _WHERE = ("data_files", "source", "name", "data_dir", "revision")
 _WHICH = (*_WHERE, "split")
@@ -96,3 +99,12 @@ def _name_format(block: DictConfig) -> None:
 
 def _ending(path: Path) -> str:
     return (path.with_suffix("") if path.suffix == ".gz" else path).suffix
+
+
+def hide_bars_of_small_files(cfg: DictConfig) -> None:
+    """Switch the bars off if everything that the config reads is in small local files."""
+    blocks = dataset_blocks(cfg, "dataset", "dataset_val")
+    files = [Path(name) for _, block in blocks for name in data_files(block) or [""]]
+    is_local = bool(files) and all(file.is_file() for file in files)
+    if is_local and sum(file.stat().st_size for file in files) < SMALL_BYTES:
+        datasets.disable_progress_bars()

@@ -1,10 +1,9 @@
 """The device and the dtype of a config; ``auto`` is what this machine has."""
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torchtune import training, utils
 
-from qst_tune.errors import UserError
+from qst_tune.errors import UserError, first_line
 
 AUTO = "auto"
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -39,41 +38,37 @@ def _computes_in_bf16(device: torch.device) -> bool:
         return False
 
 
-def choose_device(cfg: DictConfig) -> torch.device:
-    """Return the config's device, with this process's index under torchrun.
+def choose_device(name: str = AUTO) -> torch.device:
+    """Return the device of a config's key, with this process's index under torchrun.
 
-    Without ``device``, or with "auto", it is what there is. UserError if this machine lacks it.
+    "auto" is what there is. UserError if this machine lacks it.
     """
-    if cfg.get("device") in (None, AUTO):
-        return choose_device(OmegaConf.create({"device": automatic_device()}))
+    if name == AUTO:
+        name = automatic_device()
     try:
-        device: torch.device = utils.get_device(device=cfg.device)
+        device: torch.device = utils.get_device(device=name)
     except (AssertionError, AttributeError, RuntimeError, ValueError) as error:  # torch's own
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device={cfg.device} cannot be used: {reason}") from error
+        raise UserError(f"device={name} cannot be used: {first_line(error)}") from error
     # Without a GPU, torchtune 0.6.1 answers "cuda" with the CPU.
-    if device.type != torch.device(cfg.device).type:
+    if device.type != torch.device(name).type:
         raise UserError(
-            f"device={cfg.device} cannot be used: this machine has none, or torch does not see it; "
+            f"device={name} cannot be used: this machine has none, or torch does not see it; "
             f"use device={device.type}"
         )
     return device
 
 
-def choose_dtype(cfg: DictConfig, device: torch.device) -> torch.dtype:
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the dtype of the backbone: bfloat16, float16 or float32.
 
-    Without ``dtype``, or with "auto", it is what the device is best at. UserError if it is another
-    one or the device cannot compute in it.
+    "auto" is what the device is best at. UserError if the device cannot compute in it.
     """
-    if cfg.get("dtype") in (None, AUTO):
+    if name == AUTO:
         return automatic_dtype(device)
-    if cfg.dtype not in ("bf16", "fp16", "fp32"):
-        raise UserError(f"dtype={cfg.dtype} is not supported: use bf16, fp16 or fp32")
+    if name not in DTYPE_NAMES.values():
+        raise UserError(f"dtype={name} is not supported: use bf16, fp16 or fp32")
     try:
-        dtype: torch.dtype = training.get_dtype(cfg.dtype, device=device)
+        dtype: torch.dtype = training.get_dtype(name, device=device)
     except RuntimeError as error:
-        raise UserError(
-            f"dtype={cfg.dtype} cannot be used on {device}: use fp16 or fp32"
-        ) from error
+        raise UserError(f"dtype={name} cannot be used on {device}: use fp16 or fp32") from error
     return dtype

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from qst_tune.config.keys import TRAINING_KEYS
+from qst_tune.config.schema import TRAINING_KEYS
 from qst_tune.errors import UserError, first_line
 from qst_tune.torchtune_compat import has_component, remove_key
 

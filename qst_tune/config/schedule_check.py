@@ -7,7 +7,8 @@ from omegaconf import DictConfig
 from torch import nn
 from torchtune import utils
 
-from qst_tune.config.cli import instantiate
+from qst_tune.config.components import instantiate
+from qst_tune.config.schema import TrainingConfig
 from qst_tune.distributed.processes import rank_and_world_size
 from qst_tune.errors import UserError
 
@@ -23,7 +24,7 @@ _FIX = f"use lr_scheduler._component_={_OWN}, whose warm-up is a share of the ru
 log = utils.get_logger("INFO")
 
 
-def report_schedule(cfg: DictConfig, num_steps: int) -> None:
+def report_schedule(cfg: TrainingConfig, num_steps: int) -> None:
     """Warn, on the main process, of steps that a schedule wastes and of a very short run."""
     warnings = [*check_schedule(cfg, num_steps), *_few_steps(cfg, num_steps)]
     if rank_and_world_size()[0] == 0:
@@ -31,13 +32,13 @@ def report_schedule(cfg: DictConfig, num_steps: int) -> None:
             log.warning(warning)
 
 
-def check_schedule(cfg: DictConfig, num_steps: int) -> list[str]:
+def check_schedule(cfg: TrainingConfig, num_steps: int) -> list[str]:
     """Return warnings of steps that a schedule wastes; UserError if every step has a rate of 0."""
-    block = cfg.get("lr_scheduler")
-    full, rates = learning_rates(cfg, num_steps if block and num_steps <= _LONGEST else 0)
+    block = cfg.lr_scheduler
+    full, rates = learning_rates(cfg, num_steps if num_steps <= _LONGEST else 0)
     if not full:
         raise UserError("optimizer: lr=0 changes nothing in any step: set it above 0")
-    if not rates:
+    if block is None or not rates:
         return []
     if not any(rates):
         raise UserError(
@@ -47,12 +48,12 @@ def check_schedule(cfg: DictConfig, num_steps: int) -> list[str]:
     return [*_long_warmup(block, full, rates), *_first_rate(block, rates)]
 
 
-def learning_rates(cfg: DictConfig, num_steps: int) -> tuple[float, list[float]]:
+def learning_rates(cfg: TrainingConfig, num_steps: int) -> tuple[float, list[float]]:
     """Return the optimizer's own rate, and those of ``num_steps`` steps of its schedule."""
     parameter = nn.Parameter(torch.zeros(1))
     optimizer: Any = instantiate(cfg.optimizer, "optimizer", [parameter])
     full = float(optimizer.param_groups[0]["lr"])
-    if not num_steps:
+    if not num_steps or cfg.lr_scheduler is None:
         return full, []
     settings = {"num_training_steps": num_steps, "last_epoch": -1}
     # The config's optimizer is never stepped, and torch would warn of that.
@@ -66,9 +67,9 @@ def learning_rates(cfg: DictConfig, num_steps: int) -> tuple[float, list[float]]
     return full, rates
 
 
-def _few_steps(cfg: DictConfig, num_steps: int) -> list[str]:
+def _few_steps(cfg: TrainingConfig, num_steps: int) -> list[str]:
     """Warn of a small file's run, unless it was made short on purpose."""
-    if num_steps >= _FEW_STEPS or cfg.get("max_steps_per_epoch"):
+    if num_steps >= _FEW_STEPS or cfg.max_steps_per_epoch:
         return []
     epochs = -(-_FEW_STEPS * cfg.epochs // num_steps)
     return [

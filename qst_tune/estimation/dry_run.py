@@ -1,8 +1,8 @@
 """What ``dry_run=true`` of a training recipe reports: the run and its memory, without doing it."""
 
 import torch
-from omegaconf import DictConfig
 
+from qst_tune.config.schema import TrainingConfig
 from qst_tune.data.batches.schedule import schedule_of
 from qst_tune.data.batches.training_data import TrainingData
 from qst_tune.distributed.processes import rank_and_world_size
@@ -17,7 +17,7 @@ DEFAULT_SEQ_LEN = 512
 
 
 def describe_run(
-    cfg: DictConfig, data: TrainingData, device: torch.device, dtype: torch.dtype
+    cfg: TrainingConfig, data: TrainingData, device: torch.device, dtype: torch.dtype
 ) -> str:
     """Describe a run that would begin now: steps, rows, and the parts of the peak memory.
 

@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from omegaconf import DictConfig
-
+from qst_tune.config.schema import StepConfig
 from qst_tune.estimation.batch_peaks import BatchPeaks
 from qst_tune.estimation.depth import Shorten
 from qst_tune.estimation.fake_device import Attention, DeviceType
@@ -30,7 +29,7 @@ class Question:
     """
 
     build: Callable[[], Setup]
-    cfg: DictConfig
+    cfg: StepConfig
     shape: Shape
     device: DeviceType
     attention: Attention = "fused"

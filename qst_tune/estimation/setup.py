@@ -7,12 +7,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torchtune.modules import RMSNorm
 
-from qst_tune.config.cli import instantiate
+from qst_tune.config.components import instantiate
+from qst_tune.config.schema import StepConfig
 from qst_tune.data.batches.collate import align_labels
 from qst_tune.data.batches.loader import Batch
 from qst_tune.errors import UserError
@@ -81,13 +81,13 @@ class Setup:
         return {"tokens": tokens, "labels": align_labels(torch.randint_like(tokens, vocabulary))}
 
 
-def own_setup(cfg: DictConfig, dtype: torch.dtype) -> Setup:
+def own_setup(cfg: StepConfig, dtype: torch.dtype) -> Setup:
     """Set up a step of the config's own model, as its training recipe does.
 
     ``dtype`` is of what is not quantised. UserError if the model is neither QST nor PEQA.
     """
-    model = build_any_on_meta(cfg, dtype)
-    recompute = bool(cfg.get("enable_activation_checkpointing", False))
+    model = build_any_on_meta(cfg.model, dtype)
+    recompute = cfg.enable_activation_checkpointing
     if isinstance(model, PEQAModel):
         return peqa_setup(cfg, model, dtype, checkpointing=recompute)
     if isinstance(model, QSTModel):
@@ -98,7 +98,7 @@ def own_setup(cfg: DictConfig, dtype: torch.dtype) -> Setup:
     )
 
 
-def qst_setup(cfg: DictConfig, model: QSTModel, dtype: torch.dtype, *, recompute: bool) -> Setup:
+def qst_setup(cfg: StepConfig, model: QSTModel, dtype: torch.dtype, *, recompute: bool) -> Setup:
     """Set up a step as recipes/qst_finetune.py and qst_dpo.py do."""
     keep_norms_in_fp32(model)
     model.side.recompute = recompute
@@ -120,7 +120,7 @@ def qst_setup(cfg: DictConfig, model: QSTModel, dtype: torch.dtype, *, recompute
 
 
 def peqa_setup(
-    cfg: DictConfig, model: PEQAModel, dtype: torch.dtype, *, checkpointing: bool
+    cfg: StepConfig, model: PEQAModel, dtype: torch.dtype, *, checkpointing: bool
 ) -> Setup:
     """Set up a step as recipes/peqa_finetune.py does."""
     keep_norms_in_fp32(model)

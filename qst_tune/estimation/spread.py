@@ -7,9 +7,9 @@ trainable parameters.
 
 from dataclasses import dataclass
 
-from omegaconf import DictConfig
 from torchtune.modules import TransformerDecoder
 
+from qst_tune.config.schema import StepConfig
 from qst_tune.distributed.sharding import group_bytes
 from qst_tune.modules.memory import GIB
 from qst_tune.modules.peqa_model import PEQAModel
@@ -27,10 +27,9 @@ class Spread:
     accumulation: int = 1
 
     @classmethod
-    def of_config(cls, cfg: DictConfig, num_processes: int) -> "Spread":
+    def of_config(cls, cfg: StepConfig, num_processes: int) -> "Spread":
         """Read ``backbone_sharding`` and ``gradient_accumulation_steps`` of a training config."""
-        accumulation = cfg.get("gradient_accumulation_steps") or 1
-        return cls(num_processes, cfg.get("backbone_sharding"), accumulation)
+        return cls(num_processes, cfg.backbone_sharding, cfg.gradient_accumulation_steps)
 
     @property
     def is_sharded(self) -> bool:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torch import nn
 from torch.optim import Optimizer
 from torchtune import training
 
-from qst_tune.config.cli import instantiate
+from qst_tune.config.components import instantiate
+from qst_tune.config.schema import StepConfig
 from qst_tune.errors import UserError
 from qst_tune.estimation.depth import Shorten
 from qst_tune.estimation.fake_device import (
@@ -48,7 +48,7 @@ class StepCost:
 
 def trace_step(
     setup: Setup,
-    cfg: DictConfig,
+    cfg: StepConfig,
     shape: Shape,
     *,
     device: DeviceType,
@@ -78,7 +78,7 @@ def trace_step(
 
 
 def run_step(
-    setup: Setup, cfg: DictConfig, shape: Shape, *, device: DeviceType, attention: Attention
+    setup: Setup, cfg: StepConfig, shape: Shape, *, device: DeviceType, attention: Attention
 ) -> tuple[StepCost, Timeline]:
     """Run one tracked training step on tensors that exist, fake or real; as :func:`trace_step`."""
     optimizer = make_optimizer(setup, cfg, device)
@@ -90,7 +90,7 @@ def run_step(
     gc.collect()
     kernels = device_kernels(device, attention, tracker.repeat)
     with kernels, tracker, _watch(tracker, setup):
-        train_step(setup, optimizer, batch, cfg.get("clip_grad_norm"), tracker)
+        train_step(setup, optimizer, batch, cfg.clip_grad_norm, tracker)
     cost = StepCost(
         memory=tracker.peak(),
         flops_per_token=tracker.flops() / batch["tokens"].numel(),
@@ -99,7 +99,7 @@ def run_step(
     return cost, tracker.timeline()
 
 
-def make_optimizer(setup: Setup, cfg: DictConfig, device: DeviceType) -> Optimizer:
+def make_optimizer(setup: Setup, cfg: StepConfig, device: DeviceType) -> Optimizer:
     """Build the config's optimizer, with its states as after a first step.
 
     CUDA's default is to update all parameters in one kernel a step. No parameter has a gradient.

@@ -1,26 +1,11 @@
 """How the next token is chosen: greedily, or drawn after temperature, top-k and top-p."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
-from omegaconf import DictConfig
 from torchtune.generation import sample
 
-from qst_tune.config.keys import Key, pick, setting
-
-SAMPLING_KEYS = {
-    "temperature": Key(
-        kind=float, default=0.0, least=0, meaning="of the softmax; 0 takes the likeliest token"
-    ),
-    "top_k": Key(kind=int, least=1, meaning="draw among the k likeliest tokens; null: all"),
-    "top_p": Key(
-        kind=float,
-        above=0,
-        most=1,
-        meaning="draw among the likeliest tokens that together have this probability; null: all",
-    ),
-    **pick("seed"),
-}
+from qst_tune.config.schema import GenerationConfig
 
 
 @dataclass(frozen=True)
@@ -37,10 +22,9 @@ class Sampling:
     top_p: float | None = None
 
     @classmethod
-    def of_config(cls, cfg: DictConfig) -> "Sampling":
-        """Read the keys of :data:`SAMPLING_KEYS`, except the seed."""
-        names = [field.name for field in fields(cls)]
-        return cls(**{name: setting(cfg, name, SAMPLING_KEYS) for name in names})
+    def of_config(cls, cfg: GenerationConfig) -> "Sampling":
+        """Read the keys of a config."""
+        return cls(cfg.temperature, cfg.top_k, cfg.top_p)
 
     def choose(self, logits_BV: torch.Tensor) -> torch.Tensor:
         """Choose a token id for each sequence: ``[B, V]`` to ``[B]``."""

@@ -8,7 +8,7 @@ from qst_tune.data.chat.messages import read_tools
 from qst_tune.errors import UserError
 
 
-def read_tool_file(path: str, tokenizer: Any) -> list[Any]:
+def read_tool_file(path: Path, tokenizer: Any) -> list[Any]:
     """Read a JSON file with a list of schemas in OpenAI's form, at least one.
 
     Another file, or a tokenizer that takes no tools, is a UserError.
@@ -19,7 +19,7 @@ def read_tool_file(path: str, tokenizer: Any) -> list[Any]:
             "qst_tune.data.hf_chat_tokenizer"
         )
     try:
-        content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        content = json.loads(path.expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"tools={path} cannot be read: {error}") from error
     tools = read_tools(content)

@@ -1,10 +1,10 @@
 """Fill the frozen backbone of a model on meta from the config's checkpoint, and identify it."""
 
 import time
+from copy import deepcopy
 from typing import Any
 
 import torch
-from omegaconf import DictConfig
 from torchtune import utils
 
 from qst_tune.backbone.hf_checkpointer import backbone_cache
@@ -20,12 +20,12 @@ from qst_tune.backbone.torchtune_loading import (
 )
 from qst_tune.backbone.transformers import transformers_backbone
 from qst_tune.backbone.transformers_models import PEQATransformer
-from qst_tune.config.check import check_checkpoint_dir
-from qst_tune.config.cli import instantiate
+from qst_tune.config.components import instantiate
+from qst_tune.config.model_directory import check_checkpoint_dir
+from qst_tune.config.schema import Block
 from qst_tune.distributed.processes import rank_and_world_size
-from qst_tune.distributed.sharding import Sharding, check_fits, choose_sharding
+from qst_tune.distributed.sharding import Sharding, check_fits
 from qst_tune.errors import UserError
-from qst_tune.models.build import build_any_on_meta
 from qst_tune.modules.peqa_model import PEQAModel
 from qst_tune.modules.qst_model import QSTModel
 
@@ -33,41 +33,43 @@ log = utils.get_logger("INFO")
 
 
 def load_frozen_backbone(
-    model: QSTModel | PEQAModel, cfg: DictConfig, *, dtype: torch.dtype, device: torch.device
+    model: QSTModel | PEQAModel,
+    block: Block,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    sharding: Sharding | None = None,
 ) -> BackboneId:
-    """Fill the backbone from the config's checkpoint, quantising what the model has quantised.
+    """Fill the backbone as a ``checkpointer`` block has it, quantising what the model quantises.
 
-    ``backbone_sharding`` and ``fsdp_cpu_offload`` of the config decide how much of it each of
-    several processes keeps. Returns what the run's result will be tied to. UserError if the
-    checkpoint is missing, damaged or not of this architecture.
+    With ``sharding`` each process keeps its part only. Returns what the run's result will be tied
+    to. UserError if the checkpoint is missing, damaged or not of this architecture.
     """
     start = time.perf_counter()
-    checkpointer = _checked(model, cfg)
+    checkpointer = _checked(model, block)
     quantization = stored_as(model)
-    offload = bool(cfg.get("fsdp_cpu_offload"))
-    sharding = choose_sharding(cfg.get("backbone_sharding"), device, offload=offload)
     if sharding is None:
         fingerprint = _load_whole(model, checkpointer, dtype, device)
     else:
         where = {"dtype": dtype, "device": device}
-        fingerprint = _load_sharded(model, cfg, checkpointer, sharding, **where)
+        fingerprint = _load_sharded(model, block, checkpointer, sharding, **where)
     if isinstance(model, PEQATransformer):
         model.train_scales()  # of the layers that were loaded
     if rank_and_world_size()[0] == 0:
         log.info(f"backbone loaded in {time.perf_counter() - start:.1f} s")
-    return _identity(model, cfg, fingerprint, quantization)
+    return _identity(model, block, fingerprint, quantization)
 
 
-def identify_backbone(model: QSTModel | PEQAModel, cfg: DictConfig) -> BackboneId:
-    """Check the config's checkpoint against a model and identify it, without loading it."""
-    fingerprint = fingerprint_backbone(model, _checked(model, cfg))
-    return _identity(model, cfg, fingerprint, stored_as(model))
+def identify_backbone(model: QSTModel | PEQAModel, block: Block) -> BackboneId:
+    """Check a checkpoint against a model and identify it, without loading it."""
+    fingerprint = fingerprint_backbone(model, _checked(model, block))
+    return _identity(model, block, fingerprint, stored_as(model))
 
 
-def _checked(model: Any, cfg: DictConfig) -> Any:
+def _checked(model: Any, block: Block) -> Any:
     """The checkpointer, of a checkpoint that the model fits."""
-    check_architecture(model, check_checkpoint_dir(cfg.checkpointer))
-    return instantiate(cfg.checkpointer, "checkpointer")
+    check_architecture(model, check_checkpoint_dir(block))
+    return instantiate(block, "checkpointer")
 
 
 def _load_whole(model: Any, checkpointer: Any, dtype: torch.dtype, device: torch.device) -> str:
@@ -83,24 +85,23 @@ def _load_whole(model: Any, checkpointer: Any, dtype: torch.dtype, device: torch
 
 
 def _load_sharded(
-    model: Any, cfg: DictConfig, checkpointer: Any, sharding: Sharding, **where: Any
+    model: Any, block: Block, checkpointer: Any, sharding: Sharding, **where: Any
 ) -> str:
-    if cfg.checkpointer.get("cache_dir"):
+    if block.get("cache_dir"):
         raise UserError(
-            f"checkpointer.cache_dir={cfg.checkpointer.cache_dir} does not work yet with "
+            f"checkpointer.cache_dir={block.cache_dir} does not work yet with "
             "backbone_sharding: set it to null"
         )
     backbone = transformers_backbone(model)
     if backbone is None:
-        twin = build_any_on_meta(cfg, where["dtype"])
-        return load_sharded_backbone(model, twin, checkpointer, sharding, **where)
+        return load_sharded_backbone(model, deepcopy(model), checkpointer, sharding, **where)
     fingerprint = fingerprint_backbone(model, checkpointer)
-    directory = check_checkpoint_dir(cfg.checkpointer)
+    directory = check_checkpoint_dir(block)
     load_sharded_directory(model, backbone, directory, sharding, **where)
     return fingerprint
 
 
-def _identity(model: Any, cfg: DictConfig, fingerprint: str, quantization: str) -> BackboneId:
-    name, revision = model_name(check_checkpoint_dir(cfg.checkpointer))
+def _identity(model: Any, block: Block, fingerprint: str, quantization: str) -> BackboneId:
+    name, revision = model_name(check_checkpoint_dir(block))
     library = "torchtune" if transformers_backbone(model) is None else "transformers"
     return BackboneId(name, fingerprint, quantization, revision, library)

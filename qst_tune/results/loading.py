@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from torchtune.modules.peft import disable_adapter
 
 import qst_tune.models
 from qst_tune.backbone.identity import BackboneId
-from qst_tune.config.check import check_checkpoint_dir
-from qst_tune.config.cli import instantiate
+from qst_tune.config.components import instantiate
 from qst_tune.config.device import choose_device, choose_dtype
-from qst_tune.config.hub_models import fetch_models
-from qst_tune.config.keys import Key, pick
+from qst_tune.config.model_directory import check_checkpoint_dir, fetch_models
+from qst_tune.config.schema import RUN, Block, TunedModelConfig
 from qst_tune.errors import UserError
 from qst_tune.models.build import build_any_on_meta
 from qst_tune.models.load import load_frozen_backbone
@@ -39,22 +38,6 @@ from qst_tune.results.tuned_directory import Tensors, Tuned, check_fits, load_tu
 
 TunableModel = QSTModel | PEQAModel
 Use = Literal["text", "classes", "integers"]  # what the model must give
-
-# What a recipe that uses a tuned model reads of its config; that of the training run has it all.
-MODEL_KEYS = {
-    **pick("model", "tokenizer", "checkpointer", "device", "dtype"),
-    "side_network": Key(
-        kind=Path,
-        default="<output_dir>/side_network",
-        meaning="directory of a QST run's result; null: the base model",
-    ),
-    "scales": Key(
-        kind=Path,
-        default="<output_dir>/scales",
-        meaning="directory of a PEQA run's result; null: the base model",
-    ),
-    **pick("output_dir", required=False),
-}
 
 
 @dataclass(frozen=True)
@@ -96,7 +79,7 @@ class TunedModel:
             self.model.load_task(tuned)
 
 
-def load_tuned_model(cfg: DictConfig, use: Use = "text") -> TunedModel:
+def load_tuned_model(cfg: TunedModelConfig, use: Use = "text") -> TunedModel:
     """Load a model for a use, with its side network or scales.
 
     ``side_network`` (QST) or ``scales`` (PEQA) names the directory of the result; null is the base
@@ -104,20 +87,22 @@ def load_tuned_model(cfg: DictConfig, use: Use = "text") -> TunedModel:
     ``output_dir``. UserError if the model is of another kind, or the result does not fit it.
     """
     check_checkpoint_dir(cfg.checkpointer)
-    fetch_models(cfg)
-    device = choose_device(cfg)
-    dtype = choose_dtype(cfg, device)
-    model = build_any_on_meta(cfg, dtype)
+    cfg = fetch_models(cfg)
+    device = choose_device(cfg.device)
+    dtype = choose_dtype(cfg.dtype, device)
+    model = build_any_on_meta(cfg.model, dtype)
     _check_kind(model, f"model: {cfg.model._component_}", use)
     key = "side_network" if isinstance(model, QSTModel) else "scales"
     for other in FORMATS.keys() - {key}:
-        if cfg.get(other):
-            raise UserError(f"{other}={cfg[other]} does not go with this model: it takes {key}")
+        named = getattr(cfg, other)
+        if named not in (None, RUN / other):
+            raise UserError(f"{other}={named} does not go with this model: it takes {key}")
     tokenizer = None
     if use == "text":  # without a limit: what training cuts off is where the answer begins
         tokenizer = instantiate(_without_limit(cfg.tokenizer), "tokenizer")
-    directory = tuned_directory(cfg, key)
-    return _fill(model, cfg, directory, dtype=dtype, device=device, tokenizer=tokenizer)
+    directory = tuned_directory(getattr(cfg, key), cfg.output_dir, key)
+    block = cfg.checkpointer
+    return _fill(model, block, directory, dtype=dtype, device=device, tokenizer=tokenizer)
 
 
 def load_directory(
@@ -133,8 +118,8 @@ def load_directory(
     UserError if one of the directories is not what it should be, or they do not belong together.
     """
     model = build_described(directory, dtype, backbone_directory, use)
-    cfg = checkpointer_of(directory, backbone_directory)
-    return _fill(model, cfg, directory, dtype=dtype, device=device)
+    block = checkpointer_of(directory, backbone_directory)
+    return _fill(model, block, directory, dtype=dtype, device=device)
 
 
 def load_side_networks(
@@ -201,7 +186,7 @@ def build_any_described(
         block.pop("backbone", None)  # until 0.1 a choice; BackboneId knows what it was
     if backbone_directory is not None and "checkpoint_dir" in block:  # of a builder *_from_hf
         block["checkpoint_dir"] = str(backbone_directory)
-    model: TunableModel = build_any_on_meta(OmegaConf.create({"model": block}), dtype)
+    model: TunableModel = build_any_on_meta(OmegaConf.create(block), dtype)
     return model
 
 
@@ -212,7 +197,7 @@ def tuned_part(model: TunableModel) -> Tuned:
 
 def _fill(
     model: TunableModel,
-    cfg: DictConfig,
+    block: Block,
     directory: Path | None,
     *,
     dtype: torch.dtype,
@@ -222,7 +207,7 @@ def _fill(
     """Fill a model that was built on meta: the backbone, and what was tuned if there is any."""
     if directory and isinstance(model, QSTModel):
         check_fits(directory, model.side)
-    backbone = load_frozen_backbone(model, cfg, dtype=dtype, device=device)
+    backbone = load_frozen_backbone(model, block, dtype=dtype, device=device)
     untuned: Tensors = {}
     if isinstance(model, QSTModel):
         materialize(model.side, device)
@@ -262,7 +247,7 @@ def _check_kind(model: object, named: str, use: Use) -> None:
         )
 
 
-def _without_limit(block: DictConfig) -> DictConfig:
+def _without_limit(block: Block) -> Block:
     if "max_seq_len" not in block:
         return block
     unlimited = block.copy()

@@ -3,23 +3,23 @@
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from qst_tune.backbone.hub import hub_name
 from qst_tune.backbone.identity import BackboneId
 from qst_tune.config.file import variables_in
-from qst_tune.config.hub_models import with_hub_names
-from qst_tune.config.keys import TRAINING_KEYS
+from qst_tune.config.model_directory import with_hub_names
+from qst_tune.config.schema import TRAINING_KEYS, TrainingConfig
 from qst_tune.results.description import Ancestor
 from qst_tune.results.tuned_directory import Provenance
 
 
 def provenance_of(
-    cfg: DictConfig, backbone: BackboneId, lineage: tuple[Ancestor, ...] = ()
+    cfg: TrainingConfig, backbone: BackboneId, lineage: tuple[Ancestor, ...] = ()
 ) -> Provenance:
     """Return what the directory of a run's result says of the run, without its results."""
-    plain = with_hub_names(OmegaConf.to_container(cfg, resolve=True))
-    for name in variables_in(cfg) - set(TRAINING_KEYS):
+    plain = with_hub_names(OmegaConf.to_container(cfg.raw, resolve=True))
+    for name in variables_in(cfg.raw) - set(TRAINING_KEYS):
         plain.pop(name, None)  # nothing refers to it any more: it would be an unknown key
     _take_in_template(plain.get("tokenizer") or {})
     return Provenance(

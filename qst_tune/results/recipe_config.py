@@ -44,7 +44,7 @@ class TunedTemplate:
 
 
 def checkpointer_of(directory: Path, backbone_directory: Path) -> DictConfig:
-    """Return a config with the run's ``checkpointer`` block, for a backbone that may have moved.
+    """Return the run's ``checkpointer`` block, for a backbone that may have moved.
 
     UserError if the run's config cannot be read, or names an unknown checkpointer.
     """
@@ -59,7 +59,7 @@ def checkpointer_of(directory: Path, backbone_directory: Path) -> DictConfig:
     if name != _HF_CHECKPOINTER:  # torchtune's make a directory of their own: one that exists
         kept["output_dir"] = tempfile.gettempdir()
     found = {"_component_": name, **kept, "checkpoint_dir": str(backbone_directory)}
-    return OmegaConf.create({"checkpointer": found})
+    return OmegaConf.create(found)
 
 
 def tuned_template(directory: Path, backbone: Path) -> TunedTemplate | None:

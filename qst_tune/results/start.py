@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig
 from torchtune import utils
 
+from qst_tune.config.schema import RUN, TrainingConfig
 from qst_tune.errors import UserError
 from qst_tune.results.description import FORMATS, Ancestor, TunedFormat, read_description
 from qst_tune.results.recipe_config import read_config
@@ -34,15 +34,15 @@ class Start:
         return self.lineage[-1].digest
 
 
-def find_start(cfg: DictConfig) -> Start | None:
+def find_start(cfg: TrainingConfig) -> Start | None:
     """Find the result that the config names; None for a run that starts from the untuned model.
 
     UserError if the directory is no result of the method, damaged, or this run's own.
     """
     for key, form in FORMATS.items():
-        if cfg.get(key):
-            directory = Path(str(cfg[key]))
-            if directory.resolve() == (Path(str(cfg.output_dir)) / key).resolve():
+        directory: Path | None = getattr(cfg, key)
+        if directory is not None:
+            if directory.resolve() == (cfg.output_dir / key).resolve():
                 raise UserError(
                     f"{key}={directory} is this run's own result: name another output_dir"
                 )
@@ -64,19 +64,17 @@ def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def tuned_directory(cfg: DictConfig, key: str) -> Path | None:
+def tuned_directory(named: Path | None, output_dir: Path | None, key: str) -> Path | None:
     """Choose the result that a recipe loads; None for the untuned model.
 
-    In the config of a training run, ``key`` ("side_network" or "scales") may name what the run
-    started from. If ``output_dir`` has the result of that run, the result is meant.
+    In the config of a training run, ``key`` ("side_network" or "scales") may be ``named`` for what
+    the run started from. If ``output_dir`` has the result of that run, the result is meant.
     """
-    output_dir = cfg.get("output_dir")
-    result = Path(str(output_dir)) / key if output_dir else None
-    if key not in cfg:
-        return result
-    if not cfg[key]:
+    if named is None:
         return None
-    named = Path(str(cfg[key]))
+    result = output_dir / key if output_dir else None
+    if named == RUN / key:
+        return result
     if result is None or not _began_from(result, named, FORMATS[key]):
         return named
     log.info(

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 
 from qst_tune.atomic_files import write_directory
 from qst_tune.backbone.identity import BackboneId
-from qst_tune.config.hub_models import changed_texts
+from qst_tune.config.model_directory import changed_texts
 from qst_tune.errors import UserError
 from qst_tune.results.card import describe_lineage, shown, table
 from qst_tune.results.description import SIDE_NETWORK, Description, read_description

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from omegaconf import DictConfig
 from torchtune.modules import TransformerDecoder
 
-from qst_tune.config.cli import instantiate
+from qst_tune.config.components import instantiate
+from qst_tune.config.schema import Block
 from qst_tune.data.batches.loader import Batch
 from qst_tune.distributed.processes import gather_lists, sum_or_fail
 from qst_tune.errors import UserError
@@ -78,7 +78,7 @@ class ClassificationTask:
 
 
 def build_classification_task(
-    cfg: DictConfig, model: QSTClassifier, datasets: Iterable[Any], device: torch.device
+    block: Block, model: QSTClassifier, datasets: Iterable[Any], device: torch.device
 ) -> ClassificationTask:
     """Build the task, with the metrics of the last dataset; the training rows come first.
 
@@ -92,12 +92,12 @@ def build_classification_task(
                 f"{dataset.num_labels}: set model.num_labels={dataset.num_labels}"
             )
         metrics = dataset.metrics
-    loss = instantiate(cfg.loss, "loss")
+    loss = instantiate(block, "loss")
     gives_scores = model.num_labels == 1
     is_of_scores = isinstance(loss, torch.nn.MSELoss)
     if hasattr(loss, "set_model_output") or is_of_scores != gives_scores:
         raise UserError(
-            f"loss: {cfg.loss._component_} does not fit model.num_labels={model.num_labels}; use "
+            f"loss: {block._component_} does not fit model.num_labels={model.num_labels}; use "
             f"torch.nn.{'MSELoss' if gives_scores else 'CrossEntropyLoss'}"
         )
     return ClassificationTask(loss, metrics, device)

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from omegaconf import DictConfig
 from torchtune.modules import TransformerDecoder
 
-from qst_tune.config.cli import instantiate
+from qst_tune.config.components import instantiate
+from qst_tune.config.schema import Block, TrainingConfig
 from qst_tune.data.batches.loader import Batch
 from qst_tune.data.batches.survey import NO_LABEL
 from qst_tune.data.batches.training_data import (
@@ -50,18 +50,23 @@ class NextTokenTask:
 
 
 def build_language_modelling(
-    cfg: DictConfig, tokenizer: Any, model: TransformerDecoder, *, seed: int, device: torch.device
+    cfg: TrainingConfig,
+    tokenizer: Any,
+    model: TransformerDecoder,
+    *,
+    seed: int,
+    device: torch.device,
 ) -> tuple[NextTokenTask, TrainingData]:
     """Build the task of predicting each next token, and its data; connects loss and model."""
     loss = build_loss(cfg.loss)
     limits = limits_of(model, tokenizer, loss.ignore_index)
-    data = build_data(cfg, limits, text_collate(cfg, limits), seed=seed)
+    data = build_data(cfg, limits, text_collate(cfg.collate_fn, limits), seed=seed)
     check_rows(data, TEXT_KEY)
     connect_loss(loss, model)
     return NextTokenTask(loss, device), data
 
 
-def build_loss(block: DictConfig) -> Any:
+def build_loss(block: Block) -> Any:
     """Build the config's loss; UserError if it cannot be built or has no ``ignore_index``."""
     loss = instantiate(block, "loss")
     if not hasattr(loss, "ignore_index"):

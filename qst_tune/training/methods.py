@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
-from omegaconf import DictConfig
 from torch import nn
 from torchtune import utils
 
 from qst_tune.backbone.experts import compile_forward
 from qst_tune.backbone.identity import BackboneId
+from qst_tune.config.schema import TrainingConfig
 from qst_tune.distributed.processes import broadcast_tensors, rank_and_world_size
+from qst_tune.distributed.sharding import choose_sharding
 from qst_tune.models.load import load_frozen_backbone
 from qst_tune.modules.hidden_state_cache import HiddenStateCache
 from qst_tune.modules.peqa_model import PEQAModel
@@ -56,7 +57,7 @@ class Method(Protocol):
         """Return what the method would like logged besides the loss; may be empty."""
 
 
-REFUSED = {
+QST_REFUSED = {
     "scales": "is what PEQA starts from; use side_network",
     "enable_activation_offloading": "has nothing to offload, since QST saves no activation of the "
     "backbone; set it to False",
@@ -109,7 +110,7 @@ class QSTMethod:
 
 
 def load_qst(
-    model: QSTModel, cfg: DictConfig, *, dtype: torch.dtype, device: torch.device
+    model: QSTModel, cfg: TrainingConfig, *, dtype: torch.dtype, device: torch.device
 ) -> QSTMethod:
     """Fill a model that was built on meta: the backbone from its checkpoint; a new side network.
 
@@ -117,24 +118,29 @@ def load_qst(
     ``enable_activation_checkpointing`` decide as in torchtune. UserError if the checkpoint is
     missing, damaged or not of this architecture, or what the run starts from does not fit.
     """
-    backbone = load_frozen_backbone(model, cfg, dtype=dtype, device=device)
+    sharding = choose_sharding(cfg.backbone_sharding, device, offload=cfg.fsdp_cpu_offload)
+    backbone = load_frozen_backbone(
+        model, cfg.checkpointer, dtype=dtype, device=device, sharding=sharding
+    )
     model.initialize_side(device)
     start = find_start(cfg)
     if start is not None:
         load_tuned(start.directory, model.side, backbone=backbone)
     broadcast_tensors(model.side)
-    model.side.recompute = cfg.get("enable_activation_checkpointing", False)
-    if cfg.get("hidden_state_cache"):
-        model.hidden_state_cache = _hidden_state_cache(model, cfg, backbone, dtype, device)
-    if cfg.get("compile"):
+    model.side.recompute = cfg.enable_activation_checkpointing
+    if cfg.hidden_state_cache:
+        model.hidden_state_cache = _hidden_state_cache(
+            cfg.hidden_state_cache, model, backbone, dtype, device
+        )
+    if cfg.compile:
         layers: Any = model.layers
         compile_forward([*layers, *model.side.blocks])
     return QSTMethod(model, provenance_of(cfg, backbone, start.lineage if start else ()))
 
 
 def _hidden_state_cache(
+    parent: Path,
     model: QSTModel,
-    cfg: DictConfig,
     backbone: BackboneId,
     dtype: torch.dtype,
     device: torch.device,
@@ -144,7 +150,7 @@ def _hidden_state_cache(
     described = (asdict(backbone), str(dtype), device.type, side.layers)
     key = hashlib.sha256(repr(described).encode()).hexdigest()[:16]
     name = backbone.name.replace("/", "--")
-    directory = Path(cfg.hidden_state_cache) / f"{name}-{key}"
+    directory = parent / f"{name}-{key}"
     if rank_and_world_size()[0] == 0:
         size = (len(side.layers) + 1) * side.upsample.out_features * dtype.itemsize
         log.info(f"hidden states are cached in {directory}: {size / 1000:.1f} kB a token")
@@ -182,7 +188,7 @@ class PEQAMethod:
 
 
 def load_peqa(
-    model: PEQAModel, cfg: DictConfig, *, dtype: torch.dtype, device: torch.device
+    model: PEQAModel, cfg: TrainingConfig, *, dtype: torch.dtype, device: torch.device
 ) -> PEQAMethod:
     """Fill a model that was built on meta from its checkpoint, rounding weight by weight.
 
@@ -190,13 +196,16 @@ def load_peqa(
     ``enable_activation_checkpointing`` decide as in torchtune. UserError if the checkpoint is
     missing, damaged or not of this architecture, or what the run starts from does not fit.
     """
-    backbone = load_frozen_backbone(model, cfg, dtype=dtype, device=device)
+    sharding = choose_sharding(cfg.backbone_sharding, device, offload=cfg.fsdp_cpu_offload)
+    backbone = load_frozen_backbone(
+        model, cfg.checkpointer, dtype=dtype, device=device, sharding=sharding
+    )
     start = find_start(cfg)
     if start is not None:
         load_tuned(start.directory, model, backbone=backbone)
-    if cfg.get("compile"):
+    if cfg.compile:
         compile_forward(model.layers)
-    if cfg.get("enable_activation_checkpointing"):
+    if cfg.enable_activation_checkpointing:
         model.recompute_layers()
     return PEQAMethod(model, provenance_of(cfg, backbone, start.lineage if start else ()))
 

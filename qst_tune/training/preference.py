@@ -9,11 +9,11 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from omegaconf import DictConfig
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, padded_collate_dpo
 from torchtune.modules import TransformerDecoder
 
-from qst_tune.config.cli import instantiate
+from qst_tune.config.components import instantiate
+from qst_tune.config.schema import StepConfig, TrainingConfig
 from qst_tune.data.batches.collate import align_labels
 from qst_tune.data.batches.loader import Batch
 from qst_tune.data.batches.training_data import (
@@ -121,7 +121,7 @@ def collate_preferences(rows: list[Any], *, pad_id: int) -> Batch:
 
 
 def build_preference_learning(
-    cfg: DictConfig, tokenizer: Any, model: QSTModel, *, seed: int, device: torch.device
+    cfg: TrainingConfig, tokenizer: Any, model: QSTModel, *, seed: int, device: torch.device
 ) -> tuple[PreferenceTask, TrainingData]:
     """Build the task and its data."""
     limits = limits_of(model, tokenizer)
@@ -133,10 +133,10 @@ def build_preference_learning(
     return PreferenceTask(loss, device), data
 
 
-def reference_of(cfg: DictConfig) -> str:
+def reference_of(cfg: StepConfig) -> str:
     """Return what the policy is compared with: "start" (``side_network``) or "backbone"."""
-    chosen = cfg.get("reference") or ("start" if cfg.get("side_network") else "backbone")
-    if chosen == "start" and not cfg.get("side_network"):
+    chosen = cfg.reference or ("start" if cfg.side_network else "backbone")
+    if chosen == "start" and not cfg.side_network:
         raise UserError("reference=start needs side_network, the result that the run starts from")
     return str(chosen)
 

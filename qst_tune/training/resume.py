@@ -9,9 +9,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from torchtune import training, utils
 
+from qst_tune.config.schema import TrainingConfig
 from qst_tune.data.batches.loader import BatchLoader
 from qst_tune.distributed.processes import rank_and_world_size
 from qst_tune.errors import UserError
@@ -74,16 +75,16 @@ class SavedRun:
     state: dict[str, Any]
 
 
-def find_saved_run(cfg: DictConfig) -> SavedRun | None:
+def find_saved_run(cfg: TrainingConfig) -> SavedRun | None:
     """Find what ``resume_from_checkpoint=True`` resumes, and log it; None: begin at step 0.
 
     Processes that torchrun has started again (``--max-restarts``) resume in any case. UserError
     naming every key of the config whose change would break the run.
     """
     is_restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    if not cfg.get("resume_from_checkpoint") and not is_restarted:
+    if not cfg.resume_from_checkpoint and not is_restarted:
         return None
-    store = CheckpointStore(Path(cfg.output_dir) / CHECKPOINTS_DIRECTORY)
+    store = CheckpointStore(cfg.output_dir / CHECKPOINTS_DIRECTORY)
     step, complaints = store.newest()
     _log(*complaints)
     if step is None:
@@ -96,13 +97,13 @@ def find_saved_run(cfg: DictConfig) -> SavedRun | None:
     return saved
 
 
-def set_run_seed(cfg: DictConfig, saved: SavedRun | None) -> int:
+def set_run_seed(cfg: TrainingConfig, saved: SavedRun | None) -> int:
     """Seed all generators, and return the seed, the same on every process.
 
     ``seed: null`` draws one, or takes the saved run's.
     """
-    seed = cfg.get("seed") if saved is None else saved.state["seed"]
-    chosen: int = training.set_seed(seed=seed, debug_mode=cfg.get("cudnn_deterministic_mode"))
+    seed = cfg.seed if saved is None else saved.state["seed"]
+    chosen: int = training.set_seed(seed=seed, debug_mode=cfg.cudnn_deterministic_mode)
     if seed is None:
         _log(f"seed={chosen} was drawn: with it the run can be repeated")
     return chosen
@@ -200,10 +201,10 @@ def _check_state(saved: SavedRun) -> None:
         raise UserError(f"{cannot}: its state is of step {step}; {_ANEW}")
 
 
-def _compare(state: dict[str, Any], cfg: DictConfig) -> None:
+def _compare(state: dict[str, Any], cfg: TrainingConfig) -> None:
     before, now = (
         dict(_flat(config))
-        for config in (state["config"], OmegaConf.to_container(cfg, resolve=True))
+        for config in (state["config"], OmegaConf.to_container(cfg.raw, resolve=True))
     )
     refused = []
     for key in sorted(before.keys() | now.keys()):
@@ -222,10 +223,13 @@ def _compare(state: dict[str, Any], cfg: DictConfig) -> None:
         raise UserError("\n".join(refused))
 
 
-def _compare_step(state: dict[str, Any], cfg: DictConfig) -> list[str]:
+def _compare_step(state: dict[str, Any], cfg: TrainingConfig) -> list[str]:
     """A step must have as many examples as before, however they are spread."""
     processes = {"saved": state["data"]["processes"], "now": rank_and_world_size()[1]}
-    factors = {"saved": _step_factors(state["config"]), "now": _step_factors(cfg)}
+    factors = {
+        "saved": _step_factors(state["config"]),
+        "now": (cfg.batch_size, cfg.gradient_accumulation_steps),
+    }
     before, now = ((*factors[when], processes[when]) for when in ("saved", "now"))
     if math.prod(before) != math.prod(now):
         return [

@@ -1,25 +1,23 @@
 """What every training recipe does before its own steps; what can fail cheaply fails first."""
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from torchtune import config, utils
 
 from qst_tune import __version__
 from qst_tune.backbone.torchtune_loading import check_architecture
-from qst_tune.config.cli import instantiate
-from qst_tune.config.defaults import fill_in
+from qst_tune.config.components import instantiate
 from qst_tune.config.device import choose_device, choose_dtype
-from qst_tune.config.hub_models import fetch_models
-from qst_tune.config.keys import TRAINING_KEYS, setting
+from qst_tune.config.model_directory import fetch_models
 from qst_tune.config.schedule_check import report_schedule
-from qst_tune.config.training_check import check_training_config
+from qst_tune.config.schema import TrainingConfig
 from qst_tune.data.batches.schedule import Schedule, schedule_of
 from qst_tune.data.batches.survey_report import report_data
 from qst_tune.data.batches.training_data import TrainingData
@@ -53,7 +51,7 @@ class Run:
     """A run that has begun.
 
     Args:
-        cfg (DictConfig): the merged config, checked and filled in.
+        cfg (TrainingConfig): its model is on this machine.
         device (torch.device): of this process.
         dtype (torch.dtype): of what is neither quantized nor trainable.
         seed (int): of all random numbers.
@@ -63,7 +61,7 @@ class Run:
         start (Start | None): the result that the run starts from.
     """
 
-    cfg: DictConfig
+    cfg: TrainingConfig
     device: torch.device
     dtype: torch.dtype
     seed: int
@@ -81,20 +79,17 @@ class Run:
         """Print data and schedule; for a dry run, compare the model with its stored config too."""
         report_data(data, self.tokenizer)
         report_schedule(self.cfg, schedule_of(self.cfg, data.train).num_steps)
-        if self.cfg.get("dry_run"):
+        if self.cfg.dry_run:
             check_architecture(model, Path(self.cfg.checkpointer.checkpoint_dir))
 
 
 @contextmanager
-def begin_run(cfg: DictConfig, refused: Mapping[str, str]) -> Iterator[Run]:
-    """Check a training config, fetch its model and choose device, seed and what is resumed.
+def begin_run(cfg: TrainingConfig) -> Iterator[Run]:
+    """Fetch the model of a config and choose device, seed and what is resumed.
 
-    ``refused`` is for :func:`check_training_config`. UserError for a wrong config, checkpoint or
-    directory.
+    UserError for a wrong checkpoint or directory.
     """
-    fill_in(cfg)
-    check_training_config(cfg, refused)
-    fetch_models(cfg, "tokenizer" if cfg.get("dry_run") else "weights")
+    cfg = fetch_models(cfg, "tokenizer" if cfg.dry_run else "weights")
     with run_environment(cfg) as (device, dtype):
         saved, start = find_saved_run(cfg), find_start(cfg)
         seed = set_run_seed(cfg, saved)
@@ -104,15 +99,15 @@ def begin_run(cfg: DictConfig, refused: Mapping[str, str]) -> Iterator[Run]:
 
 
 @contextmanager
-def run_environment(cfg: DictConfig) -> Iterator[tuple[torch.device, torch.dtype]]:
+def run_environment(cfg: TrainingConfig) -> Iterator[tuple[torch.device, torch.dtype]]:
     """Choose device and dtype, and hold the output directory and the process group for a run.
 
     With ``dry_run`` nothing is written, not even the directory. UserError if the device, the dtype
     or the directory cannot be used.
     """
-    device = choose_device(cfg)
-    dtype = choose_dtype(cfg, device)
-    directory = nullcontext() if cfg.get("dry_run") else output_directory(Path(cfg.output_dir))
+    device = choose_device(cfg.device)
+    dtype = choose_dtype(cfg.dtype, device)
+    directory = nullcontext() if cfg.dry_run else output_directory(cfg.output_dir)
     with directory, process_group(device):
         yield device, dtype
 
@@ -137,10 +132,10 @@ def build_trainer(run: Run, method: Method, task: Task, data: TrainingData) -> T
     optimizer = instantiate(cfg.optimizer, "optimizer", method.parameter_groups())
     scale_rates(optimizer)
     lr_scheduler = None
-    if cfg.get("lr_scheduler"):
+    if cfg.lr_scheduler:
         settings = {"num_training_steps": schedule.num_steps, "last_epoch": -1}
         lr_scheduler = instantiate(cfg.lr_scheduler, "lr_scheduler", optimizer, **settings)
-    profiler, _ = config.instantiate(cfg.get("profiler") or OmegaConf.create(NO_PROFILER))
+    profiler, _ = config.instantiate(cfg.profiler or OmegaConf.create(NO_PROFILER))
     trainer = Trainer(
         method=method,
         task=task,
@@ -149,7 +144,7 @@ def build_trainer(run: Run, method: Method, task: Task, data: TrainingData) -> T
         schedule=schedule,
         optimizer=optimizer,
         lr_scheduler=lr_scheduler,
-        clip_grad_norm=setting(cfg, "clip_grad_norm"),
+        clip_grad_norm=cfg.clip_grad_norm,
         seed=run.seed,
         device=run.device,
         checkpointing=_checkpointing(run, schedule, description),
@@ -171,7 +166,7 @@ def build_trainer(run: Run, method: Method, task: Task, data: TrainingData) -> T
 def _checkpointing(run: Run, schedule: Schedule, data: dict[str, Any]) -> Checkpointing:
     """Build the checkpointing in ``output_dir``; no checkpoint of another run stays in its way."""
     cfg = run.cfg
-    store = CheckpointStore(Path(cfg.output_dir) / CHECKPOINTS_DIRECTORY)
+    store = CheckpointStore(cfg.output_dir / CHECKPOINTS_DIRECTORY)
     if run.is_main and run.saved is not None:
         for step in store.steps():
             if step > run.saved.step:  # damaged, or the run would resume from it
@@ -181,20 +176,19 @@ def _checkpointing(run: Run, schedule: Schedule, data: dict[str, Any]) -> Checkp
             f"{store.directory} of an earlier run is now {renamed.name}; "
             "resume_from_checkpoint=True would have resumed it"
         )
-    name = "keep_last_n_checkpoints"
     return Checkpointing(
         store=store,
         header={
             "format_version": FORMAT_VERSION,
             "versions": {"qst_tune": __version__, "torch": torch.__version__},
-            "config": OmegaConf.to_container(cfg, resolve=True),
+            "config": OmegaConf.to_container(cfg.raw, resolve=True),
             "data": data,
             "date": run.date,
             "start": run.start and run.start.digest,
         },
         steps_per_epoch=schedule.steps_per_epoch,
-        every=cfg.get("save_every_n_steps"),
-        keep=cfg.get(name, TRAINING_KEYS[name].default),  # null keeps all
+        every=cfg.save_every_n_steps,
+        keep=cfg.keep_last_n_checkpoints,
     )
 
 
@@ -205,12 +199,12 @@ def _run_log(run: Run) -> RunLog:
         # It prints "Writing logs to", which the config names.
         with redirect_stdout(io.StringIO()) if is_disk else nullcontext():
             metric_logger = instantiate(cfg.metric_logger, "metric_logger")
-        metric_logger.log_config(cfg)
+        metric_logger.log_config(cfg.raw)
     return RunLog(
         metric_logger,
-        directory=Path(cfg.output_dir),
+        directory=cfg.output_dir,
         device=run.device,
-        every=setting(cfg, "log_every_n_steps"),
-        memory=setting(cfg, "log_peak_memory_stats"),
+        every=cfg.log_every_n_steps,
+        memory=cfg.log_peak_memory_stats,
         before="start" if run.start else BEFORE,
     )

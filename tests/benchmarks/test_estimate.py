@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torchtune.models.llama2 import lora_llama2
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 from torchtune.training import set_default_dtype
@@ -68,7 +67,7 @@ def test_our_lora_is_what_torchtunes_builder_makes(
         )
     set_trainable_params(model, get_adapter_params(model))
     theirs = cost_of(torchtune_setup(model, checkpointing=False))
-    cfg = OmegaConf.merge(CONFIG, {"model": sizes})
+    cfg = training_config({**QST, **sizes})
     ours = estimate("qlora" if quantize else "lora", cfg)
     assert ours.flops_per_token == theirs.flops_per_token
     assert ours.trainable_parameters == theirs.trainable_parameters
@@ -120,7 +119,7 @@ def test_checkpointed_qlora_keeps_less_and_costs_another_forward() -> None:
     ids=str,
 )
 def test_what_a_config_chooses_is_not_what_was_published(settings: dict[str, Any]) -> None:
-    cfg = OmegaConf.merge(CONFIG, {"model": settings})
+    cfg = training_config({**QST, **settings})
     assert estimate("qst_published", cfg) == estimate("qst_published")
     assert estimate("qst", cfg) != estimate("qst")
 

@@ -13,6 +13,7 @@ from qst_tune.config.file import parse_config
 from qst_tune.estimation.question import Question
 from qst_tune.estimation.setup import Shape, own_setup
 from qst_tune.modules.memory import GIB
+from tests.support.configs import typed_config
 from tests.support.model_types import tiny_config
 
 SAMPLE = ["google/gemma-4-26B-A4B-it", "Qwen/Qwen3-VL-8B-Instruct", "zai-org/GLM-4-9B-0414"]
@@ -34,8 +35,9 @@ def test_the_short_way_to_the_peak_gives_that_of_the_estimate(
     settings = {"num_hidden_layers": 16, "vocab_size": 20_000}
     tiny_config(model_type, **settings).save_pretrained(tmp_path)
     shape = Shape(2, 64)
-    cfg = parse_config(["--config", str(models.CONFIG), f"checkpoint_dir={tmp_path}"])
-    cfg.model.embedding_quantization = "int8"
+    raw = parse_config(["--config", str(models.CONFIG), f"checkpoint_dir={tmp_path}"])
+    raw.model.embedding_quantization = "int8"
+    cfg = typed_config(raw)
     question = Question(lambda: own_setup(cfg, torch.bfloat16), cfg, shape, "cuda")
     whole = question.answer()[0].cost.memory.num_bytes
     assert peak_gib(tmp_path, shape, "int8") * GIB == pytest.approx(whole, abs=16 * 1024)

@@ -5,11 +5,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from qst_tune.config.check import (
-    check_checkpoint_dir,
-    check_config,
-)
+from qst_tune.config.check import config_problems
 from qst_tune.config.keys import Key
+from qst_tune.config.model_directory import check_checkpoint_dir
 from qst_tune.errors import UserError, did_you_mean
 
 KEYS = {"model": Key(kind=dict, meaning="", required=True)}
@@ -17,11 +15,7 @@ MODEL = {"_component_": "torch.nn.Linear", "in_features": 1, "out_features": 1}
 
 
 def problems(config) -> list[str]:
-    try:
-        check_config(OmegaConf.create(config), KEYS)
-    except UserError as error:
-        return str(error).splitlines()
-    return []
+    return [f"config: {p.text}" for p in config_problems(OmegaConf.create(config), KEYS)]
 
 
 def test_right_config_passes() -> None:
@@ -81,11 +75,8 @@ def test_component_that_is_none(component: str, message: str) -> None:
 
 
 def problem_of(key: Key, value: object) -> str | None:
-    try:
-        check_config(OmegaConf.create({"key": value}), {"key": key})
-    except UserError as error:
-        return str(error).removeprefix(f"config: key={value} must be ")
-    return None
+    problems = config_problems(OmegaConf.create({"key": value}), {"key": key})
+    return problems[0].text.removeprefix(f"key={value} must be ") if problems else None
 
 
 COUNT = Key(kind=int, least=1, meaning="")

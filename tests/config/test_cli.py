@@ -11,8 +11,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from qst_tune import plugin
-from qst_tune.config.cli import instantiate, run_recipe
+from qst_tune.config.cli import run_recipe
+from qst_tune.config.components import instantiate
+from qst_tune.config.keys import keys_of
 from qst_tune.errors import UserError
+from tests.support.configs import schema_of
 
 
 @pytest.fixture
@@ -100,13 +103,13 @@ def test_help_of_every_recipe_fits_the_terminal_and_names_every_key(
     module = import_module(f"qst_tune.recipes.{recipe}")
     monkeypatch.setattr(sys, "argv", [f"/x/{recipe}.py", "-h"])
     with pytest.raises(SystemExit) as info:
-        run_recipe(module.main, module.KEYS, module.__doc__)
+        run_recipe(module.main, schema_of(module), module.__doc__)
     assert info.value.code == 0
     shown = capsys.readouterr().out.splitlines()
     assert shown[0] == f"usage: tune run {recipe} --config CONFIG [key=value ...]"
     assert max(map(len, shown)) <= 100
     listed = [line.strip().partition(":")[0] for line in shown if re.match(r"  \w+: ", line)]
-    assert listed == list(module.KEYS)
+    assert listed == list(keys_of(schema_of(module)))
 
 
 def test_a_character_that_stdout_lacks_is_replaced(

@@ -4,12 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
-from qst_tune.recipes import qst_finetune
 
-from qst_tune.config.check import check_config
+from qst_tune.config.check import read_config
 from qst_tune.config.file import parse_config
-from qst_tune.config.keys import TRAINING_KEYS
 from qst_tune.config.other_names import OTHER_NAMES
+from qst_tune.config.schema import TRAINING_KEYS, TrainingConfig
 from qst_tune.errors import UserError
 
 CONFIG = Path(__file__).parents[2] / "configs" / "smollm2" / "135M_qst.yaml"
@@ -18,7 +17,7 @@ CONFIG = Path(__file__).parents[2] / "configs" / "smollm2" / "135M_qst.yaml"
 def problems(*overrides: str) -> list[str]:
     cfg = parse_config(["--config", str(CONFIG), *overrides])
     with pytest.raises(UserError) as error:
-        check_config(cfg, qst_finetune.KEYS)
+        read_config(cfg, TrainingConfig)
     return str(error.value).splitlines()
 
 

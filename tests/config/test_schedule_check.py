@@ -3,20 +3,21 @@
 import logging
 
 import pytest
-from omegaconf import OmegaConf
 
 from qst_tune.config.schedule_check import check_schedule, learning_rates, report_schedule
 from qst_tune.errors import UserError
+from tests.support.configs import typed_config
 
 TORCHTUNE = "torchtune.training.lr_schedulers.get_cosine_schedule_with_warmup"
 OWN = "qst_tune.training.lr_schedulers.cosine_with_warmup"
 
 
-def config(component: str, **settings):
-    return OmegaConf.create(
+def config(component: str, settings=None, /, **scheduler):
+    return typed_config(
         {
             "optimizer": {"_component_": "torch.optim.AdamW", "lr": 2e-4},
-            "lr_scheduler": {"_component_": component, **settings},
+            "lr_scheduler": {"_component_": component, **scheduler},
+            **(settings or {}),
         }
     )
 
@@ -51,14 +52,14 @@ def test_run_in_which_every_rate_is_zero_is_refused() -> None:
 
 @pytest.mark.parametrize("schedule", [None, {"_component_": OWN}])
 def test_rate_of_zero_is_refused(schedule) -> None:
-    cfg = config(OWN)
-    cfg.optimizer.lr, cfg.lr_scheduler = 0.0, schedule
+    cfg = config(OWN, {"lr_scheduler": schedule})
+    cfg.optimizer.lr = 0.0
     with pytest.raises(UserError, match=r"^optimizer: lr=0 changes nothing in any step"):
         check_schedule(cfg, 4)
 
 
 def test_what_is_not_looked_at_is_not_warned_of() -> None:
-    assert check_schedule(OmegaConf.merge(config(OWN), {"lr_scheduler": None}), 4) == []
+    assert check_schedule(config(OWN, {"lr_scheduler": None}), 4) == []
     assert check_schedule(config(TORCHTUNE, num_warmup_steps=10**6), 10**5) == []
 
 
@@ -68,8 +69,7 @@ def test_rates_are_those_that_the_run_will_have() -> None:
 
 
 def test_warnings_are_logged(caplog: pytest.LogCaptureFixture) -> None:
-    cfg = config(TORCHTUNE, num_warmup_steps=100)
-    cfg.epochs = 1
+    cfg = config(TORCHTUNE, {"epochs": 1}, num_warmup_steps=100)
     report_schedule(cfg, 4)
     assert [record.levelno for record in caplog.records] == [logging.WARNING] * 3
 
@@ -86,8 +86,7 @@ def test_warnings_are_logged(caplog: pytest.LogCaptureFixture) -> None:
 def test_run_of_a_few_steps_is_named_unless_it_is_asked_for(
     changes, num_steps: int, told: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    cfg = config(OWN)
-    cfg.update({"epochs": 1, **changes})
+    cfg = config(OWN, {"epochs": 1, **changes})
     with caplog.at_level(logging.WARNING):
         report_schedule(cfg, num_steps)
     assert ("too few" in caplog.text) == bool(told)

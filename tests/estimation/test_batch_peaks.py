@@ -16,6 +16,7 @@ from qst_tune.estimation.fake_device import DeviceType
 from qst_tune.estimation.setup import Setup, Shape
 from qst_tune.estimation.step import trace_step
 from qst_tune.estimation.tracker import Timeline
+from tests.support.configs import typed_config
 from tests.support.model_types import tiny_config
 
 MODEL = {
@@ -58,12 +59,14 @@ class Steps:
         self.seq_len = TOKENS
 
     def build(self) -> Setup:
-        return METHODS[self.name](self.cfg)
+        return METHODS[self.name](typed_config(self.cfg))
 
     def __call__(self, batch_size: int, shorten: Shorten | None) -> Timeline:
         self.num_whole += shorten is None
         shape = Shape(batch_size, self.seq_len)
-        return trace_step(self.build(), self.cfg, shape, device=self.device, shorten=shorten)[1]
+        return trace_step(
+            self.build(), typed_config(self.cfg), shape, device=self.device, shorten=shorten
+        )[1]
 
     def whole(self, batch_size: int) -> Timeline:
         with every_part():

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from qst_tune.errors import UserError
 from qst_tune.estimation.setup import Setup, Shape, own_setup
@@ -53,7 +52,7 @@ TASKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def config(model: dict[str, Any], **changes: Any) -> Any:
-    return OmegaConf.merge(training_config(model), changes)
+    return training_config(model, **changes)
 
 
 def setup_of(cfg: Any) -> Setup:

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from qst_tune.config.schema import GenerationConfig
 from qst_tune.generation.sampling import Sampling
+from tests.support.configs import typed_config
 
 
 @pytest.mark.parametrize("top_k", [None, 1, 7, 500])
@@ -53,6 +54,8 @@ def test_without_a_temperature_it_is_the_likeliest_token() -> None:
 
 
 def test_a_config_without_a_setting_or_with_null_takes_its_default() -> None:
-    assert Sampling.of_config(OmegaConf.create({"top_k": 3, "seed": 1})) == Sampling(0.0, 3, None)
-    given = OmegaConf.create({"temperature": "0.5", "top_k": None, "top_p": 0.25})
+    assert Sampling.of_config(typed_config({"top_k": 3, "seed": 1}, GenerationConfig)) == Sampling(
+        0.0, 3, None
+    )
+    given = typed_config({"temperature": "0.5", "top_k": None, "top_p": 0.25}, GenerationConfig)
     assert Sampling.of_config(given) == Sampling(0.5, None, 0.25)

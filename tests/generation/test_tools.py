@@ -20,7 +20,7 @@ QUESTION = [Message(role="user", content="hello")]
 def test_tools_are_in_the_prompt_as_in_a_training_row(tmp_path: Path) -> None:
     (tmp_path / "tools.json").write_text(json.dumps([TOOL]))
     tokenizer = hf_chat_tokenizer(str(build_directory(tmp_path / "m", QWEN3)))
-    tools = read_tool_file(str(tmp_path / "tools.json"), tokenizer)
+    tools = read_tool_file(tmp_path / "tools.json", tokenizer)
     assert tools == [TOOL]
     prompt = prompt_tokens(tokenizer, QUESTION, tools=tools)
     row = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "day"}]
@@ -52,9 +52,9 @@ def test_what_is_no_file_of_tools_is_refused(
         (tmp_path / "tools.json").write_text(content)
     tokenizer = hf_chat_tokenizer(str(build_directory(tmp_path / "m", CHATML)))
     with pytest.raises(UserError, match=message):
-        read_tool_file(str(tmp_path / "tools.json"), tokenizer)
+        read_tool_file(tmp_path / "tools.json", tokenizer)
 
 
 def test_another_tokenizer_takes_no_tools() -> None:
     with pytest.raises(UserError, match="object takes no tools"):
-        read_tool_file("tools.json", object())
+        read_tool_file(Path("tools.json"), object())

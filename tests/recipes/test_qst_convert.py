@@ -119,8 +119,8 @@ def test_an_opt_classifiers_directory_comes_back(tmp_path: Path, config: Config)
 def loaded(directory: Path, config: Config):
     """The directory's model over its quantised backbone, loaded like any side network of ours."""
     cfg = OmegaConf.create({**config, "model": read_description(directory, SIDE_NETWORK).model})
-    model = build_on_meta(cfg, torch.float32)
-    backbone = load_frozen_backbone(model, cfg, dtype=torch.float32, device=CPU)
+    model = build_on_meta(cfg.model, torch.float32)
+    backbone = load_frozen_backbone(model, cfg.checkpointer, dtype=torch.float32, device=CPU)
     model.initialize_side(CPU)
     load_tuned(directory, model.side, backbone=backbone)
     return model, cfg

@@ -10,10 +10,13 @@ import pytest
 from omegaconf import DictConfig
 from qst_tune.recipes import qst_estimate
 
-from qst_tune.config.check import check_config
+from qst_tune.config.check import config_problems
 from qst_tune.config.file import parse_config
+from qst_tune.config.keys import keys_of
+from qst_tune.config.schema import EstimateConfig
 from qst_tune.errors import UserError
 from qst_tune.models.build import build_any_on_meta
+from tests.support.configs import typed_config
 from tests.support.published import write_published
 
 ROOT = Path(__file__).parents[2]
@@ -118,6 +121,6 @@ def test_every_training_config_can_be_estimated(name: str, tmp_path: Path) -> No
     cfg = parse_config(["--config", str(ROOT / "configs" / f"{name}.yaml")])
     if "checkpoint_dir" in cfg:  # their model is the directory's
         cfg.checkpoint_dir = write_published(tmp_path, name)
-    check_config(cfg, qst_estimate.KEYS)
-    recipe = qst_estimate.QSTEstimateRecipe(cfg)
-    build_any_on_meta(cfg, recipe.dtype)
+    assert config_problems(cfg, keys_of(EstimateConfig)) == []
+    recipe = qst_estimate.QSTEstimateRecipe(typed_config(cfg, EstimateConfig))
+    build_any_on_meta(cfg.model, recipe.dtype)

@@ -14,6 +14,7 @@ from qst_tune.recipes import qst_finetune
 from safetensors.torch import load_file, save_file
 
 from qst_tune.config.cli import run_recipe
+from qst_tune.config.schema import TRAINING_KEYS
 from tests.support.checkpoints import (
     Config,
     colour_rows,
@@ -530,7 +531,7 @@ def test_empty_file_lacks_every_required_key(
     (root / "config.yaml").write_text("")
     assert run(root, Mistake("", [], []), monkeypatch) == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-    required = [name for name, key in qst_finetune.KEYS.items() if key.required]
+    required = [name for name, key in TRAINING_KEYS.items() if key.required]
     assert lines == [f"error: config: key {key!r} is missing" for key in required]
 
 

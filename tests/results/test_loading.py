@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from qst_tune.config.schema import TunedModelConfig
 from qst_tune.errors import UserError
 from qst_tune.results.loading import load_directory, load_side_networks, load_tuned_model
 from tests.support.checkpoints import SIZES, finetune_config
+from tests.support.configs import typed_config
 from tests.support.directories import CPU, side_network_directory
 from tests.support.numbers import random_tokens
-from tests.support.recipe_runs import merged
 
 
 @torch.no_grad()
@@ -18,7 +19,7 @@ def test_a_side_network_is_found_in_the_runs_directory_and_can_be_left_out(tmp_p
     directory, expected = side_network_directory(tmp_path)
     config = {**finetune_config(tmp_path), "output_dir": str(tmp_path)}
     tokens = random_tokens(vocab_size=300)
-    tuned = load_tuned_model(merged(config))
+    tuned = load_tuned_model(typed_config(config, TunedModelConfig))
     assert tuned.is_tuned
     assert torch.equal(tuned.model(tokens), expected(tokens))
     assert tuned.tokenizer.max_seq_len is None  # the config's 64 would cut an answer's beginning
@@ -26,9 +27,9 @@ def test_a_side_network_is_found_in_the_runs_directory_and_can_be_left_out(tmp_p
         base = tuned.model(tokens)
     assert not torch.equal(base, expected(tokens))
     elsewhere = {**config, "output_dir": str(tmp_path / "x"), "side_network": str(directory)}
-    named = load_tuned_model(merged(elsewhere))
+    named = load_tuned_model(typed_config(elsewhere, TunedModelConfig))
     assert torch.equal(named.model(tokens), expected(tokens))
-    without = load_tuned_model(merged({**config, "side_network": None}))
+    without = load_tuned_model(typed_config({**config, "side_network": None}, TunedModelConfig))
     assert not without.is_tuned
     with without.untuned():
         assert torch.equal(without.model(tokens), base)
@@ -38,7 +39,10 @@ def test_a_side_network_is_found_in_the_runs_directory_and_can_be_left_out(tmp_p
 def test_scales_are_exchanged_in_place_and_come_back(tmp_path: Path) -> None:
     model = {"_component_": "qst_tune.models.peqa_llama3_2", **SIZES, "bits": 4}
     config = {**finetune_config(tmp_path), "model": model, "scales": None}
-    tuned, tokens = load_tuned_model(merged(config)), random_tokens(vocab_size=300)
+    tuned, tokens = (
+        load_tuned_model(typed_config(config, TunedModelConfig)),
+        random_tokens(vocab_size=300),
+    )
     rounded = tuned.model(tokens)
     for scale in tuned.model.task().values():
         scale.mul_(torch.rand_like(scale) + 0.5)
@@ -61,7 +65,7 @@ def test_what_does_not_fit_is_told(model: dict, message: str, tmp_path: Path) ->
     if "torchtune" in model["_component_"]:
         del config["model"]["scale_factor"]
     with pytest.raises(UserError, match=message):
-        load_tuned_model(merged(config))
+        load_tuned_model(typed_config(config, TunedModelConfig))
 
 
 @torch.no_grad()

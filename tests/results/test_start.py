@@ -8,10 +8,12 @@ import pytest
 import torch
 from qst_tune.recipes import qst_dpo
 
+from qst_tune.config.schema import TunedModelConfig
 from qst_tune.errors import UserError
 from qst_tune.results.loading import load_tuned_model
 from qst_tune.results.start import digest_of, find_start, tuned_directory
 from tests.support.checkpoints import Config, finetune_config
+from tests.support.configs import typed_config
 from tests.support.methods import write_pairs
 from tests.support.recipe_runs import FinetuneResult, finetune, merged, one_thread
 
@@ -55,7 +57,7 @@ def test_lineage_is_in_the_description_and_the_card(
     line = f"| first/side_network | 4 | train.jsonl | `{entry['digest'][:16]}...` |"
     assert line in card.splitlines()
     start = find_start(
-        merged({"side_network": str(second.directory / "side_network"), "output_dir": "x"})
+        typed_config({"side_network": str(second.directory / "side_network"), "output_dir": "x"})
     )
     assert start is not None
     assert [link.name for link in start.lineage] == ["first/side_network", "second/side_network"]
@@ -76,14 +78,15 @@ def test_result_is_loaded_where_the_training_config_names_the_start(
     config: Config, first: FinetuneResult, second: FinetuneResult, tmp_path: Path
 ) -> None:
     start, result = (run.directory / "side_network" for run in (first, second))
-    cfg = merged({**config, "output_dir": str(second.directory), "side_network": str(start)})
-    assert tuned_directory(cfg, "side_network") == result
-    tuned = load_tuned_model(cfg).model.side.state_dict()
+    cfg = {**config, "output_dir": str(second.directory), "side_network": str(start)}
+    tuned = load_tuned_model(typed_config(cfg, TunedModelConfig)).model.side.state_dict()
     assert all(torch.equal(tuned[name], value) for name, value in second.weights.items())
 
     def chosen(**changes: Any) -> Path | None:
-        return tuned_directory(merged({**cfg, **changes}), "side_network")
+        asked = typed_config({**cfg, **changes}, TunedModelConfig)
+        return tuned_directory(asked.side_network, asked.output_dir, "side_network")
 
+    assert chosen() == result
     assert chosen(output_dir=str(tmp_path)) == start, "no result is there yet"
     assert chosen(output_dir=None) == start
     assert chosen(side_network=str(result)) == result
@@ -91,7 +94,8 @@ def test_result_is_loaded_where_the_training_config_names_the_start(
     assert chosen(output_dir=str(first.directory)) == start, "that run started from nothing"
     gone = second.directory / "gone" / "first" / "side_network"
     assert chosen(side_network=str(gone)) == result, "known by its name"
-    assert tuned_directory(merged({"output_dir": "a"}), "scales") == Path("a/scales")
+    untold = typed_config({"output_dir": "a"}, TunedModelConfig)
+    assert tuned_directory(untold.scales, untold.output_dir, "scales") == Path("a/scales")
 
 
 def test_dpo_is_compared_with_the_start_in_one_backbone_pass(
@@ -155,7 +159,7 @@ def test_data_of_several_files_is_recorded(first: FinetuneResult) -> None:
     config = (directory / "recipe_config.yaml").read_text()
     (directory / "recipe_config.yaml").write_text(both)
     try:
-        start = find_start(merged({"side_network": str(directory), "output_dir": "x"}))
+        start = find_start(typed_config({"side_network": str(directory), "output_dir": "x"}))
     finally:
         (directory / "recipe_config.yaml").write_text(config)
     assert start is not None

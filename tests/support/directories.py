@@ -13,6 +13,7 @@ from qst_tune.modules.qst_decoder import QSTDecoder
 from qst_tune.results.provenance import provenance_of
 from qst_tune.results.tuned_directory import save_tuned
 from tests.support.checkpoints import Config, finetune_config
+from tests.support.configs import typed_config
 from tests.support.numbers import randomize_
 
 CPU = torch.device("cpu")
@@ -28,12 +29,12 @@ def side_network_directory(
     config: Config = finetune_config(root)
     config["model"] = {**config["model"], **model_settings}
     cfg = OmegaConf.create(config)
-    model = build_on_meta(cfg, torch.float32)
-    backbone = load_frozen_backbone(model, cfg, dtype=torch.float32, device=CPU)
+    model = build_on_meta(cfg.model, torch.float32)
+    backbone = load_frozen_backbone(model, cfg.checkpointer, dtype=torch.float32, device=CPU)
     materialize(model.side, CPU)
     torch.manual_seed(seed)
     randomize_(model.side)
-    origin = provenance_of(cfg, backbone)
+    origin = provenance_of(typed_config(cfg), backbone)
     origin = replace(origin, results={"validation loss at step 8": 1.25})
     save_tuned(root / name, model.side, origin)
     return root / name, model.eval()

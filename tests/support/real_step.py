@@ -10,17 +10,18 @@ import sys
 from collections.abc import Iterator
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from torchao.dtypes.nf4tensor import NF4Tensor
 
 from benchmarks.estimate import METHODS
+from qst_tune.config.schema import TrainingConfig
 from qst_tune.estimation.setup import Setup, Shape
 from qst_tune.estimation.step import make_optimizer, trace_step, train_step
 from qst_tune.modules.meta_device import build_rotary_caches
 from qst_tune.quantization.nf4 import quantize_nf4
 from qst_tune.quantization.table import QuantizedTable, quantize_table
+from tests.support.configs import typed_config
 
 MIB = 1024**2
 # Widths of SmolLM2-135M with few layers, a Llama 3.2 with shared key-value heads and a large
@@ -71,9 +72,9 @@ COMPARED = {
 }
 
 
-def training_config(model: dict[str, object]) -> DictConfig:
+def training_config(model: dict[str, object], **changes: object) -> TrainingConfig:
     """The keys of a training config that a step reads."""
-    return OmegaConf.create(
+    return typed_config(
         {
             "model": model,
             "loss": {"_component_": "qst_tune.modules.LinearCrossEntropyLoss"},
@@ -83,6 +84,7 @@ def training_config(model: dict[str, object]) -> DictConfig:
             "dtype": "bf16",
             "batch_size": 1,
             "tokenizer": {"max_seq_len": 128},
+            **changes,
         }
     )
 
@@ -111,7 +113,7 @@ def _stored_as(parameter: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
     return quantize_nf4(dense) if isinstance(parameter, NF4Tensor) else dense
 
 
-def measured_step_bytes(setup: Setup, cfg: DictConfig, shape: Shape) -> int:
+def measured_step_bytes(setup: Setup, cfg: TrainingConfig, shape: Shape) -> int:
     """Highest number of bytes that a real step has allocated above what was there before it."""
     allocate_real(setup.model)
     optimizer = make_optimizer(setup, cfg, "cpu")
@@ -135,7 +137,7 @@ def _allocations(profiler: profile) -> Iterator[int]:
         yield event.nbytes()
 
 
-def estimated_step_bytes(setup: Setup, cfg: DictConfig, shape: Shape) -> int:
+def estimated_step_bytes(setup: Setup, cfg: TrainingConfig, shape: Shape) -> int:
     """The same by the estimate."""
     memory = trace_step(setup, cfg, shape, device="cpu")[0].memory
     return memory.num_bytes - memory.start_bytes

@@ -111,7 +111,7 @@ def build(num_labels, *, loss="CrossEntropyLoss", labels=("no", "yes"), metrics=
     dataset = ClassificationDataset(None, [], template="", labels=labels, metrics=metrics)
     cfg = OmegaConf.create({"loss": {"_component_": f"torch.nn.{loss}"}})
     model = SimpleNamespace(num_labels=num_labels)
-    return build_classification_task(cfg, model, [dataset], CPU)
+    return build_classification_task(cfg.loss, model, [dataset], CPU)
 
 
 def test_metrics_are_those_of_the_dataset():
@@ -138,13 +138,13 @@ def test_labels_of_a_part_of_a_dataset_are_those_of_the_whole():
     cfg = OmegaConf.create({"loss": {"_component_": "torch.nn.CrossEntropyLoss"}})
     part = torch.utils.data.Subset(whole, [])
     model = SimpleNamespace(num_labels=2)
-    assert build_classification_task(cfg, model, [part], CPU).monitor == "f1"
+    assert build_classification_task(cfg.loss, model, [part], CPU).monitor == "f1"
 
 
 def test_a_dataset_of_conversations_is_refused():
     cfg = OmegaConf.create({"loss": {"_component_": "torch.nn.CrossEntropyLoss"}})
     with pytest.raises(UserError, match="a classifier needs rows with a label"):
-        build_classification_task(cfg, SimpleNamespace(num_labels=2), [[1, 2]], CPU)
+        build_classification_task(cfg.loss, SimpleNamespace(num_labels=2), [[1, 2]], CPU)
 
 
 # float64 sums in another order.

@@ -8,13 +8,14 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from qst_tune.config.cli import instantiate
+from qst_tune.config.components import instantiate
 from qst_tune.models.build import build_any_on_meta
 from qst_tune.modules.peqa_linear import PEQALinear
 from qst_tune.quantization.table import quantize_table
 from qst_tune.training.language_modelling import build_language_modelling
 from qst_tune.training.methods import load_peqa, load_qst
 from tests.support.checkpoints import SIZES, finetune_config
+from tests.support.configs import typed_config
 
 CPU = torch.device("cpu")
 PEQA = "qst_tune.models.peqa_llama3_2"
@@ -33,11 +34,12 @@ def gradients(
     cfg.loss._component_ = loss
     cfg.model = model_block if "_component_" in model_block else {**cfg.model, **model_block}
     tokenizer = instantiate(cfg.tokenizer, "tokenizer")
-    model = build_any_on_meta(cfg, dtype)
-    task, _ = build_language_modelling(cfg, tokenizer, model, seed=0, device=CPU)
+    model = build_any_on_meta(cfg.model, dtype)
+    settings = typed_config(cfg)
+    task, _ = build_language_modelling(settings, tokenizer, model, seed=0, device=CPU)
     load = load_peqa if "peqa" in cfg.model._component_ else load_qst
     torch.manual_seed(0)
-    method = load(model, cfg, dtype=dtype, device=CPU)
+    method = load(model, settings, dtype=dtype, device=CPU)
     if load is load_qst:
         torch.manual_seed(0)
         nn.init.normal_(model.side.upsample.weight, std=1e-3)

@@ -3,10 +3,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from omegaconf import OmegaConf
 from torch import nn
 
-from qst_tune.config.cli import instantiate
+from qst_tune.config.components import instantiate
 from qst_tune.data.batches.collate import align_labels
 from qst_tune.errors import UserError
 from qst_tune.models import qst_decoder
@@ -18,6 +17,7 @@ from qst_tune.training.language_modelling import (
 )
 from qst_tune.training.methods import load_qst
 from tests.support.checkpoints import finetune_config
+from tests.support.configs import typed_config
 from tests.support.numbers import TINY, TINY_REDUCTION, random_tokens, randomize_, tiny_backbone
 
 CPU = torch.device("cpu")
@@ -26,9 +26,9 @@ CPU = torch.device("cpu")
 def test_the_task_is_the_cross_entropy_of_each_labelled_token_given_those_before(
     tmp_path: Path,
 ) -> None:
-    cfg = OmegaConf.create(finetune_config(tmp_path))
+    cfg = typed_config(finetune_config(tmp_path))
     tokenizer = instantiate(cfg.tokenizer, "tokenizer")
-    model = build_on_meta(cfg, torch.float32)
+    model = build_on_meta(cfg.model, torch.float32)
     task, data = build_language_modelling(cfg, tokenizer, model, seed=0, device=CPU)
     load_qst(model, cfg, dtype=torch.float32, device=CPU)
     batch = next(iter(data.train.batches(0, start=0)))

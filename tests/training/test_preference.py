@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from omegaconf import OmegaConf
 from torchtune import rlhf
 from torchtune.rlhf.loss import DPOLoss
 
@@ -19,6 +18,7 @@ from qst_tune.training.preference import (
     build_preference_learning,
     collate_preferences,
 )
+from tests.support.configs import typed_config
 from tests.support.numbers import TINY, TINY_REDUCTION, random_tokens, randomize_, tiny_backbone
 
 CPU = torch.device("cpu")
@@ -139,7 +139,7 @@ class Pairs(list):
 
 
 def build(model: QSTDecoder, kind: str = "pairs", loss: str = "torchtune.rlhf.loss.DPOLoss") -> Any:
-    cfg = OmegaConf.create(
+    cfg = typed_config(
         {
             "dataset": {"_component_": "tests.training.test_preference.Pairs", "kind": kind},
             "loss": {"_component_": loss},

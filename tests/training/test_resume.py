@@ -21,6 +21,7 @@ from qst_tune.training.resume import (
     set_run_seed,
 )
 from qst_tune.training.state_file import pack_state
+from tests.support.configs import typed_config
 
 CONFIG = {
     "model": {"rank": 4},
@@ -52,7 +53,7 @@ def find(directory: Path, changes: dict[str, Any] | None = None) -> SavedRun | N
     config = OmegaConf.create(
         {**CONFIG, "output_dir": str(directory), "resume_from_checkpoint": True}
     )
-    return find_saved_run(OmegaConf.merge(config, changes or {}))
+    return find_saved_run(typed_config(OmegaConf.merge(config, changes or {})))
 
 
 def test_same_config_goes_on(tmp_path: Path) -> None:
@@ -69,8 +70,8 @@ def test_run_that_is_not_to_resume_does_not(tmp_path: Path) -> None:
 
 def test_seed_of_null_is_that_of_the_saved_run(tmp_path: Path) -> None:
     save(tmp_path)
-    assert set_run_seed(OmegaConf.create({"seed": None}), find(tmp_path)) == 7
-    assert set_run_seed(OmegaConf.create({"seed": 3}), None) == 3
+    assert set_run_seed(typed_config({"seed": None}), find(tmp_path)) == 7
+    assert set_run_seed(typed_config({"seed": 3}), None) == 3
 
 
 def test_date_is_that_of_the_saved_runs_first_day(tmp_path: Path) -> None:

@@ -3,16 +3,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from omegaconf import OmegaConf
 
 from qst_tune.errors import UserError
 from qst_tune.training.run import run_environment
+from tests.support.configs import typed_config
 
 
 def config(directory: Path, **changes):
-    return OmegaConf.create(
-        {"device": "cpu", "dtype": "bf16", "output_dir": str(directory), **changes}
-    )
+    return typed_config({"device": "cpu", "dtype": "bf16", "output_dir": str(directory), **changes})
 
 
 def test_it_gives_device_and_dtype_and_makes_the_directory(tmp_path: Path) -> None:

@@ -6,9 +6,8 @@ import pytest
 import torchtune
 from omegaconf import DictConfig, OmegaConf
 
-from qst_tune.config.check import config_problems
-from qst_tune.config.keys import TRAINING_KEYS
-from qst_tune.config.training_check import check_training_config
+from qst_tune.config.check import config_problems, read_config
+from qst_tune.config.schema import TRAINING_KEYS, TrainingConfig
 from qst_tune.errors import Problem, UserError
 
 CONFIGS = Path(torchtune.__file__).parents[1] / "recipes" / "configs"
@@ -50,7 +49,7 @@ def test_the_block_fsdp_is_accepted_as_torchtune_ships_it_only(offload: bool) ->
     cfg = with_our_model(CONFIGS / "llama2" / "7B_qlora.yaml")
     cfg.fsdp.cpu_offload = offload
     with pytest.raises(UserError, match="checkpoint_dir") as error:  # not on this machine
-        check_training_config(cfg, {})
+        read_config(cfg, TrainingConfig)
     advice = "fsdp.cpu_offload=True: use backbone_sharding=full and fsdp_cpu_offload=True"
     assert (advice in str(error.value)) == offload
     assert str(error.value).count("fsdp") == (2 if offload else 0)

@@ -15,6 +15,7 @@ from qst_tune.modules.meta_device import materialize
 from qst_tune.results.provenance import provenance_of
 from qst_tune.results.tuned_directory import save_tuned
 from tests.support.checkpoints import finetune_config
+from tests.support.configs import typed_config
 
 CPU = torch.device("cpu")
 SHOUTING = (
@@ -33,10 +34,10 @@ def result(root: Path, template: str | None) -> Path:
         "chat_template": template,
     }
     cfg = OmegaConf.create(config)
-    model = build_on_meta(cfg, torch.float32)
-    backbone = load_frozen_backbone(model, cfg, dtype=torch.float32, device=CPU)
+    model = build_on_meta(cfg.model, torch.float32)
+    backbone = load_frozen_backbone(model, cfg.checkpointer, dtype=torch.float32, device=CPU)
     materialize(model.side, CPU)
-    origin = provenance_of(cfg, backbone)
+    origin = provenance_of(typed_config(cfg), backbone)
     save_tuned(root / "side_network", model.side, origin)
     return root / "side_network"
 

@@ -7,7 +7,7 @@ from omegaconf import DictConfig, ListConfig
 from torchtune.datasets import ConcatDataset
 from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
-from qst_tune.config.cli import instantiate
+from qst_tune.config.components import instantiate
 from qst_tune.data.batches.checked_rows import CheckedRows, with_literal_paths
 from qst_tune.data.batches.packing import align_packs, is_packed, split_off_packing
 from qst_tune.data.batches.survey import Survey, survey_rows

@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 
-from omegaconf import DictConfig
-
-from qst_tune.config.keys import setting
+from qst_tune.config.schema import TrainingConfig
 from qst_tune.data.batches.loader import BatchLoader
 from qst_tune.distributed.processes import rank_and_world_size
 from qst_tune.errors import UserError
@@ -36,21 +34,21 @@ class Schedule:
         return self.epochs * self.steps_per_epoch
 
 
-def schedule_of(cfg: DictConfig, train: BatchLoader) -> Schedule:
+def schedule_of(cfg: TrainingConfig, train: BatchLoader) -> Schedule:
     """Return when what happens in a run; UserError if there are fewer rows than processes."""
     _, accumulation = fit_step(cfg, len(train.dataset))
     steps = len(train) // accumulation
     return Schedule(
         epochs=cfg.epochs,
-        steps_per_epoch=min(steps, cfg.get("max_steps_per_epoch") or steps),
+        steps_per_epoch=min(steps, cfg.max_steps_per_epoch or steps),
         accumulation=accumulation,
-        validate_every=cfg.get("run_val_every_n_steps"),
-        patience=cfg.get("early_stopping_patience"),
-        max_bad_steps=setting(cfg, "skip_bad_steps"),
+        validate_every=cfg.run_val_every_n_steps,
+        patience=cfg.early_stopping_patience,
+        max_bad_steps=cfg.skip_bad_steps,
     )
 
 
-def fit_step(cfg: DictConfig, num_rows: int) -> tuple[int, int]:
+def fit_step(cfg: TrainingConfig, num_rows: int) -> tuple[int, int]:
     """Return rows a batch and batches a step of each process, such that an epoch has a step.
 
     Those of the config, or as few and as even batches as hold all ``num_rows`` of all processes.
@@ -63,19 +61,19 @@ def fit_step(cfg: DictConfig, num_rows: int) -> tuple[int, int]:
             f"dataset: {num_rows} rows are fewer than the {world_size} processes that share them: "
             "start fewer with --nproc_per_node"
         )
-    batch_size, accumulation = cfg.batch_size, setting(cfg, "gradient_accumulation_steps")
+    batch_size, accumulation = cfg.batch_size, cfg.gradient_accumulation_steps
     if share >= batch_size * accumulation:
         return batch_size, accumulation
     num_batches = -(-share // batch_size)
     return share // num_batches, num_batches
 
 
-def describe_step(cfg: DictConfig, num_rows: int, *, noun: str = "rows") -> str | None:
+def describe_step(cfg: TrainingConfig, num_rows: int, *, noun: str = "rows") -> str | None:
     """Describe in one line what an epoch leaves out, and a fitted step; None if neither."""
     world_size = rank_and_world_size()[1]
     batch_size, accumulation = fit_step(cfg, num_rows)
     of_a_step = batch_size * accumulation * world_size
-    wanted = cfg.batch_size * setting(cfg, "gradient_accumulation_steps") * world_size
+    wanted = cfg.batch_size * cfg.gradient_accumulation_steps * world_size
     left_out = num_rows % of_a_step
     rest = f"; each epoch leaves out {left_out}, drawn anew" if left_out else ""
     if of_a_step != wanted:

@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from omegaconf import DictConfig
 from torch.utils.data import Subset
 from torchtune.data import padded_collate_packed
 
-from qst_tune.config.keys import setting
+from qst_tune.config.schema import TrainingConfig
 from qst_tune.data.batches.checked_rows import hold_out
 from qst_tune.data.batches.collate import DEFAULT_COLLATE, build_collate
 from qst_tune.data.batches.datasets import build_dataset
@@ -62,7 +61,7 @@ class TrainingData:
         }
 
 
-def text_collate(cfg: DictConfig, limits: ModelLimits) -> Collate:
+def text_collate(collate_fn: str | None, limits: ModelLimits) -> Collate:
     """Build the collate function of rows of text, after checking that they can fit the model."""
     longest = getattr(limits.tokenizer, "max_seq_len", None)
     if longest and longest > limits.max_seq_len:
@@ -70,11 +69,11 @@ def text_collate(cfg: DictConfig, limits: ModelLimits) -> Collate:
             f"tokenizer.max_seq_len={longest} is longer than the model's max_seq_len "
             f"{limits.max_seq_len}: lower it"
         )
-    return build_collate(limits, cfg.get("collate_fn") or DEFAULT_COLLATE)
+    return build_collate(limits, collate_fn or DEFAULT_COLLATE)
 
 
 def build_data(
-    cfg: DictConfig, limits: ModelLimits, collate: Collate, *, seed: int
+    cfg: TrainingConfig, limits: ModelLimits, collate: Collate, *, seed: int
 ) -> TrainingData:
     """Build the datasets, reading every row once, and decide which rows make which batch.
 
@@ -82,37 +81,37 @@ def build_data(
     outside ``limits``, or nothing to learn.
     """
     tokenizer = limits.tokenizer
-    settings = {"limits": limits, "skip_bad_rows": setting(cfg, "on_bad_row") == "skip"}
+    settings: dict[str, Any] = {"limits": limits, "skip_bad_rows": cfg.on_bad_row == "skip"}
     surveys: list[Survey] = []
     validation_surveys: list[Survey] = []
     rows = build_dataset(cfg.dataset, "dataset", tokenizer, surveys=surveys, **settings)
     validation_rows = None
-    if cfg.get("dataset_val"):
+    if cfg.dataset_val:
         validation_rows = build_dataset(
             cfg.dataset_val, "dataset_val", tokenizer, surveys=validation_surveys, **settings
         )
-    elif cfg.get("val_fraction"):
-        rows, validation_rows = hold_out(rows, float(cfg.val_fraction), seed)
+    elif cfg.val_fraction:
+        rows, validation_rows = hold_out(rows, cfg.val_fraction, seed)
     step = describe_step(cfg, len(rows), noun="packs" if is_packed(rows) else "rows")
     notes = [
         *_label_warnings("dataset", surveys, rows),
         *_label_warnings("validation rows", validation_surveys or surveys, validation_rows),
         *([step] if step else []),
     ]
-    num_workers = setting(cfg, "num_workers")
+    num_workers = cfg.num_workers
     train = BatchLoader(
         rows,
         collate_of(rows, collate),
         batch_size=fit_step(cfg, len(rows))[0],
-        seed=seed if setting(cfg, "shuffle") else None,
+        seed=seed if cfg.shuffle else None,
         num_workers=num_workers,
-        same_batches=cfg.get("hidden_state_cache") is not None,
+        same_batches=cfg.hidden_state_cache is not None,
     )
     schedule_of(cfg, train)  # fails early, before the model loads
     validation = validation_rows and BatchLoader(
         validation_rows,
         collate_of(validation_rows, collate),
-        batch_size=cfg.get("batch_size_val") or cfg.batch_size,
+        batch_size=cfg.batch_size_val or cfg.batch_size,
         seed=None,
         drop_last=False,
         num_workers=num_workers,

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from torch import nn
 from torchtune import utils
 from torchtune.modules import RMSNorm
@@ -31,7 +31,7 @@ _CLASSIFIER = "num_labels"  # the argument of a model block that makes it a clas
 log = utils.get_logger("INFO")
 
 
-def import_authors(directory: Path, cfg: DictConfig) -> tuple[QSTModel, Block]:
+def import_authors(directory: Path, model_block: DictConfig) -> tuple[QSTModel, Block]:
     """Read a directory of the authors' code as the side network of a config's backbone.
 
     It has no configuration: r, the rank and a classifier's number of labels are those that give its
@@ -39,13 +39,13 @@ def import_authors(directory: Path, cfg: DictConfig) -> tuple[QSTModel, Block]:
     A classifier's output gate that their code failed to write gets its initial value; on a GPU
     their code never trains it.
 
-    ``cfg.model`` builds a QST model, a classifier for a classifier's directory; its side network's
-    settings are replaced. Returns the model, its backbone on meta, and the ``model`` block that
+    ``model_block`` builds a QST model, a classifier for a classifier's directory; settings of its
+    side network are replaced. Returns the model, its backbone on meta, and the ``model`` block that
     builds it. UserError if a file is missing or no plain state dict, or the tensors are not those
     of a side network over this backbone.
     """
-    block = _backbone_part(cfg)
-    is_classifier = _CLASSIFIER in cfg.model
+    block = _backbone_part(model_block)
+    is_classifier = _CLASSIFIER in model_block
     state = read_authors_directory(directory, classifier=is_classifier)
     embed_dim, side_dim = _shape(directory, state, "upsample.weight")
     rank = _shape(directory, state, "downsample.0.adapter_A.weight")[0]
@@ -72,18 +72,18 @@ def import_authors(directory: Path, cfg: DictConfig) -> tuple[QSTModel, Block]:
     )
 
 
-def export_authors(directory: Path, cfg: DictConfig) -> tuple[Weights, Block]:
+def export_authors(directory: Path, model_block: DictConfig) -> tuple[Weights, Block]:
     """Read one of our directories, of ``variant="authors"``, as tensors of the authors' code.
 
-    ``cfg.model`` builds a QST model over its backbone; the builder that the directory names is not
+    ``model_block`` builds a QST model over its backbone; the builder that the directory names is not
     called. Also returns what their configuration must have to load the tensors. UserError if the
     directory is damaged, or their code cannot compute what it contains.
     """
-    block = _backbone_part(cfg)
+    block = _backbone_part(model_block)
     description = read_description(directory, SIDE_NETWORK)
     found = description.structure
     assert found is not None  # a side network's has one
-    if (_CLASSIFIER in cfg.model) != description.is_classifier:
+    if (_CLASSIFIER in model_block) != description.is_classifier:
         kind = "a classifier's" if description.is_classifier else "a language model's"
         raise UserError(
             f"{directory} is {kind}, and the config's model is not: name its own config"
@@ -105,9 +105,9 @@ def export_authors(directory: Path, cfg: DictConfig) -> tuple[Weights, Block]:
     return state, settings | {"activation": "swish", "add_layer_norm_after_adapter": True}
 
 
-def _backbone_part(cfg: DictConfig) -> Block:
+def _backbone_part(model_block: DictConfig) -> Block:
     """The config's model block without a side network's settings."""
-    block = OmegaConf.to_container(cfg.model, resolve=True)
+    block = OmegaConf.to_container(model_block, resolve=True)
     of_side = {field.name for field in fields(SideConfig)} | {_CLASSIFIER}
     assert isinstance(block, dict)
     return {str(name): value for name, value in block.items() if name not in of_side}
@@ -123,7 +123,7 @@ def _shape(directory: Path, state: Weights, suffix: str) -> tuple[int, int]:
 
 
 def _build(block: Block) -> QSTModel:
-    model = build_on_meta(OmegaConf.create({"model": block}), torch.float32)
+    model = build_on_meta(OmegaConf.create(block), torch.float32)
     _family(model)
     return model
 

@@ -1,11 +1,11 @@
 """A step takes as many rows as the config says, or as a small dataset has."""
 
 import pytest
-from omegaconf import OmegaConf
 
 from qst_tune.data.batches.schedule import describe_step, fit_step
+from tests.support.configs import typed_config
 
-CONFIG = OmegaConf.create({"batch_size": 4, "gradient_accumulation_steps": 4})
+CONFIG = typed_config({"batch_size": 4, "gradient_accumulation_steps": 4})
 
 
 @pytest.mark.parametrize(

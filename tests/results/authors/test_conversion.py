@@ -52,15 +52,15 @@ GOLDEN_BLOCK = {
 
 
 def config(block: dict[str, Any]) -> DictConfig:
-    """As a training config has it; the settings of the side network are to be ignored."""
+    """The model block of a training config; the settings of the side network are to be ignored."""
     ignored = {"downsample": "avgpool", "dropout": 0.1}
     if "num_labels" in block:
         ignored["num_labels"] = 7
-    return OmegaConf.create({"model": {**block, **ignored}})
+    return OmegaConf.create({**block, **ignored})
 
 
 def random_side(block: dict[str, Any], dtype=torch.float32):
-    model = build_on_meta(OmegaConf.create({"model": block}), torch.float32)
+    model = build_on_meta(OmegaConf.create(block), torch.float32)
     materialize(model.side, torch.device("cpu"))
     with torch.no_grad():
         for parameter in model.side.parameters():

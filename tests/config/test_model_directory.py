@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 import qst_tune.transformers  # registers the model class
 from qst_tune.config.file import parse_config
-from qst_tune.config.hub_models import fetch_models, with_hub_names
+from qst_tune.config.model_directory import fetch_models, with_hub_names
 from qst_tune.errors import UserError
 from qst_tune.sharing.__main__ import main as sharing
 from tests.support.checkpoints import (
@@ -21,6 +21,7 @@ from tests.support.checkpoints import (
     write_jsonl,
     write_model_directory,
 )
+from tests.support.configs import typed_config
 from tests.support.fake_hub import COMMIT, FakeHub, serving, use
 from tests.support.recipe_runs import merged, one_thread
 
@@ -134,7 +135,7 @@ def test_files_that_a_config_names_are_fetched_and_no_others(hub: FakeHub, tmp_p
             "dataset": {"source": REPO},
         }
     )  # fmt: skip
-    fetch_models(cfg)
+    fetch_models(typed_config(cfg))
     assert Path(cfg.tokenizer.path).read_text() == "a tokenizer"
     assert Path(cfg.checkpointer.checkpoint_dir, "model-1-of-1.safetensors").is_file()
     assert cfg.dataset.source == REPO  # a dataset may have a model's name

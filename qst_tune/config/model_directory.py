@@ -1,13 +1,17 @@
-"""Replace hub names by the models' local directories, at the edge of a recipe."""
+"""The directory of a config's model: checked, and fetched if it is a hub name."""
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from qst_tune.backbone.directory import read_settings, weight_files
 from qst_tune.backbone.hub import Parts, fetch_model, hub_name, is_hub_name
+from qst_tune.config.keys import ConfigT, typed
+from qst_tune.errors import UserError
 from qst_tune.torchtune_compat import file_names
 
 # Only here does a text with one slash mean a model.
@@ -15,17 +19,51 @@ _PLACES = ("checkpoint_dir", "model", "tokenizer", "checkpointer")
 _NAMED_BY = ("checkpoint_dir", "path")
 
 
-def fetch_models(cfg: DictConfig, parts: Parts = "weights") -> None:
-    """Download what a config names by a hub name, and let the config name the directory.
+def check_checkpoint_dir(checkpointer: DictConfig, *, may_lack_weights: bool = False) -> Path:
+    """Return the checkpoint's directory, a hub name as it is; UserError if a file is missing.
 
-    A directory of that name on this machine goes first. Call it when the config has been checked: a
-    download may take long. UserError if a model cannot be downloaded.
+    ``may_lack_weights`` accepts a model that was downloaded without any of its weights.
+    """
+    if not checkpointer.get("checkpoint_dir"):
+        raise UserError("config: checkpointer.checkpoint_dir is missing")
+    directory = Path(checkpointer.checkpoint_dir)
+    if is_hub_name(str(directory)):
+        return directory
+    if not directory.is_dir():
+        raise UserError(
+            f"checkpointer.checkpoint_dir={directory} does not exist; download the model there "
+            "(tune download) or name its directory"
+        )
+    if str(checkpointer.get("_component_")).endswith(
+        ".HFCheckpointer"
+    ):  # which finds the files itself
+        read_settings(directory)
+        if not may_lack_weights or any(
+            [*directory.glob("*.safetensors"), *directory.glob("*.bin")]
+        ):
+            weight_files(directory)
+    files = checkpointer.get("checkpoint_files")
+    missing = [
+        str(name)
+        for name in (files if isinstance(files, ListConfig) else [])
+        if not (directory / str(name)).is_file()
+    ]
+    if missing:
+        raise UserError(f"checkpointer.checkpoint_files: {missing[0]} is not in {directory}")
+    return directory
+
+
+def fetch_models(cfg: ConfigT, parts: Parts = "weights") -> ConfigT:
+    """Download what a config names by a hub name; returns the config that names the directory.
+
+    A directory of that name on this machine goes first. UserError if a model cannot be downloaded.
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":  # one process of a machine shows the progress
         disable_progress_bars()
-    for name in sorted(set(_hub_names(cfg))):
-        directory = fetch_model(name, parts, files=_files_of(cfg, name))
-        _replace(cfg, name, str(directory))
+    for name in sorted(set(_hub_names(cfg.raw))):
+        directory = fetch_model(name, parts, files=_files_of(cfg.raw, name))
+        _replace(cfg.raw, name, str(directory))
+    return typed(cfg.raw, type(cfg))
 
 
 def _hub_names(cfg: DictConfig) -> Iterator[str]:
