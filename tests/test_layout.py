@@ -275,3 +275,14 @@ def test_one_file_answers_a_readers_question(question: str, file: str, name: str
 
 def test_the_readers_questions_are_found() -> None:
     assert len(ANSWERS) >= 10
+
+
+def test_no_room_behind_the_edge_reads_a_config_by_the_name_of_a_key() -> None:
+    """A recipe parses its config once; what follows takes typed values."""
+    readers = [
+        module_name(path)
+        for path in source_files()
+        if re.search(r"\bcfg(\.get\(|\[)", path.read_text())
+        and not module_name(path).startswith("qst_tune.config.")
+    ]
+    assert readers == []
