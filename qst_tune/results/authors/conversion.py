@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torchtune import utils
 from torchtune.modules import RMSNorm
@@ -75,8 +75,8 @@ def import_authors(directory: Path, model_block: DictConfig) -> tuple[QSTModel, 
 def export_authors(directory: Path, model_block: DictConfig) -> tuple[Weights, Block]:
     """Read one of our directories, of ``variant="authors"``, as tensors of the authors' code.
 
-    ``model_block`` builds a QST model over its backbone; the builder that the directory names is not
-    called. Also returns what their configuration must have to load the tensors. UserError if the
+    ``model_block`` builds a QST model over its backbone; the builder that the directory names is
+    not called. Also returns what their configuration must have to load the tensors. UserError if the
     directory is damaged, or their code cannot compute what it contains.
     """
     block = _backbone_part(model_block)
