@@ -76,8 +76,8 @@ def export_authors(directory: Path, model_block: DictConfig) -> tuple[Weights, B
     """Read one of our directories, of ``variant="authors"``, as tensors of the authors' code.
 
     ``model_block`` builds a QST model over its backbone; the builder that the directory names is
-    not called. Also returns what their configuration must have to load the tensors. UserError if the
-    directory is damaged, or their code cannot compute what it contains.
+    not called. Also returns what their configuration must have to load the tensors. UserError if
+    the directory is damaged, or their code cannot compute what it contains.
     """
     block = _backbone_part(model_block)
     description = read_description(directory, SIDE_NETWORK)
