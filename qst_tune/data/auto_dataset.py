@@ -48,19 +48,10 @@ class Prompts:
 
 
 class AutoDataset(Dataset[Row]):
-    """Rows of one form as tokens and labels.
+    """Rows of one form as tokens and labels, cut to the tokenizer's ``max_seq_len``.
 
-    Args:
-        tokenizer (ModelTokenizer): its ``max_seq_len`` limits an example.
-        rows (NamedRows): at least one.
-        column_map (Mapping[str, str]): columns of the rows by the names of a form.
-        prompts (Prompts): settings for all rows.
-
-    Attributes:
-        form (Form): the form that fits the columns of the first row.
-
-    Raises:
-        UserError: if the columns fit no form.
+    ``column_map`` has columns of the rows by the names of a form. The ``form`` is the one that fits
+    the columns of the first row; UserError if none does, or there is no row.
     """
 
     def __init__(

@@ -17,16 +17,11 @@ Row = dict[str, Any]
 class ClassificationDataset(Dataset[Row]):
     r"""Texts made of a row's columns, with the number of their class or their score.
 
-    A text that is too long loses its start, after the first token: the model answers to the end.
-
-    Args:
-        tokenizer (Any): torchtune model tokenizer; its ``max_seq_len`` limits an example.
-        rows (Sequence[Mapping[str, Any]]): with the template's columns and ``label``.
-        template (str): text with columns in braces, such as ``"{sentence}\nSentiment:"``.
-        labels (Sequence[str] | None): names of the classes, in the order of their numbers; None:
-            the label is a score.
-        metrics (Sequence[str]): how predictions are judged
-            (:mod:`qst_tune.training.classification`), the most informative first.
+    A text that is longer than the tokenizer's ``max_seq_len`` loses its start, after the first
+    token: the model answers to the end. ``template`` has columns in braces, such as
+    ``"{sentence}\nSentiment:"``; ``labels`` are the names of the classes in the order of their
+    numbers, None if the label is a score; ``metrics`` judge predictions
+    (:mod:`qst_tune.training.classification`), the most informative first.
     """
 
     def __init__(
@@ -119,15 +114,8 @@ def collate_classification(
 ) -> dict[str, torch.Tensor]:
     """Make a batch, padded on the right to a multiple of ``multiple``, at most to ``max_seq_len``.
 
-    Args:
-        rows (Sequence[Row]): of a :class:`ClassificationDataset`.
-        pad_id (int): any token id.
-        multiple (int): as for language models.
-        max_seq_len (int | None): None: no limit.
-
-    Returns:
-        dict[str, torch.Tensor]: ``tokens`` ``[B, T]``, ``padding_mask`` ``[B, T]`` with True for
-        real tokens, ``labels`` ``[B]``, int64 or, for scores, fp32.
+    It has ``tokens`` ``[B, T]``, ``padding_mask`` ``[B, T]`` with True for real tokens, and
+    ``labels`` ``[B]``, int64 or, for scores, fp32.
     """
     lengths = torch.tensor([len(row["tokens"]) for row in rows])
     longest = int(lengths.max())

@@ -26,19 +26,10 @@ def build_dataset(
 ) -> Any:
     """Build one dataset, or the concatenation of a list of them, and read every row once.
 
-    Args:
-        block (DictConfig | ListConfig): of the config.
-        name (str): its key, for error messages.
-        tokenizer (ModelTokenizer): given to the dataset.
-        limits (ModelLimits | None): a row that does not fit is a bad one; None takes any.
-        skip_bad_rows (bool): leave rows out that cannot be used.
-        surveys (list[Survey] | None): gets the figures of each dataset.
-
-    Returns:
-        Any: a map-style dataset of rows that can be used.
-
-    Raises:
-        UserError: if it cannot be built, has no rows, or for a row that cannot be used.
+    Returns a map-style dataset of rows that can be used. ``name`` is the key of ``block`` in the
+    config; a row outside ``limits`` is a bad one, which ``skip_bad_rows`` leaves out; ``surveys``
+    gets the figures of each dataset. UserError if a dataset cannot be built, has no rows, or for a
+    row that cannot be used.
     """
     if isinstance(block, ListConfig):
         settings: dict[str, Any] = {"skip_bad_rows": skip_bad_rows, "surveys": surveys}

@@ -24,15 +24,10 @@ class BatchLoader:
     number of processes alone: nothing has to be saved to resume in the middle of an epoch, and
     worker processes cannot change the order.
 
-    Args:
-        dataset (Any): map-style.
-        collate (Collate): makes a batch of rows.
-        batch_size (int): rows a batch and process.
-        seed (int | None): of the order, a new one each epoch; None keeps the dataset's order.
-        drop_last (bool): deal equally many whole batches to each process, and leave out the rest;
-            False deals each row exactly once.
-        num_workers (int): processes that read rows; 0 reads them in this one.
-        same_batches (bool): repeat the batches of the first epoch in every other, in a new order.
+    ``seed`` gives each epoch an order of its own; None keeps the dataset's. ``batch_size`` counts
+    the rows of one process. ``drop_last`` deals equally many whole batches to each process and
+    leaves out the rest; else each row is dealt exactly once. ``num_workers=0`` reads rows in this
+    process. ``same_batches`` repeats the first epoch's batches in every other, in a new order.
     """
 
     def __init__(

@@ -10,23 +10,14 @@ from qst_tune.errors import UserError
 
 @dataclass(frozen=True)
 class Schedule:
-    """When what happens, in optimizer steps.
+    """When what happens, in optimizer steps."""
 
-    Args:
-        epochs (int): passes over the data.
-        steps_per_epoch (int): optimizer steps of each.
-        accumulation (int): batches a step.
-        validate_every (int | None): besides the start and the end of each epoch.
-        patience (int | None): stop after so many validations in a row without a best one.
-        max_bad_steps (int): skip so many steps whose loss or gradient is not finite.
-    """
-
-    epochs: int
+    epochs: int  # passes over the data
     steps_per_epoch: int
-    accumulation: int = 1
-    validate_every: int | None = None
-    patience: int | None = None
-    max_bad_steps: int = 0
+    accumulation: int = 1  # batches a step
+    validate_every: int | None = None  # besides the start and the end of each epoch
+    patience: int | None = None  # stop after so many validations in a row without a best one
+    max_bad_steps: int = 0  # skip so many steps whose loss or gradient is not finite
 
     @property
     def num_steps(self) -> int:

@@ -30,22 +30,13 @@ _REASONS = {
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The batches of a run.
-
-    Args:
-        train (BatchLoader): training rows.
-        validation (BatchLoader | None): validation rows.
-        surveys (Sequence[Survey]): figures of the datasets of the training rows.
-        validation_surveys (Sequence[Survey]): of the validation rows, if they are datasets of
-            their own.
-        notes (Sequence[str]): what a user must know of them, one line each.
-    """
+    """The batches of a run."""
 
     train: BatchLoader
     validation: BatchLoader | None
-    surveys: Sequence[Survey] = ()
-    validation_surveys: Sequence[Survey] = ()
-    notes: Sequence[str] = ()
+    surveys: Sequence[Survey] = ()  # figures of the datasets of the training rows
+    validation_surveys: Sequence[Survey] = ()  # of the validation rows, if they have their own
+    notes: Sequence[str] = ()  # what a user must know of them, one line each
 
     @property
     def digests(self) -> dict[str, str]:

@@ -146,13 +146,7 @@ def _warn_once(text: str) -> None:
 
 
 class MarkedSpans:
-    """A rendering in which the place of every text is known.
-
-    Args:
-        marked_chat (RenderedChat): with marks in its messages and in its text.
-        chat (RenderedChat): without marks.
-        marker (Marker): made the marks.
-    """
+    """A rendering in which the place of every text is known: a chat with marks and without."""
 
     def __init__(self, marked_chat: RenderedChat, chat: RenderedChat, marker: Marker) -> None:
         self._marked_chat = marked_chat

@@ -56,15 +56,10 @@ class Marked:
 class Marker:
     """Marks messages and tools, and reads the marks in a rendering.
 
-    Args:
-        text (str): the real rendering, which must have none of the marks.
-        num_messages (int): of the conversation.
-        wrap (Wrap): puts marks into a text; one of :data:`WRAPS`.
-        answers_only (bool): mark only the assistant's messages.
-
-    Attributes:
-        is_usable (bool): whether there are enough characters that the text does not have.
-        marks_starts (bool): whether there is a mark before each text.
+    ``text`` is the real rendering, which must have none of the marks; ``wrap`` puts marks into a
+    text, and is one of :data:`WRAPS`; ``answers_only`` marks only the assistant's messages.
+    ``is_usable`` tells whether there are enough characters that the text does not have,
+    ``marks_starts`` whether there is a mark before each text.
     """
 
     def __init__(

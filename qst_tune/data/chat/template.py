@@ -38,16 +38,11 @@ _TOOL = {
 
 
 class ChatTemplate:
-    """A jinja chat template with the special tokens that it may use.
+    """A jinja template with the special tokens that it may use by name, such as ``bos_token``.
 
-    Args:
-        source (str): the template.
-        special_tokens (Mapping[str, str]): visible to the template by name, such as ``bos_token``.
-        tool_source (str | None): the template for conversations with tools; None: ``source``.
-
-    Attributes:
-        date (datetime): written by ``strftime_now``. It is the day this object was made, so
-            that all epochs have the same tokens; a resumed run sets it to its first day.
+    ``tool_source`` is the template for conversations with tools, if it is another. ``strftime_now``
+    writes ``date``, the day this object was made, so that all epochs have the same tokens; a
+    resumed run sets it to its first day.
     """
 
     def __init__(

@@ -39,23 +39,10 @@ class HFChatTokenizer(ModelTokenizer, Transform):
     token itself is learnt, otherwise the model never learns to stop. A token that spans header and
     content belongs to the header.
 
-    Args:
-        tokenizer (Tokenizer): the fast tokenizer.
-        special_tokens (Mapping[str, str]): those with a name, such as ``eos_token``.
-        chat_template (ChatTemplate | None): the model's template; None: only plain text.
-        max_seq_len (int | None): longer conversations are cut; None: no limit.
-        extra_stop_tokens (Sequence[int]): token ids that end generation in addition to ``eos_id``
-            and to those with which the template ends an answer.
-        pad_token (str | None): padding token that replaces the model's own.
-
-    Attributes:
-        special_tokens (dict[str, int]): every special token and its id.
-        bos_id (int | None): begin-of-sequence token, None if the model has none.
-        eos_id (int): end-of-sequence token.
-        pad_id (int): padding token; ``eos_id`` if the model has none.
-
-    Raises:
-        UserError: if the model names no ``eos_token``, or a token that is not in its vocabulary.
+    ``special_tokens`` are those with a name, such as ``eos_token``, which must be there. Without a
+    ``chat_template`` only plain text can be tokenized. ``extra_stop_tokens`` end generation in
+    addition to ``eos_id`` and to the ids with which the template ends an answer; ``pad_token``
+    replaces the model's own. A named token that is not in the vocabulary is a UserError.
     """
 
     def __init__(
@@ -139,11 +126,9 @@ class HFChatTokenizer(ModelTokenizer, Transform):
 
         Messages that are not ``masked`` are learnt.
         """
-        return self.tokenize_conversation(
-            from_torchtune(messages),
-            learnt=[not message.masked for message in messages],
-            add_end_tokens=add_end_tokens,
-        )
+        learnt = [not message.masked for message in messages]
+        messages = from_torchtune(messages)
+        return self.tokenize_conversation(messages, learnt=learnt, add_end_tokens=add_end_tokens)
 
     def tokenize_conversation(
         self,
@@ -153,26 +138,16 @@ class HFChatTokenizer(ModelTokenizer, Transform):
         learnt: Sequence[bool] | None = None,
         add_end_tokens: bool = True,
     ) -> tuple[list[int], list[bool]]:
-        """Tokenize a conversation.
+        """Tokenize messages and ``tools``, as transformers' ``apply_chat_template`` takes them.
 
-        Args:
-            messages (Sequence[Mapping[str, Any]]): as transformers' ``apply_chat_template`` takes
-                them: ``role``, ``content`` (text, text parts or None), ``tool_calls``, ``name``,
-                ``reasoning_content`` and whatever else the template reads.
-            tools (Sequence[Mapping[str, Any]] | None): JSON schemas for the template.
-            learnt (Sequence[bool] | None): for each message; None: the assistant's are learnt.
-            add_end_tokens (bool): True for training. False for generation: the text ends with the
-                header of an assistant message, followed by the content of a last assistant
-                message, if there is one, for the model to continue.
+        Returns token ids, and for each True where no loss is taken. ``learnt`` has a flag for each
+        message; None: the assistant's are learnt. Both are cut to ``max_seq_len``; then, in
+        training, the last token is ``eos_id`` without loss, as in torchtune's tokenizers.
 
-        Returns:
-            tuple[list[int], list[bool]]: token ids, and for each True where no loss is taken.
-                Both are cut to ``max_seq_len``; then, in training, the last token is ``eos_id``
-                without loss, as in torchtune's tokenizers.
-
-        Raises:
-            UserError: if there is no message, one is malformed, the template refuses the
-                conversation or leaves out a learnt text.
+        With ``add_end_tokens=False``, for generation, the text ends with the header of an assistant
+        message, and the content of a last assistant message for the model to continue. UserError if
+        there is no message, one is malformed, or the template refuses the conversation or leaves
+        out a learnt text.
         """
         template = self.chat_template
         if template is None:
@@ -204,12 +179,10 @@ class HFChatTokenizer(ModelTokenizer, Transform):
         return sample
 
     def _token_id(self, name: str, token: str | None) -> int | None:
-        if token is None:
-            return None
-        token_id = self._tokenizer.token_to_id(token)
-        if token_id is None:
-            raise ValueError(f"{name} {token!r} is not in the tokenizer's vocabulary; correct it")
-        return int(token_id)
+        token_id: int | None = None if token is None else self._tokenizer.token_to_id(token)
+        if token is not None and token_id is None:
+            raise UserError(f"{name} {token!r} is not in the tokenizer's vocabulary; correct it")
+        return token_id
 
     @cached_property
     def _turn_end(self) -> TurnEnd:
@@ -223,10 +196,8 @@ class HFChatTokenizer(ModelTokenizer, Transform):
         if self.max_seq_len is None or len(tokens) <= self.max_seq_len:
             return tokens, mask
         eos_id, eos_mask = (self.eos_id, True) if add_end_tokens else (None, None)
-        return (
-            truncate(tokens, self.max_seq_len, eos_id),
-            truncate(mask, self.max_seq_len, eos_mask),
-        )
+        limit = self.max_seq_len
+        return truncate(tokens, limit, eos_id), truncate(mask, limit, eos_mask)
 
 
 def special_ids(tokenizer: Tokenizer) -> dict[str, int]:
