@@ -28,10 +28,9 @@ from qst_tune.config.file import parse_config
 from qst_tune.config.keys import typed
 from qst_tune.config.schema import EstimateConfig, StepConfig
 from qst_tune.errors import UserError
+from qst_tune.estimation.estimate import Question, Row, table
 from qst_tune.estimation.fake_device import DeviceType
-from qst_tune.estimation.question import Question
-from qst_tune.estimation.report import Row, table
-from qst_tune.estimation.setup import Setup, Shape, peqa_setup, qst_setup
+from qst_tune.estimation.step import Setup, Shape, peqa_setup, qst_setup
 from qst_tune.models import peqa_decoder, qst_decoder
 from qst_tune.models.build import build_any_on_meta
 from qst_tune.modules.peqa_model import PEQAModel

@@ -24,10 +24,9 @@ from qst_tune.backbone.loading import backbone_on_meta
 from qst_tune.config.file import parse_config
 from qst_tune.config.keys import typed
 from qst_tune.config.schema import EstimateConfig
-from qst_tune.estimation.depth import Shorten, timeline_of_fewer_layers
+from qst_tune.estimation.batch_peaks import Shorten, timeline_of_fewer_layers
 from qst_tune.estimation.fake_device import allocate_fake, fake_tensors
-from qst_tune.estimation.setup import Setup, Shape, own_setup
-from qst_tune.estimation.step import CUDA_GRANULARITY, trace_step
+from qst_tune.estimation.step import CUDA_GRANULARITY, Setup, Shape, own_setup, trace_step
 from qst_tune.estimation.tracker import StorageTracker, Timeline
 from qst_tune.modules.memory import GIB
 

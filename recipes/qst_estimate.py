@@ -23,12 +23,10 @@ from qst_tune.config.device import AUTO, DTYPE_NAMES
 from qst_tune.config.model_directory import fetch_models
 from qst_tune.config.schema import EstimateConfig
 from qst_tune.errors import UserError
-from qst_tune.estimation.dry_run import DEFAULT_SEQ_LEN
+from qst_tune.estimation.estimate import DEFAULT_SEQ_LEN, JSON_FILE, Question, table, write
 from qst_tune.estimation.fake_device import DeviceType
-from qst_tune.estimation.question import Question
-from qst_tune.estimation.report import JSON_FILE, table, write
-from qst_tune.estimation.setup import Shape, own_setup
 from qst_tune.estimation.spread import Spread
+from qst_tune.estimation.step import Shape, own_setup
 from qst_tune.results.output_directory import output_directory
 
 log = utils.get_logger("INFO")

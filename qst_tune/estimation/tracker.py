@@ -6,9 +6,8 @@ belong to the loss, so the few lines below keep their own record.
 """
 
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate, groupby
 from typing import Any, Literal, get_args
 
@@ -98,14 +97,6 @@ class Timeline:
         return peaks
 
 
-@dataclass
-class _Record:
-    storages: list[_Storage] = field(default_factory=list)
-    num_events: int = 0
-    phases: list[tuple[int, Phase]] = field(default_factory=list)
-    flops: Counter[str] = field(default_factory=Counter)
-
-
 class StorageTracker(TorchDispatchMode):
     """Record the allocations and floating-point operations of the code that runs under it.
 
@@ -128,18 +119,20 @@ class StorageTracker(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]  # torch's own
         self._granularity = granularity
         self._workspace = workspace or {}
-        self._record = _Record(phases=[(0, "setup")])
-        self._times = 1
+        self._storages: list[_Storage] = []
+        self._num_events = 0
+        self._phases: list[tuple[int, Phase]] = [(0, "setup")]
+        self._flops, self._times = 0, 1
         self._alive: dict[int, tuple[weakref.ref[Any], _Storage]] = {}
 
     def enter(self, phase: Phase) -> None:
         """Begin a phase of the step."""
-        self._record.phases.append((self._record.num_events, phase))
+        self._phases.append((self._num_events, phase))
 
     @property
     def phase(self) -> Phase:
         """The phase that runs now."""
-        return self._record.phases[-1][1]
+        return self._phases[-1][1]
 
     def repeat(self, times: int) -> None:
         """Count each of the next operations so many times, for skipped parts of a loop."""
@@ -160,8 +153,7 @@ class StorageTracker(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         packet = func._overloadpacket
         if packet in _FLOPS:
-            flops = _FLOPS[packet](*args, **(kwargs or {}), out_val=result)
-            self._record.flops[self.phase] += flops * self._times
+            self._flops += self._times * _FLOPS[packet](*args, **(kwargs or {}), out_val=result)
         if packet in self._workspace:
             self._release(self._allocate(self._workspace[packet](*args)))
         for storage in self._storages_of(result):
@@ -194,87 +186,74 @@ class StorageTracker(TorchDispatchMode):
 
     def _allocate(self, num_bytes: int) -> _Storage:
         blocks = -(-num_bytes // self._granularity)
-        allocation = _Storage(blocks * self._granularity, self.phase, self._record.num_events)
-        self._record.storages.append(allocation)
-        self._record.num_events += 1
+        allocation = _Storage(blocks * self._granularity, self.phase, self._num_events)
+        self._storages.append(allocation)
+        self._num_events += 1
         return allocation
 
     def _release(self, allocation: _Storage) -> None:
-        allocation.end = self._record.num_events
-        self._record.num_events += 1
+        allocation.end = self._num_events
+        self._num_events += 1
 
+    @property
     def flops(self) -> int:
         """Floating-point operations of matrix products and attention; a multiply-add is two."""
-        return sum(self._record.flops.values())
+        return self._flops
 
     def peak(self) -> PeakMemory:
         """Find the peak after :meth:`enter` first left "setup"."""
-        storages, phases = self._record.storages, self._record.phases
-        start = next((event for event, phase in phases if phase != "setup"), 0)
-        end_of_forward = next(
-            (event for event, phase in phases if phase.endswith("backward")),
-            self._record.num_events,
-        )
-        event, num_bytes = self._highest(start)
-        parts: Counter[str] = Counter(dict.fromkeys(PARTS, 0))
-        for storage in storages:
-            if _is_alive(storage, event):
-                parts[_part_of(storage, end_of_forward)] += storage.num_bytes
+        start = self._first(lambda phase: phase != "setup")
+        end_of_forward = self._first(lambda phase: phase.endswith("backward"))
+        levels = list(accumulate(self._changes()))
+        num_bytes = max(levels[start:], default=0)
+        event = levels.index(num_bytes, start) if levels[start:] else start
         return PeakMemory(
             num_bytes=num_bytes,
-            parts=dict(parts),
-            phase=next(phase for at, phase in reversed(phases) if at <= event),
-            saved_bytes=sum(
-                s.num_bytes
-                for s in storages
-                if _is_alive(s, end_of_forward)
-                and _part_of(s, end_of_forward) == "saved activations"
-            ),
-            start_bytes=sum(s.num_bytes for s in storages if s.start < start),
+            parts=self._parts(event, end_of_forward),
+            phase=next(phase for at, phase in reversed(self._phases) if at <= event),
+            saved_bytes=self._parts(end_of_forward, end_of_forward)["saved activations"],
+            start_bytes=sum(s.num_bytes for s in self._storages if s.start < start),
         )
 
     def timeline(self) -> Timeline:
         """List the changes after :meth:`enter` first left "setup"."""
-        change, phases = self._changes(), self._record.phases
-        starts = [event for event, _ in phases]
+        change = self._changes()
+        ends = [*(event for event, _ in self._phases[1:]), len(change)]
         spans = [
             (phase, change[start:end])
-            for (start, phase), end in zip(phases, [*starts[1:], len(change)], strict=True)
+            for (start, phase), end in zip(self._phases, ends, strict=True)
             if phase != "setup"
         ]
         merged = [
             (phase, [c for _, changes in same for c in changes])
             for phase, same in groupby(spans, key=lambda span: span[0])
         ]
-        first = next((event for event, phase in phases if phase != "setup"), len(change))
-        return Timeline(sum(change[:first]), merged)
+        return Timeline(sum(change[: self._first(lambda phase: phase != "setup")]), merged)
+
+    def _first(self, is_meant: Callable[[Phase], bool]) -> int:
+        """The event that begins the first such phase; the number of events if there is none."""
+        events = (event for event, phase in self._phases if is_meant(phase))
+        return next(events, self._num_events)
 
     def _changes(self) -> list[int]:
         """Changes of the allocated bytes, by event."""
-        change = [0] * self._record.num_events
-        for storage in self._record.storages:
+        change = [0] * self._num_events
+        for storage in self._storages:
             change[storage.start] += storage.num_bytes
             if storage.end is not None:
                 change[storage.end] -= storage.num_bytes
         return change
 
-    def _highest(self, start: int) -> tuple[int, int]:
-        """Event at or after ``start`` with most bytes alive, and those bytes."""
-        alive = highest = event_of_highest = 0
-        for event, difference in enumerate(self._changes()):
-            alive += difference
-            if event >= start and alive > highest:
-                highest, event_of_highest = alive, event
-        return event_of_highest, highest
-
-
-def _is_alive(storage: _Storage, event: int) -> bool:
-    return storage.start <= event and (storage.end is None or storage.end > event)
+    def _parts(self, event: int, end_of_forward: int) -> dict[str, int]:
+        """Bytes that are alive at an event, by part."""
+        parts: dict[str, int] = dict.fromkeys(PARTS, 0)
+        for storage in self._storages:
+            if storage.start <= event and (storage.end is None or storage.end > event):
+                parts[storage.part or _part_of(storage, end_of_forward)] += storage.num_bytes
+        return parts
 
 
 def _part_of(storage: _Storage, end_of_forward: int) -> Part:
-    if storage.part is not None:
-        return storage.part
     if storage.phase.startswith("loss"):
         return "logits and loss"
     outlives = storage.end is None or storage.end > end_of_forward

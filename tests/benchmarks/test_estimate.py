@@ -10,8 +10,7 @@ from torchtune.training import set_default_dtype
 
 from benchmarks import estimate as command
 from benchmarks.estimate import METHODS, torchtune_setup
-from qst_tune.estimation.setup import Setup, Shape
-from qst_tune.estimation.step import StepCost, trace_step
+from qst_tune.estimation.step import Setup, Shape, StepCost, trace_step
 from tests.estimation.test_step import PEQA, QST, TINY
 from tests.support.real_step import (
     COMPARED,

@@ -10,8 +10,8 @@ from transformers import AutoConfig
 from benchmarks import models
 from benchmarks.models import MODELS, Model, counted, main, peak_gib
 from qst_tune.config.file import parse_config
-from qst_tune.estimation.question import Question
-from qst_tune.estimation.setup import Shape, own_setup
+from qst_tune.estimation.estimate import Question
+from qst_tune.estimation.step import Shape, own_setup
 from qst_tune.modules.memory import GIB
 from tests.support.configs import typed_config
 from tests.support.model_types import tiny_config

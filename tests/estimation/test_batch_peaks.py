@@ -10,11 +10,9 @@ from omegaconf import OmegaConf
 
 from benchmarks.estimate import METHODS, SHOWN
 from qst_tune.estimation import fake_device
-from qst_tune.estimation.batch_peaks import BatchPeaks
-from qst_tune.estimation.depth import Shorten
+from qst_tune.estimation.batch_peaks import BatchPeaks, Shorten
 from qst_tune.estimation.fake_device import DeviceType
-from qst_tune.estimation.setup import Setup, Shape
-from qst_tune.estimation.step import trace_step
+from qst_tune.estimation.step import Setup, Shape, trace_step
 from qst_tune.estimation.tracker import Timeline
 from tests.support.configs import typed_config
 from tests.support.model_types import tiny_config

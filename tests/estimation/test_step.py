@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from qst_tune.errors import UserError
-from qst_tune.estimation.setup import Setup, Shape, own_setup
-from qst_tune.estimation.step import StepCost, trace_step
+from qst_tune.estimation.step import Setup, Shape, StepCost, own_setup, trace_step
 from qst_tune.modules.nf4_linear import NF4Linear
 from tests.support.real_step import (
     MODELS,

@@ -122,7 +122,7 @@ def test_flops_are_those_of_torchs_counter() -> None:
         run()
     with FlopCounterMode(display=False) as counter:
         run()
-    assert tracker.flops() == counter.get_total_flops() > 0
+    assert tracker.flops == counter.get_total_flops() > 0
 
 
 def test_attention_of_the_cpu_counts_as_that_of_cuda() -> None:
@@ -130,4 +130,4 @@ def test_attention_of_the_cpu_counts_as_that_of_cuda() -> None:
     with StorageTracker() as tracker:
         F.scaled_dot_product_attention(q, q, q, is_causal=True).sum().backward()
     products = 2 * 2 * 4 * 64 * 64 * 16  # one [64, 16] x [16, 64] a head, as multiply and add
-    assert tracker.flops() == (2 + 5) * products  # backward computes the scores again
+    assert tracker.flops == (2 + 5) * products  # backward computes the scores again

@@ -16,8 +16,7 @@ from torchao.dtypes.nf4tensor import NF4Tensor
 
 from benchmarks.estimate import METHODS
 from qst_tune.config.schema import TrainingConfig
-from qst_tune.estimation.setup import Setup, Shape
-from qst_tune.estimation.step import make_optimizer, trace_step, train_step
+from qst_tune.estimation.step import Setup, Shape, make_optimizer, trace_step, train_step
 from qst_tune.modules.meta_device import build_rotary_caches
 from qst_tune.quantization.nf4 import quantize_nf4
 from qst_tune.quantization.table import QuantizedTable, quantize_table

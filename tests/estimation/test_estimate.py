@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from qst_tune.estimation.largest_batch import largest_batch
+from qst_tune.estimation.estimate import largest_batch
 
 
 def exhaustive(peak: Callable[[int], float], limit: float) -> int:
