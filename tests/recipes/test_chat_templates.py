@@ -5,12 +5,19 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
+from omegaconf import DictConfig
 from qst_tune.recipes import qst_generate
 
 from qst_tune.data.chat import template as chat_template
 from qst_tune.training.state_file import unpack_state
 from tests.support.checkpoints import CHATML, finetune_config, generate_config
+from tests.support.configs import typed_config
 from tests.support.recipe_runs import finetune, merged, one_thread
+
+
+def recipe_of(cfg: DictConfig) -> qst_generate.QSTGenerateRecipe:
+    return qst_generate.QSTGenerateRecipe(typed_config(cfg, qst_generate.GenerateConfig))
+
 
 DATED = "{{ '<|im_start|>system\n' + strftime_now('%d %b %Y') + '<|im_end|>\n' }}" + CHATML
 WITH_TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML
@@ -50,7 +57,7 @@ def test_tools_are_given_to_the_template_and_calls_keep_their_special_tokens(
     tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
     (tmp_path / "tools.json").write_text(json.dumps([tool]))
     with one_thread():
-        recipe = qst_generate.QSTGenerateRecipe(
+        recipe = recipe_of(
             merged(
                 config, f"tokenizer.chat_template={tmp_path / 't.jinja'}", "prompt=it is",
                 f"tools={tmp_path / 'tools.json'}", "max_new_tokens=2",

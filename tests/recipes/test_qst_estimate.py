@@ -64,7 +64,9 @@ def test_unknown_length_of_rows_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(qst_estimate.log, "propagate", True)
-    recipe = qst_estimate.QSTEstimateRecipe(settings("tokenizer.max_seq_len=null"))
+    recipe = qst_estimate.QSTEstimateRecipe(
+        typed_config(settings("tokenizer.max_seq_len=null"), EstimateConfig)
+    )
     assert recipe.question.shape.seq_len == qst_estimate.DEFAULT_SEQ_LEN
     assert "tokenizer.max_seq_len is null" in caplog.text
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from qst_tune.recipes import peqa_finetune, qst_generate
 from torchtune.data import Message
 
@@ -24,7 +24,13 @@ from tests.support.checkpoints import (
     write_config,
     write_model_directory,
 )
+from tests.support.configs import typed_config
 from tests.support.recipe_runs import FinetuneResult, finetune, merged, one_thread, run_tune
+
+
+def recipe_of(cfg: DictConfig) -> qst_generate.QSTGenerateRecipe:
+    return qst_generate.QSTGenerateRecipe(typed_config(cfg, qst_generate.GenerateConfig))
+
 
 PROMPT = "what is the colour of box 1"
 BASE, TUNED = "quantised base model", "with the side network"
@@ -96,7 +102,7 @@ def test_answer_is_that_of_greedy_decoding_without_caches(
     if not side_network:
         cfg.side_network = None
     with one_thread():
-        recipe = qst_generate.QSTGenerateRecipe(cfg)
+        recipe = recipe_of(cfg)
         (actual,) = recipe.answer()
         stop = recipe.tokenizer.stop_tokens
         assert actual == greedy(recipe.model, prompt_tokens(root), stop, budget=12)
@@ -106,9 +112,7 @@ def test_answer_is_that_of_greedy_decoding_without_caches(
 def test_a_batch_of_prompts_gives_the_answers_that_each_gives_alone(config: Config) -> None:
     prompts = [PROMPT, "what is it", "what is the colour of box 7 and of box 2"]
     with one_thread():
-        recipe = qst_generate.QSTGenerateRecipe(
-            merged({**config, "prompt": "", "prompts": prompts})
-        )
+        recipe = recipe_of(merged({**config, "prompt": "", "prompts": prompts}))
         together = recipe.answer()
         alone = []
         for prompt in prompts:
@@ -140,7 +144,7 @@ def test_sampling_follows_the_seed(config: Config, capsys: pytest.CaptureFixture
 
 def test_system_prompt_is_read(config: Config) -> None:
     with one_thread():
-        recipe = qst_generate.QSTGenerateRecipe(merged(config, "system_prompt=be kind"))
+        recipe = recipe_of(merged(config, "system_prompt=be kind"))
     tokens = recipe._encode(PROMPT)
     text = recipe.tokenizer.decode(tokens, skip_special_tokens=False)
     assert text == (
@@ -210,9 +214,9 @@ def test_description_rebuilds_the_model(config: Config, trained: FinetuneResult)
     block = json.loads((trained.weights_file.parent / "qst_config.json").read_text())["model"]
     assert block == config["model"]
     with one_thread():
-        qst_generate.QSTGenerateRecipe(merged({**config, "model": block}))
+        recipe_of(merged({**config, "model": block}))
     with pytest.raises(UserError, match="does not fit the model"):
-        qst_generate.QSTGenerateRecipe(OmegaConf.create(config | {"model": {**block, "rank": 2}}))
+        recipe_of(OmegaConf.create(config | {"model": {**block, "rank": 2}}))
 
 
 # torchtune's own recipe.
@@ -265,9 +269,7 @@ def peqa_config(root: Path, trained: FinetuneResult) -> Config:
 def test_a_peqa_model_answers_from_its_training_config(peqa_config: Config, root: Path) -> None:
     """Where no directory is named it is the run's; both answers are those without caches."""
     with one_thread():
-        recipe = qst_generate.QSTGenerateRecipe(
-            merged({**peqa_config, "prompt": PROMPT}, "max_new_tokens=12")
-        )
+        recipe = recipe_of(merged({**peqa_config, "prompt": PROMPT}, "max_new_tokens=12"))
         prompt, stop = prompt_tokens(root), recipe.tokenizer.stop_tokens
         (tuned,) = recipe.answer()
         assert tuned == greedy(recipe.model, prompt, stop, budget=12)
