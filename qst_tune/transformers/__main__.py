@@ -9,14 +9,9 @@ Examples::
 
 import sys
 from importlib import import_module
-from pathlib import Path
-from typing import Any
 
-import transformers
-from huggingface_hub import constants
-
+import qst_tune.transformers  # noqa: F401  # registers the models
 from qst_tune.terminal import safe_streams
-from qst_tune.transformers import QSTForCausalLM
 
 
 def main() -> None:
@@ -24,10 +19,8 @@ def main() -> None:
     if sys.argv[1:2] == ["lm_eval"]:
         _run_harness()
         return
-    # `serve` of transformers 5.23 asks no registry: it looks the class up here by its name.
-    transformers.QSTForCausalLM = QSTForCausalLM  # type: ignore[attr-defined]
     if sys.argv[1:2] == ["serve"]:
-        _list_what_is_served()
+        import_module("qst_tune.transformers.serving").prepare_server(sys.argv[2:])
     sys.argv[0] = "transformers"
     with safe_streams():
         import_module("transformers.cli.transformers").main()
@@ -40,25 +33,6 @@ def _run_harness() -> None:
         sys.exit(f"error: {error}: install EleutherAI's harness, the extra eval")
     sys.argv = sys.argv[1:]
     harness.cli_evaluate()
-
-
-def _list_what_is_served() -> None:
-    """Let ``/v1/models`` answer with the model that every request must name.
-
-    transformers 5.23 lists the models of the hub cache instead, and answers 500 without a cache.
-    """
-    manager = import_module("transformers.cli.serving.model_manager").ModelManager
-    cached = manager.get_gen_models
-
-    def get_gen_models(self: Any, cache_dir: str | None = None) -> list[dict[str, Any]]:
-        if self.force_model is not None:
-            return [{"id": self.force_model, "object": "model", "owned_by": "", "created": 0}]
-        found: list[dict[str, Any]] = []
-        if Path(cache_dir or constants.HF_HUB_CACHE).is_dir():
-            found = cached(cache_dir)
-        return found
-
-    manager.get_gen_models = get_gen_models
 
 
 if __name__ == "__main__":
