@@ -22,6 +22,7 @@ from qst_tune.config.check import read_config
 from qst_tune.config.cli import run_recipe
 from qst_tune.config.keys import key
 from qst_tune.config.schema import GenerationConfig
+from qst_tune.data.values import kind_of
 from qst_tune.errors import UserError
 from qst_tune.generation.batch import answer_batch
 from qst_tune.generation.conversation import prompt_tokens
@@ -112,6 +113,9 @@ def read_prompts(cfg: GenerateConfig) -> list[str]:
         raise UserError(f'prompts={many} is not a list: write prompts=\'["first","second"]\'')
     if one and many:
         raise UserError("prompt and prompts are both set: use one of them")
+    for prompt in many or []:
+        if isinstance(prompt, bool) or not isinstance(prompt, str | int | float):
+            raise UserError(f"prompts has {kind_of(prompt)}: each of them must be text")
     prompts = [str(prompt) for prompt in (many or [one or ""])]
     if not all(prompt.strip() for prompt in prompts):
         raise UserError('prompt is empty: add prompt="<your question>"')

@@ -26,6 +26,17 @@ def kind_of(value: Any) -> str:
     return f"{kind} ({shown})" if len(shown) <= 40 else kind
 
 
+def check_unicode(text: str, what: str) -> str:
+    """Return a text; half of a surrogate pair, which no tokenizer takes, is a UserError."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{what} has half a character at {error.start}: save or type it as UTF-8"
+        ) from error
+    return text
+
+
 def without_nulls(value: Any) -> Any:
     """Copy without keys whose value is null: Arrow gives each object the keys of all others."""
     if isinstance(value, Mapping):

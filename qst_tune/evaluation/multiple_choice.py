@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qst_tune.data.rows.json_rows import FileText, JsonLines
+from qst_tune.data.values import check_unicode, kind_of
 from qst_tune.errors import UserError
 from qst_tune.evaluation.log_likelihood import Continuation, log_likelihoods
 from qst_tune.generation.caches import Decoder
@@ -52,23 +53,43 @@ def read_questions(path: Path) -> list[Question]:
     rows = JsonLines(FileText(path))
     if not len(rows):
         raise UserError(f"{path} has no questions")
-    return [_question(rows, index) for index in range(len(rows))]
+    questions = []
+    for index in range(len(rows)):
+        try:
+            questions.append(_question(rows[index]))
+        except UserError as error:
+            raise UserError(
+                f"{rows.place(index)} is no question ({error}): write question, choices and answer"
+            ) from error
+    return questions
 
 
-def _question(rows: JsonLines, index: int) -> Question:
-    try:
-        row = rows[index]
-        answer = row["answer"]
-        right = LETTERS.index(answer) if isinstance(answer, str) else int(answer)
-        choices = tuple(map(str, row["choices"]))
-        if not 0 <= right < len(choices) <= len(LETTERS):
-            raise ValueError(f"answer {answer} is none of {len(choices)} choices")
-        return Question(str(row["question"]), choices, right, str(row.get("subject", "")))
-    except (ValueError, KeyError, TypeError) as error:
-        reason = f"no column {error}" if isinstance(error, KeyError) else error
-        raise UserError(
-            f"{rows.place(index)} is no question ({reason}): write question, choices and answer"
-        ) from error
+def _question(row: dict[str, Any]) -> Question:
+    if missing := [name for name in ("question", "choices", "answer") if name not in row]:
+        raise UserError(f"no column {missing[0]!r}")
+    subject = row.get("subject")
+    for name, value in (("question", row["question"]), ("subject", subject or "none")):
+        if not isinstance(value, str) or not value.strip():
+            raise UserError(f"{name} is {kind_of(value)}: it must be text")
+        check_unicode(value, name)
+    choices = row["choices"]
+    if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS):
+        raise UserError(f"choices are {kind_of(choices)}: there must be 2 to {len(LETTERS)}")
+    for choice in choices:
+        if isinstance(choice, bool) or not isinstance(choice, str | int | float):
+            raise UserError(f"a choice is {kind_of(choice)}: it must be text or a number")
+        check_unicode(str(choice), "a choice")
+    right = _index(row["answer"])
+    if right not in range(len(choices)):
+        raise UserError(f"answer {row['answer']!r} is none of {len(choices)} choices")
+    return Question(row["question"], tuple(map(str, choices)), right, subject or "")
+
+
+def _index(answer: Any) -> int:
+    """Index of a choice, or -1."""
+    if isinstance(answer, str) and len(answer) == 1:
+        return LETTERS.find(answer)
+    return answer if type(answer) is int else -1
 
 
 def prompt_of(question: Question, examples: Sequence[Question]) -> str:

@@ -1,13 +1,16 @@
 """How well a model predicts a text."""
 
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qst_tune.errors import UserError
+from qst_tune.errors import UserError, first_line
 from qst_tune.evaluation.log_likelihood import Continuation, log_likelihoods
 from qst_tune.generation.caches import Decoder
+
+_LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,8 @@ class TextScore:
     @property
     def perplexity(self) -> float:
         """Exponential of the mean loss of a token; depends on the tokenizer."""
-        return math.exp(self.nats / self.num_tokens)
+        loss = self.nats / self.num_tokens
+        return math.exp(loss) if loss < _LARGEST_EXPONENT else math.inf
 
     @property
     def bits_per_byte(self) -> float:
@@ -48,8 +52,8 @@ def read_text(path: Path, tokenizer: Any, max_tokens: int | None = None) -> tupl
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"text={path} cannot be read: {error}") from error
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8
+        raise UserError(f"text={path} cannot be read: {first_line(error)}") from error
     tokens: list[int] = tokenizer.encode(text, add_bos=True, add_eos=False)
     if max_tokens is not None and max_tokens < len(tokens):
         tokens = tokens[:max_tokens]

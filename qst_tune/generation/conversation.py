@@ -5,6 +5,7 @@ from typing import Any
 
 from torchtune.data import Message
 
+from qst_tune.data.values import check_unicode
 from qst_tune.errors import UserError
 from qst_tune.generation.caches import Decoder
 from qst_tune.generation.sampling import Sampling
@@ -96,6 +97,8 @@ def prompt_tokens(
 
     The last of ``messages`` is the user's; ``tools`` are JSON schemas, for a tokenizer of ours.
     """
+    for text in (system_prompt or "", *(message.text_content for message in messages)):
+        check_unicode(text, "a prompt")
     system = [Message(role="system", content=system_prompt, masked=True)] if system_prompt else []
     # torchtune's tokenizers open the answer's turn for an empty assistant message.
     turns = [*system, *messages, Message(role="assistant", content="")]

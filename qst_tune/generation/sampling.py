@@ -7,6 +7,9 @@ from torchtune.generation import sample
 
 from qst_tune.config.schema import GenerationConfig
 
+# Below it the likeliest token has all of the probability, and logits over it could overflow.
+_COLDEST = 1e-6
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -28,7 +31,7 @@ class Sampling:
 
     def choose(self, logits_BV: torch.Tensor) -> torch.Tensor:
         """Choose a token id for each sequence: ``[B, V]`` to ``[B]``."""
-        if not self.temperature:
+        if self.temperature < _COLDEST:
             return logits_BV.argmax(-1)
         drawn_B1: torch.Tensor = sample(self.filtered(logits_BV))
         return drawn_B1[:, 0].long()

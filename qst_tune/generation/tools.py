@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from qst_tune.data.chat.messages import read_tools
-from qst_tune.errors import UserError
+from qst_tune.data.rows.json_rows import FileText, read_document
+from qst_tune.data.values import check_unicode, kind_of
+from qst_tune.errors import UserError, first_line
 
 
 def read_tool_file(path: Path, tokenizer: Any) -> list[Any]:
@@ -19,10 +21,23 @@ def read_tool_file(path: Path, tokenizer: Any) -> list[Any]:
             "qst_tune.data.hf_chat_tokenizer"
         )
     try:
-        content = json.loads(path.expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"tools={path} cannot be read: {error}") from error
-    tools = read_tools(content)
+        tools = read_tools(read_document(FileText(path.expanduser())))
+        for tool in tools or ():
+            _check(tool)
+    except (ValueError, RuntimeError) as error:  # RuntimeError: no such ~user
+        reason = first_line(error).removeprefix(str(path)).lstrip(": ")
+        raise UserError(f"tools={path}: {reason}") from error
     if not tools:
         raise UserError(f"tools={path} has no tool; write a list of JSON schemas")
     return tools
+
+
+def _check(tool: dict[str, Any]) -> None:
+    """Refuse a function without a name; a tool of another type is the template's to know."""
+    function = tool.get("function", tool)
+    if not isinstance(tool.get("type", "function"), str) or not isinstance(function, dict):
+        raise UserError(f"{kind_of(tool)} is no JSON schema of a function")
+    name = function.get("name")
+    if tool.get("type", "function") == "function" and not (isinstance(name, str) and name):
+        raise UserError(f"the name of a function is {kind_of(name)}: it must be text")
+    check_unicode(json.dumps(tool, ensure_ascii=False), "a schema")

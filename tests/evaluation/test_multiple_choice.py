@@ -49,6 +49,35 @@ def test_a_file_is_read_with_letters_or_numbers_and_mistakes_have_their_line(tmp
         read_questions(file)
 
 
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"answer": True}, "answer True is none of 2 choices"),
+        ({"answer": 1.7}, "answer 1.7 is none"),
+        ({"answer": ""}, "answer '' is none"),
+        ({"answer": "AB"}, "answer 'AB' is none"),
+        ({"answer": -1}, "answer -1 is none"),
+        ({"answer": None}, "answer None is none"),
+        ({"choices": "AB"}, r"choices are text \('AB'\): there must be 2 to 10"),
+        ({"choices": ["x"]}, "there must be 2 to 10"),
+        ({"choices": [str(i) for i in range(11)]}, "there must be 2 to 10"),
+        ({"choices": ["x", None]}, "a choice is null: it must be text or a number"),
+        ({"choices": [["x"], ["y"]]}, "a choice is a list"),
+        ({"question": None}, "question is null: it must be text"),
+        ({"question": 5}, "question is a number"),
+        ({"question": " "}, "question is text"),
+        ({"question": "\ud800"}, "question has half a character"),
+        ({"subject": ["s"]}, "subject is a list"),
+    ],
+)
+def test_a_value_of_a_wrong_type_is_never_read_as_something_else(changed, reason, tmp_path) -> None:
+    row = {"question": "What?", "choices": ["x", "y"], "answer": 0, **changed}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    with pytest.raises(UserError, match=reason) as raised:
+        read_questions(tmp_path / "rows.jsonl")
+    assert "\n" not in str(raised.value)
+
+
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_a_row_ends_with_its_line_alone(end, tmp_path) -> None:
     """A question of MMLU has the next-line character within its text."""

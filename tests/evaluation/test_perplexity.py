@@ -55,3 +55,7 @@ def test_a_file_is_read_as_far_as_asked(tmp_path) -> None:
     for name, reason in (("empty.txt", "is too short"), ("absent.txt", "cannot be read")):
         with pytest.raises(UserError, match=reason):
             read_text(tmp_path / name, tokenizer)
+
+
+def test_a_loss_beyond_all_numbers_is_infinite_perplexity() -> None:
+    assert TextScore(1e6, 10, 40).perplexity == math.inf

@@ -59,3 +59,8 @@ def test_a_config_without_a_setting_or_with_null_takes_its_default() -> None:
     )
     given = typed_config({"temperature": "0.5", "top_k": None, "top_p": 0.25}, GenerationConfig)
     assert Sampling.of_config(given) == Sampling(0.5, None, 0.25)
+
+
+def test_a_temperature_near_zero_does_not_overflow() -> None:
+    logits = torch.tensor([[1e4, 2e4, 2e4 - 1]])
+    assert Sampling(temperature=1e-300).choose(logits).tolist() == [1]

@@ -39,7 +39,15 @@ def test_a_template_without_tools_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[", "cannot be read"),
+        ("[", "is not JSON at line 1, column 2"),
+        ("[" * 100_000, "maximum recursion depth"),
+        ("[{}]", "the name of a function is null"),
+        ('[{"type": 5}]', "is no JSON schema of a function"),
+        ('[{"type": "function", "function": [1]}]', "is no JSON schema of a function"),
+        ('[{"function": {"name": 5}}]', r"is a number \(5\): it must be text"),
+        (r'[{"function": {"name": "\ud800"}}]', "a schema has half a character"),
+        ('[{"name": "f", "x": NaN}]', "NaN is no value of JSON"),
+        ('[{"name": "f", "name": "g"}]', "the key 'name' is there twice"),
         ("[]", "has no tool"),
         ("3", "it must be a list"),
         (None, "cannot be read"),
@@ -51,10 +59,30 @@ def test_what_is_no_file_of_tools_is_refused(
     if content is not None:
         (tmp_path / "tools.json").write_text(content)
     tokenizer = hf_chat_tokenizer(str(build_directory(tmp_path / "m", CHATML)))
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as raised:
         read_tool_file(tmp_path / "tools.json", tokenizer)
+    assert str(raised.value).count("tools.json") == 1
+    assert "\n" not in str(raised.value)
 
 
 def test_another_tokenizer_takes_no_tools() -> None:
     with pytest.raises(UserError, match="object takes no tools"):
         read_tool_file(Path("tools.json"), object())
+
+
+@pytest.mark.parametrize("path", ["~no_such_user_x/tools.json", "x" * 5000, "a\0b", "."])
+def test_a_path_that_is_no_file_is_one_line(path: str, tmp_path: Path) -> None:
+    tokenizer = hf_chat_tokenizer(str(build_directory(tmp_path / "m", CHATML)))
+    with pytest.raises(UserError, match="tools=") as raised:
+        read_tool_file(Path(path), tokenizer)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("where", ["prompt", "system"])
+def test_half_a_character_in_a_prompt_is_one_line(where: str, tmp_path: Path) -> None:
+    """Bytes of a terminal that are not UTF-8 arrive so; tokenizers raise a TypeError."""
+    tokenizer = hf_chat_tokenizer(str(build_directory(tmp_path / "m", CHATML)))
+    text = "what is \udcff"
+    asked = [Message(role="user", content=text if where == "prompt" else "hello")]
+    with pytest.raises(UserError, match="a prompt has half a character at 8"):
+        prompt_tokens(tokenizer, asked, system_prompt=text if where == "system" else None)

@@ -1,15 +1,20 @@
 """States that were kept are those that would be computed, bit for bit, and no others are taken."""
 
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask
 from torchtune.generation import generate
 
+from qst_tune.file_lock import locked
 from qst_tune.models import qst_decoder
 from qst_tune.modules import hidden_state_cache as module
 from qst_tune.modules.hidden_state_cache import HiddenStateCache
@@ -217,3 +222,100 @@ def test_no_memory_is_held_between_batches(tmp_path: Path) -> None:
     tokens = random_tokens()
     outcome(cached, tokens)
     assert set(vars(cached.hidden_state_cache)) == {"directory", "is_full", "is_tidy"}
+
+
+def warned(caplog: pytest.LogCaptureFixture) -> int:
+    """How often damage was logged; forgets it."""
+    count = caplog.text.count("is damaged, its hidden states are computed anew")
+    caplog.clear()
+    return count
+
+
+def test_every_byte_that_is_flipped_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All bytes of the header, and some of each state; one bit and all bits of a byte."""
+    monkeypatch.setattr(module.log, "propagate", True)
+    plain, cached = pair("one block", tmp_path)
+    tokens = random_tokens(1, 3)
+    expected = plain(tokens)
+    cached(tokens)
+    (path,) = tmp_path.glob("*.safetensors")
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    assert len(whole) > header + 300
+    for place in [*range(header), *range(header, len(whole), 13), len(whole) - 1]:
+        for flip in (1 << place % 8, 255):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ flip]) + whole[place + 1 :])
+            assert torch.equal(cached(tokens), expected), place
+            assert warned(caplog) == 1, place
+            assert path.read_bytes() == whole
+
+
+def test_states_that_were_shown_before_the_damage_are_not_shown_again(tmp_path: Path) -> None:
+    plain, cached = pair("a block for every layer", tmp_path)
+    tokens = random_tokens()
+    expected = outcome(plain, tokens)
+    outcome(cached, tokens)
+    (path,) = tmp_path.glob("*.safetensors")
+    whole = bytearray(path.read_bytes())
+    for place in range(len(whole) - 1, len(whole) // 2, -len(whole) // 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert_equal(outcome(cached, tokens), expected)
+
+
+@pytest.mark.parametrize(
+    "what", ["another batch", "another backbone", "fewer states", "no digests"]
+)
+def test_content_that_was_not_written_for_the_batch_is_found(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module.log, "propagate", True)
+    plain, cached = pair("default", tmp_path / "mine")
+    tokens = random_tokens()
+    expected = outcome(plain, tokens)
+    outcome(cached, tokens)
+    (path,) = cached.hidden_state_cache.directory.glob("*.safetensors")
+    if what == "another batch":
+        outcome(cached, tokens.flip(1))
+        (other,) = set(cached.hidden_state_cache.directory.glob("*.safetensors")) - {path}
+        shutil.copy(other, path)
+    elif what == "another backbone":
+        other_model = tiny_model()
+        randomize_(other_model.norm)
+        other_model.hidden_state_cache = HiddenStateCache(tmp_path / "other")
+        outcome(other_model, tokens)
+        shutil.copy(tmp_path / "other" / path.name, path)
+    else:
+        with safe_open(path, "pt") as file:
+            states = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            about = file.metadata() if what == "fewer states" else None
+        if what == "fewer states":
+            states.pop("1")
+        save_file(states, path, about)
+    caplog.clear()
+    assert_equal(outcome(cached, tokens), expected)
+    assert warned(caplog) == 1
+    assert_equal(outcome(cached, tokens), expected)
+    assert warned(caplog) == 0
+
+
+def test_the_lock_of_a_killed_writer_is_free_and_its_remains_are_cleared(tmp_path: Path) -> None:
+    _, cached = pair("default", tmp_path)
+    holds = (
+        "import sys, time; from pathlib import Path; from qst_tune.file_lock import locked\n"
+        "with locked(Path(sys.argv[1]), wait=True):\n"
+        "    (Path(sys.argv[1]) / '.x.safetensors.1').write_bytes(b'half')\n"
+        "    print('held', flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", holds, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as writer:
+        assert writer.stdout.readline() == "held\n"
+        with locked(tmp_path, wait=False) as is_held:
+            assert not is_held
+        writer.kill()
+    outcome(cached, random_tokens())
+    assert {path.suffix for path in tmp_path.iterdir()} == {"", ".safetensors"}
+    with locked(tmp_path, wait=False) as is_held:
+        assert is_held

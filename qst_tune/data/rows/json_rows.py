@@ -38,8 +38,9 @@ class FileText:
         try:
             with self._open() as file:
                 head = file.read(3)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        except (OSError, ValueError) as error:  # ValueError: the path has a null byte
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{path} cannot be read: {reason}") from error
         if head[:2] in _OTHER_MARKS:
             raise UserError(f"{path} is UTF-16: save it as UTF-8")
         self._first = len(_BOM) if head == _BOM else 0
@@ -120,7 +121,7 @@ def read_json_rows(text: FileText) -> JsonLines | JsonList:
     """
     lines = JsonLines(text)
     if _begins_document(lines):
-        return JsonList(text.path, _rows_of(_whole(text), text.path))
+        return JsonList(text.path, _rows_of(read_document(text), text.path))
     first = _document(lines.line(0)) if len(lines) == 1 else None
     rows = _rows_of(first, text.path) if isinstance(first, dict | list) else None
     # A damaged line, or one that is no object, is reported when its row is read, with its number.
@@ -172,7 +173,8 @@ def _begins_document(lines: JsonLines) -> bool:
     return first == b"[" or (first == b"{" and second != b"{")
 
 
-def _whole(text: FileText) -> Any:
+def read_document(text: FileText) -> Any:
+    """Read a file that is one JSON document; what is no JSON is a UserError with its place."""
     try:
         return _loads(decode(text.read()))
     except json.JSONDecodeError as error:
