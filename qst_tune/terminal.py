@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from typing import TextIO
 
 # Shows the routine lines again.
@@ -51,6 +51,16 @@ def hide_routine_lines() -> None:
         logger = logging.getLogger(name)
         if not any(isinstance(known, _RoutineFilter) for known in logger.filters):
             logger.addFilter(_RoutineFilter(texts))
+
+
+def print_errors(lines: Iterable[str]) -> None:
+    """Write an ``error:`` line for each; a control character is shown as its escape."""
+    sys.stderr.writelines(f"error: {printable(line)}\n" for line in lines)
+
+
+def printable(text: str) -> str:
+    """Escape what would move a terminal's cursor, set its colours or forge lines."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 @contextmanager

@@ -77,3 +77,10 @@ def test_a_closed_pipe_ends_silently(code: str) -> None:
 def test_a_broken_pipe_of_something_else_is_a_defect() -> None:
     process = run("raise BrokenPipeError('a worker')")
     assert b"BrokenPipeError: a worker" in process.communicate()[1]
+
+
+def test_control_characters_of_a_message_never_reach_the_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    terminal.print_errors(["dtype=\x1b[31mred\x07\x85\u202e is none; größer"])
+    assert capsys.readouterr().err == r"error: dtype=\x1b[31mred\x07\x85\u202e is none; größer" "\n"

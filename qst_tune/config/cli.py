@@ -15,7 +15,7 @@ from qst_tune.config.file import lines_of, parse_config, split_arguments
 from qst_tune.config.keys import NOUNS, Keys, RecipeConfig, keys_of
 from qst_tune.config.schema import TRAINING_KEYS, TrainingConfig
 from qst_tune.errors import USER_ERROR_STATUS, ConfigError, UserError
-from qst_tune.terminal import hide_routine_lines, safe_streams
+from qst_tune.terminal import hide_routine_lines, print_errors, safe_streams
 
 WIDTH = 96
 _EPILOGUE = """\
@@ -53,15 +53,12 @@ def _run(recipe_main: Callable[[DictConfig], None]) -> None:
     except UserError as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
-        lines = _with_places(error, sys.argv[1:])
-        sys.stderr.writelines(f"error: {line}\n" for line in lines)
+        print_errors(_with_places(error, sys.argv[1:]))
         sys.exit(USER_ERROR_STATUS)
     except OSError as error:  # a full disk while logging; checkpoints report their own
         if error.errno not in _DISK_ERRORS or os.environ.get(TRACEBACK_VARIABLE):
             raise
-        sys.stderr.write(
-            f"error: {error}: make room, then resume with resume_from_checkpoint=True\n"
-        )
+        print_errors([f"{error}: make room, then resume with resume_from_checkpoint=True"])
         sys.exit(USER_ERROR_STATUS)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.rendezvous import rendezvous
 
 from qst_tune.errors import USER_ERROR_STATUS, UserError
+from qst_tune.terminal import print_errors
 
 T = TypeVar("T")
 
@@ -93,7 +94,7 @@ def sum_or_fail(values: torch.Tensor, error: UserError | None) -> torch.Tensor:
     if error is not None:
         if not dist.is_initialized():
             raise error
-        sys.stderr.writelines(f"error: {line}\n" for line in str(error).splitlines())
+        print_errors(str(error).splitlines())
         sys.stderr.flush()
     failed = values.new_tensor([error is not None])
     summed = sum_over_ranks(torch.cat([values.flatten(), failed]))

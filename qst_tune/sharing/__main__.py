@@ -18,7 +18,7 @@ from qst_tune.errors import USER_ERROR_STATUS, UserError
 from qst_tune.sharing.hub_directory import Publication, base_model_of, make_hub_directory
 from qst_tune.sharing.inspection import inspect_directory, verify_directory
 from qst_tune.sharing.push import push_directory
-from qst_tune.terminal import safe_streams
+from qst_tune.terminal import print_errors, safe_streams
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             print(_answer(asked))
         except UserError as error:
-            sys.stderr.writelines(f"error: {line}\n" for line in str(error).splitlines())
+            print_errors(str(error).splitlines())
             sys.exit(USER_ERROR_STATUS)
 
 

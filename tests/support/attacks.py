@@ -171,11 +171,8 @@ def _log_to(stream: Any) -> None:
 
 def _run(words: list[str]) -> None:
     if words[0] == "tune":
-        from qst_tune.config.cli import run_recipe
-
-        module = runpy.run_path(str(ROOT / f"recipes/{words[2]}.py"), run_name="recipe")
         sys.argv = [words[2], *words[3:]]
-        run_recipe(module["main"], module["KEYS"], module["__doc__"])
+        runpy.run_path(str(ROOT / f"recipes/{words[2]}.py"), run_name="__main__")
     elif words[0] == "sharing":
         from qst_tune.sharing.__main__ import main
 

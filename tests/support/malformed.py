@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qst_tune.config.keys import TRAINING_KEYS
+from qst_tune.config.schema import TRAINING_KEYS
 from tests.support.attacks import Attack, Change, edit_json, edit_tensors, put, write
 
 DRY = "tune run qst_finetune --config config.yaml output_dir={root}/new dry_run=True"
