@@ -1,17 +1,13 @@
-"""What the training loop asks of a method and of a task; it knows nothing else of either.
-
-A method (QST, PEQA) has the model, its trainable parameters and the result for the user. A task has
-the loss of a batch and the figures of the validation set. Any method goes with any task that takes
-its model's output.
-"""
+"""What the training loop asks of a method, and the two methods, QST and PEQA."""
 
 import hashlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 from torchtune import utils
 
 from qst_tune.backbone.experts import compile_forward
@@ -24,10 +20,24 @@ from qst_tune.modules.hidden_state_cache import HiddenStateCache
 from qst_tune.modules.peqa_model import PEQAModel
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.modules.side.gate import Gate
+from qst_tune.modules.side.network import SideNetwork
 from qst_tune.modules.side.output_mix import AlphaMix, SigmoidMix
 from qst_tune.results.provenance import provenance_of
 from qst_tune.results.start import find_start
 from qst_tune.results.tuned_directory import Provenance, load_tuned, tuned_files
+
+QST_REFUSED = {
+    "scales": "is what PEQA starts from; use side_network",
+    "enable_activation_offloading": "has nothing to offload, since QST saves no activation of the "
+    "backbone; set it to False",
+}
+_UNDECAYED_TYPES = (Gate, AlphaMix, SigmoidMix)
+# The rate of a classifier's head is the optimizer's times this over the head's width D.
+_SCORE_WIDTH = 64
+_RATE_FACTOR = "rate_factor"
+
+ParameterGroups = list[dict[str, Any]]
+log = utils.get_logger("INFO")
 
 
 class Method(Protocol):
@@ -41,7 +51,7 @@ class Method(Protocol):
     def result_name(self) -> str:
         """Name of the directory in ``output_dir`` that the result is written to."""
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
+    def parameter_groups(self) -> ParameterGroups:
         """Return the optimizer's groups, which contain exactly the trainable parameters."""
 
     def files(self, results: dict[str, float]) -> dict[str, bytes]:
@@ -57,44 +67,49 @@ class Method(Protocol):
         """Return what the method would like logged besides the loss; may be empty."""
 
 
-QST_REFUSED = {
-    "scales": "is what PEQA starts from; use side_network",
-    "enable_activation_offloading": "has nothing to offload, since QST saves no activation of the "
-    "backbone; set it to False",
-}
-
-log = utils.get_logger("INFO")
-
-
 @dataclass(frozen=True)
-class QSTMethod:
-    """A frozen backbone with a side network that trains; see :class:`Method`.
+class TunedMethod:
+    """A frozen backbone with a side network that trains, or integers of which the scales train.
 
     ``provenance`` is what the result's directory says of the run, except for its figures.
     """
 
-    model: QSTModel
+    model: QSTModel | PEQAModel
     provenance: Provenance
 
-    result_name: ClassVar[str] = "side_network"
+    @property
+    def tuned(self) -> SideNetwork | PEQAModel:
+        """What training changes, as a result's directory has it."""
+        return self.model.side if isinstance(self.model, QSTModel) else self.model
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the side network's parameters: those that decay, and the rest."""
-        return parameter_groups(self.model.side)
+    @property
+    def result_name(self) -> str:
+        """The key of a config that starts from such a result."""
+        return "side_network" if isinstance(self.model, QSTModel) else "scales"
+
+    def parameter_groups(self) -> ParameterGroups:
+        """Return the parameters of the side network in its groups, or all scales in one."""
+        if isinstance(self.tuned, SideNetwork):
+            return parameter_groups(self.tuned)
+        return [{"params": list(self.tuned.task().values())}]
 
     def files(self, results: dict[str, float]) -> dict[str, bytes]:
-        """Return the side network as files by name; ``results`` are figures for the model card."""
-        provenance = replace(self.provenance, results=results)
-        return tuned_files(self.model.side, provenance)
+        """Return the result as files by name; ``results`` are figures for the model card."""
+        return tuned_files(self.tuned, replace(self.provenance, results=results))
 
     def load(self, directory: Path) -> None:
-        """Fill the side network from a directory; UserError if it does not fit."""
-        load_tuned(directory, self.model.side, backbone=self.provenance.backbone)
+        """Exchange what is trained for that of a directory; UserError if it does not fit."""
+        load_tuned(directory, self.tuned, backbone=self.provenance.backbone)
 
     @torch.no_grad()
     def statistics(self) -> dict[str, float]:
-        """Return how far the gates are open and how much of the output is the side network's."""
-        side = self.model.side
+        """Return how far the gates are open and how much of the output is the side network's.
+
+        Nothing for scales: those of different layers have no common size to log.
+        """
+        side = self.tuned
+        if not isinstance(side, SideNetwork):
+            return {}
         betas = torch.cat([torch.sigmoid(p).flatten() for p in side.gates.parameters()])
         figures = {
             "gate_mean": betas.mean().item(),
@@ -111,17 +126,14 @@ class QSTMethod:
 
 def load_qst(
     model: QSTModel, cfg: TrainingConfig, *, dtype: torch.dtype, device: torch.device
-) -> QSTMethod:
+) -> TunedMethod:
     """Fill a model that was built on meta: the backbone from its checkpoint; a new side network.
 
     The side network starts from what ``side_network`` names, if the config has it. ``compile`` and
     ``enable_activation_checkpointing`` decide as in torchtune. UserError if the checkpoint is
     missing, damaged or not of this architecture, or what the run starts from does not fit.
     """
-    sharding = choose_sharding(cfg.backbone_sharding, device, offload=cfg.fsdp_cpu_offload)
-    backbone = load_frozen_backbone(
-        model, cfg.checkpointer, dtype=dtype, device=device, sharding=sharding
-    )
+    backbone = _load_backbone(model, cfg, dtype, device)
     model.initialize_side(device)
     start = find_start(cfg)
     if start is not None:
@@ -135,7 +147,16 @@ def load_qst(
     if cfg.compile:
         layers: Any = model.layers
         compile_forward([*layers, *model.side.blocks])
-    return QSTMethod(model, provenance_of(cfg, backbone, start.lineage if start else ()))
+    return TunedMethod(model, provenance_of(cfg, backbone, start.lineage if start else ()))
+
+
+def _load_backbone(
+    model: QSTModel | PEQAModel, cfg: TrainingConfig, dtype: torch.dtype, device: torch.device
+) -> BackboneId:
+    sharding = choose_sharding(cfg.backbone_sharding, device, offload=cfg.fsdp_cpu_offload)
+    return load_frozen_backbone(
+        model, cfg.checkpointer, dtype=dtype, device=device, sharding=sharding
+    )
 
 
 def _hidden_state_cache(
@@ -157,49 +178,16 @@ def _hidden_state_cache(
     return HiddenStateCache(directory)
 
 
-@dataclass(frozen=True)
-class PEQAMethod:
-    """An integer model of which the scales train; see :class:`~qst_tune.training.methods.Method`.
-
-    ``provenance`` is what the result's directory says of the run, except for its figures.
-    """
-
-    model: PEQAModel
-    provenance: Provenance
-
-    result_name: ClassVar[str] = "scales"
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the scales, in one group."""
-        return [{"params": list(self.model.task().values())}]
-
-    def files(self, results: dict[str, float]) -> dict[str, bytes]:
-        """Return the scales as files by name; ``results`` are figures for the model card."""
-        provenance = replace(self.provenance, results=results)
-        return tuned_files(self.model, provenance)
-
-    def load(self, directory: Path) -> None:
-        """Exchange the scales for those of a directory; UserError if it does not fit."""
-        load_tuned(directory, self.model, backbone=self.provenance.backbone)
-
-    def statistics(self) -> dict[str, float]:
-        """Return nothing: scales of different layers have no common size to log."""
-        return {}
-
-
 def load_peqa(
     model: PEQAModel, cfg: TrainingConfig, *, dtype: torch.dtype, device: torch.device
-) -> PEQAMethod:
+) -> TunedMethod:
     """Fill a model that was built on meta from its checkpoint, rounding weight by weight.
 
     The scales start from those of the config's directory ``scales``, if it has one. ``compile`` and
     ``enable_activation_checkpointing`` decide as in torchtune. UserError if the checkpoint is
     missing, damaged or not of this architecture, or what the run starts from does not fit.
     """
-    sharding = choose_sharding(cfg.backbone_sharding, device, offload=cfg.fsdp_cpu_offload)
-    backbone = load_frozen_backbone(
-        model, cfg.checkpointer, dtype=dtype, device=device, sharding=sharding
-    )
+    backbone = _load_backbone(model, cfg, dtype, device)
     start = find_start(cfg)
     if start is not None:
         load_tuned(start.directory, model, backbone=backbone)
@@ -207,16 +195,10 @@ def load_peqa(
         compile_forward(model.layers)
     if cfg.enable_activation_checkpointing:
         model.recompute_layers()
-    return PEQAMethod(model, provenance_of(cfg, backbone, start.lineage if start else ()))
+    return TunedMethod(model, provenance_of(cfg, backbone, start.lineage if start else ()))
 
 
-_UNDECAYED_TYPES = (Gate, AlphaMix, SigmoidMix)
-# The rate of a classifier's head is the optimizer's times this over the head's width D.
-_SCORE_WIDTH = 64
-_RATE_FACTOR = "rate_factor"
-
-
-def parameter_groups(side: nn.Module) -> list[dict[str, Any]]:
+def parameter_groups(side: nn.Module) -> ParameterGroups:
     """Split the trainable parameters for the optimizer: matrices decay, everything else does not.
 
     A classifier's head, ``side.score``, learns at ``64 / D`` of the rate. A step of Adam moves each
@@ -239,7 +221,7 @@ def parameter_groups(side: nn.Module) -> list[dict[str, Any]]:
     }
     others = {id(parameter) for parameter in head}
     trainable = [p for p in side.parameters() if p.requires_grad and id(p) not in others]
-    groups: list[dict[str, Any]] = [
+    groups: ParameterGroups = [
         {"params": [p for p in trainable if id(p) not in undecayed]},
         {"params": [p for p in trainable if id(p) in undecayed], "weight_decay": 0.0},
     ]
@@ -248,7 +230,7 @@ def parameter_groups(side: nn.Module) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def scale_rates(optimizer: Any) -> None:
+def scale_rates(optimizer: Optimizer) -> None:
     """Give groups with a rate of their own that rate, before a schedule takes the rates."""
     for group in optimizer.param_groups:
         # Not in place: some optimizers share one tensor among the groups.

@@ -45,6 +45,10 @@ from qst_tune.training.run_log import BEFORE, RunLog
 from qst_tune.training.task import Task
 from qst_tune.training.trainer import Trainer
 
+NO_PROFILER = {"_component_": "torchtune.training.setup_torch_profiler", "enabled": False}
+
+log = utils.get_logger("INFO")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -110,11 +114,6 @@ def run_environment(cfg: TrainingConfig) -> Iterator[tuple[torch.device, torch.d
     directory = nullcontext() if cfg.dry_run else output_directory(cfg.output_dir)
     with directory, process_group(device):
         yield device, dtype
-
-
-NO_PROFILER = {"_component_": "torchtune.training.setup_torch_profiler", "enabled": False}
-
-log = utils.get_logger("INFO")
 
 
 def build_trainer(run: Run, method: Method, task: Task, data: TrainingData) -> Trainer:

@@ -1,14 +1,17 @@
-"""SIGINT and SIGTERM as a wish that the training loop grants at the end of a step."""
+"""Signals as a wish that the training loop grants at the end of a step."""
 
 import os
 import signal
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
+
+# SIGHUP: a terminal that was closed. SIGUSR1: Slurm's warning before its time limit.
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class StopSignals:
-    """A context in which Ctrl-C and ``kill`` only set ``signal_number``.
+    """A context in which Ctrl-C, ``kill`` and the like only set ``signal_number``.
 
     A second Ctrl-C interrupts at once. Does nothing outside of the main thread, where Python lets
     no handler be set.
@@ -43,16 +46,12 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            # One that is ignored already stays so: nohup means to outlive its terminal.
+            for number in (n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN):
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
@@ -60,5 +59,14 @@ class StopSignals:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal_number = number
+        if number == signal.SIGHUP:
+            _leave_terminal()
         # Not a print: the signal may have come in the middle of one.
         os.write(2, f"\n{signal.Signals(number).name}: finishing this step, then saving\n".encode())
+
+
+def _leave_terminal() -> None:
+    """Print nowhere in the place of a terminal that is gone, where every print would fail."""
+    for stream in (1, 2):
+        if os.isatty(stream):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qst_tune.errors import UserError
 from qst_tune.models import peqa_llama3_2
-from qst_tune.training.methods import PEQAMethod, load_peqa
+from qst_tune.training.methods import TunedMethod, load_peqa
 from tests.support.checkpoints import SIZES, Config, finetune_config
 from tests.support.configs import typed_config
 from tests.support.recipe_runs import merged, one_thread
@@ -34,7 +34,7 @@ def export(config: Config, *overrides: str) -> None:
         peqa_export.main(merged(config, *overrides))
 
 
-def rounded_model(config: Config) -> PEQAMethod:
+def rounded_model(config: Config) -> TunedMethod:
     with torch.device("meta"):
         model = peqa_llama3_2(**SIZES, bits=3)
     return load_peqa(model, typed_config(config), dtype=torch.float32, device=torch.device("cpu"))

@@ -9,14 +9,14 @@ from qst_tune.backbone.identity import BackboneId
 from qst_tune.models import qst_decoder
 from qst_tune.modules.side.config import VARIANTS
 from qst_tune.results.tuned_directory import Provenance
-from qst_tune.training.methods import QSTMethod, parameter_groups, scale_rates
+from qst_tune.training.methods import TunedMethod, parameter_groups, scale_rates
 from tests.support.numbers import TINY_REDUCTION, randomize_, tiny_backbone
 
 
-def method_of(variant: str) -> QSTMethod:
+def method_of(variant: str) -> TunedMethod:
     model = qst_decoder(tiny_backbone(), variant=variant, reduction_factor=TINY_REDUCTION, rank=4)
     randomize_(model.side)
-    return QSTMethod(
+    return TunedMethod(
         model, Provenance(BackboneId("tiny", "0" * 64, "nf4"), {"rank": 4}, "epochs: 1\n")
     )
 

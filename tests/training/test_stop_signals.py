@@ -6,9 +6,8 @@ import threading
 
 import pytest
 
+from qst_tune.training.stop_signals import SIGNALS as KINDS
 from qst_tune.training.stop_signals import StopSignals
-
-KINDS = [signal.SIGINT, signal.SIGTERM]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -32,6 +31,16 @@ def test_handlers_are_put_back() -> None:
     with pytest.raises(ZeroDivisionError), StopSignals():
         1 / 0  # noqa: B018
     assert [signal.getsignal(kind) for kind in KINDS] == before
+
+
+def test_a_run_under_nohup_outlives_its_terminal() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_second_interrupt_does_not_wait() -> None:
