@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from qst_tune.terminal import shown
+
 # Exit status of a recipe after a UserError.
 USER_ERROR_STATUS = 2
 
@@ -12,8 +14,12 @@ USER_ERROR_STATUS = 2
 class UserError(ValueError):
     """A wrong config, checkpoint or dataset; its one-line message names value, rule and fix.
 
-    Recipes print the message without a traceback and exit with status 2.
+    Recipes print the message without a traceback and exit with status 2. Values in it may come from
+    files of other people: control characters are spelt out.
     """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(shown(message))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,8 @@
 """The output of our programs: text for any terminal, without routine lines of other packages.
 
+What comes from files, models or the network may have control characters, which move a terminal's
+cursor, rename its window or hide text. All of our output goes through :func:`shown`.
+
 Only the standard library, since ``plugin.py`` calls it before torchao is imported.
 """
 
@@ -8,6 +11,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import re
 import select
 import sys
 from contextlib import contextmanager
@@ -15,7 +19,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-    from typing import TextIO
+    from typing import Any, TextIO
 
 # Shows the routine lines again.
 VERBOSE_VARIABLE = "QST_TUNE_VERBOSE"
@@ -29,6 +33,39 @@ _ROUTINE_LINES = {
     "torchtune.utils._logging": ("Setting manual seed to local seed", "Profiling disabled."),
     "torch.distributed.run": ("Setting OMP_NUM_THREADS environment variable for each process",),
 }
+
+
+# Control characters except line breaks and tabs, other line breaks, those that change the direction
+# of text, and halves of characters, which no encoding has.
+_CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+# What a progress bar writes to go to another line; it begins each of its texts with a "\r".
+_BAR_MOVES = re.compile(r"[\n\r]*(\x1b\[A)*")
+
+
+def shown(text: str) -> str:
+    """Write control characters as Python spells them; a terminal obeys none of these."""
+    return _CONTROL.sub(lambda found: ascii(found.group())[1:-1], text)
+
+
+class _ShownStream:
+    """A stream whose texts are :func:`shown`; what a progress bar writes passes."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        begin = "\r" if text.startswith("\r") else ""
+        is_move = _BAR_MOVES.fullmatch(text)
+        return self._stream.write(text if is_move else begin + shown(text.removeprefix("\r")))
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
 
 
 class _RoutineFilter(logging.Filter):
@@ -54,29 +91,23 @@ def hide_routine_lines() -> None:
 
 
 def print_errors(lines: Iterable[str]) -> None:
-    """Write an ``error:`` line for each; a control character is shown as its escape."""
-    sys.stderr.writelines(f"error: {printable(line)}\n" for line in lines)
-
-
-def printable(text: str) -> str:
-    """Escape what would move a terminal's cursor, set its colours or forge lines."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    """Write an ``error:`` line for each; control characters are :func:`shown`."""
+    sys.stderr.writelines(f"error: {shown(line)}\n" for line in lines)
 
 
 @contextmanager
 def safe_streams() -> Iterator[None]:
-    """Print "?" for a character that stdout cannot show, and end silently when its reader is gone.
+    """Print what any terminal can show, and end silently when its reader is gone.
 
+    Control characters are :func:`shown`, and "?" is printed for what stdout's encoding lacks.
     Raises SystemExit with status 141 if the reader of stdout or stderr closed it (``| head``).
     """
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        try:
+        with _shown_streams():
             yield
-        finally:
-            sys.stdout.flush()
     except BrokenPipeError:
         closed = [stream for stream in (sys.stdout, sys.stderr) if _is_closed(stream)]
         if not closed:
@@ -84,6 +115,29 @@ def safe_streams() -> Iterator[None]:
         for stream in closed:  # otherwise Python complains when it flushes them at its end
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         sys.exit(CLOSED_PIPE_STATUS)
+
+
+@contextmanager
+def _shown_streams() -> Iterator[None]:
+    """Show all that is written to stdout and stderr, by loggers that exist already too."""
+    plain = sys.stdout, sys.stderr
+    loggers = [logging.getLogger(), *logging.root.manager.loggerDict.values()]
+    handlers = [h for log in loggers if isinstance(log, logging.Logger) for h in log.handlers]
+    on_err = [
+        handler
+        for handler in handlers
+        if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr
+    ]
+    sys.stdout, sys.stderr = _ShownStream(sys.stdout), _ShownStream(sys.stderr)
+    for handler in on_err:
+        handler.setStream(sys.stderr)
+    try:
+        yield
+    finally:
+        for handler in on_err:
+            handler.setStream(plain[1])
+        sys.stdout, sys.stderr = plain
+        sys.stdout.flush()
 
 
 def _is_closed(stream: TextIO) -> bool:

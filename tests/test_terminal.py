@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from qst_tune import terminal
+from qst_tune.errors import UserError
 
 NAME = "torchtune.utils._logging"
 
@@ -84,3 +85,60 @@ def test_control_characters_of_a_message_never_reach_the_terminal(
 ) -> None:
     terminal.print_errors(["dtype=\x1b[31mred\x07\x85\u202e is none; größer"])
     assert capsys.readouterr().err == r"error: dtype=\x1b[31mred\x07\x85\u202e is none; größer" "\n"
+
+
+ATTACKS = {
+    "clears the screen": "\x1b[2J",
+    "renames the window": "\x1b]0;title\x07",
+    "one byte of C1": "\x9b31m",
+    "hides a line": "safe\rharmful",
+    "erases": "a\x08\x7f",
+    "reverses text": "\u202egnp.exe",
+    "breaks a line": "a\u2028b\x0b\x85",
+    "half a character": "\udc80\ud800",
+    "nul": "a\x00b",
+}
+
+
+@pytest.mark.parametrize("text", ATTACKS.values(), ids=ATTACKS)
+def test_control_characters_are_written_out(text: str) -> None:
+    result = terminal.shown(text)
+    assert result.isprintable()
+    assert result.encode("utf-8")
+    assert terminal.shown("Zeile\n\tzwei 日本 🙂 é") == "Zeile\n\tzwei 日本 🙂 é"
+    assert str(UserError(f"column {text}")) == f"column {result}"
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("text", ATTACKS.values(), ids=ATTACKS)
+def test_no_stream_carries_them(text: str, stream: str) -> None:
+    code = f"import sys; print({text!a}, file=sys.{stream})"
+    out, err = run(code, PYTHONIOENCODING="utf-8").communicate()
+    assert (out + err).decode() == terminal.shown(text) + "\n"
+
+
+def test_loggers_and_warnings_carry_none() -> None:
+    code = (
+        "import logging, sys, warnings\n    logging.getLogger('x').error('\\x1b[2J')\n"
+        "    warnings.warn('\\x1b[2J')"
+    )
+    before = "import logging; logging.basicConfig()\n"
+    source = f"{before}from qst_tune.terminal import safe_streams\nwith safe_streams():\n    {code}"
+    result = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
+    assert "\x1b" not in result.stdout + result.stderr
+    assert result.stderr.count("\\x1b[2J") == 2
+
+
+def test_progress_bars_are_drawn_as_ever() -> None:
+    source = (
+        "import sys, time; from tqdm import tqdm\n"
+        "for _ in tqdm(range(2), mininterval=0):\n"
+        "    for _ in tqdm(range(2), mininterval=0, bar_format='{{n}}'): pass\n"
+        "    tqdm.write('line')"
+    )
+    code = f"exec({source.replace('{{', '{').replace('}}', '}')!r})"
+    shown = run(code, PYTHONIOENCODING="utf-8").communicate()
+    plain = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert shown[0] == plain.stdout == b"line\nline\n"
+    assert b"\\x1b" not in shown[1]
+    assert shown[1].count(b"\x1b[A") == plain.stderr.count(b"\x1b[A") > 0
