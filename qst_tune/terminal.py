@@ -126,7 +126,8 @@ def _shown_streams() -> Iterator[None]:
     on_err = [
         handler
         for handler in handlers
-        if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stderr
+        if isinstance(handler, logging.StreamHandler)
+        and vars(handler).get("stream") is sys.stderr  # logging's own last one looks it up
     ]
     sys.stdout, sys.stderr = _ShownStream(sys.stdout), _ShownStream(sys.stderr)
     for handler in on_err:
