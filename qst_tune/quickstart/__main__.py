@@ -17,7 +17,7 @@ from typing import Any
 from qst_tune.errors import USER_ERROR_STATUS, UserError
 from qst_tune.quickstart.python_docs import build_python_docs, demo_question
 from qst_tune.quickstart.smollm2 import default_cache_dir, fetch_smollm2
-from qst_tune.terminal import safe_streams
+from qst_tune.terminal import print_errors, safe_streams
 
 TRAIN_CONFIG = "smollm2/135M_qst"
 GENERATE_CONFIG = "smollm2/135M_qst_generate"
@@ -30,7 +30,7 @@ def main() -> int:
     try:
         fetch_smollm2()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_errors([str(error)])
         return USER_ERROR_STATUS
     split = build_python_docs(default_cache_dir() / "python_docs")
     print(
