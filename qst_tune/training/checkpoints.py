@@ -50,6 +50,9 @@ class CheckpointStore:
         path = self.path(step)
         if path.exists():
             raise UserError(f"cannot write {path}: it exists, and is never replaced")
+        run = self.directory.parent
+        if not run.is_dir():  # writing would make it anew, without what was in it
+            raise UserError(f"cannot write {path}: {run} was removed while the run went on")
         digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
         manifest = json.dumps(digests, indent=2).encode()
         write_directory(path, {**files, MANIFEST_FILE: manifest})

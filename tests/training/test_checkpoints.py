@@ -5,11 +5,15 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from qst_tune.errors import UserError
-from qst_tune.training.checkpoints import CheckpointStore
+from qst_tune.training.checkpoints import Checkpointing, CheckpointStore
+from qst_tune.training.progress import Progress
+from tests.support.fake_run import FakeMethod
 
 FILES = {"state.json": b"{}", "side/weights": b"\x00\x01", "side/config": b"text"}
 # What a save does to the disk, in order; each can be the one that fails.
@@ -229,3 +233,69 @@ def test_checkpoint_that_cannot_be_moved_is_told(
         with pytest.raises(UserError, match=message):
             act(store)
     assert store.damage(10) is None
+
+
+# What a run keeps, and which result the user gets.
+
+
+def checkpointing(store: CheckpointStore, **changes: Any) -> Checkpointing:
+    return Checkpointing(store, {}, steps_per_epoch=6, **changes)
+
+
+def test_an_epochs_last_step_and_every_nth_are_due(store: CheckpointStore) -> None:
+    assert [s for s in range(1, 13) if checkpointing(store).is_due(s)] == [6, 12]
+    assert [s for s in range(1, 13) if checkpointing(store, every=4).is_due(s)] == [4, 6, 8, 12]
+
+
+def test_the_newest_and_the_best_are_kept(store: CheckpointStore) -> None:
+    method = FakeMethod(torch.nn.Linear(3, 1))
+    for step in (11, 12, 13, 14):
+        progress = Progress(step=step, best_step=12)
+        checkpointing(store, keep=1).save(method, {}, {}, progress)
+    assert store.steps() == [12, 14]
+
+
+@pytest.mark.parametrize("higher_is_better", [False, True])
+def test_a_damaged_best_is_set_aside_for_the_best_of_the_others(
+    higher_is_better: bool, store: CheckpointStore
+) -> None:
+    sign = -1 if higher_is_better else 1
+    figures = {10: 3.0, 20: 1.0, 30: 2.0, 35: 1.5, 40: 2.5}  # 35 has no checkpoint
+    figures = {step: sign * figure for step, figure in figures.items()}
+    for step in (20, 30, 40):
+        store.save(step, FILES)
+    for step in (20, 30):
+        truncate(store.path(step) / "state.json")
+    progress = Progress(step=40, best_step=20, best_value=figures[20], validations_since_best=3)
+    notes = checkpointing(store).replace_damaged_best(
+        progress, figures, higher_is_better=higher_is_better
+    )
+    assert (progress.best_step, progress.best_value) == (40, figures[40])
+    assert progress.validations_since_best == 0
+    assert store.steps() == [10, 40]
+    assert [note.split(";")[-1] for note in notes] == [
+        " step 30 is the next best",
+        " step 40 is the next best",
+    ]
+
+
+def test_without_another_validated_checkpoint_there_is_no_best(store: CheckpointStore) -> None:
+    (store.path(10) / "manifest.json").unlink()
+    progress = Progress(step=10, best_step=10, best_value=1.0)
+    (note,) = checkpointing(store).replace_damaged_best(progress, {10: 1.0}, higher_is_better=False)
+    assert note.endswith("; no other validated step was kept")
+    assert (progress.best_step, progress.best_value) == (None, None)
+
+
+def test_a_checkpoint_that_is_gone_is_damaged_too(store: CheckpointStore) -> None:
+    progress = Progress(step=10, best_step=5, best_value=1.0)
+    (note,) = checkpointing(store).replace_damaged_best(
+        progress, {5: 1.0, 10: 2.0}, higher_is_better=False
+    )
+    assert note.endswith("is damaged (manifest.json is missing); step 10 is the next best")
+
+
+def test_a_whole_best_stays(store: CheckpointStore) -> None:
+    progress = Progress(step=10, best_step=10, best_value=1.0)
+    assert checkpointing(store).replace_damaged_best(progress, {}, higher_is_better=True) == []
+    assert progress.best_step == 10

@@ -1,16 +1,189 @@
-"""What a run reports of itself, and where it refuses to go on."""
+"""The loop's properties on a tiny task; what a run reports of itself, and where it refuses."""
 
 import json
 import math
+import os
+import shutil
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from qst_tune.data.batches.loader import Batch
+from qst_tune.data.batches.schedule import Schedule
 from qst_tune.errors import UserError
+from qst_tune.training.state_file import unpack_state
+from qst_tune.training.stop_signals import SIGNALS
+from qst_tune.training.trainer import Trainer
 from tests.support.checkpoints import Config, colour_rows, finetune_config, write_jsonl
+from tests.support.fake_run import FakeTask, fake_trainer, points
 from tests.support.recipe_runs import finetune
+
+# The loop, with a line that is fitted to points.
+
+
+def outcome(trainer: Trainer) -> tuple[dict[int, float], dict[int, float], bytes]:
+    summary = trainer.run_log.summary
+    weights = trainer.run_log.directory / "line" / "line.safetensors"
+    return summary.train_loss, summary.val_loss, weights.read_bytes()
+
+
+@pytest.mark.parametrize("step", [1, 5, 6, 7, 11])
+def test_run_resumed_at_any_step_is_the_run_that_was_never_stopped(
+    step: int, tmp_path: Path
+) -> None:
+    whole = fake_trainer(tmp_path / "whole", every=1)
+    whole.fit()
+    saved = whole.checkpointing.store.path(step)
+    resumed = fake_trainer(tmp_path / "resumed", every=1)
+    shutil.copytree(saved, resumed.checkpointing.store.path(step))
+    resumed.method.load(saved / "line")
+    resumed.restore(unpack_state(saved))
+    resumed.fit()
+    assert outcome(resumed) == outcome(whole)
+
+
+def test_every_label_weighs_the_same_however_rows_are_spread_over_batches(tmp_path: Path) -> None:
+    rows = points(12)
+    rows[3]["label"] = -1.0  # no label
+    weights = []
+    for batch_size, accumulation in ((4, 1), (2, 2), (1, 4)):
+        trainer = fake_trainer(
+            tmp_path / str(batch_size),
+            rows=rows,
+            batch_size=batch_size,
+            schedule=Schedule(epochs=1, steps_per_epoch=3, accumulation=accumulation),
+        )
+        trainer.task.loss = no_dropout  # type: ignore[method-assign]
+        trainer.fit()
+        weights.append(trainer.method.model.weight.detach().clone())
+    torch.testing.assert_close(weights[1], weights[0])
+    torch.testing.assert_close(weights[2], weights[0])
+
+
+def no_dropout(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    kept = batch["labels"] != -1
+    return ((model(batch["tokens"])[:, 0] - batch["labels"]).square() * kept).sum(), kept.sum()
+
+
+@pytest.mark.parametrize(("better", "best"), [(False, 6), (True, 3)])
+def test_the_result_is_that_of_the_best_validated_step(
+    better: bool, best: int, tmp_path: Path
+) -> None:
+    figures = [5.0, 4.0, 1.0, 2.0, 3.0]  # before the first step, then every third step
+    task = FakeTask(figures.__getitem__, higher_is_better=better)
+    schedule = Schedule(epochs=2, steps_per_epoch=6, validate_every=3)
+    trainer = fake_trainer(tmp_path / "run", task=task, schedule=schedule, keep=1)
+    trainer.fit()
+    assert trainer.run_log.summary.best_step == best
+    store = trainer.checkpointing.store
+    assert store.steps() == sorted({best, 12})
+    exported = (tmp_path / "run" / "line" / "line.safetensors").read_bytes()
+    assert exported == (store.path(best) / "line" / "line.safetensors").read_bytes()
+
+
+def test_patience_ends_the_run(tmp_path: Path) -> None:
+    task = FakeTask([5.0, 4.0, 4.0, 4.5, 1.0].__getitem__)
+    schedule = Schedule(epochs=2, steps_per_epoch=6, validate_every=3, patience=2)
+    trainer = fake_trainer(tmp_path / "run", task=task, schedule=schedule)
+    trainer.fit()
+    assert (trainer.progress.step, trainer.progress.best_step) == (9, 3)
+
+
+@pytest.mark.parametrize("allowed", [0, 1, 2])
+def test_steps_that_are_not_finite_are_skipped_as_often_as_allowed(
+    allowed: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = points(12)
+    rows[4]["tokens"][0] = math.inf
+    schedule = Schedule(epochs=2, steps_per_epoch=6, max_bad_steps=allowed)
+    trainer = fake_trainer(tmp_path / "run", rows=rows, schedule=schedule, task=FakeTask(float))
+    if allowed == 2:
+        trainer.fit()
+        assert trainer.run_log.summary.skipped_steps == 2
+        assert all(parameter.isfinite().all() for parameter in trainer.trained)
+        return
+    with pytest.raises(UserError, match=r"the loss is (inf|nan) .*rows .*\b4\b.* of the dataset"):
+        trainer.fit()
+    assert trainer.progress.skipped_steps == allowed
+    assert trainer.checkpointing.store.steps()[-1] == trainer.progress.step, "nothing is lost"
+
+
+@pytest.mark.parametrize("kind", SIGNALS)
+def test_a_signal_ends_the_run_after_its_step_and_its_checkpoint(
+    kind: signal.Signals, tmp_path: Path
+) -> None:
+    trainer = fake_trainer(tmp_path / "run")
+    loss = trainer.task.loss
+
+    def loss_and_signal(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        if trainer.progress.step == 3:
+            os.kill(os.getpid(), kind)
+        return loss(*args)
+
+    trainer.task.loss = loss_and_signal  # type: ignore[method-assign]
+    with pytest.raises(SystemExit) as left:
+        trainer.fit()
+    assert left.value.code == 128 + kind
+    assert trainer.checkpointing.store.newest() == (4, [])
+    assert (tmp_path / "run" / "line").is_dir()
+
+
+def test_gradients_are_clipped_together(tmp_path: Path) -> None:
+    norms = []
+    trainer = fake_trainer(tmp_path / "run", clip_grad_norm=0.5)
+    trainer.optimizer.register_step_pre_hook(
+        lambda *_: norms.append(torch.nn.utils.get_total_norm([p.grad for p in trainer.trained]))
+    )
+    trainer.fit()
+    assert len(norms) == 12
+    assert max(norms) == pytest.approx(0.5, rel=1e-4)
+
+
+def test_a_damaged_best_checkpoint_is_not_exported(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    figures = [9.0, 4.0, 1.0, 2.0, 3.0]
+    schedule = Schedule(epochs=2, steps_per_epoch=6, validate_every=3)
+    trainer = fake_trainer(tmp_path / "run", schedule=schedule, every=3)
+    store = trainer.checkpointing.store
+
+    def figure(number: int) -> float:
+        if number == 4:  # after the last step
+            (store.path(6) / "line" / "line.safetensors").write_bytes(b"")
+        return figures[number]
+
+    trainer.task.validation = figure
+    trainer.fit()
+    out = capfd.readouterr().out
+    assert "the checkpoint of step 6, the best so far, is damaged (line/line.safetensors" in out
+    assert "step 9 is the next best" in out
+    assert "step 9 of 12, the best step whose checkpoint is not damaged" in out
+    assert trainer.run_log.summary.best_step == 9
+    exported = (tmp_path / "run" / "line" / "line.safetensors").read_bytes()
+    assert exported == (store.path(9) / "line" / "line.safetensors").read_bytes()
+    assert (store.directory / "damaged_step_00000006").is_dir()
+
+
+def test_an_output_directory_that_is_removed_meanwhile_is_one_line(tmp_path: Path) -> None:
+    trainer = fake_trainer(tmp_path / "run", every=4)
+    step = trainer.checkpointing.is_due
+
+    def remove(number: int) -> bool:
+        if number == 5:
+            shutil.rmtree(tmp_path / "run")
+        return step(number)
+
+    object.__setattr__(trainer.checkpointing, "is_due", remove)
+    with pytest.raises(UserError, match=r"^cannot write .*step_00000006: .* was removed"):
+        trainer.fit()
+    assert not (tmp_path / "run").exists()
+
+
+# Through a recipe.
 
 
 @pytest.fixture
