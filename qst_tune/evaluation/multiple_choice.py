@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torchtune.modules.transforms.tokenizers import ModelTokenizer
+
 from qst_tune.data.rows.json_rows import FileText, JsonLines
 from qst_tune.data.values import check_unicode, kind_of
 from qst_tune.errors import UserError
@@ -108,7 +110,7 @@ def _asked(question: Question) -> str:
 
 def score_questions(
     model: Decoder,
-    tokenizer: Any,
+    tokenizer: ModelTokenizer,
     questions: Sequence[Question],
     examples: Sequence[Question],
     *,
@@ -136,7 +138,7 @@ def score_questions(
     return ChoiceScore(num_right, len(questions))
 
 
-def _encode(tokenizer: Any, context: str, target: str) -> Continuation:
+def _encode(tokenizer: ModelTokenizer, context: str, target: str) -> Continuation:
     # Together, since a space belongs to the token after it.
     alone = tokenizer.encode(context, add_bos=True, add_eos=False)
     whole = tokenizer.encode(context + target, add_bos=True, add_eos=False)

@@ -4,7 +4,8 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
 from qst_tune.errors import UserError, first_line
 from qst_tune.evaluation.log_likelihood import Continuation, log_likelihoods
@@ -45,7 +46,9 @@ def text_windows(tokens: list[int], window: int) -> list[Continuation]:
     ]
 
 
-def read_text(path: Path, tokenizer: Any, max_tokens: int | None = None) -> tuple[list[int], int]:
+def read_text(
+    path: Path, tokenizer: ModelTokenizer, max_tokens: int | None = None
+) -> tuple[list[int], int]:
     """Return the tokens of a UTF-8 file, at most ``max_tokens``, and the bytes that they stand for.
 
     A file that cannot be read or has fewer than two tokens is a UserError.

@@ -27,10 +27,9 @@ MOST_DECODED_BYTES = 2**31
 
 
 class GrowingCache:
-    """Keys and values of one attention, in place of torchtune's ``KVCache``.
+    """Keys and values of one attention: only the filled part, unlike torchtune's ``KVCache``.
 
-    torchtune's cache has a fixed length, and every token attends through all of it. This one
-    returns only its filled part, doubles when it is full, and can forget its end.
+    It doubles when it is full, and can forget its end.
     """
 
     def __init__(self) -> None:

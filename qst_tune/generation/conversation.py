@@ -4,6 +4,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 from torchtune.data import Message
+from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
 from qst_tune.data.values import check_unicode
 from qst_tune.errors import UserError
@@ -27,7 +28,7 @@ class Conversation:
     def __init__(
         self,
         model: Decoder,
-        tokenizer: Any,
+        tokenizer: ModelTokenizer,
         *,
         system_prompt: str | None = None,
         sampling: Sampling | None = None,
@@ -87,7 +88,7 @@ class Conversation:
 
 
 def prompt_tokens(
-    tokenizer: Any,
+    tokenizer: ModelTokenizer,
     messages: Sequence[Message],
     *,
     system_prompt: str | None = None,

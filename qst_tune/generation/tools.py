@@ -4,13 +4,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+from torchtune.modules.transforms.tokenizers import ModelTokenizer
+
 from qst_tune.data.chat.messages import read_tools
 from qst_tune.data.rows.json_rows import FileText, read_document
 from qst_tune.data.values import check_unicode, kind_of
 from qst_tune.errors import UserError, first_line
 
 
-def read_tool_file(path: Path, tokenizer: Any) -> list[Any]:
+def read_tool_file(path: Path, tokenizer: ModelTokenizer) -> list[Any]:
     """Read a JSON file with a list of schemas in OpenAI's form, at least one.
 
     Another file, or a tokenizer that takes no tools, is a UserError.

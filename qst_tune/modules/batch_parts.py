@@ -1,18 +1,20 @@
 """A large batch runs some rows at a time, which bounds its memory: rows are independent."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
 from qst_tune.quantization.decoded_once import decoding_once
+from qst_tune.torchtune_compat import Mask
 
 # Tokens that go through frozen layers at once: enough for products at full speed.
 CHUNK_TOKENS = 4096
 
 
-def where_of_rows(where: dict[str, Any], rows: Any, batch_size: int) -> dict[str, Any]:
+def where_of_rows(
+    where: dict[str, Mask | None], rows: slice | torch.Tensor, batch_size: int
+) -> dict[str, Mask | None]:
     """Index mask and positions by rows of the batch; what serves all rows stays whole.
 
     So do positions ``[T]``, of which there may be as many as rows.
@@ -29,7 +31,7 @@ def in_parts(
     compute: Callable[..., tuple[torch.Tensor, ...]],
     parts: Sequence[slice],
     tokens: torch.Tensor,
-    **where: Any,
+    **where: Mask | None,
 ) -> tuple[torch.Tensor, ...]:
     """Compute tensors of a batch, some rows at a time."""
     if len(parts) == 1:
@@ -39,7 +41,7 @@ def in_parts(
 
 
 def module_in_parts(
-    module: nn.Module, x: torch.Tensor, rows_at_once: int, **where: Any
+    module: nn.Module, x: torch.Tensor, rows_at_once: int, **where: Mask | None
 ) -> torch.Tensor:
     """Run a module, some rows at a time; its weights are decoded once for all of them."""
     output = torch.empty(0)

@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import xxhash
@@ -32,13 +31,11 @@ class HiddenStateCache:
     No gradient enters the backbone of QST and nothing in it trains, so it computes the same of a
     batch in every epoch; with this cache it runs on each batch once. What is read is bit for bit
     what was computed: a batch is found by its content, and each state has a digest. What is damaged
-    is computed anew, which is logged. When the disk is full, no more is written, which is logged
-    once.
+    is computed anew, and nothing more is written when the disk is full; both are logged. Not in the
+    paper. LoRA cannot do this: what its layers compute changes with every step.
 
-    Not in the paper. LoRA cannot do this: what its layers compute changes with every step.
-
-    ``directory`` is for one backbone and one choice of layers; it is made when needed. Several
-    processes and runs may share it, and its files may be deleted at any time.
+    ``directory`` is for one backbone and one choice of layers. Several processes and runs may share
+    it, and its files may be deleted at any time.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -53,7 +50,7 @@ class HiddenStateCache:
         *,
         taps: Sequence[int],
         visit: Visit,
-        **where: Any,
+        **where: Mask | None,
     ) -> torch.Tensor:
         """Do what ``backbone.run`` does, on a batch that it has not run on or that was damaged.
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.modules import TransformerDecoder
+from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
 from qst_tune.errors import UserError
 
@@ -34,7 +35,7 @@ class ModelLimits:
     vocab_size: int
     num_logits: int
     max_seq_len: int
-    tokenizer: Any
+    tokenizer: ModelTokenizer
     ignore_index: int = CROSS_ENTROPY_IGNORE_IDX
 
     @property
@@ -79,7 +80,9 @@ def _outside(ids: Any, limit: int, ignored: int | None) -> Iterator[int]:
 
 
 def limits_of(
-    model: TransformerDecoder, tokenizer: Any, ignore_index: int = CROSS_ENTROPY_IGNORE_IDX
+    model: TransformerDecoder,
+    tokenizer: ModelTokenizer,
+    ignore_index: int = CROSS_ENTROPY_IGNORE_IDX,
 ) -> ModelLimits:
     """Return what a model can read; it may be on meta."""
     size = model.tok_embeddings.num_embeddings

@@ -49,15 +49,12 @@ class PEQAModel(nn.Module):
         training.set_activation_checkpointing(self, auto_wrap_policy=policy)
 
     def task(self) -> dict[str, nn.Parameter]:
-        """Return the trainable parameters: the scales, and the zero points if they train too.
-
-        Their names stay the same when layers are wrapped for recomputation.
-        """
+        """Return the trainable parameters, scales and perhaps zero points, by unwrapped names."""
         return scales_of(self)
 
     @torch.no_grad()
     def load_task(self, task: dict[str, torch.Tensor]) -> None:
-        """Replace the trainable values by :meth:`task` of a model with the same codes, in place.
+        """Replace the trainable values, in place, by :meth:`task` of a model with the same codes.
 
         ValueError if names or shapes differ from this model's.
         """
@@ -89,10 +86,10 @@ def scales_of(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 class PEQADecoder(PEQAModel, TransformerDecoder):
-    """A torchtune decoder whose linears are :class:`~qst_tune.modules.peqa_linear.PEQALinear`.
+    """A torchtune decoder with :class:`~qst_tune.modules.peqa_linear.PEQALinear` layers.
 
-    It computes what the backbone's decoder does and keeps its names; its modules are taken over,
-    not copied. ValueError if it has no integer linear.
+    It keeps the names of the backbone, whose modules are taken over. ValueError if it has no
+    integer linear.
     """
 
     norm: Any

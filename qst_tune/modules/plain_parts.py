@@ -1,10 +1,9 @@
 """The plain tensors that quantised ones consist of, so that FSDP shards them and files store them.
 
 FSDP2 shards parameters along their first dimension. A quantised weight is one tensor to a module
-but several in memory, and cannot be cut between any two rows: torchao's own sharding of NF4 needs
-a number of second-level blocks that is a multiple of the number of processes, which a 576 x 576
-weight does not have. Codes, absmax codes and factors can be cut anywhere as parameters of their
-own.
+but several in memory: torchao's own sharding of NF4 needs a number of second-level blocks that is a
+multiple of the number of processes, which a 576 x 576 weight does not have. Codes, absmax codes and
+factors can be cut anywhere as parameters of their own.
 """
 
 import dataclasses
@@ -61,8 +60,8 @@ def plain_parts(module: nn.Module) -> dict[str, torch.Tensor]:
 def expose_parts(module: nn.Module) -> dict[str, Place]:
     """Make the parts of a module, without its children, frozen parameters of their own, in place.
 
-    It computes as before: a quantised weight is joined from its parts at each access. Returns where
-    each of the :func:`plain_parts` is now.
+    A quantised weight is joined from its parts at each access. Returns where each of the
+    :func:`plain_parts` is now.
     """
     places: dict[str, Place] = {}
     for name, tensor in list(module.named_parameters(recurse=False)):
@@ -89,10 +88,7 @@ def _expose(module: nn.Module, name: str, tensor: torch.Tensor) -> dict[str, Pla
 
 
 def read_from(module: nn.Module, name: str, owner: nn.Module, own_name: str) -> None:
-    """Let a parameter, in place, be read from another module, which may put it together of parts.
-
-    So a tied LM head reads the embedding's weight at each call. An empty parameter is left behind.
-    """
+    """Let a parameter, in place, be read from another module, as a tied LM head does."""
     setattr(module, name, nn.Parameter(torch.empty(0), requires_grad=False))
     read = _Read(owner, own_name)
     parametrize.register_parametrization(module, name, read, unsafe=True)

@@ -18,11 +18,11 @@ class QSTClassifier(QSTModel):
 
     .. math:: z = W_{score}\,y_\ell
 
-    where :math:`y_\ell` is the state of the last real token, mixed of backbone and side network as
-    in :class:`~qst_tune.modules.side.network.SideNetwork`, and :math:`W_{score}` is ``[C, D]``,
-    without bias, trained in fp32 from zero. With ``num_labels`` C = 1 it is a regression. The head
-    is part of the side network (``side.score``). The LM head stays in the model, unused, so that
-    the checkpoint loads as a whole. The given model, over any backbone, becomes the classifier.
+    where :math:`y_\ell` is the mixed state of the last real token and :math:`W_{score}`, ``[C, D]``
+    without bias, is trained in fp32 from zero. With ``num_labels`` C = 1 it is a regression. The
+    head is part of the side network (``side.score``). The LM head stays in the model, unused, so
+    that the checkpoint loads as a whole. The given model, over any backbone, becomes the
+    classifier.
 
     Source: the authors' sequence classification (github.com/YouAreSpecialToMe/QST at 27cef0a).
     Differs from it: theirs starts at random values. Their OPT code reads index n - 1 of a row with

@@ -37,18 +37,10 @@ class QSTModel(nn.Module):
     together.
 
     Source: QST (https://arxiv.org/abs/2401.07159); start, step and finish are those of
-    :class:`~qst_tune.modules.side.network.SideNetwork`.
-
-    This is what :class:`~qst_tune.modules.qst_decoder.QSTDecoder` (torchtune) and
+    :class:`~qst_tune.modules.side.network.SideNetwork`. This is what
+    :class:`~qst_tune.modules.qst_decoder.QSTDecoder` (torchtune) and
     :class:`~qst_tune.backbone.transformers_models.QSTTransformer` (transformers) share; each
     defines where its parameters are.
-
-    Attributes:
-        side (SideNetwork): its blocks belong to layers of the backbone.
-        skip_output_layer (bool): return the LM head's input instead of logits.
-        num_output_chunks (int): return so many chunks of logits; 0: one tensor.
-        hidden_state_cache (HiddenStateCache | None): set if batches repeat: the backbone then runs
-            once on each of them.
     """
 
     side: SideNetwork
@@ -103,10 +95,7 @@ class QSTModel(nn.Module):
             materialize(self.side, device)
 
     def keep_reference(self) -> None:
-        """Let :meth:`with_reference` compare with the model as it is now, not with the backbone.
-
-        The model gets a frozen copy of its side network, which reads the same hidden states.
-        """
+        """Let :meth:`with_reference` compare with a frozen copy of the side network as it is."""
         reference = copy.deepcopy(self.side).eval().requires_grad_(False)
         reference.recompute = False
         # Not a submodule: it is neither trained nor saved.
@@ -121,15 +110,14 @@ class QSTModel(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute inputs of the LM head, ``[B, T, D]``, of the model and of its reference model.
 
-        The reference model of preference learning is the backbone alone, which costs no more than
-        its LM head; or, after :meth:`keep_reference`, the model at that time, whose side network
-        reads the states of the same pass.
+        The reference model of preference learning is the backbone alone; or, after
+        :meth:`keep_reference`, the model at that time, whose side network reads the same states.
         """
         return self._both(
             tokens, mask=mask, input_pos=input_pos, reference_side=self.reference_side
         )
 
-    def side_where(self, tokens: torch.Tensor, **where: Any) -> dict[str, Any]:
+    def side_where(self, tokens: torch.Tensor, **where: Mask | None) -> dict[str, Mask | None]:
         """Return ``mask`` and ``input_pos`` as the side network takes them."""
         block: Any = self.side.blocks[0]
         return {**where, "mask": mask_for_heads(where.get("mask"), block.attn.head_dim, tokens)}
@@ -153,7 +141,7 @@ class QSTModel(nn.Module):
         return y_BTD, reference_BTD
 
     def _run_networks(
-        self, sides: list[SideNetwork], tokens: torch.Tensor, **where: Any
+        self, sides: list[SideNetwork], tokens: torch.Tensor, **where: Mask | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the backbone, and after each layer that they read a block of the side networks."""
         if self.side.disabled:

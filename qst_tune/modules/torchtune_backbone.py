@@ -39,33 +39,11 @@ class TorchtuneBackbone:
     def __init__(self, decoder: TransformerDecoder, chunk_tokens: int = CHUNK_TOKENS) -> None:
         self.decoder: Any = decoder
         self.chunk_tokens = chunk_tokens
-
-    @property
-    def width(self) -> int:
-        """D, the width of the hidden states."""
-        return int(self.decoder.layers[0].attn.embed_dim)
-
-    @property
-    def num_layers(self) -> int:
-        """N, the number of layers."""
-        return len(self.decoder.layers)
-
-    @property
-    def max_seq_len(self) -> int:
-        """The decoder's longest sequence."""
-        return int(self.decoder.max_seq_len)
-
-    @property
-    def head(self) -> Head:
-        """The decoder's output layer."""
-        head: Head = self.decoder.output
-        return head
-
-    @property
-    def embedding(self) -> nn.Embedding:
-        """The decoder's token embedding."""
-        embedding: nn.Embedding = self.decoder.tok_embeddings
-        return embedding
+        self.width: int = decoder.layers[0].attn.embed_dim
+        self.num_layers = len(decoder.layers)
+        self.max_seq_len: int = decoder.max_seq_len
+        self.head: Head = decoder.output
+        self.embedding: nn.Embedding = decoder.tok_embeddings
 
     @property
     def quantization(self) -> str:
@@ -95,12 +73,12 @@ class TorchtuneBackbone:
         """Return all rows as one part: they are split layer by layer."""
         return [slice(0, len(tokens))]
 
-    def embed(self, tokens: torch.Tensor, **where: Any) -> torch.Tensor:
+    def embed(self, tokens: torch.Tensor, **where: Mask | None) -> torch.Tensor:
         """Compute h_0; rotary positions are not in it."""
         return self._frozen(self.decoder.tok_embeddings, tokens)
 
     def run(
-        self, tokens: torch.Tensor, *, taps: Sequence[int], visit: Visit, **where: Any
+        self, tokens: torch.Tensor, *, taps: Sequence[int], visit: Visit, **where: Mask | None
     ) -> torch.Tensor:
         """Run forward without gradient, and show hidden states as they come."""
         h_BTD = self.embed(tokens, **where)
@@ -113,7 +91,7 @@ class TorchtuneBackbone:
         return self._frozen(self.decoder.norm, h_BTD)
 
     @torch.no_grad()
-    def _frozen(self, module: nn.Module, x: torch.Tensor, **where: Any) -> torch.Tensor:
+    def _frozen(self, module: nn.Module, x: torch.Tensor, **where: Mask | None) -> torch.Tensor:
         """Run a module of the backbone, some rows of the batch at a time, saving nothing.
 
         A module that FSDP has sharded is gathered once for all of them: processes whose batches

@@ -124,7 +124,7 @@ def _side_block(
 
 
 def resize_norm(norm: nn.Module, dim: int) -> nn.Module:
-    """Build a fresh norm of the same type and epsilon over ``dim`` channels; an Identity stays one.
+    """Build a fresh norm of the same type and epsilon over ``dim`` channels.
 
     ValueError if its type is not built from ``dim`` and ``eps`` (Gemma 2's, for example).
     """

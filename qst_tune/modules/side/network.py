@@ -63,20 +63,10 @@ class SideNetwork(nn.Module):
     only the last few count in :math:`g_M`; and ``normalize_hidden``, which divides each token's
     hidden state by its root mean square, since hidden states grow a hundredfold over the layers.
 
-    Parameters may be wider than hidden states (fp32 masters over a bf16 backbone); products are
-    then computed in the backbone's dtype. It follows torchtune's adapter protocol: ``disabled =
-    True`` (``torchtune.modules.peft.disable_adapter``) gives the plain backbone.
-
-    Args:
-        backbone (Backbone): only its sizes are read; it is not stored.
-        config (SideConfig): resolved.
-
-    Attributes:
-        layers (list[int]): for each block the index of the backbone layer that it reads, ascending.
-        recompute (bool): save only the inputs of a step, and run it again in backward.
-
-    Raises:
-        ValueError: if r or the number of blocks does not fit the backbone.
+    ``backbone`` gives sizes and is not stored; ``config`` is resolved. ``layers`` are the indices
+    of the backbone layers that the blocks read. ``recompute = True`` saves only the inputs of a
+    step; ``disabled = True`` (torchtune's ``disable_adapter``) gives the plain backbone. ValueError
+    if r or the number of blocks does not fit the backbone.
     """
 
     # Whether a batch may run some rows at a time: the same network reads them all.

@@ -99,7 +99,7 @@ class SideNetworks(nn.Module):
             if rows is None or state is None:
                 following.append(None)
                 continue
-            where: dict[str, Any] = {"mask": mask, "input_pos": input_pos}
+            where: dict[str, Mask | None] = {"mask": mask, "input_pos": input_pos}
             if not isinstance(rows, slice):
                 where = where_of_rows(where, rows, len(h_BTD))
             following.append(network.step(index, h_BTD[rows], state, **where))
