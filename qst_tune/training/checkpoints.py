@@ -37,6 +37,7 @@ class CheckpointStore:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self._run = _inode(directory.parent)
 
     def path(self, step: int) -> Path:
         """Return the directory of a step's checkpoint, which need not exist."""
@@ -51,7 +52,7 @@ class CheckpointStore:
         if path.exists():
             raise UserError(f"cannot write {path}: it exists, and is never replaced")
         run = self.directory.parent
-        if not run.is_dir():  # writing would make it anew, without what was in it
+        if _inode(run) != self._run:  # writing would make it anew, or go into another run's
             raise UserError(f"cannot write {path}: {run} was removed while the run went on")
         digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
         manifest = json.dumps(digests, indent=2).encode()
@@ -245,3 +246,7 @@ def _unused(path: Path) -> Path:
     """The path itself, or with the first number that no other file has."""
     candidates = (path.with_name(f"{path.name}_{n}") for n in range(2, 10**6))
     return path if not path.exists() else next(p for p in candidates if not p.exists())
+
+
+def _inode(directory: Path) -> int | None:
+    return directory.stat().st_ino if directory.is_dir() else None

@@ -1,8 +1,9 @@
 """What every training recipe does before its own steps; what can fail cheaply fails first."""
 
 import io
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from qst_tune.data.batches.survey_report import report_data
 from qst_tune.data.batches.training_data import TrainingData
 from qst_tune.distributed.processes import process_group, rank_and_world_size
 from qst_tune.errors import UserError
+from qst_tune.file_lock import only_process
 from qst_tune.results.output_directory import output_directory
 from qst_tune.results.start import Start, find_start
 from qst_tune.training.checkpoints import (
@@ -107,12 +109,16 @@ def run_environment(cfg: TrainingConfig) -> Iterator[tuple[torch.device, torch.d
     """Choose device and dtype, and hold the output directory and the process group for a run.
 
     With ``dry_run`` nothing is written, not even the directory. UserError if the device, the dtype
-    or the directory cannot be used.
+    or the directory cannot be used, or another run uses the directory.
     """
     device = choose_device(cfg.device)
     dtype = choose_dtype(cfg.dtype, device)
-    directory = nullcontext() if cfg.dry_run else output_directory(cfg.output_dir)
-    with directory, process_group(device):
+    with ExitStack() as stack:
+        if not cfg.dry_run:
+            stack.enter_context(output_directory(cfg.output_dir))
+            if os.environ.get("RANK", "0") == "0":
+                stack.enter_context(only_process(cfg.output_dir, name="output_dir"))
+        stack.enter_context(process_group(device))
         yield device, dtype
 
 
