@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torchtune import utils
 
+from qst_tune import __version__
 from qst_tune.atomic_files import whole_file
 from qst_tune.errors import first_line
 from qst_tune.file_lock import locked
@@ -42,6 +43,7 @@ class HiddenStateCache:
         self.directory = directory
         self.is_full = False
         self.is_tidy = False
+        self.reported: set[str] = set()
 
     def run(
         self,
@@ -68,7 +70,7 @@ class HiddenStateCache:
                 visit(state)
                 num_shown += 1
         except _DamagedError as error:
-            log.warning(f"{path} is damaged, its hidden states are computed anew: {error}")
+            self._report(f"hidden states are computed anew: {error}")
         on_host: list[torch.Tensor] = []
         numbers = itertools.count()
 
@@ -84,6 +86,12 @@ class HiddenStateCache:
             self._write([*on_host, f_BTD.cpu().contiguous()], path)
         return f_BTD
 
+    def _report(self, message: str) -> None:
+        """Log once; thousands of files may be of an older version."""
+        if message not in self.reported:
+            self.reported.add(message)
+            log.warning(message)
+
     def _write(self, states: list[torch.Tensor], path: Path) -> None:
         """Write states to a file that is whole or absent, whenever the process dies."""
         try:
@@ -95,29 +103,29 @@ class HiddenStateCache:
                 room = shutil.disk_usage(self.directory).free - RESERVED_BYTES
                 if sum(state.nbytes for state in states) > room:
                     raise OSError(f"the disk has less than {RESERVED_BYTES / 1024**3:.0f} GiB left")
-                about = {"of": _origin(path), "digests": [_digest(state) for state in states]}
+                about = {**_origin(path), "digests": [_digest(state) for state in states]}
                 with whole_file(path, flush=False) as aside:
                     tensors = {str(i): state for i, state in enumerate(states)}
                     save_file(tensors, aside, {"qst_tune": json.dumps(about)})
         except (OSError, SafetensorError) as error:
             self.is_full = True
-            log.warning(f"no more hidden states are written to {self.directory}: {error}")
+            self._report(f"no more hidden states are written to {self.directory}: {error}")
 
 
 class _DamagedError(Exception):
-    """A file of the cache is not what was written for its batch."""
+    """A file of the cache is not what was written for its batch; the message names it."""
 
 
 def _read(path: Path, count: int, device: torch.device) -> Iterator[torch.Tensor]:
-    """Yield the states of a file in order, each after its digest was checked; none if it is absent.
-
-    Of another version, which had no digests, it is damaged too.
-    """
+    """Yield the states of a file in order, each after its digest was checked; none without it."""
     try:
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get("qst_tune", "{}"))
-            if about.get("of") != _origin(path):
-                raise ValueError("it was not written for this batch, or without digests")
+            for key, expected in _origin(path).items():
+                if about.get(key) != expected:
+                    raise _DamagedError(
+                        f"{path.parent} has files of {about.get(key)}, not {expected}"
+                    )
             if len(about["digests"]) != count or len(file.keys()) != count:
                 raise ValueError(f"it does not have {count} states")
             for number, digest in enumerate(about["digests"]):
@@ -127,13 +135,14 @@ def _read(path: Path, count: int, device: torch.device) -> Iterator[torch.Tensor
                 yield state.to(device)
     except FileNotFoundError:
         return
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise _DamagedError(first_line(error)) from error
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _DamagedError(f"{path} is damaged: {first_line(error)}") from error
 
 
-def _origin(path: Path) -> str:
-    """Name what a file belongs to: the directory is a backbone's, the file a batch's."""
-    return f"{path.parent.name}/{path.name}"
+def _origin(path: Path) -> dict[str, str]:
+    """Name what a file is of: the directory is a backbone's, the file a batch's."""
+    versions = f"qst_tune {__version__} with torch {torch.__version__}"
+    return {"by": versions, "of": f"{path.parent.name}/{path.name}"}
 
 
 def _digest(state: torch.Tensor) -> str:

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -221,12 +222,12 @@ def test_no_memory_is_held_between_batches(tmp_path: Path) -> None:
     _, cached = pair("default", tmp_path)
     tokens = random_tokens()
     outcome(cached, tokens)
-    assert set(vars(cached.hidden_state_cache)) == {"directory", "is_full", "is_tidy"}
+    assert set(vars(cached.hidden_state_cache)) == {"directory", "is_full", "is_tidy", "reported"}
 
 
 def warned(caplog: pytest.LogCaptureFixture) -> int:
     """How often damage was logged; forgets it."""
-    count = caplog.text.count("is damaged, its hidden states are computed anew")
+    count = caplog.text.count("hidden states are computed anew: ")
     caplog.clear()
     return count
 
@@ -249,6 +250,7 @@ def test_every_byte_that_is_flipped_is_found(
             path.write_bytes(whole[:place] + bytes([whole[place] ^ flip]) + whole[place + 1 :])
             assert torch.equal(cached(tokens), expected), place
             assert warned(caplog) == 1, place
+            cached.hidden_state_cache.reported.clear()  # the same message would be logged once
             assert path.read_bytes() == whole
 
 
@@ -265,7 +267,7 @@ def test_states_that_were_shown_before_the_damage_are_not_shown_again(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "what", ["another batch", "another backbone", "fewer states", "no digests"]
+    "what", ["another version", "another batch", "another backbone", "fewer states", "no digests"]
 )
 def test_content_that_was_not_written_for_the_batch_is_found(
     what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -286,6 +288,11 @@ def test_content_that_was_not_written_for_the_batch_is_found(
         other_model.hidden_state_cache = HiddenStateCache(tmp_path / "other")
         outcome(other_model, tokens)
         shutil.copy(tmp_path / "other" / path.name, path)
+    elif what == "another version":
+        path.unlink()
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "__version__", "0.0.1")
+            outcome(cached, tokens)
     else:
         with safe_open(path, "pt") as file:
             states = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -319,3 +326,19 @@ def test_the_lock_of_a_killed_writer_is_free_and_its_remains_are_cleared(tmp_pat
     assert {path.suffix for path in tmp_path.iterdir()} == {"", ".safetensors"}
     with locked(tmp_path, wait=False) as is_held:
         assert is_held
+
+
+def test_two_writers_at_once_leave_whole_files(tmp_path: Path) -> None:
+    plain, *writers = tiny_model(), *(pair("default", tmp_path)[1] for _ in range(2))
+    batches = [random_tokens() for _ in range(4)]
+    expected = [plain(tokens).detach() for tokens in batches]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(2):
+            found = pool.map(lambda model: [model(tokens).detach() for tokens in batches], writers)
+            for logits in found:
+                assert_equal(logits, expected)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 4
+    assert len(list(tmp_path.iterdir())) == 5  # and the lock
+    ran = count_runs(writers[0])
+    assert_equal([writers[0](tokens).detach() for tokens in batches], expected)
+    assert not ran
