@@ -16,7 +16,7 @@ SAMPLE_EVERY = 12
     [
         pytest.param(
             attack,
-            id=f"{number}",
+            id=attack.name.encode("unicode_escape").decode(),
             marks=() if number % SAMPLE_EVERY == 0 else pytest.mark.slow,
         )
         for number, attack in enumerate(ALL)

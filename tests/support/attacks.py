@@ -104,16 +104,19 @@ def copy_of(place: Path, root: Path) -> Path:
 # Running.
 
 
-def answer_of(command: str, root: Path, *, seconds: float = 60, gib: float = 4) -> Answer:
+def answer_of(
+    command: str, root: Path, *, seconds: float = 60, gib: float = 4, user: int | None = None
+) -> Answer:
     """Run ``tune run ...``, ``sharing ...`` or ``load DIR`` in a fork, in ``root``.
 
     The fork may take ``gib`` more address space than this process, and is killed after ``seconds``.
+    It runs as ``user`` if that is given, to whom the directory then belongs.
     """
     out, err = (root.parent / f"{root.name}.{name}" for name in ("out", "err"))
     begin = time.perf_counter()
     process = os.fork()
     if process == 0:
-        _child(command, root, out, err, gib)  # does not return
+        _child(command, root, out, err, gib, user)  # does not return
     status, peak = _wait(process, begin + seconds)
     took = time.perf_counter() - begin
     texts = [path.read_bytes().decode(errors="surrogateescape") for path in (out, err)]
@@ -132,7 +135,7 @@ def _wait(process: int, end: float) -> tuple[int, int]:
         time.sleep(0.005)
 
 
-def _child(command: str, root: Path, out: Path, err: Path, gib: float) -> None:
+def _child(command: str, root: Path, out: Path, err: Path, gib: float, user: int | None) -> None:
     status = 1
     try:
         for path, descriptor in ((out, 1), (err, 2)):
@@ -148,6 +151,10 @@ def _child(command: str, root: Path, out: Path, err: Path, gib: float) -> None:
         os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TQDM_DISABLE="1")
         torch.set_num_threads(1)
         os.chdir(root)
+        if user is not None:
+            os.setgroups([])
+            os.setgid(user)
+            os.setuid(user)
         _run(shlex.split(command))
         status = 0
     except SystemExit as end:
@@ -239,7 +246,7 @@ def edit_tensors(name: str, edit: Callable[[dict[str, torch.Tensor]], Any]) -> C
     def change(root: Path) -> None:
         tensors = load_file(root / name)
         returned = edit(tensors)
-        found = tensors if returned is None else returned
+        found = returned if isinstance(returned, dict) else tensors
         save_file({k: v.contiguous() for k, v in found.items()}, root / name, {"format": "pt"})
 
     return change
