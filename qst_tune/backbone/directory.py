@@ -76,6 +76,18 @@ def weight_files(directory: Path) -> list[Path]:
     )
 
 
+def file_inside(directory: Path, name: object, source: str) -> Path:
+    """Return a file that ``source`` names; UserError if the name leaves the directory.
+
+    A link inside the directory may lead elsewhere, as those of huggingface_hub's cache do: a
+    download cannot make one.
+    """
+    path = Path(name) if isinstance(name, str) and "\0" not in name else Path()
+    if not path.parts or path.is_absolute() or ".." in path.parts:
+        raise UserError(f"{source} names {name!r}, which is no file of {directory}")
+    return directory / path
+
+
 def _indexed(directory: Path, index_name: str) -> set[str]:
     """Names of the shards in an index; none if there is no index."""
     path = directory / index_name
@@ -85,9 +97,8 @@ def _indexed(directory: Path, index_name: str) -> set[str]:
         names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not an index of shards: download it again") from error
-    outside = [name for name in names if not isinstance(name, str) or Path(name).name != name]
-    if outside:
-        raise UserError(f"{path} names {outside[0]!r}, which is no file of the directory")
+    for name in names:
+        file_inside(directory, name, str(path))
     return names
 
 

@@ -16,10 +16,12 @@ from qst_tune import __version__
 from qst_tune.atomic_files import whole_file
 from qst_tune.backbone.directory import weight_files
 from qst_tune.backbone.hub import model_name
+from qst_tune.backbone.identity import Fingerprint, tensors_digest
 from qst_tune.backbone.loading import directory_format
 from qst_tune.backbone.torchtune_loading import stored_as
 from qst_tune.distributed.processes import rank_and_world_size
 from qst_tune.errors import UserError
+from qst_tune.file_lock import locked
 from qst_tune.modules.plain_parts import Place, join_parts, named_parts
 from qst_tune.modules.qst_model import is_side
 
@@ -66,8 +68,10 @@ class HFCheckpointer:
 
 log = utils.get_logger("INFO")
 
+Parts = Mapping[str, torch.Tensor]  # the plain tensors of a backbone, by name
+
 # Raised when a quantised tensor's bytes change their meaning, so that older files are not read.
-_FORMAT = 2  # 1 had 8-bit codes without a sign
+_FORMAT = 3  # 1 had 8-bit codes without a sign, 2 no digest
 
 
 @dataclass(frozen=True)
@@ -80,37 +84,57 @@ class BackboneCache:
 
     path: Path
 
-    def load(self, model: Any, device: torch.device) -> str | None:
+    def load(self, model: Any, device: torch.device) -> Fingerprint | None:
         """Fill the backbone of a model that was built on meta; a side network stays as it is.
 
         Returns the checkpoint's fingerprint, as ``load_backbone`` does; None, and nothing is
-        changed, if there is no file or it is damaged.
+        changed, if there is no file, or a bit of it is not as it was written.
         """
         if not self.path.is_file():
             return None
         try:
-            with safe_open(self.path, framework="pt", device=str(device)) as file:
-                _check(file, _all_parts(model))
-                fingerprint = str(file.metadata()["fingerprint"])
-                _replace(file, model)
+            parts, fingerprint = self.read(_all_parts(model))
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             log.warning(f"{self.path} is damaged ({error}); quantising again")
             return None
+        _replace(parts, model, device)
         log.info(f"quantised backbone read from {self.path}")
         return fingerprint
 
-    def save(self, model: Any, fingerprint: str) -> None:
+    def read(self, wanted: Parts) -> tuple[Parts, Fingerprint]:
+        """Read tensors as they were written, with the shapes of ``wanted``; ValueError if not."""
+        with safe_open(self.path, framework="pt") as file:
+            parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            facts = file.metadata()
+        shapes = [{name: part.shape for name, part in each.items()} for each in (parts, wanted)]
+        if shapes[0] != shapes[1]:
+            raise ValueError("it has other tensors than the model")
+        fingerprint = Fingerprint(facts["fingerprint"], facts["sampled"])
+        if facts["digest"] != _digest(parts, fingerprint):
+            raise ValueError("its content is not what was written")
+        return parts, fingerprint
+
+    def save(self, model: Any, fingerprint: Fingerprint) -> None:
         """Write the file, whole or not at all, on the first process; failing is only a warning."""
         if rank_and_world_size()[0] != 0:
             return
-        parts = _all_parts(model)
+        parts = {n: part.detach().cpu().contiguous() for n, part in _all_parts(model).items()}
+        full, sampled = fingerprint
+        facts = {"fingerprint": full, "sampled": sampled, "digest": _digest(parts, fingerprint)}
         try:
-            plain = {name: part.detach().cpu().contiguous() for name, part in parts.items()}
-            with whole_file(self.path, flush=False) as aside:
-                save_file(plain, aside, metadata={"format": "pt", "fingerprint": fingerprint})
+            with locked(self.path.parent, wait=False) as is_held:
+                if not is_held:
+                    raise OSError("another process writes there, or it has no file locks")
+                with whole_file(self.path, flush=False) as aside:
+                    save_file(parts, aside, metadata={"format": "pt", **facts})
             log.info(f"quantised backbone kept in {self.path} ({_gigabytes(self.path):.2f} GB)")
         except (SafetensorError, OSError) as error:
             log.warning(f"the quantised backbone cannot be kept in {self.path}: {error}")
+
+
+def _digest(parts: Parts, fingerprint: Fingerprint) -> str:
+    """Hash all of a file that matters."""
+    return hashlib.sha256("".join([tensors_digest(parts), *fingerprint]).encode()).hexdigest()
 
 
 def backbone_cache(checkpointer: Any, model: Any, dtype: torch.dtype) -> BackboneCache | None:
@@ -156,17 +180,10 @@ def _tensors(model: nn.Module) -> dict[str, tuple[torch.Tensor, list[Place]]]:
     return {name: (tensor, places) for name, tensor, places in found.values()}
 
 
-def _check(file: Any, parts: Mapping[str, torch.Tensor]) -> None:
-    expected = {key: list(part.shape) for key, part in parts.items()}
-    found = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-    if found != expected:
-        raise ValueError("it has other tensors than the model")
-
-
-def _replace(file: Any, model: Any) -> None:
+def _replace(found: Parts, model: Any, device: torch.device) -> None:
     for name, (tensor, places) in _tensors(model).items():
         # A copy on a CPU: there the source is a view of the memory-mapped file.
-        parts = {key: file.get_tensor(key).clone() for key in named_parts(name, tensor)}
+        parts = {key: found[key].to(device, copy=True) for key in named_parts(name, tensor)}
         if name in parts:
             filled = parts[name]
         else:

@@ -12,6 +12,7 @@ from torchtune import utils
 from qst_tune.backbone.directory import weight_files
 from qst_tune.backbone.directory_methods import read_directory_format
 from qst_tune.backbone.experts import ExpertLinears
+from qst_tune.backbone.identity import Fingerprint, WeightDigests
 from qst_tune.backbone.placing import (
     Placing,
     Take,
@@ -25,7 +26,13 @@ from qst_tune.backbone.quantizers import (
     quantize_tables,
     quantized_share,
 )
-from qst_tune.backbone.stored_weights import DirectoryFormat, check_unused, lazy_state_dict
+from qst_tune.backbone.stored_weights import (
+    DirectoryFormat,
+    as_dense,
+    check_dtypes,
+    check_unused,
+    read_tensors,
+)
 from qst_tune.backbone.text_model import longest_text
 from qst_tune.backbone.transformers import TransformersBackbone
 from qst_tune.distributed.sharding import ShardedBackbone, Sharding
@@ -73,19 +80,19 @@ def load_backbone(
     dtype: torch.dtype,
     device: torch.device,
     take: Take | None = None,
-) -> None:
+) -> Fingerprint:
     """Fill a backbone from a directory with transformers' own loader, weight by weight.
 
     Each weight is read, renamed and fused as transformers does it for the model type, then
     quantised and dropped before the next: the whole unquantised model is never in memory. The
     backbone was built by :func:`backbone_on_meta`, and perhaps quantised there. ``take`` gets the
-    weights of each module instead of it; the backbone then gets the rest. UserError if the
-    directory describes another model, a weight is missing or has another shape, or the LM head does
-    something that is not known here.
+    weights of each module instead of it; the backbone then gets the rest. Returns the fingerprint
+    of the files' weights. UserError if the directory describes another model, a weight is missing,
+    has another shape or is not finite, or the LM head does something that is not known here.
     """
     check_same(backbone, directory)
     place = Placing(backbone.base_quantization, device, backbone.stored, take)
-    model, info = _from_pretrained(directory, place, dtype)
+    model, info, fingerprint = _from_pretrained(directory, place, dtype)
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(
@@ -105,6 +112,7 @@ def load_backbone(
         transplant_rest_(backbone.model, model)
     if backbone.base_quantization != "none":
         _report_share(backbone)
+    return fingerprint
 
 
 @torch.no_grad()
@@ -116,7 +124,7 @@ def load_sharded_directory(
     *,
     dtype: torch.dtype,
     device: torch.device,
-) -> None:
+) -> Fingerprint:
     """Shard a model on meta over ``backbone``, and load this process's parts of it."""
     root = next(path for path, m in model.named_modules() if m is backbone.model)
     sharded = ShardedBackbone(model, sharding, device)
@@ -124,26 +132,30 @@ def load_sharded_directory(
     def take(path: str, module: nn.Module) -> None:
         sharded.take(f"{root}.{path}" if path else root, module)
 
-    load_backbone(backbone, directory, dtype=dtype, device=device, take=take)
+    return load_backbone(backbone, directory, dtype=dtype, device=device, take=take)
 
 
 def _from_pretrained(
     directory: Path, place: Placing, dtype: torch.dtype
-) -> tuple[Any, dict[str, Any]]:
+) -> tuple[Any, dict[str, Any], Fingerprint]:
+    """The model, transformers' report, and the fingerprint of what it has read and left."""
     from transformers.models.auto.auto_factory import _get_model_class
 
     config = _read_config(directory)
-    model_type = _model_type(config, directory)
-    source: dict[str, Any] = {"pretrained_model_name_or_path": directory}
-    if place.stored is not None:
-        weights = lazy_state_dict(weight_files(directory), place.stored, dtype)
-        source = {"pretrained_model_name_or_path": None, "state_dict": weights}
-        # An auto class wants the name of a directory.
-        model_type = _get_model_class(config, model_type._model_mapping)
+    # An auto class would want the name of a directory, and read what its index names.
+    model_type = _get_model_class(config, _model_type(config, directory)._model_mapping)
+    digests = WeightDigests()
+    tensors = read_tensors(weight_files(directory), digests)
+    weights: dict[str, Any] = dict(tensors)
+    if place.stored is None:
+        check_dtypes(tensors)
+    else:
+        weights = as_dense(tensors, place.stored, dtype)
     with _quietly(errors_only=place.stored is not None):
         try:
             model, info = model_type.from_pretrained(
-                **source,
+                None,
+                state_dict=weights,
                 config=config,
                 dtype=dtype,
                 quantization_config=quantization_config_type()(place),
@@ -155,8 +167,10 @@ def _from_pretrained(
             raise place.error or _refused(directory, config, error) from error
     forget_weights(model)
     if place.stored is not None:
-        check_unused(info["unexpected_keys"], source["state_dict"], directory)
-    return model, info
+        check_unused(info["unexpected_keys"], weights, directory)
+    for tensor in tensors.values():
+        tensor.identify()  # those that were not read
+    return model, info, digests.fingerprint()
 
 
 @contextmanager

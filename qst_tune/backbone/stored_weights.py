@@ -11,6 +11,7 @@ from torchtune import utils
 
 from qst_tune.backbone.directory import read_weights_file
 from qst_tune.backbone.experts import with_dense
+from qst_tune.backbone.identity import WeightDigests
 from qst_tune.errors import UserError
 from qst_tune.modules.backbone_formats import BaseQuantization, LinearFormat, MakeLinear
 from qst_tune.modules.nf4_linear import NF4Linear
@@ -100,11 +101,34 @@ def _are(weights: Any, *, is_stack: bool) -> bool:
 
 
 @dataclass
+class FileTensor:
+    """One tensor of a file for transformers' loader; it is hashed when it is read."""
+
+    name: str
+    tensor: torch.Tensor  # a view of the memory-mapped file
+    digests: WeightDigests
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As it is stored."""
+        return self.tensor.dtype
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        """Copy what is asked for: the model does not hold on to the file."""
+        self.identify()
+        return self.tensor[index].clone()
+
+    def identify(self) -> None:
+        """Hash the whole tensor, once."""
+        self.digests.add(self.name, self.tensor)
+
+
+@dataclass
 class LazyWeight:
     """One weight for transformers' loader: its tensors are read and put together on demand."""
 
     name: str
-    parts: dict[str, torch.Tensor]
+    parts: dict[str, FileTensor]
     decode: Decode
     dtype: torch.dtype
 
@@ -114,7 +138,7 @@ class LazyWeight:
         UserError if a tensor is missing or they do not belong together.
         """
         try:
-            stored = self.decode(self.parts)
+            stored = self.decode({end: part[...] for end, part in self.parts.items()})
         except KeyError as error:
             raise UserError(f"{self.name} is damaged: its tensor {error} is missing") from error
         except (ValueError, RuntimeError, IndexError) as error:
@@ -186,15 +210,31 @@ class DirectoryFormat:
 log = utils.get_logger("INFO")
 
 
-def lazy_state_dict(
-    paths: Iterable[Path], stored: DirectoryFormat, dtype: torch.dtype
+def read_tensors(paths: Iterable[Path], digests: WeightDigests) -> dict[str, FileTensor]:
+    """Open files; their tensors are read, and hashed, on demand. UserError if one is damaged."""
+    named = (item for path in paths for item in read_weights_file(path).items())
+    return {name: FileTensor(name, tensor, digests) for name, tensor in named}
+
+
+def check_dtypes(tensors: Mapping[str, FileTensor]) -> None:
+    """Refuse integers where a model that is not quantised has weights, with a UserError."""
+    for name, file in tensors.items():
+        is_weight = name.endswith("weight") or file.tensor.ndim == 3
+        if is_weight and not file.tensor.is_floating_point():
+            raise UserError(
+                f"the backbone's weight {name} is {file.dtype}, where floating-point numbers are "
+                "expected: its config.json lacks the quantization_config, or the file is of "
+                "another program"
+            )
+
+
+def as_dense(
+    tensors: Mapping[str, FileTensor], stored: DirectoryFormat, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Name a directory's weights as a dense one would; the loader reads each with ``[...]``.
 
-    ``dtype`` is that of decoded weights. UserError if a file cannot be read, or no weight is stored
-    as ``stored`` says.
+    ``dtype`` is that of decoded weights. UserError if no weight is stored as ``stored`` says.
     """
-    tensors = {name: tensor for path in paths for name, tensor in read_weights_file(path).items()}
     weights: dict[str, Any] = {}
     used: set[str] = set()
     for stem, layout in _stems(tensors, stored.layouts):

@@ -11,7 +11,7 @@ from torchtune import training
 from torchtune.modules import RMSNorm, TiedLinear, TransformerDecoder
 
 from qst_tune.backbone.directory import weight_files
-from qst_tune.backbone.identity import fingerprint, fingerprint_files, weight_digest
+from qst_tune.backbone.identity import Fingerprint, WeightDigests, fingerprint_files
 from qst_tune.backbone.loading import check_same
 from qst_tune.backbone.loading import load_backbone as load_directory
 from qst_tune.backbone.transformers import transformers_backbone
@@ -29,7 +29,7 @@ from qst_tune.torchtune_compat import checkpoint_directory, checkpoint_paths, ta
 
 def load_backbone(
     model: Any, checkpointer: Any, *, dtype: torch.dtype, device: torch.device
-) -> str:
+) -> Fingerprint:
     """Load a checkpoint into the backbone of a model that was built on the meta device.
 
     One file of the checkpoint is open at a time, and each of its weights is quantised, moved and
@@ -40,9 +40,8 @@ def load_backbone(
     """
     backbone = transformers_backbone(model)
     if backbone is not None:
-        of_files = fingerprint_backbone(model, checkpointer)  # first: it finds damaged files
-        load_directory(backbone, checkpoint_directory(checkpointer), dtype=dtype, device=device)
-        return of_files
+        directory = checkpoint_directory(checkpointer)
+        return load_directory(backbone, directory, dtype=dtype, device=device)
     place = partial(set_weight, model, dtype=dtype, device=device)
     of_weights = read_weights(model, checkpointer, place)
     build_rotary_caches(model.layers, device)
@@ -58,7 +57,7 @@ def load_sharded_backbone(
     *,
     dtype: torch.dtype,
     device: torch.device,
-) -> str:
+) -> Fingerprint:
     """Load a checkpoint as ``load_backbone`` does, keeping of each weight only this process's part.
 
     Every process reads every weight, since the scales of a 4-bit weight are quantised together, and
@@ -84,7 +83,7 @@ def stored_as(model: Any) -> str:
     return quantization_of_backbone(model) if backbone is None else backbone.quantization
 
 
-def fingerprint_backbone(model: Any, checkpointer: Any) -> str:
+def fingerprint_backbone(model: Any, checkpointer: Any) -> Fingerprint:
     """Read a checkpoint only to check and to identify it, as :func:`load_backbone` does."""
     if transformers_backbone(model) is not None:
         return fingerprint_files(weight_files(checkpoint_directory(checkpointer)))
@@ -93,19 +92,20 @@ def fingerprint_backbone(model: Any, checkpointer: Any) -> str:
 
 def read_weights(
     model: TransformerDecoder, checkpointer: Any, use: Callable[[str, torch.Tensor], None]
-) -> str:
+) -> Fingerprint:
     """Read a checkpoint one weight after the other; return :func:`load_backbone`'s fingerprint.
 
     ``use`` gets each weight's name and the weight, which may be a view of a memory-mapped file.
     """
     expected = _backbone_shapes(model)
     is_tied = isinstance(model.output, TiedLinear)
-    digests: dict[str, str] = {}
+    digests, taken = WeightDigests(), set()
     pair: dict[str, torch.Tensor] = {}  # the embedding and its tied head: views, not read yet
 
     def take(name: str, weight: torch.Tensor) -> None:
-        _check_shape(name, weight, expected[name])
-        digests[name] = weight_digest(weight)
+        _check_weight(name, weight, expected[name])
+        taken.add(name)
+        digests.add(name, weight)
         use(name, weight)
 
     for weights in _checkpoint_files(checkpointer):
@@ -119,13 +119,13 @@ def read_weights(
                 raise UserError(f"the checkpoint has a weight that the model lacks: {name}; {_FIX}")
     if pair:
         take(EMBEDDING, _one_of(pair))
-    missing = expected - digests.keys()
+    missing = expected.keys() - taken
     if missing:
         raise UserError(
             f"the checkpoint lacks {len(missing)} of the model's {len(expected)} weights, "
             f"for example {min(missing)}; {_FIX}"
         )
-    return fingerprint(digests)
+    return digests.fingerprint()
 
 
 def _one_of(pair: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -184,11 +184,16 @@ def _backbone_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: s for name, s in shapes.items() if not is_side(name)}
 
 
-def _check_shape(name: str, weight: torch.Tensor, wanted: tuple[int, ...]) -> None:
+def _check_weight(name: str, weight: torch.Tensor, wanted: tuple[int, ...]) -> None:
     if tuple(weight.shape) != wanted:
         raise UserError(
             f"{name} has shape {tuple(weight.shape)} in the checkpoint and {wanted} in the model; "
             f"{_FIX}"
+        )
+    if not weight.is_floating_point():
+        raise UserError(
+            f"the backbone's weight {name} is {weight.dtype}, where floating-point numbers are "
+            "expected: name a directory that is not quantised, or use *_from_hf"
         )
 
 

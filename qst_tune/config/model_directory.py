@@ -1,14 +1,14 @@
 """The directory of a config's model: checked, and fetched if it is a hub name."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from qst_tune.backbone.directory import read_settings, weight_files
+from qst_tune.backbone.directory import file_inside, read_settings, weight_files
 from qst_tune.backbone.hub import Parts, fetch_model, hub_name, is_hub_name
 from qst_tune.config.keys import ConfigT, typed
 from qst_tune.errors import UserError
@@ -42,15 +42,22 @@ def check_checkpoint_dir(checkpointer: DictConfig, *, may_lack_weights: bool = F
             [*directory.glob("*.safetensors"), *directory.glob("*.bin")]
         ):
             weight_files(directory)
-    files = checkpointer.get("checkpoint_files")
-    missing = [
-        str(name)
-        for name in (files if isinstance(files, ListConfig) else [])
-        if not (directory / str(name)).is_file()
-    ]
-    if missing:
-        raise UserError(f"checkpointer.checkpoint_files: {missing[0]} is not in {directory}")
+    key = "checkpointer.checkpoint_files"
+    for name in _listed_files(checkpointer):
+        if not file_inside(directory, name, key).is_file():
+            raise UserError(f"{key}: {name} is not in {directory}")
     return directory
+
+
+def _listed_files(checkpointer: Mapping[Any, Any]) -> list[Any]:
+    """The files that a checkpointer of torchtune is told to read."""
+    files = checkpointer.get("checkpoint_files")
+    if not isinstance(files, DictConfig):
+        return list(files) if isinstance(files, ListConfig) else []
+    try:
+        return list(file_names(dict(files)))
+    except ValueError:
+        return []
 
 
 def fetch_models(cfg: ConfigT, parts: Parts = "weights") -> ConfigT:
@@ -76,11 +83,9 @@ def _hub_names(cfg: DictConfig) -> Iterator[str]:
 def _files_of(cfg: DictConfig, name: str) -> list[str]:
     """Files that the config names one by one: torchtune's checkpointers do not find their own."""
     block = cfg.get("checkpointer") or {}
-    files = block.get("checkpoint_files")
+    files = _listed_files(block)
     if block.get("checkpoint_dir") != name or not files:
         return []
-    if not isinstance(files, ListConfig):
-        files = file_names(dict(files))
     path = str(cfg.get("tokenizer", {}).get("path"))  # Llama 3's is original/tokenizer.model
     inside = [path.removeprefix(f"{name}/")] if path.startswith(f"{name}/") else []
     return [*map(str, files), *inside]

@@ -9,7 +9,7 @@ from torchtune import utils
 
 from qst_tune.backbone.hf_checkpointer import backbone_cache
 from qst_tune.backbone.hub import model_name
-from qst_tune.backbone.identity import BackboneId
+from qst_tune.backbone.identity import BackboneId, Fingerprint
 from qst_tune.backbone.loading import load_sharded_directory
 from qst_tune.backbone.torchtune_loading import (
     check_architecture,
@@ -72,21 +72,24 @@ def _checked(model: Any, block: Block) -> Any:
     return instantiate(block, "checkpointer")
 
 
-def _load_whole(model: Any, checkpointer: Any, dtype: torch.dtype, device: torch.device) -> str:
-    """From the cache, if there is one, or from the checkpoint; returns the fingerprint."""
+def _load_whole(
+    model: Any, checkpointer: Any, dtype: torch.dtype, device: torch.device
+) -> Fingerprint:
+    """From the cache, if there is one, or from the checkpoint."""
     check_fits(model, device)
     cache = backbone_cache(checkpointer, model, dtype)
-    fingerprint = cache.load(model, device) if cache else None
-    if fingerprint is None:
-        fingerprint = load_backbone(model, checkpointer, dtype=dtype, device=device)
-        if cache:
-            cache.save(model, fingerprint)
+    found = cache.load(model, device) if cache else None
+    if found is not None:
+        return found
+    fingerprint = load_backbone(model, checkpointer, dtype=dtype, device=device)
+    if cache:
+        cache.save(model, fingerprint)
     return fingerprint
 
 
 def _load_sharded(
     model: Any, block: Block, checkpointer: Any, sharding: Sharding, **where: Any
-) -> str:
+) -> Fingerprint:
     if block.get("cache_dir"):
         raise UserError(
             f"checkpointer.cache_dir={block.cache_dir} does not work yet with "
@@ -95,13 +98,12 @@ def _load_sharded(
     backbone = transformers_backbone(model)
     if backbone is None:
         return load_sharded_backbone(model, deepcopy(model), checkpointer, sharding, **where)
-    fingerprint = fingerprint_backbone(model, checkpointer)
     directory = check_checkpoint_dir(block)
-    load_sharded_directory(model, backbone, directory, sharding, **where)
-    return fingerprint
+    return load_sharded_directory(model, backbone, directory, sharding, **where)
 
 
-def _identity(model: Any, block: Block, fingerprint: str, quantization: str) -> BackboneId:
+def _identity(model: Any, block: Block, fingerprint: Fingerprint, quantization: str) -> BackboneId:
     name, revision = model_name(check_checkpoint_dir(block))
     library = "torchtune" if transformers_backbone(model) is None else "transformers"
-    return BackboneId(name, fingerprint, quantization, revision, library)
+    full, sampled = fingerprint
+    return BackboneId(name, full, quantization, revision, library, sampled)

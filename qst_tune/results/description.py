@@ -142,7 +142,7 @@ class Description:
             "method": self.form.method,
             "format_version": FORMAT_VERSION,
             "qst_tune_version": self.version,
-            "backbone": asdict(self.backbone),
+            "backbone": self.backbone.described(),
             "model": self.model,
             "structure": {**structure.pop("config", {}), **structure},
             "results": self.results,

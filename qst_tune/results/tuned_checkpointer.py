@@ -55,7 +55,9 @@ class TunedCheckpointer:
         weights: dict[str, torch.Tensor] = {}
         fingerprint = read_weights(model, self._base, weights.__setitem__)
         name, _ = model_name(self.checkpoint_dir)
-        backbone = BackboneId(name, fingerprint, quantization_of_backbone(model))
+        backbone = BackboneId(
+            name, fingerprint.full, quantization_of_backbone(model), sampled=fingerprint.sampled
+        )
         side = read_tuned(self.side_network, model.side, backbone=backbone)
         tuned = {SIDE_PREFIX + name: value for name, value in side.items()}
         return {training.MODEL_KEY: weights | tuned}

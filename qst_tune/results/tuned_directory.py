@@ -17,12 +17,13 @@ ones by rounding again), no pickle, and no ``adapter_config.json``, which PEFT w
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
+from torchtune import utils
 
 from qst_tune.atomic_files import write_directory
 from qst_tune.backbone.identity import BackboneId
@@ -43,6 +44,8 @@ from qst_tune.results.description import (
 )
 
 CARD_FILE = "README.md"
+
+log = utils.get_logger("INFO")
 RECIPE_CONFIG = "recipe_config.yaml"
 TRANSFORMERS_MODEL_TYPE = "qst"
 
@@ -216,7 +219,13 @@ def _trained(tuned: Tuned) -> Mapping[str, torch.Tensor]:
 
 
 def _check_backbone(directory: Path, there: BackboneId, here: BackboneId) -> None:
-    is_same = there.fingerprint == here.fingerprint
+    is_same = there.fingerprint in (here.fingerprint, here.sampled)
+    if is_same and there.fingerprint != here.fingerprint:
+        log.warning(
+            f"{directory} has a fingerprint of 64 values of each weight, as qst_tune 0.1 wrote it: "
+            f"they are those of {here.name}, and the other values are not checked"
+        )
+        here = replace(here, fingerprint=there.fingerprint)
     library = there.library or (here.library if is_same else "torchtune")
     if library != here.library:  # until 0.1 every *_from_hf of a known family was torchtune's
         raise UserError(

@@ -13,10 +13,8 @@ from qst_tune.backbone.directory import read_weights_file, weight_files
 from qst_tune.backbone.hub import fetch_model, hub_name, is_hub_name, model_name
 from qst_tune.backbone.identity import (
     BackboneId,
-    fingerprint,
-    fingerprint_files,
-    weight_digest,
-    weight_sample,
+    Fingerprint,
+    WeightDigests,
 )
 from qst_tune.backbone.loading import backbone_on_meta, check_head, directory_format
 from qst_tune.backbone.text_model import score_of
@@ -49,13 +47,11 @@ def side_over(
     method = getattr(model.config, "quantization_config", None)
     _check(model, method, quantize)
     home = _directory(model)
-    if home is not None and not _has_weights_of(model, home):
+    found = None if home is None else _fingerprint_there(model, home)
+    if home is not None and found is None:
         log.warning(f"the model's weights are not those of {home}: it is identified by its own")
         home = None
-    if home is None:
-        of_weights = fingerprint({n: weight_digest(w) for n, w in model.named_parameters()})
-    else:
-        of_weights = fingerprint_files(weight_files(home))
+    full, sampled = found or _own_fingerprint(model)
     backbone = TransformersBackbone(model, str(home or ""))
     decoder: Any = qst_decoder(backbone, base_quantization=quantize, **config.settings())
     builder = _BUILDER
@@ -70,7 +66,7 @@ def side_over(
         stored, quantization = _foreign(method, home)
     place = (hub_name(home) or str(home.resolve())) if home else _name(model)
     name, revision = model_name(home) if home else (place or str(model.config.model_type), "")
-    identity = BackboneId(name, of_weights, quantization, revision, "transformers")
+    identity = BackboneId(name, full, quantization, revision, "transformers", sampled)
     where = {"checkpoint_dir": place, "base_quantization": stored}
     block = {**builder, **where, **config.settings()}
     provenance = Provenance(identity, block, _recipe_config(block), backbone_path=place)
@@ -129,23 +125,29 @@ def _directory(model: PreTrainedModel) -> Path | None:
         return None
 
 
-def _has_weights_of(model: PreTrainedModel, home: Path) -> bool:
-    """Compare samples of each dense weight that has the same name in the files.
+def _own_fingerprint(model: PreTrainedModel) -> Fingerprint:
+    digests = WeightDigests()
+    for name, weight in model.named_parameters():
+        digests.add(name, weight)
+    return digests.fingerprint()
 
-    A merged adapter, a resized embedding or a tuned layer makes it another model.
+
+def _fingerprint_there(model: PreTrainedModel, home: Path) -> Fingerprint | None:
+    """Identify the files of a directory; None if they differ from the model.
+
+    Each dense weight that has the same name is compared. A merged adapter, a resized embedding or a
+    tuned layer makes it another model.
     """
     own = dict(model.named_parameters(remove_duplicate=False))
-    weights = (item for path in weight_files(home) for item in read_weights_file(path).items())
-    for name, stored in weights:
+    digests = WeightDigests()
+    for name, stored in (item for p in weight_files(home) for item in read_weights_file(p).items()):
+        digests.add(name, stored)
         mine = own.get(name)
         if mine is None or mine.dtype != model.dtype or not mine.is_floating_point():
             continue
-        same_shape = mine.shape == stored.shape
-        if not same_shape or not torch.equal(
-            weight_sample(stored).to(mine.dtype), weight_sample(mine).to(mine.dtype)
-        ):
-            return False
-    return True
+        if mine.shape != stored.shape or not torch.equal(stored.to(mine.device, mine.dtype), mine):
+            return None
+    return digests.fingerprint()
 
 
 def _foreign(method: Any, home: Path | None) -> tuple[str, str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torchao.dtypes.nf4tensor import NF4Tensor
 from torchtune import training
@@ -13,6 +14,7 @@ from qst_tune.backbone import hf_checkpointer as module
 from qst_tune.backbone.experts import QuantizedExperts
 from qst_tune.backbone.hf_checkpointer import BackboneCache, HFCheckpointer, backbone_cache
 from qst_tune.backbone.torchtune_loading import load_backbone
+from qst_tune.file_lock import LOCK_NAME, locked
 from qst_tune.models import peqa_from_hf, qst_from_hf
 from qst_tune.quantization.table import QuantizedTable
 from tests.support.hf_models import edit_config, padded_batch, save_hf_model
@@ -121,12 +123,15 @@ def test_there_is_no_file_at_first_and_none_without_a_directory_for_it(directory
     assert backbone_cache(checkpointer, dense, torch.float32) is None
 
 
-@pytest.mark.parametrize("damage", ["cut off", "no fingerprint", "another model's"])
+@pytest.mark.parametrize("damage", ["cut off", "no fingerprint", "another model's", "zeros"])
 def test_a_damaged_file_is_passed_over(damage: str, directory: Path, caplog) -> None:
     expected, fingerprint, cache = loaded(directory)
     cache.save(expected, fingerprint)
+    content = cache.path.read_bytes()
     if damage == "cut off":
-        cache.path.write_bytes(cache.path.read_bytes()[:-1])
+        cache.path.write_bytes(content[:-1])
+    elif damage == "zeros":
+        cache.path.write_bytes(content[:-2000] + bytes(2000))
     elif damage == "no fingerprint":
         save_file(load_file(cache.path), cache.path)
     else:
@@ -139,6 +144,39 @@ def test_a_damaged_file_is_passed_over(damage: str, directory: Path, caplog) -> 
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
+def test_every_bit_that_matters_is_checked(directory: Path) -> None:
+    """A bit of every 7th byte of the header is flipped in turn, and of every 997th behind it."""
+    expected, fingerprint, cache = loaded(directory)
+    cache.save(expected, fingerprint)
+    content = cache.path.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    unused = content.index(b'"format":"pt"')  # written for safetensors' own loaders
+    wanted = module._all_parts(expected)
+    for place in [*range(0, header, 7), *range(header, len(content), 997)]:
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << (place % 8)
+        cache.path.write_bytes(damaged)
+        try:
+            found, of_found = cache.read(wanted)
+        except (SafetensorError, KeyError, TypeError, ValueError):
+            continue
+        is_padding = content[place : place + 1] == b" "
+        assert is_padding or unused <= place < unused + len(b'"format":"pt"'), place
+        assert of_found == fingerprint
+        assert all(torch.equal(found[name], part) for name, part in wanted.items())
+
+
+def test_a_file_that_another_process_writes_is_left_to_it(directory: Path, caplog) -> None:
+    model, fingerprint, cache = loaded(directory)
+    with locked(cache.path.parent, wait=False) as is_held:
+        assert is_held
+        cache.save(model, fingerprint)
+    assert "another process writes there" in caplog.text
+    assert not cache.path.exists()
+    cache.save(model, fingerprint)
+    assert cache.path.is_file()
+
+
 def test_a_full_disk_is_a_warning_and_leaves_nothing(directory: Path, monkeypatch, caplog) -> None:
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -147,4 +185,4 @@ def test_a_full_disk_is_a_warning_and_leaves_nothing(directory: Path, monkeypatc
     model, fingerprint, cache = loaded(directory)
     cache.save(model, fingerprint)
     assert "cannot be kept in" in caplog.text
-    assert list(cache.path.parent.iterdir()) == []
+    assert [path.name for path in cache.path.parent.iterdir()] == [LOCK_NAME]
