@@ -21,6 +21,7 @@ from qst_tune.data.rows.forms import (
     with_system,
 )
 from qst_tune.data.rows.local_files import FORMATS, NamedRows, read_hub, read_local_files
+from qst_tune.data.values import names_of
 from qst_tune.errors import UserError
 
 Row = dict[str, list[int]]
@@ -99,7 +100,7 @@ class AutoDataset(Dataset[Row]):
     def describe(self) -> str:
         """Describe in one line where the rows come from and how they are read."""
         mapped = ", ".join(f"{name} from {column}" for name, column in self.column_map.items())
-        unread = f"; not read: {', '.join(self._unread)}" if self._unread else ""
+        unread = f"; not read: {names_of(self._unread)}" if self._unread else ""
         return f"{self.rows.name}: form {self.form.name}{f' ({mapped})' * bool(mapped)}{unread}"
 
     def _first_readable(self) -> Mapping[str, Any]:

@@ -1,7 +1,8 @@
 """Values of rows and messages, as JSON and Arrow have them."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from qst_tune.errors import UserError
@@ -22,8 +23,21 @@ def kind_of(value: Any) -> str:
         return "empty"
     kinds = {bool: "a truth value", int: "a number", float: "a number", str: "text"}
     kind = kinds.get(type(value), f"a {type(value).__name__}")
-    shown = repr(value)
-    return f"{kind} ({shown})" if len(shown) <= 40 else kind
+    written = repr(value)
+    return f"{kind} ({written})" if len(written) <= 40 else kind
+
+
+def quoted(value: Any) -> str:
+    """Write a value of a row into a message, at most its begin."""
+    written = repr(value)
+    return written if len(written) <= 60 else f"{written[:57]}..."
+
+
+def names_of(columns: Iterable[str]) -> str:
+    """Write the names of a row's columns into a message, at most the first twenty."""
+    names = [name if re.fullmatch(r"[\w .-]{1,40}", name) else quoted(name) for name in columns]
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return ", ".join(names[:20]) + more
 
 
 def check_unicode(text: str, what: str) -> str:
@@ -50,5 +64,5 @@ def from_json(value: Any, where: str) -> Any:
         return value
     try:
         return json.loads(value)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is text that is not JSON: {error}") from error

@@ -11,6 +11,7 @@ from torch.utils.data import Subset
 from torchtune.data import OpenAIToMessages, ShareGPTToMessages
 from torchtune.datasets import SFTDataset
 
+from qst_tune.data.values import quoted
 from qst_tune.errors import UserError
 from qst_tune.modules.model_limits import ModelLimits, lengths_of
 from qst_tune.torchtune_compat import rows_and_transform, source_column
@@ -47,7 +48,7 @@ class CheckedRows:
         except UserError as error:  # of a dataset of ours
             problem = str(error)
         except Exception as error:  # a missing column, or a conversation that a template refuses
-            problem = " ".join(f"{type(error).__name__}: {error}".split())
+            problem = " ".join(f"{type(error).__name__}: {error}".split())[:500]
         if problem:
             raise UserError(f"{self.name}: {self.place(index)} cannot be used: {problem}")
         return row
@@ -130,8 +131,8 @@ def _sharegpt_problem(message: Mapping[str, Any]) -> str | None:
     if name in _SHAREGPT_NAMES:
         return None
     return (
-        f".from is {name!r}: torchtune's chat_dataset knows {', '.join(_SHAREGPT_NAMES)}; rename "
-        f"it, or use {_INSTEAD}, which takes user and assistant too"
+        f".from is {quoted(name)}: torchtune's chat_dataset knows {', '.join(_SHAREGPT_NAMES)}; "
+        f"rename it, or use {_INSTEAD}, which takes user and assistant too"
     )
 
 

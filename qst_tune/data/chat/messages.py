@@ -7,7 +7,7 @@ from typing import Any
 
 from torchtune.data import Message as TorchtuneMessage
 
-from qst_tune.data.values import from_json, kind_of, text_of, without_nulls
+from qst_tune.data.values import from_json, kind_of, quoted, text_of, without_nulls
 from qst_tune.errors import UserError
 
 Message = dict[str, Any]
@@ -127,7 +127,8 @@ def _read_message(item: Any, where: str) -> Message:
     role = ROLES.get(name) if isinstance(name, str) else None
     if role is None:
         raise UserError(
-            f"{where}: role {name!r} is unknown: use system, user (human), assistant (gpt) or tool"
+            f"{where}: role {quoted(name)} is unknown: use system, user (human), assistant (gpt) "
+            "or tool"
         )
     content = item["content"] if item.get("content") is not None else item.get("value")
     further = {key: item[key] for key in _FURTHER if item.get(key) is not None}
@@ -144,7 +145,7 @@ def _read_message(item: Any, where: str) -> Message:
 def _weight(item: Mapping[str, Any], where: str) -> int:
     weight = item.get("weight")
     if weight not in (None, 0, 1):
-        raise UserError(f"{where}.weight is {weight!r}: it must be 0 (not learnt) or 1")
+        raise UserError(f"{where}.weight is {quoted(weight)}: it must be 0 (not learnt) or 1")
     return 1 if weight is None else int(weight)
 
 
@@ -154,7 +155,7 @@ def _check_message(message: Any, where: str) -> Message:
     checked = {key: value for key, value in message.items() if value is not None}
     role = checked.get("role")
     if not isinstance(role, str) or not role:
-        raise UserError(f"{where} has the role {role!r}; name who speaks, such as user")
+        raise UserError(f"{where} has the role {quoted(role)}; name who speaks, such as user")
     if "content" in checked:
         checked["content"] = _join_text(checked["content"], f"{where}.content")
     if checked.get("tool_calls"):
@@ -177,7 +178,7 @@ def _join_text(content: Any, where: str) -> str:
     for part in content:
         kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
         if kind != "text":
-            raise UserError(f"{where} has a part of type {kind!r}: {_ONLY_TEXT}")
+            raise UserError(f"{where} has a part of type {quoted(kind)}: {_ONLY_TEXT}")
         texts.append(text_of(part.get("text") if isinstance(part, Mapping) else part, where))
     return "".join(texts)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qst_tune.data.chat.messages import Conversation, read_conversation, read_tools
-from qst_tune.data.values import kind_of, text_of
+from qst_tune.data.values import kind_of, names_of, text_of
 from qst_tune.errors import UserError, did_you_mean
 
 Row = Mapping[str, Any]
@@ -64,7 +64,7 @@ def read_row(form: Form, row: Row) -> Sample:
     """
     missing = [column for column in form.needed if column not in row]
     if missing:
-        raise UserError(f"it has no column {missing[0]!r}: its columns are {', '.join(row)}")
+        raise UserError(f"it has no column {missing[0]!r}: its columns are {names_of(row)}")
     sample = form.read(row)
     system = row.get("system") if "system" in form.columns else None
     if not system:
@@ -88,12 +88,14 @@ def find_form(columns: Collection[str], wanted: Collection[str] = ()) -> Form | 
 def no_form(row: Row) -> UserError:
     """Return the error for rows without a form: their columns, the forms and the nearest one."""
     known = "; ".join(form.name for form in FORMS)
-    found = f"the columns {', '.join(row)}" if row else "no columns"
+    found = f"the columns {names_of(row)}" if row else "no columns"
     guess = nearest(row)
     advice = "rename columns with dataset.column_map.<name>=<column of yours>"
     if guess:
         renamed = {name: column for name, column in guess.items() if name != column}
-        mapping = " ".join(f"dataset.column_map.{name}={c}" for name, c in renamed.items())
+        mapping = " ".join(
+            f"dataset.column_map.{name}={names_of([c])}" for name, c in renamed.items()
+        )
         advice = f"the nearest is {', '.join(guess)}: set {mapping}"
     return UserError(f"the rows have {found}, and no form has these ({known}); {advice}")
 
@@ -128,7 +130,7 @@ def check_column_map(column_map: Mapping[str, str], columns: list[str]) -> None:
         if column not in columns:
             raise UserError(
                 f"column_map.{name}={column}: there is no column {column!r}, only "
-                f"{', '.join(columns)}{did_you_mean(column, columns)}"
+                f"{names_of(columns)}{did_you_mean(column, columns)}"
             )
 
 

@@ -8,28 +8,37 @@ calls. Here each row is exactly its own text, and a mistake is reported with its
 import gzip
 import io
 import json
+import re
 import zlib
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from qst_tune.data.rows.forms import FORMS
-from qst_tune.data.values import kind_of
+from qst_tune.data.values import kind_of, names_of, quoted
 from qst_tune.errors import UserError
 
 _BOM = b"\xef\xbb\xbf"
 # Byte order marks of encodings that editors call "Unicode".
 _OTHER_MARKS = (b"\xff\xfe", b"\xfe\xff")
+# Longer lines, and gzip files with more inside, are no training data and would fill the memory.
+MAX_LINE_BYTES = 2**28
+MAX_GZIP_BYTES = 2**31
 # A single object with these is a row of one conversation, not a file around a list of rows.
 _MESSAGE_KEYS = ({"role", "content"}, {"from", "value"})
+
+
+# JSON's escape of half a surrogate pair, perhaps with its other half behind it.
+_HALF = re.compile(r"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 
 
 class FileText:
     """A text file whose lines are found by the byte where they begin; a plain file stays on disk.
 
-    ``.gz`` is decompressed into memory. An unreadable file, damaged gzip and UTF-16 are a
-    UserError.
+    ``.gz`` is decompressed into memory. An unreadable file, damaged gzip, UTF-16 and a line of more
+    than 256 MiB are a UserError.
     """
 
     def __init__(self, path: Path) -> None:
@@ -48,10 +57,15 @@ class FileText:
     def lines(self) -> Iterator[tuple[int, bytes]]:
         """Yield each line and the byte where it begins."""
         with self._open() as file:
-            start = file.seek(self._first)
-            for line in file:
+            start, number = file.seek(self._first), 1
+            while line := file.readline(MAX_LINE_BYTES + 1):
+                if len(line) > MAX_LINE_BYTES:
+                    raise UserError(
+                        f"{self.path}: line {number} has more than {MAX_LINE_BYTES / 2**20:.0f} "
+                        "MiB: write one example a line"
+                    )
                 yield start, line
-                start += len(line)
+                start, number = start + len(line), number + 1
 
     def line_at(self, start: int) -> bytes:
         """Read the line that begins at a byte, with its line end."""
@@ -129,14 +143,14 @@ def read_json_rows(text: FileText) -> JsonLines | JsonList:
 
 
 def parse(text: str) -> Any:
-    """Parse one row; invalid JSON, a duplicate key and NaN or Infinity are a UserError."""
+    """Parse one row; what is no JSON, or is no text inside, is a UserError."""
     try:
         return _loads(text)
     except json.JSONDecodeError as error:
         raise UserError(
             f"it is not JSON at column {error.colno}: {error.msg}; mend or delete the line"
         ) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(str(error)) from error
 
 
@@ -160,9 +174,13 @@ def decode(line: bytes) -> str:
 
 def _decompress(path: Path) -> bytes:
     try:
-        return gzip.decompress(path.read_bytes())
+        with gzip.open(path) as file:
+            content = file.read(MAX_GZIP_BYTES + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} is not a whole gzip file: {error}") from error
+    if len(content) > MAX_GZIP_BYTES:
+        raise UserError(f"{path} has more than {MAX_GZIP_BYTES / 2**30:.0f} GiB inside: unpack it")
+    return content
 
 
 def _begins_document(lines: JsonLines) -> bool:
@@ -182,7 +200,7 @@ def read_document(text: FileText) -> Any:
             f"{text.path} is not JSON at line {error.lineno}, column {error.colno}: {error.msg}; "
             "mend it there, or write one object a line"
         ) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{text.path}: {error}") from error
 
 
@@ -190,7 +208,7 @@ def _document(line: bytes) -> Any:
     """The value of a line; None if it is not JSON."""
     try:
         return _loads(decode(line))
-    except (ValueError, RecursionError):
+    except ValueError:
         return None
 
 
@@ -203,7 +221,7 @@ def _rows_of(document: Any, path: Path) -> list[Any]:
     lists = {name: value for name, value in document.items() if _is_list_of_rows(value)}
     if len(lists) > 1:
         raise UserError(
-            f"{path} has several lists of rows ({', '.join(lists)}): save the one to use as a file "
+            f"{path} has several lists of rows ({names_of(lists)}): save the one to use as a file "
             "of its own"
         )
     return next(iter(lists.values()), [document])
@@ -216,15 +234,30 @@ def _is_list_of_rows(value: Any) -> bool:
 
 
 def _loads(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
+    """Parse JSON; ValueError for duplicate keys, NaN, deep nesting and halves of characters."""
+    try:
+        value = json.loads(text, object_pairs_hook=_object, parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply: no row has so many levels") from error
+    half = _HALF.search(text)
+    if half and not _is_text(value):
+        raise ValueError(f"{half.group()} is half a character, which no text has: delete it")
+    return value
+
+
+def _is_text(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError):
+        return False
+    return True
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} is there twice in one object: delete one of them")
+        ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"the key {quoted(twice)} is there twice in one object: delete one")
     return result
 
 

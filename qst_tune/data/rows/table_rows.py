@@ -9,6 +9,7 @@ import pyarrow
 import pyarrow.parquet
 
 from qst_tune.data.rows.json_rows import FileText, decode
+from qst_tune.data.values import names_of, quoted
 from qst_tune.errors import UserError
 
 csv.field_size_limit(2**31 - 1)  # 131,072 characters by default: long documents are longer
@@ -35,7 +36,7 @@ class CsvRows:
         if len(values) != len(self.header):
             raise UserError(
                 f"it has {len(values)} fields and the header {len(self.header)} "
-                f"({', '.join(self.header)}): put quotes around values with a delimiter"
+                f"({names_of(self.header)}): put quotes around values with a delimiter"
             )
         return dict(zip(self.header, values, strict=True))
 
@@ -87,9 +88,9 @@ def _records(text: FileText, delimiter: str) -> list[tuple[int, list[str]]]:
 def _check_header(header: list[str], text: FileText, delimiter: str) -> None:
     twice = next((name for name in header if header.count(name) > 1), None)
     if twice is not None:
-        raise UserError(f"{text.path}: the header names {twice!r} twice; rename one")
+        raise UserError(f"{text.path}: the header names {quoted(twice)} twice; rename one")
     if len(header) == 1 and delimiter == "," and (";" in header[0] or "\t" in header[0]):
         raise UserError(
-            f"{text.path}: the header {header[0]!r} has one column; separate columns by commas, or "
-            "by tabs in a .tsv file"
+            f"{text.path}: the header {quoted(header[0])} has one column; separate columns by "
+            "commas, or by tabs in a .tsv file"
         )

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from qst_tune.data.rows import json_rows
 from qst_tune.data.rows.json_rows import FileText, read_json_rows
 from qst_tune.errors import UserError
 
@@ -68,6 +69,12 @@ def test_empty_file_has_no_rows(tmp_path: Path) -> None:
         ('{"text": "a"}\n{"text": "a", "text": "b"}', "the key 'text' is there twice"),
         ('{"text": "a"}\n{"text": NaN}', "NaN is no value of JSON"),
         (b'{"text": "a"}\n{"text": "\xe9"}', "not UTF-8 (byte 0xe9 at 10)"),
+        ('{"text": "a"}\n{"text": ' + "[" * 10**5, "it is nested too deeply"),
+        ('{"text": "a"}\n{"text": "\\ud800"}', r"\ud800 is half a character, which no text has"),
+        ('{"text": "a"}\n{"\\uDC00": 1}', r"\uDC00 is half a character"),
+        (b'{"text": "a"}\n{"text": "\0"}', "Invalid control character"),
+        (b'{"text": "a"}\n\0\0\0', "it is not JSON at column 1"),
+        ('{"text": "a"}\n{"text": ' + "1" * 5000 + "}", "Exceeds the limit"),
     ],
 )
 def test_bad_line_is_found_when_it_is_read(
@@ -96,3 +103,32 @@ def test_bad_document_is_one_line(content: str | bytes, message: str, tmp_path: 
 def test_damaged_gzip_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a whole gzip file"):
         rows_of(tmp_path / "r.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9])
+
+
+def test_whole_characters_in_escapes_and_escaped_nul_are_text(tmp_path: Path) -> None:
+    content = '{"text": "\\ud83d\\ude42 \\\\ud800 \\u0000"}'
+    assert rows_of(tmp_path / "r.jsonl", content)[0] == {"text": "\U0001f642 \\ud800 \0"}
+
+
+def test_deep_nesting_of_a_document_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"r\.json: it is nested too deeply"):
+        rows_of(tmp_path / "r.json", '[\n{"a": ' + "[" * 10**5)
+
+
+def test_many_keys_of_which_the_last_is_there_twice_are_found_in_no_time(tmp_path: Path) -> None:
+    keys = ", ".join(f'"{i}": 1' for i in [*range(10**5), 99999])
+    with pytest.raises(UserError, match="the key '99999' is there twice"):
+        rows_of(tmp_path / "r.jsonl", f"{{{keys}}}\n{{}}")[0]
+
+
+def test_size_of_a_line_and_of_what_gzip_holds_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_rows, "MAX_LINE_BYTES", 2**20)
+    monkeypatch.setattr(json_rows, "MAX_GZIP_BYTES", 2**22)
+    line = json.dumps({"text": "a" * (2**20 - 13)}) + "\n"
+    assert len(rows_of(tmp_path / "r.jsonl", line * 3)) == 3
+    with pytest.raises(UserError, match=r"r\.jsonl: line 2 has more than 1 MiB: write one example"):
+        rows_of(tmp_path / "r.jsonl", line + " " + line)
+    with pytest.raises(UserError, match="has more than 0 GiB inside: unpack it"):
+        rows_of(tmp_path / "r.jsonl.gz", gzip.compress(b"\n" * (2**22 + 1)))
