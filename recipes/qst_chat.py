@@ -63,9 +63,6 @@ def _typed_lines() -> Iterator[str]:
             text = input(prompt).strip()
         except EOFError:
             return
-        except UnicodeDecodeError as error:
-            print(f"error: what was typed is not UTF-8: {error.reason}", file=sys.stderr)
-            continue
         if text == "/exit":
             return
         yield text

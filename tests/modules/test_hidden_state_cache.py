@@ -1,8 +1,10 @@
 """States that were kept are those that would be computed, bit for bit, and no others are taken."""
 
+import random
 import shutil
 import subprocess
 import sys
+import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -342,3 +344,40 @@ def test_two_writers_at_once_leave_whole_files(tmp_path: Path) -> None:
     ran = count_runs(writers[0])
     assert_equal([writers[0](tokens).detach() for tokens in batches], expected)
     assert not ran
+
+
+# Runs batches of another length each, all of them again and again, until it is killed.
+_WRITER = """
+import sys
+from pathlib import Path
+import torch
+from tests.modules.test_hidden_state_cache import pair, random_tokens
+_, cached = pair("default", Path(sys.argv[1]))
+print("ready", flush=True)
+while True:
+    for length in range(3, 40):
+        torch.manual_seed(length)
+        cached(random_tokens(2, length))
+"""
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_leaves_only_whole_files(tmp_path: Path) -> None:
+    plain, cached = pair("default", tmp_path)
+    chance = random.Random(0)
+    for _ in range(10):
+        with subprocess.Popen(
+            [sys.executable, "-c", _WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        ) as writer:
+            assert writer.stdout.readline() == "ready\n"
+            time.sleep(chance.uniform(0.0, 0.5))
+            writer.kill()
+        ran = count_runs(cached)
+        for length in range(3, 40):
+            torch.manual_seed(length)
+            tokens = random_tokens(2, length)
+            assert torch.equal(cached(tokens), plain(tokens))
+        assert not cached.hidden_state_cache.reported
+        assert len(ran) < 37 * (len(cached.layers) + 1), "nothing was read"
+        for path in tmp_path.glob("*.safetensors"):
+            path.unlink()
