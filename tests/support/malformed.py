@@ -278,7 +278,7 @@ def _directories() -> Iterator[Attack]:
         "other dtype": lambda w: {k: v.long() for k, v in w.items()},
         "half": lambda w: {k: v.half() for k, v in w.items()},
         "one missing": lambda w: w.pop("norm.scale"),
-        "one too many": lambda w: w.update(extra=w["norm.scale"]),
+        "one too many": lambda w: w.update(extra=w["norm.scale"].clone()),
         "other shape": lambda w: w.update({"norm.scale": w["norm.scale"][:1]}),
         "empty": lambda w: {},
     }.items():

@@ -1,0 +1,110 @@
+"""A flipped byte in any file of a result is found, or is one of those that cannot matter.
+
+What a directory is checked with: ``sharing verify`` for a result beside its backbone, the manifest
+for a checkpoint. Files without tensors, for people or for another start, are named in
+:data:`CANNOT_MATTER`.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qst_tune.errors import UserError
+from qst_tune.sharing.inspection import verify_directory
+from qst_tune.training.checkpoints import CheckpointStore
+from tests.support.attacks import copy_of
+
+# Of a result. The card is text for people. recipe_config.yaml is how the run was made, config.json
+# where transformers looks for the backbone: neither changes what the tensors compute.
+CANNOT_MATTER = {"README.md", "recipe_config.yaml", "config.json"}
+FEW, MANY = 12, 400
+
+
+def positions(size: int, count: int) -> Iterator[int]:
+    """The first and last bytes and some between, always the same."""
+    generator = torch.Generator().manual_seed(size)
+    drawn = torch.randint(size, (count,), generator=generator).tolist()
+    yield from sorted({0, 7, 8, size - 1, *drawn} & set(range(size)))
+
+
+def flip(path: Path, position: int) -> bytes:
+    """Change one byte; returns what the file was."""
+    data = path.read_bytes()
+    changed = bytearray(data)
+    changed[position] ^= 1 << (position % 8)
+    path.write_bytes(changed)
+    return data
+
+
+COUNTS = pytest.mark.parametrize("count", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
+
+
+@COUNTS
+def test_each_flipped_byte_of_a_checkpoint_is_found(
+    count: int, place: Path, tmp_path: Path
+) -> None:
+    root = copy_of(place, tmp_path / "at")
+    store = CheckpointStore(root / "run/checkpoints")
+    step = store.steps()[-1]
+    files = [path for path in store.path(step).rglob("*") if path.is_file()]
+    assert len(files) >= 7
+    unseen = []
+    for path in files:
+        for position in positions(path.stat().st_size, count):
+            before = flip(path, position)
+            if store.damage(step) is None:
+                unseen.append((path.name, position, before[position]))
+            path.write_bytes(before)
+    assert store.damage(step) is None
+    assert [each for each in unseen if not is_blank_of_json(each)] == []
+
+
+def is_blank_of_json(unseen: tuple[str, int, int]) -> bool:
+    """Spaces between the manifest's values; its digests are those of the other files."""
+    name, _, byte = unseen
+    return name == "manifest.json" and byte in b" \n"
+
+
+@COUNTS
+def test_each_flipped_byte_of_a_result_is_found_or_changes_no_tensor(
+    count: int, place: Path, tmp_path: Path
+) -> None:
+    root = copy_of(place, tmp_path / "at")
+    result = root / "run/side_network"
+    names = {path.name for path in result.iterdir()}
+    checked = names - CANNOT_MATTER
+    assert checked == {"qst_config.json", "side_network.safetensors"}
+    weights = result / "side_network.safetensors"
+    tensors = load_file(weights)
+    unseen = []
+    for position in positions(weights.stat().st_size, count):
+        before = flip(weights, position)
+        try:
+            verify_directory(result, root / "model")
+            now = load_file(weights)
+            if any(not torch.equal(now[name], tensors[name]) for name in tensors):
+                unseen.append(position)
+        except UserError:
+            pass
+        weights.write_bytes(before)
+    assert unseen == [], "other tensors than the run's are verified"
+
+
+@COUNTS
+def test_each_flipped_byte_of_a_backbone_is_found(count: int, place: Path, tmp_path: Path) -> None:
+    root = copy_of(place, tmp_path / "at")
+    weights = root / "model/model.safetensors"
+    unseen = []
+    for position in positions(weights.stat().st_size, count // 4):
+        before = flip(weights, position)
+        try:
+            verify_directory(root / "run/side_network", root / "model")
+            unseen.append(position)
+        except UserError:
+            pass
+        weights.write_bytes(before)
+    header = 8 + int.from_bytes(weights.read_bytes()[:8], "little")
+    assert [position for position in unseen if position >= header] == []
