@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -50,12 +50,18 @@ def whole_directory(directory: Path) -> Iterator[Path]:
         _flush_names(directory.parent)
 
 
-def write_directory(directory: Path, files: Mapping[str, bytes]) -> None:
-    """Write a whole directory, which replaces one that exists, from contents by path inside it."""
+def write_directory(
+    directory: Path, files: Mapping[str, bytes], *, private: Collection[str] = ()
+) -> None:
+    """Write a whole directory, which replaces one that exists, from contents by path inside it.
+
+    Only the user can read the ``private`` ones.
+    """
     with whole_directory(directory) as new:
         for name, content in files.items():
             path = new / name
             path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch(mode=0o600 if name in private else 0o666)
             path.write_bytes(content)
 
 

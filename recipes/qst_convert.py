@@ -21,6 +21,7 @@ from qst_tune.config.check import read_config
 from qst_tune.config.cli import run_recipe
 from qst_tune.config.keys import RecipeConfig, key
 from qst_tune.config.model_directory import check_checkpoint_dir, fetch_models, with_hub_names
+from qst_tune.config.record import recorded
 from qst_tune.config.schema import Block, training_key
 from qst_tune.errors import UserError
 from qst_tune.models.load import identify_backbone
@@ -51,7 +52,7 @@ def import_directory(cfg: ConvertConfig, theirs: Path, ours: Path) -> None:
     cfg = fetch_models(cfg)
     check_checkpoint_dir(cfg.checkpointer)
     model, block = import_authors(theirs, cfg.model)
-    plain = OmegaConf.to_container(OmegaConf.create({**cfg.raw, "model": block}), resolve=True)
+    plain = recorded(OmegaConf.create({**cfg.raw, "model": block}))
     save_tuned(
         ours,
         model.side,

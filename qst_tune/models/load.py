@@ -1,7 +1,6 @@
 """Fill the frozen backbone of a model on meta from the config's checkpoint, and identify it."""
 
 import time
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -39,10 +38,12 @@ def load_frozen_backbone(
     dtype: torch.dtype,
     device: torch.device,
     sharding: Sharding | None = None,
+    twin: QSTModel | PEQAModel | None = None,
 ) -> BackboneId:
     """Fill the backbone as a ``checkpointer`` block has it, quantising what the model quantises.
 
-    With ``sharding`` each process keeps its part only. Returns what the run's result will be tied
+    With ``sharding`` each process keeps its part only; ``twin`` is another model built alike, in
+    which torchtune's weights are quantised on the way. Returns what the run's result will be tied
     to. UserError if the checkpoint is missing, damaged or not of this architecture.
     """
     start = time.perf_counter()
@@ -52,7 +53,7 @@ def load_frozen_backbone(
         fingerprint = _load_whole(model, checkpointer, dtype, device)
     else:
         where = {"dtype": dtype, "device": device}
-        fingerprint = _load_sharded(model, block, checkpointer, sharding, **where)
+        fingerprint = _load_sharded(model, twin, block, checkpointer, sharding, **where)
     if isinstance(model, PEQATransformer):
         model.train_scales()  # of the layers that were loaded
     if rank_and_world_size()[0] == 0:
@@ -88,7 +89,7 @@ def _load_whole(
 
 
 def _load_sharded(
-    model: Any, block: Block, checkpointer: Any, sharding: Sharding, **where: Any
+    model: Any, twin: Any, block: Block, checkpointer: Any, sharding: Sharding, **where: Any
 ) -> Fingerprint:
     if block.get("cache_dir"):
         raise UserError(
@@ -97,7 +98,7 @@ def _load_sharded(
         )
     backbone = transformers_backbone(model)
     if backbone is None:
-        return load_sharded_backbone(model, deepcopy(model), checkpointer, sharding, **where)
+        return load_sharded_backbone(model, twin, checkpointer, sharding, **where)
     directory = check_checkpoint_dir(block)
     return load_sharded_directory(model, backbone, directory, sharding, **where)
 

@@ -9,6 +9,7 @@ from qst_tune.backbone.hub import hub_name
 from qst_tune.backbone.identity import BackboneId
 from qst_tune.config.file import variables_in
 from qst_tune.config.model_directory import with_hub_names
+from qst_tune.config.record import recorded
 from qst_tune.config.schema import TRAINING_KEYS, TrainingConfig
 from qst_tune.results.description import Ancestor
 from qst_tune.results.tuned_directory import Provenance
@@ -18,8 +19,9 @@ def provenance_of(
     cfg: TrainingConfig, backbone: BackboneId, lineage: tuple[Ancestor, ...] = ()
 ) -> Provenance:
     """Return what the directory of a run's result says of the run, without its results."""
-    plain = with_hub_names(OmegaConf.to_container(cfg.raw, resolve=True))
-    for name in variables_in(cfg.raw) - set(TRAINING_KEYS):
+    plain = with_hub_names(recorded(cfg.raw))
+    still_used = variables_in(OmegaConf.create(plain))
+    for name in variables_in(cfg.raw) - set(TRAINING_KEYS) - still_used:
         plain.pop(name, None)  # nothing refers to it any more: it would be an unknown key
     _take_in_template(plain.get("tokenizer") or {})
     return Provenance(

@@ -126,7 +126,7 @@ def transformers_config(backbone: str, num_labels: int | None = None) -> bytes:
 
 def save_tuned(directory: Path, tuned: Tuned, provenance: Provenance) -> None:
     """Write the directory, whole or not at all; UserError if it cannot be written."""
-    write_directory(directory, tuned_files(tuned, provenance))
+    write_directory(directory, tuned_files(tuned, provenance), private=[RECIPE_CONFIG])
 
 
 def add_verdict(files: Mapping[str, bytes], verdict: str) -> dict[str, bytes]:

@@ -20,7 +20,7 @@ import torch
 from qst_tune.atomic_files import write_directory
 from qst_tune.distributed.processes import rank_and_world_size, sum_or_fail
 from qst_tune.errors import UserError, os_errors
-from qst_tune.results.tuned_directory import add_verdict
+from qst_tune.results.tuned_directory import RECIPE_CONFIG, add_verdict
 from qst_tune.training.methods import Method
 from qst_tune.training.progress import Progress
 from qst_tune.training.run_log import RunLog
@@ -56,7 +56,7 @@ class CheckpointStore:
             raise UserError(f"cannot write {path}: {run} was removed while the run went on")
         digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
         manifest = json.dumps(digests, indent=2).encode()
-        write_directory(path, {**files, MANIFEST_FILE: manifest})
+        write_directory(path, {**files, MANIFEST_FILE: manifest}, private=files)
 
     def steps(self) -> list[int]:
         """Return the steps that have a checkpoint, complete or damaged, in order."""
@@ -219,7 +219,7 @@ class Checkpointing:
         if run_log.summary.verdict:
             files = add_verdict(files, run_log.summary.verdict)
         directory = run_log.directory / method.result_name
-        write_directory(directory, files)
+        write_directory(directory, files, private=[RECIPE_CONFIG])
         for leftover in directory.parent.glob(f".{directory.name}.*"):  # of a write that was killed
             shutil.rmtree(leftover, ignore_errors=True)
         size = sum(map(len, files.values())) / 1e6

@@ -15,6 +15,7 @@ from qst_tune.backbone.identity import BackboneId
 from qst_tune.config.schema import TrainingConfig
 from qst_tune.distributed.processes import broadcast_tensors, rank_and_world_size
 from qst_tune.distributed.sharding import choose_sharding
+from qst_tune.models.build import build_any_on_meta
 from qst_tune.models.load import load_frozen_backbone
 from qst_tune.modules.hidden_state_cache import HiddenStateCache
 from qst_tune.modules.peqa_model import PEQAModel
@@ -156,6 +157,17 @@ def _load_backbone(
     sharding = choose_sharding(cfg.backbone_sharding, device, offload=cfg.fsdp_cpu_offload)
     return load_frozen_backbone(
         model, cfg.checkpointer, dtype=dtype, device=device, sharding=sharding
+    )
+
+
+def _load_backbone(
+    model: QSTModel | PEQAModel, cfg: TrainingConfig, dtype: torch.dtype, device: torch.device
+) -> BackboneId:
+    """Fill the backbone, or this process's part of it."""
+    sharding = choose_sharding(cfg.backbone_sharding, device, offload=cfg.fsdp_cpu_offload)
+    twin = None if sharding is None else build_any_on_meta(cfg.model, dtype)
+    return load_frozen_backbone(
+        model, cfg.checkpointer, dtype=dtype, device=device, sharding=sharding, twin=twin
     )
 
 

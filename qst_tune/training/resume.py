@@ -9,9 +9,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
 from torchtune import training, utils
 
+from qst_tune.config.record import recorded
 from qst_tune.config.schema import TrainingConfig
 from qst_tune.data.batches.loader import BatchLoader
 from qst_tune.distributed.processes import rank_and_world_size
@@ -202,10 +202,7 @@ def _check_state(saved: SavedRun) -> None:
 
 
 def _compare(state: dict[str, Any], cfg: TrainingConfig) -> None:
-    before, now = (
-        dict(_flat(config))
-        for config in (state["config"], OmegaConf.to_container(cfg.raw, resolve=True))
-    )
+    before, now = (dict(_flat(config)) for config in (state["config"], recorded(cfg.raw)))
     refused = []
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) == now.get(key) or key == "resume_from_checkpoint":

@@ -16,7 +16,8 @@ from qst_tune import __version__
 from qst_tune.backbone.torchtune_loading import check_architecture
 from qst_tune.config.components import instantiate
 from qst_tune.config.device import choose_device, choose_dtype
-from qst_tune.config.model_directory import fetch_models
+from qst_tune.config.model_directory import changed_texts, fetch_models
+from qst_tune.config.record import recorded, secret_keys
 from qst_tune.config.schedule_check import report_schedule
 from qst_tune.config.schema import TrainingConfig
 from qst_tune.data.batches.schedule import Schedule, schedule_of
@@ -47,6 +48,7 @@ from qst_tune.training.run_log import BEFORE, RunLog
 from qst_tune.training.task import Task
 from qst_tune.training.trainer import Trainer
 
+TORCHTUNE_CONFIG = "torchtune_config.yaml"  # of torchtune's metric loggers
 NO_PROFILER = {"_component_": "torchtune.training.setup_torch_profiler", "enabled": False}
 
 log = utils.get_logger("INFO")
@@ -186,7 +188,7 @@ def _checkpointing(run: Run, schedule: Schedule, data: dict[str, Any]) -> Checkp
         header={
             "format_version": FORMAT_VERSION,
             "versions": {"qst_tune": __version__, "torch": torch.__version__},
-            "config": OmegaConf.to_container(cfg.raw, resolve=True),
+            "config": recorded(cfg.raw),
             "data": data,
             "date": run.date,
             "start": run.start and run.start.digest,
@@ -197,6 +199,20 @@ def _checkpointing(run: Run, schedule: Schedule, data: dict[str, Any]) -> Checkp
     )
 
 
+def _log_config(metric_logger: Any, cfg: TrainingConfig) -> None:
+    """Log the config without secrets; torchtune's loggers also write it into ``output_dir``."""
+    config = {**recorded(cfg.raw), "output_dir": str(cfg.output_dir)}
+    # Some send it resolved to a service: what is of the environment must not look like a reference.
+    shown = changed_texts(config, lambda text: text.replace("${", r"\${"))
+    metric_logger.log_config(OmegaConf.create(shown))
+    file = cfg.output_dir / TORCHTUNE_CONFIG
+    if file.is_file():
+        file.chmod(0o600)
+        file.write_text(OmegaConf.to_yaml(OmegaConf.create(config)), encoding="utf-8")
+    for key in secret_keys(cfg.raw):
+        log.info(f"{key} is not written into {cfg.output_dir}: name it again where it is needed")
+
+
 def _run_log(run: Run) -> RunLog:
     cfg, metric_logger = run.cfg, None
     if run.is_main:
@@ -204,7 +220,7 @@ def _run_log(run: Run) -> RunLog:
         # It prints "Writing logs to", which the config names.
         with redirect_stdout(io.StringIO()) if is_disk else nullcontext():
             metric_logger = instantiate(cfg.metric_logger, "metric_logger")
-        metric_logger.log_config(cfg.raw)
+        _log_config(metric_logger, cfg)
     return RunLog(
         metric_logger,
         directory=cfg.output_dir,

@@ -131,7 +131,7 @@ def test_an_imported_directory_computes_what_the_authors_equations_do(imported, 
     tokens = torch.randint(0, LLAMA["vocab_size"], (2, 9))
     expected = reference.forward(
         reference_backbone(model),
-        qst_convert.export_authors(imported, cfg)[0],
+        qst_convert.export_authors(imported, cfg.model)[0],
         tokens,
         reference_shape(model.layers),
         reference_shape(model.side.blocks),

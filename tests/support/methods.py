@@ -13,9 +13,11 @@ from qst_tune.recipes import peqa_finetune, qst_dpo, qst_finetune
 from safetensors.torch import load_file
 from torchtune.data import Message
 
+from qst_tune.config.schema import TunedModelConfig
 from qst_tune.data import hf_chat_tokenizer
 from qst_tune.results.loading import TunedModel, load_tuned_model
 from tests.support.checkpoints import SIZES, Config, finetune_config, write_jsonl
+from tests.support.configs import typed_config
 from tests.support.recipe_runs import FinetuneResult, merged, one_thread, val_loss
 
 TEMPLATE = "box {text} is"
@@ -44,7 +46,8 @@ class Method:
     def load(self, root: Path, directory: Path | None) -> TunedModel:
         """Load the result in ``directory``, or the base model, as chat and evaluation do."""
         path = "null" if directory is None else directory
-        cfg = merged(self.config(root), f"{self.result}={path}", f"output_dir={root / 'none'}")
+        raw = merged(self.config(root), f"{self.result}={path}", f"output_dir={root / 'none'}")
+        cfg = typed_config(raw, TunedModelConfig)
         return load_tuned_model(cfg, "classes" if self.name == "classifier" else "text")
 
     def tensors(self, directory: Path) -> dict[str, torch.Tensor]:

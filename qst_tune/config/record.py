@@ -1,0 +1,77 @@
+"""A config as the files of a run have it: without secrets and without values of the environment."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+# token, hf_token, api_key, db_password ..., but not the tokens of a tokenizer, as pad_token.
+_SECRET = re.compile(
+    r"(?:.*_)?(?:passwords?|passwd|secrets?|credentials?|api_?key|access_?key|private_?key)"
+    r"|(?:.*(?:auth|access|api|hf|hub|bearer|session)_)?tokens?|keys?",
+    re.IGNORECASE,
+)
+_REFERENCE = re.compile(r"\$\{(\w+(?:\.\w+)*)\}")  # ${key.of.block}, no ${resolver:...}
+
+
+def recorded(raw: DictConfig) -> dict[str, Any]:
+    """Return a plain config for a file of a run.
+
+    References to other keys have their values. Of ``${oc.env:...}``, and whatever another resolver
+    computes, numbers are written; texts stay as they are, for whoever reads the file. A text under
+    a key like ``token``, ``key``, ``password`` or ``secret`` is left out, and references to it
+    stay.
+    """
+    plain = OmegaConf.to_container(raw, resolve=False)
+    found: dict[str, Any] = _record(plain, OmegaConf.to_container(raw, resolve=True), plain)
+    return found
+
+
+def secret_keys(raw: DictConfig) -> list[str]:
+    """Return the dotted keys that :func:`recorded` leaves out."""
+    return list(_secrets(OmegaConf.to_container(raw, resolve=False), ""))
+
+
+def _record(node: Any, value: Any, plain: Any) -> Any:
+    """Record a node, whose resolved value is ``value``, of the config ``plain``."""
+    if isinstance(node, dict):
+        found = {key: _record(item, value[key], plain) for key, item in node.items()}
+        return {key: item for key, item in found.items() if not _is_secret(key, item)}
+    if isinstance(node, list):
+        return [_record(*pair, plain) for pair in zip(node, value, strict=True)]
+    if not isinstance(node, str):
+        return node
+    if not isinstance(value, str | list | dict):
+        return value
+    whole = _REFERENCE.fullmatch(node)
+    if whole:
+        return _follow(whole, value, plain)
+    return _REFERENCE.sub(lambda match: str(_follow(match, "", plain)), node)
+
+
+def _follow(reference: re.Match[str], value: Any, plain: Any) -> Any:
+    """What a reference stands for; the reference itself if that is secret or in a list."""
+    node = plain
+    for part in reference[1].split("."):
+        if not isinstance(node, dict) or part not in node or _is_secret(part, node[part]):
+            return reference[0]
+        node = node[part]
+    return _record(node, value, plain)
+
+
+def _is_secret(key: Any, value: Any) -> bool:
+    is_text = isinstance(value, str) and bool(value) and not value.startswith("${")
+    return is_text and bool(_SECRET.fullmatch(str(key)))
+
+
+def _secrets(node: Any, path: str) -> Iterator[str]:
+    if isinstance(node, list):
+        for index, item in enumerate(node):
+            yield from _secrets(item, f"{path}[{index}]")
+    if isinstance(node, dict):
+        for key, value in node.items():
+            place = f"{path}.{key}" if path else str(key)
+            if _is_secret(key, value):
+                yield place
+            yield from _secrets(value, place)
