@@ -89,7 +89,7 @@ class TrainingConfig(RecipeConfig):
     backbone_sharding: Literal["full", "node"] | None = key(
         "processes share one backbone: all of them, or those of a node", default=None
     )
-    fsdp_cpu_offload: bool = key("hold the shards of the backbone in CPU memory", default=False)
+    fsdp_cpu_offload: bool = key("keep the shards of the backbone in CPU memory", default=False)
     dataset_val: Blocks | None = key(
         "the validation set, with what it leaves open as in dataset; or use val_fraction",
         default=None,

@@ -154,15 +154,6 @@ def load_qst(
 def _load_backbone(
     model: QSTModel | PEQAModel, cfg: TrainingConfig, dtype: torch.dtype, device: torch.device
 ) -> BackboneId:
-    sharding = choose_sharding(cfg.backbone_sharding, device, offload=cfg.fsdp_cpu_offload)
-    return load_frozen_backbone(
-        model, cfg.checkpointer, dtype=dtype, device=device, sharding=sharding
-    )
-
-
-def _load_backbone(
-    model: QSTModel | PEQAModel, cfg: TrainingConfig, dtype: torch.dtype, device: torch.device
-) -> BackboneId:
     """Fill the backbone, or this process's part of it."""
     sharding = choose_sharding(cfg.backbone_sharding, device, offload=cfg.fsdp_cpu_offload)
     twin = None if sharding is None else build_any_on_meta(cfg.model, dtype)
