@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.flex_attention import create_block_mask
 from torchtune import training
 from torchtune.generation import (
     generate,
@@ -21,7 +20,6 @@ from torchtune.modules.common_utils import delete_kv_caches
 from torchtune.modules.peft import disable_adapter, get_adapter_params
 
 from qst_tune.models import qst_decoder
-from qst_tune.modules import nf4_linear, peqa_linear
 from qst_tune.modules.backbone_formats import quantize_linears
 from qst_tune.modules.nf4_linear import NF4Linear
 from qst_tune.modules.qst_decoder import QSTDecoder
@@ -30,26 +28,15 @@ from tests.support.numbers import (
     TINY,
     TINY_REDUCTION,
     random_tokens,
-    randomize_,
     reference_backbone,
     reference_choices,
     reference_shape,
     reference_side,
     tiny_backbone,
 )
+from tests.support.side_networks import FP32, kept_bytes, next_token_loss, our_gradients, tiny_model
 
 VARIANTS = ("default", "paper", "authors")
-# fp32 sums in another order: 1.05e-5 at most, over 8 seeds and every tensor of every variant.
-FP32 = {"rtol": 1e-5, "atol": 2e-5}
-
-
-def tiny_model(*, dtype=torch.float32, tied=False, random=True, sizes=None, **side_arguments):
-    fixed = {"reduction_factor": TINY_REDUCTION, "downsample": "adapter", "rank": 5}
-    arguments = {**fixed, **side_arguments}
-    model = qst_decoder(tiny_backbone(dtype=dtype, tied=tied, **(sizes or {})), **arguments)
-    if random:
-        randomize_(model.side)
-    return model
 
 
 def plain_logits(model, tokens, **kwargs):
@@ -160,15 +147,6 @@ def test_bfloat16_logits_are_as_near_to_the_exact_ones_as_bfloat16_allows(varian
     # Measured over 8 seeds: 0.013 of the logits in norm, at most 1.06 yardsticks; 0.056 at most.
     assert difference.norm() < 1.25 * yardstick.norm()
     torch.testing.assert_close(logits, exact, rtol=0, atol=0.1)
-
-
-def next_token_loss(logits, tokens):
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
-
-
-def our_gradients(model, tokens):
-    next_token_loss(model(tokens), tokens).backward()
-    return {name: p.grad for name, p in model.side.named_parameters()}
 
 
 def reference_gradients(model, tokens, dtype=torch.float32):
@@ -306,21 +284,6 @@ def test_no_gradient_enters_a_backbone_even_if_someone_unfreezes_it():
     assert {name for name in with_grad if not name.startswith("side.")} == {"output.weight"}
 
 
-def kept_bytes(run):
-    """Bytes that autograd keeps for backward while ``run`` builds a graph."""
-    storages = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = run()
-    assert output.requires_grad
-    return sum(storage.nbytes() for storage in storages.values())
-
-
 def gemma_backbone(**sizes):
     """Gemma's heads need not fill D, so that the width of the attention can grow by itself."""
     return gemma(**{**TINY, "num_heads": 4, "num_kv_heads": 1, "head_dim": 16, **sizes})
@@ -396,24 +359,6 @@ def test_dropout_acts_on_what_the_side_network_reads_in_training_and_nowhere_els
     assert not torch.equal(seen["side_hidden.1"], hidden["side_hidden.1"])
     model.eval()
     assert torch.equal(model(tokens), plain(tokens))
-
-
-@pytest.mark.parametrize("hidden_bits", [16, 8])
-def test_recomputing_with_dropout_changes_no_gradient(hidden_bits):
-    """Backward sees the mask of the forward pass, whatever drew numbers in between."""
-    model = tiny_model(dropout=0.5, hidden_bits=hidden_bits, sizes={"attn_dropout": 0.3})
-    tokens = random_tokens()
-    gradients = []
-    for recompute in (False, True):
-        torch.manual_seed(1)
-        model.zero_grad()
-        model.side.recompute = recompute
-        loss = next_token_loss(model(tokens), tokens)
-        torch.rand(100)
-        loss.backward()
-        gradients.append({n: p.grad.clone() for n, p in model.side.named_parameters()})
-    for name, grad in gradients[0].items():
-        assert torch.equal(gradients[1][name], grad), name
 
 
 @pytest.mark.parametrize("side_is_left", [True, False])
@@ -662,98 +607,6 @@ def test_it_builds_and_runs_on_meta():
         model = tiny_model(random=False)
         assert all(p.is_meta for p in model.parameters())
     assert {p.dtype for p in model.side.parameters()} == {torch.float32}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_recomputing_the_side_network_changes_no_gradient(dtype):
-    """The authors' code skips gates and downsamplers when it checkpoints."""
-    model = tiny_model(dtype=dtype, variant="authors")
-    tokens = random_tokens()
-    expected = our_gradients(model, tokens)
-    model.zero_grad()
-    model.side.recompute = True
-    recomputed = our_gradients(model, tokens)
-    for name, grad in expected.items():
-        assert torch.equal(recomputed[name], grad), name
-
-
-def test_recomputing_the_side_network_keeps_less():
-    model = tiny_model()
-    tokens = random_tokens(length=32)
-    everything = kept_bytes(lambda: model(tokens))
-    model.side.recompute = True
-    # What stays: the head's and upsampler's part, and a hidden and a side state of every layer.
-    assert kept_bytes(lambda: model(tokens)) < 0.7 * everything
-
-
-@pytest.mark.parametrize("chunk_tokens", [1, 7, 14, 20, 28])
-@pytest.mark.parametrize("with_mask", [None, "per row", "shared"])
-def test_a_batch_that_goes_through_the_backbone_in_parts_gives_the_same(with_mask, chunk_tokens):
-    """Four rows of 7 tokens, 1 to 4 rows at a time."""
-    model = tiny_model()
-    tokens = random_tokens(batch=4, length=7)
-    extra = {}
-    if with_mask:
-        rows = 4 if with_mask == "per row" else 1
-        eye = torch.eye(7, dtype=torch.bool)
-        extra["mask"] = (torch.rand(rows, 7, 7) < 0.5).tril() | eye
-        extra["input_pos"] = torch.randint(0, TINY["max_seq_len"], (rows, 7))
-    expected = model(tokens, **extra)
-    sizes = []
-    model.layers[1].register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-    model.frozen_chunk_tokens = chunk_tokens
-    torch.testing.assert_close(model(tokens, **extra), expected, **FP32)
-    assert sum(sizes) == 4
-    assert max(sizes) == max(1, chunk_tokens // 7)
-
-
-@pytest.mark.parametrize(
-    ("base_quantization", "module", "name"),
-    [
-        ("nf4", nf4_linear, "dequantize_nf4"),
-        ("int8", peqa_linear, "centred_rows"),
-        ("int4", peqa_linear, "dequantize_affine"),
-    ],
-)
-@torch.no_grad()
-def test_a_weight_is_decoded_once_for_all_parts_of_a_batch(
-    base_quantization, module, name, monkeypatch
-):
-    model = tiny_model(base_quantization=base_quantization)
-    model.side.disabled = True
-    decode, decodings = getattr(module, name), []
-    monkeypatch.setattr(module, name, lambda *args: decodings.append(name) or decode(*args))
-    tokens, num_linears = random_tokens(batch=6, length=40), 7 * TINY["num_layers"]
-    whole = model(tokens)
-    assert len(decodings) == num_linears
-    model.frozen_chunk_tokens = 80  # three parts
-    torch.testing.assert_close(model(tokens), whole, **FP32)
-    assert len(decodings) == 2 * num_linears
-
-
-def test_positions_that_serve_all_rows_are_not_cut_where_there_are_as_many_rows():
-    """``[T]``, of four tokens in four rows; two of which may share a position."""
-    model = tiny_model()
-    tokens, positions = random_tokens(batch=4, length=4), torch.tensor([0, 2, 2, 9])
-    expected = model(tokens, input_pos=positions)
-    model.frozen_chunk_tokens = 4
-    torch.testing.assert_close(model(tokens, input_pos=positions), expected, **FP32)
-
-
-def test_rows_under_a_block_mask_are_never_separated():
-    """flex_attention would mask the second part of the batch like the first, without an error."""
-    model = tiny_model()
-    model.frozen_chunk_tokens = 128
-    mask = create_block_mask(lambda b, h, i, j: i >= j, 4, None, 128, 128, device="cpu")
-    sizes = []
-
-    def layer(x, mask):
-        sizes.append(len(x))
-        return x
-
-    model.backbone._frozen(layer, torch.zeros(4, 128, 8), mask=mask)
-    model.backbone._frozen(layer, torch.zeros(4, 128, 8), mask=None)
-    assert sizes == [4, 1, 1, 1, 1]
 
 
 @pytest.mark.parametrize("recompute", [True, False])
