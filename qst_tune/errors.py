@@ -1,6 +1,7 @@
 """Exceptions for mistakes of the user, and the parts that their messages share."""
 
 import difflib
+import errno
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,3 +67,20 @@ def os_errors(action: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"cannot {action}: {error.strerror or error}") from error
+
+
+def environment_error(error: OSError) -> UserError | None:
+    """Return the line for what a disk or its permissions refuse; None if it may be our defect."""
+    rules = {
+        errno.EACCES: "change its permissions or name another path",
+        errno.EPERM: "change its permissions or name another path",
+        errno.ENAMETOOLONG: "name a shorter path",
+        **dict.fromkeys(
+            (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS),
+            "make room, then resume with resume_from_checkpoint=True",
+        ),
+    }
+    if error.errno not in rules:
+        return None
+    path = f" {str(error.filename)[:200]}" if error.filename else ""
+    return UserError(f"cannot use{path or ' a file'}: {error.strerror}: {rules[error.errno]}")

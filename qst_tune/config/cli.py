@@ -1,6 +1,5 @@
 """The outermost layer of a recipe: read the config, and turn a user's mistake into one line."""
 
-import errno
 import os
 import sys
 import textwrap
@@ -14,7 +13,7 @@ from qst_tune.config.defaults import hide_bars_of_small_files
 from qst_tune.config.file import lines_of, parse_config, split_arguments
 from qst_tune.config.keys import NOUNS, Keys, RecipeConfig, keys_of
 from qst_tune.config.schema import TRAINING_KEYS, TrainingConfig
-from qst_tune.errors import USER_ERROR_STATUS, ConfigError, UserError
+from qst_tune.errors import USER_ERROR_STATUS, ConfigError, UserError, environment_error
 from qst_tune.terminal import hide_routine_lines, print_errors, safe_streams
 
 WIDTH = 96
@@ -22,7 +21,6 @@ _EPILOGUE = """\
 A value follows the config file's key: batch_size=8 tokenizer.max_seq_len=1024. ~key removes a key.
 `tune ls` lists the configs; `tune cp CONFIG FILE` copies one to change. Keys of a training config
 that are not listed are accepted and not read."""
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 TRACEBACK_VARIABLE = "QST_TUNE_TRACEBACK"
 
 
@@ -55,10 +53,11 @@ def _run(recipe_main: Callable[[DictConfig], None]) -> None:
             raise
         print_errors(_with_places(error, sys.argv[1:]))
         sys.exit(USER_ERROR_STATUS)
-    except OSError as error:  # a full disk while logging; checkpoints report their own
-        if error.errno not in _DISK_ERRORS or os.environ.get(TRACEBACK_VARIABLE):
+    except OSError as error:  # a full disk while logging, a file that is closed to this user
+        line = environment_error(error)
+        if line is None or os.environ.get(TRACEBACK_VARIABLE):
             raise
-        print_errors([f"{error}: make room, then resume with resume_from_checkpoint=True"])
+        print_errors([str(line)])
         sys.exit(USER_ERROR_STATUS)
     except KeyboardInterrupt:
         sys.exit(130)

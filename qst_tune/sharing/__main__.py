@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from qst_tune.backbone.hub import local_model
-from qst_tune.errors import USER_ERROR_STATUS, UserError
+from qst_tune.errors import USER_ERROR_STATUS, UserError, environment_error
 from qst_tune.sharing.hub_directory import Publication, base_model_of, make_hub_directory
 from qst_tune.sharing.inspection import inspect_directory, verify_directory
 from qst_tune.sharing.push import push_directory
@@ -29,6 +29,12 @@ def main(arguments: list[str] | None = None) -> None:
             print(_answer(asked))
         except UserError as error:
             print_errors(str(error).splitlines())
+            sys.exit(USER_ERROR_STATUS)
+        except OSError as error:
+            line = environment_error(error)
+            if line is None:
+                raise
+            print_errors([str(line)])
             sys.exit(USER_ERROR_STATUS)
 
 

@@ -84,7 +84,7 @@ def test_full_disk_is_one_line(
         run(fail, file, monkeypatch)
     assert info.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: [Errno 28] No space left on device: '/logs/x': make room")
+    assert line.startswith("error: cannot use /logs/x: No space left on device: make room")
 
 
 def test_interrupt_is_status_130(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
