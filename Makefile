@@ -8,13 +8,15 @@ PYTHON ?= python3
 VENV ?= .venv
 # The exact versions that CI runs. `make CONSTRAINTS=/dev/null test` takes the newest that fit.
 CONSTRAINTS ?= constraints.txt
+# CI sets .ci/requirements.txt: these versions with the hashes of their files, for Python 3.11 on Linux without CUDA.
+LOCK ?=
 ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PACKAGES := qst_tune recipes configs benchmarks
 
-.PHONY: test check lint format wheel quickstart benchmark study clean
+.PHONY: test check lint format wheel quickstart benchmark study lock licences clean
 
 # One worker a core: half of the suite's time is Python starting in `tune run`.
 test: $(STAMP)
@@ -53,10 +55,24 @@ study: $(STAMP)
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
+# From constraints.txt, after a version there has changed.
+lock:
+	$(PYTHON) .ci/lock.py > .ci/requirements.tmp
+	mv .ci/requirements.tmp .ci/requirements.txt
+
+licences: $(STAMP)
+	$(BIN)/python docs/make_licences.py
+
 # setuptools comes first, so that ours is built with the pinned one instead of a newest one in a
 # build environment of its own, which -c does not reach.
-$(STAMP): pyproject.toml setup.py $(CONSTRAINTS)
+$(STAMP): pyproject.toml setup.py $(CONSTRAINTS) $(LOCK)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+ifeq ($(LOCK),)
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) setuptools
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) --no-build-isolation -e '.[dev,quickstart]'
+else
+	$(BIN)/python -m pip install --quiet --require-hashes --no-deps -r $(LOCK)
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip check
+endif
 	touch $@
