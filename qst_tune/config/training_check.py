@@ -103,8 +103,9 @@ def _cache_problems(directory: Path | None) -> Iterator[Problem]:
     if directory is None:
         return
     path = directory.absolute()
-    there = next(place for place in (path, *path.parents) if place.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
+    # Not Path.exists, which raises what lies below a closed directory.
+    there = next(place for place in (path, *path.parents) if os.path.exists(place))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         text = (
             f"hidden_state_cache={directory} cannot be written: {there} is not a writable directory"
         )

@@ -225,7 +225,22 @@ QUESTIONS: dict[str, Any] = {
     "subject that is a number": {**QUESTION, "subject": 3},
     "no question": {"choices": ["a", "b"], "answer": 1},
     "no object": [1],
+    "answer that is a truth value": {**QUESTION, "answer": True},
+    "answer with a fraction": {**QUESTION, "answer": 0.5},
+    "half a character": {**QUESTION, "question": "\ud800"},
     "long question": {**QUESTION, "question": "x " * 2000},
+}
+TOOLS = {
+    "deep": "[" * 100_000,
+    "nothing": "",
+    "a number": "3",
+    "no list": "{}",
+    "list of null": "[null]",
+    "without a name": "[{}]",
+    "name of a number": '[{"type": "function", "function": {"name": 5}}]',
+    "half a character": '[{"type": "function", "function": {"name": "\\ud800"}}]',
+    "not a number": '[{"name": "f", "x": NaN}]',
+    "one key twice": '[{"name": "f", "name": "g"}]',
 }
 
 
@@ -306,6 +321,12 @@ def _requests() -> Iterator[Attack]:
     for setting in ("max_new_tokens=0", "max_new_tokens=-1", "temperature=-1", "temperature=.nan",
                     "top_k=0", "top_k=1e9", "top_p=2", "seed=-1"):  # fmt: skip
         yield Attack(f"generation: {setting}", f"{generate} max_new_tokens=2 {setting}")
+    for name, text in TOOLS.items():
+        yield Attack(
+            f"tools: {name}",
+            f"{generate} tools={{root}}/tools.json",
+            change=write("tools.json", text),
+        )
 
 
 def malformed() -> list[Attack]:
