@@ -4,7 +4,7 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -18,14 +18,9 @@ GIB = 1024**3
 
 @dataclass
 class ActivationCount:
-    """Bytes saved for backward, by the address of each storage, so that none counts twice."""
+    """Bytes saved for backward."""
 
-    storages: dict[int, int] = field(default_factory=dict)
-
-    @property
-    def num_bytes(self) -> int:
-        """Sum over the storages."""
-        return sum(self.storages.values())
+    num_bytes: int = 0
 
 
 @contextmanager
@@ -33,12 +28,13 @@ def count_saved_activations(exclude: nn.Module) -> Iterator[ActivationCount]:
     """Count the distinct bytes that a forward pass saves for backward, without parameters."""
     count = ActivationCount()
     kept: list[torch.Tensor] = []  # alive until the end, so that no address is used twice
-    parameters = {p.untyped_storage().data_ptr() for p in _plain_tensors(exclude)}
+    seen = {p.untyped_storage().data_ptr() for p in _plain_tensors(exclude)}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            count.storages[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            count.num_bytes += storage.nbytes()
             kept.append(tensor.detach())
         return tensor
 

@@ -36,13 +36,9 @@ class SideShape:
 
 
 @dataclass(frozen=True)
-class LayerSizes:
+class LayerSizes(SideShape):
     """Sizes of a backbone layer; where rotary, a side block has heads of even width."""
 
-    embed_dim: int
-    hidden_dim: int
-    num_heads: int
-    num_kv_heads: int
     is_rotary: bool
 
 
