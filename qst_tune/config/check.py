@@ -7,13 +7,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qst_tune.config.components import component_problems
-from qst_tune.config.defaults import fill_in
+from qst_tune.config.defaults import fill_in, hide_bars_of_small_files
 from qst_tune.config.file import variables_in
-from qst_tune.config.keys import ConfigT, Keys, keys_of, typed
+from qst_tune.config.keys import LARGEST, ConfigT, Keys, keys_of, typed
 from qst_tune.config.other_names import other_name_hint
 from qst_tune.config.schema import TRAINING_KEYS, TrainingConfig
 from qst_tune.config.training_check import training_problems
-from qst_tune.errors import ConfigError, Problem, did_you_mean
+from qst_tune.errors import ConfigError, Problem, did_you_mean, first_line
 
 
 def read_config(
@@ -25,15 +25,18 @@ def read_config(
     method does not support, each with the reason and what to do instead.
     """
     keys = keys_of(schema)
-    if "dataset_val" in keys:
-        fill_in(raw)
+    if unresolved(raw) is None:
+        hide_bars_of_small_files(raw)
+        if "dataset_val" in keys:
+            fill_in(raw)
     problems = config_problems(raw, keys)
     if not problems and issubclass(schema, TrainingConfig):  # it takes the values for granted
         problems = [*training_problems(typed(raw, schema))]
+    values: Any = OmegaConf.to_container(raw, resolve=False)
     problems += [
-        Problem(key, f"{key}={raw[key]} {why}")
+        Problem(key, f"{key}={values[key]} {why}")
         for key, why in (refused or {}).items()
-        if raw.get(key)
+        if values.get(key)
     ]
     if problems:
         raise ConfigError(problems)
@@ -59,11 +62,20 @@ def config_problems(raw: DictConfig, keys: Keys) -> list[Problem]:
         for key, rule in keys.items()
         if rule.required and values.get(key) is None
     ]
+    absent = unresolved(raw)
+    if absent is not None:  # values that refer to nothing cannot be checked
+        return [*problems, absent]
+    return [*problems, *component_problems(raw), *_value_problems(raw, keys)]
+
+
+def unresolved(raw: DictConfig) -> Problem | None:
+    """Find a value that refers to nothing or to itself, as in ``${nowhere}``."""
     try:
         OmegaConf.to_container(raw, resolve=True)
-    except OmegaConfBaseException as error:  # values that refer to nothing cannot be checked
-        return [*problems, Problem(str(error.full_key or ""), str(error).splitlines()[0])]
-    return [*problems, *component_problems(raw), *_value_problems(raw, keys)]
+    except OmegaConfBaseException as error:
+        key, reason = str(error.full_key or ""), first_line(error)
+        return Problem(key, reason if key in reason else f"{key}: {reason}")
+    return None
 
 
 def _value_problems(raw: DictConfig, keys: Keys) -> Iterator[Problem]:
@@ -71,4 +83,6 @@ def _value_problems(raw: DictConfig, keys: Keys) -> Iterator[Problem]:
     for name, key in keys.items():
         value = raw.get(name)
         if value is not None and not key.accepts(value):
-            yield Problem(name, f"{name}={value} must be {key.values()}")
+            is_huge = key.kind is int and isinstance(value, int) and abs(value) > LARGEST
+            most = f", at most {LARGEST}" if is_huge else ""
+            yield Problem(name, f"{name}={value} must be {key.values()}{most}")

@@ -9,7 +9,6 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from qst_tune.config.defaults import hide_bars_of_small_files
 from qst_tune.config.file import lines_of, parse_config, split_arguments
 from qst_tune.config.keys import NOUNS, Keys, RecipeConfig, keys_of
 from qst_tune.config.schema import TRAINING_KEYS, TrainingConfig
@@ -46,7 +45,6 @@ def run_recipe(
 def _run(recipe_main: Callable[[DictConfig], None]) -> None:
     try:
         cfg = parse_config(sys.argv[1:])
-        hide_bars_of_small_files(cfg)
         recipe_main(cfg)
     except UserError as error:
         if os.environ.get(TRACEBACK_VARIABLE):

@@ -49,6 +49,8 @@ def choose_device(name: str = AUTO) -> torch.device:
         device: torch.device = utils.get_device(device=name)
     except (AssertionError, AttributeError, RuntimeError, ValueError) as error:  # torch's own
         raise UserError(f"device={name} cannot be used: {first_line(error)}") from error
+    if device.type == "meta":
+        raise UserError(f"device={name} cannot be used: it has no memory; use cpu or cuda")
     # Without a GPU, torchtune 0.6.1 answers "cuda" with the CPU.
     if device.type != torch.device(name).type:
         raise UserError(

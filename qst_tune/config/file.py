@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from qst_tune.config.schema import TRAINING_KEYS
 from qst_tune.errors import UserError, first_line
@@ -68,7 +69,7 @@ def lines_of(path: Path) -> dict[str, int]:
     lines: dict[str, int] = {}
     try:
         root = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except (OSError, RecursionError, UnicodeDecodeError, yaml.YAMLError):
         return {}
     _collect(root, "", lines)
     return lines
@@ -83,6 +84,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         ) from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"config {path} cannot be read: {' '.join(str(error).split())}") from error
+    except RecursionError:
+        raise UserError(f"config {path} cannot be read: it is nested too deep") from None
+    except OmegaConfBaseException as error:  # of a key that is null, a list or a mapping
+        reason = first_line(error)
+        raise UserError(f"config {path} is not a mapping of names to values: {reason}") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError(f"config {path} is not a mapping of names to values")
     return {str(key): value for key, value in content.items()}

@@ -15,6 +15,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from omegaconf import DictConfig, ListConfig
 
+LARGEST = 2**53  # of whole numbers: beyond, tensors and floats no longer count by one
+
 
 @dataclass(frozen=True, kw_only=True)
 class Key:
@@ -52,6 +54,8 @@ class Key:
         if self.kind not in (int, float):
             return isinstance(value, _TYPES[self.kind]) and value != ""
         if isinstance(value, bool) or (self.kind is int and not isinstance(value, int)):
+            return False
+        if self.kind is int and abs(value) > LARGEST:
             return False
         try:
             number = float(value)  # in YAML a number may be quoted

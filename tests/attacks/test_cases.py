@@ -263,9 +263,9 @@ def test_the_card_of_a_shared_directory_runs_no_code_of_its_author(at: Path) -> 
 # Caches.
 
 CACHED = (
-    "tune run qst_finetune --config config.yaml output_dir={root}/{name} epochs=1 "
-    "checkpointer._component_=qst_tune.training.HFCheckpointer ~checkpointer.checkpoint_files "
-    "~checkpointer.output_dir ~checkpointer.model_type checkpointer.cache_dir={root}/bc"
+    "tune run qst_finetune --config auto.yaml output_dir={root}/{name} epochs=1 device=cpu "
+    "checkpoint_dir={root}/model dataset.data_files={root}/train.jsonl tokenizer.max_seq_len=64 "
+    "model.reduction_factor=4 dtype=fp32 checkpointer.cache_dir={root}/bc"
 )
 
 
@@ -275,6 +275,7 @@ def test_damaged_cache_of_the_backbone_is_quantised_again(at: Path) -> None:
         assert answer.status == 0, answer.text
         return (at / name / "side_network/side_network.safetensors").read_bytes()
 
+    copy_auto(at)
     first = run("first")
     files = list((at / "bc").glob("**/*.safetensors"))
     assert files

@@ -1,14 +1,17 @@
 """Mistakes of a config, all of them at once."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
-from qst_tune.config.check import config_problems
+from qst_tune.config.check import config_problems, read_config
 from qst_tune.config.keys import Key
 from qst_tune.config.model_directory import check_checkpoint_dir
-from qst_tune.errors import UserError, did_you_mean
+from qst_tune.config.schema import TrainingConfig
+from qst_tune.errors import ConfigError, UserError, did_you_mean
+from tests.support.checkpoints import finetune_config
 
 KEYS = {"model": Key(kind=dict, meaning="", required=True)}
 MODEL = {"_component_": "torch.nn.Linear", "in_features": 1, "out_features": 1}
@@ -151,3 +154,19 @@ def test_absent_directory(tmp_path: Path) -> None:
     block = OmegaConf.create({"checkpoint_dir": str(tmp_path / "absent")})
     with pytest.raises(UserError, match=r"checkpoint_dir=.*absent does not exist"):
         check_checkpoint_dir(block)
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"seed": "${batch_size}", "batch_size": "${seed}"}, "config: .*: .*[Rr]ecursive"),
+        ({"dtype": "${oc.env:QST_TUNE_NOT_SET}"}, "config: dtype: .*QST_TUNE_NOT_SET"),
+        ({"batch_size": 10**30}, "config: batch_size=10+ must be .* at most 9007199254740992"),
+    ],
+)
+def test_values_that_cannot_be_resolved_or_counted_are_named(
+    settings: dict[str, Any], line: str, tmp_path: Path
+) -> None:
+    raw = OmegaConf.create({**finetune_config(tmp_path), **settings})
+    with pytest.raises(ConfigError, match=line):
+        read_config(raw, TrainingConfig)

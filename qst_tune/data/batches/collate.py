@@ -5,6 +5,8 @@ predict there, the token of t + 1 in the same row, so that no loss has to know w
 Notation: B batch, T tokens.
 """
 
+import inspect
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -50,11 +52,26 @@ def build_collate(limits: ModelLimits, component: str = DEFAULT_COLLATE) -> Coll
     pad_id, ignore_index = limits.pad_id, limits.ignore_index
     padding = {"padding_idx": pad_id, "ignore_idx": ignore_index}
     try:
-        collate = partial(component_of(component), **padding)
+        function = component_of(component)
+        collate = partial(function, **padding)
     except Exception as error:  # importing a user's own module may raise anything
         raise UserError(f"collate_fn={component} cannot be imported") from error
+    if not _takes(function, [{}], **padding):
+        raise UserError(
+            f"collate_fn={component} must take a list of rows, padding_idx and ignore_idx"
+        )
     fill = {"tokens": pad_id, "labels": ignore_index}
     return partial(_collate_and_pad, collate=collate, fill=fill, max_seq_len=limits.max_seq_len)
+
+
+def _takes(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    except ValueError:  # it tells no signature
+        return True
+    return True
 
 
 def _collate_and_pad(
