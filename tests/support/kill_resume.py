@@ -2,8 +2,10 @@
 
 Every other kill comes after a random time, the others in the middle of a write: before a random one
 of the calls that flush or rename a file. Each must end, after one resume, with the same bytes in
-side_network.safetensors and the same losses in summary.json. A run that was over before its kill
-came does not count. Runs are forked from this process after its imports, so that one takes
+side_network.safetensors and the same losses in summary.json. The lock on the output directory and
+both caches, of the quantised backbone and of hidden states, are on, and each run begins with caches
+of its own, so that kills meet them being written. A run that was over before its kill came does not
+count. Runs are forked from this process after its imports, so that one takes
 seconds. The log of 50 kills is in kill_resume.txt beside this file::
 
     OMP_NUM_THREADS=1 nice -n 10 python -m tests.support.kill_resume --kills 50
@@ -23,7 +25,8 @@ from typing import Any
 
 from qst_tune.recipes import qst_finetune
 
-from tests.support.checkpoints import Config, colour_rows, finetune_config, write_jsonl
+from tests.support.checkpoints import SIZES, Config, colour_rows, finetune_config, write_jsonl
+from tests.support.model_types import tiny_model
 from tests.support.recipe_runs import FinetuneResult, merged, one_thread
 
 # Every step and every validation is near a checkpoint, so that many kills meet one being written.
@@ -49,10 +52,25 @@ def config_of(root: Path, variant: str, output_dir: Path, *overrides: str) -> Co
     """The config of one run."""
     config = finetune_config(root) | {"lr_scheduler": {}, "output_dir": str(output_dir)}
     write_jsonl(root / "train.jsonl", colour_rows(24))
+    if not (root / "backbone").exists():
+        tiny_model("smollm3", vocab_size=SIZES["vocab_size"]).save_pretrained(root / "backbone")
     settings = VARIANTS[variant]
     if "~val" in settings:
         config["dataset_val"] = None
     kept = [setting for setting in settings if not setting.startswith("~")]
+    directory = str(root / "backbone")
+    config["model"] = {
+        "_component_": "qst_tune.models.qst_from_hf",
+        "checkpoint_dir": directory,
+        "reduction_factor": 4,
+    }
+    config["tokenizer"]["path"] = str(root / "model")
+    config["checkpointer"] = {
+        "_component_": "qst_tune.training.HFCheckpointer",
+        "checkpoint_dir": directory,
+        "cache_dir": f"{output_dir}.backbone",
+    }
+    config["hidden_state_cache"] = f"{output_dir}.hidden"
     return merged(config, *SETTINGS, *kept, *overrides)
 
 
@@ -89,6 +107,7 @@ def kill_before_write(number: int) -> None:
 
     os.fsync = or_die(os.fsync)
     Path.rename = or_die(Path.rename)  # type: ignore[method-assign]
+    Path.replace = or_die(Path.replace)  # type: ignore[method-assign]  # as the caches do
 
 
 def exit_status(process: int) -> int:
@@ -127,11 +146,13 @@ def kill_and_resume(
         time.sleep(seconds)
         os.kill(process, signal.SIGKILL)
     status = exit_status(process)
+    assert (directory / ".lock").exists() == (status != 0), "held until the end"
     left = sorted(path.name for path in directory.glob("checkpoints/*"))
     left += sorted(path.name for path in directory.glob(".side_network*"))
     resume = config_of(root, variant, directory, "resume_from_checkpoint=True")
     resumed = start(resume, root / "log.txt")
     assert exit_status(resumed) == 0, (root / "log.txt").read_text()[-3000:]
+    assert not (directory / ".lock").exists()
     if status == 0:
         return None
     assert status == -signal.SIGKILL
