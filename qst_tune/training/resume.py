@@ -4,6 +4,7 @@ import hashlib
 import math
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -50,16 +51,8 @@ _MOVABLE = (
     "source",
     "cache_dir",
 )
-# What every state has, and its types.
-_CONTENT: dict[str, type | tuple[type, ...]] = {
-    "config": dict,
-    "data": dict,
-    "seed": int,
-    "progress": dict,
-    "history": dict,
-    "optimizer": dict,
-    "lr_scheduler": (dict, type(None)),
-}
+# What every state has.
+_CONTENT = {"config", "data", "seed", "progress", "history", "optimizer", "lr_scheduler"}
 _ANEW = "restore that, or start again with another output_dir"
 _LARGEST_SEED = 2**32 - 1
 
@@ -73,6 +66,20 @@ class SavedRun:
     step: int
     directory: Path
     state: dict[str, Any]
+
+    @contextmanager
+    def read(self) -> Iterator[dict[str, Any]]:
+        """Yield the state; what it lacks, or has of another type or size, is one UserError."""
+        try:
+            yield self.state
+        except UserError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise UserError(
+                f"cannot resume from {self.directory}: its state does not fit this run ({reason}); "
+                f"{_ANEW}"
+            ) from error
 
 
 def find_saved_run(cfg: TrainingConfig) -> SavedRun | None:
@@ -93,7 +100,8 @@ def find_saved_run(cfg: TrainingConfig) -> SavedRun | None:
     saved = SavedRun(step, store.path(step), unpack_state(store.path(step)))
     _check_state(saved)
     _log(f"resuming from {saved.directory}")
-    _compare(saved.state, cfg)
+    with saved.read() as state:
+        _compare(state, cfg)
     return saved
 
 
@@ -117,7 +125,8 @@ def set_run_date(tokenizer: Any, saved: SavedRun | None) -> str | None:
     if not isinstance(getattr(tokenizer, "date", None), datetime):
         return None
     if saved is not None and saved.state.get("date"):
-        tokenizer.date = datetime.fromisoformat(saved.state["date"])
+        with saved.read() as state:
+            tokenizer.date = datetime.fromisoformat(state["date"])
     return str(tokenizer.date.isoformat())
 
 
@@ -146,14 +155,15 @@ def describe_data(
 
 def check_same_data(saved: SavedRun, description: dict[str, Any]) -> None:
     """Refuse to resume with other data than :func:`describe_data` gave when the run was saved."""
-    before = saved.state["data"]
     cannot = f"cannot resume from {saved.directory}"
     for name in ("training set", "validation set"):
-        count, now = before[name]["number"], description[name]["number"]
-        if count != now:
-            raise UserError(f"{cannot}: its {name} has {count} examples, this run's {now}; {_ANEW}")
-        if before[name]["digest"] != description[name]["digest"]:
-            raise UserError(f"{cannot}: the {name} has changed since it was written; {_ANEW}")
+        with saved.read() as state:
+            before, now = state["data"][name], description[name]
+            if before["number"] != now["number"]:
+                count = f"{before['number']} examples, this run's {now['number']}"
+                raise UserError(f"{cannot}: its {name} has {count}; {_ANEW}")
+            if before["digest"] != now["digest"]:
+                raise UserError(f"{cannot}: the {name} has changed since it was written; {_ANEW}")
 
 
 def check_same_start(saved: SavedRun, start: Start | None) -> None:
@@ -186,17 +196,13 @@ def _check_state(saved: SavedRun) -> None:
         raise UserError(
             f"{cannot}: its format is {version}, this qst_tune reads {FORMAT_VERSION}; {_ANEW}"
         )
-    for name, kind in _CONTENT.items():
-        if name not in state:
-            raise UserError(f"{cannot}: its state has no {name!r}")
-        if not isinstance(state[name], kind) or isinstance(state[name], bool):
-            raise UserError(f"{cannot}: {name} of its state is {str(state[name])[:60]!r}; {_ANEW}")
-    if not 0 <= state["seed"] <= _LARGEST_SEED:
-        raise UserError(f"{cannot}: seed of its state is {state['seed']}; {_ANEW}")
-    try:
+    missing = sorted(_CONTENT - state.keys())
+    if missing:
+        raise UserError(f"{cannot}: its state has no {missing[0]!r}")
+    if type(state["seed"]) is not int or not 0 <= state["seed"] <= _LARGEST_SEED:
+        raise UserError(f"{cannot}: its state has seed={str(state['seed'])[:40]}; {_ANEW}")
+    with saved.read():
         step = Progress.from_dict(state["progress"]).step
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{cannot}: its state has {error}; {_ANEW}") from error
     if step != saved.step:
         raise UserError(f"{cannot}: its state is of step {step}; {_ANEW}")
 

@@ -24,7 +24,6 @@ from qst_tune.data.batches.schedule import Schedule, schedule_of
 from qst_tune.data.batches.survey_report import report_data
 from qst_tune.data.batches.training_data import TrainingData
 from qst_tune.distributed.processes import process_group, rank_and_world_size
-from qst_tune.errors import UserError
 from qst_tune.file_lock import only_process
 from qst_tune.results.output_directory import output_directory
 from qst_tune.results.start import Start, find_start
@@ -159,13 +158,8 @@ def build_trainer(run: Run, method: Method, task: Task, data: TrainingData) -> T
         profiler=profiler,
     )
     if saved is not None:
-        try:
-            trainer.restore(saved.state)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise UserError(
-                f"cannot resume from {saved.directory}: its state does not fit this run ({reason})"
-            ) from error
+        with saved.read() as state:
+            trainer.restore(state)
         trainer.replace_damaged_best()
     return trainer
 

@@ -17,7 +17,6 @@ from qst_tune.modules.memory import GIB, memory_kind, peak_memory_bytes
 from qst_tune.training.task import Task
 
 BEFORE = "quantised base model"
-_HISTORY = ("train_loss", "val_loss", "metrics")
 _TITLES = {"val_loss": "validation loss"}
 
 log = utils.get_logger("INFO")
@@ -67,12 +66,17 @@ class RunSummary:
 
     def history(self) -> dict[str, Any]:
         """Return what accumulates over the steps, to be saved with a checkpoint."""
-        return {name: getattr(self, name) for name in _HISTORY}
+        return {
+            "train_loss": self.train_loss,
+            "val_loss": self.val_loss,
+            "metrics": self.metrics,
+        }
 
     def restore(self, history: dict[str, Any]) -> None:
         """Take :meth:`history` of the steps before a checkpoint back."""
-        for name in _HISTORY:
-            setattr(self, name, history[name])
+        self.train_loss = _by_step(history["train_loss"])
+        self.val_loss = _by_step(history["val_loss"])
+        self.metrics = {name: _by_step(values) for name, values in history["metrics"].items()}
 
     def figure(self, name: str) -> dict[int, float]:
         """Return one figure of validation by step, named as a task names it; perhaps empty."""
@@ -145,6 +149,10 @@ class RunSummary:
         axes.set_ylabel("loss, nats a token")
         axes.legend()
         figure.savefig(path, dpi=120)
+
+
+def _by_step(values: dict[int, float]) -> dict[int, float]:
+    return {int(step): float(value) for step, value in values.items()}
 
 
 class RunLog:

@@ -1,5 +1,6 @@
 """Whether a run may go on from a checkpoint, and what it is told."""
 
+import math
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -186,6 +187,42 @@ def test_state_of_something_else_is_refused(state: Any, message: str, tmp_path: 
         find(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": "7"}, r"its state has seed=7; restore"),
+        ({"seed": -1}, r"its state has seed=-1"),
+        ({"seed": 2**40}, r"its state has seed=1099511627776"),
+        ({"seed": True}, r"its state has seed=True"),
+        ({"progress": {"step": 6}}, r"its state is of step 6"),
+        ({"progress": {"step": -5}}, r"\(ValueError: progress.step=-5\)"),
+        ({"progress": {"step": "5"}}, r"\(ValueError: progress.step='5'\)"),
+        ({"progress": {"step": 5, "num_tokens": 1.5}}, r"progress.num_tokens=1.5"),
+        ({"progress": {"step": 5, "step_seconds": math.nan}}, r"progress.step_seconds=nan"),
+        ({"progress": {"step": 5, "best_step": 9}}, r"progress.best_step=9 of 5 steps"),
+        ({"progress": {"step": 5, "best_step": True}}, r"progress.best_step=True"),
+        ({"progress": 3}, r"its state does not fit this run \(AttributeError"),
+        ({"data": {}}, r"its state does not fit this run \(KeyError: 'processes'\)"),
+        ({"data": []}, r"its state does not fit this run \(TypeError"),
+        ({"config": {}}, r"."),
+        ({"config": 7}, r"."),
+    ],
+)
+def test_forged_state_is_one_line(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    save(tmp_path, {**STATE, **changes})
+    with pytest.raises(UserError, match=message):
+        find(tmp_path)
+
+
+def test_forged_date_and_data_are_one_line(tmp_path: Path) -> None:
+    save(tmp_path, {**STATE, "date": "tomorrow", "data": {"processes": 1, "training set": 7}})
+    saved = find(tmp_path)
+    with pytest.raises(UserError, match=r"does not fit this run .ValueError: Invalid isoformat"):
+        set_run_date(SimpleNamespace(date=datetime(2026, 5, 4)), saved)
+    with pytest.raises(UserError, match=r"does not fit this run .TypeError"):
+        check_same_data(saved, describe_data(loader([1])))
+
+
 class Rows(list):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"tokens": [super().__getitem__(index)], "labels": [0]}
@@ -204,8 +241,10 @@ def test_data_is_told_apart_by_number_and_content(tmp_path: Path) -> None:
     check_same_data(saved, describe_data(loader(list(rows))))
     with pytest.raises(UserError, match="its training set has 100 examples, this run's 101"):
         check_same_data(saved, describe_data(loader([*rows, 7])))
-    with pytest.raises(UserError, match="the training set has changed"):
-        check_same_data(saved, describe_data(loader([7, *rows[1:]])))
+    for changed in (0, 1, 50, 99):
+        others = [*rows[:changed], 700, *rows[changed + 1 :]]
+        with pytest.raises(UserError, match="the training set has changed"):
+            check_same_data(saved, describe_data(loader(others)))
     with pytest.raises(UserError, match="its validation set has 0 examples, this run's 1"):
         check_same_data(saved, describe_data(loader(rows), loader([1])))
 
