@@ -146,7 +146,11 @@ into that model, and works with no other weights than those of the fingerprint
 import qst_tune.transformers
 from transformers import pipeline
 
-chat = pipeline("text-generation", model="{publication.name}")
+chat = pipeline(
+    "text-generation",
+    model="{publication.name}",
+    model_kwargs={{"allow_download": True}},  # of {publication.base_model}
+)
 question = [{{"role": "user", "content": "What can you tell me?"}}]
 print(chat(question, max_new_tokens=40)[0]["generated_text"][-1]["content"])
 ```

@@ -36,19 +36,34 @@ def side_network_directory(name: str, **settings: Any) -> Path:
     return _local(name) or fetch_model(name, files=_SIDE_NETWORK_FILES, **settings)
 
 
-def backbone_directory(name: str, beside: Path, parts: Parts = "weights", **settings: Any) -> Path:
-    """Find the directory of a side network's backbone here, or download it from the Hub.
+def backbone_directory(
+    name: str, beside: Path, parts: Parts = "weights", *, allow_download: bool, **settings: Any
+) -> Path:
+    """Find the directory of a side network's backbone here, or in huggingface_hub's cache.
 
-    A relative name may also start at the side network's directory, ``beside``. ``settings`` are for
-    the download. UserError if it is neither here nor available.
+    A relative name may also start at the side network's directory, ``beside``, which may be
+    anyone's: with ``allow_download`` alone what it names is downloaded. ``settings`` are for that.
+    UserError if the backbone is neither here nor available.
     """
     found = _local(name) or (_local(str(beside / name)) if name else None)
-    if found is None and not is_hub_name(name):
+    if found is not None:
+        return found
+    if not is_hub_name(name):
         raise UserError(
             f"the backbone {name!r} is no directory here and no name on the Hugging Face Hub; name "
             "its directory with backbone=<DIR>, or give the model itself"
         )
-    return found or fetch_model(name, parts, **settings)
+    if allow_download:
+        return fetch_model(name, parts, **settings)
+    try:
+        return fetch_model(name, parts, **{**settings, "local_files_only": True})
+    except UserError as error:
+        repo, _, revision = name.partition("@")
+        command = f"hf download {repo}" + (f" --revision {revision}" if revision else "")
+        raise UserError(
+            f"{beside} names the backbone {name}, which is not in the cache of huggingface_hub: "
+            f"pass allow_download=True or backbone={name!r} to download it, or run {command}"
+        ) from error
 
 
 def _local(name: str) -> Path | None:

@@ -91,6 +91,7 @@ class QSTPreTrainedModel(PreTrainedModel):
         backbone: str | PreTrainedModel | None = None,
         dtype: torch.dtype | str | None = None,
         device_map: Any = None,
+        allow_download: bool = False,
         **settings: Any,
     ) -> Any:
         """Load a side network, by its directory or name on the hub, with its backbone.
@@ -98,7 +99,8 @@ class QSTPreTrainedModel(PreTrainedModel):
         ``backbone`` is the backbone's directory or name on the hub, in place of the one in the
         configuration, or the loaded model itself. ``dtype`` is of what is not quantised; None and
         "auto" are the configuration's, else bfloat16. ``device_map`` is one device for all, or
-        "auto"; None is the CPU. ``settings`` say how to fetch what is not here: ``token``,
+        "auto"; None is the CPU. A backbone that only the directory names is downloaded with
+        ``allow_download`` alone. ``settings`` say how to fetch what is not here: ``token``,
         ``cache_dir``, ``revision`` of the side network and the like. UserError if an argument has
         no meaning for a side network, a directory is not to be had, or the two do not belong
         together.
@@ -120,7 +122,8 @@ class QSTPreTrainedModel(PreTrainedModel):
             generation = copy.deepcopy(getattr(backbone, "generation_config", None))
         else:
             fetching.pop("revision", None)
-            home = backbone_directory(backbone or config.backbone, directory, **fetching)
+            name, may = backbone or config.backbone, allow_download or backbone is not None
+            home = backbone_directory(name, directory, allow_download=may, **fetching)
             decoder = load_directory(
                 directory,
                 home,

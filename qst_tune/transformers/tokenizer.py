@@ -21,16 +21,20 @@ class BackboneTokenizer:
         """Load the tokenizer of a side network's backbone, with transformers' own arguments.
 
         ``backbone`` is the backbone's directory, if it is not where the side network's
-        ``config.json`` says.
+        ``config.json`` says; what that names is downloaded with ``allow_download`` alone.
         """
         # What AutoTokenizer found out about this directory is not true of the backbone's.
-        own = ("backbone", "config", "revision", "subfolder")
+        own = ("backbone", "config", "revision", "subfolder", "allow_download")
         public = {k: v for k, v in settings.items() if not k.startswith("_") and k not in own}
         fetching = {k: v for k, v in settings.items() if k in FETCHING and v is not None}
         home = side_network_directory(str(directory), **fetching)
         fetching.pop("revision", None)
-        backbone = settings.get("backbone") or QSTConfig.from_pretrained(home).backbone
-        of_backbone = backbone_directory(backbone, home, "tokenizer", **fetching)
+        given = settings.get("backbone")
+        backbone = given or QSTConfig.from_pretrained(home).backbone
+        may = bool(given or settings.get("allow_download"))
+        of_backbone = backbone_directory(
+            backbone, home, "tokenizer", allow_download=may, **fetching
+        )
         tokenizer = AutoTokenizer.from_pretrained(of_backbone, *args, **public)
         tuned = tuned_template(home, of_backbone)
         if tuned is not None and tuned.source is not None:

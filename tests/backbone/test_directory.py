@@ -130,6 +130,9 @@ def test_a_file_that_was_cut_off_is_found_without_reading_it(tmp_path: Path) -> 
         ([], "is not an index of shards"),
         ({"weight_map": {"a": "../x.safetensors"}}, "names '../x.safetensors', which is no file"),
         ({"weight_map": {"a": 3}}, "names 3, which is no file"),
+        ({"weight_map": {"a": "/etc/x.safetensors"}}, "names '/etc/x.safetensors', which is no"),
+        ({"weight_map": {"a": "in/../../x.bin"}}, "names 'in/../../x.bin', which is no file"),
+        ({"weight_map": {"a": ""}}, "names '', which is no file"),
     ],
 )
 def test_a_broken_index_is_named(content, message: str, tmp_path: Path) -> None:

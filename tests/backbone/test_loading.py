@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from qst_tune.backbone.identity import Fingerprint, fingerprint_files
 from qst_tune.backbone.loading import backbone_on_meta, load_backbone
 from qst_tune.backbone.transformers import TransformersBackbone
 from qst_tune.errors import UserError
@@ -190,3 +191,40 @@ def test_loading_takes_no_more_than_the_result_one_shard_and_a_fifth() -> None:
     peak, weights = map(int, output.stdout.split()[-2:])
     shard = (directory / "model.safetensors").stat().st_size
     assert peak < 1.2 * (weights + shard)
+
+
+def with_nan(weight: torch.Tensor) -> torch.Tensor:
+    weight.view(-1)[5] = torch.nan
+    return weight
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (with_nan, "has 1 of .* values that are not finite"),
+        (lambda w: w.to(torch.int8), "is torch.int8, where floating-point numbers are expected"),
+    ],
+)
+def test_integers_and_values_that_are_not_finite_are_named(
+    name: str, change: Any, message: str, directory: Path
+) -> None:
+    edit(directory, lambda weights: weights.update({name: change(weights[name])}))
+    with pytest.raises(UserError, match=rf"the backbone's weight {name} {message}"):
+        load(directory)
+
+
+def test_the_fingerprint_is_that_of_the_files_also_of_what_the_model_does_not_read(
+    directory: Path,
+) -> None:
+    path = directory / "model.safetensors"
+
+    def fingerprint() -> Fingerprint:
+        backbone = backbone_on_meta(directory)
+        backbone.quantize("nf4", "none")
+        return load_backbone(backbone, directory, dtype=torch.float32, device=CPU)
+
+    before = fingerprint()
+    assert before == fingerprint_files([path])
+    edit(directory, lambda weights: weights.update({"not.used": torch.ones(3)}))
+    assert before != fingerprint() == fingerprint_files([path])

@@ -240,6 +240,23 @@ def test_layer_too_many_is_refused(tmp_path: Path) -> None:
         load(tmp_path / "model", weights | extra)
 
 
+def test_integers_and_values_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    weights = random_weights()
+    weights["model.norm.weight"] = weights["model.norm.weight"].to(torch.int32)
+    with pytest.raises(UserError, match=r"weight norm\.scale is torch\.int32, where floating"):
+        load(tmp_path / "integers", weights)
+    weights = random_weights()
+    weights["model.layers.1.mlp.up_proj.weight"].view(-1)[7] = torch.nan
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.w3\.weight has 1 of .* not finite"):
+        load(tmp_path / "nan", weights)
+
+
+def test_one_bit_of_one_value_is_another_fingerprint(tmp_path: Path) -> None:
+    other = random_weights()
+    other[A_WEIGHT].view(torch.int32).view(-1)[1234] ^= 1
+    assert load(tmp_path / "a")[1].full != load(tmp_path / "b", other)[1].full
+
+
 def test_wrong_shape_names_both_shapes(tmp_path: Path) -> None:
     weights = random_weights()
     weights["model.norm.weight"] = torch.ones(32)

@@ -144,10 +144,37 @@ def test_checkpoint_directory_and_files(tmp_path: Path) -> None:
         check_checkpoint_dir(block)
 
 
-def test_files_given_by_a_pattern_are_the_checkpointers_business(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["../other.safetensors"],
+        ["/etc/hostname"],
+        ["in/../../other.safetensors"],
+        [""],
+        {"filename_format": "../{}-of-{}.safetensors", "max_filename": "1"},
+    ],
+)
+def test_files_of_a_checkpoint_do_not_leave_its_directory(files, tmp_path: Path) -> None:
+    """A config may be of a directory that someone else made."""
+    directory = tmp_path / "model"
+    directory.mkdir()
+    for name in ("other.safetensors", "1-of-1.safetensors"):
+        (tmp_path / name).touch()
+    block = OmegaConf.create({"checkpoint_dir": str(directory), "checkpoint_files": files})
+    with pytest.raises(UserError, match=r"checkpoint_files names .*, which is no file of"):
+        check_checkpoint_dir(block)
+
+
+def test_files_given_by_a_pattern_must_be_there_too(tmp_path: Path) -> None:
     pattern = {"filename_format": "model-{}-of-{}.safetensors", "max_filename": "00002"}
     block = OmegaConf.create({"checkpoint_dir": str(tmp_path), "checkpoint_files": pattern})
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    with pytest.raises(UserError, match=r"model-00002-of-00002.safetensors is not in"):
+        check_checkpoint_dir(block)
+    (tmp_path / "model-00002-of-00002.safetensors").touch()
     assert check_checkpoint_dir(block) == tmp_path
+    block.checkpoint_files = {"filename_format": "no placeholder", "max_filename": "1"}
+    assert check_checkpoint_dir(block) == tmp_path  # the checkpointer refuses it
 
 
 def test_absent_directory(tmp_path: Path) -> None:

@@ -309,6 +309,18 @@ def test_other_backbone_is_refused_and_both_are_named(saved: Path) -> None:
         load_tuned(saved, side_network(), backbone=other)
 
 
+def test_fingerprint_of_0_1_is_accepted_as_the_weaker_check(
+    saved: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    load_tuned(saved, side_network(), backbone=BACKBONE)
+    assert caplog.text == ""
+    now = replace(BACKBONE, fingerprint="ee" * 32, sampled=BACKBONE.fingerprint)
+    load_tuned(saved, side_network(), backbone=now)
+    assert "64 values of each weight" in caplog.text
+    with pytest.raises(UserError, match="was trained on another backbone"):
+        load_tuned(saved, side_network(), backbone=replace(now, sampled="ff" * 32))
+
+
 def test_other_quantisation_is_refused(saved: Path) -> None:
     other = replace(BACKBONE, quantization="none")
     with pytest.raises(UserError, match="quantization 'nf4' there, 'none' here"):
