@@ -17,7 +17,7 @@ def read_json(path: Path, *, optional: bool = False) -> dict[str, Any]:
         raise UserError(
             f"{path} cannot be read: {error.strerror}; copy or download it again"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}; copy or download it again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is not valid JSON: it has a {type(content).__name__}, no object")

@@ -17,7 +17,7 @@ def test_an_object_is_read_and_an_optional_file_may_be_absent(tmp_path: Path) ->
         read_json(tmp_path / "none.json")
 
 
-@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff"])
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff", b"[" * 100_000])
 def test_another_content_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(content)
     for optional in (False, True):
