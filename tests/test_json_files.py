@@ -17,9 +17,16 @@ def test_an_object_is_read_and_an_optional_file_may_be_absent(tmp_path: Path) ->
         read_json(tmp_path / "none.json")
 
 
-@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff", b'{"a": ' + b"[" * 10**5])
 def test_another_content_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(content)
     for optional in (False, True):
         with pytest.raises(UserError, match=r"a\.json is not valid JSON: "):
             read_json(tmp_path / "a.json", optional=optional)
+
+
+def test_a_huge_file_is_not_read_whole(tmp_path: Path) -> None:
+    with (tmp_path / "a.json").open("wb") as file:
+        file.truncate(2**36)  # sparse
+    with pytest.raises(UserError, match="is not valid JSON: more than 64 MiB"):
+        read_json(tmp_path / "a.json")
