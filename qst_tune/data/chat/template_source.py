@@ -3,10 +3,12 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torchtune import utils
 
 from qst_tune.data.chat.template import ChatTemplate, find_turn_end
+from qst_tune.data.values import kind_of
 from qst_tune.errors import UserError, did_you_mean
 
 log = utils.get_logger("INFO")
@@ -40,7 +42,7 @@ def given_template(
 
 
 def directory_template(
-    found: str | Mapping[str, str] | None, special_tokens: Mapping[str, str], directory: Path
+    found: Any, special_tokens: Mapping[str, str], directory: Path
 ) -> ChatTemplate | None:
     """Build a directory's own template, and that for tools if it has several, by their names.
 
@@ -49,6 +51,9 @@ def directory_template(
     if not found:
         return None
     templates = {"default": found} if isinstance(found, str) else found
+    texts = [*templates, *templates.values()] if isinstance(templates, dict) else [None]
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{directory}: chat_template is {kind_of(found)}: it must be text")
     if "default" not in templates:
         raise UserError(
             f"{directory} has the chat templates {', '.join(sorted(templates))} and none called "

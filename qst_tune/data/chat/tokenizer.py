@@ -100,10 +100,18 @@ class HFChatTokenizer(ModelTokenizer, Transform):
         ``add_bos`` begins as the tokenizer's post-processor does: Llama's and Gemma's put
         ``bos_id`` there, those of SmolLM2 and Qwen nothing. ``add_eos`` appends ``eos_id``.
         """
-        ids = list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        ids = list(self._encoding(text).ids)
         if add_bos:
             ids = [*self._first_ids, *ids]
         return [*ids, self.eos_id] if add_eos else ids
+
+    def _encoding(self, text: str) -> Any:
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False)
+        except TypeError as error:
+            raise UserError(
+                "the text has half a character (a lone surrogate): delete it"
+            ) from error
 
     @cached_property
     def _first_ids(self) -> list[int]:
@@ -159,11 +167,11 @@ class HFChatTokenizer(ModelTokenizer, Transform):
             raise UserError(f"learnt has {len(learnt)} values for {len(checked)} messages")
         if not add_end_tokens:
             text = _render_for_generation(template, checked, tools)
-            tokens = self._tokenizer.encode(text, add_special_tokens=False).ids
+            tokens = self._encoding(text).ids
             return self._truncate(list(tokens), [True] * len(tokens), add_end_tokens)
         text = template.render(checked, tools=tools)
         chat = RenderedChat(template, checked, tools, text, self._turn_end)
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        encoding = self._encoding(text)
         mask = _mask(encoding.offsets, find_learnt_spans(chat, learnt))
         return self._truncate(list(encoding.ids), mask, add_end_tokens)
 

@@ -9,6 +9,7 @@ from torchtune import utils
 from qst_tune.data.chat.template import special_pattern
 from qst_tune.data.chat.template_source import directory_template, given_template
 from qst_tune.data.chat.tokenizer import HFChatTokenizer, special_ids
+from qst_tune.data.values import quoted
 from qst_tune.errors import UserError
 from qst_tune.json_files import read_json
 
@@ -55,7 +56,7 @@ def hf_chat_tokenizer(
     directory = Path(path)
     if not directory.is_dir():
         raise UserError(f"tokenizer: {directory} does not exist; download the model first")
-    eos = read_json(directory / "generation_config.json", optional=True).get("eos_token_id")
+    stop_tokens = _stop_tokens(directory / "generation_config.json")
     loaded = _load(directory)
     tokenizer: Tokenizer = loaded.backend_tokenizer
     # The file may carry the settings of whoever saved it; they would cut or pad every text.
@@ -73,9 +74,17 @@ def hf_chat_tokenizer(
         special_tokens,
         template,
         max_seq_len=max_seq_len,
-        extra_stop_tokens=eos if isinstance(eos, list) else [] if eos is None else [eos],
+        extra_stop_tokens=stop_tokens,
         pad_token=pad_token,
     )
+
+
+def _stop_tokens(path: Path) -> list[int]:
+    eos = read_json(path, optional=True).get("eos_token_id")
+    tokens = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if any(type(token) is not int or token < 0 for token in tokens):
+        raise UserError(f"{path}: eos_token_id is {quoted(eos)}: it must be a token id, or a list")
+    return tokens
 
 
 def _load(directory: Path) -> Any:
@@ -95,7 +104,10 @@ def _load(directory: Path) -> Any:
             loaded = AutoTokenizer.from_pretrained(
                 directory, local_files_only=True, trust_remote_code=False
             )
-    except Exception as error:  # of many kinds: files absent or damaged, libraries not installed
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    # Files absent or damaged, libraries not installed; a panic of tokenizers is no Exception.
+    except BaseException as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"tokenizer: {directory} has no tokenizer.json that can be used as it is, and "

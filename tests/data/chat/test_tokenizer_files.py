@@ -243,3 +243,60 @@ def test_tokens_of_a_template_beside_tokenizer_json_are_one_id_each(tmp_path: Pa
     tokens, _ = ours.tokenize_conversation(messages)
     assert tokens == theirs.apply_chat_template(messages, return_dict=False)
     assert ours.stop_tokens == [ours.eos_id, vocabulary_size(directory) + 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "generation_config",
+            {"eos_token_id": {}},
+            "json: eos_token_id is {}: it",
+        ),
+        (
+            "generation_config",
+            {"eos_token_id": [2, "a"]},
+            r"eos_token_id is \[2, 'a'\]: it",
+        ),
+        (
+            "generation_config",
+            {"eos_token_id": True},
+            "eos_token_id is True: it must",
+        ),
+        (
+            "tokenizer_config",
+            {"chat_template": 3},
+            r"template is a number \(3\): it",
+        ),
+        ("tokenizer_config", {"chat_template": {"default": 1}}, "chat_template is a dict"),
+        ("tokenizer", {"model": {"type": "BPE", "vocab": {}, "merges": []}}, "no other vocabulary"),
+    ],
+)
+def test_values_of_another_type_are_named(
+    tmp_path: Path, name: str, content: dict[str, Any], message: str
+) -> None:
+    directory = with_files(build_directory(tmp_path / "m"), **{name: content})
+    with pytest.raises(UserError, match=message):
+        hf_chat_tokenizer(str(directory))
+
+
+def test_a_panic_of_the_tokenizer_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class PanicException(BaseException):  # as pyo3's, which is no Exception
+        pass
+
+    def panic(*_: object, **__: object) -> None:
+        raise PanicException("slice index starts at 2")
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.from_pretrained", panic)
+    with pytest.raises(UserError, match=r"cannot load its tokenizer \(slice index starts at 2\)"):
+        hf_chat_tokenizer(str(build_directory(tmp_path / "m")))
+
+
+def test_half_a_character_in_a_conversation_is_one_line(tmp_path: Path) -> None:
+    tokenizer = hf_chat_tokenizer(str(build_directory(tmp_path / "m")))
+    with pytest.raises(UserError, match="half a character"):
+        tokenizer.tokenize_conversation([{"role": "user", "content": "a \ud800"}])
+    with pytest.raises(UserError, match="half a character"):
+        tokenizer.encode("\udfff")
