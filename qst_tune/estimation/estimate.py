@@ -119,19 +119,12 @@ def largest_batch(
     fixed_bytes: int = 0,
     step: int = 1,
 ) -> int:
-    """Find the largest batch size; memory is nearly affine in it, so few trials are needed.
+    """Find the largest number of rows within a limit; 0 if not even one fits.
 
-    One more row never takes less memory.
-
-    Args:
-        peak_bytes (Callable[[int], int]): peak of a step with a given number of rows.
-        limit_bytes (float): the highest peak that is allowed.
-        start (int): a batch size to begin with.
-        fixed_bytes (int): about what no row adds to, such as the weights.
-        step (int): its multiples are tried first, for a ``peak_bytes`` that is quick for them.
-
-    Returns:
-        int: rows, the same as of trying every batch size; 0 if not even one fits.
+    It is the same as of trying every batch size, since one more row never takes less memory; which
+    is nearly affine in their number, so few trials are needed. ``peak_bytes`` is of a step with so
+    many rows, ``start`` a batch size to begin with, ``fixed_bytes`` about what no row adds to, and
+    multiples of ``step``, for which ``peak_bytes`` is quick, are tried first.
     """
     peak = cache(peak_bytes)
 

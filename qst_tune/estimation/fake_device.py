@@ -107,17 +107,10 @@ def device_kernels(
     """Run what a device would run in place of a few functions of torch, for the block.
 
     The functions are replaced and not caught by a TorchFunctionMode, since that is off while
-    autograd runs, and so for everything that is recomputed in backward.
-
-    Args:
-        device (DeviceType): the device to imitate.
-        attention (Attention): "fused" is torch's own choice of a kernel that never holds the
-            ``[B, heads, T, T]`` scores; "plain" computes softmax(q k / sqrt(d) + mask) v one
-            operation after the other and saves the softmax, in the dtype of q.
-        repeat (Callable[[int], None]): gets how many experts of a mixture the next one represents.
-
-    Yields:
-        None: nothing.
+    autograd runs, and so for everything that is recomputed in backward. Attention is "fused", as
+    torch chooses a kernel that never holds the ``[B, heads, T, T]`` scores, or "plain": softmax(q k
+    / sqrt(d) + mask) v one operation after the other, which saves the softmax in the dtype of q.
+    ``repeat`` gets how many experts of a mixture the next one represents.
     """
     instead: dict[str, Callable[..., torch.Tensor]] = {}
     if device == "cuda":
@@ -141,10 +134,9 @@ def device_kernels(
 def first_and_last_parts(*modules: ModuleType) -> Iterator[None]:
     """Run of each loop over parts in these modules only the first two parts and the last one.
 
-    Such a loop is over ``range(start, stop, step)``.
-
-    The parts between have the size of the second, and what they allocate they release: they take
-    time and change no peak, but what they compute is missing in the number of operations.
+    Such a loop is over ``range(start, stop, step)``. The parts between have the size of the second,
+    and what they allocate they release: they take time and change no peak, but what they compute is
+    missing in the number of operations.
     """
     with ExitStack() as stack:
         for module in modules:
@@ -164,10 +156,8 @@ class UnknownValues(TorchFunctionMode):
 
     Boolean indexing keeps everything, a tensor is true, and a number read from one is 1. In a
     mixture of experts as transformers writes it, every expert is hit, and all by as many tokens: so
-    without gradient the loop over them runs for the first two and the last.
-
-    Args:
-        repeat (Callable[[int], None]): gets how many experts the next one represents.
+    without gradient the loop over them runs for the first two and the last, and ``repeat`` gets how
+    many experts the next one represents.
     """
 
     def __init__(self, repeat: Callable[[int], None]) -> None:

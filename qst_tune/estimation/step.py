@@ -57,22 +57,15 @@ class Shape:
 class Setup:
     """What one training step needs, on the meta device.
 
-    Args:
-        title (str): name of the method, for people.
-        model (Any): built, connected to the loss.
-        task (Any): a ``Task`` with a ``loss_function``.
-        trainable (Callable[[], Any]): the optimizer's parameters or groups, once the model has
-            its final tensors.
-        dtype (torch.dtype): of what is not quantised.
-        attention (Attention | None): overrides the one asked for.
+    ``trainable``: the optimizer's parameters or groups, once the model has its final tensors.
     """
 
-    title: str
-    model: Any
-    task: Any
+    title: str  # name of the method, for people
+    model: Any  # built, connected to the loss
+    task: Any  # a ``Task`` with a ``loss_function``
     trainable: Callable[[], Any]
-    dtype: torch.dtype
-    attention: Attention | None = None
+    dtype: torch.dtype  # of what is not quantised
+    attention: Attention | None = None  # overrides the one asked for
 
     def part_rows(self, seq_len: int) -> int:
         """Rows of a batch that run through the whole model before the next ones do."""
@@ -167,17 +160,11 @@ CUDA_GRANULARITY = 512  # bytes, of torch's caching allocator
 
 @dataclass(frozen=True)
 class StepCost:
-    """What one training step takes.
+    """What one training step takes."""
 
-    Args:
-        memory (PeakMemory): peak in the steady state, when the optimizer has its states.
-        flops_per_token (float): forward and backward, recomputation included.
-        trainable_parameters (int): number of them.
-    """
-
-    memory: PeakMemory
-    flops_per_token: float
-    trainable_parameters: int
+    memory: PeakMemory  # peak in the steady state, when the optimizer has its states
+    flops_per_token: float  # forward and backward, recomputation included
+    trainable_parameters: int  # number of them
 
 
 def trace_step(

@@ -64,20 +64,15 @@ class _Storage:
 class PeakMemory:
     """The moment at which most memory was allocated.
 
-    Args:
-        num_bytes (int): all of it.
-        parts (dict[str, int]): the same bytes by :data:`PARTS`.
-        phase (str): when it was.
-        saved_bytes (int): activations alive at the end of the forward pass, whether or not that is
-            the peak; without what the loss saves.
-        start_bytes (int): allocated before the step: weights, optimizer states, inputs.
+    ``saved_bytes`` are activations alive at the end of the forward pass, whether or not that is the
+    peak, without what the loss saves.
     """
 
-    num_bytes: int
-    parts: dict[str, int]
-    phase: str
+    num_bytes: int  # all of it
+    parts: dict[str, int]  # the same bytes by :data:`PARTS`
+    phase: str  # when it was
     saved_bytes: int
-    start_bytes: int
+    start_bytes: int  # allocated before the step: weights, optimizer states, inputs
 
 
 @dataclass(frozen=True)
@@ -105,12 +100,10 @@ class StorageTracker(TorchDispatchMode):
     count as alive. Memory that a kernel takes and returns within one operation is only seen where
     ``workspace`` names it.
 
-    It works on real, fake and meta tensors alike. :meth:`register` adds what exists already.
-
-    Args:
-        granularity (int): sizes are rounded up to a multiple of it; CUDA's allocator has 512 bytes.
-        workspace (Mapping[Any, Callable[..., int]] | None): bytes that an operation (``aten.x``)
-            takes in addition to its results, as a function of its arguments.
+    It works on real, fake and meta tensors alike. :meth:`register` adds what exists already. Sizes
+    are rounded up to a multiple of ``granularity``, of which CUDA's allocator has 512 bytes.
+    ``workspace`` has the bytes that an operation (``aten.x``) takes besides its results, as a
+    function of its arguments.
     """
 
     def __init__(

@@ -125,21 +125,13 @@ class CheckpointStore:
 
 @dataclass(frozen=True)
 class Checkpointing:
-    """When a run is saved, which checkpoints are kept, and which one the user gets in the end.
+    """When a run is saved, which checkpoints are kept, and which one the user gets in the end."""
 
-    Args:
-        store (CheckpointStore): where they are.
-        header (dict[str, Any]): what every checkpoint records of the run: config, data, versions.
-        steps_per_epoch (int): each epoch ends with a checkpoint.
-        every (int | None): steps between further ones.
-        keep (int | None): how many of the newest are kept besides the best; None keeps all.
-    """
-
-    store: CheckpointStore
-    header: dict[str, Any]
-    steps_per_epoch: int
-    every: int | None = None
-    keep: int | None = None
+    store: CheckpointStore  # where they are
+    header: dict[str, Any]  # what every checkpoint records of the run: config, data, versions
+    steps_per_epoch: int  # each epoch ends with a checkpoint
+    every: int | None = None  # steps between further ones
+    keep: int | None = None  # how many of the newest are kept besides the best; None keeps all
 
     def is_due(self, step: int) -> bool:
         """Whether a step is saved in any case: an epoch's last, and every ``every``-th."""

@@ -21,15 +21,12 @@ from qst_tune.training.task import visit
 class ClassificationTask:
     """Loss and metrics of one label a row; see :class:`~qst_tune.training.task.Task`.
 
-    Args:
-        loss_function (Any): mean over rows: of logits ``[B, C]`` and int64 labels ``[B]``, or of
-            scores ``[B]`` and fp32 labels.
-        metrics (Sequence[str]): names in ``METRICS``, the most telling first.
-        device (torch.device): the model's.
+    ``loss_function`` is a mean over rows: of logits ``[B, C]`` and int64 labels ``[B]``, or of
+    scores ``[B]`` and fp32 labels.
     """
 
     loss_function: Any
-    metrics: Sequence[str]
+    metrics: Sequence[str]  # names in METRICS, the most telling first
     device: torch.device
 
     higher_is_better: ClassVar[bool] = True

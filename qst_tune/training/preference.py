@@ -46,10 +46,8 @@ class PreferenceTask:
     Source: DPO (https://arxiv.org/abs/2305.18290). The loss is torchtune's; any of
     ``torchtune.rlhf.loss`` that takes the four log probabilities will do.
 
-    Args:
-        loss_function (Any): from log probabilities ``[B]`` of the policy (chosen, rejected) and of
-            the reference (chosen, rejected) to losses and two rewards, ``[B]`` each.
-        device (torch.device): the model's.
+    ``loss_function`` turns log probabilities ``[B]`` of the policy (chosen, rejected) and of the
+    reference (chosen, rejected) into losses and two rewards, ``[B]`` each.
     """
 
     loss_function: Any

@@ -18,28 +18,17 @@ class Progress:
 
     Random numbers and the position in the data are not among them: both are functions of the seed
     and the step (:func:`seed_step`, ``batches.py``).
-
-    Args:
-        step (int): optimizer steps done.
-        num_tokens (int): tokens seen by this process, padding included.
-        step_seconds (float): time spent in steps.
-        skipped_steps (int): steps whose gradients were not finite.
-        empty_steps (int): steps in which no row had a label.
-        best_step (int | None): with the best validation so far; step 0 is not counted.
-        best_value (float | None): the figure of that validation.
-        validations_since_best (int): how often a validation has not been the best since.
-        validated_step (int | None): of the last validation.
     """
 
-    step: int = 0
-    num_tokens: int = 0
-    step_seconds: float = 0.0
-    skipped_steps: int = 0
-    empty_steps: int = 0
-    best_step: int | None = None
-    best_value: float | None = None
-    validations_since_best: int = 0
-    validated_step: int | None = None
+    step: int = 0  # optimizer steps done
+    num_tokens: int = 0  # tokens seen by this process, padding included
+    step_seconds: float = 0.0  # time spent in steps
+    skipped_steps: int = 0  # steps whose gradients were not finite
+    empty_steps: int = 0  # steps in which no row had a label
+    best_step: int | None = None  # with the best validation so far; step 0 is not counted
+    best_value: float | None = None  # the figure of that validation
+    validations_since_best: int = 0  # how often a validation has not been the best since
+    validated_step: int | None = None  # of the last validation
 
     def record(self, value: float, *, higher_is_better: bool) -> bool:
         """Record the figure of a validation; returns whether it is the best so far."""

@@ -55,27 +55,16 @@ log = utils.get_logger("INFO")
 
 @dataclass(frozen=True)
 class Run:
-    """A run that has begun.
+    """A run that has begun."""
 
-    Args:
-        cfg (TrainingConfig): its model is on this machine.
-        device (torch.device): of this process.
-        dtype (torch.dtype): of what is neither quantized nor trainable.
-        seed (int): of all random numbers.
-        tokenizer (Any): torchtune model tokenizer.
-        date (str | None): of the run's first day, where chat templates write it.
-        saved (SavedRun | None): what is resumed.
-        start (Start | None): the result that the run starts from.
-    """
-
-    cfg: TrainingConfig
-    device: torch.device
-    dtype: torch.dtype
-    seed: int
-    tokenizer: Any
-    date: str | None
-    saved: SavedRun | None
-    start: Start | None
+    cfg: TrainingConfig  # its model is on this machine
+    device: torch.device  # of this process
+    dtype: torch.dtype  # of what is neither quantized nor trainable
+    seed: int  # of all random numbers
+    tokenizer: Any  # torchtune model tokenizer
+    date: str | None  # of the run's first day, where chat templates write it
+    saved: SavedRun | None  # what is resumed
+    start: Start | None  # the result that the run starts from
 
     @property
     def is_main(self) -> bool:

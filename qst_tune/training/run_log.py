@@ -26,35 +26,22 @@ log = utils.get_logger("INFO")
 class RunSummary:
     """Figures of one run, filled while it runs; ``summary.json`` has them under these names.
 
-    Args:
-        train_loss (dict[int, float]): nats a token, by step.
-        val_loss (dict[int, float]): on the validation set, by step; step 0 is before training.
-        metrics (dict[str, dict[int, float]]): other figures of validation, by name and step.
-        before (str): the model of step 0.
-        best_step (int | None): whose result was exported, by validation; None without any.
-        skipped_steps (int): left out because their loss or gradient was not finite.
-        empty_steps (int): in which no row had a label.
-        verdict (str | None): that the run made the model no better, measured by validation.
-        tokens_per_second (float): over all steps, padding included, for one device.
-        trainable_parameters (int): their number.
-        memory_gib (dict[str, float]): peak, and the parts it consists of.
-        memory_kind (str): what the peak counts.
-        seconds (float): duration of training, validation included.
+    ``val_loss`` and ``metrics`` are of the validation set, by step; step 0 is before training.
     """
 
-    train_loss: dict[int, float] = field(default_factory=dict)
+    train_loss: dict[int, float] = field(default_factory=dict)  # nats a token, by step
     val_loss: dict[int, float] = field(default_factory=dict)
     metrics: dict[str, dict[int, float]] = field(default_factory=dict)
-    before: str = BEFORE
-    best_step: int | None = None
-    skipped_steps: int = 0
-    empty_steps: int = 0
-    verdict: str | None = None
-    tokens_per_second: float = 0.0
-    trainable_parameters: int = 0
-    memory_gib: dict[str, float] = field(default_factory=dict)
-    memory_kind: str = ""
-    seconds: float = 0.0
+    before: str = BEFORE  # the model of step 0
+    best_step: int | None = None  # whose result was exported, by validation; None without any
+    skipped_steps: int = 0  # left out because their loss or gradient was not finite
+    empty_steps: int = 0  # in which no row had a label
+    verdict: str | None = None  # that the run made the model no better, measured by validation
+    tokens_per_second: float = 0.0  # over all steps, padding included, for one device
+    trainable_parameters: int = 0  # their number
+    memory_gib: dict[str, float] = field(default_factory=dict)  # peak, and the parts it consists of
+    memory_kind: str = ""  # what the peak counts
+    seconds: float = 0.0  # duration of training, validation included
 
     def results(self) -> dict[str, float]:
         """Return the figures of validation by name and step, for a model card."""
@@ -155,36 +142,21 @@ def _by_step(values: dict[int, float]) -> dict[int, float]:
     return {int(step): float(value) for step, value in values.items()}
 
 
+@dataclass
 class RunLog:
-    """Prints and logs on the main process, keeps the summary on every process.
+    """Prints and logs on the main process, keeps the summary on every process."""
 
-    Args:
-        metric_logger (MetricLoggerInterface | None): None on all processes except the main one.
-        directory (Path): of the run.
-        device (torch.device): whose memory is shown.
-        every (int): steps between two entries of the metric logger.
-        memory (bool): log peak memory too.
-        before (str): what validation at step 0 measures, for people.
-    """
+    metric_logger: MetricLoggerInterface | None  # None on all processes except the main one
+    directory: Path  # of the run
+    device: torch.device  # whose memory is shown
+    every: int = 1  # steps between two entries of the metric logger
+    memory: bool = False  # log peak memory too
+    before: str = BEFORE  # what validation at step 0 measures, for people
 
-    def __init__(
-        self,
-        metric_logger: MetricLoggerInterface | None,
-        *,
-        directory: Path,
-        device: torch.device,
-        every: int = 1,
-        memory: bool = False,
-        before: str = BEFORE,
-    ) -> None:
-        self.metric_logger = metric_logger
-        self.directory = directory
-        self.device = device
-        self.every = every
-        self.memory = memory
+    def __post_init__(self) -> None:
         # Short, for the progress bar.
-        self.memory_name = "peak_cuda" if device.type == "cuda" else "peak_rss"
-        self.summary = RunSummary(before=before)
+        self.memory_name = "peak_cuda" if self.device.type == "cuda" else "peak_rss"
+        self.summary = RunSummary(before=self.before)
         self.is_main = rank_and_world_size()[0] == 0
 
     def progress(self, num_steps: int, done: int) -> Any:
