@@ -1,6 +1,7 @@
 """What a config leaves open is filled in before it is checked, and so is seen in every record."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ def fill_in(cfg: DictConfig) -> None:
     if cfg.get("device") in (None, AUTO):
         cfg.device = automatic_device()
     if cfg.get("dtype") in (None, AUTO):
-        cfg.dtype = DTYPE_NAMES[automatic_dtype(torch.device(str(cfg.device).split(":")[0]))]
+        with suppress(RuntimeError):  # such a device is refused later
+            cfg.dtype = DTYPE_NAMES[automatic_dtype(torch.device(str(cfg.device).split(":")[0]))]
     _inherit(cfg)
     for _, block in dataset_blocks(cfg, "dataset", "dataset_val"):
         _name_format(block)

@@ -162,6 +162,8 @@ def _forget_source(merged: DictConfig, settings: dict[str, Any], overrides: list
     own.
     """
     for name in ("dataset", "dataset_val"):
+        if OmegaConf.is_interpolation(merged, name):
+            continue
         before, now = settings.get(name), merged.get(name)
         if not isinstance(before, dict) or not isinstance(now, DictConfig):
             continue

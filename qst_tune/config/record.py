@@ -1,7 +1,7 @@
 """A config as the files of a run have it: without secrets and without values of the environment."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -33,6 +33,20 @@ def secret_keys(raw: DictConfig) -> list[str]:
     return list(_secrets(OmegaConf.to_container(raw, resolve=False), ""))
 
 
+def without_secrets(plain: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return a plain config for others, without texts under keys of secrets, and those keys.
+
+    References to the environment are left out there too: nobody else has that variable.
+    """
+    return _public(plain), list(_secrets(plain, "", is_secret=_may_be_secret))
+
+
+def _public(node: Any) -> Any:
+    if isinstance(node, dict):
+        return {k: _public(v) for k, v in node.items() if not _may_be_secret(k, v)}
+    return [_public(item) for item in node] if isinstance(node, list) else node
+
+
 def _record(node: Any, value: Any, plain: Any) -> Any:
     """Record a node, whose resolved value is ``value``, of the config ``plain``."""
     if isinstance(node, dict):
@@ -60,18 +74,24 @@ def _follow(reference: re.Match[str], value: Any, plain: Any) -> Any:
     return _record(node, value, plain)
 
 
+def _may_be_secret(key: Any, value: Any) -> bool:
+    return isinstance(value, str) and bool(value) and bool(_SECRET.fullmatch(str(key)))
+
+
 def _is_secret(key: Any, value: Any) -> bool:
-    is_text = isinstance(value, str) and bool(value) and not value.startswith("${")
-    return is_text and bool(_SECRET.fullmatch(str(key)))
+    """Whether a text is the secret itself, and no reference to it."""
+    return _may_be_secret(key, value) and not value.startswith("${")
 
 
-def _secrets(node: Any, path: str) -> Iterator[str]:
+def _secrets(
+    node: Any, path: str, is_secret: Callable[[Any, Any], bool] = _is_secret
+) -> Iterator[str]:
     if isinstance(node, list):
         for index, item in enumerate(node):
-            yield from _secrets(item, f"{path}[{index}]")
+            yield from _secrets(item, f"{path}[{index}]", is_secret)
     if isinstance(node, dict):
         for key, value in node.items():
             place = f"{path}.{key}" if path else str(key)
-            if _is_secret(key, value):
+            if is_secret(key, value):
                 yield place
-            yield from _secrets(value, place)
+            yield from _secrets(value, place, is_secret)

@@ -1,5 +1,6 @@
 """What must hold between the keys of a training config, and on this machine, before a run."""
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -86,7 +87,7 @@ def _file_problems(cfg: TrainingConfig) -> Iterator[Problem]:
         yield Problem("checkpointer", str(error).removeprefix("config: "))
     for key in ("path", "merges_file", "vocab_path"):
         value = cfg.tokenizer.get(key)
-        if value and not Path(str(value)).exists() and not _is_on_hub(str(value), cfg):
+        if value and not os.path.exists(str(value)) and not _is_on_hub(str(value), cfg):
             yield Problem(f"tokenizer.{key}", f"tokenizer: {key}={value} does not exist")
     yield from _cache_problems(cfg.hidden_state_cache)
     for path, block in dataset_blocks(cfg.raw, "dataset", "dataset_val"):
@@ -120,7 +121,7 @@ def _dataset_problems(name: str, block: DictConfig) -> Iterator[Problem]:
     is_local = is_local or block.get("source") in LOCAL_FORMATS.values()
     for file in data_files(block) if is_local else []:
         is_plain = not any(mark in file for mark in ("://", *"*?["))
-        if is_plain and not Path(file).expanduser().exists():
+        if is_plain and not os.path.exists(os.path.expanduser(file)):
             yield Problem(f"{name}.data_files", f"{name}: data_files={file} does not exist")
 
 
@@ -130,7 +131,7 @@ def _trial_problems(cfg: TrainingConfig) -> Iterator[Problem]:
         "device": lambda: choose_dtype(cfg.dtype, choose_device(cfg.device)),
         "loss": lambda: instantiate(cfg.loss, "loss"),
         "optimizer": lambda: _try_optimizer(cfg.optimizer),
-        "lr_scheduler": lambda: learning_rates(cfg, 10),
+        "lr_scheduler": lambda: _try_schedule(cfg),
     }
     failed = set()
     for key, trial in trials.items():
@@ -156,3 +157,18 @@ def _try_optimizer(block: DictConfig) -> None:
         raise UserError(
             f"optimizer: {block._component_} cannot train this model: {reason}"
         ) from error
+    if not parameter.isfinite():
+        settings = ", ".join(
+            f"{key!s}={value!s}" for key, value in block.items() if key != "_component_"
+        )
+        raise UserError(f"optimizer: its first step gives {parameter.item()} with {settings}")
+
+
+def _try_schedule(cfg: TrainingConfig) -> None:
+    """Refuse rates of no size: negative, infinite or none."""
+    for step, rate in enumerate(learning_rates(cfg, 10)[1], start=1):
+        if not 0 <= rate < math.inf:
+            raise UserError(
+                f"lr_scheduler: step {step} of 10 has the learning rate {rate}: it must be at "
+                "least 0, and finite"
+            )

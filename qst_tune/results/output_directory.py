@@ -12,7 +12,7 @@ from qst_tune.errors import UserError
 @contextmanager
 def output_directory(path: Path) -> Iterator[Path]:
     """Make a writable directory; if the block fails, remove what was made and is empty."""
-    absent = [directory for directory in [path, *path.parents] if not directory.exists()]
+    absent = [directory for directory in [path, *path.parents] if not os.path.exists(directory)]
     try:
         try:
             path.mkdir(parents=True, exist_ok=True)

@@ -9,10 +9,12 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCardData
+from torchtune import utils
 
 from qst_tune.atomic_files import write_directory
 from qst_tune.backbone.identity import BackboneId
 from qst_tune.config.model_directory import changed_texts
+from qst_tune.config.record import without_secrets
 from qst_tune.errors import UserError
 from qst_tune.results.card import describe_lineage, shown, table
 from qst_tune.results.description import SIDE_NETWORK, Description, read_description
@@ -25,6 +27,8 @@ from qst_tune.results.tuned_directory import (
 )
 
 _PACKAGES = ("torch", "torchtune", "torchao", "transformers")
+
+log = utils.get_logger("INFO")
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,9 @@ def make_hub_directory(directory: Path, target: Path, publication: Publication) 
     config = read_config(directory)
     if not isinstance(config.get("checkpointer"), dict):
         raise UserError(f"{directory / RECIPE_CONFIG} cannot be read: it has no checkpointer block")
+    config, secrets = without_secrets(config)
+    for key in secrets:
+        log.info(f"{key} of {RECIPE_CONFIG} may be a secret and is not shared")
     public = _public_name(description.backbone, publication.base_model)
     config = _without_paths(config, str(config["checkpointer"].get("checkpoint_dir", "")), public)
     home = str(description.model.get("checkpoint_dir", ""))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from torchtune import config, utils
+from torchtune import utils
 
 from qst_tune import __version__
 from qst_tune.backbone.torchtune_loading import check_architecture
@@ -24,6 +24,7 @@ from qst_tune.data.batches.schedule import Schedule, schedule_of
 from qst_tune.data.batches.survey_report import report_data
 from qst_tune.data.batches.training_data import TrainingData
 from qst_tune.distributed.processes import process_group, rank_and_world_size
+from qst_tune.errors import UserError
 from qst_tune.file_lock import only_process
 from qst_tune.results.output_directory import output_directory
 from qst_tune.results.start import Start, find_start
@@ -130,7 +131,7 @@ def build_trainer(run: Run, method: Method, task: Task, data: TrainingData) -> T
     if cfg.lr_scheduler:
         settings = {"num_training_steps": schedule.num_steps, "last_epoch": -1}
         lr_scheduler = instantiate(cfg.lr_scheduler, "lr_scheduler", optimizer, **settings)
-    profiler, _ = config.instantiate(cfg.profiler or OmegaConf.create(NO_PROFILER))
+    profiler = _profiler(cfg)
     trainer = Trainer(
         method=method,
         task=task,
@@ -182,6 +183,16 @@ def _checkpointing(run: Run, schedule: Schedule, data: dict[str, Any]) -> Checkp
     )
 
 
+def _profiler(cfg: TrainingConfig) -> Any:
+    """Build the profiler, a context manager with ``step``; UserError if it is something else."""
+    built = instantiate(cfg.profiler or OmegaConf.create(NO_PROFILER), "profiler")
+    profiler = built[0] if isinstance(built, tuple) and built else built
+    if not (hasattr(profiler, "step") and hasattr(profiler, "__enter__")):
+        name = cfg.profiler and cfg.profiler._component_
+        raise UserError(f"profiler: {name} is none: use torchtune.training.setup_torch_profiler")
+    return profiler
+
+
 def _log_config(metric_logger: Any, cfg: TrainingConfig) -> None:
     """Log the config without secrets; torchtune's loggers also write it into ``output_dir``."""
     config = {**recorded(cfg.raw), "output_dir": str(cfg.output_dir)}
@@ -203,6 +214,11 @@ def _run_log(run: Run) -> RunLog:
         # It prints "Writing logs to", which the config names.
         with redirect_stdout(io.StringIO()) if is_disk else nullcontext():
             metric_logger = instantiate(cfg.metric_logger, "metric_logger")
+        if not all(hasattr(metric_logger, name) for name in ("log_dict", "log_config", "close")):
+            raise UserError(
+                f"metric_logger: {cfg.metric_logger._component_} is none: use one of "
+                "torchtune.training.metric_logging"
+            )
         _log_config(metric_logger, cfg)
     return RunLog(
         metric_logger,

@@ -83,8 +83,8 @@ WITHOUT_VALIDATION = f"{TRAIN} dataset_val=null"
 
 CASES = [
     # Trained on nothing.
-    Attack("every prompt fills the row", WITHOUT_VALIDATION, "label", NO_LABELS),
-    Attack("rows of one token", f"{WITHOUT_VALIDATION} tokenizer.max_seq_len=1", "label"),
+    Attack("every prompt fills the row", WITHOUT_VALIDATION, "token to learn", NO_LABELS),
+    Attack("rows of one token", f"{WITHOUT_VALIDATION} tokenizer.max_seq_len=1", "token to learn"),
     Attack(
         "template that is a path of no file",
         f"{WITHOUT_VALIDATION} tokenizer.chat_template=/nope/chatml.jinja",

@@ -252,6 +252,27 @@ MISTAKES = [
         ["optimizer: torch.optim.LBFGS cannot train this model"],
     ),
     Mistake(
+        "optimizer without a finite step",
+        ["optimizer.weight_decay=.inf"],
+        ["optimizer: its first step gives", "weight_decay=inf"],
+    ),
+    Mistake("rate that is no number", ["optimizer.lr=.nan"], ["optimizer"]),
+    Mistake(
+        "schedule of rates that are no numbers",
+        [*COSINE, "lr_scheduler.num_cycles=.nan"],
+        ["lr_scheduler: step 1 of 10 has the learning rate nan"],
+    ),
+    Mistake("logger of nothing", ["metric_logger=builtins.dict"], ["metric_logger: builtins.dict"]),
+    Mistake("profiler of nothing", ["profiler._component_=builtins.dict"], ["profiler: builtins"]),
+    Mistake("collate that takes no rows", ["collate_fn=os.system"], ["collate_fn=os.system"]),
+    Mistake("number out of reach", ["batch_size=99999999999"], ["batch_size=", "at most"]),
+    Mistake("device without memory", ["device=meta"], ["device=meta cannot be used"]),
+    Mistake(
+        "keys that refer to each other",
+        ["seed=${{batch_size}}", "batch_size=${{seed}}"],
+        ["seed", "Recursive interpolation"],
+    ),
+    Mistake(
         "optimizer of sparse gradients",
         ["optimizer=torch.optim.SparseAdam", "~optimizer.weight_decay"],
         ["optimizer: torch.optim.SparseAdam cannot train this model", "dense"],
