@@ -118,3 +118,19 @@ def test_tune_trains_two_steps(python: Path, tmp_path: Path) -> None:
     losses = json.loads((tmp_path / "run" / "summary.json").read_text())["train_loss"]
     assert list(losses) == ["1", "2"]
     assert (tmp_path / "run" / "side_network" / "side_network.safetensors").is_file()
+
+
+def test_quickstart_runs_from_the_wheel(
+    python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qst_tune.quickstart import smollm2
+
+    model = tmp_path / "qst_tune" / smollm2.MODEL_NAME  # as after a download
+    model.mkdir(parents=True)
+    for name in smollm2._MODEL_FILES:
+        (model / name).touch()
+    (model / smollm2._SOURCE_NAME).write_text(smollm2._SOURCE_TEXT)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    printed = run(python, "-m", "qst_tune.quickstart", "--prepare-only", cwd=tmp_path)
+    assert "training examples" in printed
+    assert (tmp_path / "qst_tune" / "python_docs" / "train.jsonl").stat().st_size > 100_000
