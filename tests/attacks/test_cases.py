@@ -88,7 +88,7 @@ CASES = [
     Attack(
         "template that is a path of no file",
         f"{WITHOUT_VALIDATION} tokenizer.chat_template=/nope/chatml.jinja",
-        "chat_template|label",
+        "chat_template",
     ),
     # Whose backbone is it?
     Attack("files of the backbone outside its directory", VERIFY, "", replaced_backbone),
@@ -173,7 +173,7 @@ CASES = [
         f"{TRAIN} 'seed=${{batch_size}}' 'batch_size=${{seed}}'",
         "seed|batch_size",
     ),
-    Attack("a long path", f"{TRAIN} output_dir={{root}}/{'a' * 300}", "output_dir"),
+    Attack("a long path", f"{TRAIN} output_dir={{root}}/{'a' * 300}", "too long"),
     Attack("device meta", f"{TRAIN} device=meta", "device=meta"),
     Attack("collate function that is none", f"{TRAIN} collate_fn=os.system", "collate_fn"),
     Attack("log file in no directory", f"{TRAIN} metric_logger.filename=a/b/c", "metric_logger"),

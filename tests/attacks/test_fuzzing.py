@@ -8,7 +8,6 @@ printed by hypothesis: add it to a table of this directory.
 import json
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from hypothesis import strategies as st
 from qst_tune.config.check import read_config
 from qst_tune.config.file import parse_config
 from qst_tune.config.schema import TrainingConfig
-from qst_tune.errors import UserError
+from qst_tune.errors import UserError, environment_error
 from qst_tune.results.description import format_of, read_description
 from qst_tune.sharing.inspection import inspect_directory
 from tests.support.malformed import NESTED, VALUES
@@ -151,7 +150,11 @@ def test_only_user_errors_come_out(name: str, examples: int, place: Path, tmp_pa
     )
     @given(**strategies)
     def search(**drawn: Any) -> None:
-        with suppress(UserError):
+        try:
             check(place, tmp_path, **drawn)
+        except UserError:
+            pass
+        except OSError as error:  # the outermost layer reports what the disk refuses
+            assert environment_error(error), error
 
     search()

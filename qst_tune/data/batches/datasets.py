@@ -1,6 +1,7 @@
 """Datasets as torchtune's recipes build them, every row read once and mistakes made readable."""
 
 from collections.abc import Sized
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig
@@ -8,6 +9,7 @@ from torchtune.datasets import ConcatDataset
 from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
 from qst_tune.config.components import instantiate
+from qst_tune.config.defaults import data_files
 from qst_tune.data.batches.checked_rows import CheckedRows, with_literal_paths
 from qst_tune.data.batches.packing import align_packs, is_packed, split_off_packing
 from qst_tune.data.batches.survey import Survey, survey_rows
@@ -39,6 +41,7 @@ def build_dataset(
         ]
         return _concatenate(parts, name)
     source = block.get("data_files") or block.get("source") or block.get("_component_")
+    _refuse_null_rows(block, name)
     pack = split_off_packing(block)
     try:
         own_block = with_literal_paths(pack.block if pack else block)
@@ -56,6 +59,18 @@ def build_dataset(
     if surveys is not None:
         surveys.append(survey)
     return good_rows if pack is None else pack.apply(good_rows, tokenizer, name)
+
+
+def _refuse_null_rows(block: DictConfig, name: str) -> None:
+    """A JSON file whose rows are all null ends the process in pyarrow 26 (SIGSEGV)."""
+    for path in map(Path, data_files(block)):
+        if block.get("source") == "json" and path.is_file():
+            with path.open("rb") as file:
+                begins_with_null = file.read(4096).lstrip().startswith(b"null")
+            if begins_with_null:
+                raise UserError(
+                    f"{name}: the first row of {path} is null: write objects of columns"
+                )
 
 
 def _concatenate(parts: list[Any], name: str) -> ConcatDataset:
