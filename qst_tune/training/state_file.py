@@ -19,6 +19,9 @@ from qst_tune.errors import UserError
 TREE_FILE = "state.json"
 TENSORS_FILE = "state.safetensors"
 
+# What a file that was changed raises on the way; too deep a tree is a RuntimeError.
+_DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)
+
 # Marks: a dict with one of these as its only key is something that JSON does not have.
 _TENSOR, _TUPLE, _PAIRS, _WRAPPED = "$tensor", "$tuple", "$pairs", "$wrapped"
 # Quantized optimizer states, by class name. A file can name these classes and no others.
@@ -44,7 +47,7 @@ def unpack_state(directory: Path) -> Any:
     try:
         tensors = load_file(directory / TENSORS_FILE)
         return _decode(json.loads((directory / TREE_FILE).read_text()), tensors)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (*_DAMAGE, SafetensorError) as error:
         raise UserError(f"the state in {directory} is damaged: {error}") from error
 
 
