@@ -12,6 +12,11 @@ _SECRET = re.compile(
     r"|(?:.*(?:auth|access|api|hf|hub|bearer|session)_)?tokens?|keys?",
     re.IGNORECASE,
 )
+# Of Hugging Face, OpenAI and others, GitHub, Slack, Amazon; user:password@ in an address.
+_SECRET_VALUE = re.compile(
+    r"\b(hf_[A-Za-z0-9]{16,}|sk-[\w-]{16,}|gh[pousr]_\w{16,}|xox[abprs]-[\w-]{8,}|AKIA[0-9A-Z]{12,})"
+    r"|://[^/\s:@]+:[^/\s@]+@"
+)
 _REFERENCE = re.compile(r"\$\{(\w+(?:\.\w+)*)\}")  # ${key.of.block}, no ${resolver:...}
 
 
@@ -36,14 +41,20 @@ def secret_keys(raw: DictConfig) -> list[str]:
 def without_secrets(plain: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return a plain config for others, without texts under keys of secrets, and those keys.
 
-    References to the environment are left out there too: nobody else has that variable.
+    References to the environment are left out there too: nobody else has that variable. Elsewhere
+    texts are left out that contain the tokens of usual services.
     """
-    return _public(plain), list(_secrets(plain, "", is_secret=_may_be_secret))
+    return _public(plain), list(_secrets(plain, "", is_secret=_may_be_others_secret))
+
+
+def looks_secret(text: str) -> bool:
+    """Whether a text contains a token of a usual service, or a password in an address."""
+    return _SECRET_VALUE.search(text) is not None
 
 
 def _public(node: Any) -> Any:
     if isinstance(node, dict):
-        return {k: _public(v) for k, v in node.items() if not _may_be_secret(k, v)}
+        return {k: _public(v) for k, v in node.items() if not _may_be_others_secret(k, v)}
     return [_public(item) for item in node] if isinstance(node, list) else node
 
 
@@ -76,6 +87,10 @@ def _follow(reference: re.Match[str], value: Any, plain: Any) -> Any:
 
 def _may_be_secret(key: Any, value: Any) -> bool:
     return isinstance(value, str) and bool(value) and bool(_SECRET.fullmatch(str(key)))
+
+
+def _may_be_others_secret(key: Any, value: Any) -> bool:
+    return _may_be_secret(key, value) or (isinstance(value, str) and looks_secret(value))
 
 
 def _is_secret(key: Any, value: Any) -> bool:

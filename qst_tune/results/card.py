@@ -31,7 +31,9 @@ itself: it replaces the scales of {backbone.name} after rounding to integers
 ({backbone.quantization}), {weights}. The codes are the same for every task.
 `tune run peqa_export --config <config> scales=<this directory>` writes the tuned model for other
 programs."""
-    usage = 'qst_generate --config <config> side_network=<this directory> prompt="..."'
+    usage = (
+        "qst_chat --config auto/qst_chat side_network=<this directory> checkpoint_dir=<backbone>"
+    )
     if description.is_classifier:
         usage = "qst_classify --config <config> side_network=<this directory> rows=<rows.jsonl>"
     return f"""\

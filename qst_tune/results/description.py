@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from qst_tune import __version__
 from qst_tune.backbone.identity import BackboneId
-from qst_tune.errors import UserError
+from qst_tune.errors import UserError, os_errors
 from qst_tune.json_files import read_json
 from qst_tune.modules.side.config import SideConfig
 from qst_tune.modules.side.network import SideNetwork
@@ -23,7 +23,7 @@ FORMAT_VERSION = 2  # 1 had no structure
 MAX_BYTES = 1 << 20  # of the file; a description has a few thousand
 MAX_DEPTH = 8
 
-Block = dict[str, Any]  # a config's ``model`` block: arguments of any builder
+ModelBlock = dict[str, Any]  # a config's ``model`` block: arguments of any builder
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Description:
 
     form: TunedFormat
     backbone: BackboneId
-    model: Block
+    model: ModelBlock
     structure: SideStructure | None = None
     results: Mapping[str, float] = field(default_factory=dict)
     lineage: tuple[Ancestor, ...] = ()
@@ -154,9 +154,10 @@ class Description:
 
 def format_of(directory: Path) -> TunedFormat:
     """Find out which method wrote a directory; UserError if none did."""
-    for form in FORMATS.values():
-        if (directory / form.config_file).is_file():
-            return form
+    with os_errors(f"read {directory}"):
+        for form in FORMATS.values():
+            if (directory / form.config_file).is_file():
+                return form
     raise UserError(
         f"{directory} is no result of qst_tune: it has neither "
         f"{' nor '.join(form.config_file for form in FORMATS.values())}"
@@ -171,12 +172,14 @@ def read_description(directory: Path, form: TunedFormat | None = None) -> Descri
     """
     form = form or format_of(directory)
     path = directory / form.config_file
-    if not path.is_file():
+    with os_errors(f"read {directory}"):
+        size = path.stat().st_size if path.is_file() else None
+    if size is None:
         raise UserError(
             f"{directory} is not a {form.title}: it has no {form.config_file}; name a directory "
             f"that {form.origin}"
         )
-    if path.stat().st_size > MAX_BYTES:
+    if size > MAX_BYTES:
         raise UserError(f"{path} has more than {MAX_BYTES:,} bytes: it is no description")
     content = read_json(path)
     if content.get("method") != form.method:
@@ -200,9 +203,9 @@ def _check_format(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def _parse(form: TunedFormat, content: Mapping[str, Any]) -> Description:
-    model = _typed(Block, content.get("model"), "model")
+    model = _typed(ModelBlock, content.get("model"), "model")
     # Until 0.1 without the library, which was torchtune's or, of the same weights, any.
-    backbone = {"library": "", **_typed(Block, content.get("backbone"), "backbone")}
+    backbone = {"library": "", **_typed(ModelBlock, content.get("backbone"), "backbone")}
     return Description(
         form,
         _typed(BackboneId, backbone, "backbone"),
@@ -215,8 +218,8 @@ def _parse(form: TunedFormat, content: Mapping[str, Any]) -> Description:
     )
 
 
-def _structure(model: Block, content: Any) -> SideStructure:
-    found = _typed(Block, content, "structure")
+def _structure(model: ModelBlock, content: Any) -> SideStructure:
+    found = _typed(ModelBlock, content, "structure")
     if "reads" in found:
         # Written before a directory had the whole configuration; its model block has what differs.
         if found["reads"] != "output":

@@ -24,6 +24,7 @@ from qst_tune.config.device import choose_device, choose_dtype
 from qst_tune.config.model_directory import check_checkpoint_dir, fetch_models
 from qst_tune.config.schema import RUN, Block, TunedModelConfig
 from qst_tune.errors import UserError
+from qst_tune.json_files import read_json
 from qst_tune.models.build import build_any_on_meta
 from qst_tune.models.load import load_frozen_backbone
 from qst_tune.modules.meta_device import materialize
@@ -31,13 +32,33 @@ from qst_tune.modules.peqa_model import PEQAModel
 from qst_tune.modules.qst_classifier import QSTClassifier
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.modules.side.per_row import SideNetworks, share_backbone
-from qst_tune.results.description import FORMATS, SIDE_NETWORK, TunedFormat, read_description
+from qst_tune.results.description import (
+    FORMATS,
+    SIDE_NETWORK,
+    ModelBlock,
+    TunedFormat,
+    read_description,
+)
 from qst_tune.results.recipe_config import checkpointer_of
 from qst_tune.results.start import tuned_directory
 from qst_tune.results.tuned_directory import Tensors, Tuned, check_fits, load_tuned
 
 TunableModel = QSTModel | PEQAModel
 Use = Literal["text", "classes", "integers"]  # what the model must give
+
+
+# Arguments of builders -> what config.json calls them.
+_SIZES = {
+    "num_layers": "num_hidden_layers",
+    "embed_dim": "hidden_size",
+    "vocab_size": "vocab_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "intermediate_dim": "intermediate_size",
+}
+# A million positions take half a GiB of rotary angles.
+_MOST = {"num_layers": 1024, "max_seq_len": 1 << 20}
+_MOST_OF_OTHERS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -182,12 +203,29 @@ def build_any_described(
                 "only builders that qst_tune.models has are called: use a config with that model "
                 "block, or if it is a qst_opt_*, which are gone, tune again with qst_from_hf"
             )
+    _check_sizes(directory, block, backbone_directory)
     if names[0].endswith("_from_hf"):
         block.pop("backbone", None)  # until 0.1 a choice; BackboneId knows what it was
     if backbone_directory is not None and "checkpoint_dir" in block:  # of a builder *_from_hf
         block["checkpoint_dir"] = str(backbone_directory)
     model: TunableModel = build_any_on_meta(OmegaConf.create(block), dtype)
     return model
+
+
+def described_model(side_network: str, checkpoint_dir: str) -> QSTModel:
+    """Build a side network's model from its directory alone, as a config's ``model``.
+
+    ``checkpoint_dir`` is the backbone's directory. With :func:`described_checkpointer` and
+    :func:`~qst_tune.results.recipe_config.described_tokenizer` a config (auto/qst_chat) runs a
+    directory of someone else without any component of that directory's choice.
+    """
+    return build_described(Path(side_network), torch.get_default_dtype(), Path(checkpoint_dir))
+
+
+def described_checkpointer(side_network: str, checkpoint_dir: str) -> Any:
+    """Build the checkpointer that a side network's directory was made with, from the allow list."""
+    block = checkpointer_of(Path(side_network), Path(checkpoint_dir))
+    return instantiate(block, "checkpointer")
 
 
 def tuned_part(model: TunableModel) -> Tuned:
@@ -216,6 +254,25 @@ def _fill(
     if directory:
         load_tuned(directory, tuned_part(model), backbone=backbone)
     return TunedModel(model.eval(), backbone, bool(directory), tokenizer, untuned)
+
+
+def _check_sizes(directory: Path, block: ModelBlock, backbone_directory: Path | None) -> None:
+    """Compare sizes with the backbone's ``config.json`` before anything of that size is built."""
+    home = backbone_directory
+    config = {} if home is None else read_json(home / "config.json", optional=True)
+    for name, value in block.items():
+        if not isinstance(value, int) or "rope" in name:
+            continue
+        stored = config.get(_SIZES.get(name, ""))
+        if isinstance(stored, int) and value != stored:
+            raise UserError(
+                f"{directory} is for a model whose {name} is {value}, {home} has {stored}"
+            )
+        most = _MOST.get(name, _MOST_OF_OTHERS)
+        if name == "max_seq_len" and isinstance(config.get("max_position_embeddings"), int):
+            most = max(most, config["max_position_embeddings"])
+        if value > most:
+            raise UserError(f"{directory}: model.{name} is {value}, and no model has above {most}")
 
 
 def _is_known(name: str) -> bool:

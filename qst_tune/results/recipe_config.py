@@ -17,6 +17,7 @@ from torchtune import utils
 from qst_tune.data import hf_chat_tokenizer
 from qst_tune.data.chat.template_source import template_names
 from qst_tune.errors import UserError, first_line
+from qst_tune.results.description import MAX_BYTES
 from qst_tune.results.tuned_directory import RECIPE_CONFIG
 
 _HF_CHECKPOINTER = "qst_tune.training.HFCheckpointer"
@@ -56,6 +57,7 @@ def checkpointer_of(directory: Path, backbone_directory: Path) -> DictConfig:
             f"{path} names the checkpointer {name!r}, not {' or '.join(_CHECKPOINTERS)}"
         )
     kept = {key: block[key] for key in _CHECKPOINTERS[name] if key in block}
+    _check_files(path, kept.get("checkpoint_files"), backbone_directory)
     if name != _HF_CHECKPOINTER:  # torchtune's make a directory of their own: one that exists
         kept["output_dir"] = tempfile.gettempdir()
     found = {"_component_": name, **kept, "checkpoint_dir": str(backbone_directory)}
@@ -78,12 +80,21 @@ def tuned_template(directory: Path, backbone: Path) -> TunedTemplate | None:
     return TunedTemplate(source, tokenizer.stop_tokens)
 
 
+def described_tokenizer(side_network: str, checkpoint_dir: str) -> Any:
+    """Build the tokenizer of a backbone's directory, with the chat template of a side network's."""
+    found = tuned_template(Path(side_network), Path(checkpoint_dir))
+    return hf_chat_tokenizer(checkpoint_dir, chat_template=found.source if found else None)
+
+
 def read_config(directory: Path) -> dict[str, Any]:
     """Read the run's config as plain YAML, without ``${...}``; what cannot be read is empty."""
+    path = directory / RECIPE_CONFIG
     try:
-        content = yaml.safe_load((directory / RECIPE_CONFIG).read_text(encoding="utf-8"))
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"it has more than {MAX_BYTES:,} bytes")
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        log.warning(f"{directory / RECIPE_CONFIG} cannot be read: {first_line(error)}")
+        log.warning(f"{path} cannot be read: {first_line(error)}")
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -91,6 +102,16 @@ def read_config(directory: Path) -> dict[str, Any]:
 def _block(directory: Path, name: str) -> dict[str, Any]:
     block = read_config(directory).get(name)
     return block if isinstance(block, dict) else {}
+
+
+def _check_files(path: Path, files: object, backbone_directory: Path) -> None:
+    """Refuse names of files that leave the directory which the user named."""
+    if isinstance(files, dict):  # torchtune's: a pattern and the last number
+        files = [value for value in files.values() if not isinstance(value, int)]
+    for name in files if isinstance(files, list) else []:
+        home = backbone_directory.resolve()
+        if not isinstance(name, str) or ".." in Path(name).parts or Path(name).is_absolute():
+            raise UserError(f"{path}: checkpointer.checkpoint_files has {name!r}, outside {home}")
 
 
 def _without_file(template: object, directory: Path) -> str | None:

@@ -36,8 +36,8 @@ from qst_tune.results.description import (
     SCALES,
     SIDE_NETWORK,
     Ancestor,
-    Block,
     Description,
+    ModelBlock,
     SideStructure,
     TunedFormat,
     read_description,
@@ -49,6 +49,8 @@ log = utils.get_logger("INFO")
 RECIPE_CONFIG = "recipe_config.yaml"
 TRANSFORMERS_MODEL_TYPE = "qst"
 
+_DTYPES = ("F32", "F16", "BF16")  # as safetensors calls them
+
 Tensors = dict[str, torch.Tensor]
 Tuned = SideNetwork | PEQAModel  # whose trained tensors a directory has
 
@@ -59,7 +61,7 @@ class Provenance:
 
     Args:
         backbone (BackboneId): what they were trained on.
-        model_block (Block): the ``model`` block of the config, which rebuilds the model.
+        model_block (ModelBlock): the ``model`` block of the config, which rebuilds the model.
         recipe_config (str): the run's config, YAML.
         results (Mapping[str, float]): figures for the model card, by name.
         lineage (tuple[Ancestor, ...]): results that it was tuned from, oldest first.
@@ -67,7 +69,7 @@ class Provenance:
     """
 
     backbone: BackboneId
-    model_block: Block
+    model_block: ModelBlock
     recipe_config: str
     results: Mapping[str, float] = field(default_factory=dict)
     lineage: tuple[Ancestor, ...] = ()
@@ -160,7 +162,9 @@ def read_tuned(directory: Path, tuned: Tuned, *, backbone: BackboneId) -> Tensor
     form = SIDE_NETWORK if isinstance(tuned, SideNetwork) else SCALES
     _check_backbone(directory, read_description(directory, form).backbone, backbone)
     check_fits(directory, tuned)
-    return read_tensors(directory, form)
+    tensors = read_tensors(directory, form)
+    check_finite(directory / form.weights_file, tensors)
+    return tensors
 
 
 def check_fits(directory: Path, tuned: Tuned) -> None:
@@ -199,12 +203,30 @@ def read_tensors(directory: Path, form: TunedFormat) -> Tensors:
     return tensors
 
 
+def check_finite(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise a UserError if a value of the file's tensors is not finite."""
+    broken = [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+    if broken:
+        raise UserError(f"{path}: {len(broken)} tensors are not finite, such as {broken[0]}")
+
+
 def tensor_shapes(directory: Path, form: TunedFormat) -> dict[str, tuple[int, ...]]:
-    """Read the shapes of a directory's tensors; UserError if they are missing or damaged."""
+    """Read the shapes of a directory's tensors from the header of their file.
+
+    UserError if they are missing or damaged, or not what a run writes: numbers in floating point.
+    """
     path = directory / form.weights_file
+    shapes = {}
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            for name in file.keys():  # noqa: SIM118
+                header = file.get_slice(name)
+                if header.get_dtype() not in _DTYPES:
+                    raise UserError(
+                        f"{path}: {name} is {header.get_dtype()} and must be {', '.join(_DTYPES)}"
+                    )
+                shapes[name] = tuple(header.get_shape())
+        return shapes
     except FileNotFoundError:
         raise UserError(f"{path} is missing: copy the whole directory") from None
     except (SafetensorError, OSError) as error:

@@ -50,11 +50,18 @@ def _answer(asked: argparse.Namespace) -> str:
         return push_directory(asked.directory, asked.name, private=asked.private)
     base_model = asked.base_model or base_model_of(asked.directory)
     publication = Publication(asked.name, base_model, asked.license, asked.data)
-    make_hub_directory(asked.directory, asked.target, publication)
-    return (
-        f"{asked.target} is ready: read its README.md, then\n"
-        f"python -m qst_tune.sharing push {asked.target} {asked.name}"
-    )
+    secrets = make_hub_directory(asked.directory, asked.target, publication)
+    lines = [f"{asked.target} is ready: read its README.md, then"]
+    lines.append(f"python -m qst_tune.sharing push {asked.target} {asked.name}")
+    if secrets:
+        lines.insert(
+            0, f"left out, {len(secrets)} settings that look like secrets: {', '.join(secrets)}"
+        )
+    if not asked.license:
+        lines.insert(
+            0, "warning: without --license nobody may use it; the backbone's own terms apply too"
+        )
+    return "\n".join(lines)
 
 
 def _parser() -> argparse.ArgumentParser:

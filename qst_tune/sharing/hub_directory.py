@@ -9,7 +9,6 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCardData
-from torchtune import utils
 
 from qst_tune.atomic_files import write_directory
 from qst_tune.backbone.identity import BackboneId
@@ -22,13 +21,12 @@ from qst_tune.results.recipe_config import read_config
 from qst_tune.results.tuned_directory import (
     CARD_FILE,
     RECIPE_CONFIG,
+    check_finite,
     read_tensors,
     transformers_config,
 )
 
 _PACKAGES = ("torch", "torchtune", "torchao", "transformers")
-
-log = utils.get_logger("INFO")
 
 
 @dataclass(frozen=True)
@@ -53,36 +51,38 @@ def base_model_of(directory: Path) -> str:
     return backbone.name
 
 
-def make_hub_directory(directory: Path, target: Path, publication: Publication) -> None:
+def make_hub_directory(directory: Path, target: Path, publication: Publication) -> list[str]:
     """Copy a side network with everything that others need to use it.
 
-    An existing ``target``, a damaged side network and a classifier are a UserError.
+    Returns the settings that were left out since they look like secrets. An existing ``target``, a
+    damaged side network and a classifier are a UserError.
     """
     if target.exists():
         raise UserError(f"{target} exists already: name a new directory")
     description = read_description(directory, SIDE_NETWORK)
     if description.is_classifier:
         raise UserError(f"{directory} is a classifier; only models that write text are shared")
-    read_tensors(directory, SIDE_NETWORK)  # raises if damaged
+    weights = directory / SIDE_NETWORK.weights_file
+    check_finite(weights, read_tensors(directory, SIDE_NETWORK))
     config = read_config(directory)
     if not isinstance(config.get("checkpointer"), dict):
         raise UserError(f"{directory / RECIPE_CONFIG} cannot be read: it has no checkpointer block")
     config, secrets = without_secrets(config)
-    for key in secrets:
-        log.info(f"{key} of {RECIPE_CONFIG} may be a secret and is not shared")
+    block, others = without_secrets(description.model)
     public = _public_name(description.backbone, publication.base_model)
     config = _without_paths(config, str(config["checkpointer"].get("checkpoint_dir", "")), public)
     home = str(description.model.get("checkpoint_dir", ""))
-    portable = replace(description, model=_without_paths(description.model, home, public))
+    portable = replace(description, model=_without_paths(block, home, public))
     card = model_card(portable, config, publication, summary=_summary(directory))
     files = {
-        SIDE_NETWORK.weights_file: (directory / SIDE_NETWORK.weights_file).read_bytes(),
+        SIDE_NETWORK.weights_file: weights.read_bytes(),
         SIDE_NETWORK.config_file: portable.to_json(),
         RECIPE_CONFIG: yaml.safe_dump(config, sort_keys=False).encode(),
         "config.json": transformers_config(public),
         CARD_FILE: card.encode(),
     }
     write_directory(target, files)
+    return sorted({*secrets, *(f"model.{key}" for key in others)})
 
 
 def _public_name(backbone: BackboneId, base_model: str) -> str:
@@ -101,8 +101,10 @@ def _without_paths(block: dict[str, Any], home: str, public: str) -> dict[str, A
     def portable(text: str) -> str:
         if home and (text == home or text.startswith(f"{home}/")):
             return public + text.removeprefix(home)
-        is_path = Path(text).is_absolute() or text.startswith("~")
-        return Path(text).name if is_path else text
+        # Below a directory of the environment, which the run's config leaves unresolved.
+        is_variable = text.startswith("${") and "/" in text
+        is_path = Path(text).is_absolute() or text.startswith("~") or is_variable
+        return Path(text).name.rstrip("}") if is_path else text
 
     return dict(changed_texts(block, portable))
 
@@ -166,11 +168,12 @@ The package is not on an index yet: `pip install -c constraints.txt .` in a clon
 installs it. With torchtune, in this directory:
 
 ```
-tune run qst_chat --config recipe_config.yaml side_network=.
+tune run qst_chat --config auto/qst_chat side_network=. checkpoint_dir={publication.base_model}
 ```
 
-`recipe_config.yaml` names the backbone by its hub name; a local directory of that name is used
-instead if there is one.
+A local directory of the backbone's name is used instead of the hub's if there is one.
+`recipe_config.yaml` is the config of the run. A config is code: whatever it names is called, so do
+not run one that you have not read; the command above takes nothing from it but texts and numbers.
 
 ## Training
 

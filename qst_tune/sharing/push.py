@@ -7,9 +7,10 @@ import huggingface_hub
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError
 
+from qst_tune.config.record import looks_secret
 from qst_tune.errors import UserError
 from qst_tune.results.description import read_description
-from qst_tune.results.tuned_directory import read_tensors
+from qst_tune.results.tuned_directory import check_finite, read_tensors
 
 _LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -47,11 +48,7 @@ def _check(directory: Path) -> list[str]:
     """Names of the files to upload, all of which were checked."""
     description = read_description(directory)
     form = description.form
-    broken = [
-        name for name, t in read_tensors(directory, form).items() if not bool(t.isfinite().all())
-    ]
-    if broken:
-        raise UserError(f"{directory}: {len(broken)} tensors are not finite, such as {broken[0]}")
+    check_finite(directory / form.weights_file, read_tensors(directory, form))
     known = (form.weights_file, form.config_file, "recipe_config.yaml", "config.json", "README.md")
     files = sorted(path.name for path in directory.iterdir())
     strange = [name for name in files if name not in known]
@@ -69,7 +66,13 @@ def _check(directory: Path) -> list[str]:
 
 
 def _check_text(path: Path) -> None:
-    found = _MACHINE_PATH.search(path.read_text(encoding="utf-8"))
+    text = path.read_text(encoding="utf-8")
+    if looks_secret(text):
+        raise UserError(
+            f"{path} has what looks like a token or a password: make a directory without with "
+            "`python -m qst_tune.sharing share`, and push that"
+        )
+    found = _MACHINE_PATH.search(text)
     if found:
         raise UserError(
             f"{path} has a path of this machine, {found.group()}: make a directory without with "

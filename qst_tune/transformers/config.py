@@ -12,6 +12,7 @@ from qst_tune.results.tuned_directory import TRANSFORMERS_MODEL_TYPE
 
 # Settings of a download; a revision is the side network's, not its backbone's.
 FETCHING = {"cache_dir", "force_download", "local_files_only", "revision", "token"}
+MAX_LABELS = 1 << 16
 _SIDE_NETWORK_FILES = (SIDE_NETWORK.weights_file, SIDE_NETWORK.config_file, "recipe_config.yaml")
 
 
@@ -26,6 +27,19 @@ class QSTConfig(PretrainedConfig):
 
     model_type = TRANSFORMERS_MODEL_TYPE
     backbone: str = ""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **settings: Any) -> Any:
+        """Make a configuration of the content of ``config.json``, which may be anyone's.
+
+        UserError for a number of classes that no classifier has: a name is made for each.
+        """
+        number = config_dict.get("num_labels", 0)
+        if not isinstance(number, int) or not 0 <= number <= MAX_LABELS:
+            raise UserError(
+                f"config.json: num_labels is {number!r}, and must be at most {MAX_LABELS}"
+            )
+        return super().from_dict(config_dict, **settings)
 
 
 def side_network_directory(name: str, **settings: Any) -> Path:

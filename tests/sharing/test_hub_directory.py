@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 from qst_tune.recipes import qst_chat
 
@@ -24,6 +25,15 @@ SUMMARY = {
     "tokens_per_second": 895.2,
     "memory_gib": {"peak": 1.34},
 }
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def edit_config(directory: Path, **changes: object) -> None:
+    path = directory / "recipe_config.yaml"
+    content = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({**content, **changes}))
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +115,11 @@ def test_the_command_of_the_card_runs_as_it_stands(
     (shared / "some").symlink_to(shared.parent / "some")  # a local directory of the hub's name
     monkeypatch.chdir(shared)
     monkeypatch.setattr(sys, "stdin", io.StringIO("what is it\n"))
-    qst_chat.main(parse_config([*command.split(), "max_new_tokens=3"]))
+    built_in = str(ROOT / "configs/auto/qst_chat.yaml")
+    words = command.replace("auto/qst_chat", built_in).split()
+    edit_config(shared, tokenizer={"_component_": "os.system", "command": "touch ran"})
+    qst_chat.main(parse_config([*words, "max_new_tokens=3"]))
+    assert not (shared / "ran").exists(), "nothing of a foreign config is called"
     assert capsys.readouterr().out.strip()
 
 
@@ -122,3 +136,41 @@ def test_what_cannot_be_shared_is_told(directory: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a classifier"):
         make_hub_directory(copy, tmp_path / "new", publication)
     assert not (tmp_path / "new").exists()
+
+
+def test_what_looks_like_a_secret_is_left_out_and_reported(
+    directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "side_network"
+    shutil.copytree(directory, copy)
+    dataset = {"_component_": "x.y", "token": "hf_FAKE", "max_tokens": 5, "special_tokens": "a"}
+    logger = {"_component_": "x.z", "settings": [{"API_KEY": "abc"}, {"url": "http://me:pw@x/y"}]}
+    edit_config(copy, dataset=dataset, metric_logger=logger, note="sk-" + "a" * 20)
+    main(["share", str(copy), str(tmp_path / "new"), "--name", "me/x", "--base-model", "some/tiny"])
+    out = capsys.readouterr().out
+    assert "left out, 4 settings that look like secrets: dataset.token, metric_logger" in out
+    assert "note" in out
+    assert "warning: without --license" in out
+    texts = [
+        path.read_text() for path in (tmp_path / "new").iterdir() if path.suffix != ".safetensors"
+    ]
+    assert not any(secret in text for text in texts for secret in ("FAKE", "abc", "pw@", "sk-aa"))
+    kept = yaml.safe_load((tmp_path / "new/recipe_config.yaml").read_text())
+    assert kept["dataset"] == {"_component_": "x.y", "max_tokens": 5, "special_tokens": "a"}
+    assert kept["tokenizer"]["_component_"]
+
+
+def test_nothing_of_a_foreign_config_is_evaluated(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_TOKEN", "hf_FAKE")
+    copy = tmp_path / "side_network"
+    shutil.copytree(directory, copy)
+    edit_config(copy, model={"_component_": "x.y", "rank": "${oc.env:FAKE_TOKEN}"})
+    edit_config(copy, output_dir="${oc.env:CACHE,${oc.env:HOME}/.cache}/runs/mine")
+    make_hub_directory(copy, tmp_path / "new", Publication("me/side", "some/tiny-model"))
+    card = (tmp_path / "new/README.md").read_text()
+    assert "hf_FAKE" not in card
+    assert "| model.rank | ${oc.env:FAKE_TOKEN} |" in card
+    shared = yaml.safe_load((tmp_path / "new/recipe_config.yaml").read_text())
+    assert shared["output_dir"] == "mine", "a directory of this machine"

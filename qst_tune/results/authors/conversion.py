@@ -23,7 +23,7 @@ from qst_tune.results.authors.checkpoint import (
     side_from_authors,
     side_to_authors,
 )
-from qst_tune.results.description import SIDE_NETWORK, Block, SideStructure, read_description
+from qst_tune.results.description import SIDE_NETWORK, ModelBlock, SideStructure, read_description
 from qst_tune.results.tuned_directory import read_tensors
 
 _CLASSIFIER = "num_labels"  # the argument of a model block that makes it a classifier's
@@ -31,7 +31,7 @@ _CLASSIFIER = "num_labels"  # the argument of a model block that makes it a clas
 log = utils.get_logger("INFO")
 
 
-def import_authors(directory: Path, model_block: DictConfig) -> tuple[QSTModel, Block]:
+def import_authors(directory: Path, model_block: DictConfig) -> tuple[QSTModel, ModelBlock]:
     """Read a directory of the authors' code as the side network of a config's backbone.
 
     It has no configuration: r, the rank and a classifier's number of labels are those that give its
@@ -72,7 +72,7 @@ def import_authors(directory: Path, model_block: DictConfig) -> tuple[QSTModel, 
     )
 
 
-def export_authors(directory: Path, model_block: DictConfig) -> tuple[Weights, Block]:
+def export_authors(directory: Path, model_block: DictConfig) -> tuple[Weights, ModelBlock]:
     """Read one of our directories, of ``variant="authors"``, as tensors of the authors' code.
 
     ``model_block`` builds a QST model over its backbone; the builder that the directory names is
@@ -105,7 +105,7 @@ def export_authors(directory: Path, model_block: DictConfig) -> tuple[Weights, B
     return state, settings | {"activation": "swish", "add_layer_norm_after_adapter": True}
 
 
-def _backbone_part(model_block: DictConfig) -> Block:
+def _backbone_part(model_block: DictConfig) -> ModelBlock:
     """The config's model block without a side network's settings."""
     block = OmegaConf.to_container(model_block, resolve=True)
     of_side = {field.name for field in fields(SideConfig)} | {_CLASSIFIER}
@@ -122,7 +122,7 @@ def _shape(directory: Path, state: Weights, suffix: str) -> tuple[int, int]:
     return shape
 
 
-def _build(block: Block) -> QSTModel:
+def _build(block: ModelBlock) -> QSTModel:
     model = build_on_meta(OmegaConf.create(block), torch.float32)
     _family(model)
     return model
