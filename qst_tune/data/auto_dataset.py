@@ -21,7 +21,7 @@ from qst_tune.data.rows.forms import (
     with_system,
 )
 from qst_tune.data.rows.local_files import FORMATS, NamedRows, read_hub, read_local_files
-from qst_tune.data.values import names_of
+from qst_tune.data.values import JsonObject, names_of
 from qst_tune.errors import UserError
 
 Row = dict[str, list[int]]
@@ -103,7 +103,7 @@ class AutoDataset(Dataset[Row]):
         unread = f"; not read: {names_of(self._unread)}" if self._unread else ""
         return f"{self.rows.name}: form {self.form.name}{f' ({mapped})' * bool(mapped)}{unread}"
 
-    def _first_readable(self) -> Mapping[str, Any]:
+    def _first_readable(self) -> JsonObject:
         """Return the first valid row: whether others are skipped is decided elsewhere."""
         error: UserError | None = None
         for index in range(len(self.rows)):
@@ -113,7 +113,7 @@ class AutoDataset(Dataset[Row]):
                 error = error or UserError(f"{self.place(index)} cannot be used: {caught}")
         raise error or UserError(f"{self.rows.name} has no rows")
 
-    def _renamed(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def _renamed(self, row: JsonObject) -> dict[str, Any]:
         used = {*self.column_map, *self.column_map.values()}
         mapped = {name: row[column] for name, column in self.column_map.items() if column in row}
         return {**mapped, **{column: v for column, v in row.items() if column not in used}}

@@ -1,14 +1,16 @@
 """Labelled texts as examples of a classifier."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from datasets import load_dataset
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
+from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
 from qst_tune.data.batches.collate import LENGTH_MULTIPLE
+from qst_tune.data.values import JsonObject
 from qst_tune.errors import UserError
 
 Row = dict[str, Any]
@@ -26,8 +28,8 @@ class ClassificationDataset(Dataset[Row]):
 
     def __init__(
         self,
-        tokenizer: Any,
-        rows: Sequence[Mapping[str, Any]],
+        tokenizer: ModelTokenizer,
+        rows: Sequence[JsonObject],
         *,
         template: str,
         labels: Sequence[str] | None,
@@ -55,7 +57,7 @@ class ClassificationDataset(Dataset[Row]):
         row = self.rows[index]
         return {"tokens": self.encode(row), "labels": self._label(row["label"])}
 
-    def encode(self, row: Mapping[str, Any]) -> list[int]:
+    def encode(self, row: JsonObject) -> list[int]:
         """Tokenize a row, whose label is not read."""
         text = self.template.format_map(row)
         tokens: list[int] = self.tokenizer.encode(text, add_bos=True, add_eos=False)
@@ -78,7 +80,7 @@ class ClassificationDataset(Dataset[Row]):
 
 
 def classification_dataset(
-    tokenizer: Any,
+    tokenizer: ModelTokenizer,
     *,
     source: str,
     template: str,
@@ -90,7 +92,7 @@ def classification_dataset(
     """Load labelled rows, from local files or the hub.
 
     Args:
-        tokenizer (Any): torchtune model tokenizer.
+        tokenizer (ModelTokenizer): of torchtune's interface.
         source (str): "json" or "csv" with ``data_files``, or the name of a dataset on the hub.
         template (str): text with columns in braces.
         labels (Sequence[str] | None): names of the classes; None: the label is a score.

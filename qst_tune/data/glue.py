@@ -8,6 +8,8 @@ the answer.
 from dataclasses import dataclass
 from typing import Any
 
+from torchtune.modules.transforms.tokenizers import ModelTokenizer
+
 from qst_tune.data.classification import ClassificationDataset, classification_dataset
 from qst_tune.errors import UserError, did_you_mean
 
@@ -62,7 +64,7 @@ GLUE_TASKS = {
 
 
 def glue_dataset(
-    tokenizer: Any, *, task: str, source: str = HUB_NAME, **arguments: Any
+    tokenizer: ModelTokenizer, *, task: str, source: str = HUB_NAME, **arguments: Any
 ) -> ClassificationDataset:
     """Load a task of GLUE, from the hub or from local files with the same columns.
 
@@ -75,7 +77,7 @@ def glue_dataset(
           data_files: train.jsonl
 
     Args:
-        tokenizer (Any): torchtune model tokenizer.
+        tokenizer (ModelTokenizer): of torchtune's interface.
         task (str): rte, mrpc, stsb, cola, sst2, qnli, qqp or mnli.
         source (str): as for :func:`~qst_tune.data.classification.classification_dataset`.
         **arguments (Any): of that function; ``template``, ``labels`` and ``metrics`` have the

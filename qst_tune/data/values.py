@@ -7,15 +7,17 @@ from typing import Any
 
 from qst_tune.errors import UserError
 
+JsonObject = Mapping[str, Any]
 
-def text_of(value: Any, where: str) -> str:
+
+def text_of(value: object, where: str) -> str:
     """Return a value that must be text; for any other, a UserError names its column ``where``."""
     if isinstance(value, str):
         return value
     raise UserError(f"{where} is {kind_of(value)}: it must be text")
 
 
-def kind_of(value: Any) -> str:
+def kind_of(value: object) -> str:
     """Describe a value of a wrong type: its kind and, if it is short, the value."""
     if value is None:
         return "null"
@@ -27,7 +29,7 @@ def kind_of(value: Any) -> str:
     return f"{kind} ({written})" if len(written) <= 40 else kind
 
 
-def quoted(value: Any) -> str:
+def quoted(value: object) -> str:
     """Write a value of a row into a message, at most its begin."""
     written = repr(value)
     return written if len(written) <= 60 else f"{written[:57]}..."
@@ -58,7 +60,7 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def from_json(value: Any, where: str) -> Any:
+def from_json(value: object, where: str) -> Any:
     """Parse a value that CSV, or OpenAI's ``arguments``, store as text."""
     if not isinstance(value, str):
         return value

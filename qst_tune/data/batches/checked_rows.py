@@ -11,7 +11,7 @@ from torch.utils.data import Subset
 from torchtune.data import OpenAIToMessages, ShareGPTToMessages
 from torchtune.datasets import SFTDataset
 
-from qst_tune.data.values import quoted
+from qst_tune.data.values import JsonObject, quoted
 from qst_tune.errors import UserError
 from qst_tune.modules.model_limits import ModelLimits, lengths_of
 from qst_tune.torchtune_compat import rows_and_transform, source_column
@@ -112,7 +112,7 @@ def check_chat_row(dataset: Any, index: int) -> None:
         _check(rows[index], source_column(transform, "conversations"), _sharegpt_problem)
 
 
-def _check(row: Mapping[str, Any], column: str, problem_of: Any) -> None:
+def _check(row: JsonObject, column: str, problem_of: Any) -> None:
     messages = row.get(column)
     for number, message in enumerate(messages if isinstance(messages, list) else []):
         problem = problem_of(message) if isinstance(message, Mapping) else None
@@ -120,13 +120,13 @@ def _check(row: Mapping[str, Any], column: str, problem_of: Any) -> None:
             raise UserError(f"{column}[{number}]{problem}")
 
 
-def _openai_problem(message: Mapping[str, Any]) -> str | None:
+def _openai_problem(message: JsonObject) -> str | None:
     if message.get("tool_calls"):
         return f".tool_calls: torchtune's chat_dataset does not learn tool calls; use {_INSTEAD}"
     return None if message.get("content") is not None else f".content is null; use {_INSTEAD}"
 
 
-def _sharegpt_problem(message: Mapping[str, Any]) -> str | None:
+def _sharegpt_problem(message: JsonObject) -> str | None:
     name = message.get("from")
     if name in _SHAREGPT_NAMES:
         return None

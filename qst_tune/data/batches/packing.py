@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from torch.utils.data import Subset
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.datasets import PackedDataset
+from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
 from qst_tune.errors import UserError
 from qst_tune.modules.model_limits import ModelLimits
@@ -31,7 +32,7 @@ class Packing:
     block: DictConfig
     split_across_pack: bool
 
-    def apply(self, rows: Any, tokenizer: Any, name: str) -> "AlignedPacks":
+    def apply(self, rows: Any, tokenizer: ModelTokenizer, name: str) -> "AlignedPacks":
         """Pack checked rows to the tokenizer's ``max_seq_len``; ``name`` is the config's key.
 
         UserError if there is no length, the rows are no texts, or for a bad row.

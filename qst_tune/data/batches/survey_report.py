@@ -6,6 +6,7 @@ from itertools import groupby
 from typing import Any
 
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
+from torchtune.modules.transforms.tokenizers import ModelTokenizer
 from tqdm import tqdm
 
 from qst_tune.data.batches.survey import Survey
@@ -17,7 +18,7 @@ LEARNT = (">>>", "<<<")
 _MAX_CHARACTERS = 600  # of each part of the first row
 
 
-def report_data(data: TrainingData, tokenizer: Any) -> None:
+def report_data(data: TrainingData, tokenizer: ModelTokenizer) -> None:
     """Print what a run learns from, on the main process."""
     if rank_and_world_size()[0] != 0:
         return
@@ -29,7 +30,7 @@ def report_data(data: TrainingData, tokenizer: Any) -> None:
         tqdm.write(note)
 
 
-def report(survey: Survey, tokenizer: Any = None) -> str:
+def report(survey: Survey, tokenizer: ModelTokenizer | None = None) -> str:
     """Describe a dataset; with a tokenizer, its first row too."""
     first_row = _first_row(survey, tokenizer) if tokenizer else []
     return "\n".join([f"{survey.name}: {survey.description}", *_figures(survey), *first_row])
@@ -54,7 +55,7 @@ def _figures(survey: Survey) -> Iterable[str]:
             yield f"    and {survey.num_dropped - len(survey.reasons):,} more"
 
 
-def _first_row(survey: Survey, tokenizer: Any) -> Iterable[str]:
+def _first_row(survey: Survey, tokenizer: ModelTokenizer) -> Iterable[str]:
     for tokens, labels in SEQUENCES:
         if tokens not in survey.first or not isinstance(survey.first[tokens], list):
             continue
@@ -68,7 +69,7 @@ def _first_row(survey: Survey, tokenizer: Any) -> Iterable[str]:
         yield from (f"    {line}" for line in _marked(survey.first[tokens], label, tokenizer))
 
 
-def _marked(tokens: list[int], labels: Any, tokenizer: Any) -> list[str]:
+def _marked(tokens: list[int], labels: Any, tokenizer: ModelTokenizer) -> list[str]:
     values = labels if isinstance(labels, list) else [CROSS_ENTROPY_IGNORE_IDX] * len(tokens)
     is_learnt = [label != CROSS_ENTROPY_IGNORE_IDX for label in values]
     text = ""
@@ -85,7 +86,7 @@ def _shortened(text: str) -> str:
     return f"{text[:half]} [... {len(text) - 2 * half:,} characters ...] {text[-half:]}"
 
 
-def _decode(tokenizer: Any, tokens: list[int]) -> str:
+def _decode(tokenizer: ModelTokenizer, tokens: list[int]) -> str:
     """Decode with special tokens, as far as a tokenizer shows them."""
     wanted = {"skip_special_tokens": False, "truncate_at_eos": False}
     taken = inspect.signature(tokenizer.decode).parameters

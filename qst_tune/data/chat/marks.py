@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qst_tune.data.values import JsonObject
+
 _PLANE_SIZE = 0xFFFD
 # Unicode's planes for private use; the second for texts that have characters of the first.
 _PLANES = {
@@ -73,25 +75,23 @@ class Marker:
         self.marks_starts = wrap in (_around, _start_only)
         self._base = free[0] if free else 0
 
-    def mark(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def mark(self, messages: Sequence[JsonObject]) -> list[dict[str, Any]]:
         """Return copies of the messages with marks in contents, thoughts and tool calls."""
         return [self._mark_message(i, message) for i, message in enumerate(messages)]
 
-    def mark_tools(
-        self, tools: Sequence[Mapping[str, Any]] | None
-    ) -> Sequence[Mapping[str, Any]] | None:
+    def mark_tools(self, tools: Sequence[JsonObject] | None) -> Sequence[JsonObject] | None:
         """Return copies of the tools with marks in their names."""
         mark = self._character(self._num_messages)
         return tools and [self._mark_tool(tool, mark) for tool in tools]
 
-    def num_in_calls(self, message: Mapping[str, Any], index: int) -> int:
+    def num_in_calls(self, message: JsonObject, index: int) -> int:
         """Return the number of marks in the tool calls of a marked message."""
         if "tool_calls" not in message:
             return 0
         calls = json.dumps(message["tool_calls"], ensure_ascii=False)
         return calls.count(self._character(index, in_call=True))
 
-    def num_in_content(self, message: Mapping[str, Any], index: int) -> int:
+    def num_in_content(self, message: JsonObject, index: int) -> int:
         """Return the number of marks in the content of a marked message."""
         return str(message.get("content", "")).count(self._character(index))
 
@@ -106,7 +106,7 @@ class Marker:
     def _character(self, owner: int, *, in_call: bool = False) -> str:
         return chr(self._base + 2 * owner + in_call)
 
-    def _mark_message(self, index: int, message: Mapping[str, Any]) -> dict[str, Any]:
+    def _mark_message(self, index: int, message: JsonObject) -> dict[str, Any]:
         marked = dict(message)
         if self._answers_only and message["role"] != "assistant":
             return marked
@@ -118,7 +118,7 @@ class Marker:
             marked["tool_calls"] = [self._mark_call(call, mark) for call in marked["tool_calls"]]
         return marked
 
-    def _mark_call(self, call: Mapping[str, Any], mark: str) -> dict[str, Any]:
+    def _mark_call(self, call: JsonObject, mark: str) -> dict[str, Any]:
         function = call["function"]
         name = self._wrap(function["name"], mark)
         arguments = self._mark_value(function["arguments"], mark)
@@ -133,7 +133,7 @@ class Marker:
             return [self._mark_value(item, mark) for item in value]
         return value
 
-    def _mark_tool(self, tool: Mapping[str, Any], mark: str) -> dict[str, Any]:
+    def _mark_tool(self, tool: JsonObject, mark: str) -> dict[str, Any]:
         # OpenAI's form has the function in a dict of its own; some templates take its keys alone.
         if isinstance(tool.get("function"), Mapping):
             return {**tool, "function": self._mark_tool(tool["function"], mark)}

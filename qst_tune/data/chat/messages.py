@@ -7,7 +7,7 @@ from typing import Any
 
 from torchtune.data import Message as TorchtuneMessage
 
-from qst_tune.data.values import from_json, kind_of, quoted, text_of, without_nulls
+from qst_tune.data.values import JsonObject, from_json, kind_of, quoted, text_of, without_nulls
 from qst_tune.errors import UserError
 
 Message = dict[str, Any]
@@ -44,7 +44,7 @@ class Conversation:
     tools: list[Any] | None = None  # JSON schemas of the tools that a template may name
 
 
-def read_conversation(value: Any, column: str, tools: Any = None) -> Conversation:
+def read_conversation(value: object, column: str, tools: object = None) -> Conversation:
     """Read a list of messages, or its JSON: OpenAI's (role, content) or ShareGPT's (from, value).
 
     Assistant messages are learnt, except those with ``weight: 0``. ``tools`` is as in
@@ -62,7 +62,7 @@ def read_conversation(value: Any, column: str, tools: Any = None) -> Conversatio
     return Conversation(messages, learnt, read_tools(tools))
 
 
-def read_tools(value: Any) -> list[Any] | None:
+def read_tools(value: object) -> list[Any] | None:
     """Read a list of JSON schemas, or JSON of one; None if there is none."""
     tools = from_json(value, "tools") if value not in ("", None) else None
     if not tools:
@@ -80,7 +80,7 @@ def from_torchtune(messages: Sequence[TorchtuneMessage]) -> list[Message]:
     return [{"role": ROLES.get(m.role, m.role), "content": m.text_content} for m in messages]
 
 
-def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+def check_messages(messages: Sequence[JsonObject]) -> list[Message]:
     """Normalise messages for chat templates; a malformed one is a UserError that names it.
 
     As in transformers' ``apply_chat_template``, keys whose value is None are left out, and a
@@ -93,7 +93,7 @@ def check_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     return [_check_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
 
-def call_variants(messages: Sequence[Mapping[str, Any]]) -> Iterator[list[Message]]:
+def call_variants(messages: Sequence[JsonObject]) -> Iterator[list[Message]]:
     """Yield checked messages with tool calls in the forms that templates want, first as they are.
 
     Most take a dict of arguments and no content; DeepSeek's append arguments as text, as OpenAI's
@@ -107,7 +107,7 @@ def call_variants(messages: Sequence[Mapping[str, Any]]) -> Iterator[list[Messag
                 yield [_variant(m, as_text=as_text, content=empty) for m in messages]
 
 
-def _variant(message: Mapping[str, Any], *, as_text: bool, **filled: Any) -> Message:
+def _variant(message: JsonObject, *, as_text: bool, **filled: Any) -> Message:
     calls = message.get("tool_calls")
     if not calls:
         return dict(message)
@@ -115,12 +115,12 @@ def _variant(message: Mapping[str, Any], *, as_text: bool, **filled: Any) -> Mes
     return {**filled, **message, "tool_calls": calls}
 
 
-def _as_text(call: Mapping[str, Any]) -> Message:
+def _as_text(call: JsonObject) -> Message:
     arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
     return {**call, "function": {**call["function"], "arguments": arguments}}
 
 
-def _read_message(item: Any, where: str) -> Message:
+def _read_message(item: object, where: str) -> Message:
     if not isinstance(item, Mapping):
         raise UserError(f"{where} is {kind_of(item)}: a message has a role and a content")
     name = item.get("role", item.get("from"))
@@ -142,14 +142,14 @@ def _read_message(item: Any, where: str) -> Message:
     return message | {"content": _join_text(content, f"{where}.content")}
 
 
-def _weight(item: Mapping[str, Any], where: str) -> int:
+def _weight(item: JsonObject, where: str) -> int:
     weight = item.get("weight")
     if weight not in (None, 0, 1):
         raise UserError(f"{where}.weight is {quoted(weight)}: it must be 0 (not learnt) or 1")
     return 1 if weight is None else int(weight)
 
 
-def _check_message(message: Any, where: str) -> Message:
+def _check_message(message: object, where: str) -> Message:
     if not isinstance(message, Mapping):
         raise UserError(f"{where} is {kind_of(message)}: it must be a dict with role and content")
     checked = {key: value for key, value in message.items() if value is not None}
@@ -170,7 +170,7 @@ def _check_message(message: Any, where: str) -> Message:
     return checked
 
 
-def _join_text(content: Any, where: str) -> str:
+def _join_text(content: object, where: str) -> str:
     """Return text as it is, and OpenAI's list of text parts as one text."""
     if not isinstance(content, list) or not content:
         return text_of(content, where)
@@ -183,7 +183,7 @@ def _join_text(content: Any, where: str) -> str:
     return "".join(texts)
 
 
-def _tidy_calls(calls: Any, where: str) -> list[Message]:
+def _tidy_calls(calls: object, where: str) -> list[Message]:
     """The calls with only the keys that templates read."""
     tidy = []
     for call in without_nulls(_check_calls(calls, where)):
@@ -193,7 +193,7 @@ def _tidy_calls(calls: Any, where: str) -> list[Message]:
     return tidy
 
 
-def _check_calls(calls: Any, message: str) -> list[Message]:
+def _check_calls(calls: object, message: str) -> list[Message]:
     """Return tool calls as templates take them: each with its arguments as a dict."""
     where = f"{message}.tool_calls"
     if not isinstance(calls, Sequence) or isinstance(calls, str):

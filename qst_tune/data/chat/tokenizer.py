@@ -23,6 +23,7 @@ from qst_tune.data.chat.template import (
     special_pattern,
 )
 from qst_tune.data.chat.template_source import no_template
+from qst_tune.data.values import JsonObject
 from qst_tune.errors import UserError
 
 
@@ -140,9 +141,9 @@ class HFChatTokenizer(ModelTokenizer, Transform):
 
     def tokenize_conversation(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[JsonObject],
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[JsonObject] | None = None,
         learnt: Sequence[bool] | None = None,
         add_end_tokens: bool = True,
     ) -> tuple[list[int], list[bool]]:
@@ -175,7 +176,7 @@ class HFChatTokenizer(ModelTokenizer, Transform):
         mask = _mask(encoding.offsets, find_learnt_spans(chat, learnt))
         return self._truncate(list(encoding.ids), mask, add_end_tokens)
 
-    def __call__(self, sample: dict[str, Any], inference: bool = False) -> Mapping[str, Any]:
+    def __call__(self, sample: dict[str, Any], inference: bool = False) -> JsonObject:
         """Replace the sample's torchtune ``messages`` by ``tokens`` and ``mask``, in place.
 
         With ``inference`` the tokens end with the template's generation prompt.

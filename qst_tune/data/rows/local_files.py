@@ -1,7 +1,7 @@
 """Rows of local files (JSONL, JSON, CSV, TSV, Parquet; text also as ``.gz``) and of the hub."""
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from glob import glob
 from itertools import accumulate
 from pathlib import Path
@@ -11,7 +11,7 @@ from datasets import ReadInstruction, load_dataset
 
 from qst_tune.data.rows.json_rows import FileText, read_json_rows
 from qst_tune.data.rows.table_rows import CsvRows, ParquetRows
-from qst_tune.data.values import without_nulls
+from qst_tune.data.values import JsonObject, without_nulls
 from qst_tune.errors import UserError
 
 # Names under which `datasets` and torchtune's configs know the formats, as in source=json.
@@ -30,7 +30,7 @@ class Rows(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+    def __getitem__(self, index: int) -> JsonObject: ...
 
     def place(self, index: int) -> str:
         """Return the file and, if there is one, the line of a row."""
@@ -57,7 +57,7 @@ class LocalRows:
     def __len__(self) -> int:
         return len(self._selection)
 
-    def __getitem__(self, index: int) -> Mapping[str, Any]:
+    def __getitem__(self, index: int) -> JsonObject:
         part, number = self._find(index)
         return part[number]
 
@@ -82,8 +82,8 @@ class HubRows:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Mapping[str, Any]:
-        row: Mapping[str, Any] = self.rows[index]
+    def __getitem__(self, index: int) -> JsonObject:
+        row: JsonObject = self.rows[index]
         return row
 
     def place(self, index: int) -> str:
