@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,7 +23,7 @@ from qst_tune.results.tuned_directory import RECIPE_CONFIG, add_verdict
 from qst_tune.training.methods import Method
 from qst_tune.training.progress import Progress
 from qst_tune.training.run_log import RunLog
-from qst_tune.training.state_file import pack_state
+from qst_tune.training.state_file import State, pack_state
 
 CHECKPOINTS_DIRECTORY = "checkpoints"
 FORMAT_VERSION = 4  # 1 had no digest of the validation set, 2 and 3 one of 16 rows
@@ -128,7 +127,7 @@ class Checkpointing:
     """When a run is saved, which checkpoints are kept, and which one the user gets in the end."""
 
     store: CheckpointStore  # where they are
-    header: dict[str, Any]  # what every checkpoint records of the run: config, data, versions
+    header: State  # what every checkpoint records of the run: config, data, versions
     steps_per_epoch: int  # each epoch ends with a checkpoint
     every: int | None = None  # steps between further ones
     keep: int | None = None  # how many of the newest are kept besides the best; None keeps all
@@ -141,7 +140,7 @@ class Checkpointing:
         self,
         method: Method,
         results: dict[str, float],
-        state: dict[str, Any],
+        state: State,
         progress: Progress,
     ) -> None:
         """Save the run as it is, unless this step is saved already. Collective.

@@ -2,14 +2,13 @@
 
 import math
 import random
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
 
 import numpy as np
 import torch
 
 from qst_tune.distributed.processes import rank_and_world_size
+from qst_tune.training.state_file import State
 
 
 @dataclass
@@ -45,7 +44,7 @@ class Progress:
         return is_best
 
     @classmethod
-    def from_dict(cls, counters: Mapping[str, Any]) -> "Progress":
+    def from_dict(cls, counters: State) -> "Progress":
         """Read the counters by name; ValueError for a type or value that none can have."""
         known = {field.name for field in fields(cls)}
         progress = cls(**{name: value for name, value in counters.items() if name in known})

@@ -20,7 +20,7 @@ from qst_tune.errors import UserError
 from qst_tune.results.start import Start
 from qst_tune.training.checkpoints import CHECKPOINTS_DIRECTORY, FORMAT_VERSION, CheckpointStore
 from qst_tune.training.progress import Progress
-from qst_tune.training.state_file import unpack_state
+from qst_tune.training.state_file import State, unpack_state
 
 # Keys that must not change, with the reason. Every other change is logged and accepted.
 _FIXED = {
@@ -65,10 +65,10 @@ class SavedRun:
 
     step: int
     directory: Path
-    state: dict[str, Any]
+    state: State
 
     @contextmanager
-    def read(self) -> Iterator[dict[str, Any]]:
+    def read(self) -> Iterator[State]:
         """Yield the state; what it lacks, or has of another type or size, is one UserError."""
         try:
             yield self.state
@@ -134,7 +134,7 @@ def describe_data(
     train: BatchLoader,
     validation: BatchLoader | None = None,
     digests: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
+) -> State:
     """Return the number of processes, and of each set of examples their number and digest.
 
     ``digests`` are of the content of all examples, where they are known; else they are read.
@@ -153,7 +153,7 @@ def describe_data(
     }
 
 
-def check_same_data(saved: SavedRun, description: dict[str, Any]) -> None:
+def check_same_data(saved: SavedRun, description: State) -> None:
     """Refuse to resume with other data than :func:`describe_data` gave when the run was saved."""
     cannot = f"cannot resume from {saved.directory}"
     for name in ("training set", "validation set"):
@@ -207,7 +207,7 @@ def _check_state(saved: SavedRun) -> None:
         raise UserError(f"{cannot}: its state is of step {step}; {_ANEW}")
 
 
-def _compare(state: dict[str, Any], cfg: TrainingConfig) -> None:
+def _compare(state: State, cfg: TrainingConfig) -> None:
     before, now = (dict(_flat(config)) for config in (state["config"], recorded(cfg.raw)))
     refused = []
     for key in sorted(before.keys() | now.keys()):
@@ -226,7 +226,7 @@ def _compare(state: dict[str, Any], cfg: TrainingConfig) -> None:
         raise UserError("\n".join(refused))
 
 
-def _compare_step(state: dict[str, Any], cfg: TrainingConfig) -> list[str]:
+def _compare_step(state: State, cfg: TrainingConfig) -> list[str]:
     """A step must have as many examples as before, however they are spread."""
     processes = {"saved": state["data"]["processes"], "now": rank_and_world_size()[1]}
     factors = {

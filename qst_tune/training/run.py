@@ -45,6 +45,7 @@ from qst_tune.training.resume import (
     set_run_seed,
 )
 from qst_tune.training.run_log import BEFORE, RunLog
+from qst_tune.training.state_file import State
 from qst_tune.training.task import Task
 from qst_tune.training.trainer import Trainer
 
@@ -154,7 +155,7 @@ def build_trainer(run: Run, method: Method, task: Task, data: TrainingData) -> T
     return trainer
 
 
-def _checkpointing(run: Run, schedule: Schedule, data: dict[str, Any]) -> Checkpointing:
+def _checkpointing(run: Run, schedule: Schedule, data: State) -> Checkpointing:
     """Build the checkpointing in ``output_dir``; no checkpoint of another run stays in its way."""
     cfg = run.cfg
     store = CheckpointStore(cfg.output_dir / CHECKPOINTS_DIRECTORY)

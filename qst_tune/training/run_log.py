@@ -14,6 +14,7 @@ from tqdm import tqdm
 from qst_tune.distributed.processes import rank_and_world_size
 from qst_tune.errors import os_errors
 from qst_tune.modules.memory import GIB, memory_kind, peak_memory_bytes
+from qst_tune.training.state_file import State
 from qst_tune.training.task import Task
 
 BEFORE = "quantised base model"
@@ -51,7 +52,7 @@ class RunSummary:
             for step, value in values.items()
         }
 
-    def history(self) -> dict[str, Any]:
+    def history(self) -> State:
         """Return what accumulates over the steps, to be saved with a checkpoint."""
         return {
             "train_loss": self.train_loss,
@@ -59,7 +60,7 @@ class RunSummary:
             "metrics": self.metrics,
         }
 
-    def restore(self, history: dict[str, Any]) -> None:
+    def restore(self, history: State) -> None:
         """Take :meth:`history` of the steps before a checkpoint back."""
         self.train_loss = _by_step(history["train_loss"])
         self.val_loss = _by_step(history["val_loss"])

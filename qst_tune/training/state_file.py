@@ -8,7 +8,7 @@ reads back as the same number.
 import json
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError
@@ -22,6 +22,10 @@ TENSORS_FILE = "state.safetensors"
 # What a file that was changed raises on the way; too deep a tree is a RuntimeError.
 _DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)
 
+# Dicts, lists, tuples, tensors and plain values, in any nesting.
+Tree: TypeAlias = Any
+State: TypeAlias = dict[str, Tree]
+
 # Marks: a dict with one of these as its only key is something that JSON does not have.
 _TENSOR, _TUPLE, _PAIRS, _WRAPPED = "$tensor", "$tuple", "$pairs", "$wrapped"
 # Quantized optimizer states, by class name. A file can name these classes and no others.
@@ -32,14 +36,14 @@ _WRAPPERS = {
 }
 
 
-def pack_state(tree: Any) -> dict[str, bytes]:
+def pack_state(tree: Tree) -> dict[str, bytes]:
     """Turn a tree of dicts, lists, tuples, tensors and plain values into two files by name."""
     tensors: dict[str, torch.Tensor] = {}
     encoded = _encode(tree, "", tensors)
     return {TREE_FILE: json.dumps(encoded).encode(), TENSORS_FILE: save(tensors)}
 
 
-def unpack_state(directory: Path) -> Any:
+def unpack_state(directory: Path) -> Tree:
     """Read what :func:`pack_state` was given back, bit for bit, on the CPU.
 
     UserError if a file is missing or damaged.
@@ -51,7 +55,7 @@ def unpack_state(directory: Path) -> Any:
         raise UserError(f"the state in {directory} is damaged: {error}") from error
 
 
-def _encode(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
+def _encode(value: Tree, path: str, tensors: dict[str, torch.Tensor]) -> Tree:
     if isinstance(value, torch.Tensor):
         return _encode_tensor(value, path, tensors)
     if isinstance(value, dict):
@@ -67,7 +71,7 @@ def _encode(value: Any, path: str, tensors: dict[str, torch.Tensor]) -> Any:
     raise UserError(f"cannot save {path.lstrip('.')}: a {type(value).__name__} is no plain value")
 
 
-def _encode_tensor(value: torch.Tensor, path: str, tensors: dict[str, torch.Tensor]) -> Any:
+def _encode_tensor(value: torch.Tensor, path: str, tensors: dict[str, torch.Tensor]) -> Tree:
     kind = type(value).__name__
     if kind in _WRAPPERS:
         names, context = value.__tensor_flatten__()  # type: ignore[attr-defined]
@@ -79,7 +83,7 @@ def _encode_tensor(value: torch.Tensor, path: str, tensors: dict[str, torch.Tens
     return {_TENSOR: name}
 
 
-def _decode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+def _decode(value: Tree, tensors: dict[str, torch.Tensor]) -> Tree:
     if isinstance(value, list):
         return [_decode(item, tensors) for item in value]
     if not isinstance(value, dict):
@@ -99,8 +103,8 @@ def _decode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def _decode_wrapper(
-    kind: str, parts: dict[str, Any], context: list[Any], tensors: dict[str, torch.Tensor]
-) -> Any:
+    kind: str, parts: dict[str, Tree], context: list[Tree], tensors: dict[str, torch.Tensor]
+) -> Tree:
     wrapper = getattr(import_module(_WRAPPERS[kind]), kind)
     plain = {name: _decode(part, tensors) for name, part in parts.items()}
     return wrapper.__tensor_unflatten__(plain, _decode(context, tensors))

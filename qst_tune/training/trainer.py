@@ -26,6 +26,7 @@ from qst_tune.training.checkpoints import Checkpointing
 from qst_tune.training.methods import Method
 from qst_tune.training.progress import Progress, seed_step
 from qst_tune.training.run_log import RunLog
+from qst_tune.training.state_file import State
 from qst_tune.training.stop_signals import StopSignals
 from qst_tune.training.task import Task
 
@@ -251,7 +252,7 @@ class Trainer:
         """The trainable parameters."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         """Return what a resumed run needs besides the method's own files."""
         return {
             "seed": self.seed,
@@ -261,7 +262,7 @@ class Trainer:
             "lr_scheduler": self.lr_scheduler.state_dict() if self.lr_scheduler else None,
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: State) -> None:
         """Take :meth:`state` of the same run back; the method has loaded its own files already."""
         self.progress = Progress.from_dict(state["progress"])
         self.run_log.summary.restore(state["history"])
