@@ -90,6 +90,7 @@ def _file_problems(cfg: TrainingConfig) -> Iterator[Problem]:
         if value and not os.path.exists(str(value)) and not _is_on_hub(str(value), cfg):
             yield Problem(f"tokenizer.{key}", f"tokenizer: {key}={value} does not exist")
     yield from _cache_problems(cfg.hidden_state_cache)
+    yield from _logger_problems(cfg.metric_logger)
     for path, block in dataset_blocks(cfg.raw, "dataset", "dataset_val"):
         yield from _dataset_problems(path, block)
 
@@ -111,6 +112,14 @@ def _cache_problems(directory: Path | None) -> Iterator[Problem]:
             f"hidden_state_cache={directory} cannot be written: {there} is not a writable directory"
         )
         yield Problem("hidden_state_cache", text)
+
+
+def _logger_problems(block: DictConfig) -> Iterator[Problem]:
+    """Torchtune's DiskLogger makes its ``log_dir`` only, and fails with a traceback at the end."""
+    place = Path(str(block.get("log_dir")), str(block.get("filename") or "")).parent
+    if block.get("filename") and "/" in str(block.filename) and not os.path.exists(place):
+        text = f"metric_logger: filename={block.filename}: the directory {place} does not exist"
+        yield Problem("metric_logger.filename", text)
 
 
 def _dataset_problems(name: str, block: DictConfig) -> Iterator[Problem]:

@@ -240,6 +240,11 @@ MISTAKES = [
         ["early_stopping_patience=2"],
         ["early_stopping_patience needs run_val_every_n_steps or more epochs"],
     ),
+    Mistake(
+        "log file in a directory of nothing",
+        ["metric_logger.filename=a/b/c"],
+        ["metric_logger: filename=a/b/c", "does not exist"],
+    ),
     Mistake("profiler of nothing", ["profiler.enabled=True"], ["profiler: _component_ is missing"]),
     Mistake("profiler that is a name", ["profiler=on"], ["profiler=True must be a block"]),
     Mistake("mode of nothing", ["cudnn_deterministic_mode=3"], ["mode=3 must be 0, 1, 2, "]),
@@ -259,13 +264,20 @@ MISTAKES = [
     Mistake("rate that is no number", ["optimizer.lr=.nan"], ["optimizer"]),
     Mistake(
         "schedule of rates that are no numbers",
-        [*COSINE, "lr_scheduler.num_cycles=.nan"],
+        [*COSINE, "lr_scheduler.num_warmup_steps=0", "lr_scheduler.num_cycles=.nan"],
         ["lr_scheduler: step 1 of 10 has the learning rate nan"],
     ),
     Mistake("logger of nothing", ["metric_logger=builtins.dict"], ["metric_logger: builtins.dict"]),
+    Mistake(
+        "log file in a directory of nothing",
+        ["metric_logger.filename=a/b/c"],
+        ["metric_logger: filename=a/b/c", "does not exist"],
+    ),
     Mistake("profiler of nothing", ["profiler._component_=builtins.dict"], ["profiler: builtins"]),
     Mistake("collate that takes no rows", ["collate_fn=os.system"], ["collate_fn=os.system"]),
-    Mistake("number out of reach", ["batch_size=99999999999"], ["batch_size=", "at most"]),
+    Mistake(
+        "number out of reach", ["batch_size=99999999999999999999999"], ["batch_size=", "at most"]
+    ),
     Mistake("device without memory", ["device=meta"], ["device=meta cannot be used"]),
     Mistake(
         "keys that refer to each other",
