@@ -1,10 +1,13 @@
 """A schedule that wastes steps of its run is named, with the way out."""
 
 import logging
+from typing import Any
 
 import pytest
+import torch
 
 from qst_tune.config.schedule_check import check_schedule, learning_rates, report_schedule
+from qst_tune.config.training_check import _try_schedule
 from qst_tune.errors import UserError
 from tests.support.configs import typed_config
 
@@ -91,3 +94,14 @@ def test_run_of_a_few_steps_is_named_unless_it_is_asked_for(
         report_schedule(cfg, num_steps)
     assert ("too few" in caplog.text) == bool(told)
     assert told in caplog.text
+
+
+def times(optimizer: torch.optim.Optimizer, *, factor: float, **_: object) -> Any:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor)
+
+
+@pytest.mark.parametrize("factor", [-1.0, float("nan"), float("inf")])
+def test_rates_of_no_size_are_refused(factor: float) -> None:
+    cfg = config(f"{__name__}.times", factor=factor)
+    with pytest.raises(UserError, match=r"lr_scheduler: step 1 of 10 has the learning rate"):
+        _try_schedule(cfg)

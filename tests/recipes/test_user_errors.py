@@ -263,9 +263,9 @@ MISTAKES = [
     ),
     Mistake("rate that is no number", ["optimizer.lr=.nan"], ["optimizer"]),
     Mistake(
-        "schedule of rates that are no numbers",
+        "schedule without a rate",
         [*COSINE, "lr_scheduler.num_warmup_steps=0", "lr_scheduler.num_cycles=.nan"],
-        ["lr_scheduler: step 1 of 10 has the learning rate nan"],
+        ["lr_scheduler", "a learning rate of 0"],
     ),
     Mistake("logger of nothing", ["metric_logger=builtins.dict"], ["metric_logger: builtins.dict"]),
     Mistake(
