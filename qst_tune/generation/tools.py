@@ -1,6 +1,5 @@
 """Tools that a model may call, for its chat template."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
 from qst_tune.data.chat.messages import read_tools
 from qst_tune.data.rows.json_rows import FileText, read_document
-from qst_tune.data.values import check_unicode, kind_of
+from qst_tune.data.values import kind_of
 from qst_tune.errors import UserError, first_line
 
 
@@ -42,4 +41,3 @@ def _check(tool: dict[str, Any]) -> None:
     name = function.get("name")
     if tool.get("type", "function") == "function" and not (isinstance(name, str) and name):
         raise UserError(f"the name of a function is {kind_of(name)}: it must be text")
-    check_unicode(json.dumps(tool, ensure_ascii=False), "a schema")

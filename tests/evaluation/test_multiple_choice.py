@@ -66,7 +66,7 @@ def test_a_file_is_read_with_letters_or_numbers_and_mistakes_have_their_line(tmp
         ({"question": None}, "question is null: it must be text"),
         ({"question": 5}, "question is a number"),
         ({"question": " "}, "question is text"),
-        ({"question": "\ud800"}, "question has half a character"),
+        ({"question": "\ud800"}, "is half a character"),
         ({"subject": ["s"]}, "subject is a list"),
     ],
 )
