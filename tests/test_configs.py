@@ -65,6 +65,8 @@ def test_torchtune_validates_config(cfg: DictConfig) -> None:
 
 
 def test_model_builds_without_memory(cfg: DictConfig) -> None:
+    if cfg.model._component_.endswith(".described_model"):
+        pytest.skip("a directory says which model: tests/sharing/test_hub_directory.py runs it")
     model = build_any_on_meta(cfg.model, torch.bfloat16)
     assert all(parameter.is_meta for parameter in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
