@@ -88,7 +88,8 @@ def _file_problems(cfg: TrainingConfig) -> Iterator[Problem]:
     for key in ("path", "merges_file", "vocab_path"):
         value = cfg.tokenizer.get(key)
         if value and not os.path.exists(str(value)) and not _is_on_hub(str(value), cfg):
-            yield Problem(f"tokenizer.{key}", f"tokenizer: {key}={value} does not exist")
+            text = f"tokenizer: {key}={value} does not exist or cannot be read"
+            yield Problem(f"tokenizer.{key}", text)
     yield from _cache_problems(cfg.hidden_state_cache)
     yield from _logger_problems(cfg.metric_logger)
     for path, block in dataset_blocks(cfg.raw, "dataset", "dataset_val"):
@@ -131,7 +132,8 @@ def _dataset_problems(name: str, block: DictConfig) -> Iterator[Problem]:
     for file in data_files(block) if is_local else []:
         is_plain = not any(mark in file for mark in ("://", *"*?["))
         if is_plain and not os.path.exists(os.path.expanduser(file)):
-            yield Problem(f"{name}.data_files", f"{name}: data_files={file} does not exist")
+            text = f"{name}: data_files={file} does not exist or cannot be read"
+            yield Problem(f"{name}.data_files", text)
 
 
 def _trial_problems(cfg: TrainingConfig) -> Iterator[Problem]:
