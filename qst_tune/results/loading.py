@@ -208,6 +208,12 @@ def build_any_described(
         block.pop("backbone", None)  # until 0.1 a choice; BackboneId knows what it was
     if backbone_directory is not None and "checkpoint_dir" in block:  # of a builder *_from_hf
         block["checkpoint_dir"] = str(backbone_directory)
+    for name, value in block.items():
+        if "${" in str(value):
+            raise UserError(
+                f"{directory}: model.{name} is {value!r}, which this machine would fill in: "
+                "write the value itself, or name the backbone's directory"
+            )
     model: TunableModel = build_any_on_meta(OmegaConf.create(block), dtype)
     return model
 

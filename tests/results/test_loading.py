@@ -1,5 +1,6 @@
 """From a config, or from directories, to models that can be used tuned or as they were."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,16 @@ def test_directories_that_do_not_go_together_are_told(tmp_path: Path) -> None:
         load_side_networks(
             loaded.model, {"a": all_layers, "b": one_layer}, backbone=loaded.backbone
         )
+
+
+def test_a_reference_in_the_model_block_of_a_directory_is_not_resolved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, _ = side_network_directory(tmp_path, "one")
+    path = directory / "qst_config.json"
+    content = json.loads(path.read_text())
+    content["model"]["output_mix"] = "${oc.env:QST_TUNE_TOKEN}"
+    path.write_text(json.dumps(content))
+    monkeypatch.setenv("QST_TUNE_TOKEN", "hf_secret")
+    with pytest.raises(UserError, match=r"model\.output_mix is '\$\{oc\.env:QST_TUNE_TOKEN\}'"):
+        load_directory(directory, tmp_path / "model", dtype=torch.float32, device=CPU)
