@@ -375,7 +375,7 @@ MISTAKES = [
     Mistake(
         "damaged tokenizer",
         [],
-        ["tokenizer: ", "tokenizer.json cannot be read", "EOF"],
+        ["tokenizer: ", "tokenizer.json or a file beside it is damaged", "char 100"],
         truncate("model/tokenizer.json", 100),
     ),
     # The data.

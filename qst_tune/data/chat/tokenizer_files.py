@@ -109,10 +109,14 @@ def _load(directory: Path) -> Any:
     # Files absent or damaged, libraries not installed; a panic of tokenizers is no Exception.
     except BaseException as error:
         reason = " ".join(str(error).split())[:200]
+        if path.is_file():
+            raise UserError(
+                f"tokenizer: {path} or a file beside it is damaged, or needs code of its own: "
+                f"{reason}; download the directory again, or use a torchtune tokenizer"
+            ) from error
         raise UserError(
-            f"tokenizer: {directory} has no tokenizer.json that can be used as it is, and "
-            f"transformers cannot load its tokenizer ({reason}); add tokenizer.json, or use a "
-            "torchtune tokenizer"
+            f"tokenizer: {directory} has no tokenizer.json, and transformers cannot load its "
+            f"tokenizer ({reason}); add tokenizer.json, or use a torchtune tokenizer"
         ) from error
     if not isinstance(getattr(loaded, "backend_tokenizer", None), Tokenizer):
         raise UserError(
