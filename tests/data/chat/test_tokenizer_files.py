@@ -93,7 +93,9 @@ def test_transformers_empty_vocabulary_is_refused(
     directory = build_directory(tmp_path / "m", tokenizer_class=name)
     (directory / "tokenizer.json").unlink()
     (directory / "config.json").write_text(json.dumps({"model_type": model_type}))
-    with pytest.raises(UserError, match=r"has no tokenizer\.json(, and transformers| and no other vocabulary)"):
+    with pytest.raises(
+        UserError, match=r"has no tokenizer\.json(, and transformers| and no other vocabulary)"
+    ):
         hf_chat_tokenizer(str(directory))
 
 
