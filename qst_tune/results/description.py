@@ -118,7 +118,8 @@ class Description:
 
     ``model`` is the config's block that rebuilds the model, ``results`` are figures for people,
     ``lineage`` is what it was tuned from, oldest first, ``verdict`` says that the run made the
-    model no better. Only a side network has a ``structure``.
+    model no better. Only a side network has a ``structure``. ``weights_sha256`` is that
+    of the file of tensors; results of 0.1 have none.
     """
 
     form: TunedFormat
@@ -129,6 +130,7 @@ class Description:
     lineage: tuple[Ancestor, ...] = ()
     verdict: str = ""
     version: str = __version__
+    weights_sha256: str = ""
 
     @property
     def is_classifier(self) -> bool:
@@ -145,6 +147,7 @@ class Description:
             "backbone": self.backbone.described(),
             "model": self.model,
             "structure": {**structure.pop("config", {}), **structure},
+            "weights_sha256": self.weights_sha256,
             "results": self.results,
             **({"lineage": [asdict(link) for link in self.lineage]} if self.lineage else {}),
             **({"verdict": self.verdict} if self.verdict else {}),
@@ -215,6 +218,7 @@ def _parse(form: TunedFormat, content: Mapping[str, Any]) -> Description:
         _typed(tuple[Ancestor, ...], content.get("lineage", []), "lineage"),
         _typed(str, content.get("verdict", ""), "verdict"),
         _typed(str, content.get("qst_tune_version"), "qst_tune_version"),
+        _typed(str, content.get("weights_sha256", ""), "weights_sha256"),
     )
 
 

@@ -15,6 +15,7 @@ It has no weight of the backbone, no code of an integer model (whoever has the w
 ones by rounding again), no pickle, and no ``adapter_config.json``, which PEFT would misread.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -89,6 +90,8 @@ class Provenance:
 def tuned_files(tuned: Tuned, provenance: Provenance) -> dict[str, bytes]:
     """Return the directory's files by name."""
     side = tuned if isinstance(tuned, SideNetwork) else None
+    plain = {name: value.detach().cpu().contiguous() for name, value in _trained(tuned).items()}
+    weights = save(plain, metadata={"format": "pt"})
     description = Description(
         SIDE_NETWORK if side else SCALES,
         provenance.backbone,
@@ -96,10 +99,10 @@ def tuned_files(tuned: Tuned, provenance: Provenance) -> dict[str, bytes]:
         SideStructure.of(side) if side else None,
         provenance.results,
         provenance.lineage,
+        weights_sha256=hashlib.sha256(weights).hexdigest(),
     )
-    plain = {name: value.detach().cpu().contiguous() for name, value in _trained(tuned).items()}
     files = {
-        description.form.weights_file: save(plain, metadata={"format": "pt"}),
+        description.form.weights_file: weights,
         description.form.config_file: description.to_json(),
         RECIPE_CONFIG: provenance.recipe_config.encode(),
         CARD_FILE: model_card(description).encode(),
@@ -160,10 +163,17 @@ def read_tuned(directory: Path, tuned: Tuned, *, backbone: BackboneId) -> Tensor
     another backbone, or has tensors of other names, shapes or function.
     """
     form = SIDE_NETWORK if isinstance(tuned, SideNetwork) else SCALES
-    _check_backbone(directory, read_description(directory, form).backbone, backbone)
+    path, description = directory / form.weights_file, read_description(directory, form)
+    _check_backbone(directory, description.backbone, backbone)
     check_fits(directory, tuned)
     tensors = read_tensors(directory, form)
-    check_finite(directory / form.weights_file, tensors)
+    check_finite(path, tensors)
+    stored = description.weights_sha256
+    if stored and stored != hashlib.sha256(path.read_bytes()).hexdigest():
+        raise UserError(
+            f"{path} has another SHA-256 than {form.config_file} says: it is damaged or replaced; "
+            "copy the whole directory again"
+        )
     return tensors
 
 

@@ -10,15 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from qst_tune.errors import UserError
+from qst_tune.results.loading import load_directory
 from qst_tune.sharing.inspection import verify_directory
 from qst_tune.training.checkpoints import CheckpointStore
 from tests.support.attacks import copy_of
+from tests.support.directories import CPU
 
 # Of a result. The card is text for people. recipe_config.yaml is how the run was made, config.json
-# where transformers looks for the backbone: neither changes what the tensors compute.
+# where transformers looks for the backbone: neither changes what the tensors compute. Of
+# qst_config.json, figures, lineage, verdict and version are for people.
 CANNOT_MATTER = {"README.md", "recipe_config.yaml", "config.json"}
 FEW, MANY = 12, 400
 
@@ -69,34 +71,59 @@ def is_blank_of_json(unseen: tuple[str, int, int]) -> bool:
 
 
 @COUNTS
-def test_each_flipped_byte_of_a_result_is_found_or_changes_no_tensor(
+def test_each_flipped_byte_of_a_results_weights_is_found(
     count: int, place: Path, tmp_path: Path
 ) -> None:
     root = copy_of(place, tmp_path / "at")
     result = root / "run/side_network"
-    names = {path.name for path in result.iterdir()}
-    checked = names - CANNOT_MATTER
+    checked = {path.name for path in result.iterdir()} - CANNOT_MATTER
     assert checked == {"qst_config.json", "side_network.safetensors"}
+    verify_directory(result, root / "model")
     weights = result / "side_network.safetensors"
-    tensors = load_file(weights)
     unseen = []
     for position in positions(weights.stat().st_size, count):
         before = flip(weights, position)
         try:
             verify_directory(result, root / "model")
-            now = load_file(weights)
-            if any(not torch.equal(now[name], tensors[name]) for name in tensors):
-                unseen.append(position)
+            unseen.append(position)
         except UserError:
             pass
         weights.write_bytes(before)
-    assert unseen == [], "other tensors than the run's are verified"
+    assert unseen == []
+
+
+@torch.no_grad()
+@COUNTS
+def test_each_flipped_byte_of_a_description_is_found_or_changes_no_logit(
+    count: int, place: Path, tmp_path: Path
+) -> None:
+    root = copy_of(place, tmp_path / "at")
+    result = root / "run/side_network"
+    path = result / "qst_config.json"
+    tokens = torch.arange(1, 9)[None]
+
+    def logits() -> torch.Tensor:
+        loaded = load_directory(result, root / "model", dtype=torch.float32, device=CPU)
+        return loaded.model(tokens)
+
+    expected = logits()
+    unseen = []
+    for position in positions(path.stat().st_size, count):
+        before = flip(path, position)
+        try:
+            if not torch.equal(logits(), expected):
+                unseen.append((position, before[max(position - 30, 0) : position + 10]))
+        except UserError:
+            pass
+        path.write_bytes(before)
+    assert unseen == []
 
 
 @COUNTS
 def test_each_flipped_byte_of_a_backbone_is_found(count: int, place: Path, tmp_path: Path) -> None:
     root = copy_of(place, tmp_path / "at")
     weights = root / "model/model.safetensors"
+    verify_directory(root / "run/side_network", root / "model")
     unseen = []
     for position in positions(weights.stat().st_size, count // 4):
         before = flip(weights, position)

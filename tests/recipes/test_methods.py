@@ -3,6 +3,8 @@
 A method is a row of :data:`tests.support.methods.METHODS`; a new one needs no test of its own here.
 """
 
+import hashlib
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -246,7 +248,13 @@ def test_run_that_started_from_a_result_resumes_to_the_bit(
     with pytest.raises(UserError, match=r"cannot resume with .*: .* the run started"):
         trained.again(directory, *settings, RESUME, f"{result}=null")
     changed = {name: w + 1 for name, w in trained.method.tensors(start.parent).items()}
-    save_file(changed, start / f"{result}.safetensors")
+    weights, description = start / f"{result}.safetensors", next(start.glob("*_config.json"))
+    save_file(changed, weights)
+    with pytest.raises(UserError, match=r"has another SHA-256 than .*_config\.json says"):
+        trained.again(directory, *settings, RESUME)
+    content = json.loads(description.read_text())
+    content["weights_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    description.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"the tensors of .*, which it started from, have chan"):
         trained.again(directory, *settings, RESUME)
 

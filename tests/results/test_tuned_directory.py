@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from dataclasses import asdict, replace
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,7 @@ def test_description_says_what_it_was_trained_on(saved: Path) -> None:
             "num_heads": 1,
             "num_kv_heads": 1,
         },
+        "weights_sha256": sha256((saved / "side_network.safetensors").read_bytes()).hexdigest(),
         "results": {"validation loss": 1.25},
     }
 
