@@ -1,4 +1,4 @@
-"""Every file and code name that README, CONTRIBUTING and docs write in backquotes exists."""
+"""Every file, link and code name in README, CONTRIBUTING and docs exists."""
 
 import re
 from pathlib import Path
@@ -24,6 +24,8 @@ NOT_OURS = {"recipe_config.yaml", "x.py", "test_x.py", "lm_head_z_path", "pt"}
 FILE = re.compile(r"`([\w./-]+\.(?:py|yaml))`")
 NAME = re.compile(r"`([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)(?:\([^`]*\))?`")
 
+LINK = re.compile(r"\]\(([^)#\s]+)")
+
 
 def unknown_names(text: str) -> set[str]:
     """Files and identifiers in backquotes that are not in the project."""
@@ -40,6 +42,12 @@ def unknown_names(text: str) -> set[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_every_code_name_on_a_page_exists(page: Path) -> None:
     assert unknown_names(page.read_text()) == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_link_to_a_file_leads_to_one(page: Path) -> None:
+    links = [link for link in LINK.findall(page.read_text()) if "://" not in link]
+    assert [link for link in links if not (page.parent / link).exists()] == []
 
 
 def test_a_name_that_was_renamed_is_found() -> None:

@@ -31,7 +31,7 @@ _GIVEN: dict[str, tuple[int, tuple[str, ...]]] = {
 }
 _PLAIN = {int, float, bool, str, type(None)}
 
-# How what an earlier version had begins, and what to use now.
+# Beginning of the name of a component that is gone -> what to use now.
 _GONE = {
     "qst_tune.models.qst_opt": "OPT is qst_tune.models.qst_from_hf with its checkpoint_dir",
     "qst_tune.training.opt_checkpointer": "use qst_tune.training.HFCheckpointer",

@@ -176,7 +176,7 @@ def _try_optimizer(block: DictConfig) -> None:
 
 
 def _try_schedule(cfg: TrainingConfig) -> None:
-    """Refuse rates of no size: negative, infinite or none."""
+    """Refuse learning rates that are negative or not finite."""
     for step, rate in enumerate(learning_rates(cfg, 10)[1], start=1):
         if not 0 <= rate < math.inf:
             raise UserError(

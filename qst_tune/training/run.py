@@ -190,7 +190,9 @@ def _profiler(cfg: TrainingConfig) -> Any:
     profiler = built[0] if isinstance(built, tuple) and built else built
     if not (hasattr(profiler, "step") and hasattr(profiler, "__enter__")):
         name = cfg.profiler and cfg.profiler._component_
-        raise UserError(f"profiler: {name} is none: use torchtune.training.setup_torch_profiler")
+        raise UserError(
+            f"profiler: {name} builds no profiler: use torchtune.training.setup_torch_profiler"
+        )
     return profiler
 
 
@@ -217,7 +219,7 @@ def _run_log(run: Run) -> RunLog:
             metric_logger = instantiate(cfg.metric_logger, "metric_logger")
         if not all(hasattr(metric_logger, name) for name in ("log_dict", "log_config", "close")):
             raise UserError(
-                f"metric_logger: {cfg.metric_logger._component_} is none: use one of "
+                f"metric_logger: {cfg.metric_logger._component_} is no logger: use one of "
                 "torchtune.training.metric_logging"
             )
         _log_config(metric_logger, cfg)

@@ -5,7 +5,7 @@ for a checkpoint. Files without tensors, for people or for another start, are na
 :data:`CANNOT_MATTER`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -41,6 +41,26 @@ def flip(path: Path, position: int) -> bytes:
     return data
 
 
+def passing_flips(path: Path, count: int, passes: Callable[[], bool]) -> list[int]:
+    """Positions whose flip lets ``passes`` be true, instead of false or a UserError."""
+    passing = []
+    for position in positions(path.stat().st_size, count):
+        before = flip(path, position)
+        try:
+            if passes():
+                passing.append(position)
+        except UserError:
+            pass
+        path.write_bytes(before)
+    return passing
+
+
+def verifies(root: Path) -> bool:
+    """Whether the run's result is verified; UserError if it is not."""
+    verify_directory(root / "run/side_network", root / "model")
+    return True
+
+
 COUNTS = pytest.mark.parametrize("count", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
 
 
@@ -53,21 +73,12 @@ def test_each_flipped_byte_of_a_checkpoint_is_found(
     step = store.steps()[-1]
     files = [path for path in store.path(step).rglob("*") if path.is_file()]
     assert len(files) >= 7
-    unseen = []
-    for path in files:
-        for position in positions(path.stat().st_size, count):
-            before = flip(path, position)
-            if store.damage(step) is None:
-                unseen.append((path.name, position, before[position]))
-            path.write_bytes(before)
     assert store.damage(step) is None
-    assert [each for each in unseen if not is_blank_of_json(each)] == []
-
-
-def is_blank_of_json(unseen: tuple[str, int, int]) -> bool:
-    """Spaces between the manifest's values; its digests are those of the other files."""
-    name, _, byte = unseen
-    return name == "manifest.json" and byte in b" \n"
+    for path in files:
+        passing = passing_flips(path, count, lambda: store.damage(step) is None)
+        if path.name == "manifest.json":  # blanks between the digests of the other files
+            passing = [at for at in passing if path.read_bytes()[at] not in b" \n"]
+        assert passing == [], path.name
 
 
 @COUNTS
@@ -78,18 +89,9 @@ def test_each_flipped_byte_of_a_results_weights_is_found(
     result = root / "run/side_network"
     checked = {path.name for path in result.iterdir()} - CANNOT_MATTER
     assert checked == {"qst_config.json", "side_network.safetensors"}
-    verify_directory(result, root / "model")
+    assert verifies(root)
     weights = result / "side_network.safetensors"
-    unseen = []
-    for position in positions(weights.stat().st_size, count):
-        before = flip(weights, position)
-        try:
-            verify_directory(result, root / "model")
-            unseen.append(position)
-        except UserError:
-            pass
-        weights.write_bytes(before)
-    assert unseen == []
+    assert passing_flips(weights, count, lambda: verifies(root)) == []
 
 
 @torch.no_grad()
@@ -99,7 +101,6 @@ def test_each_flipped_byte_of_a_description_is_found_or_changes_no_logit(
 ) -> None:
     root = copy_of(place, tmp_path / "at")
     result = root / "run/side_network"
-    path = result / "qst_config.json"
     tokens = torch.arange(1, 9)[None]
 
     def logits() -> torch.Tensor:
@@ -107,31 +108,17 @@ def test_each_flipped_byte_of_a_description_is_found_or_changes_no_logit(
         return loaded.model(tokens)
 
     expected = logits()
-    unseen = []
-    for position in positions(path.stat().st_size, count):
-        before = flip(path, position)
-        try:
-            if not torch.equal(logits(), expected):
-                unseen.append((position, before[max(position - 30, 0) : position + 10]))
-        except UserError:
-            pass
-        path.write_bytes(before)
-    assert unseen == []
+    others = passing_flips(
+        result / "qst_config.json", count, lambda: not torch.equal(logits(), expected)
+    )
+    assert others == []
 
 
 @COUNTS
 def test_each_flipped_byte_of_a_backbone_is_found(count: int, place: Path, tmp_path: Path) -> None:
     root = copy_of(place, tmp_path / "at")
     weights = root / "model/model.safetensors"
-    verify_directory(root / "run/side_network", root / "model")
-    unseen = []
-    for position in positions(weights.stat().st_size, count // 4):
-        before = flip(weights, position)
-        try:
-            verify_directory(root / "run/side_network", root / "model")
-            unseen.append(position)
-        except UserError:
-            pass
-        weights.write_bytes(before)
+    assert verifies(root)
     header = 8 + int.from_bytes(weights.read_bytes()[:8], "little")
-    assert [position for position in unseen if position >= header] == []
+    passing = passing_flips(weights, count // 4, lambda: verifies(root))
+    assert [position for position in passing if position >= header] == []

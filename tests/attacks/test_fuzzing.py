@@ -136,6 +136,13 @@ def bytes_as_config(place: Path, directory: Path, data: bytes) -> None:
     read_config(parse_config(["--config", str(path)]), TrainingConfig)
 
 
+def test_what_is_changed_is_accepted_as_it_is(place: Path) -> None:
+    result = place / "run/side_network"
+    assert read_description(result, format_of(result)).form.method == "qst"
+    assert "fingerprint" in inspect_directory(result)
+    read_config(parse_config(["--config", str(place / "config.yaml")]), TrainingConfig)
+
+
 @pytest.mark.parametrize("examples", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CHECKS)
 def test_only_user_errors_come_out(name: str, examples: int, place: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from qst_tune.modules import LinearCrossEntropyLoss
 from qst_tune.modules.peqa_linear import PEQALinear
 from tests.backbone.test_matrix import CANNOT_GENERATE, CANNOT_PACK
 from tests.support.model_types import TYPES, tiny_model
+from tests.support.numbers import losses_of_steps
 
 # fp32 on a CPU, logits around 1: measured 1e-6.
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
@@ -119,27 +120,27 @@ def test_logits_and_gradients_are_those_of_the_dense_weights(model_type: str) ->
     assert compared >= 4
 
 
+def losses_of_three_steps(model: Any) -> list[float]:
+    """Through the loss of our configs, which applies the model's soft cap and scale itself."""
+    loss_function = LinearCrossEntropyLoss()
+    loss_function.set_model_output(model)
+    tokens = tokens_of(24)
+    return losses_of_steps(
+        lambda: loss_function(model(tokens)[:, :-1], tokens[:, 1:]), model.task().values(), lr=1e-3
+    )
+
+
 @by_type
 def test_only_scales_change_and_the_loss_falls_with_recomputation_or_without(
     model_type: str,
 ) -> None:
-    """Through the loss of our configs, which applies the model's soft cap and scale itself."""
     runs = []
     for recompute in (False, True):
         model = model_of(model_type).train()
         before = copy.deepcopy(model.state_dict())
         if recompute:
             model.recompute_layers()
-        loss_function = LinearCrossEntropyLoss()
-        loss_function.set_model_output(model)
-        optimizer = torch.optim.AdamW(model.task().values(), lr=1e-3)
-        tokens, losses = tokens_of(24), []
-        for _ in range(3):
-            loss = loss_function(model(tokens)[:, :-1], tokens[:, 1:])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
+        losses = losses_of_three_steps(model)
         assert losses[2] < losses[1] < losses[0]
         after = model.state_dict()
         assert after.keys() == before.keys()

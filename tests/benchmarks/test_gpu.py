@@ -32,3 +32,15 @@ def test_stored_rows_name_their_device_versions_and_date() -> None:
     rows = [json.loads(line) for line in gpu.RESULTS.read_text().splitlines()]
     for row in rows:
         assert {"section", "method", "shape", "ms", "device", "torch", "date"} <= set(row)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks_gpu.md"])
+def test_the_steps_on_a_page_are_the_last_stored_ones(page: str) -> None:
+    text = (Path(__file__).parents[2] / page).read_text()
+    rows = [json.loads(line) for line in gpu.RESULTS.read_text().splitlines()]
+    last = {(row["method"], row["shape"]): row for row in rows if row["section"] == "train"}
+    methods = {"QST", "torchtune QLoRA, checkpointed", "PEFT + bitsandbytes QLoRA, checkpointed"}
+    for (method, shape), row in last.items():
+        if method in methods:
+            line = next(line for line in text.splitlines() if line.startswith(f"| {shape}"))
+            assert f"{row['ms']:.0f} ms" in line, (method, shape)

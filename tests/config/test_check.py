@@ -25,7 +25,7 @@ def test_right_config_passes() -> None:
     assert problems({"model": MODEL, "batch_size": 3}) == []
 
 
-def test_all_mistakes_are_told_at_once() -> None:
+def test_all_mistakes_are_reported_at_once() -> None:
     assert problems({"modl": MODEL, "btch_size": 3}) == [
         "config: unknown key 'modl'; did you mean 'model'?",
         "config: unknown key 'btch_size'; did you mean 'batch_size'?",

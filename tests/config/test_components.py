@@ -64,7 +64,7 @@ def test_right_types_pass(arguments: dict) -> None:
         ("rate_or_tensor", "fast", "a number"),
     ],
 )
-def test_wrong_type_is_told(argument: str, value: object, message: str) -> None:
+def test_wrong_type_is_reported(argument: str, value: object, message: str) -> None:
     assert texts(model(**{argument: value})) == [f"model.{argument}={value} must be {message}"]
 
 
@@ -72,7 +72,7 @@ def test_value_that_is_taken_from_elsewhere_is_checked_there() -> None:
     assert texts({"name": None, **model(name="${name}")}) == []
 
 
-def test_missing_argument_is_told_but_not_those_that_the_recipe_gives() -> None:
+def test_missing_argument_is_reported_but_not_those_that_the_recipe_gives() -> None:
     name = "tests.config.test_components"
     config = {
         "model": {"_component_": f"{name}.build"},
@@ -94,7 +94,7 @@ def test_missing_argument_is_told_but_not_those_that_the_recipe_gives() -> None:
         ({"dataset": [{}]}, "dataset[0]: _component_ is missing"),
     ],
 )
-def test_what_is_no_component_is_told(config: dict, message: str) -> None:
+def test_what_is_no_component_is_reported(config: dict, message: str) -> None:
     assert texts(config) == [message]
 
 

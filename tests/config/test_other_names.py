@@ -31,7 +31,7 @@ def problems(*overrides: str) -> list[str]:
         ("bf16", "dtype=bf16"),
     ],
 )
-def test_the_name_here_is_told(key: str, ours: str) -> None:
+def test_the_name_here_is_reported(key: str, ours: str) -> None:
     (line,) = problems(f"{key}=1")
     assert line.startswith(f"config: unknown key {key!r}; in qst_tune it is {ours}")
 

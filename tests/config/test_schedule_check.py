@@ -101,7 +101,7 @@ def times(optimizer: torch.optim.Optimizer, *, factor: float, **_: object) -> An
 
 
 @pytest.mark.parametrize("factor", [-1.0, float("nan"), float("inf")])
-def test_rates_of_no_size_are_refused(factor: float) -> None:
+def test_negative_and_infinite_rates_are_refused(factor: float) -> None:
     cfg = config(f"{__name__}.times", factor=factor)
     with pytest.raises(UserError, match=r"lr_scheduler: step 1 of 10 has the learning rate"):
         _try_schedule(cfg)

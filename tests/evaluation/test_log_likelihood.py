@@ -61,7 +61,7 @@ def test_a_row_that_answers_share_is_run_once() -> None:
     assert rows == [5]  # 8 continuations, of which 4 are one token behind the same 9
 
 
-def test_a_text_that_is_too_long_is_told() -> None:
+def test_a_text_that_is_too_long_is_reported() -> None:
     too_long = Continuation(tuple([1] * TINY["max_seq_len"]), (1, 2))
     with pytest.raises(UserError, match="65 tokens is longer than the model's max_seq_len 64"):
         log_likelihoods(qst_model(), [too_long], batch_size=1)

@@ -85,7 +85,7 @@ def test_clear_begins_anew(model, tokenizer) -> None:
     assert len(conversation.messages) == 2
 
 
-def test_a_full_context_is_told_and_changes_nothing(model, tokenizer) -> None:
+def test_a_full_context_is_reported_and_changes_nothing(model, tokenizer) -> None:
     conversation = Conversation(model, tokenizer, max_new_tokens=4)
     talk(conversation, "what is it")
     before = list(conversation.messages)

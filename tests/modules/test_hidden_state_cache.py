@@ -140,7 +140,7 @@ def test_another_batch_is_computed(what: str, tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
 
 
-def test_packs_on_a_gpu_are_told_apart_by_their_positions() -> None:
+def test_packs_on_a_gpu_are_reported_apart_by_their_positions() -> None:
     """Their mask, a BlockMask, has no content to compare."""
     tokens = random_tokens()
     mask = create_block_mask(lambda b, h, q, kv: q >= kv, 2, None, 11, 11, device="cpu")

@@ -10,7 +10,7 @@ from qst_tune.models import peqa_decoder
 from qst_tune.modules import LinearCrossEntropyLoss
 from qst_tune.modules.peqa_linear import PEQALinear
 from qst_tune.modules.peqa_model import PEQADecoder
-from tests.support.numbers import random_tokens, randomize_, tiny_backbone
+from tests.support.numbers import losses_of_steps, random_tokens, randomize_, tiny_backbone
 
 GROUPS = [None, 32]
 
@@ -58,16 +58,13 @@ def test_every_scale_learns_and_nothing_else_changes(group_size, recompute):
     if recompute:
         policy = {TransformerSelfAttentionLayer}
         training.set_activation_checkpointing(model, auto_wrap_policy=policy)
-    loss = LinearCrossEntropyLoss()
-    loss.set_model_output(model)
-    optimizer = torch.optim.AdamW(model.task().values(), lr=1e-3)
-    losses = []
-    for _ in range(4):
-        value = loss(model(tokens)[:, :-1], tokens[:, 1:])
-        value.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(value.item())
+    loss_function = LinearCrossEntropyLoss()
+    loss_function.set_model_output(model)
+
+    def loss() -> torch.Tensor:
+        return loss_function(model(tokens)[:, :-1], tokens[:, 1:])
+
+    losses = losses_of_steps(loss, model.task().values(), lr=1e-3, num_steps=4)
     assert losses == sorted(losses, reverse=True)
     after = model.state_dict()
     assert after.keys() == before.keys()

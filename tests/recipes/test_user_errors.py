@@ -495,7 +495,7 @@ def test_mistake_is_one_helpful_line_and_leaves_nothing(
     assert {path.name for path in root.iterdir()} - before <= {"cache"}
 
 
-def test_mistakes_of_a_file_are_all_told_with_their_lines(
+def test_mistakes_of_a_file_are_all_reported_with_their_lines(
     root: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = finetune_config(root)

@@ -57,7 +57,7 @@ def test_same_tensors_another_function_another_structure(one, other, key: str) -
     assert there.differences(SideStructure.of(second.side))[0].startswith(f"{key} ")
 
 
-def test_the_layers_beside_the_blocks_are_told() -> None:
+def test_the_layers_beside_the_blocks_are_reported() -> None:
     assert SideStructure.of(model_with(num_side_blocks=2).side).layers == (0, 2)
 
 
@@ -66,7 +66,7 @@ def test_the_layers_beside_the_blocks_are_told() -> None:
     [{"dropout": 0.5}, {"initial_gamma": 0.5}, {"quantize_base": True}, {"hidden_bits": 8}],
     ids=lambda settings: next(iter(settings)),
 )
-def test_what_is_not_of_the_side_networks_function_is_not_told(settings) -> None:
+def test_what_is_not_of_the_side_networks_function_is_not_reported(settings) -> None:
     there = SideStructure.of(model_with(**settings).side)
     assert there.differences(SideStructure.of(model_with().side)) == []
 

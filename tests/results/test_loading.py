@@ -61,7 +61,7 @@ def test_scales_are_exchanged_in_place_and_come_back(tmp_path: Path) -> None:
         ({"_component_": "qst_tune.models.peqa_llama3_2"}, "it takes scales"),
     ],
 )
-def test_what_does_not_fit_is_told(model: dict, message: str, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_reported(model: dict, message: str, tmp_path: Path) -> None:
     config = {**finetune_config(tmp_path), "model": {**model, **SIZES}, "side_network": "there"}
     if "torchtune" in model["_component_"]:
         del config["model"]["scale_factor"]
@@ -92,7 +92,7 @@ def test_each_row_has_the_logits_of_its_directories_own_model(tmp_path: Path) ->
         torch.testing.assert_close(together[row : row + 1], expected, rtol=1e-4, atol=1e-5)
 
 
-def test_directories_that_do_not_go_together_are_told(tmp_path: Path) -> None:
+def test_directories_that_do_not_go_together_are_reported(tmp_path: Path) -> None:
     all_layers, _ = side_network_directory(tmp_path, "all")
     one_layer, _ = side_network_directory(tmp_path, "one", num_side_blocks=1)
     loaded = load_directory(all_layers, tmp_path / "model", dtype=torch.float32, device=CPU)

@@ -51,7 +51,7 @@ def test_failure_keeps_a_directory_that_was_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["file", "file/below", "file/far/below"])
-def test_file_in_the_way_is_told(path: str, tmp_path: Path) -> None:
+def test_file_in_the_way_is_reported(path: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with (
         pytest.raises(UserError, match=r"output_dir=.* is not writable \(.*\): name another"),

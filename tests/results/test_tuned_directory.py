@@ -1,9 +1,11 @@
 """A side network or scales on disk: what goes in comes out, and nothing else comes in."""
 
 import errno
+import itertools
 import json
 import os
 import shutil
+from collections.abc import Collection
 from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
@@ -144,23 +146,30 @@ def test_saving_again_replaces_the_directory(saved: Path) -> None:
 INTERRUPTIONS = [("fsync", index) for index in range(4)] + [("rename", index) for index in range(2)]
 
 
+def fail_at(
+    patch: pytest.MonkeyPatch, call: str, indices: Collection[int], error: BaseException
+) -> None:
+    """Let some of the calls of ``os.fsync``, or of a method of ``Path``, raise an error."""
+    owner = os if call == "fsync" else Path
+    original = getattr(owner, call)
+    count = itertools.count()
+
+    def fail(*args):
+        if next(count) in indices:
+            raise error
+        return original(*args)
+
+    patch.setattr(owner, call, fail)
+
+
 @pytest.mark.parametrize(("call", "index"), INTERRUPTIONS)
 @pytest.mark.parametrize("error", [NO_SPACE, KeyboardInterrupt()], ids=["full disk", "ctrl-c"])
 def test_interrupted_write_leaves_the_old_directory(
     error: BaseException, call: str, index: int, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
-    owner = os if call == "fsync" else Path
-    original = getattr(owner, call)
-    calls = iter(range(100))
-
-    def fail_once(*args):
-        if next(calls) == index:
-            raise error
-        return original(*args)
-
     with monkeypatch.context() as patch:
-        patch.setattr(owner, call, fail_once)
+        fail_at(patch, call, [index], error)
         with pytest.raises(UserError if error is NO_SPACE else KeyboardInterrupt) as info:
             save(saved, side_network())
     if error is NO_SPACE:
@@ -173,15 +182,7 @@ def test_old_directory_survives_even_where_it_cannot_be_put_back(
     saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = {path.name: path.read_bytes() for path in saved.iterdir()}
-    original = Path.rename
-    calls = iter(range(100))
-
-    def fail_after_the_first(*args):
-        if next(calls) > 0:
-            raise NO_SPACE
-        return original(*args)
-
-    monkeypatch.setattr(Path, "rename", fail_after_the_first)
+    fail_at(monkeypatch, "rename", range(1, 100), NO_SPACE)
     with pytest.raises(UserError, match="No space left"):
         save(saved, side_network())
     (left,) = saved.parent.glob(".side_network.*/old")
@@ -192,16 +193,7 @@ def test_old_directory_survives_even_where_it_cannot_be_put_back(
 def test_interrupted_first_write_leaves_nothing(
     call: str, index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    owner = os if call == "fsync" else Path
-    original = getattr(owner, call)
-    calls = iter(range(100))
-
-    def fail(*args):
-        if next(calls) == index:
-            raise NO_SPACE
-        return original(*args)
-
-    monkeypatch.setattr(owner, call, fail)
+    fail_at(monkeypatch, call, [index], NO_SPACE)
     with pytest.raises(UserError, match="No space left"):
         save(tmp_path / "side_network", side_network())
     assert list(tmp_path.iterdir()) == []

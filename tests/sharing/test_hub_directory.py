@@ -123,7 +123,7 @@ def test_the_command_of_the_card_runs_as_it_stands(
     assert capsys.readouterr().out.strip()
 
 
-def test_what_cannot_be_shared_is_told(directory: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_shared_is_reported(directory: Path, tmp_path: Path) -> None:
     publication = Publication("me/mine", "some/model")
     with pytest.raises(UserError, match="exists already"):
         make_hub_directory(directory, tmp_path, publication)

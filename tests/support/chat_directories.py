@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken
+
+from tests.support.checkpoints import byte_level_bpe
 
 CHATML = (
     "{% for message in messages %}"
@@ -17,17 +19,8 @@ CHATML = (
 
 def build_directory(directory: Path, template: Any = CHATML, **config: Any) -> Path:
     """Write a byte-level BPE tokenizer of some 300 tokens as a Hugging Face directory."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-        show_progress=False,
-    )
     text = "hello good day system user assistant\n\n  [INST] a b\n\n [/INST] \n\n"
-    tokenizer.train_from_iterator([text] * 20, trainer)
+    tokenizer = byte_level_bpe([text] * 20, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     tokenizer.add_special_tokens([AddedToken("<|pad|>", special=True)])
     directory.mkdir(exist_ok=True)
     tokenizer.save(str(directory / "tokenizer.json"))

@@ -153,20 +153,25 @@ def file_hashes(directory: Path) -> dict[str, str]:
 # Tokenizers.
 
 
-def write_chat_tokenizer(directory: Path) -> None:
-    """A byte-level BPE tokenizer of 300 tokens with a ChatML template."""
+def byte_level_bpe(texts: list[str], special_tokens: list[str]) -> Tokenizer:
+    """Train a byte-level BPE tokenizer of at most 300 tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=300,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"],
+        special_tokens=special_tokens,
         show_progress=False,
     )
-    tokenizer.train_from_iterator(
-        ["system user assistant what is the colour of box it is"], trainer
-    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def write_chat_tokenizer(directory: Path) -> None:
+    """A byte-level BPE tokenizer of 300 tokens with a ChatML template."""
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>"]
+    tokenizer = byte_level_bpe(["system user assistant what is the colour of box it is"], special)
     tokenizer.save(str(directory / "tokenizer.json"))
     content = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -10,6 +10,7 @@ from torch import nn
 
 from qst_tune.backbone.hf_checkpointer import HFCheckpointer
 from qst_tune.backbone.torchtune_loading import load_backbone
+from tests.support import numbers
 from tests.support.numbers import randomize_
 
 # 307 is prime and more than the tokens of `write_chat_tokenizer`; 100 is not 4 x 48.
@@ -201,9 +202,4 @@ def write_old_style(directory: Path) -> None:
 
 def padded_batch(side: str, lengths: tuple[int, ...] = (24, 9, 1)):
     """Token ids and a mask of rows of these lengths, padded on one side with id 3."""
-    width = max(lengths)
-    tokens = torch.randint(4, SIZES["vocab_size"], (len(lengths), width))
-    index = torch.arange(width).expand(len(lengths), width)
-    length = torch.tensor(lengths)[:, None]
-    real = index < length if side == "right" else index >= width - length
-    return tokens.masked_fill(~real, 3), real
+    return numbers.padded_batch(side, lengths, pad_id=3, vocab_size=SIZES["vocab_size"])

@@ -1,5 +1,7 @@
 """Tiny models of transformers with random weights, of every model type that is tried."""
 
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -188,3 +190,10 @@ def tiny_model(model_type: str, **changes: Any) -> Any:
     # comes first all states are zero, and the gradient of each norm is 1 / eps.
     torch.nn.init.normal_(model.get_input_embeddings().weight, std=0.02)
     return model.eval()
+
+
+def saved_models(root: Path, model_types: Iterable[str]) -> dict[str, Path]:
+    """Directories of tiny models, by their types."""
+    for model_type in model_types:
+        tiny_model(model_type).save_pretrained(root / model_type)
+    return {model_type: root / model_type for model_type in model_types}

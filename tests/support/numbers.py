@@ -1,5 +1,7 @@
 """Tiny backbones and the translation of our parameters to the names of tests/reference."""
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import nn
 from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
@@ -51,6 +53,37 @@ def randomize_(module: nn.Module) -> None:
 
 def random_tokens(batch=2, length=11, vocab_size=TINY["vocab_size"]):
     return torch.randint(1, vocab_size, (batch, length))
+
+
+def padded_batch(
+    side: str, lengths: tuple[int, ...], *, pad_id: int, vocab_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids above the padding's and a mask of rows of these lengths, padded on one side."""
+    width = max(lengths)
+    tokens = torch.randint(pad_id + 1, vocab_size, (len(lengths), width))
+    index = torch.arange(width).expand(len(lengths), width)
+    length = torch.tensor(lengths)[:, None]
+    real = index < length if side == "right" else index >= width - length
+    return tokens.masked_fill(~real, pad_id), real
+
+
+def losses_of_steps(
+    loss: Callable[[], torch.Tensor],
+    parameters: Iterable[torch.Tensor],
+    *,
+    lr: float,
+    num_steps: int = 3,
+) -> list[float]:
+    """The loss before each of so many steps of AdamW."""
+    optimizer = torch.optim.AdamW(parameters, lr=lr)
+    losses = []
+    for _ in range(num_steps):
+        value = loss()
+        losses.append(value.item())
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+    return losses
 
 
 def decoded_by_torchao(weight):

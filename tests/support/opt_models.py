@@ -7,6 +7,7 @@ from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
 
 from qst_tune.backbone.transformers import TransformersBackbone
+from tests.support import numbers
 from tests.support.numbers import randomize_
 
 # Its config.json alone.
@@ -62,11 +63,6 @@ def authors_opt_weights(model) -> dict[str, torch.Tensor]:
     return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
-def padded_batch(side: str, lengths=(9, 5, 1)):
+def padded_batch(side: str, lengths: tuple[int, ...] = (9, 5, 1)):
     """Token ids and a mask of rows of these lengths, padded on one side with id 1."""
-    width = max(lengths)
-    tokens = torch.randint(3, SIZES["vocab_size"], (len(lengths), width))
-    index = torch.arange(width).expand(len(lengths), width)
-    length = torch.tensor(lengths)[:, None]
-    real = index < length if side == "right" else index >= width - length
-    return tokens.masked_fill(~real, 1), real
+    return numbers.padded_batch(side, lengths, pad_id=1, vocab_size=SIZES["vocab_size"])

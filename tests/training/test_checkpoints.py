@@ -70,7 +70,7 @@ def test_store_without_a_checkpoint_has_none(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("call", "index"), CALLS)
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO], ids=["full disk", "broken disk"])
-def test_write_that_fails_is_told_and_leaves_the_one_before(
+def test_write_that_fails_is_reported_and_leaves_the_one_before(
     code: int, call: str, index: int, store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail() -> None:
@@ -219,7 +219,7 @@ def test_existing_checkpoint_is_never_replaced(store: CheckpointStore) -> None:
         (lambda store: store.set_all_aside(), "^cannot rename .*checkpoints: No space left"),
     ],
 )
-def test_checkpoint_that_cannot_be_moved_is_told(
+def test_checkpoint_that_cannot_be_moved_is_reported(
     act: Callable[[CheckpointStore], None],
     message: str,
     store: CheckpointStore,

@@ -71,7 +71,7 @@ def test_evaluation_is_the_mean_over_all_batches(task: NextTokenTask) -> None:
     assert (task.monitor, task.higher_is_better) == ("val_loss", False)
 
 
-def test_row_longer_than_the_model_is_told(task: NextTokenTask) -> None:
+def test_row_longer_than_the_model_is_reported(task: NextTokenTask) -> None:
     tokens = random_tokens(1, TINY["max_seq_len"] + 1)
     with pytest.raises(UserError, match="longer than the model's max_seq_len"):
         task.loss(tiny_backbone(), {"tokens": tokens, "labels": tokens})

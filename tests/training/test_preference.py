@@ -166,7 +166,7 @@ def test_task_is_built_from_a_config(model: QSTDecoder) -> None:
         ({"loss": "torch.nn.CrossEntropyLoss"}, "^loss: torch.nn.CrossEntropyLoss does not learn"),
     ],
 )
-def test_what_cannot_be_learnt_from_is_told(
+def test_what_cannot_be_learnt_from_is_reported(
     settings: dict[str, str], message: str, model: QSTDecoder
 ) -> None:
     with pytest.raises(UserError, match=message):

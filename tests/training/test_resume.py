@@ -95,7 +95,7 @@ def test_date_is_that_of_the_saved_runs_first_day(tmp_path: Path) -> None:
         {"num_workers": 3},
     ],
 )
-def test_harmless_change_is_told(
+def test_harmless_change_is_reported(
     changes: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(tmp_path)
@@ -165,7 +165,7 @@ def test_processes_started_again_by_torchrun_go_on_by_themselves(
         assert (find(tmp_path, {"resume_from_checkpoint": False}) is not None) is goes_on
 
 
-def test_all_refusals_are_told_at_once(tmp_path: Path) -> None:
+def test_all_refusals_are_reported_at_once(tmp_path: Path) -> None:
     save(tmp_path)
     with pytest.raises(UserError) as error:
         find(tmp_path, {"model": {"rank": 8}, "seed": 3})
@@ -232,7 +232,7 @@ def loader(rows: list[int]) -> BatchLoader:
     return BatchLoader(Rows(rows), list, batch_size=1, seed=0)
 
 
-def test_data_is_told_apart_by_number_and_content(tmp_path: Path) -> None:
+def test_data_is_reported_apart_by_number_and_content(tmp_path: Path) -> None:
     rows = list(range(100))
     description = describe_data(loader(rows))
     save(tmp_path, {**STATE, "data": description})
@@ -249,7 +249,7 @@ def test_data_is_told_apart_by_number_and_content(tmp_path: Path) -> None:
         check_same_data(saved, describe_data(loader(rows), loader([1])))
 
 
-def test_other_validation_rows_are_told(tmp_path: Path) -> None:
+def test_other_validation_rows_are_reported(tmp_path: Path) -> None:
     train = loader([1, 2])
     save(tmp_path, {**STATE, "data": describe_data(train, loader([3]))})
     saved = find(tmp_path)

@@ -119,7 +119,7 @@ def test_what_is_no_plain_value_is_named() -> None:
         ("{}", b"PK\x03\x04"),
     ],
 )
-def test_damaged_state_is_told(tree: str, tensors: bytes | None, tmp_path: Path) -> None:
+def test_damaged_state_is_reported(tree: str, tensors: bytes | None, tmp_path: Path) -> None:
     round_trip({"a": torch.zeros(1)}, tmp_path)
     (tmp_path / "state.json").write_text(tree)
     if tensors is not None:

@@ -11,7 +11,7 @@ from qst_tune.training.stop_signals import StopSignals
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_signal_is_taken_note_of_and_told(
+def test_signal_is_taken_note_of_and_reported(
     kind: signal.Signals, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with StopSignals() as stop:

@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification
 from qst_tune import QSTForCausalLM, QSTForSequenceClassification, SideConfig, get_qst_model
 from qst_tune.errors import UserError
 from qst_tune.results.loading import load_directory
-from tests.support.model_types import tiny_model
+from tests.support.model_types import saved_models
 from tests.support.numbers import random_tokens, randomize_
 
 TYPES = ("llama", "qwen3", "gemma2", "opt", "mixtral")
@@ -20,10 +20,7 @@ CLOSE = {"rtol": 0.0, "atol": 1e-5}
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    for name in TYPES:
-        tiny_model(name).save_pretrained(root / name)
-    return {name: root / name for name in TYPES}
+    return saved_models(tmp_path_factory.mktemp("models"), TYPES)
 
 
 def load(directory: Path, num_labels: int = 3) -> Any:

@@ -246,7 +246,7 @@ def test_a_moved_backbone_can_be_named(directory, tokens, model, tmp_path):
     assert AutoTokenizer.from_pretrained(alone, backbone=str(moved)).eos_token == "<|im_end|>"
 
 
-def test_what_cannot_be_loaded_is_told(directory, tmp_path, monkeypatch):
+def test_what_cannot_be_loaded_is_reported(directory, tmp_path, monkeypatch):
     load = AutoModelForCausalLM.from_pretrained
     other = write_model_directory(tmp_path / "other", weights=random_weights(seed=1))
     with pytest.raises(UserError, match="was trained on another backbone"):

@@ -17,7 +17,7 @@ from qst_tune import QSTForCausalLM, SideConfig, get_qst_model
 from qst_tune.errors import UserError
 from qst_tune.results.loading import load_directory
 from tests.support.fake_hub import COMMIT, serving, use
-from tests.support.model_types import tiny_model
+from tests.support.model_types import saved_models, tiny_model
 from tests.support.numbers import random_tokens, randomize_
 
 TYPES = ("llama", "qwen3", "gemma2", "opt", "qwen3_moe")
@@ -27,10 +27,7 @@ SMALL = SideConfig(reduction_factor=4, rank=8)
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("models")
-    for name in TYPES:
-        tiny_model(name).save_pretrained(root / name)
-    return {name: root / name for name in TYPES}
+    return saved_models(tmp_path_factory.mktemp("models"), TYPES)
 
 
 def load(directory: Path) -> Any:
@@ -164,7 +161,7 @@ def test_a_model_without_a_directory_is_named_at_loading(tokens, tmp_path):
 
 
 @torch.no_grad()
-def test_samples_in_one_row_are_told_apart_by_their_positions(directories, tokens):
+def test_samples_in_one_row_are_reported_apart_by_their_positions(directories, tokens):
     tuned = get_qst_model(load(directories["llama"]), SMALL)
     randomize_(tuned.model.side)
     positions = torch.arange(11).repeat(2)[None]

@@ -69,7 +69,7 @@ def _takes(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
         inspect.signature(function).bind(*args, **kwargs)
     except TypeError:
         return False
-    except ValueError:  # it tells no signature
+    except ValueError:  # it has no signature
         return True
     return True
 

@@ -60,7 +60,7 @@ class Marker:
 
     ``text`` is the real rendering, which must have none of the marks; ``wrap`` puts marks into a
     text, and is one of :data:`WRAPS`; ``answers_only`` marks only the assistant's messages.
-    ``is_usable`` tells whether there are enough characters that the text does not have,
+    ``is_usable`` is whether there are enough characters that the text does not have,
     ``marks_starts`` whether there is a mark before each text.
     """
 

@@ -69,6 +69,6 @@ def test_own_collate_function_that_joins_rows_keeps_their_labels_apart() -> None
     assert batch["input_pos"].shape == batch["tokens"].shape
 
 
-def test_unknown_collate_function_is_told() -> None:
+def test_unknown_collate_function_is_reported() -> None:
     with pytest.raises(UserError, match=r"collate_fn=torchtune\.data\.none cannot be imported"):
         build_collate(LIMITS, "torchtune.data.none")

@@ -48,6 +48,6 @@ def test_dataset_or_list_of_datasets_is_built() -> None:
         (OmegaConf.create([dataset_block(), dataset_block(count=0)]), r"^dataset\[1\]: .* no rows"),
     ],
 )
-def test_dataset_that_cannot_be_used_is_told(block, message: str) -> None:
+def test_dataset_that_cannot_be_used_is_reported(block, message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_dataset(block, "dataset", None)

@@ -73,7 +73,7 @@ class BadRows(list):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_error_of_a_worker_is_told_as_one_of_this_process(num_workers: int) -> None:
+def test_error_of_a_worker_is_reported_as_one_of_this_process(num_workers: int) -> None:
     loader = BatchLoader(BadRows(ROWS), collate, batch_size=2, seed=None, num_workers=num_workers)
     with pytest.raises(UserError, match=r"^row 3 cannot be used: UserError: it says so$"):
         next(loader.batches())

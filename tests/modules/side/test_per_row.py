@@ -130,7 +130,7 @@ def test_a_batch_trains_the_networks_of_its_rows_only(shared) -> None:
     assert grads == {"default": False, "paper": True, "wide": True}
 
 
-def test_mistakes_are_told(shared) -> None:
+def test_mistakes_are_reported(shared) -> None:
     with pytest.raises(ValueError, match="no side network 'french'; loaded: default, paper, wide"):
         shared.side.use(["paper", "french"])
     shared.side.use(["paper", "wide"])
