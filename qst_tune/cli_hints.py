@@ -26,7 +26,7 @@ from qst_tune.plugin import report
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Collection, Iterable
+    from collections.abc import Callable, Collection
     from types import ModuleType
 
     from torchtune._cli.subcommand import Subcommand
@@ -85,7 +85,7 @@ def _check_run(args: argparse.Namespace, ours: Collection[str]) -> str | None:
             sys.argv = [recipe.file_path, "--help"]
             runpy.run_path(recipe.file_path, run_name="__main__")
         return _check_config(recipe, args.recipe_args)
-    near = _meant(args.recipe, recipes)
+    near = nearest(args.recipe, recipes, cutoff=_NEAR)
     if near not in ours or _is_users_own(args.recipe):
         return None
     return f"no recipe {args.recipe!r}{question(near)} `tune ls` lists all recipes"
@@ -110,8 +110,9 @@ def _check_config(recipe: Recipe, recipe_args: list[str]) -> str | None:
     registered = [config.name for other in get_all_recipes() for config in other.configs]
     if values[0] in registered or Path(values[0]).is_file():
         return None
+    near = nearest(values[0], names, cutoff=_NEAR)
     return (
-        f"no config {values[0]!r}{question(_meant(values[0], names)) or '.'} --config takes a "
+        f"no config {values[0]!r}{question(near) or '.'} --config takes a "
         f"name from `tune ls` or a YAML file, and {os.getcwd()!r} has no such file"
     )
 
@@ -124,19 +125,10 @@ def _check_cp(args: argparse.Namespace, ours: Collection[str]) -> str | None:
         for recipe in get_all_recipes()
         for name in (recipe.name, *(config.name for config in recipe.configs))
     }
-    near = None if args.file in owners else _meant(args.file, owners)
+    near = None if args.file in owners else nearest(args.file, owners, cutoff=_NEAR)
     if near is None or owners[near] not in ours:
         return None
     return f"no recipe or config {args.file!r}{question(near)} `tune ls` lists all of them"
-
-
-def _meant(name: str, candidates: Iterable[str]) -> str | None:
-    """Return the candidate that ``name`` most likely stands for, or None."""
-    names = list(candidates)
-    # "qst_finetune_single_device" stands for ours, although "lora_finetune_single_device" is more
-    # alike: torchtune has a recipe for each kind of device, we have one for all.
-    prefixes = [candidate for candidate in names if name.startswith(f"{candidate}_")]
-    return prefixes[0] if prefixes else nearest(name, names, cutoff=_NEAR)
 
 
 def _is_users_own(recipe: str) -> bool:

@@ -40,8 +40,16 @@ class ConfigError(UserError):
 
 
 def nearest(name: str, candidates: Iterable[str], *, cutoff: float = 0.6) -> str | None:
-    """Return the candidate that a misspelt name most likely stands for, or None."""
-    return next(iter(difflib.get_close_matches(name, list(candidates), n=1, cutoff=cutoff)), None)
+    """Return the candidate that a misspelt name most likely stands for, or None.
+
+    After those with a letter or two wrong goes one that the name begins with, the longest: of
+    "qst_finetune_single_device" it is "qst_finetune", not "lora_finetune_single_device".
+    """
+    names = list(candidates)
+    misspelt = difflib.get_close_matches(name, names, n=1, cutoff=0.9)
+    begins = [candidate for candidate in names if name.startswith(f"{candidate}_")]
+    alike = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
+    return next(iter([*misspelt, *sorted(begins, key=len, reverse=True), *alike]), None)
 
 
 def did_you_mean(name: str, candidates: Iterable[str]) -> str:

@@ -11,8 +11,6 @@ on the hub only ``config.json`` is downloaded. ``python -m benchmarks.estimate``
 QLoRA, LoRA and full fine-tuning beside it.
 """
 
-from typing import Any
-
 import torch
 from omegaconf import DictConfig
 from torchtune import utils
@@ -23,7 +21,7 @@ from qst_tune.config.device import AUTO, DTYPE_NAMES
 from qst_tune.config.model_directory import fetch_models
 from qst_tune.config.schema import EstimateConfig
 from qst_tune.errors import UserError
-from qst_tune.estimation.estimate import DEFAULT_SEQ_LEN, JSON_FILE, Question, table, write
+from qst_tune.estimation.estimate import DEFAULT_SEQ_LEN, JSON_FILE, Question, Row, table, write
 from qst_tune.estimation.fake_device import DeviceType
 from qst_tune.estimation.spread import Spread
 from qst_tune.estimation.step import Shape, own_setup
@@ -32,95 +30,94 @@ from qst_tune.results.output_directory import output_directory
 log = utils.get_logger("INFO")
 
 
-class QSTEstimateRecipe:
-    """Estimate a step of the config's model, and its largest batch if asked."""
+def question_of(cfg: EstimateConfig) -> Question:
+    """Return what the config asks: about a step of its model, and the batch that fits."""
+    dtype = dtype_of(cfg.dtype)
+    return Question(
+        lambda: own_setup(cfg, dtype),
+        cfg,
+        Shape(cfg.batch_size, row_length(cfg)),
+        device=device_type(cfg.device),
+        attention=cfg.attention,
+        spread=Spread.of_config(cfg, cfg.num_processes),
+        fit_gib=cfg.fit_gib,
+    )
 
-    def __init__(self, cfg: EstimateConfig) -> None:
-        self.cfg = cfg
-        self.dtype = _dtype(cfg.dtype)
-        self.question = Question(
-            lambda: own_setup(cfg, self.dtype),
-            cfg,
-            Shape(cfg.batch_size, self._seq_len()),
-            device=_device_type(cfg.device),
-            attention=cfg.attention,
-            spread=Spread.of_config(cfg, cfg.num_processes),
-            fit_gib=cfg.fit_gib,
-        )
 
-    def _seq_len(self) -> int:
-        length = self.cfg.tokenizer.get("max_seq_len")
-        if length is not None:
-            return _positive(length, "tokenizer.max_seq_len")
+def row_length(cfg: EstimateConfig) -> int:
+    """Return ``tokenizer.max_seq_len``, or a length that is said where it is null."""
+    length = cfg.tokenizer.get("max_seq_len")
+    if length is None:
         log.info(
             f"tokenizer.max_seq_len is null, so rows have the length of the data: "
             f"estimating {DEFAULT_SEQ_LEN} tokens a row"
         )
         return DEFAULT_SEQ_LEN
-
-    def run(self) -> None:
-        """Print the table and write it."""
-        asked = self.question
-        row, spread = asked.answer()
-        print(
-            f"\n{self.cfg.model._component_}, {asked.shape.batch_size} x {asked.shape.seq_len} "
-            f"tokens, {DTYPE_NAMES[self.dtype]}, {asked.device}\n"
-            f"peak memory of one training step and its parts, GiB (2^30 bytes)\n\n{table([row])}\n"
-        )
-        if spread:
-            print(spread)
-        if asked.fit_gib:
-            print(
-                f"largest batch of {asked.shape.seq_len} tokens a row that fits in "
-                f"{asked.fit_gib:g} GiB: {row.largest_batch or 'none'}"
-            )
-        directory = self.cfg.output_dir
-        write(directory, row, self._settings())
-        print(f"{directory / JSON_FILE} written")
-
-    def _settings(self) -> dict[str, object]:
-        asked = self.question
-        return {
-            "model": str(self.cfg.model._component_),
-            "batch_size": asked.shape.batch_size,
-            "seq_len": asked.shape.seq_len,
-            "dtype": DTYPE_NAMES[self.dtype],
-            "device": asked.device,
-            "attention": asked.attention,
-            "fit_gib": asked.fit_gib,
-            "num_processes": asked.spread.num_processes,
-            "backbone_sharding": asked.spread.mode,
-        }
+    if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+        raise UserError(f"tokenizer.max_seq_len={length} must be a whole number of at least 1")
+    return length
 
 
-def _device_type(device: str) -> DeviceType:
+def device_type(device: str) -> DeviceType:
+    """Return the kind of a device; auto is a GPU to come, whatever this machine has."""
     kind = device.partition(":")[0]
     if kind == "cpu":
         return "cpu"
-    if kind in ("cuda", AUTO):  # a GPU to come, whatever this machine has: the title names it
+    if kind in ("cuda", AUTO):
         return "cuda"
     raise UserError(f"device={device} cannot be estimated: use cpu or cuda")
 
 
-def _dtype(dtype: str) -> torch.dtype:
+def dtype_of(dtype: str) -> torch.dtype:
+    """Return the dtype of a name; auto is bf16, which a GPU to come has."""
     dtypes = {AUTO: torch.bfloat16, **{name: dtype for dtype, name in DTYPE_NAMES.items()}}
     if dtype not in dtypes:
         raise UserError(f"dtype={dtype} is not supported: use bf16, fp16 or fp32")
     return dtypes[dtype]
 
 
-def _positive(value: Any, name: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{name}={value} must be a whole number of at least 1")
-    return value
+def report(cfg: EstimateConfig, asked: Question, row: Row, spread: str | None) -> str:
+    """Write the answer as text: the table, and a line for each further question."""
+    batch_size, seq_len = asked.shape.batch_size, asked.shape.seq_len
+    lines = [
+        f"\n{cfg.model._component_}, {batch_size} x {seq_len} tokens, "
+        f"{DTYPE_NAMES[dtype_of(cfg.dtype)]}, {asked.device}",
+        f"peak memory of one training step and its parts, GiB (2^30 bytes)\n\n{table([row])}\n",
+    ]
+    if spread:
+        lines.append(spread)
+    if asked.fit_gib:
+        lines.append(
+            f"largest batch of {seq_len} tokens a row that fits in {asked.fit_gib:g} GiB: "
+            f"{row.largest_batch or 'none'}"
+        )
+    return "\n".join(lines)
+
+
+def settings_of(cfg: EstimateConfig, asked: Question) -> dict[str, object]:
+    """Return what the figures are for, as estimate.json has it."""
+    return {
+        "model": str(cfg.model._component_),
+        "batch_size": asked.shape.batch_size,
+        "seq_len": asked.shape.seq_len,
+        "dtype": DTYPE_NAMES[dtype_of(cfg.dtype)],
+        "device": asked.device,
+        "attention": asked.attention,
+        "fit_gib": asked.fit_gib,
+        "num_processes": asked.spread.num_processes,
+        "backbone_sharding": asked.spread.mode,
+    }
 
 
 def main(raw: DictConfig) -> None:
     """Run the recipe."""
     cfg = fetch_models(read_config(raw, EstimateConfig), "config")
-    recipe = QSTEstimateRecipe(cfg)
-    with output_directory(cfg.output_dir):
-        recipe.run()
+    asked = question_of(cfg)
+    with output_directory(cfg.output_dir) as directory:
+        row, spread = asked.answer()
+        print(report(cfg, asked, row, spread))
+        write(directory, row, settings_of(cfg, asked))
+    print(f"{directory / JSON_FILE} written")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from qst_tune.generation.batch import answer_batch
 from qst_tune.generation.conversation import prompt_tokens
 from qst_tune.generation.sampling import Sampling
 from qst_tune.generation.tools import read_tool_file
-from qst_tune.results.loading import load_tuned_model
+from qst_tune.results.loading import TunedModel, load_tuned_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,66 +44,6 @@ class GenerateConfig(GenerationConfig):
 
 
 log = utils.get_logger("INFO")
-
-
-class QSTGenerateRecipe:
-    """Load a model once and answer a batch of prompts."""
-
-    def __init__(self, cfg: GenerateConfig) -> None:
-        self.cfg = cfg
-        training.set_seed(seed=cfg.seed)
-        self.prompts = read_prompts(cfg)
-        self.tuned = load_tuned_model(cfg)
-        self.model, self.tokenizer = self.tuned.model, self.tuned.tokenizer
-        self.tools = read_tool_file(cfg.tools, self.tokenizer) if cfg.tools else None
-
-    def run(self) -> None:
-        """Print the answers, and the base model's before them if ``compare_with_base``."""
-        if self.cfg.compare_with_base or not self.tuned.is_tuned:
-            with self.tuned.untuned():
-                self._print_answers("quantised base model")
-        if self.tuned.is_tuned:
-            self._print_answers(self.tuned.title)
-
-    def _print_answers(self, title: str) -> None:
-        start = time.perf_counter()
-        answers = self.answer()
-        elapsed = time.perf_counter() - start
-        for prompt, tokens in zip(self.prompts, answers, strict=True):
-            heading = title if len(self.prompts) == 1 else f"{title}: {prompt}"
-            print(f"\n--- {heading} ---\n{self._text(tokens).strip()}\n")
-        count = sum(map(len, answers))
-        log.info(f"{count} tokens in {elapsed:.1f} s, {count / elapsed:.1f} tokens/s")
-
-    def answer(self) -> list[list[int]]:
-        """Generate all prompts in one batch; returns the ids without a stop token."""
-        encoded = [self._encode(prompt) for prompt in self.prompts]
-        budget = self.cfg.max_new_tokens
-        longest = max(map(len, encoded))
-        if longest + budget > self.model.max_seq_len:
-            raise UserError(
-                f"prompt ({longest} tokens) and max_new_tokens={budget} exceed the model's "
-                f"max_seq_len {self.model.max_seq_len}: shorten one of them"
-            )
-        return answer_batch(
-            self.model,
-            encoded,
-            sampling=Sampling.of_config(self.cfg),
-            stop_tokens=self.tokenizer.stop_tokens,
-            max_new_tokens=budget,
-        )
-
-    def _encode(self, prompt: str) -> list[int]:
-        message = Message(role="user", content=prompt, masked=True)
-        system_prompt = self.cfg.system_prompt
-        return prompt_tokens(
-            self.tokenizer, [message], system_prompt=system_prompt, tools=self.tools
-        )
-
-    def _text(self, tokens: list[int]) -> str:
-        # In many templates special tokens separate a call from text.
-        text: str = self.tokenizer.decode(tokens, skip_special_tokens=self.tools is None)
-        return text
 
 
 def read_prompts(cfg: GenerateConfig) -> list[str]:
@@ -122,9 +62,63 @@ def read_prompts(cfg: GenerateConfig) -> list[str]:
     return prompts
 
 
+def encode(cfg: GenerateConfig, tuned: TunedModel, prompts: list[str]) -> list[list[int]]:
+    """Return the ids of each prompt as a chat with the config's system prompt and tools."""
+    tools = read_tool_file(cfg.tools, tuned.tokenizer) if cfg.tools else None
+    messages = [Message(role="user", content=prompt, masked=True) for prompt in prompts]
+    return [
+        prompt_tokens(tuned.tokenizer, [message], system_prompt=cfg.system_prompt, tools=tools)
+        for message in messages
+    ]
+
+
+def answer(cfg: GenerateConfig, tuned: TunedModel, encoded: list[list[int]]) -> list[list[int]]:
+    """Generate the answers to all prompts in one batch; returns the ids without a stop token."""
+    longest, limit = max(map(len, encoded)), tuned.model.max_seq_len
+    if longest + cfg.max_new_tokens > limit:
+        raise UserError(
+            f"prompt ({longest} tokens) and max_new_tokens={cfg.max_new_tokens} exceed the model's "
+            f"max_seq_len {limit}: shorten one of them"
+        )
+    return answer_batch(
+        tuned.model,
+        encoded,
+        sampling=Sampling.of_config(cfg),
+        stop_tokens=tuned.tokenizer.stop_tokens,
+        max_new_tokens=cfg.max_new_tokens,
+    )
+
+
+def decode(cfg: GenerateConfig, tuned: TunedModel, tokens: list[int]) -> str:
+    """Return an answer as text."""
+    # In many templates special tokens separate a call from text.
+    text: str = tuned.tokenizer.decode(tokens, skip_special_tokens=cfg.tools is None)
+    return text.strip()
+
+
 def main(raw: DictConfig) -> None:
     """Run the recipe."""
-    QSTGenerateRecipe(read_config(raw, GenerateConfig)).run()
+    cfg = read_config(raw, GenerateConfig)
+    training.set_seed(seed=cfg.seed)
+    prompts = read_prompts(cfg)
+    tuned = load_tuned_model(cfg)
+    encoded = encode(cfg, tuned, prompts)
+
+    def print_answers(title: str) -> None:
+        start = time.perf_counter()
+        answers = answer(cfg, tuned, encoded)
+        elapsed = time.perf_counter() - start
+        for prompt, tokens in zip(prompts, answers, strict=True):
+            heading = title if len(prompts) == 1 else f"{title}: {prompt}"
+            print(f"\n--- {heading} ---\n{decode(cfg, tuned, tokens)}\n")
+        count = sum(map(len, answers))
+        log.info(f"{count} tokens in {elapsed:.1f} s, {count / elapsed:.1f} tokens/s")
+
+    if cfg.compare_with_base or not tuned.is_tuned:
+        with tuned.untuned():
+            print_answers("quantised base model")
+    if tuned.is_tuned:
+        print_answers(tuned.title)
 
 
 if __name__ == "__main__":

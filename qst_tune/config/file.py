@@ -117,7 +117,11 @@ def _remove(settings: dict[str, Any], path: str) -> None:
 
 
 def _as_yaml(override: str, settings: dict[str, Any]) -> str:
-    """Write an override so that OmegaConf reads what was meant."""
+    """Write an override for ``OmegaConf.from_dotlist``, which reads its value as YAML.
+
+    Alone that makes a mapping of "prompt=in short: why?" and null of "prompt=# 1", and fails at
+    "data_files=*.jsonl" and "chat_template={% if x %}". So what is text is quoted here.
+    """
     key, _, value = override.partition("=")
     if value in ("null", "None", ""):
         return f"{key}=null"

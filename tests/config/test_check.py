@@ -10,7 +10,7 @@ from qst_tune.config.check import config_problems, read_config
 from qst_tune.config.keys import Key
 from qst_tune.config.model_directory import check_checkpoint_dir
 from qst_tune.config.schema import TrainingConfig
-from qst_tune.errors import ConfigError, UserError, did_you_mean
+from qst_tune.errors import ConfigError, UserError, did_you_mean, nearest
 from tests.support.checkpoints import finetune_config
 
 KEYS = {"model": Key(kind=dict, meaning="", required=True)}
@@ -131,6 +131,8 @@ def test_other_values_are_refused_with_the_rule(key: Key, values: list[object], 
 def test_nearest_name() -> None:
     assert did_you_mean("ranc", ["rank", "downsample"]) == "; did you mean 'rank'?"
     assert did_you_mean("zzz", ["rank", "downsample"]) == ""
+    assert nearest("dataset_vl", ["dataset", "dataset_val"]) == "dataset_val"
+    assert nearest("batch_size_train", ["batch", "batch_size", "batch_size_val"]) == "batch_size"
 
 
 def test_checkpoint_directory_and_files(tmp_path: Path) -> None:

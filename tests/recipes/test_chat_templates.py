@@ -5,19 +5,14 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from omegaconf import DictConfig
 from qst_tune.recipes import qst_generate
 
 from qst_tune.data.chat import template as chat_template
+from qst_tune.results.loading import load_tuned_model
 from qst_tune.training.state_file import unpack_state
 from tests.support.checkpoints import CHATML, finetune_config, generate_config
 from tests.support.configs import typed_config
 from tests.support.recipe_runs import finetune, merged, one_thread
-
-
-def recipe_of(cfg: DictConfig) -> qst_generate.QSTGenerateRecipe:
-    return qst_generate.QSTGenerateRecipe(typed_config(cfg, qst_generate.GenerateConfig))
-
 
 DATED = "{{ '<|im_start|>system\n' + strftime_now('%d %b %Y') + '<|im_end|>\n' }}" + CHATML
 WITH_TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}" + CHATML
@@ -56,16 +51,17 @@ def test_tools_are_given_to_the_template_and_calls_keep_their_special_tokens(
     (tmp_path / "t.jinja").write_text(WITH_TOOLS)
     tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
     (tmp_path / "tools.json").write_text(json.dumps([tool]))
+    cfg = merged(
+        config, f"tokenizer.chat_template={tmp_path / 't.jinja'}", "prompt=it is",
+        f"tools={tmp_path / 'tools.json'}", "max_new_tokens=2",
+    )  # fmt: skip
+    typed = typed_config(cfg, qst_generate.GenerateConfig)
     with one_thread():
-        recipe = recipe_of(
-            merged(
-                config, f"tokenizer.chat_template={tmp_path / 't.jinja'}", "prompt=it is",
-                f"tools={tmp_path / 'tools.json'}", "max_new_tokens=2",
-            )
-        )  # fmt: skip
-        prompt = recipe.tokenizer.decode(recipe._encode("it is"), skip_special_tokens=False)
-        recipe.run()
+        tuned = load_tuned_model(typed)
+        (tokens,) = qst_generate.encode(typed, tuned, ["it is"])
+        qst_generate.main(cfg)
+    prompt = tuned.tokenizer.decode(tokens, skip_special_tokens=False)
     assert prompt.startswith(json.dumps([tool]))
-    start = recipe.tokenizer.special_tokens["<|im_start|>"]
-    assert recipe._text([start]) == "<|im_start|>"
+    start = tuned.tokenizer.special_tokens["<|im_start|>"]
+    assert qst_generate.decode(typed, tuned, [start]) == "<|im_start|>"
     assert "quantised base model" in capsys.readouterr().out

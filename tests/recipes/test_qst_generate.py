@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from qst_tune.recipes import peqa_finetune, qst_generate
 from torchtune.data import Message
 
 from qst_tune.config.cli import run_recipe
 from qst_tune.data import hf_chat_tokenizer
 from qst_tune.errors import UserError
+from qst_tune.results.loading import TunedModel, load_tuned_model
 from tests.support.checkpoints import (
     COLOURS,
     SIZES,
@@ -28,8 +29,14 @@ from tests.support.configs import typed_config
 from tests.support.recipe_runs import FinetuneResult, finetune, merged, one_thread, run_tune
 
 
-def recipe_of(cfg: DictConfig) -> qst_generate.QSTGenerateRecipe:
-    return qst_generate.QSTGenerateRecipe(typed_config(cfg, qst_generate.GenerateConfig))
+def typed(cfg: DictConfig) -> qst_generate.GenerateConfig:
+    return typed_config(cfg, qst_generate.GenerateConfig)
+
+
+def answered(cfg: DictConfig, tuned: TunedModel, prompts: list[str]) -> list[list[int]]:
+    """The ids of the recipe's answers."""
+    encoded = qst_generate.encode(typed(cfg), tuned, prompts)
+    return qst_generate.answer(typed(cfg), tuned, encoded)
 
 
 PROMPT = "what is the colour of box 1"
@@ -102,22 +109,20 @@ def test_answer_is_that_of_greedy_decoding_without_caches(
     if not side_network:
         cfg.side_network = None
     with one_thread():
-        recipe = recipe_of(cfg)
-        (actual,) = recipe.answer()
-        stop = recipe.tokenizer.stop_tokens
-        assert actual == greedy(recipe.model, prompt_tokens(root), stop, budget=12)
+        tuned = load_tuned_model(typed(cfg))
+        (actual,) = answered(cfg, tuned, [PROMPT])
+        stop = tuned.tokenizer.stop_tokens
+        assert actual == greedy(tuned.model, prompt_tokens(root), stop, budget=12)
     assert actual
 
 
 def test_a_batch_of_prompts_gives_the_answers_that_each_gives_alone(config: Config) -> None:
     prompts = [PROMPT, "what is it", "what is the colour of box 7 and of box 2"]
+    cfg = merged({**config, "prompt": "", "prompts": prompts})
     with one_thread():
-        recipe = recipe_of(merged({**config, "prompt": "", "prompts": prompts}))
-        together = recipe.answer()
-        alone = []
-        for prompt in prompts:
-            recipe.prompts = [prompt]
-            alone += recipe.answer()
+        tuned = load_tuned_model(typed(cfg))
+        together = answered(cfg, tuned, qst_generate.read_prompts(typed(cfg)))
+        alone = [answered(cfg, tuned, [prompt])[0] for prompt in prompts]
     assert together == alone
     assert len({len(answer) for answer in alone}) > 1  # rows end at different places
 
@@ -143,10 +148,11 @@ def test_sampling_follows_the_seed(config: Config, capsys: pytest.CaptureFixture
 
 
 def test_system_prompt_is_read(config: Config) -> None:
+    cfg = typed(merged(config, "system_prompt=be kind"))
     with one_thread():
-        recipe = recipe_of(merged(config, "system_prompt=be kind"))
-    tokens = recipe._encode(PROMPT)
-    text = recipe.tokenizer.decode(tokens, skip_special_tokens=False)
+        tuned = load_tuned_model(cfg)
+    (tokens,) = qst_generate.encode(cfg, tuned, [PROMPT])
+    text = tuned.tokenizer.decode(tokens, skip_special_tokens=False)
     assert text == (
         "<|im_start|>system\nbe kind<|im_end|>\n"
         f"<|im_start|>user\n{PROMPT}<|im_end|>\n<|im_start|>assistant\n"
@@ -214,9 +220,9 @@ def test_description_rebuilds_the_model(config: Config, trained: FinetuneResult)
     block = json.loads((trained.weights_file.parent / "qst_config.json").read_text())["model"]
     assert block == config["model"]
     with one_thread():
-        recipe_of(merged({**config, "model": block}))
+        load_tuned_model(typed(merged({**config, "model": block})))
     with pytest.raises(UserError, match="does not fit the model"):
-        recipe_of(OmegaConf.create(config | {"model": {**block, "rank": 2}}))
+        load_tuned_model(typed(merged({**config, "model": {**block, "rank": 2}})))
 
 
 # torchtune's own recipe.
@@ -268,13 +274,14 @@ def peqa_config(root: Path, trained: FinetuneResult) -> Config:
 
 def test_a_peqa_model_answers_from_its_training_config(peqa_config: Config, root: Path) -> None:
     """Where no directory is named it is the run's; both answers are those without caches."""
+    cfg = merged({**peqa_config, "prompt": PROMPT}, "max_new_tokens=12")
     with one_thread():
-        recipe = recipe_of(merged({**peqa_config, "prompt": PROMPT}, "max_new_tokens=12"))
-        prompt, stop = prompt_tokens(root), recipe.tokenizer.stop_tokens
-        (tuned,) = recipe.answer()
-        assert tuned == greedy(recipe.model, prompt, stop, budget=12)
-        with recipe.tuned.untuned():
-            (base,) = recipe.answer()
-            assert base == greedy(recipe.model, prompt, stop, budget=12)
-        assert recipe.answer() == [tuned] != [base]
-    assert recipe.tuned.title == "with the tuned scales"
+        tuned = load_tuned_model(typed(cfg))
+        prompt, stop = prompt_tokens(root), tuned.tokenizer.stop_tokens
+        (learnt,) = answered(cfg, tuned, [PROMPT])
+        assert learnt == greedy(tuned.model, prompt, stop, budget=12)
+        with tuned.untuned():
+            (base,) = answered(cfg, tuned, [PROMPT])
+            assert base == greedy(tuned.model, prompt, stop, budget=12)
+        assert answered(cfg, tuned, [PROMPT]) == [learnt] != [base]
+    assert tuned.title == "with the tuned scales"
