@@ -18,6 +18,7 @@ from qst_tune.modules.backbone_formats import (
     linear_format,
     quantization_of,
 )
+from qst_tune.modules.lora_targets import LinearSizes, linears_below
 from qst_tune.modules.peqa_linear import PEQALinear
 from qst_tune.quantization.table import QuantizedTable, quantize_table
 
@@ -61,6 +62,16 @@ def _linears(
                 is_left_out = stored is not None and stored.leaves_out(f"{path}.{name}")
                 if linear.weight.numel() % 2 == 0 and not is_left_out:
                     yield owner, name, linear
+
+
+def linear_sizes(layer: nn.Module) -> LinearSizes:
+    """List the linears of a layer by path, dense or stored in codes, without routers."""
+    untouched = {*_ROUTERS, *_READ_AS_WEIGHTS}
+    return {
+        path: size
+        for path, size in linears_below(layer).items()
+        if not untouched & set(path.split("."))
+    }
 
 
 def _is_plain_linear(module: nn.Module) -> bool:

@@ -2,7 +2,8 @@
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,13 +13,29 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from qst_tune.backbone.cache import TransformersCache
 from qst_tune.backbone.experts import ExpertLinears, QuantizedExperts
+from qst_tune.backbone.layer_hooks import (
+    before_projection,
+    gradient_from,
+    is_same,
+    returns_tuples,
+    run_until,
+    showing,
+    starting_at,
+)
 from qst_tune.backbone.masks import Packing, find_packing, positions
-from qst_tune.backbone.quantizers import quantization_of_text, quantize_tables, quantize_text
+from qst_tune.backbone.quantizers import (
+    linear_sizes,
+    quantization_of_text,
+    quantize_tables,
+    quantize_text,
+)
 from qst_tune.backbone.side_blocks import side_block, side_norm, text_sizes
 from qst_tune.backbone.stored_weights import DirectoryFormat
 from qst_tune.backbone.text_model import decoder_of, head_of, layers_of, longest_text
 from qst_tune.modules.backbone import Head, Visit
 from qst_tune.modules.backbone_formats import EmbeddingQuantization, LinearFormat
+from qst_tune.modules.lora import LayerLoRA
+from qst_tune.modules.lora_targets import LinearSizes
 from qst_tune.modules.side.block import SideShape, side_shape
 
 # Tokens of a batch that run together; more rows would only need more memory.
@@ -128,6 +145,10 @@ class TransformersBackbone(nn.Module):
             self.model.set_experts_implementation("eager")
         quantize_tables(self.embedding, self.model, embedding_quantization)
 
+    def linear_sizes(self, index: int) -> LinearSizes:
+        """Return the linears of a layer, without those that choose experts."""
+        return linear_sizes(self.layers[index])
+
     def side_shape(self, reduction_factor: int, min_head_dim: int) -> SideShape:
         """Choose the sizes of a side block, of width D // r."""
         return side_shape(text_sizes(self.config), reduction_factor, min_head_dim)
@@ -158,15 +179,7 @@ class TransformersBackbone(nn.Module):
     @torch.no_grad()
     def embed(self, tokens: torch.Tensor, **where: Any) -> torch.Tensor:
         """Compute h_0, ``[B, T, D]``: run until the first layer begins."""
-
-        def stop(h_BTD: torch.Tensor) -> None:
-            raise _Reached(h_BTD)
-
-        try:
-            self.run(tokens, taps=[0], visit=stop, **where)
-        except _Reached as reached:
-            return reached.state
-        raise AssertionError("the first layer did not run")
+        return self.prefix(tokens, until=0, taps=(), visit=lambda h: None, **where)
 
     def run(
         self,
@@ -174,22 +187,75 @@ class TransformersBackbone(nn.Module):
         *,
         taps: Sequence[int],
         visit: Visit,
+        lora: LayerLoRA | None = None,
         mask: Any = None,
         input_pos: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Run forward without gradient up to f, ``[B, T, D]``; show the states ``taps`` on the way.
+        """Run forward up to f, ``[B, T, D]``; show the states ``taps`` on the way.
 
-        ``visit`` is called for each state in the caller's gradient mode.
+        ``visit`` is called for each state in the caller's gradient mode. There is no gradient but
+        from the layers with ``lora`` on.
         """
         packing = self._packing_of(mask)
-        gradient = torch.is_grad_enabled()
-
-        def show(state: torch.Tensor) -> None:
-            with torch.set_grad_enabled(gradient):
-                visit(_plain(state, tokens, self.config))
-
-        with self._hooks(taps, show), torch.no_grad():
+        with self._showing(taps, visit, tokens), gradient_from(self.layers, lora), torch.no_grad():
             return self.text_state(tokens, mask=mask, input_pos=input_pos, packing=packing)
+
+    def prefix(
+        self,
+        tokens: torch.Tensor,
+        *,
+        until: int,
+        taps: Sequence[int],
+        visit: Visit,
+        mask: Any = None,
+        input_pos: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run the first layers alone, without gradient: to state ``until``."""
+        packing = self._packing_of(mask)
+        where = {"mask": mask, "input_pos": input_pos, "packing": packing}
+        with self._showing(taps, visit, tokens), torch.no_grad():
+            state = run_until(self.layers[until], lambda: self.text_state(tokens, **where))
+        return _plain(state, tokens, self.config) if until == 0 else state
+
+    def suffix(
+        self,
+        tokens: torch.Tensor,
+        h_BTD: torch.Tensor,
+        *,
+        since: int,
+        taps: Sequence[int],
+        visit: Visit,
+        lora: LayerLoRA | None = None,
+        mask: Any = None,
+        input_pos: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run the other layers from state ``since`` on, up to f."""
+        packing = self._packing_of(mask)
+        with (
+            self._showing(taps, visit, tokens),
+            starting_at(self.layers, since, h_BTD, in_tuple=self._returns_tuples),
+            gradient_from(self.layers, lora),
+            torch.no_grad(),
+        ):
+            return self.text_state(tokens, mask=mask, input_pos=input_pos, packing=packing)
+
+    @cached_property
+    def _returns_tuples(self) -> bool:
+        return returns_tuples(self.layers, lambda: self.text_state(self._probe()))
+
+    @cached_property
+    @torch.no_grad()
+    def can_split(self) -> bool:
+        """Whether a pass in two parts computes the same; runs the model on four tokens."""
+        tokens, since = self._probe(), self.num_layers - 1
+        shown: Any = {"taps": (), "visit": lambda h: None}
+        whole = self.run(tokens, **shown)
+        state = self.prefix(tokens, until=since, **shown)
+        return is_same(whole, self.suffix(tokens, state, since=since, **shown))
+
+    def _probe(self) -> torch.Tensor:
+        tokens = torch.arange(4, device=self.embedding.weight.device)[None]
+        return tokens % self.vocab_size
 
     def last_state(
         self, tokens: torch.Tensor, *, mask: Any = None, input_pos: torch.Tensor | None = None
@@ -223,22 +289,9 @@ class TransformersBackbone(nn.Module):
             dtype = self.embedding.weight.dtype
             inputs["attention_mask"] = packing(self.config, input_pos, dtype)
         projected: list[torch.Tensor] = []
-        with self._extended(tokens.shape[1]) as cache, self._before_projection(projected):
+        with self._extended(tokens.shape[1]) as cache, before_projection(self.decoder, projected):
             f_BTD: torch.Tensor = self.decoder(input_ids=tokens, **inputs, **cache)[0]
         return projected[0] if projected else f_BTD
-
-    @contextmanager
-    def _before_projection(self, kept: list[torch.Tensor]) -> Iterator[None]:
-        """Keep what OPT-350M brings to the width of its embedding: here the head does that."""
-        project_out = getattr(self.decoder, "project_out", None)
-        if project_out is None:
-            yield
-            return
-        handle = project_out.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
-        try:
-            yield
-        finally:
-            handle.remove()
 
     @contextmanager
     def _extended(self, num_new: int) -> Iterator[dict[str, Any]]:
@@ -265,24 +318,17 @@ class TransformersBackbone(nn.Module):
             inputs["position_ids"] = input_pos
         return inputs
 
-    @contextmanager
-    def _hooks(self, taps: Sequence[int], show: Visit) -> Iterator[None]:
-        """Let each tapped state be shown as soon as it is there."""
+    def _showing(
+        self, taps: Sequence[int], visit: Visit, tokens: torch.Tensor
+    ) -> AbstractContextManager[None]:
+        """Show each tapped state as soon as it is there, in the caller's gradient mode."""
+        gradient = torch.is_grad_enabled()
 
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            show(args[0] if args else kwargs["hidden_states"])
+        def show(state: torch.Tensor) -> None:
+            with torch.set_grad_enabled(gradient):
+                visit(_plain(state.detach(), tokens, self.config))
 
-        def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            show(output[0] if isinstance(output, tuple) else output)
-
-        with ExitStack() as stack:
-            for tap in taps:
-                if tap == 0:
-                    handle = self.layers[0].register_forward_pre_hook(before, with_kwargs=True)
-                else:
-                    handle = self.layers[tap - 1].register_forward_hook(after)
-                stack.callback(handle.remove)
-            yield
+        return showing(self.layers, taps, show)
 
 
 def transformers_backbone(model: Any) -> TransformersBackbone | None:
@@ -293,12 +339,6 @@ def transformers_backbone(model: Any) -> TransformersBackbone | None:
 
 def _is_padding(mask: Any) -> bool:
     return isinstance(mask, torch.Tensor) and mask.ndim == 2
-
-
-class _Reached(Exception):  # noqa: N818  # not an error: how a pass is left early
-    def __init__(self, state: torch.Tensor) -> None:
-        super().__init__()
-        self.state = state
 
 
 def _plain(state: torch.Tensor, tokens: torch.Tensor, config: Any) -> torch.Tensor:

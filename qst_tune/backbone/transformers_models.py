@@ -87,7 +87,7 @@ class QSTTransformer(TransformersModel, QSTModel):
         packed rows, True where a token may attend; None: causal. Positions ``[B, T]`` begin again
         with each packed sample.
         """
-        y_BTD, _ = self._both(tokens, mask=mask, input_pos=input_pos)
+        (y_BTD,) = self._head_inputs([self.side], tokens, mask=mask, input_pos=input_pos)
         return head_output(self, y_BTD)
 
     def side_where(self, tokens: torch.Tensor, **where: Any) -> dict[str, Any]:

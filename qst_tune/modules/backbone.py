@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from qst_tune.modules.backbone_formats import BaseQuantization, EmbeddingQuantization
+from qst_tune.modules.lora import LayerLoRA
+from qst_tune.modules.lora_targets import LinearSizes
 from qst_tune.modules.side.block import SideShape
 from qst_tune.torchtune_compat import Mask
 
@@ -47,10 +49,17 @@ class Backbone(Protocol):
     def quantization(self) -> str:
         """How the weights are stored; a tuned side network belongs to it."""
 
+    @property
+    def can_split(self) -> bool:
+        """Whether :meth:`prefix` and :meth:`suffix` can take the place of :meth:`run`."""
+
     def quantize(
         self, base_quantization: BaseQuantization, embedding_quantization: EmbeddingQuantization
     ) -> None:
         """Store the linears of the layers and the embedding in these formats, in place."""
+
+    def linear_sizes(self, index: int) -> LinearSizes:
+        """Return the linears of a layer, counted from 0, that LoRA may change; no routers."""
 
     def side_shape(self, reduction_factor: int, min_head_dim: int) -> SideShape:
         """Choose the sizes of a side block, of width D // r."""
@@ -82,15 +91,44 @@ class Backbone(Protocol):
         *,
         taps: Sequence[int],
         visit: Visit,
+        lora: LayerLoRA | None = None,
         mask: Mask | None = None,
         input_pos: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Run forward on ``[B, T]`` without gradient; return f, ``[B, T, D]``.
+        """Run forward on ``[B, T]``; return f, ``[B, T, D]``.
 
-        ``visit`` is called once for each state of ``taps`` (ascending), in the caller's gradient
-        mode, before the next layer runs: so the hidden states are never in memory together.
-        ``mask`` None: each token sees those before it; ``input_pos`` None: counted from 0.
+        ``visit`` is called once for each state of ``taps`` (ascending), detached, in the caller's
+        gradient mode, before the next layer runs: so the hidden states are never in memory
+        together. ``mask`` None: each token sees those before it; ``input_pos`` None: counted from
+        0. Nothing is saved for backward except, with ``lora``, by the layers that it changes and
+        the final norm, which then run in the caller's gradient mode.
         """
+
+    def prefix(
+        self,
+        tokens: torch.Tensor,
+        *,
+        until: int,
+        taps: Sequence[int],
+        visit: Visit,
+        mask: Mask | None = None,
+        input_pos: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Do the first part of :meth:`run`: return state ``until`` alone, without gradient."""
+
+    def suffix(
+        self,
+        tokens: torch.Tensor,
+        h_BTD: torch.Tensor,
+        *,
+        since: int,
+        taps: Sequence[int],
+        visit: Visit,
+        lora: LayerLoRA | None = None,
+        mask: Mask | None = None,
+        input_pos: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Do the rest of :meth:`run` from state ``since``, for the taps behind it."""
 
 
 def head_output(model: Any, y_BTD: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from qst_tune import __version__
 from qst_tune.atomic_files import whole_file
 from qst_tune.errors import first_line
 from qst_tune.file_lock import locked
-from qst_tune.modules.backbone import Backbone, Visit
+from qst_tune.modules.backbone import Visit
 from qst_tune.torchtune_compat import Mask
 
 # Left free on the disk: the checkpoints of the run need room too.
@@ -29,11 +29,12 @@ log = utils.get_logger("INFO")
 class HiddenStateCache:
     """Hidden states of the batches that a backbone has run on, a safetensors file for each batch.
 
-    No gradient enters the backbone of QST and nothing in it trains, so it computes the same of a
-    batch in every epoch; with this cache it runs on each batch once. What is read is bit for bit
-    what was computed: a batch is found by its content, and each state has a digest. What is damaged
-    is computed anew, and nothing more is written when the disk is full; both are logged. Not in the
-    paper. LoRA cannot do this: what its layers compute changes with every step.
+    No gradient enters the frozen layers of QST and nothing in them trains, so they compute the same
+    of a batch in every epoch; with this cache they run on each batch once. What is read is bit for
+    bit what was computed: a batch is found by its content, and each state has a digest. What is
+    damaged is computed anew, and nothing more is written when the disk is full; both are logged.
+    Not in the paper. With ``lora_layers`` it keeps what the layers below those compute; LoRA in all
+    layers cannot have it, since what they compute changes with every step.
 
     ``directory`` is for one backbone and one choice of layers. Several processes and runs may share
     it, and its files may be deleted at any time.
@@ -47,26 +48,30 @@ class HiddenStateCache:
 
     def run(
         self,
-        backbone: Backbone,
+        compute: Callable[..., torch.Tensor],
+        embed: Callable[[], torch.Tensor],
         tokens: torch.Tensor,
         *,
         taps: Sequence[int],
         visit: Visit,
         **where: Mask | None,
     ) -> torch.Tensor:
-        """Do what ``backbone.run`` does, on a batch that it has not run on or that was damaged.
+        """Do what ``compute(taps=, visit=)`` does, on a batch not seen yet or that was damaged.
 
-        ``taps`` begin with 0: the embedding is cheaper computed than read.
+        ``compute`` is a pass of frozen layers, which depends on ``tokens`` and ``where`` alone. The
+        embedding, tap 0, is cheaper computed by ``embed`` than read.
         """
         path = self.directory / f"{_digest_of_batch(tokens, **where)}.safetensors"
+        first = int(0 in taps)
+        num_kept = len(taps) - first + 1  # the last one is what the pass returns
         num_shown = 0
         try:
-            for state in _read(path, len(taps), tokens.device):
-                if num_shown == len(taps):
-                    return state
-                if num_shown == 0:
-                    visit(backbone.embed(tokens, **where))
+            for number, state in enumerate(_read(path, num_kept, tokens.device), start=1):
+                if first and not num_shown:
+                    visit(embed())
                     num_shown = 1
+                if number == num_kept:
+                    return state
                 visit(state)
                 num_shown += 1
         except _DamagedError as error:
@@ -76,15 +81,15 @@ class HiddenStateCache:
 
         def show(h_BTD: torch.Tensor) -> None:
             number = next(numbers)
-            if number > 0 and not self.is_full:
+            if number >= first and not self.is_full:
                 on_host.append(h_BTD.detach().cpu().contiguous())
             if number >= num_shown:
                 visit(h_BTD)
 
-        f_BTD = backbone.run(tokens, taps=taps, visit=show, **where)
+        last_BTD = compute(taps=taps, visit=show)
         if not self.is_full:
-            self._write([*on_host, f_BTD.cpu().contiguous()], path)
-        return f_BTD
+            self._write([*on_host, last_BTD.cpu().contiguous()], path)
+        return last_BTD
 
     def _report(self, message: str) -> None:
         """Log once; thousands of files may be of an older version."""

@@ -46,13 +46,9 @@ class QSTClassifier(QSTModel):
         self.num_labels = num_labels
         self.counts_tokens = counts_tokens
         self.skip_output_layer = True
-        upsample: Any = self.side.upsample
+        trained = next(self.side.parameters())
         self.side.score = ZeroLinear(
-            upsample.out_features,
-            num_labels,
-            bias=False,
-            device=upsample.weight.device,
-            dtype=upsample.weight.dtype,
+            self.backbone.width, num_labels, bias=False, device=trained.device, dtype=trained.dtype
         )
 
     # One answer a row takes no mask or positions: they follow from the padding.

@@ -85,5 +85,5 @@ class QSTDecoder(QSTModel, TransformerDecoder):
             encoder_mask=encoder_mask,
             input_pos=input_pos,
         )
-        y_BTD, _ = self._both(tokens, mask=mask, input_pos=input_pos)
+        (y_BTD,) = self._head_inputs([self.side], tokens, mask=mask, input_pos=input_pos)
         return head_output(self, y_BTD)

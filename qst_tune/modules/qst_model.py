@@ -1,19 +1,20 @@
 """The QST model over any backbone: the backbone only runs forward, the side network trains."""
 
 import copy
-import itertools
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from qst_tune.modules.backbone import Backbone
+from qst_tune.modules.backbone import Backbone, Visit
 from qst_tune.modules.batch_parts import in_parts
 from qst_tune.modules.hidden_state_cache import HiddenStateCache
 from qst_tune.modules.meta_device import materialize
 from qst_tune.modules.side.compute import mask_for_heads
 from qst_tune.modules.side.network import SideNetwork
+from qst_tune.modules.side.one_pass import SidePass, visiting
 from qst_tune.torchtune_compat import Mask
 
 SIDE_PREFIX = "side."
@@ -34,7 +35,8 @@ class QSTModel(nn.Module):
     The backbone runs under ``no_grad``, interleaved with the side network: after each layer that
     the side network reads, its next block runs. So nothing of the backbone is saved for backward
     except what a downsampler needs for its own gradient, and the hidden states are never in memory
-    together.
+    together. With ``lora_layers`` k the last k layers compute with LoRA and pass a gradient on to
+    each other, and none to the layers before them.
 
     Source: QST (https://arxiv.org/abs/2401.07159); start, step and finish are those of
     :class:`~qst_tune.modules.side.network.SideNetwork`. This is what
@@ -65,10 +67,10 @@ class QSTModel(nn.Module):
 
         ValueError if a side block belongs to a layer that the backbone does not have.
         """
-        num_layers = self.backbone.num_layers
-        if max(side.layers) >= num_layers:
+        num_layers, last = self.backbone.num_layers, max(side.layers, default=0)
+        if last >= num_layers:
             raise ValueError(
-                f"a side block belongs to layer {max(side.layers)}, but the backbone has only "
+                f"a side block belongs to layer {last}, but the backbone has only "
                 f"layers 0 to {num_layers - 1}"
             )
         self.requires_grad_(False)
@@ -111,60 +113,73 @@ class QSTModel(nn.Module):
         """Compute inputs of the LM head, ``[B, T, D]``, of the model and of its reference model.
 
         The reference model of preference learning is the backbone alone; or, after
-        :meth:`keep_reference`, the model at that time, whose side network reads the same states.
+        :meth:`keep_reference`, the model at that time. Layers without LoRA run once for both.
         """
-        return self._both(
-            tokens, mask=mask, input_pos=input_pos, reference_side=self.reference_side
+        y_BTD, reference_BTD = self._head_inputs(
+            [self.side, self.reference_side], tokens, mask=mask, input_pos=input_pos
         )
+        return y_BTD, reference_BTD
 
     def side_where(self, tokens: torch.Tensor, **where: Mask | None) -> dict[str, Mask | None]:
         """Return ``mask`` and ``input_pos`` as the side network takes them."""
         block: Any = self.side.blocks[0]
         return {**where, "mask": mask_for_heads(where.get("mask"), block.attn.head_dim, tokens)}
 
-    def _both(
-        self,
-        tokens: torch.Tensor,
-        *,
-        mask: Mask | None,
-        input_pos: torch.Tensor | None,
-        reference_side: SideNetwork | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The head's input of the model, and that of the reference or of the backbone alone."""
+    def _head_inputs(
+        self, sides: Sequence[SideNetwork | None], tokens: torch.Tensor, **where: Mask | None
+    ) -> tuple[torch.Tensor, ...]:
+        """The head's input with each of these side networks; None: of the backbone alone."""
         # A method of its own: FSDP wraps with_reference, and forward must not enter it twice.
-        sides = [self.side] if reference_side is None else [self.side, reference_side]
+        side: Any = self.side
         parts = [slice(None)]
-        if self.side.rows_are_alike:
-            parts = self.backbone.row_parts(tokens, mask)
-        compute = partial(self._run_networks, sides)
-        y_BTD, reference_BTD = in_parts(compute, parts, tokens, mask=mask, input_pos=input_pos)
-        return y_BTD, reference_BTD
+        if side.rows_are_alike:
+            parts = self.backbone.row_parts(tokens, where.get("mask"))
+        else:
+            side.take_rows(tokens)
+        return in_parts(partial(self._run_networks, sides), parts, tokens, **where)
 
     def _run_networks(
-        self, sides: list[SideNetwork], tokens: torch.Tensor, **where: Mask | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, sides: Sequence[SideNetwork | None], tokens: torch.Tensor, **where: Mask | None
+    ) -> tuple[torch.Tensor, ...]:
         """Run the backbone, and after each layer that they read a block of the side networks."""
         if self.side.disabled:
             f_BTD = self.backbone.run(tokens, taps=(), visit=lambda h: None, **where)
-            return f_BTD, f_BTD
-        side_where = self.side_where(tokens, **where)
-        states: list[Any] = []  # g_k of each side network
-        indices = itertools.count()
+            return (f_BTD,) * len(sides)
+        side_where = self.side_where(tokens, **where) if self.side.layers else {}
+        passes = [SidePass(side, side_where) for side in sides]
+        states = self._last_states(passes, tokens, **where)
+        return tuple(one.finish(f_BTD) for one, f_BTD in zip(passes, states, strict=True))
 
-        def visit(h_BTD: torch.Tensor) -> None:
-            if not states:
-                states.extend(side.start(h_BTD) for side in sides)
-                return
-            index = next(indices)
-            for number, side in enumerate(sides):
-                states[number] = side.step(index, h_BTD, states[number], **side_where)
+    def _last_states(
+        self, passes: Sequence[SidePass], tokens: torch.Tensor, **where: Any
+    ) -> list[torch.Tensor]:
+        """Run the layers without LoRA once and the others for each network; f of each."""
+        backbone, lora, visit = self.backbone, self.side.lora, visiting(passes)
+        taps = [0, *(index + 1 for index in self.side.layers)] if self.side.layers else []
+        if lora is None:
+            run = partial(backbone.run, tokens, **where)
+            return [self._cached(run, tokens, taps, visit, **where)] * len(passes)
+        is_cached = self.hidden_state_cache is not None and not self.caches_are_enabled()
+        if len(passes) == 1 and not is_cached:
+            return [backbone.run(tokens, taps=taps, visit=visit, lora=lora, **where)]
+        if not backbone.can_split:
+            return [one.run(backbone, tokens, taps=taps, **where) for one in passes]
+        before = [tap for tap in taps if tap <= lora.first]
+        run = partial(backbone.prefix, tokens, until=lora.first, **where)
+        h_BTD = self._cached(run, tokens, before, visit, **where)
+        how = {"since": lora.first, "taps": taps[len(before) :], **where}
+        return [one.run_suffix(backbone, tokens, h_BTD, **how) for one in passes]
 
-        taps = [0, *(index + 1 for index in self.side.layers)]
-        f_BTD = self._run_backbone(tokens, taps=taps, visit=visit, **where)
-        y_BTD, *reference = [side.finish(f_BTD, g) for side, g in zip(sides, states, strict=True)]
-        return y_BTD, reference[0] if reference else f_BTD
-
-    def _run_backbone(self, tokens: torch.Tensor, **how: Any) -> torch.Tensor:
+    def _cached(
+        self,
+        run: Callable[..., torch.Tensor],
+        tokens: torch.Tensor,
+        taps: Sequence[int],
+        visit: Visit,
+        **where: Mask | None,
+    ) -> torch.Tensor:
+        """What ``run(taps=, visit=)`` computes and shows, or what it did for this batch before."""
         if self.hidden_state_cache is None or self.caches_are_enabled():
-            return self.backbone.run(tokens, **how)
-        return self.hidden_state_cache.run(self.backbone, tokens, **how)
+            return run(taps=taps, visit=visit)
+        embed = partial(self.backbone.embed, tokens, **where)
+        return self.hidden_state_cache.run(run, embed, tokens, taps=taps, visit=visit, **where)

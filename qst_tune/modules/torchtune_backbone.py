@@ -1,6 +1,8 @@
 """A torchtune decoder as the frozen backbone of a side network."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from qst_tune.modules.backbone_formats import (
     quantize_linears,
 )
 from qst_tune.modules.batch_parts import CHUNK_TOKENS, module_in_parts
+from qst_tune.modules.lora import LayerLoRA
+from qst_tune.modules.lora_targets import LinearSizes, linears_below
 from qst_tune.modules.side.block import (
     SideShape,
     build_side_blocks,
@@ -35,6 +39,8 @@ class TorchtuneBackbone:
     referred to, not owned: its parameters keep their names. A batch of more than ``chunk_tokens``
     goes through each layer in parts.
     """
+
+    can_split = True
 
     def __init__(self, decoder: TransformerDecoder, chunk_tokens: int = CHUNK_TOKENS) -> None:
         self.decoder: Any = decoder
@@ -57,6 +63,10 @@ class TorchtuneBackbone:
         quantize_linears(self.decoder.layers, base_quantization)
         quantize_embedding(self.decoder, embedding_quantization)
 
+    def linear_sizes(self, index: int) -> LinearSizes:
+        """Return all linears of a layer."""
+        return linears_below(self.decoder.layers[index])
+
     def side_shape(self, reduction_factor: int, min_head_dim: int) -> SideShape:
         """Choose the sizes of a side block."""
         return side_shape(layer_sizes(self.decoder.layers[0]), reduction_factor, min_head_dim)
@@ -78,17 +88,66 @@ class TorchtuneBackbone:
         return self._frozen(self.decoder.tok_embeddings, tokens)
 
     def run(
-        self, tokens: torch.Tensor, *, taps: Sequence[int], visit: Visit, **where: Mask | None
+        self,
+        tokens: torch.Tensor,
+        *,
+        taps: Sequence[int],
+        visit: Visit,
+        lora: LayerLoRA | None = None,
+        **where: Mask | None,
     ) -> torch.Tensor:
-        """Run forward without gradient, and show hidden states as they come."""
+        """Run forward, and show hidden states as they come."""
+        split = self.num_layers if lora is None else lora.first
+        shown: Any = {"taps": taps, "visit": visit, **where}
+        h_BTD = self.prefix(tokens, until=split, **shown)
+        return self.suffix(tokens, h_BTD, since=split, lora=lora, **shown)
+
+    def prefix(
+        self,
+        tokens: torch.Tensor,
+        *,
+        until: int,
+        taps: Sequence[int],
+        visit: Visit,
+        **where: Mask | None,
+    ) -> torch.Tensor:
+        """Run the first layers without gradient."""
         h_BTD = self.embed(tokens, **where)
         if 0 in taps:
             visit(h_BTD)
-        for index, layer in enumerate(self.decoder.layers, start=1):
+        for index, layer in enumerate(islice(self.decoder.layers, until), start=1):
             h_BTD = self._frozen(layer, h_BTD, **where)
             if index in taps:
                 visit(h_BTD)
-        return self._frozen(self.decoder.norm, h_BTD)
+        return h_BTD
+
+    def suffix(
+        self,
+        tokens: torch.Tensor,
+        h_BTD: torch.Tensor,
+        *,
+        since: int,
+        taps: Sequence[int],
+        visit: Visit,
+        lora: LayerLoRA | None = None,
+        **where: Mask | None,
+    ) -> torch.Tensor:
+        """Run the other layers and the norm, with a gradient for LoRA if there is any."""
+        layers = self.decoder.layers
+        compute = self._trained if lora and torch.is_grad_enabled() else self._frozen
+        with lora.trained(layers) if lora else nullcontext():
+            for index, layer in enumerate(islice(layers, since, None), start=since + 1):
+                h_BTD = compute(layer, h_BTD, **where)
+                if index in taps:
+                    visit(h_BTD.detach())
+        return compute(self.decoder.norm, h_BTD)
+
+    def _trained(self, module: nn.Module, x: torch.Tensor, **where: Mask | None) -> torch.Tensor:
+        """Run a module of the backbone through which a gradient flows."""
+        output: torch.Tensor = module(x, **where)
+        if isinstance(module, FSDPModule):
+            module.reshard()
+        return output
 
     @torch.no_grad()
     def _frozen(self, module: nn.Module, x: torch.Tensor, **where: Mask | None) -> torch.Tensor:

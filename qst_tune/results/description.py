@@ -80,6 +80,8 @@ class SideStructure:
     @classmethod
     def of(cls, side: SideNetwork) -> "SideStructure":
         """Describe a side network, perhaps on meta."""
+        if not side.layers:
+            return cls(side.config, (), 0, 0)
         attn: Any = side.blocks[0].attn
         return cls(side.config, tuple(side.layers), attn.num_heads, attn.num_kv_heads)
 
@@ -109,6 +111,7 @@ class SideStructure:
             "downsample": config.downsample,
             "activation": config.activation if config.downsample == "adapter" else None,
             "output_mix": config.output_mix,
+            "lora_scale": config.lora_scale if config.lora_layers else None,
         }
 
 

@@ -15,6 +15,7 @@ from qst_tune.backbone.identity import BackboneId
 from qst_tune.config.schema import TrainingConfig
 from qst_tune.distributed.processes import broadcast_tensors, rank_and_world_size
 from qst_tune.distributed.sharding import choose_sharding
+from qst_tune.errors import UserError
 from qst_tune.models.build import build_any_on_meta
 from qst_tune.models.load import load_frozen_backbone
 from qst_tune.modules.hidden_state_cache import HiddenStateCache
@@ -35,6 +36,7 @@ QST_REFUSED = {
 _UNDECAYED_TYPES = (Gate, AlphaMix, SigmoidMix)
 # The rate of a classifier's head is the optimizer's times this over the head's width D.
 _SCORE_WIDTH = 64
+_LORA_RATE = 1 / 3  # of LoRA beside a side network
 _RATE_FACTOR = "rate_factor"
 
 ParameterGroups = list[dict[str, Any]]
@@ -111,8 +113,16 @@ class TunedMethod:
         side = self.tuned
         if not isinstance(side, SideNetwork):
             return {}
+        figures: dict[str, float] = {}
+        if side.lora is not None:
+            b = [p for name, p in side.lora.named_parameters() if name.endswith(".b")]
+            figures["lora_b_rms"] = (
+                torch.cat([p.flatten() for p in b]).square().mean().sqrt().item()
+            )
+        if not side.layers:
+            return figures
         betas = torch.cat([torch.sigmoid(p).flatten() for p in side.gates.parameters()])
-        figures = {
+        figures |= {
             "gate_mean": betas.mean().item(),
             "gate_min": betas.min().item(),
             "gate_max": betas.max().item(),
@@ -147,7 +157,9 @@ def load_qst(
         )
     if cfg.compile:
         layers: Any = model.layers
-        compile_forward([*layers, *model.side.blocks])
+        # Layers with LoRA get other hooks at each pass.
+        frozen = layers if model.side.lora is None else layers[: model.side.lora.first]
+        compile_forward([*frozen, *model.side.blocks])
     return TunedMethod(model, provenance_of(cfg, backbone, start.lineage if start else ()))
 
 
@@ -171,12 +183,21 @@ def _hidden_state_cache(
 ) -> HiddenStateCache:
     """The cache for this backbone, its dtype, this kind of device and these layers."""
     side: Any = model.side
-    described = (asdict(backbone), str(dtype), device.type, side.layers)
-    key = hashlib.sha256(repr(described).encode()).hexdigest()[:16]
+    described = [asdict(backbone), str(dtype), device.type, side.layers]
+    num_states = len(side.layers) + 1
+    if side.lora is not None:
+        if not side.lora.first or not model.backbone.can_split:
+            raise UserError(
+                f"hidden_state_cache={parent}: lora_layers={side.config.lora_layers} leaves no "
+                "layer whose states could be kept; set one of them to null"
+            )
+        described.append(side.lora.first)
+        num_states = 1 + sum(layer < side.lora.first for layer in side.layers)
+    key = hashlib.sha256(repr(tuple(described)).encode()).hexdigest()[:16]
     name = backbone.name.replace("/", "--")
     directory = parent / f"{name}-{key}"
     if rank_and_world_size()[0] == 0:
-        size = (len(side.layers) + 1) * side.upsample.out_features * dtype.itemsize
+        size = num_states * model.backbone.width * dtype.itemsize
         log.info(f"hidden states are cached in {directory}: {size / 1000:.1f} kB a token")
     return HiddenStateCache(directory)
 
@@ -208,25 +229,29 @@ def parameter_groups(side: nn.Module) -> ParameterGroups:
     of its D weights by the rate, so a logit by the rate times the sum of the state's magnitudes,
     which grows with D: at the rate of the rest one step moved SmolLM2's logits by 1.6, and
     classifiers learnt less (docs/results.md). Rates that fall with the width are those of
-    https://arxiv.org/abs/2203.03466. Call :func:`scale_rates` once the optimizer is built.
+    https://arxiv.org/abs/2203.03466. LoRA beside a side network learns at a third of the rate, and
+    alone at the rate: with both at their best rates the ratio was 1, 0.3 and 0.33 on three tasks
+    (docs/results.md). Call :func:`scale_rates` once the optimizer is built.
 
     Weight decay pulls towards zero. For a gate, a mix or a norm that is not "small" but another
     function (beta 0.5, a norm that outputs nothing), so they are exempt, and biases with them; the
     authors' code decays them all.
     """
-    score = getattr(side, "score", None)
+    score, lora = getattr(side, "score", None), getattr(side, "lora", None)
     head = [] if score is None else list(score.parameters())
+    low_rank = [] if lora is None else list(lora.parameters())
     undecayed = {
         id(parameter)
         for module in side.modules()
         for parameter in module.parameters(recurse=False)
         if isinstance(module, _UNDECAYED_TYPES) or parameter.ndim < 2
     }
-    others = {id(parameter) for parameter in head}
+    others = {id(parameter) for parameter in [*head, *low_rank]}
     trainable = [p for p in side.parameters() if p.requires_grad and id(p) not in others]
     groups: ParameterGroups = [
         {"params": [p for p in trainable if id(p) not in undecayed]},
         {"params": [p for p in trainable if id(p) in undecayed], "weight_decay": 0.0},
+        {"params": low_rank, _RATE_FACTOR: _LORA_RATE if trainable else 1.0},
     ]
     if head:
         groups.append({"params": head, _RATE_FACTOR: _SCORE_WIDTH / head[0].shape[-1]})

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
+from qst_tune.modules.lora_targets import ALL_ATTENTION, AttentionLinear
 from qst_tune.modules.side.block import MIN_HEAD_DIM
 from qst_tune.modules.side.downsample import Activation, DownsampleKind
 from qst_tune.modules.side.output_mix import OutputMixKind
@@ -62,7 +63,7 @@ class SideConfig:
         hidden_bits (int): 16 or 8; bits in which "linear", "lora" and "adapter" save hidden states
             for backward (with recomputation on, else the decoded ones are saved too).
         num_side_blocks (int | None): evenly spaced over the backbone's layers; a variant's is at
-            most one for every layer.
+            most one for every layer. 0: no side network, LoRA alone.
         normalize_hidden (bool | None): read each token's hidden state over its root mean square.
         downsample (DownsampleKind | None): see :mod:`~qst_tune.modules.side.downsample`.
         rank (int | None): bottleneck of "lora" and "adapter"; a variant's is at most D.
@@ -78,6 +79,14 @@ class SideConfig:
         initial_mix (float): start of alpha in the "alpha" mix, of z in both "sigmoid" ones.
         activation (Activation): of an "adapter".
         dropout (float): share of a hidden state's channels that are not read, in training.
+        lora_layers (int): k, the last layers of the backbone in which LoRA trains too; see
+            :mod:`~qst_tune.modules.lora`. 0 is QST; all of them, with ``num_side_blocks=0``, QLoRA.
+        lora_rank (int): of each product.
+        lora_alpha (float): a product is scaled by it over the rank, as in torchtune.
+        lora_attn_modules (tuple[AttentionLinear, ...]): linears of attention that get LoRA.
+        apply_lora_to_mlp (bool): whether those outside of attention get LoRA.
+        lora_dropout (float): share of a linear's inputs that LoRA does not read, in training.
+        lora_rank_stabilized (bool): scale by ``lora_alpha`` over the square root of the rank.
     """
 
     reduction_factor: int = 16
@@ -97,8 +106,18 @@ class SideConfig:
     initial_mix: float = 1.0
     activation: Activation = "silu"
     dropout: float = 0.0
+    lora_layers: int = 0
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    lora_attn_modules: tuple[AttentionLinear, ...] = ALL_ATTENTION
+    apply_lora_to_mlp: bool = True
+    lora_dropout: float = 0.0
+    lora_rank_stabilized: bool = False
 
     def __post_init__(self) -> None:
+        # A list in a config and in JSON.
+        object.__setattr__(self, "lora_attn_modules", tuple(self.lora_attn_modules))
+        self._check_lora()
         for name, kind in _CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in get_args(kind):
@@ -113,6 +132,35 @@ class SideConfig:
         if isinstance(self.initial_gamma, str):
             raise ValueError(f"initial_gamma={self.initial_gamma!r} must be a number")
 
+    def _check_lora(self) -> None:
+        for name in ("lora_layers", "lora_rank"):
+            value, least = getattr(self, name), int(name == "lora_rank")
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+        unknown = set(self.lora_attn_modules) - set(ALL_ATTENTION)
+        if unknown:
+            raise ValueError(
+                f"lora_attn_modules={list(self.lora_attn_modules)}: {min(unknown)!r} is unknown; "
+                f"choose from {', '.join(ALL_ATTENTION)}"
+            )
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout} must be at least 0 and below 1")
+        if self.lora_layers and not (self.lora_attn_modules or self.apply_lora_to_mlp):
+            raise ValueError(
+                f"lora_layers={self.lora_layers} trains nothing: lora_attn_modules is empty and "
+                "apply_lora_to_mlp is False; set one of them, or lora_layers=0"
+            )
+        if self.num_side_blocks == 0 and not self.lora_layers:
+            raise ValueError(
+                "num_side_blocks=0 trains nothing without lora_layers; set one of them above 0"
+            )
+
+    @property
+    def lora_scale(self) -> float:
+        """s, the factor of each LoRA product."""
+        rank = self.lora_rank**0.5 if self.lora_rank_stabilized else self.lora_rank
+        return self.lora_alpha / rank
+
     @classmethod
     def of_block(cls, block: Mapping[str, Any]) -> "SideConfig":
         """Take the fields out of a config's model block."""
@@ -122,7 +170,10 @@ class SideConfig:
     def settings(self) -> dict[str, Any]:
         """Return r and what differs from the defaults, for a model block."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {n: v for n, v in values.items() if n == "reduction_factor" or v != _DEFAULTS[n]}
+        differing = {
+            n: v for n, v in values.items() if n == "reduction_factor" or v != _DEFAULTS[n]
+        }
+        return {n: list(v) if isinstance(v, tuple) else v for n, v in differing.items()}
 
     def resolved(self, width: int, num_layers: int) -> "SideConfig":
         """Fill in every None with what the variant fixes, for D = ``width`` and N layers."""

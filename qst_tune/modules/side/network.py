@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from qst_tune.modules.backbone import Backbone
+from qst_tune.modules.lora import LastLayersLoRA
+from qst_tune.modules.lora_targets import chosen_linears
 from qst_tune.modules.side.compute import compute_like
 from qst_tune.modules.side.config import SideConfig
 from qst_tune.modules.side.downsample import Saved, build_downsample
@@ -32,14 +34,36 @@ class ZeroLinear(nn.Linear):
             nn.init.zeros_(self.bias)
 
 
+def _build_lora(backbone: Backbone, config: SideConfig) -> LastLayersLoRA | None:
+    count, total = config.lora_layers, backbone.num_layers
+    if count > total:
+        raise ValueError(f"lora_layers={count} must be at most the backbone's {total} layers")
+    if not count:
+        return None
+    layers = {
+        index: chosen_linears(
+            backbone.linear_sizes(index), config.lora_attn_modules, mlp=config.apply_lora_to_mlp
+        )
+        for index in range(total - count, total)
+    }
+    if not any(layers.values()):
+        raise ValueError(
+            f"lora_layers={count} finds no linear of lora_attn_modules or of the MLP in the last "
+            "layers of this backbone; set lora_layers=0"
+        )
+    return LastLayersLoRA(
+        layers, rank=config.lora_rank, scale=config.lora_scale, dropout=config.lora_dropout
+    )
+
+
 def evenly_spaced_layers(num_blocks: int, num_layers: int) -> list[int]:
     """Choose the M of N backbone layers, counted from 0, with a side block: the last is among them.
 
-    ValueError unless 1 <= M <= N.
+    ValueError unless 0 <= M <= N.
     """
-    if not 1 <= num_blocks <= num_layers:
+    if not 0 <= num_blocks <= num_layers:
         raise ValueError(
-            f"num_side_blocks={num_blocks} must be from 1 to the backbone's {num_layers} layers"
+            f"num_side_blocks={num_blocks} must be from 0 to the backbone's {num_layers} layers"
         )
     return [k * num_layers // num_blocks - 1 for k in range(1, num_blocks + 1)]
 
@@ -66,7 +90,11 @@ class SideNetwork(nn.Module):
     ``backbone`` gives sizes and is not stored; ``config`` is resolved. ``layers`` are the indices
     of the backbone layers that the blocks read. ``recompute = True`` saves only the inputs of a
     step; ``disabled = True`` (torchtune's ``disable_adapter``) gives the plain backbone. ValueError
-    if r or the number of blocks does not fit the backbone.
+    if r or the number of blocks or of ``lora_layers`` does not fit the backbone.
+
+    With ``lora_layers`` the network has :class:`~qst_tune.modules.lora.LastLayersLoRA` too, which
+    changes the :math:`h_l` of the last layers; no gradient of g goes there. Without any block (M =
+    0) that is all, and y = f.
     """
 
     # Whether a batch may run some rows at a time: the same network reads them all.
@@ -78,6 +106,12 @@ class SideNetwork(nn.Module):
         width, count = backbone.width, chosen.num_side_blocks
         self.config = config
         self.layers = evenly_spaced_layers(count, backbone.num_layers)
+        self.lora = _build_lora(backbone, config)
+        self.disabled = False
+        self._recompute = False
+        if not count:
+            self.blocks = nn.ModuleList()
+            return
         shape = backbone.side_shape(chosen.reduction_factor, chosen.min_head_dim)
         dim = shape.embed_dim
         self.downsample = nn.ModuleList(
@@ -102,8 +136,17 @@ class SideNetwork(nn.Module):
         self.output_mix = build_output_mix(
             chosen.output_mix, width if chosen.mix_per_channel else 1, chosen.initial_mix
         )
-        self.disabled = False
-        self.recompute = False
+
+    @property
+    def recompute(self) -> bool:
+        """Whether backward computes again what a step, or a layer with LoRA, does not save."""
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, on: bool) -> None:
+        self._recompute = on
+        if self.lora is not None:
+            self.lora.recompute = on
 
     def adapter_params(self) -> list[str]:
         """Names of the trainable parameters, relative to this module: all of them."""
@@ -138,7 +181,9 @@ class SideNetwork(nn.Module):
         return self._compute(h_BTD, next_state, g_BTS, *self._read(downsample, h_BTD))
 
     def finish(self, f_BTD: torch.Tensor, g_BTS: torch.Tensor) -> torch.Tensor:
-        """Compute y, the input of the LM head, ``[B, T, D]`` in the dtype of f."""
+        """Compute y, the LM head's input, ``[B, T, D]`` in the dtype of f; without blocks f."""
+        if not self.layers:
+            return f_BTD
 
         def upsampled(g_BTS: torch.Tensor) -> torch.Tensor:
             u_BTD: torch.Tensor = self.upsample(self.norm(g_BTS))

@@ -1,12 +1,15 @@
 """Several side networks over one backbone, each for some rows of a batch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from qst_tune.modules.batch_parts import where_of_rows
+from qst_tune.modules.lora import LowRank
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.modules.side.network import SideNetwork
 from qst_tune.torchtune_compat import Mask
@@ -43,6 +46,8 @@ class SideNetworks(nn.Module):
         self.names = list(networks)
         self.networks = nn.ModuleList(networks.values())
         self.layers: list[int] = next(iter(networks.values())).layers
+        owners: Any = self.networks
+        self.lora = _LoRAOfRows(self) if any(net.lora for net in owners) else None
         self.disabled = False
         self._rows: list[_Rows] = []
         self._num_rows: int | None = None
@@ -51,7 +56,7 @@ class SideNetworks(nn.Module):
     @property
     def blocks(self) -> list[nn.Module]:
         """The side blocks of all networks, those of the first network first."""
-        return [block for network, _ in self._each() for block in network.blocks]
+        return [block for network, _ in self.each() for block in network.blocks]
 
     def adapter_params(self) -> list[str]:
         """Names of the trainable parameters, relative to this module: all of them."""
@@ -69,19 +74,20 @@ class SideNetworks(nn.Module):
         self._num_rows = None if isinstance(names, str) else len(names)
         self._rows = [_rows_of(name, of_rows) for name in self.names]
 
-    def start(self, h_BTD: torch.Tensor) -> _States:
-        """Compute each network's first state, of its rows, from the embedding.
-
-        ValueError if the batch does not have as many rows as names were given.
-        """
-        if self._num_rows not in (None, len(h_BTD)):
-            raise ValueError(f"use() named {self._num_rows} rows, the batch has {len(h_BTD)}")
+    def take_rows(self, tokens: torch.Tensor) -> None:
+        """Prepare for a batch ``[B, T]``; ValueError if :meth:`use` named more or fewer rows."""
+        if self._num_rows not in (None, len(tokens)):
+            raise ValueError(f"use() named {self._num_rows} rows, the batch has {len(tokens)}")
         # Here, once a batch: every move of an index stops a GPU.
         self._rows = [
-            rows.to(h_BTD.device) if isinstance(rows, torch.Tensor) else rows for rows in self._rows
+            rows.to(tokens.device) if isinstance(rows, torch.Tensor) else rows
+            for rows in self._rows
         ]
+
+    def start(self, h_BTD: torch.Tensor) -> _States:
+        """Compute each network's first state, of its rows, from the embedding."""
         return [
-            None if rows is None else network.start(h_BTD[rows]) for network, rows in self._each()
+            None if rows is None else network.start(h_BTD[rows]) for network, rows in self.each()
         ]
 
     def step(
@@ -95,7 +101,7 @@ class SideNetworks(nn.Module):
     ) -> _States:
         """Advance each network by one block; hidden states, mask and positions are of all rows."""
         following: _States = []
-        for (network, rows), state in zip(self._each(), states, strict=True):
+        for (network, rows), state in zip(self.each(), states, strict=True):
             if rows is None or state is None:
                 following.append(None)
                 continue
@@ -107,8 +113,10 @@ class SideNetworks(nn.Module):
 
     def finish(self, f_BTD: torch.Tensor, states: _States) -> torch.Tensor:
         """Compute the input of the LM head; a row without network is that of ``f_BTD``."""
+        if not self.layers:
+            return f_BTD
         mixed = f_BTD.clone()
-        for (network, rows), state in zip(self._each(), states, strict=True):
+        for (network, rows), state in zip(self.each(), states, strict=True):
             if rows is not None and state is not None:
                 own = network.finish(f_BTD[rows], state)
                 if isinstance(rows, slice):
@@ -116,9 +124,55 @@ class SideNetworks(nn.Module):
                 mixed[rows] = own
         return mixed
 
-    def _each(self) -> list[tuple[SideNetwork, _Rows]]:
+    def each(self) -> list[tuple[SideNetwork, _Rows]]:
+        """Return each network with its rows of the next batch."""
         networks: Any = self.networks  # ModuleList hides their methods
         return list(zip(networks, self._rows, strict=True))
+
+
+class _LoRAOfRows:
+    """Each network's LoRA in the layers of one backbone, for that network's rows.
+
+    A network without rows in the batch changes nothing. It only evaluates.
+    """
+
+    def __init__(self, networks: SideNetworks) -> None:
+        self.networks = networks
+        self.first = min(net.lora.first for net, _ in networks.each() if net.lora is not None)
+
+    @contextmanager
+    def trained(self, layers: nn.ModuleList) -> Iterator[None]:
+        """Let the layers compute with the LoRA of each row."""
+        with ExitStack() as stack:
+            for network, rows in self.networks.each():
+                if network.lora is None or rows is None:
+                    continue
+                for index in range(network.lora.first, len(layers)):
+                    for path, pair in network.lora.pairs(index).items():
+                        linear = layers[index].get_submodule(path)
+                        hook = partial(_add_to_rows, pair, rows)
+                        stack.callback(linear.register_forward_hook(hook).remove)
+            yield
+
+
+def _add_to_rows(
+    pair: LowRank,
+    rows: slice | torch.Tensor,
+    linear: nn.Module,
+    args: tuple[torch.Tensor, ...],
+    output: torch.Tensor,
+) -> torch.Tensor:
+    x = args[0]
+    if isinstance(rows, slice):
+        whole: torch.Tensor = output + pair(x)
+        return whole
+    if x.ndim < 3:
+        raise ValueError(
+            f"a {type(linear).__name__} of this backbone mixes the rows of a batch: side networks "
+            "with lora_layers can share it only if all rows of a batch use one of them"
+        )
+    change: torch.Tensor = pair(x[rows])
+    return output.index_add(0, rows, change.to(output.dtype))
 
 
 def _rows_of(name: str, names: Sequence[str | None]) -> _Rows:
