@@ -64,16 +64,16 @@ def run_until(layer: nn.Module, run: Callable[[], object]) -> torch.Tensor:
 
 @contextmanager
 def starting_at(
-    layers: nn.ModuleList, since: int, state: torch.Tensor, *, in_tuple: bool
+    layers: nn.ModuleList, since: int, state: torch.Tensor, *, num_others: int | None
 ) -> Iterator[None]:
     """Let a pass compute nothing before layer ``since``, which reads ``state``.
 
-    ``in_tuple``: the layers return a tuple with their state first.
+    ``num_others``: how many values a layer returns behind its state; None: no tuple.
     """
 
     def pass_on(_: nn.Module, __: Any, *args: Any, **kwargs: Any) -> Any:
         given = args[0] if args else kwargs["hidden_states"]
-        return (given, None, None) if in_tuple else given
+        return given if num_others is None else (given, *[None] * num_others)
 
     def replace(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return ((state, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": state})
@@ -106,10 +106,14 @@ def gradient_from(layers: nn.ModuleList, lora: LayerLoRA | None) -> Iterator[Non
 
 
 @torch.no_grad()
-def returns_tuples(layers: nn.ModuleList, run: Callable[[], object]) -> bool:
-    """Whether the layers of a model return a tuple; runs it."""
-    seen: list[bool] = []
-    handle = layers[0].register_forward_hook(lambda *call: seen.append(isinstance(call[2], tuple)))
+def other_values(layers: nn.ModuleList, run: Callable[[], object]) -> int | None:
+    """Count what the layers of a model return behind their state; None: no tuple. Runs it."""
+    seen: list[int | None] = []
+
+    def look(_: nn.Module, __: object, output: object) -> None:
+        seen.append(len(output) - 1 if isinstance(output, tuple) else None)
+
+    handle = layers[0].register_forward_hook(look)
     try:
         run()
     finally:

@@ -40,6 +40,7 @@ from qst_tune.training.classification import ClassificationTask
 from qst_tune.training.language_modelling import NextTokenTask, build_loss
 from qst_tune.training.methods import parameter_groups
 from qst_tune.training.preference import PreferenceTask, check_loss, reference_of
+from qst_tune.training.task import parts_of
 
 _CPU = torch.device("cpu")
 ALL_ROWS = 2**20  # more than any batch
@@ -248,12 +249,15 @@ def train_step(
     ``batch`` is from ``Setup.batch``; the tracker gets the phases.
     """
     enter = tracker.enter if tracker else lambda _: None
-    enter("forward")
-    loss_sum, num_labels = setup.task.loss(setup.model, batch)
-    enter("loss backward")
-    loss_sum.backward()
+    total = 0
+    for part in parts_of(setup.task, setup.model, batch):
+        enter("forward")
+        loss_sum, num_labels = setup.task.loss(setup.model, part)
+        enter("loss backward")
+        loss_sum.backward()
+        total = total + num_labels
     enter("optimizer")
-    training.scale_grads(setup.model, 1 / num_labels)
+    training.scale_grads(setup.model, 1 / total)
     if clip_grad_norm is not None:
         torch.nn.utils.clip_grad_norm_(_trainable(setup.model), max_norm=float(clip_grad_norm))
     optimizer.step()

@@ -18,12 +18,15 @@ _OUTPUT_NAMES = ("output_proj", "o_proj", "out_proj", "dense", "c_proj", "wo")
 
 
 def linears_below(layer: nn.Module) -> LinearSizes:
-    """List the linears of a layer, dense or stored in codes."""
-    return {
-        path: (int(module.in_features), int(module.out_features))
-        for path, module in layer.named_modules()
-        if isinstance(module, nn.Linear | QuantizedLinear)
-    }
+    """List the linears of a layer, dense or stored in codes, or transposed as GPT-2's."""
+    sizes: dict[str, tuple[int, int]] = {}
+    for path, module in layer.named_modules():
+        if isinstance(module, nn.Linear | QuantizedLinear):
+            sizes[path] = (module.in_features, module.out_features)
+        elif type(module).__name__ == "Conv1D":
+            in_dim, out_dim = module.get_parameter("weight").shape
+            sizes[path] = (in_dim, out_dim)
+    return sizes
 
 
 def chosen_linears(

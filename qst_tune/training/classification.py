@@ -30,6 +30,7 @@ class ClassificationTask:
     device: torch.device
 
     higher_is_better: ClassVar[bool] = True
+    rows_an_example: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.metrics if name not in METRICS]

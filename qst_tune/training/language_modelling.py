@@ -37,6 +37,7 @@ class NextTokenTask:
 
     monitor: ClassVar[str] = "val_loss"
     higher_is_better: ClassVar[bool] = False
+    rows_an_example: ClassVar[int] = 1
 
     def loss(self, model: TransformerDecoder, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sum of the losses, in nats, and the number of labels of a batch ``[B, T]``."""

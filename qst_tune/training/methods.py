@@ -186,10 +186,15 @@ def _hidden_state_cache(
     described = [asdict(backbone), str(dtype), device.type, side.layers]
     num_states = len(side.layers) + 1
     if side.lora is not None:
-        if not side.lora.first or not model.backbone.can_split:
+        if not side.lora.first:
             raise UserError(
-                f"hidden_state_cache={parent}: lora_layers={side.config.lora_layers} leaves no "
-                "layer whose states could be kept; set one of them to null"
+                f"hidden_state_cache={parent} has nothing to keep: lora_layers="
+                f"{side.config.lora_layers} are all layers; set it to null, or train fewer"
+            )
+        if not model.backbone.can_split:
+            raise UserError(
+                f"hidden_state_cache={parent} does not go with lora_layers over this model, whose "
+                "layers share more than their states; set one of them to null"
             )
         described.append(side.lora.first)
         num_states = 1 + sum(layer < side.lora.first for layer in side.layers)

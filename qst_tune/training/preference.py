@@ -55,6 +55,7 @@ class PreferenceTask:
 
     monitor: ClassVar[str] = "val_loss"
     higher_is_better: ClassVar[bool] = False
+    rows_an_example: ClassVar[int] = 2
 
     def loss(self, model: TransformerDecoder, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sum of the losses, in nats, and the number of pairs B.

@@ -1,16 +1,22 @@
 """What the training loop asks of a task, and how every task goes through its validation set."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.attention.flex_attention import BlockMask
 from torchtune import utils
 from torchtune.modules import TransformerDecoder
 
 from qst_tune.data.batches.loader import Batch
 from qst_tune.distributed.sharding import anyone_has, free_weights, take_part
 from qst_tune.errors import UserError
+from qst_tune.modules.qst_model import QSTModel
+
+# Tokens that layers with LoRA compute at once: what one of them keeps is about a GiB at 7B.
+TOKENS_AT_ONCE = 8192
 
 
 class Task(Protocol):
@@ -24,6 +30,10 @@ class Task(Protocol):
     def higher_is_better(self) -> bool:
         """Direction of that figure."""
 
+    @property
+    def rows_an_example(self) -> int:
+        """Rows of a batch that belong together, as many rows apart as there are examples."""
+
     def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the model on one batch, on the model's device; ``tokens`` are ``[B, T]``.
 
@@ -36,6 +46,30 @@ class Task(Protocol):
 
         ``batches`` are this process's share, on the CPU; ``val_loss`` among the figures is plotted.
         """
+
+
+def parts_of(task: Task, model: nn.Module, batch: Batch) -> Iterator[Batch]:
+    """Split a batch into rows whose gradients, one part after the other, add up to the batch's.
+
+    Layers with LoRA keep activations, in memory that grows with their tokens; without them a batch
+    is one part. So it is where FSDP gathers layers, in step with other processes, and with the
+    BlockMask of packed rows, which counts them.
+    """
+    side = model.side if isinstance(model, QSTModel) else None
+    is_whole = side is None or side.lora is None or isinstance(model, FSDPModule)
+    if is_whole or isinstance(batch.get("mask"), BlockMask):
+        yield batch
+        return
+    tokens, apart = batch["tokens"], task.rows_an_example
+    examples, rows = len(tokens) // apart, max(1, TOKENS_AT_ONCE // (tokens.shape[1] * apart))
+    if rows >= examples:
+        yield batch
+        return
+    of_rows = {name for name, part in batch.items() if len(part) == len(tokens)}
+    for start in range(0, examples, rows):
+        example = torch.arange(start, min(start + rows, examples), device=tokens.device)
+        index = torch.cat([example + examples * n for n in range(apart)])
+        yield {name: part[index] if name in of_rows else part for name, part in batch.items()}
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from qst_tune.training.progress import Progress, seed_step
 from qst_tune.training.run_log import RunLog
 from qst_tune.training.state_file import State
 from qst_tune.training.stop_signals import StopSignals
-from qst_tune.training.task import Task
+from qst_tune.training.task import Task, parts_of
 
 
 @dataclass(kw_only=True)
@@ -159,14 +159,16 @@ class Trainer:
     def _forward_backward(self, batch: Batch) -> torch.Tensor:
         """Add one batch's gradients; returns the sum of its losses and its number of labels."""
         utils.batch_to_device(batch, self.device)
-        model = self.method.model
-        counting = nullcontext() if self.activation_bytes else count_saved_activations(model)
-        with counting as saved:
-            loss_sum, num_labels = self.task.loss(model, batch)
-        if saved is not None:
-            self.activation_bytes = saved.num_bytes
-        loss_sum.backward()
-        return torch.stack([loss_sum.detach(), num_labels.to(loss_sum.dtype)])
+        model, total = self.method.model, torch.zeros(2, device=self.device)
+        for part in parts_of(self.task, model, batch):
+            counting = nullcontext() if self.activation_bytes else count_saved_activations(model)
+            with counting as saved:
+                loss_sum, num_labels = self.task.loss(model, part)
+            if saved is not None:
+                self.activation_bytes = saved.num_bytes
+            loss_sum.backward()
+            total += torch.stack([loss_sum.detach(), num_labels.to(loss_sum.dtype)])
+        return total
 
     def _log_step(self, metrics: dict[str, float], num_tokens: int, seconds: float) -> None:
         self.progress.num_tokens += num_tokens

@@ -1,4 +1,4 @@
-"""The five methods that train something, each on tiny data, in one table."""
+"""The methods that train something, each on tiny data, in one table."""
 
 import json
 from collections.abc import Callable
@@ -36,6 +36,7 @@ class Method:
     config: Callable[[Path], Config]
     loss_of: Callable[[TunedModel, Path], float]
     result: str = "side_network"
+    slow: bool = False
 
     def run(self, root: Path, output_dir: Path, *overrides: str) -> FinetuneResult:
         """Train inside this process; data and model are in ``root``."""
@@ -97,6 +98,19 @@ def lst_config(root: Path) -> Config:
     return {**config, "model": {**config["model"], "quantize_base": False}}
 
 
+def dial_config(root: Path) -> Config:
+    """LoRA in the last layer beside a side network."""
+    config = finetune_config(root)
+    return {**config, "model": {**config["model"], "lora_layers": 1, "lora_rank": 4}}
+
+
+def lora_config(root: Path) -> Config:
+    """QLoRA: all layers, and no side network."""
+    config = finetune_config(root)
+    every = {"num_side_blocks": 0, "lora_layers": SIZES["num_layers"]}
+    return {**config, "model": {**config["model"], **every}}
+
+
 def peqa_config(root: Path) -> Config:
     """Three bits, so that there is something to repair."""
     model = {"_component_": "qst_tune.models.peqa_llama3_2", **SIZES, "bits": 3}
@@ -141,6 +155,10 @@ def dpo_config(root: Path) -> Config:
         "dataset_val": {**dataset, "data_files": str(write_pairs(root / "val_pairs.jsonl", 5))},
         "loss": {"_component_": "torchtune.rlhf.loss.DPOLoss"},
     }
+
+
+def dial_dpo_config(root: Path) -> Config:
+    return {**dpo_config(root), "model": dial_config(root)["model"]}
 
 
 # Validation losses, one example at a time and from whole logits.
@@ -201,8 +219,11 @@ METHODS = {
     for method in (
         Method("qst", qst_finetune, finetune_config, text_loss),
         Method("lst", qst_finetune, lst_config, text_loss),
+        Method("dial", qst_finetune, dial_config, text_loss),
+        Method("lora", qst_finetune, lora_config, text_loss, slow=True),
         Method("peqa", peqa_finetune, peqa_config, text_loss, result="scales"),
         Method("classifier", qst_finetune, classifier_config, class_loss),
         Method("dpo", qst_dpo, dpo_config, preference_loss),
+        Method("dial dpo", qst_dpo, dial_dpo_config, preference_loss),
     )
 }

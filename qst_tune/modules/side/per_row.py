@@ -46,8 +46,8 @@ class SideNetworks(nn.Module):
         self.names = list(networks)
         self.networks = nn.ModuleList(networks.values())
         self.layers: list[int] = next(iter(networks.values())).layers
-        owners: Any = self.networks
-        self.lora = _LoRAOfRows(self) if any(net.lora for net in owners) else None
+        first = [net.lora.first for net in networks.values() if net.lora is not None]
+        self.lora = _LoRAOfRows(self, min(first)) if first else None
         self.disabled = False
         self._rows: list[_Rows] = []
         self._num_rows: int | None = None
@@ -136,9 +136,8 @@ class _LoRAOfRows:
     A network without rows in the batch changes nothing. It only evaluates.
     """
 
-    def __init__(self, networks: SideNetworks) -> None:
-        self.networks = networks
-        self.first = min(net.lora.first for net, _ in networks.each() if net.lora is not None)
+    def __init__(self, networks: SideNetworks, first: int) -> None:
+        self.networks, self.first = networks, first
 
     @contextmanager
     def trained(self, layers: nn.ModuleList) -> Iterator[None]:

@@ -112,7 +112,7 @@ def test_side_blocks_are_evenly_spaced_and_the_last_is_beside_the_last_layer(
     assert evenly_spaced_layers(num_blocks, num_layers) == beside
 
 
-@pytest.mark.parametrize("num_blocks", [0, 4])
-def test_more_blocks_than_layers_or_none_are_refused(num_blocks):
-    with pytest.raises(ValueError, match=f"num_side_blocks={num_blocks} must be from 1 to .* 3"):
+@pytest.mark.parametrize("num_blocks", [-1, 4])
+def test_more_blocks_than_layers_or_fewer_than_none_are_refused(num_blocks):
+    with pytest.raises(ValueError, match=f"num_side_blocks={num_blocks} must be from 0 to .* 3"):
         evenly_spaced_layers(num_blocks, 3)

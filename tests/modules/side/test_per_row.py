@@ -14,6 +14,8 @@ CHOICES = {
     "default": {},
     "paper": {"variant": "paper", "num_side_blocks": 3, "downsample": "avgpool"},
     "wide": {"reduction_factor": 2, "downsample": "linear", "gate_per_channel": True},
+    "deep": {"lora_layers": 1, "lora_rank": 3, "apply_lora_to_mlp": False},
+    "deeper": {"lora_layers": 2, "lora_rank": 2, "lora_attn_modules": ["q_proj", "output_proj"]},
 }
 
 
@@ -57,7 +59,7 @@ def alone(models, name, row, **where):
     return models[name](row, **where)
 
 
-ROWS = ["wide", None, "paper", "default", "wide"]
+ROWS = ["wide", None, "deeper", "paper", "default", "deep", "wide"]
 
 
 @torch.no_grad()
@@ -127,7 +129,7 @@ def test_a_batch_trains_the_networks_of_its_rows_only(shared) -> None:
         name: any(p.grad is not None and p.grad.any() for p in network.parameters())
         for name, network in zip(shared.side.names, shared.side.networks, strict=True)
     }
-    assert grads == {"default": False, "paper": True, "wide": True}
+    assert grads == {name: name in ("paper", "wide") for name in CHOICES}
 
 
 def test_mistakes_are_reported(shared) -> None:
