@@ -51,8 +51,7 @@ class TransformersBackbone(nn.Module):
     layers or its LM head cannot be found.
 
     A 2-d ``mask`` is padding, as transformers' ``attention_mask``. A 3-d one is that of packed rows
-    (or, with a cache, of what is cached): then ``input_pos`` must begin again with each sample, by
-    which transformers separates packed samples.
+    (with a cache, of what is cached): ``input_pos`` then begins again with each sample.
 
     ``directory`` is the one that describes the model, ``stored`` how it stores its weights.
     ``max_seq_len`` None is the model's number of positions. A batch of more than ``chunk_tokens``

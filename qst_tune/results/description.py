@@ -278,7 +278,7 @@ def _typed(kind: Any, value: Any, where: str) -> Any:
             taken = kind(**{n: _typed(hints[n], value[n], f"{where}.{n}") for n in names})
         except TypeError as error:  # a field without a default
             raise ValueError(f"{where} lacks{str(error).rpartition(':')[2]}") from None
-    elif get_origin(kind) is tuple and isinstance(value, list):
+    elif get_origin(kind) is tuple and isinstance(value, list | tuple):
         taken = tuple(_typed(get_args(kind)[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     elif get_origin(kind) is dict and isinstance(value, dict):
         taken = {k: _typed(get_args(kind)[1], v, f"{where}.{k}") for k, v in value.items()}

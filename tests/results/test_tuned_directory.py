@@ -105,6 +105,7 @@ def test_description_says_what_it_was_trained_on(saved: Path) -> None:
         "model": MODEL_BLOCK,
         "structure": {
             **asdict(side.config),
+            "lora_attn_modules": list(side.config.lora_attn_modules),
             "layers": [0, 1, 2],
             "num_heads": 1,
             "num_kv_heads": 1,
