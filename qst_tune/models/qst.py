@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
-from torchtune import training
+from torchtune import training, utils
 from torchtune.modules import TransformerDecoder
 
 from qst_tune.backbone.side_blocks import is_opt
@@ -20,6 +20,8 @@ from qst_tune.modules.qst_model import QSTModel
 from qst_tune.modules.side.config import SIDE_PARAMETERS, SideConfig
 from qst_tune.modules.side.network import SideNetwork
 from qst_tune.modules.torchtune_backbone import TorchtuneBackbone
+
+log = utils.get_logger("INFO")
 
 Decoder: TypeAlias = TransformerDecoder | TransformersBackbone
 
@@ -67,6 +69,11 @@ def qst_decoder(
             "other; leave one of them out"
         )
     config = SideConfig(**side)
+    if config.ineffective():
+        log.warning(
+            f"{', '.join(config.ineffective())}: without effect, since lora_layers=0 trains no "
+            "LoRA; set lora_layers, the number of last layers in which it trains, or remove it"
+        )
     if config.variant == "authors" and is_opt_model(backbone):
         # Their OPT code (modeling_opt_qst.py:1821) weighs the side network with sigmoid(z), their
         # LLaMA code (modeling_llama_qst.py:1470) the backbone.

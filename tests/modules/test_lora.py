@@ -261,6 +261,9 @@ def test_rank_stabilised_scale_is_alpha_over_the_root_of_the_rank():
         ({"num_side_blocks": 0}, "num_side_blocks=0 trains nothing without lora_layers"),
         ({"lora_layers": 1, "lora_dropout": 1.0}, "lora_dropout=1.0 must be .* below 1"),
         ({"lora_layers": 1, "lora_attn_modules": ["qkv"]}, "'qkv' is unknown; choose from q_proj"),
+        ({"lora_layers": 1, "lora_attn_modules": "q_proj"}, "'q_proj' must be a list, such as"),
+        ({"lora_layers": 1, "lora_attn_modules": None}, "None must be a list, such as"),
+        ({"lora_layers": 1, "lora_alpha": float("nan")}, "lora_alpha=nan must be a positive"),
         (
             {"lora_layers": 1, "lora_attn_modules": [], "apply_lora_to_mlp": False},
             "lora_layers=1 trains nothing",
@@ -270,3 +273,9 @@ def test_rank_stabilised_scale_is_alpha_over_the_root_of_the_rank():
 def test_what_cannot_train_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         qst_decoder(tiny_backbone(**DEEP), reduction_factor=4, **settings)
+
+
+def test_settings_without_effect_are_named(caplog):
+    qst_decoder(tiny_backbone(), reduction_factor=4, lora_rank=8, apply_lora_to_mlp=False)
+    (message,) = caplog.messages
+    assert message.startswith("lora_rank, apply_lora_to_mlp: without effect, since lora_layers=0")

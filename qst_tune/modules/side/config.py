@@ -1,7 +1,8 @@
 """Everything that shapes a side network, in one place."""
 
 import inspect
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
@@ -115,8 +116,6 @@ class SideConfig:
     lora_rank_stabilized: bool = False
 
     def __post_init__(self) -> None:
-        # A list in a config and in JSON.
-        object.__setattr__(self, "lora_attn_modules", tuple(self.lora_attn_modules))
         self._check_lora()
         for name, kind in _CHOICES.items():
             value = getattr(self, name)
@@ -137,12 +136,23 @@ class SideConfig:
             value, least = getattr(self, name), int(name == "lora_rank")
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
-        unknown = set(self.lora_attn_modules) - set(ALL_ATTENTION)
+        if isinstance(self.lora_attn_modules, str) or not isinstance(
+            self.lora_attn_modules, Iterable
+        ):
+            raise ValueError(
+                f"lora_attn_modules={self.lora_attn_modules!r} must be a list, such as "
+                f"[{', '.join(ALL_ATTENTION)}]"
+            )
+        # A list in a config and in JSON.
+        object.__setattr__(self, "lora_attn_modules", tuple(self.lora_attn_modules))
+        unknown = sorted(set(map(str, self.lora_attn_modules)) - set(ALL_ATTENTION))
         if unknown:
             raise ValueError(
-                f"lora_attn_modules={list(self.lora_attn_modules)}: {min(unknown)!r} is unknown; "
+                f"lora_attn_modules={list(self.lora_attn_modules)}: {unknown[0]!r} is unknown; "
                 f"choose from {', '.join(ALL_ATTENTION)}"
             )
+        if type(self.lora_alpha) not in (int, float) or not 0 < self.lora_alpha < math.inf:
+            raise ValueError(f"lora_alpha={self.lora_alpha!r} must be a positive number")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout={self.lora_dropout} must be at least 0 and below 1")
         if self.lora_layers and not (self.lora_attn_modules or self.apply_lora_to_mlp):
@@ -154,6 +164,11 @@ class SideConfig:
             raise ValueError(
                 "num_side_blocks=0 trains nothing without lora_layers; set one of them above 0"
             )
+
+    def ineffective(self) -> list[str]:
+        """Name settings of LoRA that differ from the defaults while no layer has LoRA."""
+        differing = [] if self.lora_layers else list(self.settings())
+        return [name for name in differing if "lora_" in name]
 
     @property
     def lora_scale(self) -> float:
