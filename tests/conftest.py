@@ -1,4 +1,6 @@
+import gc
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +14,20 @@ torch.set_num_threads(1)
 # Triton decides at its first import whether kernels run in its interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported now out of collections: of a tiny run, each takes half the time.
+
+    Loading a model collects. A million objects of torch and the tests are there for good.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    """Python's last collection takes all: nanobind would report what is left as leaked."""
+    gc.unfreeze()
 
 
 @pytest.fixture
@@ -43,11 +59,14 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def no_plots() -> Iterator[None]:
-    """No loss curve is saved as a picture: it takes as long as the rest of a tiny run."""
-    from matplotlib.figure import Figure
+    """No loss curve is drawn: it takes longer than the steps of a tiny run.
 
+    ``training/test_run_log.py``, and every run in a process of its own, draws it.
+    """
+    run_log = sys.modules.get("qst_tune.training.run_log")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", lambda *_, **__: None)
+        if run_log is not None:
+            patch.setattr(run_log.RunSummary, "_plot", lambda *_: None)
         yield

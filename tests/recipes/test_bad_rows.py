@@ -18,8 +18,6 @@ from tests.support.checkpoints import (
 from tests.support.nine_steps import RESUME, SETTINGS, steps_of
 from tests.support.recipe_runs import finetune, run_tune
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 
 @pytest.fixture
 def bad_rows(tmp_path: Path) -> Path:

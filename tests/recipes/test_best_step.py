@@ -14,8 +14,6 @@ from tests.support.checkpoints import (
 from tests.support.nine_steps import NUM_STEPS, RESUME, SETTINGS
 from tests.support.recipe_runs import finetune
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 
 def test_best_step_is_the_one_that_is_exported(
     nine_steps: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]

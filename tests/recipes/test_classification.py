@@ -16,7 +16,6 @@ from tests.support.methods import LABELS, METHODS, TEMPLATE
 from tests.support.recipe_runs import FinetuneResult, finetune, merged
 
 CLASSIFIER = METHODS["classifier"]
-pytestmark = pytest.mark.usefixtures("no_plots")
 
 
 @pytest.fixture(scope="module")

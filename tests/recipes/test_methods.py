@@ -32,7 +32,6 @@ SETTINGS = [
     "lr_scheduler.num_warmup_steps=1",
 ]
 RESUME = "resume_from_checkpoint=True"
-pytestmark = pytest.mark.usefixtures("no_plots")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from tests.support.methods import METHODS
 from tests.support.recipe_runs import merged
 
 PEQA = METHODS["peqa"]
-pytestmark = pytest.mark.usefixtures("no_plots")
 
 
 @pytest.mark.parametrize(("group_size", "groups"), [("null", 0), ("32", 32)])

@@ -8,7 +8,6 @@ from qst_tune.errors import UserError
 from tests.support.methods import METHODS
 
 DPO = METHODS["dpo"]
-pytestmark = pytest.mark.usefixtures("no_plots")
 
 
 def test_it_learns_which_answer_is_better(tmp_path: Path) -> None:

@@ -21,8 +21,6 @@ from tests.support.checkpoints import (
 from tests.support.nine_steps import NUM_STEPS, RESUME, SETTINGS, assert_identical, cut, steps_of
 from tests.support.recipe_runs import FinetuneResult, finetune, run_tune
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 
 @pytest.mark.parametrize(
     "settings",

@@ -25,8 +25,6 @@ from tests.support.nine_steps import (
 )
 from tests.support.recipe_runs import FinetuneResult, finetune
 
-pytestmark = pytest.mark.usefixtures("no_plots")
-
 
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
 def test_signal_finishes_the_step_and_saves(

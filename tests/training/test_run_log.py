@@ -8,6 +8,11 @@ import pytest
 from qst_tune.training.run_log import RunSummary
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_plots() -> None:
+    """Here they are drawn."""
+
+
 @pytest.mark.parametrize("held_out", [{}, {0: 2.5, 2: 1.25}])
 def test_figures_and_plot_are_written(held_out: dict[int, float], tmp_path: Path) -> None:
     summary = RunSummary(
@@ -40,6 +45,12 @@ def test_figures_and_plot_are_written(held_out: dict[int, float], tmp_path: Path
         "memory_kind": "CUDA allocator",
         "seconds": 1.5,
     }
+    assert (tmp_path / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_loss_that_is_not_finite_is_drawn_too(tmp_path: Path) -> None:
+    losses = {1: float("nan"), 2: float("inf")}
+    RunSummary(train_loss=losses, val_loss=losses).write(tmp_path)
     assert (tmp_path / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
