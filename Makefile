@@ -18,7 +18,7 @@ PACKAGES := qst_tune recipes configs benchmarks
 
 .PHONY: test check lint format wheel quickstart benchmark study lock licences clean
 
-# One worker a core: half of the suite's time is Python starting in `tune run`.
+# One worker a core; each imports torch and transformers once.
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 

@@ -1,9 +1,12 @@
 """Estimates of others' methods: torchtune's builders against our peers, and the command."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torchtune.models.llama2 import lora_llama2
 from torchtune.modules.peft import get_adapter_params, set_trainable_params
 from torchtune.training import set_default_dtype
@@ -142,16 +145,27 @@ def test_quantised_weights_are_frozen_and_adapters_train() -> None:
     assert all("lora_" in name for name in trained)
 
 
-def test_the_command_prints_a_row_a_method(capsys: pytest.CaptureFixture[str]) -> None:
-    given = ["--config", "smollm2/135M_qst", "--methods", "qst,qlora", "--fit-gib", "0.3"]
-    sizes = ["batch_size=1", "tokenizer.max_seq_len=16"]
-    assert command.main([*given, *sizes]) == 0
+SIZES = ["batch_size=1", "tokenizer.max_seq_len=16"]
+
+
+def test_the_command_prints_a_row_a_method(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "tiny.yaml"
+    OmegaConf.save(CONFIG.raw, path)
+    given = ["--config", str(path), "--methods", "qst,qlora", "--fit-gib", "0.01"]
+    assert command.main([*given, *SIZES]) == 0
     head, columns, ours, theirs, fits = capsys.readouterr().out.strip().splitlines()
-    assert head.startswith("smollm2/135M_qst, 1 x 16 tokens")
+    assert head.startswith(f"{path}, 1 x 16 tokens")
     assert columns.split()[:2] == ["method", "peak"]
     assert ours.split()[0] == "qst"
     assert theirs.split()[0] == "qlora"
-    assert fits.startswith("largest batch that fits in 0.3 GiB: qst ")
+    assert re.fullmatch(r"largest batch that fits in 0.01 GiB: qst \d+, qlora \d+", fits)
+
+
+def test_the_command_takes_a_shipped_config(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--config", "smollm2/135M_qst", "--methods", "qst", *SIZES]) == 0
+    assert capsys.readouterr().out.startswith("smollm2/135M_qst, 1 x 16 tokens")
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def test_sizes_give_the_published_number_of_parameters(name: str, tmp_path: Path
 def test_the_short_way_to_the_peak_gives_that_of_the_estimate(
     model_type: str, tmp_path: Path
 ) -> None:
-    settings = {"num_hidden_layers": 16, "vocab_size": 20_000}
+    settings = {"num_hidden_layers": 10, "vocab_size": 20_000}
     tiny_config(model_type, **settings).save_pretrained(tmp_path)
     shape = Shape(2, 64)
     raw = parse_config(["--config", str(models.CONFIG), f"checkpoint_dir={tmp_path}"])

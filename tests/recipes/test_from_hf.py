@@ -18,7 +18,7 @@ from qst_tune.sharing.inspection import verify_directory
 from qst_tune.transformers import QSTForCausalLM
 from tests.support.checkpoints import colour_rows, file_hashes, write_chat_tokenizer, write_jsonl
 from tests.support.hf_models import FAMILIES, edit_config, save_hf_model, write_old_style
-from tests.support.recipe_runs import one_thread, run_tune
+from tests.support.recipe_runs import one_thread, tune_here
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -78,7 +78,7 @@ def test_tune_run_learns_and_leaves_the_directory_alone(family: str, root: Path,
     directory = root / family
     before = file_hashes(directory)
     given = arguments(root, directory, tmp_path / "out", "model.reduction_factor=4")
-    result = run_tune("run", "qst_finetune", "--config", "auto/qst", *given, cwd=tmp_path)
+    result = tune_here("run", "qst_finetune", "--config", "auto/qst", *given, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0]
     assert file_hashes(directory) == before

@@ -21,7 +21,7 @@ from qst_tune.training.checkpoints import CheckpointStore
 from tests.support.checkpoints import file_hashes, write_config
 from tests.support.methods import METHODS, Method
 from tests.support.quantised import quantised_backbone
-from tests.support.recipe_runs import FinetuneResult, run_tune, val_loss
+from tests.support.recipe_runs import FinetuneResult, run_tune, tune_here, val_loss
 
 SETTINGS = [
     "epochs=3",
@@ -283,12 +283,18 @@ def test_dry_run_reports_the_run_and_writes_nothing(
 @pytest.mark.parametrize(
     "name", ["qst", *(pytest.param(name, marks=pytest.mark.slow) for name in ("peqa", "dpo"))]
 )
-def test_tune_runs_the_recipe_to_the_same_bits(name: str, tmp_path: Path) -> None:
+def test_tune_runs_a_users_copy_of_the_recipe_to_the_same_bits(name: str, tmp_path: Path) -> None:
+    """With a line of the user's own, where `tune cp` puts it."""
     method = METHODS[name]
     path = write_config(tmp_path / "config.yaml", method.config(tmp_path))
     recipe = method.recipe.__name__.rpartition(".")[2]
-    result = run_tune("run", recipe, "--config", path, *SETTINGS, cwd=tmp_path)
+    tune_here("cp", recipe, "mine.py", cwd=tmp_path)
+    copy, begin = tmp_path / "mine.py", '    """Run the recipe."""\n'
+    assert begin in copy.read_text()
+    copy.write_text(copy.read_text().replace(begin, f'{begin}    print("my own line")\n'))
+    result = run_tune("run", "mine.py", "--config", path, *SETTINGS, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("my own line\n")
     assert "validation loss, quantised base model: " in result.stdout
     run = FinetuneResult(tmp_path / "run")
     inside = method.run(tmp_path, tmp_path / "inside", *SETTINGS)

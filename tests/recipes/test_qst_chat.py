@@ -10,7 +10,7 @@ import pytest
 from qst_tune.recipes import qst_chat
 
 from tests.support.checkpoints import COLOURS, Config, finetune_config, write_config
-from tests.support.recipe_runs import finetune, merged, one_thread, run_tune
+from tests.support.recipe_runs import finetune, merged, one_thread, tune_here
 
 BOXES = [f"what is the colour of box {i}" for i in range(8)]
 ANSWERS = [f"it is {COLOURS[i]}" + "!" * (i % 3) for i in range(8)]
@@ -44,7 +44,7 @@ def typed(
 def test_tune_answers_line_by_line_from_the_training_config(config: Config, root: Path) -> None:
     path = write_config(root / "train.yaml", config)
     lines = f"{BOXES[1]}\n/clear\n\n{BOXES[4]}\n/exit\n{BOXES[0]}\n"
-    result = run_tune("run", "qst_chat", "--config", path, cwd=root, typed=lines)
+    result = tune_here("run", "qst_chat", "--config", path, cwd=root, typed=lines)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [ANSWERS[1], ANSWERS[4]]
     assert "model, with the side network" in result.stderr

@@ -24,7 +24,7 @@ from tests.results.authors.test_conversion import (
 from tests.support.checkpoints import Config, finetune_config, write_config
 from tests.support.numbers import reference_backbone, reference_shape
 from tests.support.opt_models import hf_opt
-from tests.support.recipe_runs import merged, run_tune
+from tests.support.recipe_runs import merged, tune_here
 
 CPU = torch.device("cpu")
 
@@ -51,7 +51,7 @@ def theirs(root: Path) -> Path:
 def imported(root: Path, config: Config, theirs: Path) -> Path:
     path = write_config(root / "config.yaml", config)
     directories = [f"from_authors={theirs}", f"side_network={root / 'side'}"]
-    result = run_tune("run", "qst_convert", "--config", path, *directories, cwd=root)
+    result = tune_here("run", "qst_convert", "--config", path, *directories, cwd=root)
     assert result.returncode == 0, result.stderr
     assert "model.variant=authors model.reduction_factor=4 model.rank=7" in result.stderr
     return root / "side"
@@ -83,10 +83,10 @@ def test_a_classifiers_directory_comes_back_and_computes_what_the_authors_equati
     write_authors_directory(whole, state)
     shutil.copytree(whole, theirs, ignore=lambda *_: ["score_z_path.pt"])
     convert = ("run", "qst_convert", "--config", write_config(root / "c.yaml", classifier_config))
-    imported = run_tune(*convert, f"from_authors={theirs}", f"side_network={ours}", cwd=root)
+    imported = tune_here(*convert, f"from_authors={theirs}", f"side_network={ours}", cwd=root)
     assert imported.returncode == 0, imported.stderr
     assert "model.reduction_factor=4 model.rank=7 model.num_labels=3" in imported.stderr
-    exported = run_tune(*convert, f"side_network={ours}", f"to_authors={back}", cwd=root)
+    exported = tune_here(*convert, f"side_network={ours}", f"to_authors={back}", cwd=root)
     assert exported.returncode == 0, exported.stderr
     assert "num_labels=3" in exported.stderr
     assert same_files(back, whole)
@@ -158,7 +158,7 @@ def test_a_hostile_pickle_is_one_line_and_leaves_nothing(root: Path, config: Con
     torch.save({"0": Hostile()}, hostile / "qst_z_parameters.pt")
     path = write_config(root / "hostile.yaml", config)
     directories = [f"from_authors={hostile}", f"side_network={root / 'new'}"]
-    result = run_tune("run", "qst_convert", "--config", path, *directories, cwd=root)
+    result = tune_here("run", "qst_convert", "--config", path, *directories, cwd=root)
     assert result.returncode == 2
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert "qst_z_parameters.pt is not a plain state dict and was not loaded" in line

@@ -1,9 +1,6 @@
 """`tune run qst_estimate`, and its mistakes in this process."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,9 +15,9 @@ from qst_tune.errors import UserError
 from qst_tune.models.build import build_any_on_meta
 from tests.support.configs import typed_config
 from tests.support.published import write_published
+from tests.support.recipe_runs import tune_here
 
 ROOT = Path(__file__).parents[2]
-TUNE = Path(sys.executable).parent / "tune"
 CONFIGS = sorted(
     path.relative_to(ROOT / "configs").with_suffix("").as_posix()
     for pattern in ("*/*_qst.yaml", "*/*_peqa_*.yaml")
@@ -29,15 +26,10 @@ CONFIGS = sorted(
 FAST = ("batch_size=1", "tokenizer.max_seq_len=32")
 
 
-def run(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [str(TUNE), "run", "qst_estimate", *args]
-    return subprocess.run(
-        command, cwd=cwd, env=dict(os.environ), capture_output=True, text=True, timeout=600
-    )
-
-
 def test_estimate_prints_a_table_and_writes_figures(tmp_path: Path) -> None:
-    result = run(
+    result = tune_here(
+        "run",
+        "qst_estimate",
         "--config",
         "smollm2/135M_qst",
         f"output_dir={tmp_path}/out",

@@ -12,7 +12,7 @@ from qst_tune.recipes import qst_evaluate
 from qst_tune.config.cli import run_recipe
 from tests.support.checkpoints import Config, finetune_config, write_config, write_jsonl
 from tests.support.directories import side_network_directory
-from tests.support.recipe_runs import merged, one_thread, run_tune, val_loss
+from tests.support.recipe_runs import merged, one_thread, tune_here, val_loss
 
 TUNED = "with the side network"
 
@@ -57,7 +57,7 @@ def evaluate(config: Config, *overrides: str) -> dict[str, dict[str, float]]:
 
 def test_tune_prints_the_table_that_it_writes(config: Config, root: Path, made) -> None:
     path = write_config(root / "evaluate.yaml", config)
-    result = run_tune("run", "qst_evaluate", "--config", path, cwd=root)
+    result = tune_here("run", "qst_evaluate", "--config", path, cwd=root)
     assert result.returncode == 0, result.stderr
     found = json.loads((Path(config["output_dir"]) / "evaluation.json").read_text())
     assert list(found) == ["quantised base model", TUNED]

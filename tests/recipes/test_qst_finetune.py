@@ -20,7 +20,7 @@ from tests.support.checkpoints import (
     write_jsonl,
     write_tiktoken,
 )
-from tests.support.recipe_runs import FinetuneResult, finetune, run_tune
+from tests.support.recipe_runs import FinetuneResult, finetune, run_tune, tune_here
 
 # fp32 sums in another order: measured 1e-6 in losses of 7, and 3e-8 in the weights.
 LOSS_CLOSE = {"rtol": 1e-6, "atol": 0.0}
@@ -296,7 +296,7 @@ def test_lora_config_becomes_a_qst_config_by_its_model_block_alone(tmp_path: Pat
     write_tiktoken(tmp_path / "model" / "original" / "tokenizer.model")
     alpaca = [{"instruction": f"name colour {i}", "input": "", "output": "red"} for i in range(8)]
     rows = write_jsonl(tmp_path / "rows.jsonl", alpaca)
-    result = run_tune(
+    result = tune_here(
         "run",
         "qst_finetune",
         "--config",

@@ -26,7 +26,7 @@ from tests.support.checkpoints import (
     write_model_directory,
 )
 from tests.support.configs import typed_config
-from tests.support.recipe_runs import FinetuneResult, finetune, merged, one_thread, run_tune
+from tests.support.recipe_runs import FinetuneResult, finetune, merged, one_thread, tune_here
 
 
 def typed(cfg: DictConfig) -> qst_generate.GenerateConfig:
@@ -90,7 +90,7 @@ def greedy(model: torch.nn.Module, tokens: list[int], stop: list[int], budget: i
 
 def test_tune_prints_both_answers_and_the_tuned_one_is_learnt(config: Config, root: Path) -> None:
     path = write_config(root / "generate.yaml", config)
-    result = run_tune(
+    result = tune_here(
         "run", "qst_generate", "--config", path, f"prompt={PROMPT}", "compare_with_base=True",
         "max_new_tokens=20", cwd=root,
     )  # fmt: skip
@@ -254,7 +254,7 @@ def stock_config(config: Config) -> Config:
 
 def test_torchtunes_own_recipe_gives_the_tuned_answer(config: Config, root: Path) -> None:
     path = write_config(root / "stock.yaml", stock_config(config))
-    result = run_tune("run", "generate", "--config", path, cwd=root)
+    result = tune_here("run", "generate", "--config", path, cwd=root)
     assert result.returncode == 0, result.stderr
     assert f"assistant\nit is {COLOURS[1]}!" in result.stdout + result.stderr
 
