@@ -26,6 +26,7 @@ from qst_tune.backbone.quantizers import (
     quantize_tables,
     quantized_share,
 )
+from qst_tune.backbone.repair import RepairPlacing, Repairs, repair_rank_of
 from qst_tune.backbone.stored_weights import (
     DirectoryFormat,
     as_dense,
@@ -84,13 +85,15 @@ def load_backbone(
     """Fill a backbone from a directory with transformers' own loader, weight by weight.
 
     Each weight is read, renamed and fused as transformers does it for the model type, then
-    quantised and dropped before the next: the whole unquantised model is never in memory. The
-    backbone was built by :func:`backbone_on_meta`, and perhaps quantised there. ``take`` gets the
-    weights of each module instead of it; the backbone then gets the rest. Returns the fingerprint
-    of the files' weights. UserError if the directory describes another model, a weight is missing,
-    has another shape or is not finite, or the LM head does something that is not known here.
+    quantised and dropped before the next: the whole unquantised model is never in memory. For a
+    repair all are read twice. The backbone was built by :func:`backbone_on_meta`, and perhaps
+    quantised there. ``take`` gets the weights of each module instead of it; the backbone then gets
+    the rest. Returns the fingerprint of the files' weights. UserError if the directory describes
+    another model, a weight is missing, has another shape or is not finite, or the LM head does
+    something that is not known here.
     """
     check_same(backbone, directory)
+    repair_rank = repair_rank_of(backbone)
     place = Placing(backbone.base_quantization, device, backbone.stored, take)
     model, info, fingerprint = _from_pretrained(directory, place, dtype)
     if info["missing_keys"]:
@@ -112,6 +115,10 @@ def load_backbone(
         transplant_rest_(backbone.model, model)
     if backbone.base_quantization != "none":
         _report_share(backbone)
+    if repair_rank:
+        repairs = Repairs(backbone.model, backbone, directory, repair_rank)
+        again = RepairPlacing(repairs, backbone.base_quantization)
+        repairs.finish(fingerprint, _from_pretrained(directory, again, dtype)[2])
     return fingerprint
 
 
@@ -136,7 +143,7 @@ def load_sharded_directory(
 
 
 def _from_pretrained(
-    directory: Path, place: Placing, dtype: torch.dtype
+    directory: Path, place: Placing | RepairPlacing, dtype: torch.dtype
 ) -> tuple[Any, dict[str, Any], Fingerprint]:
     """The model, transformers' report, and the fingerprint of what it has read and left."""
     from transformers.models.auto.auto_factory import _get_model_class

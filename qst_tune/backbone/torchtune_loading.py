@@ -14,6 +14,7 @@ from qst_tune.backbone.directory import weight_files
 from qst_tune.backbone.identity import Fingerprint, WeightDigests, fingerprint_files
 from qst_tune.backbone.loading import check_same
 from qst_tune.backbone.loading import load_backbone as load_directory
+from qst_tune.backbone.repair import Repairs, repair_rank_of
 from qst_tune.backbone.transformers import transformers_backbone
 from qst_tune.backbone.transformers_models import TransformersModel
 from qst_tune.distributed.sharding import META, ShardedBackbone, Sharding
@@ -23,6 +24,7 @@ from qst_tune.modules.backbone_formats import QuantizedLinear, quantization_of_b
 from qst_tune.modules.meta_device import build_rotary_caches
 from qst_tune.modules.peqa_linear import PEQALinear
 from qst_tune.modules.qst_model import is_side
+from qst_tune.modules.repair import Repair
 from qst_tune.quantization.table import QuantizedTable, quantize_table
 from qst_tune.torchtune_compat import checkpoint_directory, checkpoint_paths, take_paths
 
@@ -33,10 +35,10 @@ def load_backbone(
     """Load a checkpoint into the backbone of a model that was built on the meta device.
 
     One file of the checkpoint is open at a time, and each of its weights is quantised, moved and
-    dropped before the next: the whole unquantised model is never in memory. A side network stays as
-    it is. ``dtype`` is that of what is not quantised, and of decoded values. Returns the
-    fingerprint of the checkpoint's weights. UserError if a weight is missing, is one too many or
-    has another shape.
+    dropped before the next: the whole unquantised model is never in memory. For a repair all are
+    read twice. A side network stays as it is. ``dtype`` is that of what is not quantised, and of
+    decoded values. Returns the fingerprint of the checkpoint's weights. UserError if a weight is
+    missing, is one too many or has another shape.
     """
     backbone = transformers_backbone(model)
     if backbone is not None:
@@ -45,6 +47,11 @@ def load_backbone(
     place = partial(set_weight, model, dtype=dtype, device=device)
     of_weights = read_weights(model, checkpointer, place)
     build_rotary_caches(model.layers, device)
+    repair_rank = repair_rank_of(model)
+    if repair_rank:
+        directory = checkpoint_directory(checkpointer)
+        repairs = Repairs(model, model.backbone, directory, repair_rank)
+        repairs.finish(of_weights, read_weights(model, checkpointer, repairs.take))
     return of_weights
 
 
@@ -150,10 +157,13 @@ def _checkpoint_files(checkpointer: Any) -> Iterator[dict[str, torch.Tensor]]:
     if not isinstance(checkpointer, training.FullModelHFCheckpointer) or paths is None:
         yield _load_weights(checkpointer, "the checkpoint")
         return
-    for path in paths:
-        # torchtune's conversion works on any subset of the weights; only this list decides which.
-        take_paths(checkpointer, [path])
-        yield _load_weights(checkpointer, str(path))
+    try:
+        for path in paths:
+            # torchtune's conversion works on any subset of the weights; this list decides which.
+            take_paths(checkpointer, [path])
+            yield _load_weights(checkpointer, str(path))
+    finally:
+        take_paths(checkpointer, paths)
 
 
 def _load_weights(checkpointer: Any, name: str) -> dict[str, torch.Tensor]:
@@ -176,6 +186,8 @@ def _backbone_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the weights that a checkpoint must have, however they are stored."""
     shapes: dict[str, tuple[int, ...]] = {}
     for prefix, module in model.named_modules():
+        if isinstance(module, Repair):  # no checkpoint has it
+            continue
         own = {name: tuple(p.shape) for name, p in module.named_parameters(recurse=False)}
         if isinstance(module, QuantizedLinear):
             own = {name: shape for name, shape in own.items() if name == "bias"}

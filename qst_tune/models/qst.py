@@ -9,6 +9,7 @@ import torch
 from torchtune import training, utils
 from torchtune.modules import TransformerDecoder
 
+from qst_tune.backbone.repair import reserve_repairs
 from qst_tune.backbone.side_blocks import is_opt
 from qst_tune.backbone.transformers import TransformersBackbone
 from qst_tune.backbone.transformers_models import QSTTransformer
@@ -31,6 +32,7 @@ def qst_decoder(
     *,
     quantize_base: bool = True,
     base_quantization: BaseQuantization | None = None,
+    repair_rank: int = 0,
     embedding_quantization: EmbeddingQuantization = "none",
     **side: Any,
 ) -> QSTModel:
@@ -45,6 +47,9 @@ def qst_decoder(
             (per channel), or "none", which keeps the backbone as it is (ladder side tuning, LST);
             "auto": the own format of a directory that is quantised already (docs/models.md), else
             "nf4"; None: "auto" if ``quantize_base``.
+        repair_rank (int): gives back most of what rounding to ``base_quantization`` took: loading
+            adds to each linear a frozen product of this rank, computed from its weight and a short
+            text (:class:`~qst_tune.backbone.repair.Repairs`); 0: no repair. Only on meta.
         embedding_quantization (EmbeddingQuantization): format of the embedding and the LM head:
             "int8" (a scale a token), or "none", which keeps them as they are. They are 2 GB of an
             8B model with a vocabulary of 128k.
@@ -84,6 +89,8 @@ def qst_decoder(
     with training.set_default_dtype(torch.float32), device:
         network = SideNetwork(frozen, config.resolved(frozen.width, frozen.num_layers))
     frozen.quantize(base_quantization, embedding_quantization)
+    dtype, stored = frozen.embedding.weight.dtype, getattr(backbone, "stored", None)
+    reserve_repairs(backbone.layers, repair_rank, dtype, stored)
     model = (QSTDecoder if of_torchtune else QSTTransformer)(backbone, network)
     if device.type != "meta":
         model.initialize_side(device)

@@ -87,9 +87,17 @@ def linear_format(base_quantization: LinearFormat) -> MakeLinear | None:
 
 
 def quantization_of(module: nn.Module) -> str:
-    """Name the formats below a module: "nf4", "none" or such as "int4, groups of 64, rtn"."""
-    formats = {m.quantization for m in module.modules() if isinstance(m, QuantizedLinear)}
+    """Name the formats below a module: "nf4", "none" or such as "int4, groups of 64, rtn".
+
+    A repair is named behind: "nf4 + rank 32 (text 0123abcd)".
+    """
+    formats = {_format_of(m) for m in module.modules() if isinstance(m, QuantizedLinear)}
     return "+".join(sorted(formats)) or "none"
+
+
+def _format_of(linear: QuantizedLinear) -> str:
+    repair = getattr(linear, "repair", None)
+    return linear.quantization if repair is None else f"{linear.quantization} + {repair.name}"
 
 
 EmbeddingQuantization = Literal["none", "int8"]

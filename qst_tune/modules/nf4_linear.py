@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchao.dtypes.nf4tensor import NF4Tensor
 
+from qst_tune.modules.repair import Repair
 from qst_tune.quantization.decoded_once import decoded, keeps_decoded
 from qst_tune.quantization.kernels import is_few_tokens
 from qst_tune.quantization.nf4 import QuantType, decoded_rows, dequantize_nf4, quantize_nf4
@@ -64,6 +65,7 @@ class NF4Linear(nn.Linear):
         super().__init__(in_dim, out_dim, bias=bias is not None, device="meta")
         self.quant_type: QuantType = quant_type
         self.quantization: str = quant_type
+        self.repair: Repair | None = None
         if isinstance(weight, NF4Tensor):
             self.weight = nn.Parameter(weight, requires_grad=False)
         else:
@@ -77,8 +79,9 @@ class NF4Linear(nn.Linear):
         self.weight = nn.Parameter(quantized, requires_grad=False)
 
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """Decode the weight."""
-        return dequantize_nf4(self.weight).to(dtype)
+        """Decode the weight, repaired if it is."""
+        weight = dequantize_nf4(self.weight).to(dtype)
+        return weight if self.repair is None else self.repair.added_to(weight)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map ``[..., in_dim]`` to ``[..., out_dim]`` in the dtype of ``input``."""
@@ -87,6 +90,8 @@ class NF4Linear(nn.Linear):
             y: torch.Tensor = _MatmulNF4.apply(input, weight)  # type: ignore[no-untyped-call]
         else:
             y = _without_gradient(input, weight)
+        if self.repair is not None:
+            y = y + self.repair(input)
         return y if self.bias is None else y + self.bias
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

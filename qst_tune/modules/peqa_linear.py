@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from qst_tune.modules.repair import Repair
 from qst_tune.quantization.affine import (
     AffineInit,
     AffineLayout,
@@ -76,6 +77,7 @@ class PEQALinear(nn.Module):
         groups = "per channel" if group_size is None else f"groups of {group_size}"
         self.quantization = f"int{bits}, {groups}, {init}"
         self.train_zero_points = train_zero_points
+        self.repair: Repair | None = None
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.quantize_(weight)
 
@@ -131,10 +133,12 @@ class PEQALinear(nn.Module):
         return ["weight_scale", "zero_point"] if self.train_zero_points else ["weight_scale"]
 
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """Decode the weight, without gradient."""
+        """Decode the weight, repaired if it is, without gradient."""
         scale, zero_point = self.weight_scale.detach(), self.zero_point.detach()
         weight = dequantize_affine(self.codes, scale, zero_point, self.layout, dtype)
-        return weight if self.input_order is None else in_own_order(weight, self.input_order)
+        if self.input_order is not None:
+            weight = in_own_order(weight, self.input_order)
+        return weight if self.repair is None else self.repair.added_to(weight)
 
     def affine_weight(self) -> AffineWeight:
         """Unpack codes ``[O, I]``, columns in ``input_order``; scales and zero points."""
@@ -143,12 +147,15 @@ class PEQALinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map ``[..., I]`` to ``[..., O]`` in the dtype of ``x``."""
+        repaired = None if self.repair is None else self.repair(x)
         if self.input_order is not None:
             x = x.index_select(-1, self.input_order)
         own = (self.codes, self.weight_scale, self.zero_point, self.layout)
         y: torch.Tensor | None = affine_product(x, *own)
         if y is None:
             y = self._product_with_decoded(x)
+        if repaired is not None:
+            y = y + repaired
         return y if self.bias is None else y + self.bias
 
     def _product_with_decoded(self, x: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from torchtune import training
 
 from qst_tune.backbone.hub import model_name
 from qst_tune.backbone.identity import BackboneId
+from qst_tune.backbone.repair import repair_rank_of
 from qst_tune.backbone.torchtune_loading import check_architecture, read_weights
 from qst_tune.backbone.transformers import transformers_backbone
 from qst_tune.errors import UserError
@@ -50,6 +51,11 @@ class TunedCheckpointer:
             raise UserError(
                 f"{self.side_network} was tuned over transformers' own model, which torchtune's "
                 "recipes do not run: use qst_generate or qst_evaluate, or qst_tune.transformers"
+            )
+        if repair_rank_of(model):
+            raise UserError(
+                f"{self.side_network} was tuned over a repaired backbone (repair_rank), which "
+                "torchtune's recipes do not load: use qst_generate or qst_evaluate"
             )
         check_architecture(model, self.checkpoint_dir)
         weights: dict[str, torch.Tensor] = {}

@@ -45,6 +45,7 @@ TASKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "PEQA, checkpointed": (PEQA, {"enable_activation_checkpointing": True}),
     "QST, classifier": (CLASSIFIER, CLASSES),
     "QST, score": ({**CLASSIFIER, "num_labels": 1}, {"loss": {"_component_": "torch.nn.MSELoss"}}),
+    "QST, repaired": ({**QST, "repair_rank": 8}, {}),
     "QST, DPO": (QST, DPO),
     "QST, DPO from a start": (QST, {**DPO, "reference": "start", "side_network": "<DIR>"}),
 }
@@ -71,9 +72,11 @@ def test_every_task_is_estimated_and_its_parts_add_up(task: str, device: str) ->
     assert sum(cost.memory.parts.values()) == cost.memory.num_bytes > 0
     assert cost.flops_per_token > 0
     assert cost.trainable_parameters > 0
-    assert setup_of(cfg).title == {"LST": "QST", "QST, score": "QST, classifier"}.get(
-        task, task.removesuffix(" from a start")
-    )
+    assert setup_of(cfg).title == {
+        "LST": "QST",
+        "QST, repaired": "QST",
+        "QST, score": "QST, classifier",
+    }.get(task, task.removesuffix(" from a start"))
 
 
 @pytest.mark.parametrize("shape", [Shape(1, 128), Shape(2, 512), Shape(4, 256)], ids=str)
@@ -112,6 +115,18 @@ def test_a_quantised_embedding_is_counted_as_it_is_stored(
     saved = weights - scales
     # CUDA rounds blocks up.
     assert frozen() - frozen(embedding_quantization="int8") == pytest.approx(saved, abs=4 * 512)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_repair_is_counted_with_its_products(device: str) -> None:
+    plain = estimate(config(QST), device=device)
+    repaired = estimate(config({**QST, "repair_rank": 8}), device=device)
+    # Of each layer two of 128 x 128, two of 64 x 128, and three between 128 and 256.
+    factors = 2 * 8 * (2 * (128 + 128) + 2 * (64 + 128) + 3 * (128 + 256))
+    added = repaired.memory.parts["frozen weights"] - plain.memory.parts["frozen weights"]
+    assert added == pytest.approx(2 * factors, abs=2 * 7 * 2 * 512)  # CUDA rounds blocks up
+    assert repaired.flops_per_token - plain.flops_per_token == 2 * factors
+    assert repaired.memory.parts["saved activations"] == plain.memory.parts["saved activations"]
 
 
 def test_nothing_fake_is_left_behind() -> None:

@@ -37,6 +37,22 @@ def test_a_side_network_is_found_in_the_runs_directory_and_can_be_left_out(tmp_p
 
 
 @torch.no_grad()
+def test_a_side_network_over_a_repaired_backbone_is_loaded_over_that_repair_alone(
+    tmp_path: Path,
+) -> None:
+    directory, expected = side_network_directory(tmp_path, repair_rank=8)
+    tokens = random_tokens(vocab_size=300)
+    loaded = load_directory(directory, tmp_path / "model", dtype=torch.float32, device=CPU)
+    assert torch.equal(loaded.model(tokens), expected(tokens))
+    assert loaded.backbone.quantization.startswith("nf4 + rank 8 (text ")
+    config = {**finetune_config(tmp_path), "output_dir": str(tmp_path)}
+    for rank, name in ((0, "'nf4'"), (4, "'nf4 \\+ rank 4 ")):
+        other = {**config, "model": {**config["model"], "repair_rank": rank}}
+        with pytest.raises(UserError, match=f"quantization 'nf4 \\+ rank 8 .* there, {name}"):
+            load_tuned_model(typed_config(other, TunedModelConfig))
+
+
+@torch.no_grad()
 def test_scales_are_exchanged_in_place_and_come_back(tmp_path: Path) -> None:
     model = {"_component_": "qst_tune.models.peqa_llama3_2", **SIZES, "bits": 4}
     config = {**finetune_config(tmp_path), "model": model, "scales": None}

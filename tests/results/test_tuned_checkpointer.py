@@ -42,6 +42,13 @@ def test_a_model_that_loads_it_as_stock_recipes_do_is_the_tuned_one(
     assert torch.equal(model(tokens), expected(tokens))
 
 
+def test_a_repaired_backbone_is_refused_in_one_line(tmp_path: Path) -> None:
+    directory, _ = side_network_directory(tmp_path, repair_rank=8)
+    with pytest.raises(UserError, match=r"over a repaired backbone .*use qst_generate") as error:
+        checkpointer(directory, tmp_path / "model").load_checkpoint()
+    assert "\n" not in str(error.value)
+
+
 def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
     directory, _ = side_network_directory(tmp_path)
     write_checkpoint(tmp_path / "other", random_weights(seed=1))

@@ -111,6 +111,12 @@ def lora_config(root: Path) -> Config:
     return {**config, "model": {**config["model"], **every}}
 
 
+def repaired_config(root: Path) -> Config:
+    """The dial over a backbone whose rounding is repaired."""
+    config = dial_config(root)
+    return {**config, "model": {**config["model"], "repair_rank": 8}}
+
+
 def peqa_config(root: Path) -> Config:
     """Three bits, so that there is something to repair."""
     model = {"_component_": "qst_tune.models.peqa_llama3_2", **SIZES, "bits": 3}
@@ -221,6 +227,7 @@ METHODS = {
         Method("lst", qst_finetune, lst_config, text_loss),
         Method("dial", qst_finetune, dial_config, text_loss),
         Method("lora", qst_finetune, lora_config, text_loss, slow=True),
+        Method("repaired", qst_finetune, repaired_config, text_loss),
         Method("peqa", peqa_finetune, peqa_config, text_loss, result="scales"),
         Method("classifier", qst_finetune, classifier_config, class_loss),
         Method("dpo", qst_dpo, dpo_config, preference_loss),
