@@ -228,6 +228,12 @@ METHODS: dict[str, Method] = {
     ),
     "qst": qst("QST"),
     "qst_nf4": qst("QST over NF4", base_quantization="nf4"),
+    **{
+        f"qst_nf4_rank_{rank}": qst(
+            f"QST over NF4, repaired with rank {rank}", base_quantization="nf4", repair_rank=rank
+        )
+        for rank in (16, 32, 64)
+    },
     "peqa": Method("PEQA, 4 bits, per channel", partial(_peqa, bits=4), 3e-3),
     "lst": qst("LST: QST over the unquantised model", base_quantization="none"),
     "qst_r32": qst("QST, r = 32", reduction_factor=32),

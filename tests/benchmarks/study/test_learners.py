@@ -23,6 +23,7 @@ CHECKPOINT = Path(default_config().checkpointer.checkpoint_dir)
         "lora_last_6",
         "qst",
         "qst_nf4",
+        "qst_nf4_rank_32",
         "bf16",
         "lst",
         "peqa",
