@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.fsdp import FSDPModule
 
-from qst_tune.modules.lora import LayerLoRA, replaced_forward
+from qst_tune.modules.lora import LayerLoRA
 
 
 @contextmanager
@@ -64,14 +65,15 @@ def run_until(layer: nn.Module, run: Callable[[], object]) -> torch.Tensor:
 
 @contextmanager
 def starting_at(
-    layers: nn.ModuleList, since: int, state: torch.Tensor, *, num_others: int | None
+    backbone: Any, since: int, state: torch.Tensor, *, num_others: int | None
 ) -> Iterator[None]:
-    """Let a pass compute nothing before layer ``since``, which reads ``state``.
+    """Let a pass over transformers compute nothing before layer ``since``, which reads ``state``.
 
     ``num_others``: how many values a layer returns behind its state; None: no tuple.
     """
+    layers = backbone.layers
 
-    def pass_on(_: nn.Module, __: Any, *args: Any, **kwargs: Any) -> Any:
+    def pass_on(*args: Any, **kwargs: Any) -> Any:
         given = args[0] if args else kwargs["hidden_states"]
         return given if num_others is None else (given, *[None] * num_others)
 
@@ -79,11 +81,51 @@ def starting_at(
         return ((state, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": state})
 
     with ExitStack() as stack:
-        for layer in itertools.islice(layers, since):
-            stack.enter_context(replaced_forward(layer, pass_on))
+        if isinstance(backbone.embedding, FSDPModule):
+            stack.enter_context(_zeros_embedded(backbone.decoder, backbone.embedding, state.dtype))
+        for index, layer in enumerate(itertools.islice(layers, since)):
+            layers[index] = _InPlaceOf(layer, pass_on)
+            stack.callback(layers.__setitem__, index, layer)
         handle = layers[since].register_forward_pre_hook(replace, with_kwargs=True)
         stack.callback(handle.remove)
         yield
+
+
+class _InPlaceOf(nn.Module):
+    """Is called in the place of a module, which FSDP would gather at a call.
+
+    What a model reads of its modules, such as a layer's kind of attention, is the module's.
+    """
+
+    def __init__(self, module: nn.Module, compute: Callable[..., Any]) -> None:
+        super().__init__()
+        self._what = (module, compute)  # in a tuple: the module is no submodule
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_what":  # not there yet
+            raise AttributeError(name)
+        return getattr(self._what[0], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._what[1](*args, **kwargs)
+
+
+@contextmanager
+def _zeros_embedded(decoder: nn.Module, embedding: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Let a pass read zeros for the embeddings of its tokens."""
+
+    def zeros(tokens: torch.Tensor) -> torch.Tensor:
+        size = (*tokens.shape, embedding.embedding_dim)
+        return torch.zeros(size, dtype=dtype, device=tokens.device)
+
+    paths = [path for path, module in decoder.named_modules() if module is embedding]
+    for path in paths:
+        decoder.set_submodule(path, _InPlaceOf(embedding, zeros))
+    try:
+        yield
+    finally:
+        for path in paths:
+            decoder.set_submodule(path, embedding)
 
 
 @contextmanager

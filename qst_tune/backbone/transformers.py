@@ -232,7 +232,7 @@ class TransformersBackbone(nn.Module):
         packing = self._packing_of(mask)
         with (
             self._showing(taps, visit, tokens),
-            starting_at(self.layers, since, h_BTD, num_others=self._other_values),
+            starting_at(self, since, h_BTD, num_others=self._other_values),
             gradient_from(self.layers, lora),
             torch.no_grad(),
         ):

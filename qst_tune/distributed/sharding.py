@@ -9,7 +9,7 @@ its gradients are summed as without sharding. Nothing else crosses processes.
 import itertools
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,14 +123,17 @@ class ShardedBackbone:
                 module._buffers[name] = torch.empty(0, device=META)
 
 
-def take_part(model: nn.Module, device: torch.device) -> None:
+def take_part(
+    model: nn.Module, device: torch.device, run: Callable[[torch.Tensor], Any] | None = None
+) -> None:
     """Run a sharded model on one token, so that the processes that have a batch get its weights.
 
-    Gradients are zeros, if they are on. It does nothing to a model that is not sharded.
+    ``run`` goes through the layers as these do, if not by calling the model once. Gradients are
+    zeros, if they are on. It does nothing to a model that is not sharded.
     """
     if not isinstance(model, FSDPModule):
         return
-    loss = zero_loss(model(torch.zeros(1, 1, dtype=torch.int64, device=device)))
+    loss = zero_loss((run or model)(torch.zeros(1, 1, dtype=torch.int64, device=device)))
     if loss.requires_grad:
         loss.backward()
 
@@ -163,6 +166,15 @@ def gathered_groups(model: Any) -> list[nn.Module]:
     if not is_tied(model):
         groups.insert(0, model.tok_embeddings)
     return groups
+
+
+def layers_with_backward(model: Any) -> list[Any]:
+    """Return the layers through which a gradient flows, which gathers them once more: the last."""
+    layers = list(model.layers)
+    if not isinstance(model, QSTModel):
+        return layers
+    lora: Any = model.side.lora
+    return [] if lora is None else layers[lora.first :]
 
 
 def is_tied(model: Any) -> bool:
@@ -236,17 +248,14 @@ def _shard(model: Any, groups: list[Any], sharding: Sharding) -> None:
 
 
 def _prefetch_backward(model: Any) -> None:
-    """Keep FSDP2 from prefetching what has no backward pass: a side network's last layer, or h_0.
+    """Let FSDP2 prefetch for backward what has a backward pass, from the last layer down.
 
-    A module that "prefetches" itself is whole at that moment: it prefetches nothing.
+    By itself it would also gather the layer below, or h_0. A module that "prefetches" itself is
+    whole at that moment: it prefetches nothing.
     """
-    has_side_network = isinstance(model, QSTModel)
-    if has_side_network:
-        model.set_modules_to_backward_prefetch([model])
-        return
-    layers = list(model.layers)
-    model.set_modules_to_backward_prefetch([layers[-1]])
-    for before, layer in zip([layers[0], *layers[:-1]], layers, strict=True):
+    layers = layers_with_backward(model)
+    model.set_modules_to_backward_prefetch(layers[-1:] or [model])
+    for before, layer in zip([*layers[:1], *layers[:-1]], layers, strict=True):
         layer.set_modules_to_backward_prefetch([before])
 
 

@@ -22,6 +22,7 @@ from qst_tune.estimation.spread import Spread, spread_line
 from qst_tune.estimation.step import ALL_ROWS, Setup, Shape, StepCost, own_setup, trace_step
 from qst_tune.estimation.tracker import PARTS, Timeline
 from qst_tune.modules.memory import GIB
+from qst_tune.training.preference import PreferenceTask
 
 JSON_FILE = "estimate.json"
 # Taken where tokenizer.max_seq_len is null, since rows are then as long as the data.
@@ -64,7 +65,9 @@ class Question:
             batch = None if self.fit_gib is None else self._largest_batch(setup, timeline)
         line = None
         if self.spread.num_processes > 1:
-            line = spread_line(self.spread, setup.model, cost.memory.num_bytes)
+            pairs = isinstance(setup.task, PreferenceTask)
+            peak = cost.memory.num_bytes
+            line = spread_line(self.spread, setup.model, peak, has_reference=pairs)
         return Row(setup.title, cost, batch), line
 
     def _trace(self, batch_size: int, shorten: Shorten | None = None) -> tuple[StepCost, Timeline]:

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from torchtune.modules import TransformerDecoder
 
 from qst_tune.config.schema import StepConfig
-from qst_tune.distributed.sharding import group_bytes
+from qst_tune.distributed.sharding import group_bytes, layers_with_backward
 from qst_tune.modules.memory import GIB
-from qst_tune.modules.peqa_model import PEQAModel
 
 
 @dataclass(frozen=True)
@@ -59,18 +58,20 @@ class Spread:
         gathered = rest + 2 * max(groups)
         return whole_peak - sum(groups) - rest + self.backbone_bytes(model) + gathered
 
-    def gathered_bytes(self, model: TransformerDecoder) -> int:
+    def gathered_bytes(self, model: TransformerDecoder, *, has_reference: bool = False) -> int:
         r"""Bytes of frozen weights that a process receives in a step.
 
         .. math:: A \frac{N-1}{N} (B + E)
 
-        with A batches a step. E are the bytes of the layers for PEQA, whose backward pass needs
-        them again, and 0 for a side network. 0 if each process has its own backbone.
+        with A batches a step. E are the bytes of the layers that a backward pass needs again, all
+        of PEQA's and those with LoRA; twice with ``has_reference``, for preference learning runs
+        these for its reference too. 0 if each process has its own backbone.
         """
         if not self.is_sharded:
             return 0
         groups, rest = group_bytes(model)
-        again = sum(groups[-len(model.layers) :]) if isinstance(model, PEQAModel) else 0
+        num_again = len(layers_with_backward(model))
+        again = sum(groups[len(groups) - num_again :]) * (1 + has_reference)
         return self.accumulation * self._from_others(sum(groups) + rest + again)
 
     def gradient_bytes(self, model: TransformerDecoder) -> int:
@@ -82,13 +83,16 @@ class Spread:
         return num_bytes * (self.num_processes - 1) // self.num_processes
 
 
-def spread_line(spread: Spread, model: TransformerDecoder, whole_peak: int) -> str:
+def spread_line(
+    spread: Spread, model: TransformerDecoder, whole_peak: int, *, has_reference: bool = False
+) -> str:
     """Report what each process stores and receives; GiB and MiB are 2^30 and 2^20 bytes."""
     held, peak = spread.backbone_bytes(model) / GIB, spread.peak_bytes(model, whole_peak) / GIB
+    gathered = spread.gathered_bytes(model, has_reference=has_reference)
     most = "at most " if spread.is_sharded else ""
     return (
         f"each of {spread.num_processes} processes, backbone_sharding="
         f"{spread.mode or 'null'}: backbone {held:.2f} GiB, peak {most}{peak:.2f} GiB; receives a "
-        f"step {spread.gathered_bytes(model) / GIB:.2f} GiB of frozen weights and "
+        f"step {gathered / GIB:.2f} GiB of frozen weights and "
         f"{spread.gradient_bytes(model) / 2**20:.1f} MiB of gradients"
     )

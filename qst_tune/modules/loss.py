@@ -3,7 +3,7 @@
 Notation: N tokens, D width, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -42,9 +42,9 @@ def next_token_loss(
     return loss(output, labels), num_labels
 
 
-def zero_loss(output: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+def zero_loss(output: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
     """Return zero, fp32, with a gradient of zeros for everything that ``output`` depends on."""
-    chunks = output if isinstance(output, list) else [output]
+    chunks = [output] if isinstance(output, torch.Tensor) else output
     return torch.stack([chunk.float().sum() * 0 for chunk in chunks]).sum()
 
 

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 from torchtune.modules import TransformerDecoder
 
 from qst_tune.config.components import instantiate
 from qst_tune.config.schema import Block
 from qst_tune.data.batches.loader import Batch
 from qst_tune.distributed.processes import gather_lists, sum_or_fail
+from qst_tune.distributed.sharding import take_part
 from qst_tune.errors import UserError
 from qst_tune.modules.model_limits import check_length
 from qst_tune.modules.qst_classifier import QSTClassifier
@@ -52,6 +54,10 @@ class ClassificationTask:
         labels = batch["labels"]
         num_rows = torch.tensor(len(labels), device=labels.device)
         return self.loss_function(self._output(model, batch), labels) * num_rows, num_rows
+
+    def take_part(self, model: nn.Module) -> None:
+        """Run a sharded model on one token, as the processes do that have a batch."""
+        take_part(model, self.device)
 
     def evaluate(self, model: TransformerDecoder, batches: Iterable[Batch]) -> dict[str, float]:
         """Judge every row once. Collective: all ranks call it and get the same figures."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import nn
 from torchtune.modules import TransformerDecoder
 
 from qst_tune.config.components import instantiate
@@ -19,6 +20,7 @@ from qst_tune.data.batches.training_data import (
     text_collate,
 )
 from qst_tune.distributed.processes import sum_or_fail
+from qst_tune.distributed.sharding import take_part
 from qst_tune.errors import UserError
 from qst_tune.modules.loss import connect_loss, next_token_loss
 from qst_tune.modules.model_limits import check_length, limits_of
@@ -44,6 +46,10 @@ class NextTokenTask:
         check_length(batch["tokens"], model.max_seq_len)
         mean, num_labels = next_token_loss(model, self.loss_function, batch)
         return mean * num_labels, num_labels
+
+    def take_part(self, model: nn.Module) -> None:
+        """Run a sharded model on one token, as the processes do that have a batch."""
+        take_part(model, self.device)
 
     def evaluate(self, model: TransformerDecoder, batches: Iterable[Batch]) -> dict[str, float]:
         """Return ``val_loss``, the mean over every label, in nats a token."""

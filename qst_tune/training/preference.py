@@ -23,6 +23,7 @@ from qst_tune.data.batches.training_data import (
     check_rows,
 )
 from qst_tune.distributed.processes import sum_or_fail
+from qst_tune.distributed.sharding import take_part
 from qst_tune.errors import UserError
 from qst_tune.modules.loss import linear_cross_entropy
 from qst_tune.modules.model_limits import check_length, limits_of
@@ -65,6 +66,10 @@ class PreferenceTask:
         losses, _ = self._losses_and_margins(model, batch)
         return losses.sum(), torch.tensor(len(losses), device=losses.device)
 
+    def take_part(self, model: TransformerDecoder) -> None:
+        """Run a sharded model on one token, as the processes do that have a batch."""
+        take_part(model, self.device, model.with_reference)
+
     def evaluate(self, model: TransformerDecoder, batches: Iterable[Batch]) -> dict[str, float]:
         """Judge every pair once. Collective: all ranks call it and get the same figures.
 
@@ -79,7 +84,7 @@ class PreferenceTask:
             wins = (margins > 0).float()
             total.add_(torch.stack([torch.ones_like(losses), losses, wins, margins]).sum(1))
 
-        error = visit(model, batches, self.device, add)
+        error = visit(model, batches, self.device, add, model.with_reference)
         count, loss, wins, margin = sum_or_fail(total, error).tolist()
         return {
             "val_loss": loss / count,

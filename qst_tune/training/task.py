@@ -1,7 +1,7 @@
 """What the training loop asks of a task, and how every task goes through its validation set."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -41,6 +41,9 @@ class Task(Protocol):
         a label both are zero.
         """
 
+    def take_part(self, model: nn.Module) -> None:
+        """Go through a sharded model as :meth:`loss` does, for the processes that have a batch."""
+
     def evaluate(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
         """Measure on the validation set. Collective: all ranks call it and get the same figures.
 
@@ -78,8 +81,11 @@ def visit(
     batches: Iterable[Batch],
     device: torch.device,
     take: Callable[[Batch], None],
+    run: Callable[[torch.Tensor], Any] | None = None,
 ) -> UserError | None:
     """Hand each batch to a function, while the model is in evaluation mode.
+
+    ``run`` goes through the model's layers as that function does, if not by calling the model once.
 
     Collective if the model is sharded: a process that has no more batches, or a row that cannot be
     used, continues to gather weights with the others. Returns the error of such a row for
@@ -104,7 +110,7 @@ def visit(
             except UserError as caught:
                 error = caught
             if batch is None or error is not None:
-                take_part(model, device)
+                take_part(model, device, run)
     finally:
         model.train(was_training)
         free_weights(model)

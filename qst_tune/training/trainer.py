@@ -18,7 +18,6 @@ from qst_tune.data.batches.loader import Batch, BatchLoader
 from qst_tune.data.batches.schedule import Schedule
 from qst_tune.data.batches.survey import NO_LABEL
 from qst_tune.distributed.processes import gather_lists, sum_gradients, sum_or_fail
-from qst_tune.distributed.sharding import take_part
 from qst_tune.errors import UserError
 from qst_tune.modules.memory import count_saved_activations, memory_kind, memory_parts
 from qst_tune.modules.model_limits import overflow_hint
@@ -144,7 +143,7 @@ class Trainer:
             except UserError as caught:  # a row that cannot be used
                 error = caught
             if error is not None:
-                take_part(self.method.model, self.device)
+                self.task.take_part(self.method.model)
         total[2] = self.stop.requested
         try:
             loss_sum, num_labels, num_stopped = sum_or_fail(total, error)

@@ -21,7 +21,7 @@ from qst_tune.modules.memory import parameter_bytes
 from qst_tune.modules.qst_decoder import QSTDecoder
 from tests.support.hf_models import save_hf_model
 from tests.support.ranks import on_ranks
-from tests.support.traffic import Traffic
+from tests.support.traffic import Traffic, left_whole
 
 CPU = torch.device("cpu")
 QST: dict[str, Any] = {"reduction_factor": 4}
@@ -76,6 +76,16 @@ MODELS: dict[str, tuple[str, str, Any, dict[str, Any]]] = {
         qst_builder(llama3_2),
         {**SIZES, **QST, "embedding_quantization": "int8"},
     ),
+    "nf4, dial": ("qwen2", "QWEN2", qst_builder(qwen2), {**SIZES, **QST, "lora_layers": 1}),
+    "int8, LoRA everywhere": (
+        "llama",
+        "LLAMA2",
+        qst_builder(llama2),
+        {
+            **{**LLAMA, **QST, "base_quantization": "int8"},
+            **{"lora_layers": 2, "num_side_blocks": 0},
+        },
+    ),
     "peqa": ("qwen2", "QWEN2", peqa_builder(qwen2), {**SIZES, "bits": 3, "group_size": 32}),
     "peqa, zero points": (
         "llama",
@@ -85,7 +95,14 @@ MODELS: dict[str, tuple[str, str, Any, dict[str, Any]]] = {
     ),
 }
 
-SLOW = {"fp4, tied", "int4", "int8, scaled embedding", "int8 embedding, tied", "peqa, zero points"}
+SLOW = {
+    "fp4, tied",
+    "int4",
+    "int8, scaled embedding",
+    "int8 embedding, tied",
+    "int8, LoRA everywhere",
+    "peqa, zero points",
+}
 
 
 def build(kind: str) -> Any:
@@ -157,16 +174,31 @@ def assert_same_step(whole: Any, sharded: Any, tokens: torch.Tensor) -> None:
 def same_as_whole(directory: Path, kind: str, mode: str, offload: bool) -> None:
     whole = load_whole(directory, kind)
     sharded = load_sharded(directory, kind, mode, offload=offload)
-    for _ in range(2):  # the second time, layers have been freed
+    for recompute in (False, True):  # the second time, layers have been freed
+        for model in (whole, sharded):
+            if isinstance(model, QSTDecoder):
+                model.side.recompute = recompute
         assert_same_step(whole, sharded, own_tokens())
+        assert not left_whole(sharded)
     with torch.no_grad():  # as in validation: twice without a backward pass between
         for _ in range(2):
             assert torch.equal(whole(own_tokens()), sharded(own_tokens()))
     if isinstance(whole, QSTDecoder):
-        for expected, actual in zip(
-            whole.with_reference(own_tokens()), sharded.with_reference(own_tokens()), strict=True
-        ):
-            assert torch.equal(expected, actual)
+        assert_same_preference_step(whole, sharded)
+
+
+def assert_same_preference_step(whole: Any, sharded: Any) -> None:
+    for model in (whole, sharded):
+        model.zero_grad(set_to_none=True)
+        model.keep_reference()
+    expected, actual = (model.with_reference(own_tokens()) for model in (whole, sharded))
+    for pair in zip(expected, actual, strict=True):
+        assert torch.equal(*pair)
+    for policy, reference in (expected, actual):
+        (policy * reference).sum().backward()
+    for name, gradient in gradients(whole).items():
+        assert torch.equal(gradients(sharded)[name], gradient), name
+    assert not left_whole(sharded)
 
 
 @pytest.fixture
@@ -232,7 +264,7 @@ def test_a_process_keeps_its_share_of_the_bytes(
     )
 
 
-def frozen_codes_cross_and_nothing_else(directory: Path, kind: str, passes: int) -> None:
+def frozen_codes_cross_and_nothing_else(directory: Path, kind: str, num_trained: int) -> None:
     model = load_sharded(directory, kind)
     shard = sum(p.to_local().nbytes for p in model.parameters() if not p.requires_grad)
     loss = model(own_tokens()).sum()  # the first step also finds out who is the root
@@ -248,20 +280,19 @@ def frozen_codes_cross_and_nothing_else(directory: Path, kind: str, passes: int)
     sent = sum(num_bytes for *_, num_bytes in forward.messages)
     assert shard <= sent <= 1.05 * shard
     assert len(forward.messages) == len(model.layers) + 2  # embedding; norm and head
-    if passes == 1:
-        assert backward.messages == []
+    assert len(backward.messages) == num_trained, "a layer that trains is gathered once more"
     trained = [p for p in model.parameters() if p.requires_grad]
     with Traffic() as update:
         sum_gradients(trained)
     assert update.messages == [("allreduce_", torch.float32, sum(p.nbytes for p in trained))]
 
 
-@pytest.mark.parametrize(("kind", "passes"), [("nf4", 1), ("peqa", 2)])
+@pytest.mark.parametrize(("kind", "num_trained"), [("nf4", 0), ("nf4, dial", 1), ("peqa", 2)])
 def test_only_frozen_codes_and_gradients_of_what_trains_cross_processes(
-    kind: str, passes: int, directory: Path
+    kind: str, num_trained: int, directory: Path
 ) -> None:
     save_hf_model(directory, MODELS[kind][0])
-    on_ranks(2, frozen_codes_cross_and_nothing_else, directory, kind, passes)
+    on_ranks(2, frozen_codes_cross_and_nothing_else, directory, kind, num_trained)
 
 
 def one_rank_has_no_batch(directory: Path, kind: str) -> None:
@@ -271,10 +302,15 @@ def one_rank_has_no_batch(directory: Path, kind: str) -> None:
         assert all(not g.any() for g in gradients(sharded).values())
     else:
         assert_same_step(whole, sharded, own_tokens())
+    if isinstance(sharded, QSTDecoder):
+        if rank_and_world_size()[0] == 0:
+            take_part(sharded, CPU, sharded.with_reference)
+        else:
+            assert_same_preference_step(whole, sharded)
     assert_same_step(whole, sharded, own_tokens())
 
 
-@pytest.mark.parametrize("kind", ["nf4", "peqa"])
+@pytest.mark.parametrize("kind", ["nf4", "nf4, dial", "peqa"])
 def test_process_without_a_batch_keeps_in_step(kind: str, directory: Path) -> None:
     save_hf_model(directory, MODELS[kind][0])
     on_ranks(2, one_rank_has_no_batch, directory, kind)

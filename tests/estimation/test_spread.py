@@ -27,6 +27,11 @@ def estimate_is_what_happens(directory: Path, kind: str, size: int) -> None:
     model(own_tokens()).sum().backward()
     with Traffic() as step:
         model(own_tokens()).sum().backward()
+    if kind == "nf4, dial":
+        with Traffic() as pairs:
+            model.with_reference(own_tokens())[0].sum().backward()
+        planned = spread.gathered_bytes(plan, has_reference=True)
+        assert planned == pytest.approx(received(pairs, size), rel=0.02)
     trained = [p for p in model.parameters() if p.requires_grad]
     with Traffic() as update:
         sum_gradients(trained)
@@ -37,7 +42,7 @@ def estimate_is_what_happens(directory: Path, kind: str, size: int) -> None:
     assert spread.gradient_bytes(plan) == 2 * message * (size - 1) // size
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp4, tied", "peqa"])
+@pytest.mark.parametrize("kind", ["nf4, dial", "fp4, tied", "peqa"])
 def test_bytes_held_and_received_are_those_of_a_real_step(kind: str, tmp_path: Path) -> None:
     save_hf_model(tmp_path / "model", MODELS[kind][0])
     on_ranks(2, estimate_is_what_happens, tmp_path / "model", kind, 2)

@@ -32,7 +32,10 @@ SETTINGS = [
     "clip_grad_norm=1.0",
     "keep_last_n_checkpoints=null",
 ]
-RECIPES = {"qst": qst_finetune, "peqa": peqa_finetune, "dpo": qst_dpo}
+RECIPES = {
+    **{"qst": qst_finetune, "peqa": peqa_finetune, "dpo": qst_dpo},
+    **{"dial": qst_finetune, "dial dpo": qst_dpo},
+}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +68,9 @@ def config_of(root: Path, method: str = "qst") -> Config:
         model = {"_component_": "qst_tune.models.peqa_llama3_2", **SIZES, "group_size": 32}
         config["model"] = model
         config["optimizer"]["lr"] = 1e-4
-    if method == "dpo":
+    if "dial" in method:
+        config["model"] |= {"lora_layers": 2, "lora_rank": 4}
+    if "dpo" in method:
         config["loss"] = {"_component_": "torchtune.rlhf.loss.DPOLoss"}
         config["dataset"] = {
             "_component_": "torchtune.datasets.preference_dataset",
@@ -106,7 +111,7 @@ def assert_same_run(method: str, run: FinetuneResult, expected: FinetuneResult) 
     The order of sums differs by rounding, which AdamW's division by small numbers makes larger in
     the tensors: 2e-5 of an lr of 1e-2 was seen after 20 steps.
     """
-    assert len(run.train_loss) == (16 if method == "dpo" else NUM_STEPS)  # 4 pairs are held out
+    assert len(run.train_loss) == (16 if "dpo" in method else NUM_STEPS)  # 4 pairs are held out
     # DPO's losses fall to thousandths, which are sums of log-probabilities of some tens.
     torch.testing.assert_close(run.train_loss, expected.train_loss, rtol=1e-6, atol=1e-8)
     assert run.val_loss == pytest.approx(expected.val_loss, rel=1e-6, abs=1e-8)
@@ -126,6 +131,10 @@ def assert_same_run(method: str, run: FinetuneResult, expected: FinetuneResult) 
                 ("peqa", 4, "full"),
                 ("peqa", 2, "null"),
                 ("dpo", 2, "full"),
+                ("dial", 2, "full"),
+                ("dial", 4, "null"),
+                ("dial dpo", 2, "full"),
+                ("dial dpo", 2, "null"),
             ]
         ),
     ],

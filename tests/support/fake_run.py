@@ -57,6 +57,9 @@ class FakeTask:
         kept = batch["labels"] != -1
         return (errors * kept).sum(), kept.sum()
 
+    def take_part(self, model: nn.Module) -> None:
+        pass  # nothing is sharded
+
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
         self.num_validations += 1

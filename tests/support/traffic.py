@@ -1,8 +1,10 @@
-"""Count what crosses processes: every collective with its dtype and bytes."""
+"""Count what crosses processes, every collective with its dtype and bytes, and what stays whole."""
 
 from typing import Any
 
 import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -24,3 +26,14 @@ class Traffic(TorchDispatchMode):
             num_bytes = sum(tensor.nbytes for tensor in tensors)
             self.messages.append((func._opname, tensors[0].dtype, num_bytes))
         return func(*args, **(kwargs or {}))
+
+
+def left_whole(model: nn.Module) -> list[str]:
+    """Names of the modules that FSDP has gathered, or begun to, and not freed."""
+    sharded = {name: m for name, m in model.named_modules() if isinstance(m, FSDPModule)}
+    return [
+        name
+        for name, module in sharded.items()
+        for group in module._get_fsdp_state()._fsdp_param_groups
+        if group.is_unsharded or group._all_gather_result is not None
+    ]

@@ -19,7 +19,7 @@ from qst_tune.models import qst_from_hf
 from tests.support.model_types import tiny_model
 from tests.support.numbers import randomize_
 from tests.support.ranks import on_ranks
-from tests.support.traffic import Traffic
+from tests.support.traffic import Traffic, left_whole
 
 CPU = torch.device("cpu")
 # Type, changes of its configuration, and arguments of the side network.
@@ -32,6 +32,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"tie_word_embeddings": True},
         {"base_quantization": "int8", "embedding_quantization": "int8"},
     ),
+    "nf4, dial": ("qwen3", {"tie_word_embeddings": False}, {"lora_layers": 1}),
     "states": ("qwen3_5_text", {}, {"base_quantization": "none"}),
 }
 SLOW = ("int8, tied table", "states")
@@ -108,6 +109,7 @@ def same_as_whole(directory: Path, kind: str) -> None:
         pairs = zip(*(m.with_reference(own_tokens()) for m in (whole, sharded)), strict=True)
         assert all(torch.equal(*pair) for pair in pairs)
     free_weights(sharded)
+    assert not left_whole(sharded)
     kept = sum(p.to_local().nbytes for p in frozen(sharded))
     total = backbone_bytes(build(directory, kind))
     # A tensor may have one row more here than elsewhere; each process has the levels of NF4.
@@ -115,7 +117,12 @@ def same_as_whole(directory: Path, kind: str) -> None:
     with Traffic() as step:
         sharded(own_tokens()).sum().backward()
     groups, _ = group_bytes(build(directory, kind))
-    assert len(step.messages) == len(groups) + 1, "every group is gathered once a step"
+    num_trained = MODELS[kind][2].get("lora_layers", 0)
+    assert len(step.messages) == len(groups) + 1 + num_trained, "each group once a pass"
+    with Traffic() as step:
+        sharded.with_reference(own_tokens())[0].sum().backward()
+    # The reference goes through the layers that train once more, forward.
+    assert len(step.messages) == len(groups) + 1 + 2 * num_trained
     assert {name for name, *_ in step.messages} == {"_allgather_base_"}
 
 
