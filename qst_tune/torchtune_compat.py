@@ -29,7 +29,7 @@ def checkpoint_directory(checkpointer: Any) -> Path:
     return Path(checkpointer._checkpoint_dir)
 
 
-def checkpoint_paths(checkpointer: Any) -> list[Path] | None:
+def checkpoint_paths(checkpointer: object) -> list[Path] | None:
     """Return the files that a checkpointer reads; None if it has no list of them."""
     return getattr(checkpointer, "_checkpoint_paths", None)
 

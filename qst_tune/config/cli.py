@@ -5,7 +5,6 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig
 
@@ -101,7 +100,7 @@ def _wrapped(text: str) -> list[str]:
     return [line.replace("\xa0", " ") for line in lines]
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return "null" if value is None else str(value)
 
 

@@ -47,7 +47,7 @@ def component_problems(cfg: DictConfig) -> list[Problem]:
     return [*shapeless, *wrong]
 
 
-def _shape_problems(path: str, node: Any) -> list[Problem]:
+def _shape_problems(path: str, node: object) -> list[Problem]:
     """Find what should be a component and is not even a block of one."""
     if isinstance(node, ListConfig) and path.startswith("dataset"):
         parts = [_shape_problems(f"{path}[{i}]", part) for i, part in enumerate(node)]
@@ -59,7 +59,7 @@ def _shape_problems(path: str, node: Any) -> list[Problem]:
     return []
 
 
-def _nodes(node: Any, path: str = "") -> Iterator[tuple[str, DictConfig]]:
+def _nodes(node: object, path: str = "") -> Iterator[tuple[str, DictConfig]]:
     """Every block with a ``_component_``, with its dotted path."""
     if isinstance(node, DictConfig):
         if "_component_" in node:
@@ -127,7 +127,7 @@ def _missing_arguments(path: str, node: DictConfig, parameters: _Parameters) -> 
     ]
 
 
-def _wrong_types(path: str, node: DictConfig, component: Any) -> list[Problem]:
+def _wrong_types(path: str, node: DictConfig, component: object) -> list[Problem]:
     problems = []
     for key, allowed in _plain_types(component).items():
         # A reference is checked where its value is.
@@ -156,7 +156,7 @@ def _plain_types(component: Any) -> dict[str, tuple[type, ...]]:
     return plain
 
 
-def _is_of(value: Any, kind: type) -> bool:
+def _is_of(value: object, kind: type) -> bool:
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if kind is int:
@@ -170,7 +170,7 @@ def _last_line(error: Exception) -> str:
     return str(cause).strip().splitlines()[-1] if str(cause).strip() else type(cause).__name__
 
 
-def instantiate(block: DictConfig, name: str, *args: Any, **kwargs: Any) -> Any:
+def instantiate(block: DictConfig, name: str, *args: object, **kwargs: object) -> Any:
     """Build a component of the config; UserError with the name of its block if it raises."""
     try:
         return config.instantiate(block, *args, **kwargs)

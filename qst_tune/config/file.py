@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -19,6 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 from qst_tune.config.schema import TRAINING_KEYS
 from qst_tune.errors import UserError, first_line
 from qst_tune.torchtune_compat import has_component, remove_key
+
+PlainConfig: TypeAlias = dict[str, Any]  # texts, numbers, lists and dicts, as in YAML
 
 # Texts for the model, in which a leading ~ is no home directory.
 _TEXTS = ("prompt", "prompts", "system_prompt", "new_system_prompt")
@@ -53,7 +55,7 @@ def parse_config(arguments: list[str]) -> DictConfig:
     return merged
 
 
-def variables_in(cfg: Any) -> set[str]:
+def variables_in(cfg: object) -> set[str]:
     """Return the top-level keys that values refer to, as in ``${cache}/runs``; cfg is unresolved.
 
     A resolver such as ``oc.env`` counts as ``oc``.
@@ -75,7 +77,7 @@ def lines_of(path: Path) -> dict[str, int]:
     return lines
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path) -> PlainConfig:
     try:
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except FileNotFoundError:
@@ -94,7 +96,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def _merge(settings: dict[str, Any], overrides: Iterable[str]) -> DictConfig:
+def _merge(settings: PlainConfig, overrides: Iterable[str]) -> DictConfig:
     """Merge a config, which loses the keys of ``~key``, with ``key=value``; resolves nothing."""
     changes = []
     for override in overrides:
@@ -107,7 +109,7 @@ def _merge(settings: dict[str, Any], overrides: Iterable[str]) -> DictConfig:
     return expanded
 
 
-def _remove(settings: dict[str, Any], path: str) -> None:
+def _remove(settings: PlainConfig, path: str) -> None:
     if "_component_" in path:
         raise ValueError(f"Removing components from CLI is not supported: ~{path}")
     try:
@@ -116,7 +118,7 @@ def _remove(settings: dict[str, Any], path: str) -> None:
         raise ValueError(f"Could not find key {path} in yaml config to remove") from None
 
 
-def _as_yaml(override: str, settings: dict[str, Any]) -> str:
+def _as_yaml(override: str, settings: PlainConfig) -> str:
     """Write an override for ``OmegaConf.from_dotlist``, which reads its value as YAML.
 
     Alone that makes a mapping of "prompt=in short: why?" and null of "prompt=# 1", and fails at
@@ -140,7 +142,7 @@ def _as_yaml(override: str, settings: dict[str, Any]) -> str:
     return f"{key}={'!!str ' if 'max_filename' in key else ''}{value}"
 
 
-def _with_home(node: Any) -> Any:
+def _with_home(node: object) -> Any:
     """Replace ``~`` and ``~user`` at the beginning of every text that can be a path."""
     if isinstance(node, dict):
         return {k: v if k in _TEXTS else _with_home(v) for k, v in node.items()}
@@ -151,7 +153,7 @@ def _with_home(node: Any) -> Any:
     return node
 
 
-def _remove_unused_variables(merged: DictConfig, settings: dict[str, Any]) -> None:
+def _remove_unused_variables(merged: DictConfig, settings: PlainConfig) -> None:
     """Drop what the file names for itself, as in ${cache}/runs, once overrides leave it unused."""
     used_before, used_now = variables_in(OmegaConf.create(settings)), variables_in(merged)
     for name in used_before - used_now - set(TRAINING_KEYS):
@@ -159,7 +161,7 @@ def _remove_unused_variables(merged: DictConfig, settings: dict[str, Any]) -> No
             merged.pop(name, None)
 
 
-def _forget_source(merged: DictConfig, settings: dict[str, Any], overrides: list[str]) -> None:
+def _forget_source(merged: DictConfig, settings: PlainConfig, overrides: list[str]) -> None:
     """Drop the file's ``dataset.source`` once overrides name another component.
 
     It is the example of ``auto_dataset``; ``dataset=torchtune.datasets.samsum_dataset`` has its

@@ -115,7 +115,7 @@ class RecipeConfig:
 ConfigT = TypeVar("ConfigT", bound=RecipeConfig)
 
 
-def key(meaning: str, *, default: Any = MISSING, **bounds: float) -> Any:
+def key(meaning: str, *, default: object = MISSING, **bounds: float) -> Any:
     """Declare a key; ``bounds`` are ``least``, ``above``, ``most``, ``below``.
 
     Without a default it is required, or null where its type allows None.

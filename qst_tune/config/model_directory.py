@@ -49,7 +49,7 @@ def check_checkpoint_dir(checkpointer: DictConfig, *, may_lack_weights: bool = F
     return directory
 
 
-def _listed_files(checkpointer: Mapping[Any, Any]) -> list[Any]:
+def _listed_files(checkpointer: Mapping[Any, Any]) -> list[str]:
     """The files that a checkpointer of torchtune is told to read."""
     files = checkpointer.get("checkpoint_files")
     if not isinstance(files, DictConfig):
@@ -101,7 +101,7 @@ def _replace(cfg: DictConfig, name: str, directory: str) -> None:
         cfg[place] = changed_texts(plain[place], moved)
 
 
-def changed_texts(node: Any, change: Callable[[str], str]) -> Any:
+def changed_texts(node: object, change: Callable[[str], str]) -> Any:
     """Copy plain dicts, lists and values with each text changed."""
     if isinstance(node, dict):
         return {key: changed_texts(value, change) for key, value in node.items()}
@@ -110,7 +110,7 @@ def changed_texts(node: Any, change: Callable[[str], str]) -> Any:
     return change(node) if isinstance(node, str) else node
 
 
-def with_hub_names(node: Any) -> Any:
+def with_hub_names(node: object) -> Any:
     """Undo :func:`fetch_models` in a copy of a plain config that is written for others.
 
     It has ``org/name@commit`` in place of directories of huggingface_hub's cache.

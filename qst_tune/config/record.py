@@ -6,6 +6,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from qst_tune.config.file import PlainConfig
+
 # token, hf_token, api_key, db_password ..., but not the tokens of a tokenizer, as pad_token.
 _SECRET = re.compile(
     r"(?:.*_)?(?:passwords?|passwd|secrets?|credentials?|api_?key|access_?key|private_?key)"
@@ -20,7 +22,7 @@ _SECRET_VALUE = re.compile(
 _REFERENCE = re.compile(r"\$\{(\w+(?:\.\w+)*)\}")  # ${key.of.block}, no ${resolver:...}
 
 
-def recorded(raw: DictConfig) -> dict[str, Any]:
+def recorded(raw: DictConfig) -> PlainConfig:
     """Return a plain config for a file of a run.
 
     References to other keys have their values. Of ``${oc.env:...}``, and whatever another resolver
@@ -28,8 +30,8 @@ def recorded(raw: DictConfig) -> dict[str, Any]:
     a key like ``token``, ``key``, ``password`` or ``secret`` is left out, and references to it
     stay.
     """
-    plain = OmegaConf.to_container(raw, resolve=False)
-    found: dict[str, Any] = _record(plain, OmegaConf.to_container(raw, resolve=True), plain)
+    plain: Any = OmegaConf.to_container(raw, resolve=False)
+    found: PlainConfig = _record(plain, OmegaConf.to_container(raw, resolve=True), plain)
     return found
 
 
@@ -38,7 +40,7 @@ def secret_keys(raw: DictConfig) -> list[str]:
     return list(_secrets(OmegaConf.to_container(raw, resolve=False), ""))
 
 
-def without_secrets(plain: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def without_secrets(plain: PlainConfig) -> tuple[PlainConfig, list[str]]:
     """Return a plain config for others, without texts under keys of secrets, and those keys.
 
     References to the environment are left out there too: nobody else has that variable. Elsewhere
@@ -52,13 +54,13 @@ def looks_secret(text: str) -> bool:
     return _SECRET_VALUE.search(text) is not None
 
 
-def _public(node: Any) -> Any:
+def _public(node: object) -> Any:
     if isinstance(node, dict):
         return {k: _public(v) for k, v in node.items() if not _may_be_others_secret(k, v)}
     return [_public(item) for item in node] if isinstance(node, list) else node
 
 
-def _record(node: Any, value: Any, plain: Any) -> Any:
+def _record(node: object, value: Any, plain: PlainConfig) -> Any:
     """Record a node, whose resolved value is ``value``, of the config ``plain``."""
     if isinstance(node, dict):
         found = {key: _record(item, value[key], plain) for key, item in node.items()}
@@ -75,7 +77,7 @@ def _record(node: Any, value: Any, plain: Any) -> Any:
     return _REFERENCE.sub(lambda match: str(_follow(match, "", plain)), node)
 
 
-def _follow(reference: re.Match[str], value: Any, plain: Any) -> Any:
+def _follow(reference: re.Match[str], value: object, plain: PlainConfig) -> Any:
     """What a reference stands for; the reference itself if that is secret or in a list."""
     node = plain
     for part in reference[1].split("."):
@@ -85,11 +87,11 @@ def _follow(reference: re.Match[str], value: Any, plain: Any) -> Any:
     return _record(node, value, plain)
 
 
-def _may_be_secret(key: Any, value: Any) -> bool:
+def _may_be_secret(key: object, value: object) -> bool:
     return isinstance(value, str) and bool(value) and bool(_SECRET.fullmatch(str(key)))
 
 
-def _may_be_others_secret(key: Any, value: Any) -> bool:
+def _may_be_others_secret(key: object, value: object) -> bool:
     return _may_be_secret(key, value) or (isinstance(value, str) and looks_secret(value))
 
 
@@ -99,7 +101,7 @@ def _is_secret(key: Any, value: Any) -> bool:
 
 
 def _secrets(
-    node: Any, path: str, is_secret: Callable[[Any, Any], bool] = _is_secret
+    node: object, path: str, is_secret: Callable[[object, object], bool] = _is_secret
 ) -> Iterator[str]:
     if isinstance(node, list):
         for index, item in enumerate(node):

@@ -139,7 +139,7 @@ class TrainingConfig(RecipeConfig):
 TRAINING_KEYS = keys_of(TrainingConfig)
 
 
-def training_key(name: str, **changes: Any) -> Any:
+def training_key(name: str, **changes: object) -> Any:
     """Declare a key of the training recipes for another recipe, with a few differences.
 
     ``default=...`` changes the default; an annotation with None makes a required key optional.

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch.utils.data import Dataset
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX, Message, truncate, validate_messages
@@ -113,7 +112,7 @@ class AutoDataset(Dataset[Row]):
                 error = error or UserError(f"{self.place(index)} cannot be used: {caught}")
         raise error or UserError(f"{self.rows.name} has no rows")
 
-    def _renamed(self, row: JsonObject) -> dict[str, Any]:
+    def _renamed(self, row: JsonObject) -> JsonObject:
         used = {*self.column_map, *self.column_map.values()}
         mapped = {name: row[column] for name, column in self.column_map.items() if column in row}
         return {**mapped, **{column: v for column, v in row.items() if column not in used}}

@@ -87,7 +87,7 @@ def classification_dataset(
     labels: Sequence[str] | None = None,
     metrics: Sequence[str] = ("accuracy",),
     split: str = "train",
-    **load_dataset_arguments: Any,
+    **load_dataset_arguments: object,
 ) -> ClassificationDataset:
     """Load labelled rows, from local files or the hub.
 
@@ -98,7 +98,7 @@ def classification_dataset(
         labels (Sequence[str] | None): names of the classes; None: the label is a score.
         metrics (Sequence[str]): "accuracy", "f1", "matthews", "pearson" or "spearman".
         split (str): as in ``datasets``: ``train[:1600]`` takes the first 1600 rows.
-        **load_dataset_arguments (Any): of ``datasets.load_dataset``.
+        **load_dataset_arguments (object): of ``datasets.load_dataset``.
 
     Returns:
         ClassificationDataset: the dataset.

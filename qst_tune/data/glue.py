@@ -6,7 +6,6 @@ the answer.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
@@ -64,7 +63,7 @@ GLUE_TASKS = {
 
 
 def glue_dataset(
-    tokenizer: ModelTokenizer, *, task: str, source: str = HUB_NAME, **arguments: Any
+    tokenizer: ModelTokenizer, *, task: str, source: str = HUB_NAME, **arguments: object
 ) -> ClassificationDataset:
     """Load a task of GLUE, from the hub or from local files with the same columns.
 
@@ -80,7 +79,7 @@ def glue_dataset(
         tokenizer (ModelTokenizer): of torchtune's interface.
         task (str): rte, mrpc, stsb, cola, sst2, qnli, qqp or mnli.
         source (str): as for :func:`~qst_tune.data.classification.classification_dataset`.
-        **arguments (Any): of that function; ``template``, ``labels`` and ``metrics`` have the
+        **arguments (object): of that function; ``template``, ``labels`` and ``metrics`` have the
             task's values by default.
 
     Returns:

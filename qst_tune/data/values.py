@@ -53,7 +53,7 @@ def check_unicode(text: str, what: str) -> str:
     return text
 
 
-def without_nulls(value: Any) -> Any:
+def without_nulls(value: object) -> Any:
     """Copy without keys whose value is null: Arrow gives each object the keys of all others."""
     if isinstance(value, Mapping):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}

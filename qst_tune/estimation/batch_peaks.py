@@ -25,7 +25,9 @@ _NUMBERS = ("layer_idx", "layer_id", "layer_number", "training")
 _LONGEST_PERIOD = 12
 
 
-def timeline_of_fewer_layers(model: Any, trace: Callable[[Shorten], Timeline]) -> Timeline | None:
+def timeline_of_fewer_layers(
+    model: nn.Module, trace: Callable[[Shorten], Timeline]
+) -> Timeline | None:
     """Compute the step of a model, on meta, from steps with a part of its layers.
 
     ``trace`` runs the step of the model after a change in place. The result is as of all layers,
@@ -112,7 +114,7 @@ def _skip(model: Any, layers: Sequence[int]) -> None:
         for held in (layer._modules, layer._parameters, layer._buffers):
             held.clear()
 
-        def nothing(*args: Any, **kwargs: Any) -> Any:
+        def nothing(*args: object, **kwargs: object) -> Any:
             state = args[0] if args else kwargs["hidden_states"]
             return (state, None, None) if is_tuple[-1] else state
 
@@ -207,7 +209,7 @@ class BatchPeaks:
     """
 
     def __init__(
-        self, model: Any, trace: Trace, batch_size: int, known: Timeline, part_rows: int
+        self, model: nn.Module, trace: Trace, batch_size: int, known: Timeline, part_rows: int
     ) -> None:
         self._model = model
         self._trace = trace

@@ -214,7 +214,7 @@ def _cpu_bmm_workspace(_: torch.Tensor, weight: torch.Tensor) -> int:
     return weight.numel() * weight.itemsize if is_copied else 0
 
 
-def _flash_backward_workspace(_: torch.Tensor, query: torch.Tensor, *__: Any) -> int:
+def _flash_backward_workspace(_: torch.Tensor, query: torch.Tensor, *__: object) -> int:
     """FlashAttention-2 adds up the gradient of q in fp32, in tiles of 128 tokens x 32 channels."""
     batch, heads, tokens, head_dim = query.shape
     tokens, head_dim = _round_up(tokens, 128), _round_up(head_dim, 32)
@@ -237,7 +237,7 @@ def _plain_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attn_mask: torch.Tensor | None = None,
-    **_: Any,
+    **_: object,
 ) -> torch.Tensor:
     tokens = query.shape[2]
     scores = query @ key.transpose(2, 3) / math.sqrt(query.shape[3])

@@ -1,7 +1,7 @@
 """One training step of a config's own model, on the meta device: QST, PEQA, a classifier, DPO."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -275,7 +275,7 @@ def _modules(setup: Setup) -> list[nn.Module]:
 
 
 def _register(
-    tracker: StorageTracker, setup: Setup, optimizer: Optimizer, batch: dict[str, Any]
+    tracker: StorageTracker, setup: Setup, optimizer: Optimizer, batch: Mapping[str, object]
 ) -> None:
     trainable = _trainable(setup.model)
     for module in _modules(setup):
@@ -308,7 +308,7 @@ def _head_and_loss(setup: Setup) -> list[nn.Module]:
     return [output if isinstance(output, nn.Module) else output.linear, loss]
 
 
-def _enter_loss(tracker: StorageTracker, hidden: Any) -> None:
+def _enter_loss(tracker: StorageTracker, hidden: object) -> None:
     """The head's input begins the loss; its gradient ends the loss's backward pass."""
     if tracker.phase == "loss" or not isinstance(hidden, torch.Tensor):
         tracker.enter("loss")

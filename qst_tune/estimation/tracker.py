@@ -131,7 +131,7 @@ class StorageTracker(TorchDispatchMode):
         """Count each of the next operations so many times, for skipped parts of a loop."""
         self._times = times
 
-    def register(self, tensors: Any, part: Part) -> None:
+    def register(self, tensors: object, part: Part) -> None:
         """Name the part of tensors, in any nesting; new ones count from now on."""
         for storage in self._storages_of(tensors):
             self._track(storage).part = part
@@ -153,7 +153,7 @@ class StorageTracker(TorchDispatchMode):
             self._track(storage)
         return result
 
-    def _storages_of(self, tensors: Any) -> Iterator[torch.UntypedStorage]:
+    def _storages_of(self, tensors: object) -> Iterator[torch.UntypedStorage]:
         for leaf in (tensors,) if isinstance(tensors, torch.Tensor) else tree_iter(tensors):
             if not isinstance(leaf, torch.Tensor):
                 continue
@@ -169,7 +169,7 @@ class StorageTracker(TorchDispatchMode):
             return self._alive[key][1]
         allocation = self._allocate(storage.nbytes())
 
-        def release(_: Any) -> None:
+        def release(_: object) -> None:
             self._alive.pop(key, None)
             self._release(allocation)
 

@@ -5,12 +5,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
 from qst_tune.data.rows.json_rows import FileText, JsonLines
-from qst_tune.data.values import kind_of
+from qst_tune.data.values import JsonObject, kind_of
 from qst_tune.errors import UserError
 from qst_tune.evaluation.log_likelihood import Continuation, log_likelihoods
 from qst_tune.generation.caches import Decoder
@@ -66,7 +65,7 @@ def read_questions(path: Path) -> list[Question]:
     return questions
 
 
-def _question(row: dict[str, Any]) -> Question:
+def _question(row: JsonObject) -> Question:
     if missing := [name for name in ("question", "choices", "answer") if name not in row]:
         raise UserError(f"no column {missing[0]!r}")
     subject = row.get("subject")
@@ -85,7 +84,7 @@ def _question(row: dict[str, Any]) -> Question:
     return Question(row["question"], tuple(map(str, choices)), right, subject or "")
 
 
-def _index(answer: Any) -> int:
+def _index(answer: object) -> int:
     """Index of a choice, or -1."""
     if isinstance(answer, str) and len(answer) == 1:
         return LETTERS.find(answer)

@@ -1,12 +1,11 @@
 """A conversation whose caches live between its turns, with its text as it is generated."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import Any
 
 from torchtune.data import Message
 from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
-from qst_tune.data.values import check_unicode
+from qst_tune.data.values import JsonObject, check_unicode
 from qst_tune.errors import UserError
 from qst_tune.generation.caches import Decoder
 from qst_tune.generation.sampling import Sampling
@@ -92,7 +91,7 @@ def prompt_tokens(
     messages: Sequence[Message],
     *,
     system_prompt: str | None = None,
-    tools: Sequence[Any] | None = None,
+    tools: Sequence[JsonObject] | None = None,
 ) -> list[int]:
     """Tokenize a conversation up to where the model's answer begins.
 

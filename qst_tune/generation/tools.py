@@ -1,17 +1,16 @@
 """Tools that a model may call, for its chat template."""
 
 from pathlib import Path
-from typing import Any
 
 from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
 from qst_tune.data.chat.messages import read_tools
 from qst_tune.data.rows.json_rows import FileText, read_document
-from qst_tune.data.values import kind_of
+from qst_tune.data.values import JsonObject, kind_of
 from qst_tune.errors import UserError, first_line
 
 
-def read_tool_file(path: Path, tokenizer: ModelTokenizer) -> list[Any]:
+def read_tool_file(path: Path, tokenizer: ModelTokenizer) -> list[JsonObject]:
     """Read a JSON file with a list of schemas in OpenAI's form, at least one.
 
     Another file, or a tokenizer that takes no tools, is a UserError.
@@ -33,7 +32,7 @@ def read_tool_file(path: Path, tokenizer: ModelTokenizer) -> list[Any]:
     return tools
 
 
-def _check(tool: dict[str, Any]) -> None:
+def _check(tool: JsonObject) -> None:
     """Refuse a function without a name; a tool of another type is the template's to know."""
     function = tool.get("function", tool)
     if not isinstance(tool.get("type", "function"), str) or not isinstance(function, dict):

@@ -6,6 +6,7 @@ file is one that was checked by its hash, so what its metadata says of the model
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def _weights(reader: Any) -> dict[str, FloatArray]:
     return weights
 
 
-def _build_tokenizer(reader: Any) -> Tokenizer:
+def _build_tokenizer(reader: object) -> Tokenizer:
     tokens = _field(reader, "tokens")
     merges = [tuple(merge.split(" ")) for merge in _field(reader, "merges")]
     vocab = {token: index for index, token in enumerate(tokens)}
@@ -141,5 +142,5 @@ def _field(reader: Any, name: str) -> Any:
     return reader.fields[f"tokenizer.{'' if name == 'chat_template' else 'ggml.'}{name}"].contents()
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -225,7 +225,7 @@ def _parse(form: TunedFormat, content: Mapping[str, Any]) -> Description:
     )
 
 
-def _structure(model: ModelBlock, content: Any) -> SideStructure:
+def _structure(model: ModelBlock, content: object) -> SideStructure:
     found = _typed(ModelBlock, content, "structure")
     if "reads" in found:
         # Written before a directory had the whole configuration; its model block has what differs.
@@ -241,7 +241,7 @@ def _structure(model: ModelBlock, content: Any) -> SideStructure:
     return structure
 
 
-def _check_plain(node: Any, where: str = "", depth: int = 0) -> None:
+def _check_plain(node: object, where: str = "", depth: int = 0) -> None:
     """Refuse texts that would forge a terminal's lines, and numbers that no tensor's size is."""
     if depth > MAX_DEPTH:
         raise ValueError(f"{where} is nested more than {MAX_DEPTH} deep")
@@ -257,14 +257,14 @@ def _check_plain(node: Any, where: str = "", depth: int = 0) -> None:
         _check_plain(value, f"{where}.{key}" if where else str(key), depth + 1)
 
 
-def _children(node: Any) -> Iterator[tuple[object, Any]]:
+def _children(node: object) -> Iterator[tuple[object, Any]]:
     if isinstance(node, dict):
         yield from node.items()
     elif isinstance(node, list):
         yield from enumerate(node)
 
 
-def _typed(kind: Any, value: Any, where: str) -> Any:
+def _typed(kind: object, value: object, where: str) -> Any:
     """Take a value of JSON as ``kind``: a plain type, a generic of those, or a dataclass of them.
 
     Keys that a dataclass does not have are those of a later version, and left out. ValueError for
@@ -298,7 +298,7 @@ def _words(kind: Any) -> str:
     return names.get(origin, "an object")
 
 
-def _is_of(kind: Any, value: Any) -> bool:
+def _is_of(kind: object, value: object) -> bool:
     if kind is Any:
         return True
     if get_origin(kind) is Literal:

@@ -116,7 +116,7 @@ def _root(model: PEQAModel) -> nn.Module:
     return model.backbone.model if isinstance(model, PEQATransformer) else model
 
 
-def _quantised(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _quantised(root: nn.Module) -> Iterator[tuple[str, ExpertLinears | PEQALinear]]:
     """Integer linears and experts, by the names of the weights whose place they take."""
     experts: list[str] = []
     for name, module in root.named_modules():
@@ -133,14 +133,14 @@ def _linears(module: nn.Module) -> Iterator[PEQALinear]:
     yield from (m for m in module.modules() if isinstance(m, PEQALinear))
 
 
-def _decoded(module: Any, dtype: torch.dtype) -> torch.Tensor:
+def _decoded(module: ExpertLinears | PEQALinear, dtype: torch.dtype) -> torch.Tensor:
     if isinstance(module, ExpertLinears):
         return module.dense().to(dtype=dtype, device="cpu")
     weight: torch.Tensor = module.dense_weight(dtype)
     return weight.cpu()
 
 
-def _plain(tensor: Any, dtype: torch.dtype) -> torch.Tensor:
+def _plain(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     dense: torch.Tensor = tensor.detach()
     if isinstance(tensor, QuantizedTable):
         dense = tensor.dense(dtype)

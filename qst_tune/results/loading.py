@@ -246,7 +246,7 @@ def _fill(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    tokenizer: Any = None,
+    tokenizer: object = None,
 ) -> TunedModel:
     """Fill a model that was built on meta: the backbone, and what was tuned if there is any."""
     if directory and isinstance(model, QSTModel):

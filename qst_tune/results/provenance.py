@@ -1,13 +1,12 @@
 """What a result's directory says of the run that made it."""
 
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 
 from qst_tune.backbone.hub import hub_name
 from qst_tune.backbone.identity import BackboneId
-from qst_tune.config.file import variables_in
+from qst_tune.config.file import PlainConfig, variables_in
 from qst_tune.config.model_directory import with_hub_names
 from qst_tune.config.record import recorded
 from qst_tune.config.schema import TRAINING_KEYS, TrainingConfig
@@ -33,7 +32,7 @@ def provenance_of(
     )
 
 
-def _take_in_template(tokenizer: dict[str, Any]) -> None:
+def _take_in_template(tokenizer: PlainConfig) -> None:
     """Put the text of a chat template's file in the place of its path, which is of this machine."""
     template = tokenizer.get("chat_template")
     if isinstance(template, str) and "{" not in template and Path(template).suffix:

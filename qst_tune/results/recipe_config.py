@@ -8,13 +8,13 @@ them. They read tensors, texts and numbers; a chat template is Jinja, which runs
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from torchtune import utils
 
-from qst_tune.data import hf_chat_tokenizer
+from qst_tune.config.file import PlainConfig
+from qst_tune.data import HFChatTokenizer, hf_chat_tokenizer
 from qst_tune.data.chat.template_source import template_names
 from qst_tune.errors import UserError, first_line
 from qst_tune.results.description import MAX_BYTES
@@ -80,13 +80,13 @@ def tuned_template(directory: Path, backbone: Path) -> TunedTemplate | None:
     return TunedTemplate(source, tokenizer.stop_tokens)
 
 
-def described_tokenizer(side_network: str, checkpoint_dir: str) -> Any:
+def described_tokenizer(side_network: str, checkpoint_dir: str) -> HFChatTokenizer:
     """Build the tokenizer of a backbone's directory, with the chat template of a side network's."""
     found = tuned_template(Path(side_network), Path(checkpoint_dir))
     return hf_chat_tokenizer(checkpoint_dir, chat_template=found.source if found else None)
 
 
-def read_config(directory: Path) -> dict[str, Any]:
+def read_config(directory: Path) -> PlainConfig:
     """Read the run's config as plain YAML, without ``${...}``; what cannot be read is empty."""
     path = directory / RECIPE_CONFIG
     try:
@@ -99,7 +99,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _block(directory: Path, name: str) -> dict[str, Any]:
+def _block(directory: Path, name: str) -> PlainConfig:
     block = read_config(directory).get(name)
     return block if isinstance(block, dict) else {}
 

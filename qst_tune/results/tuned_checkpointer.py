@@ -1,7 +1,6 @@
 """A backbone and its side network as one checkpoint, for torchtune's own recipes."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torchtune import training
@@ -34,14 +33,14 @@ class TunedCheckpointer:
         checkpoint_dir: str,
         *,
         base_checkpointer: str = "torchtune.training.FullModelHFCheckpointer",
-        **settings: Any,
+        **settings: object,
     ) -> None:
         self.side_network = Path(side_network)
         self.checkpoint_dir = Path(checkpoint_dir)
         make = component_of(base_checkpointer)
         self._base = make(checkpoint_dir=checkpoint_dir, **settings)
 
-    def load_checkpoint(self) -> dict[str, Any]:
+    def load_checkpoint(self) -> dict[str, dict[str, torch.Tensor]]:
         """Read both, under torchtune's names below its ``MODEL_KEY``.
 
         UserError if they do not belong together, or one of them is missing or damaged.

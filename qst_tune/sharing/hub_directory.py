@@ -1,7 +1,7 @@
 """Prepares a side network's directory for a model hub: no local paths, a full model card."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +12,7 @@ from huggingface_hub import ModelCardData
 
 from qst_tune.atomic_files import write_directory
 from qst_tune.backbone.identity import BackboneId
+from qst_tune.config.file import PlainConfig
 from qst_tune.config.model_directory import changed_texts
 from qst_tune.config.record import without_secrets
 from qst_tune.errors import UserError
@@ -91,7 +92,7 @@ def _public_name(backbone: BackboneId, base_model: str) -> str:
     return f"{base_model}@{backbone.revision}" if is_from_there else base_model
 
 
-def _without_paths(block: dict[str, Any], home: str, public: str) -> dict[str, Any]:
+def _without_paths(block: PlainConfig, home: str, public: str) -> PlainConfig:
     """Copy plain dicts, lists and values without local paths.
 
     ``home``, the backbone's directory here, becomes its ``public`` name; of other absolute paths
@@ -109,7 +110,7 @@ def _without_paths(block: dict[str, Any], home: str, public: str) -> dict[str, A
     return dict(changed_texts(block, portable))
 
 
-def _summary(directory: Path) -> dict[str, Any]:
+def _summary(directory: Path) -> PlainConfig:
     """What the run measured, if the directory is still where the run wrote it."""
     try:
         found = json.loads((directory.parent / "summary.json").read_text())
@@ -120,10 +121,10 @@ def _summary(directory: Path) -> dict[str, Any]:
 
 def model_card(
     description: Description,
-    config: Mapping[str, Any],
+    config: PlainConfig,
     publication: Publication,
     *,
-    summary: Mapping[str, Any],
+    summary: PlainConfig,
 ) -> str:
     """Write the card: what it is, how to use it, how it was made and the results.
 
@@ -193,7 +194,7 @@ on the data above and on nothing else. The figures are of the run; nothing more 
 """
 
 
-def _training(config: Mapping[str, Any], publication: Publication) -> dict[str, object]:
+def _training(config: PlainConfig, publication: Publication) -> dict[str, object]:
     optimizer = config.get("optimizer") or {}
     plain = ("epochs", "batch_size", "gradient_accumulation_steps", "seed", "dtype")
     found = {
@@ -213,7 +214,7 @@ def _data_files(block: Any) -> Iterator[str]:
             yield str(name)
 
 
-def _measured(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _measured(summary: PlainConfig) -> Iterator[tuple[str, str]]:
     """The run's single figures; curves are in its own summary."""
     memory = summary.get("memory_gib") or {}
     figures = {

@@ -29,7 +29,7 @@ class QSTConfig(PretrainedConfig):
     backbone: str = ""
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **settings: Any) -> Any:
+    def from_dict(cls, config_dict: dict[str, Any], **settings: object) -> Any:
         """Make a configuration of the content of ``config.json``, which may be anyone's.
 
         UserError for a number of classes that no classifier has: a name is made for each.

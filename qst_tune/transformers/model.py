@@ -64,7 +64,7 @@ class QSTForCausalLM(QSTPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         skip_logits: bool | None = None,
-        **unsupported: Any,
+        **unsupported: object,
     ) -> CausalLMOutputWithPast:
         """Compute fp32 logits, or a loss in nats a token, as a model of transformers.
 
@@ -99,7 +99,7 @@ class QSTForCausalLM(QSTPreTrainedModel, GenerationMixin):
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
-        **unsupported: Any,
+        **unsupported: object,
     ) -> BaseModelOutputWithPast:
         """Compute the input of the LM head; arguments as :meth:`forward`."""
         if past_key_values is None and use_cache:
@@ -147,7 +147,7 @@ class QSTForSequenceClassification(QSTPreTrainedModel):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        **unsupported: Any,
+        **unsupported: object,
     ) -> SequenceClassifierOutputWithPast:
         """Compute the fp32 logits ``[B, C]`` of whole sequences ``[B, T]``, and a loss with labels.
 
@@ -173,7 +173,7 @@ def get_qst_model(
     config: SideConfig | None = None,
     *,
     quantize: BaseQuantization = "none",
-) -> Any:
+) -> QSTForCausalLM | QSTForSequenceClassification:
     """Put a side network over a model of transformers; only that trains.
 
     ``model`` is a loaded causal language model or sequence classifier, dense or quantised by
@@ -191,7 +191,7 @@ def get_qst_model(
     decoder, provenance = side_over(model, config or SideConfig(), quantize)
     known = QSTConfig(backbone=provenance.backbone_path)
     known.name_or_path = model.name_or_path
-    tuned: QSTPreTrainedModel
+    tuned: QSTForCausalLM | QSTForSequenceClassification
     if isinstance(decoder, QSTClassifier):
         known.id2label = model.config.id2label
         known.problem_type = model.config.problem_type
@@ -199,4 +199,5 @@ def get_qst_model(
     else:
         tuned = QSTForCausalLM(known, decoder, provenance)
         tuned.generation_config = copy.deepcopy(model.generation_config)
-    return tuned.eval()  # type: ignore[no-untyped-call]  # as transformers decorates it
+    tuned.eval()  # type: ignore[no-untyped-call]  # as transformers decorates it
+    return tuned

@@ -20,6 +20,7 @@ from qst_tune.backbone.loading import backbone_on_meta, check_head, directory_fo
 from qst_tune.backbone.text_model import score_of
 from qst_tune.backbone.transformers import TransformersBackbone
 from qst_tune.backbone.transformers_models import QSTTransformer
+from qst_tune.config.file import PlainConfig
 from qst_tune.errors import UserError
 from qst_tune.models.qst import qst_decoder
 from qst_tune.modules.backbone_formats import BaseQuantization
@@ -90,7 +91,7 @@ def load_over(directory: Path, model: PreTrainedModel) -> tuple[QSTTransformer, 
     return decoder, provenance
 
 
-def _classifier(decoder: QSTTransformer, score: Any) -> QSTClassifier:
+def _classifier(decoder: QSTTransformer, score: object) -> QSTClassifier:
     """The model's own head continues to train, in fp32, as a part of the side network."""
     if getattr(score, "bias", None) is not None or not isinstance(score, nn.Linear):
         raise UserError(f"a head like {score} is not supported: it must be linear, without bias")
@@ -100,7 +101,7 @@ def _classifier(decoder: QSTTransformer, score: Any) -> QSTClassifier:
     return model
 
 
-def _check(model: PreTrainedModel, method: Any, quantize: BaseQuantization) -> None:
+def _check(model: PreTrainedModel, method: object, quantize: BaseQuantization) -> None:
     devices = set(map(str, (getattr(model, "hf_device_map", None) or {}).values()))
     if len(devices) > 1:
         raise UserError(f"the model is on {', '.join(sorted(devices))}: load it onto one device")
@@ -180,7 +181,7 @@ def _name(model: PreTrainedModel) -> str:
     return str(model.name_or_path or "")
 
 
-def _recipe_config(block: dict[str, Any]) -> str:
+def _recipe_config(block: PlainConfig) -> str:
     """What recipes need to load the directory."""
     place = block["checkpoint_dir"]
     config = {

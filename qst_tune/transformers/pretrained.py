@@ -159,7 +159,7 @@ class QSTPreTrainedModel(PreTrainedModel):
         save_directory: str | Path,
         *,
         is_main_process: bool = True,
-        **settings: Any,
+        **settings: object,
     ) -> None:
         """Write the side network, as the recipes do; other files of the directory stay.
 
@@ -200,7 +200,7 @@ class QSTPreTrainedModel(PreTrainedModel):
             return push_directory(shared, repo_id, private=private)
 
     def state_dict(
-        self, *, destination: Any = None, prefix: str = "", keep_vars: bool = False
+        self, *, destination: object = None, prefix: str = "", keep_vars: bool = False
     ) -> Any:
         """Return the trainable tensors alone: the frozen ones are never saved."""
         return self.model.side.state_dict(
@@ -215,7 +215,7 @@ class QSTPreTrainedModel(PreTrainedModel):
         own = {name.removeprefix(_SIDE): value for name, value in state_dict.items()}
         return self.model.side.load_state_dict(own, assign=assign)
 
-    def gradient_checkpointing_enable(self, *_: Any, **__: Any) -> None:
+    def gradient_checkpointing_enable(self, *_: object, **__: object) -> None:
         """Recompute the side network in backward; the backbone keeps nothing in any case."""
         self.model.side.recompute = True
 
@@ -266,7 +266,7 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     return dtype
 
 
-def _device(device_map: Any) -> torch.device:
+def _device(device_map: dict[str, Any] | str | torch.device | None) -> torch.device:
     if isinstance(device_map, dict):
         devices = set(map(str, device_map.values()))
         if len(devices) != 1:
@@ -277,7 +277,7 @@ def _device(device_map: Any) -> torch.device:
     return torch.device("cpu" if device_map is None else device_map)
 
 
-def _generation_config(backbone: Any, template: TunedTemplate | None) -> GenerationConfig:
+def _generation_config(backbone: Path, template: TunedTemplate | None) -> GenerationConfig:
     """The backbone's, with the tokens that end an answer of the run's chat template."""
     try:
         config = GenerationConfig.from_pretrained(backbone)

@@ -14,6 +14,7 @@ from typing import Any
 
 import transformers
 from huggingface_hub import constants
+from transformers import GenerationConfig, PreTrainedModel
 
 from qst_tune.transformers import QSTForCausalLM
 
@@ -45,7 +46,7 @@ def _host_of(arguments: list[str]) -> str:
     return "localhost"
 
 
-def fit_context(model: Any, inputs: Any, generation: Any) -> None:
+def fit_context(model: PreTrainedModel, inputs: Any, generation: GenerationConfig) -> None:
     """Let an answer end with the model's context, for the reason "length".
 
     Raises HTTPException with status 400 if the prompt leaves no room.
@@ -67,7 +68,12 @@ def fit_context(model: Any, inputs: Any, generation: Any) -> None:
 
 def _within_context(generate: Callable[..., Any]) -> Callable[..., Any]:
     def fitted(
-        self: Any, model: Any, processor: Any, inputs: Any, gen_config: Any, **options: Any
+        self: object,
+        model: PreTrainedModel,
+        processor: object,
+        inputs: Any,
+        gen_config: GenerationConfig,
+        **options: object,
     ) -> Any:
         fit_context(model, inputs, gen_config)
         return generate(self, model, processor, inputs, gen_config, **options)
@@ -88,7 +94,7 @@ def _list_of_models(cached: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _guarded(build: Callable[..., Any], is_local: bool) -> Callable[..., Any]:
-    def build_server(model_manager: Any, *arguments: Any, **options: Any) -> Any:
+    def build_server(model_manager: object, *arguments: object, **options: object) -> Any:
         app = build(model_manager, *arguments, **options)
         guard(app, model_manager, is_local=is_local)
         return app
@@ -104,7 +110,7 @@ def guard(app: Any, model_manager: Any, *, is_local: bool) -> None:
     from jinja2 import TemplateError
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    async def refuse(_: Any, error: Exception) -> JSONResponse:
+    async def refuse(_: object, error: Exception) -> JSONResponse:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         return JSONResponse({"error": f"the request cannot be answered: {reason}"}, status_code=400)
 

@@ -1,6 +1,6 @@
 """Rows of a dataset: bad ones are named, and some can be split off for validation."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from torch.utils.data import Subset
 from torchtune.data import OpenAIToMessages, ShareGPTToMessages
 from torchtune.datasets import SFTDataset
 
+from qst_tune.data.batches.loader import MapDataset
 from qst_tune.data.values import JsonObject, quoted
 from qst_tune.errors import UserError
 from qst_tune.modules.model_limits import ModelLimits, lengths_of
@@ -27,7 +28,7 @@ class CheckedRows:
     """
 
     def __init__(
-        self, rows: Any, *, name: str, source: str, limits: ModelLimits | None = None
+        self, rows: MapDataset, *, name: str, source: str, limits: ModelLimits | None = None
     ) -> None:
         self.rows = rows
         self.name = name
@@ -53,7 +54,7 @@ class CheckedRows:
             raise UserError(f"{self.name}: {self.place(index)} cannot be used: {problem}")
         return row
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[JsonObject]:
         return (self[index] for index in range(len(self)))
 
     def place(self, index: int) -> str:
@@ -76,7 +77,7 @@ def hold_out(rows: Any, fraction: float, seed: int) -> tuple[Subset[Any], Subset
     return Subset(rows, parts[0]), Subset(rows, parts[1])
 
 
-def row_numbers(rows: Any, indices: Sequence[int]) -> list[int]:
+def row_numbers(rows: object, indices: Sequence[int]) -> list[int]:
     """Return the numbers that rows of a part have in the whole dataset, for a user to look up."""
     if isinstance(rows, Subset):
         return row_numbers(rows.dataset, [rows.indices[i] for i in indices])
@@ -96,7 +97,7 @@ def _line_of_row(path: Path, index: int, num_rows: int) -> int | None:
 # What torchtune's own datasets misread silently, or refuse without the cause.
 
 
-def check_chat_row(dataset: Any, index: int) -> None:
+def check_chat_row(dataset: object, index: int) -> None:
     """Refuse a conversation that torchtune 0.6.1's chat datasets would not learn as it is.
 
     Of a message without content, a tool call, its OpenAIToMessages keeps the content of the message
@@ -112,7 +113,7 @@ def check_chat_row(dataset: Any, index: int) -> None:
         _check(rows[index], source_column(transform, "conversations"), _sharegpt_problem)
 
 
-def _check(row: JsonObject, column: str, problem_of: Any) -> None:
+def _check(row: JsonObject, column: str, problem_of: Callable[[JsonObject], str | None]) -> None:
     messages = row.get(column)
     for number, message in enumerate(messages if isinstance(messages, list) else []):
         problem = problem_of(message) if isinstance(message, Mapping) else None

@@ -64,7 +64,7 @@ def build_collate(limits: ModelLimits, component: str = DEFAULT_COLLATE) -> Coll
     return partial(_collate_and_pad, collate=collate, fill=fill, max_seq_len=limits.max_seq_len)
 
 
-def _takes(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+def _takes(function: Callable[..., Any], *args: object, **kwargs: object) -> bool:
     try:
         inspect.signature(function).bind(*args, **kwargs)
     except TypeError:

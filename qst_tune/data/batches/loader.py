@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader
@@ -15,6 +15,14 @@ _WORKER_ERROR = f"{UserError.__module__}.{UserError.__qualname__}"
 
 Batch = dict[str, torch.Tensor]
 Collate = Callable[[list[Any]], Batch]
+
+
+class MapDataset(Protocol):
+    """Rows by number, as lists and torch's map-style datasets have them."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 class BatchLoader:
@@ -32,7 +40,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        dataset: Any,
+        dataset: MapDataset,
         collate: Collate,
         *,
         batch_size: int,
@@ -76,8 +84,9 @@ class BatchLoader:
 
     def batches(self, epoch: int = 0, *, start: int = 0) -> Iterator[Batch]:
         """Read the batches of an epoch from the batch ``start`` on, on the CPU."""
-        loader = DataLoader(
-            self.dataset,
+        dataset: Any = self.dataset  # torch asks for its own class, and takes any of this kind
+        loader: DataLoader[Any] = DataLoader(
+            dataset,
             batch_sampler=self.rows(epoch)[start:],
             collate_fn=self.collate,
             num_workers=self.num_workers,

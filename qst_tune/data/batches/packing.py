@@ -18,6 +18,7 @@ from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.datasets import PackedDataset
 from torchtune.modules.transforms.tokenizers import ModelTokenizer
 
+from qst_tune.data.batches.loader import MapDataset
 from qst_tune.errors import UserError
 from qst_tune.modules.model_limits import ModelLimits
 from qst_tune.torchtune_compat import component_of
@@ -32,7 +33,7 @@ class Packing:
     block: DictConfig
     split_across_pack: bool
 
-    def apply(self, rows: Any, tokenizer: ModelTokenizer, name: str) -> "AlignedPacks":
+    def apply(self, rows: MapDataset, tokenizer: ModelTokenizer, name: str) -> "AlignedPacks":
         """Pack checked rows to the tokenizer's ``max_seq_len``; ``name`` is the config's key.
 
         UserError if there is no length, the rows are no texts, or for a bad row.
@@ -74,7 +75,7 @@ def split_off_packing(block: DictConfig) -> Packing | None:
     return Packing(unpacked, bool(split))
 
 
-def is_packed(dataset: Any) -> bool:
+def is_packed(dataset: object) -> bool:
     """Report whether the items of a map-style dataset are packs of several rows."""
     if isinstance(dataset, Subset):
         return is_packed(dataset.dataset)
@@ -102,7 +103,7 @@ def align_packs(packs: Any, name: str, limits: ModelLimits | None = None) -> "Al
 
 
 def _pack(
-    rows: Any, name: str, limits: ModelLimits | None = None, **settings: Any
+    rows: MapDataset, name: str, limits: ModelLimits | None = None, **settings: object
 ) -> "AlignedPacks":
     packs = PackedDataset(_AlignedRows(rows), **settings)
     return AlignedPacks(packs, name, limits, is_aligned=True)
@@ -111,14 +112,14 @@ def _pack(
 class _AlignedRows:
     """Rows whose labels are aligned, in the order in which they are read."""
 
-    def __init__(self, rows: Any) -> None:
+    def __init__(self, rows: MapDataset) -> None:
         self.rows = rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __iter__(self) -> Iterator[dict[str, list[int]]]:
-        for row in self.rows:
+        for row in (self.rows[index] for index in range(len(self.rows))):
             labels = [*row["labels"][1:], CROSS_ENTROPY_IGNORE_IDX]
             yield {"tokens": list(row["tokens"]), "labels": labels}
 
@@ -129,7 +130,7 @@ class AlignedPacks:
     packed = True
 
     def __init__(
-        self, packs: Any, name: str, limits: ModelLimits | None = None, *, is_aligned: bool
+        self, packs: MapDataset, name: str, limits: ModelLimits | None = None, *, is_aligned: bool
     ) -> None:
         self.packs = packs
         self.name = name

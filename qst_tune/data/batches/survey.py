@@ -233,7 +233,7 @@ def _num_learnt(labels: Any) -> int:
     return learnt
 
 
-def _add_to_digest(digest: Any, row: Row) -> None:
+def _add_to_digest(digest: "hashlib._Hash", row: Row) -> None:
     for key in sorted(row):
         value = row[key].tolist() if hasattr(row[key], "tolist") else row[key]
         digest.update(key.encode())
@@ -243,7 +243,7 @@ def _add_to_digest(digest: Any, row: Row) -> None:
             digest.update(repr(value).encode())
 
 
-def _compact(value: Any) -> Any:
+def _compact(value: object) -> Any:
     if isinstance(value, int | float):
         return value
     if not isinstance(value, list):

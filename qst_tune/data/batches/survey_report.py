@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Iterable
 from itertools import groupby
-from typing import Any
 
 from torchtune.data import CROSS_ENTROPY_IGNORE_IDX
 from torchtune.modules.transforms.tokenizers import ModelTokenizer
@@ -69,7 +68,7 @@ def _first_row(survey: Survey, tokenizer: ModelTokenizer) -> Iterable[str]:
         yield from (f"    {line}" for line in _marked(survey.first[tokens], label, tokenizer))
 
 
-def _marked(tokens: list[int], labels: Any, tokenizer: ModelTokenizer) -> list[str]:
+def _marked(tokens: list[int], labels: object, tokenizer: ModelTokenizer) -> list[str]:
     values = labels if isinstance(labels, list) else [CROSS_ENTROPY_IGNORE_IDX] * len(tokens)
     is_learnt = [label != CROSS_ENTROPY_IGNORE_IDX for label in values]
     text = ""

@@ -117,7 +117,7 @@ def check_rows(data: TrainingData, key: str) -> None:
             raise UserError(f"{survey.name}: {survey.description}: {_REASONS[key]}")
 
 
-def _label_warnings(name: str, surveys: Sequence[Survey], rows: Any) -> list[str]:
+def _label_warnings(name: str, surveys: Sequence[Survey], rows: object) -> list[str]:
     """Warnings if some rows have nothing to learn; packs are judged by all of their rows."""
     if rows is None or not surveys:  # no such rows, or packs of the user's own code
         return []
@@ -125,6 +125,6 @@ def _label_warnings(name: str, surveys: Sequence[Survey], rows: Any) -> list[str
     return [f"warning: {warning}" for warning in check_labels(name, surveys, part)]
 
 
-def collate_of(rows: Any, collate: Collate) -> Collate:
+def collate_of(rows: object, collate: Collate) -> Collate:
     """Choose the collate function of a dataset: torchtune's own for packs."""
     return padded_collate_packed if is_packed(rows) else collate

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qst_tune.data.chat.messages import Message
 from qst_tune.data.values import JsonObject
 
 _PLANE_SIZE = 0xFFFD
@@ -75,7 +76,7 @@ class Marker:
         self.marks_starts = wrap in (_around, _start_only)
         self._base = free[0] if free else 0
 
-    def mark(self, messages: Sequence[JsonObject]) -> list[dict[str, Any]]:
+    def mark(self, messages: Sequence[JsonObject]) -> list[Message]:
         """Return copies of the messages with marks in contents, thoughts and tool calls."""
         return [self._mark_message(i, message) for i, message in enumerate(messages)]
 
@@ -106,7 +107,7 @@ class Marker:
     def _character(self, owner: int, *, in_call: bool = False) -> str:
         return chr(self._base + 2 * owner + in_call)
 
-    def _mark_message(self, index: int, message: JsonObject) -> dict[str, Any]:
+    def _mark_message(self, index: int, message: JsonObject) -> Message:
         marked = dict(message)
         if self._answers_only and message["role"] != "assistant":
             return marked
@@ -118,13 +119,13 @@ class Marker:
             marked["tool_calls"] = [self._mark_call(call, mark) for call in marked["tool_calls"]]
         return marked
 
-    def _mark_call(self, call: JsonObject, mark: str) -> dict[str, Any]:
+    def _mark_call(self, call: JsonObject, mark: str) -> Message:
         function = call["function"]
         name = self._wrap(function["name"], mark)
         arguments = self._mark_value(function["arguments"], mark)
         return {**call, "function": {**function, "name": name, "arguments": arguments}}
 
-    def _mark_value(self, value: Any, mark: str) -> Any:
+    def _mark_value(self, value: object, mark: str) -> Any:
         if isinstance(value, str):
             return self._wrap(value, mark)
         if isinstance(value, Mapping):
@@ -133,7 +134,7 @@ class Marker:
             return [self._mark_value(item, mark) for item in value]
         return value
 
-    def _mark_tool(self, tool: JsonObject, mark: str) -> dict[str, Any]:
+    def _mark_tool(self, tool: JsonObject, mark: str) -> Message:
         # OpenAI's form has the function in a dict of its own; some templates take its keys alone.
         if isinstance(tool.get("function"), Mapping):
             return {**tool, "function": self._mark_tool(tool["function"], mark)}

@@ -107,7 +107,7 @@ def call_variants(messages: Sequence[JsonObject]) -> Iterator[list[Message]]:
                 yield [_variant(m, as_text=as_text, content=empty) for m in messages]
 
 
-def _variant(message: JsonObject, *, as_text: bool, **filled: Any) -> Message:
+def _variant(message: JsonObject, *, as_text: bool, **filled: object) -> Message:
     calls = message.get("tool_calls")
     if not calls:
         return dict(message)

@@ -9,7 +9,7 @@ from torchtune import utils
 from qst_tune.data.chat.template import special_pattern
 from qst_tune.data.chat.template_source import directory_template, given_template
 from qst_tune.data.chat.tokenizer import HFChatTokenizer, special_ids
-from qst_tune.data.values import quoted
+from qst_tune.data.values import JsonObject, quoted
 from qst_tune.errors import UserError
 from qst_tune.json_files import read_json
 
@@ -132,7 +132,7 @@ def _load(directory: Path) -> Any:
     return loaded
 
 
-def _report_conflicts(directory: Path, config: dict[str, Any], loaded: Any) -> None:
+def _report_conflicts(directory: Path, config: JsonObject, loaded: Any) -> None:
     """Warn of special tokens that the directory's files give in two ways."""
     if "added_tokens_decoder" not in config:
         for name, token in read_json(directory / "special_tokens_map.json", optional=True).items():
@@ -151,6 +151,6 @@ def _report_conflicts(directory: Path, config: dict[str, Any], loaded: Any) -> N
             )
 
 
-def _content(token: Any) -> Any:
+def _content(token: object) -> object:
     """A token is a string, or a dict with its content and stripping rules."""
     return token["content"] if isinstance(token, dict) else token

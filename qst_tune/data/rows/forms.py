@@ -149,7 +149,7 @@ def _column(row: Row, column: str) -> str:
     return text_of(row[column], f"column {column!r}")
 
 
-def _turn(prompt: str, answer: str, tools: Any = None) -> Conversation:
+def _turn(prompt: str, answer: str, tools: object = None) -> Conversation:
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     return Conversation(messages, [False, True], read_tools(tools))
 
@@ -180,7 +180,7 @@ def _joined(row: Row, answer: str) -> Conversation:
     return Conversation([*before.messages, *after.messages], learnt, tools)
 
 
-def _as_conversation(value: Any, column: str, role: str) -> Conversation:
+def _as_conversation(value: object, column: str, role: str) -> Conversation:
     if isinstance(value, str):
         return Conversation([{"role": role, "content": value}], [role == "assistant"])
     if not isinstance(value, list):

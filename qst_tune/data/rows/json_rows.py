@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from qst_tune.data.rows.forms import FORMS
-from qst_tune.data.values import kind_of, names_of, quoted
+from qst_tune.data.values import JsonObject, kind_of, names_of, quoted
 from qst_tune.errors import UserError
 
 _BOM = b"\xef\xbb\xbf"
@@ -98,7 +98,7 @@ class JsonLines:
     def __len__(self) -> int:
         return len(self._starts)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> JsonObject:
         return as_row(parse(decode(self.line(index)).rstrip()))
 
     def line(self, index: int) -> bytes:
@@ -120,7 +120,7 @@ class JsonList:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> JsonObject:
         return as_row(self.rows[index])
 
     def place(self, index: int) -> str:
@@ -154,7 +154,7 @@ def parse(text: str) -> Any:
         raise UserError(str(error)) from error
 
 
-def as_row(value: Any) -> dict[str, Any]:
+def as_row(value: object) -> JsonObject:
     """Return a value that must be an object of columns."""
     if not isinstance(value, dict):
         raise UserError(f'it is {kind_of(value)}, not an object of columns: {{"text": "..."}}')
@@ -212,7 +212,7 @@ def _document(line: bytes) -> Any:
         return None
 
 
-def _rows_of(document: Any, path: Path) -> list[Any]:
+def _rows_of(document: object, path: Path) -> list[Any]:
     """The list of rows that a document is or contains, or a document as the only row."""
     if isinstance(document, list):
         return document
@@ -227,7 +227,7 @@ def _rows_of(document: Any, path: Path) -> list[Any]:
     return next(iter(lists.values()), [document])
 
 
-def _is_list_of_rows(value: Any) -> bool:
+def _is_list_of_rows(value: object) -> bool:
     if not isinstance(value, list) or not value or not all(isinstance(v, dict) for v in value):
         return False
     return not any(keys <= value[0].keys() for keys in _MESSAGE_KEYS)
@@ -245,7 +245,7 @@ def _loads(text: str) -> Any:
     return value
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: object) -> bool:
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except (UnicodeEncodeError, RecursionError):
@@ -253,7 +253,7 @@ def _is_text(value: Any) -> bool:
     return True
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, object]]) -> JsonObject:
     result = dict(pairs)
     if len(result) < len(pairs):
         ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)

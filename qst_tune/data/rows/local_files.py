@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from glob import glob
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from datasets import ReadInstruction, load_dataset
 
@@ -75,7 +75,7 @@ class LocalRows:
 class HubRows:
     """Rows of one split of a map-style dataset of the hub."""
 
-    def __init__(self, rows: Any, name: str) -> None:
+    def __init__(self, rows: Sequence[JsonObject], name: str) -> None:
         self.rows = rows
         self.name = name
 
@@ -113,7 +113,7 @@ def read_local_files(
     return LocalRows(files, _select(split, number))
 
 
-def read_hub(source: str, split: str, **settings: Any) -> HubRows:
+def read_hub(source: str, split: str, **settings: object) -> HubRows:
     """Load a split, or a part of one, of a dataset such as ``yahma/alpaca-cleaned``.
 
     ``settings`` are further arguments of ``datasets.load_dataset``; None is left out. A dataset

@@ -3,13 +3,12 @@
 import csv
 import io
 from pathlib import Path
-from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 
 from qst_tune.data.rows.json_rows import FileText, decode
-from qst_tune.data.values import names_of, quoted
+from qst_tune.data.values import JsonObject, names_of, quoted
 from qst_tune.errors import UserError
 
 csv.field_size_limit(2**31 - 1)  # 131,072 characters by default: long documents are longer
@@ -60,7 +59,7 @@ class ParquetRows:
     def __len__(self) -> int:
         return int(self._table.num_rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> JsonObject:
         (row,) = self._table.slice(index, 1).to_pylist()
         return dict(row)
 
