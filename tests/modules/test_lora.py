@@ -210,7 +210,7 @@ def test_the_reference_of_preference_learning_has_its_own_lora(k):
     assert not reference.requires_grad
 
 
-@pytest.mark.parametrize("blocks", [0, 3])
+@pytest.mark.parametrize("blocks", [0, 3, 6])  # 6 also read the state below LoRA
 @pytest.mark.parametrize("k", [1, 3])
 def test_kept_states_give_the_same_bits(k, blocks, tmp_path):
     model, tokens = dial(k, num_side_blocks=blocks), random_tokens()

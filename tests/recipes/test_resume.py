@@ -86,9 +86,17 @@ def test_any_number_of_workers_gives_the_same_bits(
     assert_identical(finetune(nine_steps, tmp_path / "workers", *SETTINGS, "num_workers=2"), whole)
 
 
-def test_kill_at_a_random_moment_loses_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(
+            name, marks=() if name == "LoRA and dropout, accumulated" else pytest.mark.slow
+        )
+        for name in kill_resume.VARIANTS
+    ],
+)
+def test_kill_at_a_random_moment_loses_nothing(variant: str, tmp_path: Path) -> None:
     """Two of the fifty kills of kill_resume.py."""
-    variant = "shuffled rows, accumulated"
     duration = kill_resume.uninterrupted(tmp_path, variant, tmp_path / "whole")
     expected = kill_resume.outcome(tmp_path / "whole")
     for moment in ({"seconds": duration / 2}, {"write": 57}):

@@ -42,9 +42,16 @@ SETTINGS = [
 ]
 # A run has 15 checkpoints or more, each of ten flushes and a rename.
 NUM_WRITES = 150
+DIAL = ["model.lora_layers=1", "model.lora_rank=4", "model.lora_dropout=0.2", "model.dropout=0.1"]
 VARIANTS = {
     "shuffled rows, accumulated": ["gradient_accumulation_steps=2"],
     "packed rows, split for validation": ["dataset.packed=True", "~val", "val_fraction=0.25"],
+    "LoRA and dropout, accumulated": [
+        *DIAL,
+        "gradient_accumulation_steps=2",
+        "enable_activation_checkpointing=True",
+    ],
+    "LoRA and dropout, packed rows": [*DIAL, "dataset.packed=True", "~val", "val_fraction=0.25"],
 }
 
 
