@@ -1,4 +1,4 @@
-"""LoRA in the last layers through ``qst_finetune``: kept states, resuming, bf16 and what is refused."""
+"""LoRA in the last layers through ``qst_finetune``: kept states, resuming, bf16, refusals."""
 
 from pathlib import Path
 from typing import Any
