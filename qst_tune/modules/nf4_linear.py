@@ -91,7 +91,7 @@ class NF4Linear(nn.Linear):
         else:
             y = _without_gradient(input, weight)
         if self.repair is not None:
-            y = y + self.repair(input)
+            y = self.repair(input, y)
         return y if self.bias is None else y + self.bias
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -147,15 +147,13 @@ class PEQALinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map ``[..., I]`` to ``[..., O]`` in the dtype of ``x``."""
-        repaired = None if self.repair is None else self.repair(x)
-        if self.input_order is not None:
-            x = x.index_select(-1, self.input_order)
+        ordered = x if self.input_order is None else x.index_select(-1, self.input_order)
         own = (self.codes, self.weight_scale, self.zero_point, self.layout)
-        y: torch.Tensor | None = affine_product(x, *own)
+        y: torch.Tensor | None = affine_product(ordered, *own)
         if y is None:
-            y = self._product_with_decoded(x)
-        if repaired is not None:
-            y = y + repaired
+            y = self._product_with_decoded(ordered)
+        if self.repair is not None:
+            y = self.repair(x, y)
         return y if self.bias is None else y + self.bias
 
     def _product_with_decoded(self, x: torch.Tensor) -> torch.Tensor:

@@ -26,9 +26,18 @@ class Repair(nn.Module):
         """Rows of R."""
         return len(self.right)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map ``[..., I]`` to ``[..., O]`` in the dtype of ``x``."""
-        return F.linear(F.linear(x, self.right.to(x.dtype)), self.left.to(x.dtype))
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Add to ``y`` ``[..., O]`` what it lacks of the product with ``x`` ``[..., I]``.
+
+        Without gradient it is added in place: the pass over a frozen backbone takes no memory more
+        than ``[..., r]``, and one addition less.
+        """
+        h_Nr = F.linear(x, self.right.to(x.dtype)).view(-1, self.rank).to(y.dtype)
+        y_NO, left = y.view(-1, y.shape[-1]), self.left.to(y.dtype)
+        if torch.is_grad_enabled():
+            return torch.addmm(y_NO, h_Nr, left.T).view_as(y)
+        torch.addmm(y_NO, h_Nr, left.T, out=y_NO)
+        return y
 
     def added_to(self, weight: torch.Tensor) -> torch.Tensor:
         """Add the product to a decoded weight, ``[O, I]``, in fp32; keep its dtype."""

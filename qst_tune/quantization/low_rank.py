@@ -10,7 +10,8 @@ import torch
 ROUNDS = 8
 OVERSAMPLING = 32
 _SEED = 0
-# Of the mean square of an input: the least that a channel counts for.
+# Of the median's mean square: the least that a channel counts for. Not of the mean's: a few
+# channels of large models are thousands of times as large as the others.
 _FLOOR = 1e-4
 
 
@@ -42,9 +43,10 @@ def repair_factors(error: torch.Tensor, mean_square: torch.Tensor, rank: int) ->
 
 
 def input_scale(mean_square: torch.Tensor) -> torch.Tensor:
-    """The diagonal of S, ``[I]``; of inputs that are all zero, ones."""
-    mean = mean_square.mean()
-    return (mean_square / mean).clamp(min=_FLOOR).sqrt() if mean > 0 else mean_square + 1
+    """The diagonal of S, ``[I]``, up to a factor; of inputs that are all zero, ones."""
+    usual = mean_square.median()
+    usual = usual if usual > 0 else mean_square.mean()  # where a ReLU silences most channels
+    return (mean_square / usual).clamp(min=_FLOOR).sqrt() if usual > 0 else mean_square + 1
 
 
 def low_rank(matrix: torch.Tensor, rank: int) -> Factors:

@@ -85,6 +85,31 @@ def test_its_factors_are_plain_parts_and_frozen(form: BaseQuantization) -> None:
     assert not any(p.requires_grad for p in layer.repair.parameters())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("dtype", CLOSE)
+def test_without_gradient_it_computes_the_same_bits_in_no_more_memory(
+    form: BaseQuantization, dtype: torch.dtype
+) -> None:
+    layer, x = repaired(form, dtype, bias=False), torch.randn(2, 70, 96).to(dtype)
+    y = layer(x)
+    with torch.enable_grad():
+        assert torch.equal(layer(x), y)
+    before = y.clone()
+    assert layer.repair(x, y) is y
+    assert not torch.equal(y, before)
+
+
+def test_under_autocast_the_outputs_dtype_is_autocasts() -> None:
+    layer, x = repaired("nf4", bias=False), torch.randn(3, 96)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+        with torch.no_grad():
+            assert torch.equal(layer(x), y)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), layer(x), rtol=5e-2, atol=0.2)
+
+
 def test_another_dtype_of_the_input_decides_the_output() -> None:
     layer = repaired("nf4", torch.bfloat16)
     assert layer(torch.randn(3, 96)).dtype == torch.float32

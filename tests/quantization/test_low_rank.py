@@ -58,6 +58,15 @@ def test_a_silent_channel_is_neither_divided_by_zero_nor_lost() -> None:
     left, right = repair_factors(random(24, 40), mean_square, 24)
     torch.testing.assert_close(left @ right, random(24, 40), rtol=0, atol=1e-3)
     assert torch.equal(input_scale(torch.zeros(3)), torch.ones(3))
+    assert torch.equal(
+        input_scale(torch.tensor([0.0, 0.0, 3.0])), torch.tensor([0.01, 0.01, 3**0.5])
+    )
+
+
+def test_one_channel_of_huge_inputs_does_not_make_the_others_count_alike() -> None:
+    mean_square = torch.tensor([1.0, 4.0, 0.25, 1e8, 1.0])
+    expected = torch.tensor([1.0, 2.0, 0.5, 1e4, 1.0])
+    torch.testing.assert_close(input_scale(mean_square), expected)
 
 
 def test_the_same_matrix_gives_the_same_bits_whatever_was_drawn_before() -> None:
