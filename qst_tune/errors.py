@@ -2,14 +2,17 @@
 
 import difflib
 import errno
-from collections.abc import Iterable, Iterator
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from qst_tune.terminal import shown
+from qst_tune.terminal import print_errors, shown
 
 # Exit status of a recipe after a UserError.
 USER_ERROR_STATUS = 2
+TRACEBACK_VARIABLE = "QST_TUNE_TRACEBACK"
 
 
 class UserError(ValueError):
@@ -92,3 +95,22 @@ def environment_error(error: OSError) -> UserError | None:
         return None
     path = f" {str(error.filename)[:200]}" if error.filename else ""
     return UserError(f"cannot use{path or ' a file'}: {error.strerror}: {rules[error.errno]}")
+
+
+@contextmanager
+def one_line_errors(
+    lines_of: Callable[[UserError], list[str]] = lambda error: str(error).splitlines(),
+) -> Iterator[None]:
+    """Print a user's mistake of the block without a traceback, and exit with status 2.
+
+    So is what a disk or its permissions refuse, as a full disk while logging; any other exception
+    is a defect and keeps its traceback. ``QST_TUNE_TRACEBACK=1`` shows all of them.
+    """
+    try:
+        yield
+    except (UserError, OSError) as error:
+        known = error if isinstance(error, UserError) else environment_error(error)
+        if known is None or os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        print_errors(lines_of(known))
+        sys.exit(USER_ERROR_STATUS)

@@ -1,6 +1,5 @@
 """The outermost layer of a recipe: read the config, and turn a user's mistake into one line."""
 
-import os
 import sys
 import textwrap
 from collections.abc import Callable
@@ -11,15 +10,14 @@ from omegaconf import DictConfig
 from qst_tune.config.file import lines_of, parse_config, split_arguments
 from qst_tune.config.keys import NOUNS, Keys, RecipeConfig, keys_of
 from qst_tune.config.schema import TRAINING_KEYS, TrainingConfig
-from qst_tune.errors import USER_ERROR_STATUS, ConfigError, UserError, environment_error
-from qst_tune.terminal import hide_routine_lines, print_errors, safe_streams
+from qst_tune.errors import ConfigError, UserError, one_line_errors
+from qst_tune.terminal import hide_routine_lines, safe_streams
 
 WIDTH = 96
 _EPILOGUE = """\
 A value follows the config file's key: batch_size=8 tokenizer.max_seq_len=1024. ~key removes a key.
 `tune ls` lists the configs; `tune cp CONFIG FILE` copies one to change. Keys of a training config
 that are not listed are accepted and not read."""
-TRACEBACK_VARIABLE = "QST_TUNE_TRACEBACK"
 
 
 def run_recipe(
@@ -29,42 +27,26 @@ def run_recipe(
 ) -> None:
     """Run a recipe's main function on ``--config FILE key=value ...`` and exit.
 
-    A :class:`~qst_tune.errors.UserError` is printed without a traceback (``QST_TUNE_TRACEBACK=1``
-    shows it), with exit status 2; any other exception is a defect and keeps its own. ``--help``
-    prints the recipe's docstring ``doc`` and its keys.
+    A user's mistake is printed as :func:`~qst_tune.errors.one_line_errors` does. ``--help`` prints
+    the recipe's docstring ``doc`` and its keys.
     """
     hide_routine_lines()
     with safe_streams():
         if not {"-h", "--help"}.isdisjoint(sys.argv[1:]):
             sys.stdout.write(help_text(Path(sys.argv[0]).stem, doc or "", keys_of(schema)))
             sys.exit(0)
-        _run(recipe_main)
+        try:
+            with one_line_errors(_with_places):
+                recipe_main(parse_config(sys.argv[1:]))
+        except KeyboardInterrupt:
+            sys.exit(130)
 
 
-def _run(recipe_main: Callable[[DictConfig], None]) -> None:
-    try:
-        cfg = parse_config(sys.argv[1:])
-        recipe_main(cfg)
-    except UserError as error:
-        if os.environ.get(TRACEBACK_VARIABLE):
-            raise
-        print_errors(_with_places(error, sys.argv[1:]))
-        sys.exit(USER_ERROR_STATUS)
-    except OSError as error:  # a full disk while logging, a file that is closed to this user
-        line = environment_error(error)
-        if line is None or os.environ.get(TRACEBACK_VARIABLE):
-            raise
-        print_errors([str(line)])
-        sys.exit(USER_ERROR_STATUS)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def _with_places(error: UserError, arguments: list[str]) -> list[str]:
+def _with_places(error: UserError) -> list[str]:
     """The message's lines; each mistake of the config file with its line there."""
     if not isinstance(error, ConfigError):
         return str(error).splitlines()
-    path, overrides = split_arguments(arguments)
+    path, overrides = split_arguments(sys.argv[1:])
     places = lines_of(path)
     overridden = tuple(text.partition("=")[0] for text in overrides)
     lines = []

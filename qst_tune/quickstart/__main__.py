@@ -14,10 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from qst_tune.errors import USER_ERROR_STATUS, UserError
+from qst_tune.errors import one_line_errors
 from qst_tune.quickstart.python_docs import build_python_docs, demo_question
 from qst_tune.quickstart.smollm2 import default_cache_dir, fetch_smollm2
-from qst_tune.terminal import print_errors, safe_streams
+from qst_tune.terminal import safe_streams
 
 TRAIN_CONFIG = "smollm2/135M_qst"
 GENERATE_CONFIG = "smollm2/135M_qst_generate"
@@ -27,11 +27,7 @@ def main() -> int:
     """Prepare model and data, train, and show what changed; return the exit status."""
     arguments = _parse_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        fetch_smollm2()
-    except UserError as error:
-        print_errors([str(error)])
-        return USER_ERROR_STATUS
+    fetch_smollm2()
     split = build_python_docs(default_cache_dir() / "python_docs")
     print(
         f"data: {split.num_train} training examples and {split.num_val} for validation, in "
@@ -94,5 +90,5 @@ Ask it something of your own:
 
 
 if __name__ == "__main__":
-    with safe_streams():
+    with safe_streams(), one_line_errors():
         sys.exit(main())

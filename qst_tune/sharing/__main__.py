@@ -10,32 +10,21 @@ Examples::
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from qst_tune.backbone.hub import local_model
-from qst_tune.errors import USER_ERROR_STATUS, UserError, environment_error
+from qst_tune.errors import one_line_errors
 from qst_tune.sharing.hub_directory import Publication, base_model_of, make_hub_directory
 from qst_tune.sharing.inspection import inspect_directory, verify_directory
 from qst_tune.sharing.push import push_directory
-from qst_tune.terminal import print_errors, safe_streams
+from qst_tune.terminal import safe_streams
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run one command; a user's mistake is one line and exit status 2."""
     asked = _parser().parse_args(arguments)
-    with safe_streams():
-        try:
-            print(_answer(asked))
-        except UserError as error:
-            print_errors(str(error).splitlines())
-            sys.exit(USER_ERROR_STATUS)
-        except OSError as error:
-            line = environment_error(error)
-            if line is None:
-                raise
-            print_errors([str(line)])
-            sys.exit(USER_ERROR_STATUS)
+    with safe_streams(), one_line_errors():
+        print(_answer(asked))
 
 
 def _answer(asked: argparse.Namespace) -> str:

@@ -7,12 +7,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
+import pytest
 import torch
 import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
@@ -85,12 +85,14 @@ def tune_here(
     log.addHandler(handler)
     status: Any = 0
     try:
-        with (
-            chdir(cwd), redirect_stdout(out), redirect_stderr(err), one_thread(),
-            mock.patch.multiple(sys, argv=words, path=sys.path.copy(), stdin=io.StringIO(typed)),
-        ):  # fmt: skip
-            parser = TuneCLIParser()
-            parser.run(parser.parse_args())
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+            patch.chdir(cwd)
+            patch.setattr(sys, "argv", words)
+            patch.setattr(sys, "path", sys.path.copy())
+            patch.setattr(sys, "stdin", io.StringIO(typed))
+            with one_thread():
+                parser = TuneCLIParser()
+                parser.run(parser.parse_args())
     except SystemExit as end:
         status = end.code or 0
     finally:
