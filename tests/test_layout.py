@@ -37,8 +37,8 @@ LAYERS = [
 
 # What may be in qst_tune/ and recipes/ at most.
 MOST = {
-    "lines": 27_800,
-    "annotations with Any": 420,
+    "lines": 27_600,
+    "annotations with Any": 430,
     "lines of a file": 350,
     "parameters of a function": 10,
 }
