@@ -4,7 +4,6 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,17 +13,17 @@ from transformers import AutoTokenizer
 
 from benchmarks.methods import default_config, ignore_known_warnings
 from benchmarks.study.costs import Plan, measure_in_new_process
-from benchmarks.study.experiment import Run, execute
-from benchmarks.study.learners import METHODS
+from benchmarks.study.experiment import Place, execute
+from benchmarks.study.methods import BACKBONES, DEPTHS, GROUPS, METHODS
 from benchmarks.study.page import write_page
-from benchmarks.study.tasks import BATCH_SIZE, STEPS, TASKS, Task, directory_of, load_task
+from benchmarks.study.plan import QUICK, planned_runs
+from benchmarks.study.tasks import BATCH_SIZE, TASKS, Task, directory_of, load_task
 
 RESULTS = Path(__file__).parent.parent / "results" / "study.jsonl"
-COSTS = RESULTS.with_name("study_costs.jsonl")
-# --quick runs this part of the steps and of the held-out rows.
-QUICK = 10
 DEFAULT_METHODS = ["full", "lora", "qlora", "lst", "qst", "peqa"]
 DOCS = Path(__file__).parent.parent.parent / "docs"
+# What lines of earlier versions do not have.
+_FORMER = {"rows": None, "device": "cpu"}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,49 +38,73 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     ignore_known_warnings()
     torch.set_num_threads(options.threads)
-    checkpoint = Path(options.checkpoint)
-    if not (checkpoint / "tokenizer.json").is_file():
-        print(f"error: no model in {checkpoint}: run `make quickstart` first", file=sys.stderr)
+    problem = _problem(options)
+    if problem:
+        print(f"error: {problem}", file=sys.stderr)
         return 2
-    directories = [directory_of(name, Path(options.data)) for name in options.tasks]
-    missing = [directory.name for directory in directories if not directory.is_dir()]
-    if missing:
-        print(f"error: --data {options.data} has no directory {missing[0]}", file=sys.stderr)
-        return 2
+    place = Place(options.checkpoint, torch.device(options.device), options.states)
     if options.costs:
-        return _measure_costs(options, checkpoint)
-    done = read_results(options.results)
-    tasks: dict[str, Task] = {}
-    for run in _runs(options):
-        if any(asdict(run).items() <= line.items() for line in done):
-            continue
-        if run.task not in tasks:
-            tasks = {run.task: _load(run.task, options)}
-        line = execute(run, tasks[run.task], checkpoint, options.states)
-        _append(options.results, line)
-        print({k: v for k, v in line.items() if k != "curve"}, flush=True)
+        _measure_costs(options, place)
+    else:
+        _execute_runs(options, place)
     docs = DOCS if options.results == RESULTS else options.results.parent
-    write_page(read_results(options.results), read_results(COSTS), docs)
+    write_page(read_results(options.results), read_results(_costs(options)), docs)
     print(docs / "study.md")
     return 0
 
 
-def _measure_costs(options: argparse.Namespace, checkpoint: Path) -> int:
+def _problem(options: argparse.Namespace) -> str | None:
+    """What is missing, in one line."""
+    if not (options.checkpoint / "tokenizer.json").is_file():
+        return f"no model in {options.checkpoint}: run `make quickstart` first"
+    directories = [directory_of(name, options.data) for name in options.tasks]
+    missing = [directory.name for directory in directories if not directory.is_dir()]
+    if missing:
+        return f"--data {options.data} has no directory {missing[0]}"
+    if options.device == "cuda" and not torch.cuda.is_available():
+        return "--device cuda finds no GPU: use --device cpu"
+    largest = max(options.batch_size or BATCH_SIZE[name] for name in options.tasks)
+    if options.rows is not None and options.rows < largest:
+        return f"--rows {options.rows} must be at least the {largest} rows of a step"
+    return None
+
+
+def _execute_runs(options: argparse.Namespace, place: Place) -> None:
+    done = read_results(options.results)
+    tasks: dict[str, Task] = {}
+    for run in planned_runs(options, done):
+        if any(asdict(run).items() <= line.items() for line in done):
+            continue
+        if run.task not in tasks:
+            tasks = {run.task: _load(run.task, options)}
+        line = execute(run, tasks[run.task], place)
+        done.append(line)
+        _append(options.results, line)
+        print({k: v for k, v in line.items() if k != "curve"}, flush=True)
+
+
+def _measure_costs(options: argparse.Namespace, place: Place) -> None:
+    path = _costs(options)
     for name in options.tasks:
         size, task = options.batch_size or BATCH_SIZE[name], _load(name, options)
-        plan = Plan(task, options.methods, size, options.costs, checkpoint)
+        plan = Plan(task, options.methods, size, options.costs, place)
         new = [asdict(cost) for cost in measure_in_new_process(plan)]
-        measured = {(c["task"], c["method"], c["batch_size"]): c for c in read_results(COSTS) + new}
-        COSTS.write_text("".join(json.dumps(cost) + "\n" for cost in measured.values()))
+        key = ("task", "method", "batch_size", "device")
+        measured = {tuple(cost[k] for k in key): cost for cost in read_results(path) + new}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(cost) + "\n" for cost in measured.values()))
         for cost in new:
             print(cost, flush=True)
-    write_page(read_results(RESULTS), read_results(COSTS), DOCS)
-    return 0
+
+
+def _costs(options: argparse.Namespace) -> Path:
+    results: Path = options.results
+    return results.with_name(f"{results.stem}_costs.jsonl")
 
 
 def _load(name: str, options: argparse.Namespace) -> Task:
     tokenizer = AutoTokenizer.from_pretrained(options.checkpoint)
-    task = load_task(name, Path(options.data), tokenizer)
+    task = load_task(name, options.data, tokenizer)
     if options.quick:
         return replace(task, held_out=task.held_out[: len(task.held_out) // QUICK])
     return task
@@ -98,7 +121,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [{**_FORMER, **json.loads(line)} for line in path.read_text().splitlines()]
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:
@@ -107,36 +130,75 @@ def _append(path: Path, line: dict[str, Any]) -> None:
         file.write(json.dumps(line) + "\n")
 
 
-def _runs(options: argparse.Namespace) -> Iterator[Run]:
-    for seed in range(options.seeds):
-        for task in options.tasks:
-            for name in options.methods:
-                method = METHODS[name]
-                rates = options.rates or [method.rates.get(task, method.rate)]
-                steps = STEPS[task] if options.steps is None else options.steps
-                if options.quick:
-                    steps = -(-steps // QUICK)
-                for rate in rates:
-                    size = options.batch_size or BATCH_SIZE[task]
-                    yield Run(task, name, rate, steps, seed, size)
+_EPILOG = f"""\
+methods: {", ".join(name for name in METHODS if not name.startswith(("dial_", "last_")))}
+
+the depth dial: dial_K (a side network, and LoRA in the last K layers) and last_K (LoRA alone), for
+K of {", ".join(map(str, DEPTHS[1:]))}, over int8, and with {" or ".join(filter(None, BACKBONES))}
+behind the name. With _saved behind that a method saves its activations instead of recomputing them,
+with _by_row it runs one row at a time: the same steps in another time and memory.
+
+several methods at once: {", ".join(GROUPS)}; qst is their K = 0
+"""
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m benchmarks.study", description=__doc__)
-    parser.add_argument("--data", required=True, help="has sst2/, rte/, wikitext2/, alpaca/")
-    parser.add_argument("--checkpoint", default=default_config().checkpointer.checkpoint_dir)
-    parser.add_argument("--tasks", type=_names(TASKS), default=list(TASKS))
-    parser.add_argument("--methods", type=_names(METHODS), default=DEFAULT_METHODS)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.study",
+        description=__doc__,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--data", required=True, type=Path, help="has sst2/, rte/, wikitext2/, alpaca/"
+    )
+    checkpoint = Path(default_config().checkpointer.checkpoint_dir)
+    parser.add_argument("--checkpoint", type=Path, default=checkpoint)
+    _add_what_runs(parser)
+    _add_how(parser)
+    options = parser.parse_args(arguments)
+    if options.seeds is None:
+        options.seeds = 1 if options.quick else 3
+    if options.results is None:
+        options.results = Path(tempfile.mkdtemp()) / RESULTS.name if options.quick else RESULTS
+    return options
+
+
+def _add_what_runs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tasks", type=_tasks, default=list(TASKS))
+    parser.add_argument("--methods", type=_methods, default=DEFAULT_METHODS)
     parser.add_argument("--rates", type=lambda text: [float(r) for r in text.split(",")])
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="seed 0 tries each method's rate, a third and three times it; others take the best",
+    )
     parser.add_argument("--steps", type=int, help="default: by task, 50 to 200")
+    parser.add_argument(
+        "--match",
+        choices=["tokens", "time"],
+        default="tokens",
+        help="time: as many steps as fit in the time of checkpointed QLoRA's, by their products",
+    )
+    parser.add_argument("--rows", type=int, help="train on so few rows, in several epochs")
+    parser.add_argument("--epochs", type=int, default=4, help="with --rows; default: 4")
     parser.add_argument("--seeds", type=int, help="default: 3; with --quick 1")
     parser.add_argument("--batch-size", type=int, help="rows a step; default: by task, 4 to 16")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"a {QUICK}th of the steps and of the held-out rows: does it run?",
+    )
+
+
+def _add_how(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
         "--states",
         type=Path,
-        help="keep the frozen backbone's states in this directory (gigabytes): variants of QST on "
-        "the same data then take a few minutes each",
+        help="keep the states of frozen layers in this directory (gigabytes): variants of QST on "
+        "the same data then take a few minutes each, and with --rows later epochs less",
     )
     parser.add_argument(
         "--costs",
@@ -147,31 +209,25 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--results",
         type=Path,
-        help="the page goes beside it; default: those in the repository, with --quick a temporary "
-        "directory",
+        help="costs and page go beside it; default: those in the repository, with --quick a "
+        "temporary directory",
     )
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help=f"a {QUICK}th of the steps and of the held-out rows: does it run?",
-    )
-    options = parser.parse_args(arguments)
-    if options.seeds is None:
-        options.seeds = 1 if options.quick else 3
-    if options.results is None:
-        options.results = Path(tempfile.mkdtemp()) / RESULTS.name if options.quick else RESULTS
-    return options
 
 
-def _names(known: Any) -> Any:
-    def parse(text: str) -> list[str]:
-        names = text.split(",")
-        for name in names:
-            if name not in known:
-                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
-        return names
+def _tasks(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in TASKS:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(TASKS)}")
+    return names
 
-    return parse
+
+def _methods(text: str) -> list[str]:
+    names = [name for part in text.split(",") for name in GROUPS.get(part, [part])]
+    for name in names:
+        if name not in METHODS:
+            raise argparse.ArgumentTypeError(f"{name!r} is unknown; --help lists the methods")
+    return names
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -15,8 +14,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.costs import peak_of_profile
 from benchmarks.methods import ignore_known_warnings
-from benchmarks.study.experiment import optimizer_of, train_step
-from benchmarks.study.learners import METHODS, Learner, fast_decoding
+from benchmarks.study.experiment import Place, optimizer_of, train_step
+from benchmarks.study.learners import Learner, fast_decoding
+from benchmarks.study.methods import METHODS
 from benchmarks.study.tasks import Task
 from qst_tune.modules.memory import optimizer_bytes, parameter_bytes
 
@@ -35,6 +35,7 @@ class StepCost:
         seconds (float): median of a step.
         peak_bytes (int): most that torch's allocator had given out at once, weights and optimizer
             included, over the batches.
+        device (str): type of the device.
     """
 
     task: str
@@ -43,6 +44,7 @@ class StepCost:
     tokens: float
     seconds: float
     peak_bytes: int
+    device: str
 
 
 @dataclass(frozen=True)
@@ -54,14 +56,14 @@ class Plan:
         methods (list[str]): names.
         batch_size (int): rows a step.
         rounds (int): steps of each that are timed, after one that is not.
-        checkpoint (Path): directory of SmolLM2-135M-Instruct.
+        place (Place): where; states are not kept.
     """
 
     task: Task
     methods: list[str]
     batch_size: int
     rounds: int
-    checkpoint: Path
+    place: Place
 
 
 def measure_in_new_process(plan: Plan) -> list[StepCost]:
@@ -95,7 +97,7 @@ def measure(plan: Plan) -> Iterator[StepCost]:
         StepCost: one for each method.
     """
     batches = list(islice(plan.task.batches(0, plan.batch_size), 1 + plan.rounds))
-    pairs = [_start(name, plan.checkpoint) for name in plan.methods]
+    pairs = [_start(name, plan.place) for name in plan.methods]
     seconds: list[list[float]] = [[] for _ in pairs]
     with fast_decoding():
         for turn, batch in enumerate(batches):
@@ -103,21 +105,45 @@ def measure(plan: Plan) -> Iterator[StepCost]:
                 which = (turn + i) % len(pairs)  # nobody is always the first
                 start = time.perf_counter()
                 train_step(*pairs[which], batch)
+                wait_for(plan.place.device)
                 seconds[which].append(time.perf_counter() - start)
         peaks = [max(_peak_bytes(*pair, batch) for batch in batches[1:]) for pair in pairs]
     tokens = sum(batch["tokens"].numel() for batch in batches[1:]) / plan.rounds
     for name, times, peak in zip(plan.methods, seconds, peaks, strict=True):
-        yield StepCost(plan.task.name, name, plan.batch_size, tokens, median(times[1:]), peak)
+        yield StepCost(
+            plan.task.name,
+            name,
+            plan.batch_size,
+            tokens,
+            median(times[1:]),
+            peak,
+            plan.place.device.type,
+        )
 
 
-def _start(name: str, checkpoint: Path) -> tuple[Learner, torch.optim.Optimizer]:
-    learner = METHODS[name].build(checkpoint)
+def wait_for(device: torch.device) -> None:
+    """Let a device finish what it was given.
+
+    Args:
+        device (torch.device): a CPU has finished.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _start(name: str, place: Place) -> tuple[Learner, torch.optim.Optimizer]:
+    learner = METHODS[name].build(place.checkpoint, place.device)
     return learner, optimizer_of(learner, METHODS[name].rate)
 
 
 def _peak_bytes(learner: Learner, optimizer: torch.optim.Optimizer, batch: Batch) -> int:
     """The peak of a step; what the other methods hold is not counted."""
     held = parameter_bytes(learner.model) + optimizer_bytes(optimizer)
+    if learner.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(learner.device)
+        before = torch.cuda.memory_allocated(learner.device)
+        train_step(learner, optimizer, batch)
+        return held + torch.cuda.max_memory_allocated(learner.device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         train_step(learner, optimizer, batch)
     return held + peak_of_profile(profiler)

@@ -2,8 +2,10 @@
 
 import math
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,14 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from benchmarks.study.learners import METHODS, Learner, fast_decoding
+from benchmarks.methods import CPU
+from benchmarks.study.learners import Learner, fast_decoding
+from benchmarks.study.methods import METHODS
 from benchmarks.study.tasks import IGNORE, Task
 from qst_tune.modules.backbone_formats import quantization_of
 from qst_tune.modules.hidden_state_cache import HiddenStateCache
 from qst_tune.modules.qst_model import QSTModel
+from qst_tune.training.methods import scale_rates
 
 WARMUP = 10
 MAX_GRAD_NORM = 1.0
@@ -32,6 +37,8 @@ class Run:
         steps (int): optimizer steps.
         seed (int): of the trained weights and of the order of the rows.
         batch_size (int): rows a step.
+        rows (int | None): how many rows of the training set come again and again; None: all, which
+            are more than the steps need.
     """
 
     task: str
@@ -40,49 +47,95 @@ class Run:
     steps: int
     seed: int
     batch_size: int
+    rows: int | None = None
+
+    @property
+    def steps_an_epoch(self) -> int:
+        """Steps until rows come again; all, where none does."""
+        return max(1, self.rows // self.batch_size if self.rows else self.steps)
+
+    def batches(self, task: Task) -> Iterator[dict[str, torch.Tensor]]:
+        """Return the training batches, without end."""
+        if self.rows:
+            return task.repeated_batches(self.seed, self.batch_size, self.rows)
+        return task.batches(self.seed, self.batch_size)
 
 
-def execute(run: Run, task: Task, checkpoint: Path, states: Path | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Place:
+    """Where runs happen, which changes no result but for rounding.
+
+    Args:
+        checkpoint (Path): directory of SmolLM2-135M-Instruct.
+        device (torch.device): of model and batches.
+        states (Path | None): directory where the states of frozen layers are kept.
+    """
+
+    checkpoint: Path
+    device: torch.device = CPU
+    states: Path | None = None
+
+
+def execute(run: Run, task: Task, place: Place) -> dict[str, Any]:
     """Train and measure.
 
     Args:
         run (Run): what to do; 0 steps measure the method's model before training.
         task (Task): its rows.
-        checkpoint (Path): directory of SmolLM2-135M-Instruct.
-        states (Path | None): directory where the states of frozen backbones are kept.
+        place (Place): where.
 
     Returns:
         dict[str, Any]: the run, ``held_out`` (the task's metric), ``held_out_loss`` and
         ``train_loss`` (mean of the last quarter) in nats a label, ``tokens``, ``trained``
-        parameters, and the loss ``curve``.
+        parameters, the ``device``, whether ``states`` were kept, ``seconds`` of training, an entry
+        an epoch, and the loss ``curve``.
     """
     torch.manual_seed(run.seed)
-    learner = METHODS[run.method].build(checkpoint)
-    if states and isinstance(learner.model, QSTModel):
-        learner.model.hidden_state_cache = _kept_states(learner.model, states / checkpoint.name)
-    batches = task.batches(run.seed, run.batch_size)
-    tokens, curve = 0, []
+    learner = METHODS[run.method].build(place.checkpoint, place.device)
+    if place.states and can_keep_states(learner.model):
+        directory = place.states / place.checkpoint.name
+        learner.model.hidden_state_cache = _kept_states(learner.model, directory)
+    tokens, curve, times = 0, [], [time.perf_counter()]
     with fast_decoding():
-        for loss, size in _train(learner, batches, run):
+        for loss, size in _train(learner, run.batches(task), run):
             curve.append(loss)
             tokens += size
+            times.append(time.perf_counter())
     last = curve[-max(1, len(curve) // 4) :]
     with fast_decoding():
         measured = evaluate(learner, task)
+    ends = [*times[: -1 : run.steps_an_epoch], times[-1]]
     return {
         **asdict(run),
         **measured,
         "train_loss": sum(last) / len(last) if last else None,
         "tokens": tokens,
         "trained": learner.num_trained,
+        "device": place.device.type,
+        "states": getattr(learner.model, "hidden_state_cache", None) is not None,
+        "seconds": [round(end - start, 2) for start, end in pairwise(ends)],
         "curve": [round(loss, 4) for loss in curve],
     }
+
+
+def can_keep_states(model: Any) -> bool:
+    """Tell whether a model has frozen layers before the first that trains.
+
+    Args:
+        model (Any): a torchtune decoder.
+
+    Returns:
+        bool: True for ours, except with LoRA in all layers.
+    """
+    return isinstance(model, QSTModel) and (model.side.lora is None or model.side.lora.first > 0)
 
 
 def _kept_states(model: QSTModel, directory: Path) -> HiddenStateCache:
     """Variants of the side network share what they read of the same weights and layers."""
     layers: Any = model.layers
     what = f"{quantization_of(layers)}, output of {model.side.layers}"
+    if model.side.lora is not None:
+        what += f", frozen below {model.side.lora.first}"
     return HiddenStateCache(directory / re.sub(r"\W+", "_", what).strip("_"))
 
 
@@ -113,7 +166,9 @@ def optimizer_of(learner: Learner, rate: float) -> torch.optim.Optimizer:
     Returns:
         torch.optim.Optimizer: AdamW.
     """
-    return torch.optim.AdamW(learner.groups, lr=rate)
+    optimizer = torch.optim.AdamW(learner.groups, lr=rate)
+    scale_rates(optimizer)
+    return optimizer
 
 
 def train_step(
@@ -129,16 +184,33 @@ def train_step(
     Returns:
         float: the loss before the step, nats a label.
     """
-    total, count = label_losses(learner, batch)
-    loss = total.sum() / count
-    loss.backward()
+    count, mean_loss = _num_labels(batch), 0.0
+    for part in _parts(batch, learner.rows):
+        loss = label_losses(learner, part).sum() / count
+        loss.backward()
+        mean_loss += loss.item()
     torch.nn.utils.clip_grad_norm_(learner.trained, MAX_GRAD_NORM)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss.item()
+    return mean_loss
 
 
-def label_losses(learner: Learner, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
+def _num_labels(batch: dict[str, torch.Tensor]) -> int:
+    return int((batch["labels"][:, 1:] != IGNORE).sum())
+
+
+def _parts(batch: dict[str, torch.Tensor], rows: int | None) -> Iterator[dict[str, torch.Tensor]]:
+    """Some rows at a time, without the padding that only the others need; rows end in a label."""
+    if rows is None:
+        yield batch
+        return
+    for start in range(0, len(batch["tokens"]), rows):
+        part = {key: value[start : start + rows] for key, value in batch.items()}
+        longest = int((part["labels"] != IGNORE).any(0).nonzero().max()) + 1
+        yield {key: value[:, :longest] for key, value in part.items()}
+
+
+def label_losses(learner: Learner, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Compute the loss of every label; the LM head sees only the positions that have one.
 
     Args:
@@ -146,15 +218,16 @@ def label_losses(learner: Learner, batch: dict[str, torch.Tensor]) -> tuple[torc
         batch (dict[str, torch.Tensor]): ``tokens`` and ``labels``, ``[B, T]``.
 
     Returns:
-        tuple[torch.Tensor, int]: nats, ``[number of labels]``, and their number.
+        torch.Tensor: nats, ``[number of labels]``.
     """
     logits, labels = _label_logits(learner, batch)
-    return F.cross_entropy(logits, labels, reduction="none"), len(labels)
+    return F.cross_entropy(logits, labels, reduction="none")
 
 
 def _label_logits(
     learner: Learner, batch: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    batch = {key: value.to(learner.device) for key, value in batch.items()}
     labels = batch["labels"][:, 1:]
     chosen = labels != IGNORE
     hidden = learner.hidden(batch["tokens"])[:, :-1][chosen]
@@ -177,12 +250,12 @@ def evaluate(learner: Learner, task: Task) -> dict[str, float]:
     """
     learner.model.eval()
     total, right, count, first, rows = 0.0, 0, 0, 0.0, 0
-    answers = torch.tensor(task.answers, dtype=torch.long)
+    answers = torch.tensor(task.answers, dtype=torch.long, device=learner.device)
     for batch in task.held_out_batches():
         logits, labels = _label_logits(learner, batch)
         losses = F.cross_entropy(logits, labels, reduction="none")
         chosen = batch["labels"][:, 1:] != IGNORE
-        is_first = chosen.cumsum(1)[chosen] == 1
+        is_first = (chosen.cumsum(1)[chosen] == 1).to(learner.device)
         total += losses.sum().item()
         count += len(labels)
         first += losses[is_first].sum().item()

@@ -1,25 +1,15 @@
 """The page of the study, docs/study.md and its figure, drawn from the results file alone."""
 
-from collections import defaultdict
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.study.learners import METHODS
-from benchmarks.study.tasks import BATCH_SIZE, TASKS
+from benchmarks.study import dial_page
+from benchmarks.study.lines import Costs, Line, best_rates, cost_of, costs_by_key, figure_of
+from benchmarks.study.methods import METHODS
+from benchmarks.study.tasks import BATCH_SIZE, METRICS, TASKS
 
-Line = dict[str, Any]
-
-_METRICS = {
-    "sst2": "accuracy, %",
-    "rte": "accuracy, %",
-    "wikitext2": "perplexity",
-    "alpaca": "loss, nats a token",
-    "alpaca_chat": "loss, nats a token",
-}
-_HIGHER_IS_BETTER = ("sst2", "rte")
 # With what the results file has and this version no longer runs (docs/record.md).
 _TITLES = {name: method.title for name, method in METHODS.items()} | {
     "inputs": "QST, reads the inputs of layers",
@@ -47,54 +37,32 @@ def write_page(lines: list[Line], costs: list[Line], docs: Path) -> None:
         costs (list[Line]): what a step of each method takes.
         docs (Path): the directory of the documentation.
     """
-    by_method = {(c["task"], c["method"], c["batch_size"]): c for c in costs}
+    by_key = costs_by_key(costs)
+    others = [line for line in lines if not dial_page.is_shown_here(line)]
     parts = [_INTRODUCTION]
     for task in TASKS:
-        groups = best_rates([line for line in lines if line["task"] == task], task)
+        groups = best_rates([line for line in others if line["task"] == task])
         if groups:
-            parts.append(_table(task, groups, by_method))
+            parts.append(_table(task, groups, by_key))
     parts.append("![Training loss](study.png)\n")
+    parts.extend(dial_page.sections(lines, costs, docs))
     parts.append(_cost_table(costs))
     (docs / "study.md").write_text("\n".join(parts))
-    _plot(lines, by_method, docs / "study.png")
+    _plot(others, by_key, docs / "study.png")
 
 
-def best_rates(lines: list[Line], task: str) -> list[list[Line]]:
-    """Group the runs of a task by method and steps, each at its best learning rate.
-
-    Args:
-        lines (list[Line]): runs of one task.
-        task (str): its name.
-
-    Returns:
-        list[list[Line]]: the seeds of each method, steps and rows a step, best first.
-    """
-    by_rate: dict[Any, dict[float, list[Line]]] = defaultdict(lambda: defaultdict(list))
-    for line in lines:
-        by_rate[line["method"], line["steps"], line["batch_size"]][line["rate"]].append(line)
-    sign = -1 if task in _HIGHER_IS_BETTER else 1
-
-    def order(seeds: list[Line]) -> float:
-        return sign * float(mean(line["held_out"] for line in seeds))
-
-    return sorted((min(rates.values(), key=order) for rates in by_rate.values()), key=order)
-
-
-def _table(task: str, groups: list[list[Line]], costs: dict[Any, Line]) -> str:
+def _table(task: str, groups: list[list[Line]], costs: Costs) -> str:
     rows = [
         f"## {task}, {BATCH_SIZE[task]} rows a step unless said otherwise\n",
-        f"| method | trained | learning rate | steps | {_METRICS[task]} | seeds "
+        f"| method | trained | learning rate | steps | {METRICS[task]} | seeds "
         "| validation loss | tokens | minutes | MiB |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for seeds in groups:
         first = seeds[0]
-        values = [line["held_out"] for line in seeds]
-        digits = 1 if task in _HIGHER_IS_BETTER else 3
-        spread = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if seeds[1:] else ""
         rows.append(
             f"| {_title(first)} | {first['trained']:,} | {first['rate']:g} | {first['steps']} "
-            f"| {mean(values):.{digits}f}{spread} | {len(seeds)} "
+            f"| {figure_of(seeds)} | {len(seeds)} "
             f"| {mean(line['held_out_loss'] for line in seeds):.4f} "
             f"| {first['tokens']:,} | {_minutes_and_memory(first, costs)} |"
         )
@@ -109,12 +77,8 @@ def _title(line: Line) -> str:
     return title if size == BATCH_SIZE[line["task"]] else f"{title}, {size} rows a step"
 
 
-def _cost_of(line: Line, costs: dict[Any, Line]) -> Line | None:
-    return costs.get((line["task"], line["method"], line["batch_size"]))
-
-
-def _minutes_and_memory(line: Line, costs: dict[Any, Line]) -> str:
-    cost = _cost_of(line, costs)
+def _minutes_and_memory(line: Line, costs: Costs) -> str:
+    cost = cost_of(line, costs)
     if cost is None or not line["steps"]:
         return "- | -"
     return f"{line['steps'] * cost['seconds'] / 60:.1f} | {cost['peak_bytes'] / 2**20:,.0f}"
@@ -136,16 +100,16 @@ def _cost_table(costs: list[Line]) -> str:
     return "\n".join(rows) + "\n"
 
 
-def _plot(lines: list[Line], costs: dict[Any, Line], path: Path) -> None:
+def _plot(lines: list[Line], costs: Costs, path: Path) -> None:
     """Smoothed training losses of the methods' first seeds against tokens and, below, minutes."""
     tasks = [task for task in TASKS if any(line["task"] == task for line in lines)]
     figure = Figure(figsize=(5 * len(tasks), 8), layout="constrained")
     axes = figure.subplots(2, len(tasks), squeeze=False)
     for by_tokens, by_minutes, task in zip(*axes, tasks, strict=True):
         of_task = [line for line in lines if line["task"] == task and line["curve"]]
-        for seeds in best_rates(of_task, task)[:8]:
+        for seeds in best_rates(of_task)[:8]:
             line = seeds[0]
-            curve, cost = _smooth(line["curve"]), _cost_of(line, costs)
+            curve, cost = _smooth(line["curve"]), cost_of(line, costs)
             done = range(1, 1 + line["steps"])
             per_step = line["tokens"] / line["steps"] / 1000
             label = f"{_title(line)}, {line['steps']} steps"  # a method stands there more than once

@@ -8,7 +8,9 @@ from torchao.dtypes.nf4tensor import NF4Tensor
 
 from benchmarks.study import costs
 from benchmarks.study.costs import Plan, measure
-from benchmarks.study.learners import Learner, Method
+from benchmarks.study.experiment import Place
+from benchmarks.study.learners import Learner
+from benchmarks.study.methods import Method
 from benchmarks.study.tasks import Task
 from qst_tune.models import qst_decoder
 from qst_tune.modules.memory import parameter_bytes
@@ -26,12 +28,12 @@ def build(*, whole: bool) -> Learner:
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> dict:
-    monkeypatch.setitem(costs.METHODS, "full", Method("", lambda _: build(whole=True), 1e-3))
-    monkeypatch.setitem(costs.METHODS, "qst", Method("", lambda _: build(whole=False), 1e-3))
+    monkeypatch.setitem(costs.METHODS, "full", Method("", lambda *_: build(whole=True), 1e-3))
+    monkeypatch.setitem(costs.METHODS, "qst", Method("", lambda *_: build(whole=False), 1e-3))
     tokens = torch.arange(3, TINY["vocab_size"]).tolist()[:24]
     rows = [{"tokens": tokens, "labels": tokens} for _ in range(12)]
     task = Task("alpaca", rows, rows, [])
-    return {cost.method: cost for cost in measure(Plan(task, ["full", "qst"], 2, 3, Path()))}
+    return {cost.method: cost for cost in measure(Plan(task, ["full", "qst"], 2, 3, Place(Path())))}
 
 
 def test_every_method_is_measured_on_the_same_batches(measured: dict) -> None:

@@ -1,21 +1,26 @@
 import math
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from benchmarks.study import experiment
-from benchmarks.study.experiment import Run, evaluate, execute
-from benchmarks.study.learners import Learner, Method
+from benchmarks.study.experiment import Place, Run, evaluate, execute, optimizer_of, train_step
+from benchmarks.study.learners import Learner
+from benchmarks.study.methods import Method
 from benchmarks.study.tasks import Task
 from qst_tune.models import qst_decoder
 from qst_tune.training.methods import parameter_groups
 from tests.support.numbers import TINY, TINY_REDUCTION, tiny_backbone
 
+HERE = Place(Path("model"))
 
-def tiny_learner(_directory=None):
-    model = qst_decoder(tiny_backbone(tied=True), reduction_factor=TINY_REDUCTION)
-    return Learner(model, parameter_groups(model.side))
+
+def tiny_learner(*_place, rows=None, **changes):
+    model = qst_decoder(tiny_backbone(tied=True), reduction_factor=TINY_REDUCTION, **changes)
+    return Learner(model, parameter_groups(model.side), rows)
 
 
 @pytest.fixture
@@ -67,8 +72,8 @@ def test_the_first_label_is_the_first_of_each_row():
 
 
 def test_a_run_learns_its_task_and_says_with_what(task):
-    before = execute(Run("rte", "qst", 1e-2, 0, 0, 8), task, None)
-    after = execute(Run("rte", "qst", 1e-2, 60, 0, 8), task, None)
+    before = execute(Run("rte", "qst", 1e-2, 0, 0, 8), task, HERE)
+    after = execute(Run("rte", "qst", 1e-2, 60, 0, 8), task, HERE)
     assert before["curve"] == []
     assert before["tokens"] == 0
     assert len(after["curve"]) == 60
@@ -78,14 +83,67 @@ def test_a_run_learns_its_task_and_says_with_what(task):
 
 def test_kept_states_change_no_number(task, tmp_path):
     run = Run("rte", "qst", 1e-2, 3, 0, 8)
-    plain = execute(run, task, tmp_path / "model")
+    plain = execute(run, task, HERE)
     for _ in range(2):
-        assert execute(run, task, tmp_path / "model", tmp_path / "states") == plain
+        kept = execute(run, task, Place(HERE.checkpoint, states=tmp_path / "states"))
+        assert same_numbers(kept, plain)
+        assert kept["states"]
     batches = 3 + len(list(task.held_out_batches()))
     assert len(list((tmp_path / "states" / "model").glob("*/*.safetensors"))) == batches
 
 
+def same_numbers(one, other):
+    how = ("states", "seconds")
+    return all(one[key] == other[key] for key in one.keys() | other.keys() if key not in how)
+
+
+def test_settings_of_the_dial_share_no_states_that_differ(task, tmp_path, monkeypatch):
+    every = TINY["num_layers"]
+    for depth in (0, 1, every):
+        build = partial(tiny_learner, lora_layers=depth)
+        monkeypatch.setitem(experiment.METHODS, "qst", Method("tiny", build, 1e-2))
+        run = Run("rte", "qst", 1e-2, 2, 0, 8)
+        place = Place(HERE.checkpoint, states=tmp_path)
+        kept = [execute(run, task, place) for _ in range(2)]
+        assert all(same_numbers(line, execute(run, task, HERE)) for line in kept)
+        # With LoRA in all layers nothing is frozen.
+        assert all(line["states"] == (depth < every) for line in kept)
+    assert len(list((tmp_path / "model").iterdir())) == 2
+
+
+def test_few_rows_come_again_in_every_epoch_and_their_states_with_them(task, tmp_path):
+    run = Run("rte", "qst", 1e-2, 7, 0, 8, rows=24)
+    line = execute(run, task, Place(HERE.checkpoint, states=tmp_path))
+    assert len(line["seconds"]) == 3, "two epochs of three steps and one more step"
+    batches = 3 + len(list(task.held_out_batches()))
+    assert len(list((tmp_path / "model").glob("*/*.safetensors"))) == batches
+
+
+def test_rows_at_a_time_take_the_step_of_the_whole_batch(task):
+    batch = next(task.batches(0, 8))
+
+    def stepped(rows):
+        torch.manual_seed(0)
+        learner = tiny_learner(rows=rows)
+        loss = train_step(learner, torch.optim.SGD(learner.groups, lr=1.0), batch)
+        return loss, torch.cat([p.detach().flatten() for p in learner.trained])
+
+    (loss, whole), (loss_by_row, by_row) = stepped(None), stepped(3)
+    # Products of bf16 differ with the shape of a batch.
+    assert loss_by_row == pytest.approx(loss, abs=0.02)
+    assert torch.nn.functional.cosine_similarity(whole, by_row, dim=0) > 0.999
+
+
+def test_lora_beside_a_side_network_learns_at_a_third_of_the_rate():
+    learner = tiny_learner(lora_layers=1)
+    optimizer = optimizer_of(learner, 3e-3)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    lora = {id(p) for p in learner.model.side.lora.parameters()}
+    assert {rate for key, rate in rates.items() if key in lora} == {1e-3}
+    assert {rate for key, rate in rates.items() if key not in lora} == {3e-3}
+
+
 def test_one_seed_gives_one_result(task):
-    runs = [execute(Run("rte", "qst", 1e-2, 4, 3, 8), task, None) for _ in range(2)]
+    runs = [execute(Run("rte", "qst", 1e-2, 4, 3, 8), task, HERE) for _ in range(2)]
     assert runs[0]["curve"] == runs[1]["curve"]
     assert math.isfinite(runs[0]["held_out_loss"])

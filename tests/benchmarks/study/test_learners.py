@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from benchmarks.methods import default_config
-from benchmarks.study.learners import METHODS, fast_decoding
+from benchmarks.study.learners import fast_decoding
+from benchmarks.study.methods import METHODS
 
 CHECKPOINT = Path(default_config().checkpointer.checkpoint_dir)
 
@@ -24,6 +25,9 @@ CHECKPOINT = Path(default_config().checkpointer.checkpoint_dir)
         "qst",
         "qst_nf4",
         "qst_nf4_rank_32",
+        "dial_10_nf4_rank_32",
+        "dial_3_saved",
+        "last_30_nf4_by_row",
         "bf16",
         "lst",
         "peqa",
@@ -31,7 +35,7 @@ CHECKPOINT = Path(default_config().checkpointer.checkpoint_dir)
 )
 def test_what_trains_gets_a_gradient_and_nothing_else_does(name: str) -> None:
     torch.manual_seed(0)
-    learner = METHODS[name].build(CHECKPOINT)
+    learner = METHODS[name].build(CHECKPOINT, torch.device("cpu"))
     with fast_decoding():
         learner.hidden(torch.arange(1, 9)[None]).square().mean().backward()
     trained = {id(p) for group in learner.groups for p in group["params"]}

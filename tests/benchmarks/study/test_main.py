@@ -1,49 +1,10 @@
-"""The command line of the study: which runs it plans, and where they go."""
+"""The command line of the study: what it refuses."""
 
 from pathlib import Path
 
 import pytest
 
 from benchmarks.study import __main__ as study
-from benchmarks.study.learners import METHODS
-from benchmarks.study.tasks import BATCH_SIZE, STEPS, TASKS
-
-
-def planned(*arguments: str):
-    options = study._parse(["--data", "DIRECTORY", *arguments])
-    return options, list(study._runs(options))
-
-
-def test_by_default_every_method_meets_every_task_with_three_seeds() -> None:
-    options, runs = planned()
-    assert {(r.task, r.method, r.seed) for r in runs} == {
-        (task, method, seed)
-        for task in TASKS
-        for method in ("full", "lora", "qlora", "lst", "qst", "peqa")
-        for seed in range(3)
-    }
-    assert all(r.steps == STEPS[r.task] and r.batch_size == BATCH_SIZE[r.task] for r in runs)
-    assert options.results == study.RESULTS
-    assert [r.seed for r in runs] == sorted(r.seed for r in runs), "one seed of all comes first"
-
-
-def test_each_task_has_its_learning_rate_unless_rates_are_given() -> None:
-    for run in planned()[1]:
-        method = METHODS[run.method]
-        assert run.rate == method.rates.get(run.task, method.rate)
-    rates = [run.rate for run in planned("--rates", "1e-3,2e-3", "--methods", "qst")[1]]
-    assert set(rates) == {1e-3, 2e-3}
-
-
-def test_the_quick_form_runs_everything_once_and_leaves_the_results_alone() -> None:
-    options, runs = planned("--quick")
-    assert len({(r.task, r.method) for r in runs}) == len(runs) == 6 * len(TASKS)
-    assert all(0 < r.steps <= STEPS[r.task] // 10 for r in runs)
-    assert options.results.parent != study.RESULTS.parent
-    assert not options.results.exists()
-    options, runs = planned("--quick", "--seeds", "2", "--results", "mine.jsonl")
-    assert options.results == Path("mine.jsonl")
-    assert {run.seed for run in runs} == {0, 1}
 
 
 @pytest.mark.parametrize("missing", ["model", "data"])
@@ -59,3 +20,50 @@ def test_what_is_missing_is_said_in_one_line(
     assert status == 2
     assert said.count("\n") == 1
     assert ("make quickstart" if missing == "model" else "has no directory rte") in said
+
+
+@pytest.fixture
+def there(tmp_path: Path) -> list[str]:
+    """Arguments that name a model and data."""
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "rte").mkdir()
+    place = ["--data", str(tmp_path), "--checkpoint", str(tmp_path), "--threads", "1"]
+    return [*place, "--tasks", "rte", "--results", str(tmp_path / "new.jsonl")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--rows", "7"], "--rows 7 must be at least the 8 rows of a step"),
+        (["--device", "cuda"], "--device cuda finds no GPU: use --device cpu"),
+    ],
+)
+def test_what_cannot_run_is_refused_in_one_line_before_anything_is_written(
+    arguments: list[str],
+    told: str,
+    there: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert study.main([*there, *arguments]) == 2
+    assert capsys.readouterr().err == f"error: {told}\n"
+    assert not Path(there[-1]).exists()
+
+
+def test_an_unknown_method_points_to_the_list(
+    there: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        study.main([*there, "--methods", "dial_4"])
+    assert error.value.code == 2
+    assert "'dial_4' is unknown; --help lists the methods" in capsys.readouterr().err
+
+
+def test_lines_of_earlier_versions_get_what_they_lack(tmp_path: Path) -> None:
+    path = tmp_path / "study.jsonl"
+    path.write_text('{"task": "rte"}\n{"task": "rte", "rows": 8, "device": "cuda"}\n')
+    assert study.read_results(path) == [
+        {"task": "rte", "rows": None, "device": "cpu"},
+        {"task": "rte", "rows": 8, "device": "cuda"},
+    ]

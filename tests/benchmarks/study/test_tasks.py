@@ -128,3 +128,17 @@ def test_every_held_out_row_is_measured_once(data, name):
         for row in batch["tokens"].tolist()
     ]
     assert sorted(measured) == sorted(row["tokens"] for row in task.held_out)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_few_rows_make_the_same_batches_in_every_epoch_in_another_order(data, name):
+    task = load_task(name, data, TOKENIZER)
+    task.train.extend(task.train * 20)
+    batches = task.repeated_batches(1, 2, rows=13)
+
+    def epoch():
+        return [next(batches)["tokens"].tolist() for _ in range(6)]
+
+    first, *others = [epoch() for _ in range(4)]
+    assert all(sorted(other) == sorted(first) for other in others)
+    assert any(other != first for other in others)

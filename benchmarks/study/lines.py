@@ -1,0 +1,87 @@
+"""Lines of the results, grouped as pages show them."""
+
+from collections import defaultdict
+from statistics import mean
+from typing import Any
+
+from benchmarks.study.tasks import is_accuracy
+
+Line = dict[str, Any]
+
+
+def order_of(seeds: list[Line]) -> float:
+    """Return what is lower the better the mean of the seeds is.
+
+    Args:
+        seeds (list[Line]): runs of one task that differ in nothing else.
+
+    Returns:
+        float: the task's metric, negative where higher is better.
+    """
+    sign = -1 if is_accuracy(seeds[0]["task"]) else 1
+    return sign * float(mean(line["held_out"] for line in seeds))
+
+
+def best_rates(lines: list[Line]) -> list[list[Line]]:
+    """Group the runs of a task by all but rate and seed, each group at its best learning rate.
+
+    Args:
+        lines (list[Line]): runs of one task.
+
+    Returns:
+        list[list[Line]]: the seeds of each group, best first. Of the rates those with most seeds
+        come first: the others lost with seed 0.
+    """
+    groups: dict[Any, dict[float, list[Line]]] = defaultdict(lambda: defaultdict(list))
+    for line in lines:
+        key = tuple(line[name] for name in ("method", "steps", "batch_size", "rows"))
+        groups[key][line["rate"]].append(line)
+
+    def order(seeds: list[Line]) -> tuple[int, float]:
+        return -len(seeds), order_of(seeds)
+
+    return sorted((min(rates.values(), key=order) for rates in groups.values()), key=order_of)
+
+
+Costs = dict[Any, Line]
+
+
+def costs_by_key(costs: list[Line]) -> Costs:
+    """Index the costs of steps for :func:`cost_of`.
+
+    Args:
+        costs (list[Line]): of the file of costs.
+
+    Returns:
+        Costs: by task, method, rows a step and device.
+    """
+    return {(c["task"], c["method"], c["batch_size"], c["device"]): c for c in costs}
+
+
+def cost_of(line: Line, costs: Costs, method: str | None = None) -> Line | None:
+    """Find what a step of a run took.
+
+    Args:
+        line (Line): of the results.
+        costs (Costs): all.
+        method (str | None): another one that learns the same.
+
+    Returns:
+        Line | None: None where it was not measured.
+    """
+    return costs.get((line["task"], method or line["method"], line["batch_size"], line["device"]))
+
+
+def figure_of(seeds: list[Line]) -> str:
+    """Write the mean of the seeds and, of several, the least and the greatest.
+
+    Args:
+        seeds (list[Line]): runs that differ in nothing else.
+
+    Returns:
+        str: in the task's metric.
+    """
+    values = [line["held_out"] for line in seeds]
+    digits = 1 if is_accuracy(seeds[0]["task"]) else 3
+    spread = f" ({min(values):.{digits}f} to {max(values):.{digits}f})" if seeds[1:] else ""
+    return f"{mean(values):.{digits}f}{spread}"
