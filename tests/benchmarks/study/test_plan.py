@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.study import __main__ as study
-from benchmarks.study.methods import METHODS
+from benchmarks.study.methods import BACKBONES, METHODS
 from benchmarks.study.plan import planned_runs
 from benchmarks.study.tasks import BATCH_SIZE, STEPS, TASKS
 
@@ -88,7 +88,7 @@ def test_tuning_tries_three_rates_and_goes_on_with_the_best() -> None:
         assert rates["wikitext2", seed] == [3e-3]
 
 
-@pytest.mark.parametrize("backbone", ["", "_nf4"])
+@pytest.mark.parametrize("backbone", BACKBONES)
 def test_a_group_is_all_settings_of_the_dial(backbone: str) -> None:
     runs = planned("--methods", f"dial{backbone}", "--tasks", "rte", "--seeds", "1")[1]
     names = {run.method for run in runs}
