@@ -69,9 +69,8 @@ def attentions(model: Decoder) -> list[Any]:
 
 
 @contextmanager
-def attached(model: Decoder, caches: Sequence[Any]) -> Iterator[None]:
-    """Let each of :func:`attentions` use a cache here; it needs ``mask`` and ``input_pos``."""
-    layers = attentions(model)
+def attached(layers: Sequence[Any], caches: Sequence[Any]) -> Iterator[None]:
+    """Let each of :func:`attentions` use a cache here; a pass needs ``mask`` and ``input_pos``."""
     for layer, cache in zip(layers, caches, strict=True):
         layer.kv_cache, layer.cache_enabled = cache, True
     try:
@@ -89,8 +88,9 @@ class ModelCaches:
     """
 
     def __init__(self, model: Decoder) -> None:
-        self._model = model
-        self._own = [GrowingCache() for _ in attentions(model)]
+        # Found once: to look for them takes a CPU as long as two layers of SmolLM2 do.
+        self._attentions = attentions(model)
+        self._own = [GrowingCache() for _ in self._attentions]
         # Over transformers the backbone's attentions are not torchtune's, and have their own cache.
         new_cache = getattr(getattr(model, "backbone", None), "new_cache", None)
         self._frozen = None if new_cache is None else new_cache()
@@ -110,7 +110,7 @@ class ModelCaches:
     def attached(self) -> Iterator[None]:
         """Let the model use the caches in this context; it needs ``mask`` and ``input_pos``."""
         with ExitStack() as contexts:
-            contexts.enter_context(attached(self._model, self._own))
+            contexts.enter_context(attached(self._attentions, self._own))
             if self._frozen is not None:
                 contexts.enter_context(self._frozen.attached())
             if self._decoded is not None:

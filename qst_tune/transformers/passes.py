@@ -130,8 +130,8 @@ def _attached(
     model: QSTModel, cache: Cache, first: int, length: int | None = None
 ) -> Iterator[None]:
     """Let torchtune's attentions use a cache's layers from the first on."""
-    layers = [_Layer(cache, first + index, length) for index in range(len(attentions(model)))]
-    with attached(model, layers):
+    own = attentions(model)
+    with attached(own, [_Layer(cache, first + index, length) for index in range(len(own))]):
         yield
 
 

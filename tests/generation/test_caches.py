@@ -55,7 +55,7 @@ def test_logits_in_pieces_equal_those_at_once() -> None:
     for start, stop in ((0, 4), (4, 5), (5, 11)):
         positions = torch.arange(start, stop)
         mask = positions[:, None] >= torch.arange(stop)
-        with attached(model, caches):
+        with attached(attentions(model), caches):
             new = tokens[:, start:stop]
             pieces.append(model(new, mask=mask[None], input_pos=positions[None]))
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-5)
@@ -66,7 +66,7 @@ def test_logits_in_pieces_equal_those_at_once() -> None:
 def test_caches_and_head_come_back_after_an_error() -> None:
     model = tiny_model()
     caches = [GrowingCache() for _ in attentions(model)]
-    with pytest.raises(RuntimeError), attached(model, caches), without_head(model):
+    with pytest.raises(RuntimeError), attached(attentions(model), caches), without_head(model):
         raise RuntimeError
     assert not model.caches_are_enabled()
     assert not model.skip_output_layer

@@ -98,7 +98,7 @@ def test_rows_go_on_from_caches(shared) -> None:
     for start, stop in ((0, 5), (5, 6), (6, 9)):
         positions = torch.arange(start, stop)
         mask = (positions[:, None] >= torch.arange(stop))[None]
-        with attached(shared, caches):
+        with attached(attentions(shared), caches):
             pieces.append(shared(tokens[:, start:stop], mask=mask, input_pos=positions[None]))
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-4, atol=1e-5)
 
