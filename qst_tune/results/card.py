@@ -1,6 +1,7 @@
 """The model card of a result, and the tables that a card for a hub has too."""
 
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 
 from qst_tune import __version__
 from qst_tune.results.description import SIDE_NETWORK, Ancestor, Description
@@ -9,7 +10,7 @@ from qst_tune.results.description import SIDE_NETWORK, Ancestor, Description
 def model_card(description: Description) -> str:
     """Write the card of a run's result, Markdown."""
     return f"""\
-# A {description.form.title} for {description.backbone.name}
+# {description.title} for {description.backbone.name}
 
 {_about(description)}
 
@@ -36,10 +37,28 @@ programs."""
     )
     if description.is_classifier:
         usage = "qst_classify --config <config> side_network=<this directory> rows=<rows.jsonl>"
-    return f"""\
-Made with qst_tune {__version__} by Quantized Side Tuning (https://arxiv.org/abs/2401.07159). It is
-not a model by itself and cannot be merged into one: it runs beside {backbone.name}
-({backbone.quantization}), {weights}, and is loaded with `tune run {usage}`."""
+    return paragraph(
+        f"Made with qst_tune {__version__}{_method(description)} {backbone.name} "
+        f"({backbone.quantization}), {weights}, and is loaded with `tune run {usage}`."
+    )
+
+
+def _method(description: Description) -> str:
+    """By which methods a side network's directory was made, and what that means for its use."""
+    lora = description.structure.lora if description.structure else ""
+    changes = f"{lora} (https://arxiv.org/abs/2106.09685)"
+    if not description.has_side_network:
+        return f": {changes}. It is not a model by itself: it changes what is computed in layers of"
+    also = f", with {changes}" if lora else ""
+    return (
+        f" by Quantized Side Tuning (https://arxiv.org/abs/2401.07159){also}. It is not a model by "
+        "itself and cannot be merged into one: it runs beside"
+    )
+
+
+def paragraph(text: str) -> str:
+    """Break a text of one paragraph into lines."""
+    return fill(" ".join(text.split()), 100, break_long_words=False, break_on_hyphens=False)
 
 
 def describe_lineage(lineage: Sequence[Ancestor]) -> str:

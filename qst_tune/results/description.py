@@ -76,14 +76,30 @@ class SideStructure:
     layers: tuple[int, ...]
     num_heads: int
     num_kv_heads: int
+    num_layers: int = 0  # N; 0 in results of 0.1
 
     @classmethod
     def of(cls, side: SideNetwork) -> "SideStructure":
         """Describe a side network, perhaps on meta."""
+        lora = side.lora
+        num_layers = max(side.layers) + 1 if lora is None else lora.first + len(lora)
         if not side.layers:
-            return cls(side.config, (), 0, 0)
+            return cls(side.config, (), 0, 0, num_layers)
         attn: Any = side.blocks[0].attn
-        return cls(side.config, tuple(side.layers), attn.num_heads, attn.num_kv_heads)
+        heads = (attn.num_heads, attn.num_kv_heads)
+        return cls(side.config, tuple(side.layers), *heads, num_layers)
+
+    @property
+    def lora(self) -> str:
+        """Where there is LoRA, for people, such as "LoRA in the last 8 of 30 layers"; or ""."""
+        count, total = self.config.lora_layers, self.num_layers
+        if not count:
+            return ""
+        return (
+            f"LoRA in all {total} layers"
+            if count == total
+            else (f"LoRA in the last {count} of {total} layers")
+        )
 
     def differences(
         self, other: "SideStructure", words: tuple[str, str] = ("there", "here")
@@ -134,6 +150,19 @@ class Description:
     verdict: str = ""
     version: str = __version__
     weights_sha256: str = ""
+
+    @property
+    def title(self) -> str:
+        """What it is, for people, such as "A QST side network"."""
+        lora = self.structure.lora if self.structure else ""
+        if lora and self.structure and not self.structure.layers:
+            return lora
+        return f"A {self.form.title}" + (f" with {lora}" if lora else "")
+
+    @property
+    def has_side_network(self) -> bool:
+        """Whether there is more than LoRA or scales."""
+        return bool(self.structure and self.structure.layers)
 
     @property
     def is_classifier(self) -> bool:

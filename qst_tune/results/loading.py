@@ -82,8 +82,11 @@ class TunedModel:
     @property
     def title(self) -> str:
         """What the tuned model is, for people."""
-        kind = "side network" if isinstance(self.model, QSTModel) else "tuned scales"
-        return f"with the {kind}"
+        if not isinstance(self.model, QSTModel):
+            return "with the tuned scales"
+        side = self.model.side
+        parts = {"side network": side.layers, "LoRA": side.lora}
+        return f"with the {' and '.join(name for name, part in parts.items() if part)}"
 
     @contextmanager
     def untuned(self) -> Iterator[None]:

@@ -9,10 +9,13 @@
 ``README.md``                               a model card
 ``config.json``                             of a side network, for transformers: the type of model,
                                             and where the backbone is
+``peft/``                                   of LoRA alone, the same in PEFT's format; see
+                                            :mod:`~qst_tune.results.peft_adapter`
 ==========================================  ====================================================
 
 It has no weight of the backbone, no code of an integer model (whoever has the weights gets the same
-ones by rounding again), no pickle, and no ``adapter_config.json``, which PEFT would misread.
+ones by rounding again), no pickle, and no ``adapter_config.json`` beside the others: transformers
+would take it for the whole result.
 """
 
 import hashlib
@@ -76,6 +79,11 @@ class Provenance:
     lineage: tuple[Ancestor, ...] = ()
     backbone_path: str = ""
 
+    @property
+    def base_model(self) -> str:
+        """Where another program finds the backbone."""
+        return self.backbone_path or self.backbone.name
+
     @classmethod
     def of_directory(cls, directory: Path, backbone_path: str) -> "Provenance":
         """Read how a result came to be, without its figures, which further training makes old.
@@ -108,8 +116,8 @@ def tuned_files(tuned: Tuned, provenance: Provenance) -> dict[str, bytes]:
         CARD_FILE: model_card(description).encode(),
     }
     if side:
-        home = provenance.backbone_path or provenance.backbone.name
-        files["config.json"] = transformers_config(home, description.model.get("num_labels"))
+        labels = description.model.get("num_labels")
+        files["config.json"] = transformers_config(provenance.base_model, labels)
     return files
 
 

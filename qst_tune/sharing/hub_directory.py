@@ -16,8 +16,9 @@ from qst_tune.config.file import PlainConfig
 from qst_tune.config.model_directory import changed_texts
 from qst_tune.config.record import without_secrets
 from qst_tune.errors import UserError
-from qst_tune.results.card import describe_lineage, shown, table
+from qst_tune.results.card import describe_lineage, paragraph, shown, table
 from qst_tune.results.description import SIDE_NETWORK, Description, read_description
+from qst_tune.results.peft_adapter import public_files
 from qst_tune.results.recipe_config import read_config
 from qst_tune.results.tuned_directory import (
     CARD_FILE,
@@ -74,13 +75,16 @@ def make_hub_directory(directory: Path, target: Path, publication: Publication) 
     config = _without_paths(config, str(config["checkpointer"].get("checkpoint_dir", "")), public)
     home = str(description.model.get("checkpoint_dir", ""))
     portable = replace(description, model=_without_paths(block, home, public))
-    card = model_card(portable, config, publication, summary=_summary(directory))
+    adapter = public_files(directory, public)
+    usage = _peft_usage(publication) if adapter else ""
+    card = model_card(portable, config, publication, summary=_summary(directory), peft=usage)
     files = {
         SIDE_NETWORK.weights_file: weights.read_bytes(),
         SIDE_NETWORK.config_file: portable.to_json(),
         RECIPE_CONFIG: yaml.safe_dump(config, sort_keys=False).encode(),
         "config.json": transformers_config(public),
         CARD_FILE: card.encode(),
+        **adapter,
     }
     write_directory(target, files)
     return sorted({*secrets, *(f"model.{key}" for key in others)})
@@ -125,10 +129,11 @@ def model_card(
     publication: Publication,
     *,
     summary: PlainConfig,
+    peft: str = "",
 ) -> str:
     """Write the card: what it is, how to use it, how it was made and the results.
 
-    ``config`` has no local paths; ``summary`` may be empty. The card is Markdown with the hub's
+    ``config`` has no local paths; ``summary`` and ``peft``, how PEFT uses it, may be empty. The card is Markdown with the hub's
     front matter.
     """
     front = ModelCardData(
@@ -145,10 +150,7 @@ def model_card(
 ---
 # {publication.name.rpartition("/")[2]}
 
-A side network of [QST](https://arxiv.org/abs/2401.07159) for `{publication.base_model}`, which
-runs in {description.backbone.quantization} and is not part of this directory. It cannot be merged
-into that model, and works with no other weights than those of the fingerprint
-`{description.backbone.fingerprint[:16]}...`: loading checks it.
+{_about(description, publication)}
 
 ## Use
 
@@ -175,7 +177,7 @@ tune run qst_chat --config auto/qst_chat side_network=. checkpoint_dir={publicat
 A local directory of the backbone's name is used instead of the hub's if there is one.
 `recipe_config.yaml` is the config of the run. A config is code: whatever it names is called, so do
 not run one that you have not read; the command above takes nothing from it but texts and numbers.
-
+{peft}
 ## Training
 
 {table("", _training(config, publication))}
@@ -191,6 +193,37 @@ card was written with {", ".join(f"{name} {version(name)}" for name in _PACKAGES
 
 It has the knowledge, the biases and the terms of use of `{publication.base_model}`, and was tuned
 on the data above and on nothing else. The figures are of the run; nothing more was measured.
+"""
+
+
+def _about(description: Description, publication: Publication) -> str:
+    """What it is and which backbone it needs."""
+    lora = description.structure.lora if description.structure else ""
+    linked = lora.replace("LoRA", "[LoRA](https://arxiv.org/abs/2106.09685)")
+    what, use = linked, "works"
+    if description.has_side_network:
+        what = "A side network of [QST](https://arxiv.org/abs/2401.07159)"
+        what += f", with {linked}," if lora else ""
+        use = "cannot be merged into that model, and works"
+    return paragraph(
+        f"{what} for `{publication.base_model}`, which runs in "
+        f"{description.backbone.quantization} and is not part of this directory. It {use} with no "
+        "other weights than those of the fingerprint "
+        f"`{description.backbone.fingerprint[:16]}...`: loading checks it."
+    )
+
+
+def _peft_usage(publication: Publication) -> str:
+    return f"""
+`peft/` has the same LoRA for other programs. PEFT loads it over the model's weights in any format:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{publication.base_model}")
+model = PeftModel.from_pretrained(base, "{publication.name}", subfolder="peft")
+```
 """
 
 

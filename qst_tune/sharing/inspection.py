@@ -9,8 +9,10 @@ import torch
 
 from qst_tune.backbone.identity import BackboneId
 from qst_tune.models.load import identify_backbone
-from qst_tune.results.description import SIDE_NETWORK, format_of, read_description
+from qst_tune.modules.qst_model import QSTModel
+from qst_tune.results.description import format_of, read_description
 from qst_tune.results.loading import build_any_described, tuned_part
+from qst_tune.results.peft_adapter import check_adapter
 from qst_tune.results.recipe_config import checkpointer_of
 from qst_tune.results.tuned_directory import Tensors, read_tensors, read_tuned
 
@@ -25,7 +27,7 @@ def inspect_directory(directory: Path) -> str:
     backbone = found.backbone
     structure = asdict(found.structure) if found.structure else {}
     facts = {
-        "what": found.form.title,
+        "what": found.title,
         "backbone": f"{backbone.name} ({backbone.quantization})",
         **({"revision": backbone.revision} if backbone.revision else {}),
         "fingerprint": backbone.fingerprint,
@@ -34,7 +36,7 @@ def inspect_directory(directory: Path) -> str:
         **{f"structure.{n}": v for n, v in (structure.pop("config", {}) | structure).items()},
         **{name: f"{value:.4g}" for name, value in found.results.items()},
         **_sizes(tensors),
-        **(_gates(tensors) if found.form is SIDE_NETWORK else {}),
+        **(_gates(tensors) if "upsample.weight" in tensors else {}),
     }
     width = max(map(len, facts))
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in facts.items())
@@ -48,7 +50,9 @@ def verify_directory(directory: Path, backbone_directory: Path) -> BackboneId:
     """
     model = build_any_described(directory, format_of(directory), torch.float32, backbone_directory)
     backbone = identify_backbone(model, checkpointer_of(directory, backbone_directory))
-    read_tuned(directory, tuned_part(model), backbone=backbone)
+    tensors = read_tuned(directory, tuned_part(model), backbone=backbone)
+    if isinstance(model, QSTModel):
+        check_adapter(directory, model, tensors)
     return backbone
 
 

@@ -9,6 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from qst_tune.config.record import looks_secret
 from qst_tune.errors import UserError
+from qst_tune.results import peft_adapter
 from qst_tune.results.description import read_description
 from qst_tune.results.tuned_directory import check_finite, read_tensors
 
@@ -49,8 +50,10 @@ def _check(directory: Path) -> list[str]:
     description = read_description(directory)
     form = description.form
     check_finite(directory / form.weights_file, read_tensors(directory, form))
-    known = (form.weights_file, form.config_file, "recipe_config.yaml", "config.json", "README.md")
-    files = sorted(path.name for path in directory.iterdir())
+    own = (form.weights_file, form.config_file, "recipe_config.yaml", "config.json", "README.md")
+    known = {*own, *peft_adapter.FILES}
+    inside = directory.rglob("*")
+    files = sorted(p.relative_to(directory).as_posix() for p in inside if not p.is_dir())
     strange = [name for name in files if name not in known]
     if strange:
         raise UserError(
@@ -58,8 +61,9 @@ def _check(directory: Path) -> list[str]:
             "make a clean copy with `python -m qst_tune.sharing share`"
         )
     for name in files:
-        if name != form.weights_file:
+        if not name.endswith(".safetensors"):
             _check_text(directory / name)
+    peft_adapter.public_files(directory, "")  # or it is damaged
     if description.is_classifier:
         raise UserError(f"{directory} is a classifier; only models that write text are shared")
     return files

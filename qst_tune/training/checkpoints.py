@@ -206,7 +206,7 @@ class Checkpointing:
             raise UserError(
                 f"cannot write the result: {self.store.path(step)} is damaged ({damage})"
             )
-        files = _read(self.store.path(step) / method.result_name)
+        files = method.with_other_formats(_read(self.store.path(step) / method.result_name))
         if run_log.summary.verdict:
             files = add_verdict(files, run_log.summary.verdict)
         directory = run_log.directory / method.result_name

@@ -1,6 +1,7 @@
 """What the training loop asks of a method, and the two methods, QST and PEQA."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +25,7 @@ from qst_tune.modules.qst_model import QSTModel
 from qst_tune.modules.side.gate import Gate
 from qst_tune.modules.side.network import SideNetwork
 from qst_tune.modules.side.output_mix import AlphaMix, SigmoidMix
+from qst_tune.results.peft_adapter import add_peft
 from qst_tune.results.provenance import provenance_of
 from qst_tune.results.start import find_start
 from qst_tune.results.tuned_directory import Provenance, load_tuned, tuned_files
@@ -63,6 +65,9 @@ class Method(Protocol):
         ``results`` are figures for the model card.
         """
 
+    def with_other_formats(self, files: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Add to a result's :meth:`files` what other programs read."""
+
     def load(self, directory: Path) -> None:
         """Load a directory of :meth:`files`, bit for bit; UserError if it does not fit."""
 
@@ -99,6 +104,12 @@ class TunedMethod:
     def files(self, results: dict[str, float]) -> dict[str, bytes]:
         """Return the result as files by name; ``results`` are figures for the model card."""
         return tuned_files(self.tuned, replace(self.provenance, results=results))
+
+    def with_other_formats(self, files: Mapping[str, bytes]) -> dict[str, bytes]:
+        """Add PEFT's adapter, where the result is LoRA alone."""
+        if isinstance(self.model, QSTModel):
+            return add_peft(files, self.model, self.provenance.base_model)
+        return dict(files)
 
     def load(self, directory: Path) -> None:
         """Exchange what is trained for that of a directory; UserError if it does not fit."""

@@ -17,6 +17,7 @@ from qst_tune.generation.caches import attentions
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.results.description import SIDE_NETWORK
 from qst_tune.results.loading import load_directory
+from qst_tune.results.peft_adapter import add_peft
 from qst_tune.results.recipe_config import TunedTemplate, tuned_template
 from qst_tune.results.tuned_directory import Provenance, tuned_files
 from qst_tune.sharing.hub_directory import Publication, base_model_of, make_hub_directory
@@ -172,6 +173,7 @@ class QSTPreTrainedModel(PreTrainedModel):
         if not is_main_process:
             return
         files = tuned_files(self.model.side, self.provenance)
+        files = add_peft(files, self.model, self.provenance.base_model)
         names = dict.fromkeys(self.state_dict(), SIDE_NETWORK.weights_file)
         index = {"metadata": {}, "weight_map": names}
         files[_INDEX] = (json.dumps(index, indent=2) + "\n").encode()

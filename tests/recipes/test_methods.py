@@ -108,6 +108,7 @@ def test_result_is_a_directory_of_the_documented_files(trained: Trained) -> None
     files = {f"{method.result}.safetensors", "recipe_config.yaml", "README.md"}
     files |= {"peqa_config.json"} if method.result == "scales" else {"qst_config.json"}
     files |= {"config.json"} if method.result == "side_network" else set()
+    files |= {"peft"} if method.name == "lora" else set()
     assert {path.name for path in trained.result.iterdir()} == files
     recorded = OmegaConf.load(trained.result / "recipe_config.yaml")
     assert recorded.epochs == 3

@@ -109,6 +109,7 @@ def test_description_says_what_it_was_trained_on(saved: Path) -> None:
             "layers": [0, 1, 2],
             "num_heads": 1,
             "num_kv_heads": 1,
+            "num_layers": 3,
         },
         "weights_sha256": sha256((saved / "side_network.safetensors").read_bytes()).hexdigest(),
         "results": {"validation loss": 1.25},

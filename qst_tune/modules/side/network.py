@@ -40,6 +40,10 @@ def _build_lora(backbone: Backbone, config: SideConfig) -> LastLayersLoRA | None
         raise ValueError(f"lora_layers={count} must be at most the backbone's {total} layers")
     if not count:
         return None
+    if config.lora_rank > backbone.width:
+        raise ValueError(
+            f"lora_rank={config.lora_rank} must be at most the backbone's width {backbone.width}"
+        )
     layers = {
         index: chosen_linears(
             backbone.linear_sizes(index), config.lora_attn_modules, mlp=config.apply_lora_to_mlp
