@@ -39,7 +39,7 @@ def qst_classifier(backbone: str, num_labels: int, **arguments: Any) -> QSTClass
         )
     decoder = qst_builder(builder)(**arguments)
     as_their_opt = is_opt_model(decoder.backbone) and arguments.get("variant") == "authors"
-    mix = decoder.side.output_mix
+    mix = getattr(decoder.side, "output_mix", None)  # LoRA alone has none
     if as_their_opt and isinstance(mix, SigmoidMix) and arguments.get("initial_mix") is None:
         mix.initial_logit = 0.0  # modeling_opt_qst.py: of a classifier zeros, else ones
         mix.reset_parameters()

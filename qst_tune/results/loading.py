@@ -59,6 +59,7 @@ _SIZES = {
 # A million positions take half a GiB of rotary angles.
 _MOST = {"num_layers": 1024, "max_seq_len": 1 << 20}
 _MOST_OF_OTHERS = 1 << 24
+_MOST_ENTRIES = 1024  # of a list; OmegaConf takes half a minute for 100,000
 
 
 @dataclass(frozen=True)
@@ -270,6 +271,10 @@ def _check_sizes(directory: Path, block: ModelBlock, backbone_directory: Path | 
     home = backbone_directory
     config = {} if home is None else read_json(home / "config.json", optional=True)
     for name, value in block.items():
+        if isinstance(value, list) and len(value) > _MOST_ENTRIES:
+            raise UserError(
+                f"{directory}: model.{name} has {len(value)} entries, and none has above {_MOST_ENTRIES}"
+            )
         if not isinstance(value, int) or "rope" in name:
             continue
         stored = config.get(_SIZES.get(name, ""))

@@ -40,7 +40,7 @@ _PREFIX = "base_model.model."  # before a module's name in transformers' model
 _INTERLEAVED = (RotaryPositionalEmbeddings, Llama3ScaledRoPE)
 
 
-class NoAdapterErrorError(ValueError):
+class NoAdapterError(ValueError):
     """PEFT cannot compute what a result computes; the message says why."""
 
 
@@ -57,7 +57,7 @@ def add_peft(files: Mapping[str, bytes], model: QSTModel, base_model: str) -> di
         tensors = load(files[SIDE_NETWORK.weights_file])
         added = adapter_files(model, tensors, base_model)
         note = "`peft/` has the same LoRA as an adapter in the format of PEFT, for other programs"
-    except NoAdapterErrorError as reason:
+    except NoAdapterError as reason:
         added, note = {}, f"there is no adapter for PEFT: {reason}"
     card = files[CARD_FILE] + f"\n**PEFT**: {note}.\n".encode()
     return {**files, CARD_FILE: card, **added}
@@ -69,16 +69,14 @@ def adapter_files(
     """Write an adapter's two files, by path.
 
     ``tensors`` are those of a result, ``lora.<layer>.<linear>.a`` ``[r, I]`` and ``.b`` ``[O, r]``.
-    NoAdapterErrorError if the result is more than LoRA, or PEFT has no name for a linear.
+    NoAdapterError if the result is more than LoRA, or PEFT has no name for a linear.
     """
     if model.side.layers:
-        raise NoAdapterErrorError(
-            "its format has no place for a side network (a result of num_side_blocks=0 is LoRA alone)"
+        raise NoAdapterError(
+            "its format has no place for a side network; num_side_blocks=0 would train LoRA alone"
         )
     if isinstance(model, QSTClassifier):
-        raise NoAdapterErrorError(
-            "a classifier's head differs between transformers and this package"
-        )
+        raise NoAdapterError("a classifier's head is not one of its layers' linears")
     is_own = transformers_backbone(model) is not None
     settings, weights = (_of_transformers if is_own else _of_torchtune)(model, tensors)
     config = {**_settings(model.side.config, base_model), **settings}
@@ -111,7 +109,7 @@ def check_adapter(directory: Path, model: QSTModel, tensors: Tensors) -> None:
         return
     try:
         wanted = load(adapter_files(model, tensors, "")[WEIGHTS_FILE])
-    except NoAdapterErrorError:
+    except NoAdapterError:
         wanted = {}
     found = _read_weights(directory)
     if found.keys() != wanted.keys() or not all(torch.equal(found[n], wanted[n]) for n in wanted):
@@ -164,7 +162,7 @@ def _of_torchtune(
     attention = model.layers[0].attn
     kind = type(attention.pos_embeddings)
     if kind not in _INTERLEAVED:
-        raise NoAdapterErrorError(f"torchtune has no conversion for a decoder with {kind.__name__}")
+        raise NoAdapterError(f"torchtune has no conversion for a decoder with {kind.__name__}")
     named = {
         f"layers.{index}.{path}.lora_{leaf}.weight": value
         for index, path, leaf, value in _parts(tensors)
@@ -176,9 +174,7 @@ def _of_torchtune(
         targets = tune_to_peft_adapter_config(wanted)["target_modules"]
         weights = tune_to_peft_adapter_weights(named, **sizes)
     except Exception as error:  # torchtune's is a bare one
-        raise NoAdapterErrorError(
-            "torchtune's conversion has no name for a linear of it"
-        ) from error
+        raise NoAdapterError("torchtune's conversion has no name for a linear of it") from error
     return {"target_modules": targets, **_layers_of(model, "layers")}, weights
 
 
@@ -189,7 +185,7 @@ def _of_transformers(
     modules = dict(backbone.model.named_modules())
     home = next(name for name, module in modules.items() if module is backbone.layers)
     if any(isinstance(modules[f"{home}.{path}"], ExpertLinears) for path in _owners(model)):
-        raise NoAdapterErrorError("the LoRA of its experts has no name there")
+        raise NoAdapterError("the LoRA of its experts has no name there")
     linears = [type(modules[f"{home}.{index}.{path}"]).__name__ for index, path in _linears(model)]
     settings = {
         "target_modules": _targets(model),
@@ -243,7 +239,7 @@ def _targets(model: QSTModel) -> list[str]:
         targets = {shortened(path) for paths in chosen.values() for path in paths}
         if all(_matched(model.layers[i], targets) == paths for i, paths in chosen.items()):
             return sorted(targets)
-    raise NoAdapterErrorError("its layers have linears of one name with LoRA and without")
+    raise NoAdapterError("its layers have linears of one name with LoRA and without")
 
 
 def _last(path: str) -> str:

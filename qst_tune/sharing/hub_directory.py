@@ -133,8 +133,8 @@ def model_card(
 ) -> str:
     """Write the card: what it is, how to use it, how it was made and the results.
 
-    ``config`` has no local paths; ``summary`` and ``peft``, how PEFT uses it, may be empty. The card is Markdown with the hub's
-    front matter.
+    ``config`` has no local paths; ``summary`` may be empty, and so ``peft``, how PEFT loads it. The
+    card is Markdown with the hub's front matter.
     """
     front = ModelCardData(
         base_model=publication.base_model,

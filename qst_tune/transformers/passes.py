@@ -25,8 +25,18 @@ def num_cache_layers(model: QSTModel) -> int:
     return len(DynamicCache(config=model.backbone.config).layers)
 
 
+def num_side_layers(model: QSTModel) -> int:
+    """Count the other layers of a cache; may be on meta.
+
+    Over transformers' own model one at least: without side blocks it only counts the tokens, which
+    not every layer of a backbone does.
+    """
+    least = 1 if isinstance(model, QSTTransformer) else 0
+    return max(least, len(attentions(model)))
+
+
 def cached_length(model: QSTModel, cache: Cache | None) -> int:
-    """Count the tokens in a cache, by a layer that counts: some of a backbone do not."""
+    """Count the tokens in a cache, by the first layer that is not the backbone's."""
     return 0 if cache is None else int(cache.get_seq_length(num_cache_layers(model)))
 
 
@@ -48,7 +58,7 @@ def head_input(
     if isinstance(model, QSTTransformer):
         _check(model, attention_mask, cache)
         mask = None if attention_mask is None else attention_mask.bool()
-        caches = nullcontext() if cache is None else _shared(model, cache, start)
+        caches = nullcontext() if cache is None else _shared(model, cache, start, tokens)
     else:
         length = start + tokens.shape[1]
         padding = tokens.new_ones(1, length)
@@ -113,7 +123,9 @@ def _check(model: QSTTransformer, mask: torch.Tensor | None, cache: Cache | None
 
 
 @contextmanager
-def _shared(model: QSTTransformer, cache: Cache, length: int) -> Iterator[None]:
+def _shared(
+    model: QSTTransformer, cache: Cache, length: int, tokens: torch.Tensor
+) -> Iterator[None]:
     """Let the backbone use a cache's first layers, and the side network the rest."""
     first = num_cache_layers(model)
     frozen = TransformersCache(model.backbone, cache)
@@ -121,6 +133,9 @@ def _shared(model: QSTTransformer, cache: Cache, length: int) -> Iterator[None]:
     if not length:  # generate() made it for the side network's configuration
         own = TransformersCache(model.backbone).cache.layers
         cache.layers = [*own, *cache.layers[first:]]
+    if not attentions(model):
+        counted = torch.zeros(len(tokens), 1, tokens.shape[1], 1, device=tokens.device)
+        cache.update(counted, counted, first)
     with _attached(model, cache, first), frozen.attached():
         yield
 

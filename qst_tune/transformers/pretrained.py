@@ -13,7 +13,6 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from qst_tune.atomic_files import replace_files
 from qst_tune.backbone.transformers_models import QSTTransformer
 from qst_tune.errors import UserError
-from qst_tune.generation.caches import attentions
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.results.description import SIDE_NETWORK
 from qst_tune.results.loading import load_directory
@@ -29,7 +28,7 @@ from qst_tune.transformers.config import (
     side_network_directory,
 )
 from qst_tune.transformers.over_model import load_over
-from qst_tune.transformers.passes import num_cache_layers
+from qst_tune.transformers.passes import num_cache_layers, num_side_layers
 
 _SIDE = "model.side."
 # Trainer resumes from a directory with this file; it names the tensors of side_network.safetensors.
@@ -69,7 +68,7 @@ class QSTPreTrainedModel(PreTrainedModel):
         config.vocab_size = decoder.tok_embeddings.num_embeddings
         config.hidden_size = decoder.backbone.width
         config.num_attention_heads = _num_heads(decoder)
-        config.num_hidden_layers = num_cache_layers(decoder) + len(attentions(decoder))
+        config.num_hidden_layers = num_cache_layers(decoder) + num_side_layers(decoder)
         if isinstance(decoder, QSTTransformer):
             for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
                 setattr(config, name, getattr(decoder.backbone.config, name, None))

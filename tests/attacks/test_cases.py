@@ -142,7 +142,7 @@ CASES = [
     # Absurd sizes.
     *(
         Attack(
-            f"{key} of {value}, {command.split()[0]}",
+            f"{key} of {str(value)[:20]}, {command.split()[0]}",
             command,
             "",
             edit_json(DESCRIPTION, put(value, "model", key)),
@@ -152,6 +152,9 @@ CASES = [
             ("max_seq_len", 100_000_000),
             ("rank", 10**9),
             ("embed_dim", 2**40),
+            ("lora_layers", 10**9),
+            ("lora_rank", 10**9),
+            ("lora_attn_modules", ["q_proj"] * 100_000),
         )
         for command in (VERIFY, LOAD)
     ),

@@ -18,7 +18,7 @@ from qst_tune.modules.lora import LowRank
 from qst_tune.results.peft_adapter import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    NoAdapterErrorError,
+    NoAdapterError,
     adapter_files,
     add_peft,
     check_adapter,
@@ -126,7 +126,7 @@ def lora_over(model_type: str, **settings: Any) -> Any:
 
 
 def reason(model: Any) -> str:
-    with pytest.raises(NoAdapterErrorError) as info:
+    with pytest.raises(NoAdapterError) as info:
         adapter_files(model, model.side.state_dict(), "base")
     return str(info.value)
 

@@ -283,3 +283,68 @@ def test_importing_the_package_stays_cheap():
     assert {"get_qst_model", "SideConfig"} <= set(dir(qst_tune))
     with pytest.raises(AttributeError, match="has no attribute 'absent'"):
         qst_tune.absent  # noqa: B018
+
+
+def dial(name: str, blocks: int | None) -> Any:
+    """LoRA in the last layers over a tiny model, with a side network or alone."""
+    config = SideConfig(
+        reduction_factor=4, rank=8, lora_layers=2, lora_rank=2, num_side_blocks=blocks
+    )
+    tuned = get_qst_model(tiny_model(name), config)
+    randomize_(tuned.model.side)
+    with torch.no_grad():
+        for parameter in tuned.model.side.lora.parameters():
+            parameter *= 0.3  # B A of the size of the weights
+    return tuned
+
+
+@pytest.mark.parametrize("blocks", [None, 0], ids=["beside a side network", "alone"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "lfm2"])
+def test_with_lora_a_cache_changes_no_token_nor_does_padding(name, blocks, tokens):
+    tuned = dial(name, blocks)
+    how: Any = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    without = tuned.generate(tokens, use_cache=False, **how)
+    assert torch.equal(tuned.generate(tokens, **how), without)
+    if name == "lfm2":  # a convolution sees padding
+        return
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+    for beams in (1, 2):
+        padded = tuned.generate(tokens, attention_mask=mask, num_beams=beams, **how)
+        alone = tuned.generate(tokens[:1, 3:], num_beams=beams, **how)
+        assert torch.equal(padded[:1, 11:], alone[:, 8:])
+
+
+@pytest.mark.parametrize("blocks", [None, 0], ids=["beside a side network", "alone"])
+def test_with_lora_recomputation_changes_no_gradient_and_saving_no_logit(blocks, tokens, tmp_path):
+    tuned = dial("llama", blocks).train()
+
+    def gradients() -> dict[str, torch.Tensor]:
+        tuned.zero_grad()
+        tuned(tokens, labels=tokens).loss.backward()
+        return {n: p.grad.clone() for n, p in tuned.named_parameters() if p.requires_grad}
+
+    kept = gradients()
+    tuned.gradient_checkpointing_enable()
+    recomputed = gradients()
+    assert kept.keys() == recomputed.keys() == tuned.state_dict().keys()
+    for name, gradient in kept.items():
+        assert torch.equal(recomputed[name], gradient), name
+        assert gradient.abs().max() > 0, name
+    tuned.eval().save_pretrained(tmp_path / "side")
+    again = QSTForCausalLM.from_pretrained(tmp_path / "side", backbone=tiny_model("llama"))
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, tuned(tokens).logits)
+    assert (tmp_path / "side/peft/adapter_config.json").exists() == (blocks == 0)
+
+
+def test_a_classifier_with_lora_trains_its_head_and_has_no_adapter(tokens, tmp_path):
+    from transformers import AutoModelForSequenceClassification
+
+    base = AutoModelForSequenceClassification.from_config(tiny_model("llama").config)
+    config = SideConfig(lora_layers=2, num_side_blocks=0)
+    tuned = get_qst_model(base, config).train()
+    tuned(tokens, labels=torch.tensor([0, 1])).loss.backward()
+    assert tuned.model.side.score.weight.grad.abs().max() > 0
+    tuned.save_pretrained(tmp_path)
+    assert "no adapter for PEFT: a classifier's head" in (tmp_path / "README.md").read_text()

@@ -136,6 +136,9 @@ class SideConfig:
             value, least = getattr(self, name), int(name == "lora_rank")
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+        for name in ("apply_lora_to_mlp", "lora_rank_stabilized"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
         if isinstance(self.lora_attn_modules, str) or not isinstance(
             self.lora_attn_modules, Iterable
         ):
