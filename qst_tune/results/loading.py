@@ -272,9 +272,7 @@ def _check_sizes(directory: Path, block: ModelBlock, backbone_directory: Path | 
     config = {} if home is None else read_json(home / "config.json", optional=True)
     for name, value in block.items():
         if isinstance(value, list) and len(value) > _MOST_ENTRIES:
-            raise UserError(
-                f"{directory}: model.{name} has {len(value)} entries, and none has above {_MOST_ENTRIES}"
-            )
+            raise UserError(f"{directory}: model.{name} has {len(value)} entries: too many")
         if not isinstance(value, int) or "rope" in name:
             continue
         stored = config.get(_SIZES.get(name, ""))

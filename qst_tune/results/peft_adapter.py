@@ -129,7 +129,7 @@ def _read_weights(directory: Path) -> Tensors:
     return tensors
 
 
-def _json(config: Mapping[str, Any]) -> bytes:
+def _json(config: Mapping[str, object]) -> bytes:
     return (json.dumps(config, indent=2) + "\n").encode()
 
 
@@ -139,7 +139,7 @@ def _base_model(base_model: str) -> dict[str, str | None]:
     return {"base_model_name_or_path": name, "revision": revision or None}
 
 
-def _settings(config: SideConfig, base_model: str) -> dict[str, Any]:
+def _settings(config: SideConfig, base_model: str) -> dict[str, object]:
     alpha = config.lora_alpha
     return {
         "peft_type": "LORA",
@@ -156,8 +156,8 @@ def _settings(config: SideConfig, base_model: str) -> dict[str, Any]:
 
 
 def _of_torchtune(
-    model: Any, tensors: Mapping[str, torch.Tensor]
-) -> tuple[dict[str, Any], Tensors]:
+    model: QSTModel, tensors: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, object], Tensors]:
     """By torchtune's own conversion, which is for decoders with LLaMA's names and rotary pairs."""
     attention = model.layers[0].attn
     kind = type(attention.pos_embeddings)
@@ -179,9 +179,9 @@ def _of_torchtune(
 
 
 def _of_transformers(
-    model: Any, tensors: Mapping[str, torch.Tensor]
-) -> tuple[dict[str, Any], Tensors]:
-    backbone = model.backbone
+    model: QSTModel, tensors: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, object], Tensors]:
+    backbone: Any = model.backbone
     modules = dict(backbone.model.named_modules())
     home = next(name for name, module in modules.items() if module is backbone.layers)
     if any(isinstance(modules[f"{home}.{path}"], ExpertLinears) for path in _owners(model)):
@@ -221,7 +221,7 @@ def _owners(model: QSTModel) -> set[str]:
     return found
 
 
-def _layers_of(model: QSTModel, pattern: str) -> dict[str, Any]:
+def _layers_of(model: QSTModel, pattern: str) -> dict[str, object]:
     """The layers with LoRA; ``pattern`` is how their names begin, less the part that PEFT skips."""
     layers = sorted({index for index, _ in _linears(model)})
     return {"layers_to_transform": layers, "layers_pattern": pattern}

@@ -128,6 +128,9 @@ class SideConfig:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
         if self.rank is not None and self.rank < 1 and self.downsample not in _WITHOUT_RANK:
             raise ValueError(f"rank={self.rank} must be at least 1")
+        for name in ("apply_lora_to_mlp", "lora_rank_stabilized"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
         if isinstance(self.initial_gamma, str):
             raise ValueError(f"initial_gamma={self.initial_gamma!r} must be a number")
 
@@ -136,9 +139,6 @@ class SideConfig:
             value, least = getattr(self, name), int(name == "lora_rank")
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
-        for name in ("apply_lora_to_mlp", "lora_rank_stabilized"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
         if isinstance(self.lora_attn_modules, str) or not isinstance(
             self.lora_attn_modules, Iterable
         ):
