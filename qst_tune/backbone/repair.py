@@ -122,8 +122,7 @@ class Repairs:
                 "model.repair_rank: on the calibration text the model computes values that are not "
                 f"finite in {self._dtype}: set dtype=bf16 or fp32"
             )
-        # Sums of squares of the weighted error: before and after the repair.
-        self._before = self._after = 0.0
+        self._shares: list[float] = []  # of each linear's weighted squared error, taken back
 
     @torch.no_grad()
     def take(self, name: str, weight: torch.Tensor) -> None:
@@ -133,15 +132,19 @@ class Repairs:
         if linear is None or leaf != "weight":
             return
         rounded = linear.dense_weight(torch.float32)
+        device = rounded.device
+        if device.type != "cuda":  # others, such as mps, lack decompositions
+            rounded = rounded.cpu()
         error = weight.to(rounded) - rounded
         # Of a linear that the text does not reach, all inputs count alike.
-        mean_square = self._mean_squares.get(path, error.new_ones(error.shape[1]))
+        mean_square = self._mean_squares.get(path, error.new_ones(error.shape[1])).to(error)
         left, right = repair_factors(error, mean_square, self._rank)
-        linear.repair = Repair(left.to(self._dtype), right.to(self._dtype), _name(self._rank))
+        left, right = left.to(self._dtype), right.to(self._dtype)
+        linear.repair = Repair(left.to(device), right.to(device), _name(self._rank))
         scale = input_scale(mean_square)
-        self._before += float((error * scale).square().sum())
-        left, right = linear.repair.left.float(), linear.repair.right.float()
-        self._after += float(error.addmm(left, right, alpha=-1).mul_(scale).square_().sum())
+        remains = error.addmm(left.float(), right.float(), alpha=-1).mul_(scale).norm()
+        lost = (error * scale).norm()
+        self._shares.append(float(1 - (remains / lost) ** 2) if lost > 0 else 1.0)
 
     def finish(self, before: Fingerprint, again: Fingerprint) -> None:
         """Check that both readings found the same weights, all of them; report what was done.
@@ -160,12 +163,12 @@ class Repairs:
     def _report(self) -> str:
         repairs = [linear.repair for linear in self._linears.values()]
         num_bytes = sum(p.nbytes for repair in repairs for p in repair.parameters())
-        share = 1 - self._after / self._before if self._before else 0.0
+        share = sum(self._shares) / len(self._shares)
         experts = _num_experts(self._root)
         left_out = f"; {experts} weights of experts stay as they were rounded" if experts else ""
         return (
             f"{len(repairs)} linears repaired with rank {self._rank}: {100 * share:.0f} % of the "
-            f"squared error of rounding taken back, {num_bytes / 1e6:.1f} MB, "
+            f"squared errors of their outputs taken back, {num_bytes / 1e6:.1f} MB, "
             f"{time.perf_counter() - self._start:.1f} s{left_out}"
         )
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from omegaconf import OmegaConf
 from qst_tune.recipes import qst_chat
@@ -17,7 +18,9 @@ from qst_tune.errors import UserError
 from qst_tune.results.description import SIDE_NETWORK
 from qst_tune.sharing.__main__ import main
 from qst_tune.sharing.hub_directory import Publication, make_hub_directory
+from qst_tune.transformers import QSTForCausalLM
 from tests.support.directories import side_network_directory
+from tests.support.numbers import random_tokens
 
 SUMMARY = {
     "train_loss": {"1": 3.0},
@@ -81,6 +84,25 @@ def test_a_model_that_is_built_from_a_directory_names_the_public_one(
     assert shared["model"].pop("checkpoint_dir") == "some/tiny-model"
     del described["model"]["checkpoint_dir"]
     assert shared == described
+
+
+@torch.no_grad()
+def test_what_was_tuned_over_a_repaired_backbone_is_shared_with_its_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The factors are not shared: whoever loads it computes them from the published weights."""
+    directory, expected = side_network_directory(tmp_path, repair_rank=8)
+    (tmp_path / "model").rename(tmp_path / "tiny-model")
+    shared = tmp_path / "shared"
+    make_hub_directory(directory, shared, Publication("me/side", "tiny-model"))
+    assert "nf4 + rank 8 (text " in (shared / "README.md").read_text()
+    assert (shared / SIDE_NETWORK.weights_file).read_bytes() == (
+        directory / SIDE_NETWORK.weights_file
+    ).read_bytes()
+    monkeypatch.chdir(tmp_path)
+    loaded = QSTForCausalLM.from_pretrained(shared, dtype=torch.float32)
+    tokens = random_tokens(vocab_size=300)
+    assert torch.equal(loaded(input_ids=tokens).logits, expected(tokens))
 
 
 def test_the_card_is_written_from_the_run(shared: Path) -> None:
