@@ -167,11 +167,20 @@ def load_qst(
             cfg.hidden_state_cache, model, backbone, dtype, device
         )
     if cfg.compile:
-        layers: Any = model.layers
-        # Layers with LoRA get other hooks at each pass.
-        frozen = layers if model.side.lora is None else layers[: model.side.lora.first]
-        compile_forward([*frozen, *model.side.blocks])
+        _compile(model)
     return TunedMethod(model, provenance_of(cfg, backbone, start.lineage if start else ()))
+
+
+def _compile(model: QSTModel) -> None:
+    """Compile side blocks and layers, except those with LoRA, which get other hooks each pass."""
+    layers: Any = model.layers
+    frozen = list(layers if model.side.lora is None else layers[: model.side.lora.first])
+    compile_forward([*frozen, *model.side.blocks])
+    if len(frozen) < len(layers) and rank_and_world_size()[0] == 0:
+        log.info(
+            f"compile=True: {len(frozen)} of {len(layers)} layers are compiled; the last "
+            f"{len(layers) - len(frozen)}, with LoRA, are not"
+        )
 
 
 def _load_backbone(

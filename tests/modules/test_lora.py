@@ -247,6 +247,22 @@ def test_layers_are_as_before_behind_a_pass():
     assert [len(m._forward_hooks) for m in model.modules()] == hooks
 
 
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("made", [torch.float32, torch.bfloat16])
+def test_a_change_is_added_in_any_dtype_to_a_tensor_of_its_own(given, made):
+    pair = LowRank(12, 20, rank=3, scale=0.7, dropout=0.0)
+    randomize_(pair)
+    x, y = torch.randn(2, 5, 12, dtype=given), torch.randn(2, 5, 20, dtype=made)
+    before = y.clone()
+    found = pair.added_to(y, x)
+    assert torch.equal(y, before)
+    expected = y.double() + 0.7 * x.double() @ (pair.b @ pair.a).double().T
+    assert found.dtype == torch.promote_types(given, made)
+    # bf16 has 8 bits: of the input, of the products and of the sum.
+    close = {"rtol": 1e-5, "atol": 1e-5} if given == torch.float32 else {"rtol": 0.02, "atol": 0.1}
+    torch.testing.assert_close(found.double(), expected, **close)
+
+
 def test_rank_stabilised_scale_is_alpha_over_the_root_of_the_rank():
     assert SideConfig(lora_rank=16, lora_alpha=8.0).lora_scale == 0.5
     assert SideConfig(lora_rank=16, lora_alpha=8.0, lora_rank_stabilized=True).lora_scale == 2.0

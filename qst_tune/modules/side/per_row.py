@@ -163,8 +163,7 @@ def _add_to_rows(
 ) -> torch.Tensor:
     x = args[0]
     if isinstance(rows, slice):
-        whole: torch.Tensor = output + pair(x)
-        return whole
+        return pair.added_to(output, x)
     if x.ndim < 3:
         raise ValueError(
             f"a {type(linear).__name__} of this backbone mixes the rows of a batch: side networks "
