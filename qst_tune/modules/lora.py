@@ -55,7 +55,8 @@ class LowRank(nn.Module):
         of a layer took 10 to 60 % of its products' time (bf16, one core), and so take 9 to 17 %.
         """
         if y.dtype != x.dtype:  # of a caller's autocast
-            return y + self(x)
+            changed: torch.Tensor = y + self(x)
+            return changed
         return compute_like(x, self._sum, y, x, parameters=self.a.dtype)
 
     def _change(self, x: torch.Tensor) -> torch.Tensor:

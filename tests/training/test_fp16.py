@@ -78,8 +78,8 @@ def test_gradients_of_8192_labels_are_nearer_to_the_exact_ones_than_in_bf16(
     exact = gradients(tmp_path, torch.float32, **block)
     fp16 = errors(gradients(tmp_path, torch.float16, **block), exact)
     bf16 = errors(gradients(tmp_path, torch.bfloat16, **block), exact)
-    # Relative, of each tensor. fp16 has three bits more. The largest, 0.043, is of a gate's gamma, one
-    # number that nearly cancels (bf16: 0.14); of LoRA's matrices it is 0.004.
+    # Relative, of each tensor. fp16 has three bits more. The largest, 0.043, is of a gate's gamma,
+    # one number that nearly cancels (bf16: 0.14); of LoRA's matrices it is 0.004.
     assert fp16.max() < 0.05
     assert fp16.median() < bf16.median() / 4
 
