@@ -21,6 +21,12 @@ The model's published file is 4-bit already (Q4_1), so NF4 rounds it a second ti
 products of a step in forwards of the whole model, 1 + 2k/30 with recomputation (as shipped) and
 1 + k/30 with activations saved; checkpointed QLoRA takes 3. Rates are chosen as above. One seed
 where no range is given.
+
+    python -m benchmarks.study --data DIRECTORY --tune --methods dial,dial_nf4,lora,qlora
+    python -m benchmarks.study --data DIRECTORY --tune --match time --methods dial,dial_nf4
+
+`dial_nf4_rank_32` is over NF4 with a repair, `--device cuda` runs all on a GPU, `--rows 256
+--states DIRECTORY` trains on few rows in several epochs, and `--costs 5` measures the steps.
 """
 
 

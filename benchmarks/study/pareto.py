@@ -44,7 +44,7 @@ def draw(lines: list[Line], costs: list[Line], path: Path) -> bool:
     """
     by_key = costs_by_key(costs)
     every = {task: points_of(task, lines, by_key) for task in TASKS}
-    tasks = [task for task, points in every.items() if any("_" in p.method for p in points)]
+    tasks = [task for task, points in every.items() if any(_is_of_dial(p) for p in points)]
     if not tasks:
         return False
     figure = Figure(figsize=(5 * len(tasks), 9), layout="constrained")
@@ -56,6 +56,10 @@ def draw(lines: list[Line], costs: list[Line], path: Path) -> bool:
         by_memory.set(xlabel="peak of a step, MiB", ylabel=METRICS[task])
     figure.savefig(path, dpi=100)
     return True
+
+
+def _is_of_dial(point: Point) -> bool:
+    return point.method.startswith(("dial_", "last_"))
 
 
 def points_of(task: str, lines: list[Line], costs: Costs) -> list[Point]:

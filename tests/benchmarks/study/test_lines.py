@@ -26,7 +26,7 @@ def test_a_loss_is_better_when_lower():
     assert [g[0]["held_out"] for g in best_rates(lines)] == [1.0, 1.5]
 
 
-def test_a_rate_that_lost_with_one_seed_stays_behind_when_other_seeds_lower_the_mean():
+def test_a_rate_that_lost_with_seed_0_stays_behind_when_other_seeds_lower_the_mean():
     lines = [line("qst", 3e-3, 0, 90.0), line("qst", 3e-3, 1, 84.0), line("qst", 1e-3, 0, 89.0)]
     ((first, second),) = best_rates(lines)
     assert first["rate"] == second["rate"] == 3e-3

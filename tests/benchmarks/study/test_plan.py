@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.study import __main__ as study
 from benchmarks.study.methods import BACKBONES, METHODS
-from benchmarks.study.plan import planned_runs
+from benchmarks.study.plan import RATES, planned_runs
 from benchmarks.study.tasks import BATCH_SIZE, STEPS, TASKS
 
 
@@ -68,6 +68,11 @@ def test_few_rows_are_repeated_for_so_many_epochs() -> None:
     for run in planned(*few)[1]:
         assert run.rows == 100
         assert run.steps == 3 * (100 // BATCH_SIZE[run.task])
+
+
+def test_every_methods_own_rates_can_be_tuned() -> None:
+    own = {method.rate_for(task) for method in METHODS.values() for task in TASKS}
+    assert own <= set(RATES)
 
 
 def test_tuning_tries_three_rates_and_goes_on_with_the_best() -> None:
