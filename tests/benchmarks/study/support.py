@@ -1,6 +1,31 @@
-"""Lines of results, as a run writes them."""
+"""A tiny method and task, and lines of results as a run writes them."""
 
 from typing import Any
+
+import torch
+
+from benchmarks.study.learners import Learner
+from benchmarks.study.tasks import Task
+from qst_tune.models import qst_decoder
+from qst_tune.training.methods import parameter_groups
+from tests.support.numbers import TINY, TINY_REDUCTION, tiny_backbone
+
+
+def tiny_learner(*_place: Any, rows: int | None = None, **changes: Any) -> Learner:
+    """QST over a tiny Llama, wherever the model is said to be."""
+    model = qst_decoder(tiny_backbone(tied=True), reduction_factor=TINY_REDUCTION, **changes)
+    return Learner(model, parameter_groups(model.side), rows)
+
+
+def one_of_two_words() -> Task:
+    """The last token says whether the first was large: one of two words."""
+    rows = []
+    for seed in range(48):
+        generator = torch.Generator().manual_seed(seed)
+        words = torch.randint(3, TINY["vocab_size"], (5 + seed % 3,), generator=generator).tolist()
+        tokens = [*words, 1 + (words[-1] > 30)]
+        rows.append({"tokens": tokens, "labels": [-100] * len(words) + tokens[-1:]})
+    return Task("rte", rows[:40], rows[40:], [1, 2])
 
 
 def line(method: str, rate: float, seed: int, held_out: float, **changes: Any) -> dict[str, Any]:

@@ -8,31 +8,17 @@ import torch.nn.functional as F
 
 from benchmarks.study import experiment
 from benchmarks.study.experiment import Place, Run, evaluate, execute, optimizer_of, train_step
-from benchmarks.study.learners import Learner
 from benchmarks.study.methods import Method
 from benchmarks.study.tasks import Task
-from qst_tune.models import qst_decoder
-from qst_tune.training.methods import parameter_groups
-from tests.support.numbers import TINY, TINY_REDUCTION, tiny_backbone
+from tests.benchmarks.study.support import one_of_two_words, tiny_learner
+from tests.support.numbers import TINY
 
 HERE = Place(Path("model"))
 
 
-def tiny_learner(*_place, rows=None, **changes):
-    model = qst_decoder(tiny_backbone(tied=True), reduction_factor=TINY_REDUCTION, **changes)
-    return Learner(model, parameter_groups(model.side), rows)
-
-
 @pytest.fixture
 def task():
-    """The last token says whether the first was large: one of two words."""
-    rows = []
-    for seed in range(48):
-        generator = torch.Generator().manual_seed(seed)
-        words = torch.randint(3, TINY["vocab_size"], (5 + seed % 3,), generator=generator).tolist()
-        tokens = [*words, 1 + (words[-1] > 30)]
-        rows.append({"tokens": tokens, "labels": [-100] * len(words) + tokens[-1:]})
-    return Task("rte", rows[:40], rows[40:], [1, 2])
+    return one_of_two_words()
 
 
 @pytest.fixture(autouse=True)

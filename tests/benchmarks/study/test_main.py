@@ -1,10 +1,15 @@
-"""The command line of the study: what it refuses."""
+"""The command line of the study: what it does with tiny models, and what it refuses."""
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from benchmarks.study import __main__ as study
+from benchmarks.study.costs import measure
+from benchmarks.study.methods import METHODS
+from tests.benchmarks.study.support import one_of_two_words, tiny_learner
 
 
 @pytest.mark.parametrize("missing", ["model", "data"])
@@ -29,6 +34,32 @@ def there(tmp_path: Path) -> list[str]:
     (tmp_path / "rte").mkdir()
     place = ["--data", str(tmp_path), "--checkpoint", str(tmp_path), "--threads", "1"]
     return [*place, "--tasks", "rte", "--results", str(tmp_path / "new.jsonl")]
+
+
+def test_what_was_run_is_not_run_again_and_the_page_follows(
+    there: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "_load", lambda *_: one_of_two_words())
+    monkeypatch.setattr(study, "measure_in_new_process", lambda plan: list(measure(plan)))
+    for name in ("qst", "dial_10"):
+        changes = {"lora_layers": 1} if name == "dial_10" else {}
+        build = partial(tiny_learner, **changes)
+        monkeypatch.setitem(METHODS, name, replace(METHODS[name], build=build))
+    results = Path(there[-1])
+    few = ["--rows", "16", "--epochs", "3", "--methods", "dial_10"]
+    for arguments, lines in [
+        (["--methods", "qst,dial_10", "--steps", "1", "--seeds", "1"], 2),
+        (["--methods", "qst,dial_10", "--steps", "1", "--seeds", "2"], 4),
+        ([*few, "--seeds", "1", "--states", str(results.parent / "states")], 5),
+    ]:
+        assert study.main([*there, *arguments]) == 0
+        assert len(study.read_results(results)) == lines
+    last = study.read_results(results)[-1]
+    assert (last["rows"], last["steps"], last["states"], len(last["seconds"])) == (16, 6, True, 3)
+    assert study.main([*there, "--methods", "qst,dial_10", "--costs", "1"]) == 0
+    costs = study.read_results(results.with_name("new_costs.jsonl"))
+    assert [cost["method"] for cost in costs] == ["qst", "dial_10"]
+    assert "| rte | 16 | 3 |" in (results.parent / "study.md").read_text()
 
 
 @pytest.mark.parametrize(
