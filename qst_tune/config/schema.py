@@ -76,7 +76,8 @@ class TrainingConfig(RecipeConfig):
         least=0,
     )
     enable_activation_checkpointing: bool = key(
-        "recompute in backward: the side network (QST), each layer (PEQA)", default=False
+        "recompute in backward: the side network and each layer with LoRA (QST), each layer (PEQA)",
+        default=False,
     )
     enable_activation_offloading: bool = key(
         "accepted when False: no method here needs it", default=False

@@ -1,4 +1,4 @@
-"""A cache of a frozen backbone's states: epochs after the first run the side network alone."""
+"""A cache of a frozen backbone's states: epochs after the first run what trains alone."""
 
 import hashlib
 import itertools

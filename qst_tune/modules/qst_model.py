@@ -1,4 +1,4 @@
-"""The QST model over any backbone: the backbone only runs forward, the side network trains."""
+"""The QST model over any backbone: a side network trains, and LoRA in its last layers, if any."""
 
 import copy
 from collections.abc import Callable, Sequence

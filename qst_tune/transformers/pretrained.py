@@ -52,7 +52,7 @@ _ADDRESSED_TO_OTHERS = (
 
 
 class QSTPreTrainedModel(PreTrainedModel):
-    """A ``QSTModel`` as a model of transformers; only its side network trains and is saved.
+    """A ``QSTModel`` as a model of transformers; its side network and LoRA train and are saved.
 
     ``config`` gets its sizes here; the loaded ``decoder`` is taken over, not copied; ``provenance``
     is what the saved directory says of the model.
@@ -217,11 +217,11 @@ class QSTPreTrainedModel(PreTrainedModel):
         return self.model.side.load_state_dict(own, assign=assign)
 
     def gradient_checkpointing_enable(self, *_: object, **__: object) -> None:
-        """Recompute the side network in backward; the backbone keeps nothing in any case."""
+        """Recompute in backward the side network, and each layer with LoRA; others save nothing."""
         self.model.side.recompute = True
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keep the side network's activations."""
+        """Save the activations of the side network and of layers with LoRA."""
         self.model.side.recompute = False
 
     def print_trainable_parameters(self) -> None:

@@ -280,6 +280,9 @@ def shrunk(cfg: DictConfig, place: Place) -> DictConfig:
         cfg.checkpoint_dir = str(place.model)
     elif "model" in cfg and not cfg.model._component_.endswith("_from_hf"):
         _shrink_model(cfg, place)
+    for name in ("lora_layers", "num_side_blocks"):
+        if cfg.get("model", {}).get(name):
+            cfg.model[name] = min(cfg.model[name], TINY["num_layers"])
     for name in ("dataset", "dataset_val"):
         if cfg.get(name) is not None:
             _shrink_data(cfg[name], place)
