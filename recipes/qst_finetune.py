@@ -4,13 +4,14 @@ Examples::
 
     tune run qst_finetune --config smollm2/135M_qst
     tune run --nproc_per_node 8 qst_finetune --config llama3_1/8B_qst
+    tune run qst_finetune --config smollm2/135M_qst_dial
     tune run qst_finetune --config smollm2/135M_qst_sst2
 
-The backbone is frozen in NF4 and only runs forward; a small side network trains. The config keys
-are torchtune's: a LoRA config becomes a QST config by changing its ``model`` block. With
-``qst_tune.models.qst_classifier`` there, it learns to classify rows instead of to continue them.
-The keys added to torchtune's (checkpoints, resuming, validation, ``dry_run``) are in
-docs/training.md.
+The backbone is frozen in NF4 and only runs forward; a small side network trains, and with
+``model.lora_layers`` LoRA in the last layers too. The config keys are torchtune's: a LoRA config
+becomes a QST config by changing its ``model`` block. With ``qst_tune.models.qst_classifier`` there,
+it learns to classify rows instead of to continue them. The keys added to torchtune's (checkpoints,
+resuming, validation, ``dry_run``) are in docs/training.md.
 """
 
 from functools import partial

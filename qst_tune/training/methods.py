@@ -32,8 +32,8 @@ from qst_tune.results.tuned_directory import Provenance, load_tuned, tuned_files
 
 QST_REFUSED = {
     "scales": "is what PEQA starts from; use side_network",
-    "enable_activation_offloading": "has nothing to offload, since QST saves no activation of the "
-    "backbone; set it to False",
+    "enable_activation_offloading": "has nothing to offload: QST saves the activations of what "
+    "trains alone, which enable_activation_checkpointing recomputes; set it to False",
 }
 _UNDECAYED_TYPES = (Gate, AlphaMix, SigmoidMix)
 # The rate of a classifier's head is the optimizer's times this over the head's width D.
