@@ -280,9 +280,7 @@ def shrunk(cfg: DictConfig, place: Place) -> DictConfig:
         cfg.checkpoint_dir = str(place.model)
     elif "model" in cfg and not cfg.model._component_.endswith("_from_hf"):
         _shrink_model(cfg, place)
-    for name in ("lora_layers", "num_side_blocks"):
-        if cfg.get("model", {}).get(name):
-            cfg.model[name] = min(cfg.model[name], TINY["num_layers"])
+    _shrink_depths(cfg.get("model") or {})
     for name in ("dataset", "dataset_val"):
         if cfg.get(name) is not None:
             _shrink_data(cfg[name], place)
@@ -327,6 +325,12 @@ def _shrink_model(cfg: DictConfig, place: Place) -> None:
     cfg.checkpointer.model_type = "LLAMA3_2"
     if "TunedCheckpointer" not in cfg.checkpointer._component_:
         cfg.checkpointer._component_ = "torchtune.training.FullModelHFCheckpointer"
+
+
+def _shrink_depths(model: Any) -> None:
+    for name in ("lora_layers", "num_side_blocks"):
+        if model.get(name):
+            model[name] = min(model[name], TINY["num_layers"])
 
 
 def _shrink_data(block: DictConfig, place: Place) -> None:
