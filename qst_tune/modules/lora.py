@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qst_tune.modules.lora_targets import LinearSizes
 from qst_tune.modules.side.compute import compute_like
+from qst_tune.quantization.kernels import is_few_tokens
 
 
 class LowRank(nn.Module):
@@ -57,6 +58,9 @@ class LowRank(nn.Module):
         if y.dtype != x.dtype:  # of a caller's autocast
             changed: torch.Tensor = y + self(x)
             return changed
+        if is_few_tokens(x):
+            # Of one token, in the parameters' dtype: 13 us instead of 53 in bf16 (one core).
+            return y + self._change(x.to(self.a.dtype)).to(y.dtype)
         return compute_like(x, self._sum, y, x, parameters=self.a.dtype)
 
     def _change(self, x: torch.Tensor) -> torch.Tensor:

@@ -224,7 +224,7 @@ def test_four_processes_on_two_nodes_compute_the_same_too(mode: str, directory: 
 
 def test_offloaded_parts_compute_the_same_too(directory: Path) -> None:
     save_hf_model(directory, MODELS["nf4"][0])
-    on_ranks(2, same_as_whole, directory, "nf4", "full", True)
+    on_ranks(2, same_as_whole, directory, "nf4, dial", "full", True)
 
 
 def takes_its_share(directory: Path, kind: str, shares: int, mode: str) -> None:

@@ -249,12 +249,14 @@ def test_layers_are_as_before_behind_a_pass():
 
 @pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("made", [torch.float32, torch.bfloat16])
-def test_a_change_is_added_in_any_dtype_to_a_tensor_of_its_own(given, made):
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_change_is_added_in_any_dtype_to_a_tensor_of_its_own(given, made, trains):
     pair = LowRank(12, 20, rank=3, scale=0.7, dropout=0.0)
     randomize_(pair)
     x, y = torch.randn(2, 5, 12, dtype=given), torch.randn(2, 5, 20, dtype=made)
     before = y.clone()
-    found = pair.added_to(y, x)
+    with torch.set_grad_enabled(trains):
+        found = pair.added_to(y, x)
     assert torch.equal(y, before)
     expected = y.double() + 0.7 * x.double() @ (pair.b @ pair.a).double().T
     assert found.dtype == torch.promote_types(given, made)

@@ -153,8 +153,9 @@ def kill_and_resume(
         time.sleep(seconds)
         os.kill(process, signal.SIGKILL)
     status = exit_status(process)
-    assert (directory / ".lock").exists() == (status != 0), "held until the end"
     left = sorted(path.name for path in directory.glob("checkpoints/*"))
+    # A busy machine may be told to kill before the lock is taken.
+    assert not left or (directory / ".lock").exists() == (status != 0), "held until the end"
     left += sorted(path.name for path in directory.glob(".side_network*"))
     resume = config_of(root, variant, directory, "resume_from_checkpoint=True")
     resumed = start(resume, root / "log.txt")
