@@ -71,3 +71,10 @@ def test_a_builder_of_a_whole_model_is_refused_with_the_one_of_its_backbone():
 def test_a_misspelt_argument_is_named():
     with pytest.raises(TypeError, match="reduction_facto"):
         build(backbone="qst_tune.models.smollm2_135m", num_labels=2, reduction_facto=8)
+
+
+def test_lora_alone_makes_a_classifier_too():
+    alone = {"num_side_blocks": 0, "lora_layers": 2}
+    model = build(backbone="qst_tune.models.smollm2_135m", num_labels=2, **alone)
+    names = {name.partition(".")[0] for name, _ in model.side.named_parameters()}
+    assert names == {"lora", "score"}

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qst_tune.errors import UserError
 from qst_tune.sharing.__main__ import main
@@ -62,3 +63,21 @@ def test_what_does_not_belong_or_is_damaged_is_one_line(
         assert "damaged" in line
     with pytest.raises(UserError, match="is no result of qst_tune"):
         inspect_directory(tmp_path / "model")
+
+
+def test_of_lora_its_layers_are_told_and_an_adapter_of_other_tensors_is_found(
+    tmp_path: Path,
+) -> None:
+    directory, _ = side_network_directory(tmp_path, num_side_blocks=0, lora_layers=2, lora_rank=2)
+    told = inspect_directory(directory)
+    assert "LoRA in the last 2 of 3 layers" in told
+    assert "gates" not in told
+    verify_directory(directory, tmp_path / "model")
+    adapter = directory / "peft/adapter_model.safetensors"
+    save_file({name: value + 1 for name, value in load_file(adapter).items()}, adapter)
+    with pytest.raises(UserError, match=r"is not what side_network\.safetensors beside it has"):
+        verify_directory(directory, tmp_path / "model")
+    both, _ = side_network_directory(tmp_path, "both", lora_layers=3, lora_rank=2)
+    told = inspect_directory(both)
+    assert "A QST side network with LoRA in all 3 layers" in told
+    assert "gates (beta)" in told

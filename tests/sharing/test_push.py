@@ -132,3 +132,25 @@ def test_without_a_token_a_right_or_a_network_it_says_so(
     assert "http://127.0.0.1:9 cannot be reached" in problem(ready)
     use(monkeypatch, hub.url, tmp_path / "home", offline=True)
     assert "HF_HUB_OFFLINE=1 forbids uploads" in problem(ready)
+
+
+def test_the_adapter_of_lora_alone_is_shared_under_the_public_name(
+    hub: FakeHub, tmp_path: Path
+) -> None:
+    alone = {"num_side_blocks": 0, "lora_layers": 2, "lora_rank": 2}
+    directory, _ = side_network_directory(tmp_path, **alone)
+    ready = tmp_path / "ready"
+    make_hub_directory(directory, ready, Publication(NAME, "some/model"))
+    push_directory(ready, NAME)
+    inside = [path for path in ready.rglob("*") if path.is_file()]
+    sent = hub.commits[NAME]
+    assert sent == {str(path.relative_to(ready)): path.read_bytes() for path in inside}
+    config = json.loads(sent["peft/adapter_config.json"])
+    assert config["base_model_name_or_path"] == "some/model"
+    adapter = "peft/adapter_model.safetensors"
+    assert sent[adapter] == (directory / adapter).read_bytes()
+    card = sent["README.md"].decode()
+    assert "[LoRA](https://arxiv.org/abs/2106.09685) in the last 2 of 3 layers" in card
+    assert f'PeftModel.from_pretrained(base, "{NAME}", subfolder="peft")' in card
+    (ready / adapter).write_bytes(b"damaged")
+    assert "adapter_model.safetensors is missing or damaged" in problem(ready)

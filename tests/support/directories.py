@@ -6,12 +6,14 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
+from qst_tune.atomic_files import write_directory
 from qst_tune.models.build import build_on_meta
 from qst_tune.models.load import load_frozen_backbone
 from qst_tune.modules.meta_device import materialize
 from qst_tune.modules.qst_decoder import QSTDecoder
+from qst_tune.results.peft_adapter import add_peft
 from qst_tune.results.provenance import provenance_of
-from qst_tune.results.tuned_directory import save_tuned
+from qst_tune.results.tuned_directory import RECIPE_CONFIG, tuned_files
 from tests.support.checkpoints import Config, finetune_config
 from tests.support.configs import typed_config
 from tests.support.numbers import randomize_
@@ -36,5 +38,6 @@ def side_network_directory(
     randomize_(model.side)
     origin = provenance_of(typed_config(cfg), backbone)
     origin = replace(origin, results={"validation loss at step 8": 1.25})
-    save_tuned(root / name, model.side, origin)
+    files = add_peft(tuned_files(model.side, origin), model, origin.base_model)
+    write_directory(root / name, files, private=[RECIPE_CONFIG])
     return root / name, model.eval()

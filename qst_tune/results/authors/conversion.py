@@ -88,6 +88,8 @@ def export_authors(directory: Path, model_block: DictConfig) -> tuple[Weights, M
         raise UserError(
             f"{directory} is {kind}, and the config's model is not: name its own config"
         )
+    if found.lora:
+        raise UserError(f"{directory} has {found.lora}, which the authors' code does not compute")
     labels = {n: v for n, v in description.model.items() if n == _CLASSIFIER}
     sizes = {"reduction_factor": found.config.reduction_factor, "rank": found.config.rank}
     model = _build({**block, **sizes, **labels, "variant": "authors"})

@@ -273,6 +273,14 @@ def test_what_their_code_does_not_compute_is_not_exported(settings, expected, tm
     assert expected in str(error.value)
 
 
+@pytest.mark.parametrize("settings", [{}, {"num_side_blocks": 0}])
+def test_lora_is_not_exported(settings, tmp_path: Path):
+    block = {**LLAMA, "variant": "authors", "lora_layers": 1, "lora_rank": 2, **settings}
+    save(tmp_path / "ours", random_side(block), block)
+    with pytest.raises(UserError, match="has LoRA in the last 1 of 3 layers, which the authors'"):
+        export_authors(tmp_path / "ours", config(LLAMA))
+
+
 @pytest.mark.parametrize("block", [LLAMA, LLAMA_CLASSIFIER], ids=["language model", "classifier"])
 def test_a_config_of_the_other_kind_is_refused_both_ways(block, tmp_path: Path):
     chosen = {**block, "variant": "authors", "reduction_factor": 4, "rank": 5}
