@@ -6,7 +6,7 @@ side_network.safetensors and the same losses in summary.json. The lock on the ou
 both caches, of the quantised backbone and of hidden states, are on, and each run begins with caches
 of its own, so that kills meet them being written. A run that was over before its kill came does not
 count. Runs are forked from this process after its imports, so that one takes
-seconds. The log of 50 kills is in kill_resume.txt beside this file::
+seconds. The log of 50 kills, and of 16 with LoRA, is in kill_resume.txt beside this file::
 
     OMP_NUM_THREADS=1 nice -n 10 python -m tests.support.kill_resume --kills 50
 """
