@@ -88,7 +88,9 @@ class HiddenStateCache:
 
         last_BTD = compute(taps=taps, visit=show)
         if not self.is_full:
-            self._write([*on_host, last_BTD.cpu().contiguous()], path)
+            # A clone: a side block may also read the state below LoRA, and safetensors refuses one
+            # memory under two names.
+            self._write([*on_host, last_BTD.cpu().clone().contiguous()], path)
         return last_BTD
 
     def _report(self, message: str) -> None:

@@ -164,12 +164,10 @@ class QSTModel(nn.Module):
             return [backbone.run(tokens, taps=taps, visit=visit, lora=lora, **where)]
         if not backbone.can_split:
             return [one.run(backbone, tokens, taps=taps, **where) for one in passes]
-        before, after = ([t for t in taps if t < lora.first], [t for t in taps if t > lora.first])
+        before = [tap for tap in taps if tap <= lora.first]
         run = partial(backbone.prefix, tokens, until=lora.first, **where)
         h_BTD = self._cached(run, tokens, before, visit, **where)
-        if lora.first in taps:  # not kept twice in a cache
-            visit(h_BTD)
-        how = {"since": lora.first, "taps": after, **where}
+        how = {"since": lora.first, "taps": taps[len(before) :], **where}
         return [one.run_suffix(backbone, tokens, h_BTD, **how) for one in passes]
 
     def _cached(

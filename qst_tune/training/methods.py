@@ -217,7 +217,7 @@ def _hidden_state_cache(
                 "layers share more than their states; set one of them to null"
             )
         described.append(side.lora.first)
-        num_states = 1 + sum(layer + 1 < side.lora.first for layer in side.layers)
+        num_states = 1 + sum(layer < side.lora.first for layer in side.layers)
     key = hashlib.sha256(repr(tuple(described)).encode()).hexdigest()[:16]
     name = backbone.name.replace("/", "--")
     directory = parent / f"{name}-{key}"
