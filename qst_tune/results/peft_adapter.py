@@ -22,7 +22,7 @@ from torchtune.modules import RotaryPositionalEmbeddings
 
 from qst_tune.backbone.experts import ExpertLinears
 from qst_tune.backbone.hub import is_hub_name
-from qst_tune.backbone.transformers import transformers_backbone
+from qst_tune.backbone.transformers import TransformersBackbone, transformers_backbone
 from qst_tune.errors import UserError
 from qst_tune.json_files import read_json
 from qst_tune.modules.qst_classifier import QSTClassifier
@@ -35,6 +35,8 @@ CONFIG_FILE = "peft/adapter_config.json"
 WEIGHTS_FILE = "peft/adapter_model.safetensors"
 FILES = (CONFIG_FILE, WEIGHTS_FILE)
 
+_NAMES_OF_EXPERTS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+_MAMBAS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 _PREFIX = "base_model.model."  # before a module's name in transformers' model
 # torchtune's conversion reorders queries and keys for these.
 _INTERLEAVED = (RotaryPositionalEmbeddings, Llama3ScaledRoPE)
@@ -186,6 +188,7 @@ def _of_transformers(
     home = next(name for name, module in modules.items() if module is backbone.layers)
     if any(isinstance(modules[f"{home}.{path}"], ExpertLinears) for path in _owners(model)):
         raise NoAdapterError("the LoRA of its experts has no name there")
+    _check_names(backbone, {_last(path) for _, path in _linears(model)})
     linears = [type(modules[f"{home}.{index}.{path}"]).__name__ for index, path in _linears(model)]
     settings = {
         "target_modules": _targets(model),
@@ -196,6 +199,20 @@ def _of_transformers(
         f"{_PREFIX}{home}.{index}.{path}.lora_{leaf.upper()}.weight": value
         for index, path, leaf, value in _parts(tensors)
     }
+
+
+def _check_names(backbone: TransformersBackbone, names: set[str]) -> None:
+    """Refuse linears that PEFT 0.21 does not load as what they are, by their names."""
+    layers = backbone.layers
+    has_experts = any(p.ndim == 3 and "expert" in n for n, p in layers.named_parameters())
+    has_experts = has_experts or any(isinstance(m, ExpertLinears) for m in layers.modules())
+    if has_experts and names & _NAMES_OF_EXPERTS:
+        raise NoAdapterError(
+            f"it takes {', '.join(sorted(names & _NAMES_OF_EXPERTS))} of a mixture of experts for "
+            "the experts'; apply_lora_to_mlp=False leaves them out"
+        )
+    if backbone.config.model_type in _MAMBAS and "out_proj" in names:
+        raise NoAdapterError("it refuses the out_proj of Mamba's layers")
 
 
 def _parts(tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[int, str, str, torch.Tensor]]:

@@ -38,7 +38,7 @@ TYPES = {
     "gpt_neox": "dense in attention alone",
     "falcon": "changes its linears' outputs in place",
     "opt": "layers below model.decoder",
-    "qwen3_next": "linears of other names from layer to layer; experts and routers",
+    "lfm2": "linears of other names from layer to layer",
     "gemma2": "norms behind the layers",
 }
 
@@ -148,6 +148,25 @@ def weights_of(model: Any) -> dict[str, bytes]:
     from safetensors.torch import save
 
     return {"side_network.safetensors": save(model.side.state_dict())}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "expected"),
+    [
+        (
+            "qwen3_next",
+            "takes down_proj, gate_proj, up_proj of a mixture of experts for the experts",
+        ),
+        ("deepseek_v3", "of a mixture of experts"),
+        ("mamba2", "refuses the out_proj of Mamba"),
+    ],
+)
+def test_what_peft_would_load_as_something_else_is_refused(model_type: str, expected: str) -> None:
+    """PEFT 0.21.2 loaded these without an error, and with tensors of other modules."""
+    assert expected in reason(lora_over(model_type))
+    if model_type != "mamba2":
+        model = lora_over(model_type, apply_lora_to_mlp=False)
+        assert adapter_files(model, model.side.state_dict(), "base")
 
 
 def test_a_decoder_without_llamas_rotary_pairs_has_no_conversion() -> None:
