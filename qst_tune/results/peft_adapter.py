@@ -110,14 +110,16 @@ def check_adapter(directory: Path, model: QSTModel, tensors: Tensors) -> None:
     if not (directory / CONFIG_FILE).exists():
         return
     try:
-        wanted = load(adapter_files(model, tensors, "")[WEIGHTS_FILE])
-    except NoAdapterError:
-        wanted = {}
-    found = _read_weights(directory)
-    if found.keys() != wanted.keys() or not all(torch.equal(found[n], wanted[n]) for n in wanted):
+        files = adapter_files(model, tensors, "")
+    except NoAdapterError as error:
+        raise UserError(f"{directory / CONFIG_FILE} should not be there: {error}") from error
+    wanted, found = load(files[WEIGHTS_FILE]), _read_weights(directory)
+    settings = {**read_json(directory / CONFIG_FILE), **_base_model("")}
+    is_same = settings == json.loads(files[CONFIG_FILE]) and found.keys() == wanted.keys()
+    if not is_same or not all(torch.equal(found[n], wanted[n]) for n in wanted):
         raise UserError(
-            f"{directory / WEIGHTS_FILE} is not what {SIDE_NETWORK.weights_file} beside it has: "
-            "copy the whole directory again, or remove its peft"
+            f"{directory / 'peft'} is not what {SIDE_NETWORK.weights_file} beside it has: copy the "
+            "whole directory again, or remove its peft"
         )
 
 

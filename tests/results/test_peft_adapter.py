@@ -207,6 +207,11 @@ def test_an_adapter_of_other_tensors_or_a_damaged_one_is_refused(tmp_path: Path)
     tensors = model.side.state_dict()
     write(adapter_files(model, tensors, "base"), tmp_path)
     check_adapter(tmp_path, model, tensors)
+    config = (tmp_path / CONFIG_FILE).read_text()
+    (tmp_path / CONFIG_FILE).write_text(config.replace('"r": 2', '"r": 4'))
+    with pytest.raises(UserError, match=r"is not what side_network\.safetensors beside it has"):
+        check_adapter(tmp_path, model, tensors)
+    (tmp_path / CONFIG_FILE).write_text(config)
     other = {name: value + 1 for name, value in load_file(tmp_path / WEIGHTS_FILE).items()}
     save_file(other, tmp_path / WEIGHTS_FILE)
     with pytest.raises(UserError, match=r"is not what side_network\.safetensors beside it has"):
