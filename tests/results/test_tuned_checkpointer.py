@@ -27,10 +27,17 @@ def checkpointer(directory: Path, backbone: Path, **settings: object) -> TunedCh
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "settings", [{}, {"embedding_quantization": "int8"}, {"base_quantization": "int8"}]
+    "settings",
+    [
+        {},
+        {"embedding_quantization": "int8"},
+        {"base_quantization": "int8"},
+        {"lora_layers": 2, "lora_rank": 2},
+        {"lora_layers": 3, "num_side_blocks": 0},
+    ],
 )
 def test_a_model_that_loads_it_as_stock_recipes_do_is_the_tuned_one(
-    settings: dict[str, str], tmp_path: Path
+    settings: dict[str, object], tmp_path: Path
 ) -> None:
     directory, expected = side_network_directory(tmp_path, **settings)
     state = checkpointer(directory, tmp_path / "model").load_checkpoint()[training.MODEL_KEY]
