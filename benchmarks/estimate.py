@@ -11,6 +11,7 @@ import argparse
 import inspect
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from qst_tune.config.file import parse_config
 from qst_tune.config.keys import typed
 from qst_tune.config.schema import EstimateConfig, StepConfig
 from qst_tune.errors import UserError
-from qst_tune.estimation.estimate import Question, Row, table
+from qst_tune.estimation.estimate import Question, Row, batch_text, table
 from qst_tune.estimation.fake_device import DeviceType
 from qst_tune.estimation.step import Setup, Shape, peqa_setup, qst_setup
 from qst_tune.models import peqa_decoder, qst_decoder
@@ -152,7 +153,7 @@ def row(
     """Estimate one method."""
     question = Question(partial(METHODS[name], cfg), cfg, shape, device, fit_gib=fit_gib)
     found, _ = question.answer()
-    return Row(name, found.cost, found.largest_batch)
+    return replace(found, title=name)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -180,7 +181,9 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{asked.config}, {shape.batch_size} x {shape.seq_len} tokens, bf16, GiB (2^30 bytes)")
     print(table(rows))
     if asked.fit_gib:
-        fits = ", ".join(f"{row.title} {row.largest_batch or 'none'}" for row in rows)
+        fits = ", ".join(
+            f"{row.title} {batch_text(row.largest_batch, row.at_once)}" for row in rows
+        )
         print(f"largest batch that fits in {asked.fit_gib:g} GiB: {fits}")
     return 0
 

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from qst_tune.config.check import read_config
 from qst_tune.config.cli import run_recipe
 from qst_tune.config.schema import TrainingConfig
-from qst_tune.estimation.estimate import describe_run
+from qst_tune.estimation.dry_run import describe_run
 from qst_tune.models.build import build_peqa_on_meta
 from qst_tune.training.language_modelling import build_language_modelling
 from qst_tune.training.methods import load_peqa

@@ -17,7 +17,7 @@ from qst_tune.config.check import read_config
 from qst_tune.config.cli import run_recipe
 from qst_tune.config.schema import TrainingConfig
 from qst_tune.errors import UserError
-from qst_tune.estimation.estimate import describe_run
+from qst_tune.estimation.dry_run import describe_run
 from qst_tune.models.build import build_on_meta
 from qst_tune.modules import QSTClassifier
 from qst_tune.training.methods import QST_REFUSED, load_qst

@@ -21,7 +21,16 @@ from qst_tune.config.device import AUTO, DTYPE_NAMES
 from qst_tune.config.model_directory import fetch_models
 from qst_tune.config.schema import EstimateConfig
 from qst_tune.errors import UserError
-from qst_tune.estimation.estimate import DEFAULT_SEQ_LEN, JSON_FILE, Question, Row, table, write
+from qst_tune.estimation.depths import Depths, depths_of
+from qst_tune.estimation.estimate import (
+    DEFAULT_SEQ_LEN,
+    JSON_FILE,
+    Question,
+    Row,
+    batch_text,
+    table,
+    write,
+)
 from qst_tune.estimation.fake_device import DeviceType
 from qst_tune.estimation.spread import Spread
 from qst_tune.estimation.step import Shape, own_setup
@@ -76,7 +85,15 @@ def dtype_of(dtype: str) -> torch.dtype:
     return dtypes[dtype]
 
 
-def report(cfg: EstimateConfig, asked: Question, row: Row, spread: str | None) -> str:
+def depths_asked(cfg: EstimateConfig, asked: Question) -> Depths | None:
+    """Return the prices of every ``lora_layers``, unless the config does without."""
+    dtype = dtype_of(cfg.dtype)
+    return depths_of(asked, lambda k: own_setup(cfg, dtype, k)) if cfg.depths else None
+
+
+def report(
+    cfg: EstimateConfig, asked: Question, row: Row, spread: str | None, depths: Depths | None
+) -> str:
     """Write the answer as text: the table, and a line for each further question."""
     batch_size, seq_len = asked.shape.batch_size, asked.shape.seq_len
     lines = [
@@ -86,11 +103,15 @@ def report(cfg: EstimateConfig, asked: Question, row: Row, spread: str | None) -
     ]
     if spread:
         lines.append(spread)
+    if depths:
+        lines.append(f"{depths.table()}\n")
     if asked.fit_gib:
         lines.append(
             f"largest batch of {seq_len} tokens a row that fits in {asked.fit_gib:g} GiB: "
-            f"{row.largest_batch or 'none'}"
+            f"{batch_text(row.largest_batch, row.at_once)}"
         )
+        if depths:
+            lines.append(depths.report())
     return "\n".join(lines)
 
 
@@ -114,9 +135,9 @@ def main(raw: DictConfig) -> None:
     cfg = fetch_models(read_config(raw, EstimateConfig), "config")
     asked = question_of(cfg)
     with output_directory(cfg.output_dir) as directory:
-        row, spread = asked.answer()
-        print(report(cfg, asked, row, spread))
-        write(directory, row, settings_of(cfg, asked))
+        (row, spread), depths = asked.answer(), depths_asked(cfg, asked)
+        print(report(cfg, asked, row, spread, depths))
+        write(directory, row, settings_of(cfg, asked), depths.figures() if depths else {})
     print(f"{directory / JSON_FILE} written")
 
 

@@ -23,7 +23,7 @@ from qst_tune.config.cli import run_recipe
 from qst_tune.config.schema import TrainingConfig
 from qst_tune.data import collate_classification
 from qst_tune.data.batches.training_data import TrainingData, build_data
-from qst_tune.estimation.estimate import describe_run
+from qst_tune.estimation.dry_run import describe_run
 from qst_tune.models.build import build_on_meta
 from qst_tune.modules.model_limits import limits_of
 from qst_tune.modules.qst_classifier import QSTClassifier

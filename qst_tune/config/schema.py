@@ -200,6 +200,7 @@ class EstimateConfig(RecipeConfig):
         "plain holds the scores, fused never does", default="fused"
     )
     num_processes: int = key("that share the work, as backbone_sharding has it", default=1, least=1)
+    depths: bool = key("price every depth of LoRA, model.lora_layers", default=True)
     model: Block = training_key("model")
     tokenizer: Block = training_key("tokenizer")
     batch_size: int = training_key("batch_size")

@@ -12,16 +12,12 @@ from functools import cache, cached_property, partial
 from itertools import groupby
 from typing import Any, TypeAlias
 
-from torch import nn
-
 from qst_tune.estimation.fake_device import BATCH_LOOPS, first_and_last_parts
-from qst_tune.estimation.tracker import Timeline
+from qst_tune.estimation.skipped_layers import kinds_of_layers, skip, stand_ins, with_skipped
+from qst_tune.estimation.tracker import Phase, Timeline
 from qst_tune.modules.qst_model import QSTModel
 
 Shorten: TypeAlias = Callable[[Any], None]
-_SIMPLE = (bool, int, float, str, type(None))
-# Attributes that number a layer, without changing what it does.
-_NUMBERS = ("layer_idx", "layer_id", "layer_number", "training")
 _LONGEST_PERIOD = 12
 
 
@@ -34,59 +30,21 @@ def timeline_of_fewer_layers(
     except that ``start_bytes`` lacks the frozen weights of those left out. It is None if the model
     cannot be shortened so.
     """
-    kinds = _kinds(model)
-    if isinstance(model, QSTModel) and model.side.layers != list(range(len(kinds))):
-        return trace(partial(_skip, layers=_repeated_frozen_layers(kinds, model.side.layers)))
-    found = _period(kinds)
+    if isinstance(model, QSTModel) and (skipped := stand_ins(model)):
+        return with_skipped(trace(partial(skip, layers=list(skipped))), skipped)
+    found = None if _is_uneven(model) else _period(kinds_of_layers(model))
     if found is None:
         return None
     depth, period = found
     short, longer = (trace(partial(_keep, depth=n)) for n in (depth, depth + period))
-    return _extend(short, longer, (len(kinds) - depth) // period, _add_layers)
+    return _extend(short, longer, (len(model.layers) - depth) // period, _add_layers)
 
 
-def _kinds(model: Any) -> list[str]:
-    """What each layer is made of, and what the configuration sets for it alone."""
-    layers = model.layers
-    config = getattr(getattr(model, "backbone", None), "config", None)
-    lists = [
-        value
-        for _, value in sorted(getattr(config, "__dict__", {}).items())
-        if isinstance(value, list) and len(value) == len(layers)
-    ]
-    return [
-        repr(([value[index] for value in lists], _structure(layer)))
-        for index, layer in enumerate(layers)
-    ]
-
-
-def _structure(layer: nn.Module) -> list[Any]:
-    return [
-        (
-            name,
-            type(module).__name__,
-            [
-                (k, v)
-                for k, v in vars(module).items()
-                if isinstance(v, _SIMPLE) and k not in _NUMBERS
-            ],
-            [(k, tuple(p.shape), type(p).__name__) for k, p in module.named_parameters("", False)],
-        )
-        for name, module in layer.named_modules()
-    ]
-
-
-def _repeated_frozen_layers(kinds: Sequence[str], with_block: Sequence[int]) -> list[int]:
-    """Layers without a side block that follow one of their kind, with no side block between."""
-    repeated, seen = [], set[str]()
-    for index, kind in enumerate(kinds):
-        if index in with_block:
-            seen.clear()
-        elif kind in seen and index >= 2:  # the state before the first layer is saved
-            repeated.append(index)
-        else:
-            seen.add(kind)
-    return repeated
+def _is_uneven(model: Any) -> bool:
+    """Whether some layers have a side block, or LoRA, and others have not."""
+    if not isinstance(model, QSTModel):
+        return False
+    return model.side.lora is not None or len(model.side.layers) < len(model.layers)
 
 
 def _period(kinds: Sequence[str]) -> tuple[int, int] | None:
@@ -103,28 +61,13 @@ def _period(kinds: Sequence[str]) -> tuple[int, int] | None:
     return min(choices, key=lambda choice: 2 * choice[0] + choice[1], default=None)
 
 
-def _skip(model: Any, layers: Sequence[int]) -> None:
-    """Make layers empty, in place: the model's own loop still runs over all of them."""
-    is_tuple: list[bool] = []
-    for index, layer in enumerate(model.layers):
-        if index not in layers:
-            layer.register_forward_hook(lambda *seen: is_tuple.append(isinstance(seen[2], tuple)))
-            continue
-        layer = model.layers[index] = getattr(layer, "_checkpoint_wrapped_module", layer)
-        for held in (layer._modules, layer._parameters, layer._buffers):
-            held.clear()
-
-        def nothing(*args: object, **kwargs: object) -> Any:
-            state = args[0] if args else kwargs["hidden_states"]
-            return (state, None, None) if is_tuple[-1] else state
-
-        layer.forward = nothing
-
-
 def _keep(model: Any, *, depth: int) -> None:
     """Let only the first layers run, in place, and the side blocks that belong to them."""
     fewer = len(model.layers) - depth
-    _skip(model, range(depth, len(model.layers)))
+    skip(model, range(depth, len(model.layers)))
+    for layer in model.layers[depth:]:
+        for held in (layer._modules, layer._parameters, layer._buffers):
+            held.clear()
     if isinstance(model, QSTModel):
         side = model.side
         side.layers = side.layers[:depth]
@@ -259,9 +202,11 @@ class BatchPeaks:
         return self._with_missing(self._step(batch_size))
 
     def _with_missing(self, timeline: Timeline) -> list[int]:
-        peaks = timeline.peaks()
-        missing = self._missing or [0] * len(peaks)
-        return [peak + more for peak, more in zip(peaks, missing, strict=True)]
+        missing = self._missing or {}
+        return [
+            peak + missing.get(phase, 0)
+            for peak, (phase, _) in zip(timeline.peaks(), timeline.phases, strict=True)
+        ]
 
     def _step(self, batch_size: int) -> Timeline:
         """A step of few layers where they are enough."""
@@ -279,7 +224,7 @@ class BatchPeaks:
             )
 
 
-def _missing_bytes(shallow: Timeline, whole: Timeline) -> list[int] | None:
+def _missing_bytes(shallow: Timeline, whole: Timeline) -> dict[Phase, int] | None:
     """What each phase of the shallow step lacks, at any batch size; None if it is another step.
 
     That is the frozen weights that were left out. The optimizer's phase does not depend on the
@@ -294,4 +239,4 @@ def _missing_bytes(shallow: Timeline, whole: Timeline) -> list[int] | None:
     is_same = all(
         m == frozen for m, name in zip(missing, names, strict=True) if name != "optimizer"
     )
-    return missing if is_same else None
+    return dict(zip(names, missing, strict=True)) if is_same else None

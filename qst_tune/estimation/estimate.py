@@ -6,20 +6,15 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
-import torch
-
-from qst_tune.config.schema import StepConfig, TrainingConfig
-from qst_tune.data.batches.schedule import schedule_of
-from qst_tune.data.batches.training_data import TrainingData
-from qst_tune.distributed.processes import rank_and_world_size
-from qst_tune.errors import UserError
+from qst_tune.config.schema import StepConfig
 from qst_tune.estimation.batch_peaks import BatchPeaks, Shorten
 from qst_tune.estimation.fake_device import Attention, DeviceType
+from qst_tune.estimation.skipped_layers import skip, stand_ins, with_skipped
 from qst_tune.estimation.spread import Spread, spread_line
-from qst_tune.estimation.step import ALL_ROWS, Setup, Shape, StepCost, own_setup, trace_step
+from qst_tune.estimation.step import ALL_ROWS, Setup, Shape, StepCost, trace_step
 from qst_tune.estimation.tracker import PARTS, Timeline
 from qst_tune.modules.memory import GIB
 from qst_tune.training.preference import PreferenceTask
@@ -28,16 +23,36 @@ JSON_FILE = "estimate.json"
 # Taken where tokenizer.max_seq_len is null, since rows are then as long as the data.
 DEFAULT_SEQ_LEN = 512
 ONE_PROCESS = Spread(1, None)
+# Taken for any number where rows run a few at a time, since more of them take no more memory.
+MANY_ROWS = 1000
+_TOKEN_BYTES = 16  # the id and the label of one token
 _COLUMNS = ["peak", "frozen", "trained", "optimizer", "gradients", "saved", "loss", "transient"]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method: its title, a step's cost, and the rows that fit into the memory asked about."""
+    """One method: its title, a step's cost, and the rows that fit into the memory asked about.
+
+    ``at_once``: rows that run forward and backward before the next ones do, where not all do.
+    """
 
     title: str
     cost: StepCost
     largest_batch: int | None = None
+    at_once: int | None = None
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a step costs with LoRA in the last ``lora_layers`` layers.
+
+    ``forwards`` are its operations over those of one pass forward.
+    """
+
+    lora_layers: int
+    peak_bytes: int
+    trainable_parameters: int
+    forwards: float
 
 
 @dataclass(frozen=True)
@@ -58,9 +73,7 @@ class Question:
     def answer(self) -> tuple[Row, str | None]:
         """Run the step on fake tensors: a row of the table, a line about several processes."""
         setup = self.build()
-        with _quick_collections(), warnings.catch_warnings():
-            # By torch, of torchtune's own norms, whose weights are bf16 and inputs fp32.
-            warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+        with quick_and_quiet():
             cost, timeline = self._trace(self.shape.batch_size)
             batch = None if self.fit_gib is None else self._largest_batch(setup, timeline)
         line = None
@@ -68,7 +81,20 @@ class Question:
             pairs = isinstance(setup.task, PreferenceTask)
             peak = cost.memory.num_bytes
             line = spread_line(self.spread, setup.model, peak, has_reference=pairs)
-        return Row(setup.title, cost, batch), line
+        return Row(setup.title, cost, batch, setup.rows_at_once(self.shape.seq_len)), line
+
+    def price(self, forward_flops: float) -> Price:
+        """Run the step of a QST model with one layer of each kind; ``forward_flops`` a token."""
+        setup = self.build()
+        skipped = stand_ins(setup.model)
+        cost, step = self._trace(self.shape.batch_size, partial(skip, layers=list(skipped)))
+        more = with_skipped(step, skipped).flops / step.flops
+        return Price(
+            setup.model.side.config.lora_layers,
+            self.spread.peak_bytes(setup.model, max(with_skipped(step, skipped).peaks())),
+            cost.trainable_parameters,
+            cost.flops_per_token * more / forward_flops,
+        )
 
     def _trace(self, batch_size: int, shorten: Shorten | None = None) -> tuple[StepCost, Timeline]:
         return trace_step(
@@ -87,7 +113,8 @@ class Question:
         fixed, limit = of_a_process(timeline.start_bytes), (self.fit_gib or 0) * GIB
         if fixed > limit:
             return 0
-        part_rows = setup.part_rows(self.shape.seq_len)
+        at_once = setup.rows_at_once(self.shape.seq_len)
+        part_rows = ALL_ROWS if at_once else setup.part_rows(self.shape.seq_len)
         peaks = BatchPeaks(
             setup.model,
             lambda batch_size, shorten: self._trace(batch_size, shorten)[1],
@@ -95,8 +122,14 @@ class Question:
             timeline,
             part_rows,
         )
+
+        def peak(batch_size: int) -> int:
+            return of_a_process(peaks(batch_size))
+
+        if at_once and any_batch_fits(peak, limit, at_once, self.shape.seq_len):
+            return MANY_ROWS
         return largest_batch(
-            lambda batch_size: of_a_process(peaks(batch_size)),
+            peak,
             limit,
             start=self.shape.batch_size,
             fixed_bytes=fixed,
@@ -104,14 +137,49 @@ class Question:
         )
 
 
+def batch_text(largest: int | None, at_once: int | None) -> str:
+    """Report the largest batch, and the rows of it that run at once unless all do."""
+    if at_once and largest == MANY_ROWS:
+        return f"any size ({at_once} rows at a time)"
+    return str(largest or "none")
+
+
 @contextmanager
-def _quick_collections() -> Iterator[None]:
+def quick_and_quiet() -> Iterator[None]:
     """Collect only what the block makes: 0.2 s less a step, since torch has a million objects."""
     gc.freeze()
     try:
-        yield
+        with warnings.catch_warnings():
+            # By torch, of torchtune's own norms, whose weights are bf16 and inputs fp32.
+            warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
+            yield
     finally:
         gc.unfreeze()
+
+
+def last_that_fits(peak: Callable[[int], int], limit: float, low: int, high: int) -> int:
+    """Find the largest number within a limit, between one that fits and one that does not."""
+    width = 2 * (high - low)
+    while high - low > 1:
+        guess = min(max(_crossing(peak, limit, low, high), low + 1), high - 1)
+        if high - low > width / 2:  # where memory bends, lines lead on slowly
+            guess = (low + high) // 2
+        width = high - low
+        low, high = (guess, high) if peak(guess) <= limit else (low, guess)
+    return low
+
+
+def _crossing(peak: Callable[[int], int], limit: float, first: int, second: int) -> int:
+    """Largest number at which the line through two known peaks is within the limit."""
+    slope = (peak(second) - peak(first)) / (second - first)
+    if slope <= 0:  # something else is the peak
+        return 2 * second
+    return first + int((limit - peak(first)) / slope)
+
+
+def any_batch_fits(peak: Callable[[int], int], limit: float, at_once: int, seq_len: int) -> bool:
+    """Whether a thousand rows fit that run ``at_once`` at a time, as two such parts and ids do."""
+    return peak(2 * at_once) + MANY_ROWS * seq_len * _TOKEN_BYTES <= limit
 
 
 def largest_batch(
@@ -131,23 +199,10 @@ def largest_batch(
     """
     peak = cache(peak_bytes)
 
-    def crossing(first: int, second: int) -> int:
-        """Largest batch size at which the line through two known ones is within the limit."""
-        slope = (peak(second) - peak(first)) / (second - first)
-        if slope <= 0:  # something else than the rows is the peak
-            return 2 * second
-        return first + int((limit_bytes - peak(first)) / slope)
+    crossing = partial(_crossing, peak, limit_bytes)
 
     def between(low: int, high: int) -> int:
-        """The answer, between a batch size that fits and one that does not, both known."""
-        width = 2 * (high - low)
-        while high - low > 1:
-            guess = min(max(crossing(low, high), low + 1), high - 1)
-            if high - low > width / 2:  # where memory bends, lines lead on slowly
-                guess = (low + high) // 2
-            width = high - low
-            low, high = (guess, high) if peak(guess) <= limit_bytes else (low, guess)
-        return low
+        return last_that_fits(peak, limit_bytes, low, high)
 
     if step > 1:
         known = {"start": max(1, start // step), "fixed_bytes": fixed_bytes}
@@ -181,42 +236,14 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def write(directory: Path, row: Row, settings: Mapping[str, object]) -> None:
-    """Write ``estimate.json``: the row, and what it is for."""
+def write(
+    directory: Path, row: Row, settings: Mapping[str, object], more: Mapping[str, object]
+) -> None:
+    """Write ``estimate.json``: the row, what it is for, and further figures."""
     content = {
         "unit": "bytes; GiB = 2^30 bytes",
         "settings": dict(settings),
         "estimate": asdict(row),
+        **more,
     }
     (directory / JSON_FILE).write_text(json.dumps(content, indent=2) + "\n")
-
-
-def describe_run(
-    cfg: TrainingConfig, data: TrainingData, device: torch.device, dtype: torch.dtype
-) -> str:
-    """Describe a run that would begin now, for ``dry_run``: its steps, rows and peak memory.
-
-    UserError if memory on the device cannot be estimated.
-    """
-    schedule = schedule_of(cfg, data.train)
-    num_validation = len(data.validation.dataset) if data.validation else 0
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"dry_run: memory on device={device} cannot be estimated: use cpu or cuda")
-    shape = Shape(cfg.batch_size, cfg.tokenizer.get("max_seq_len") or DEFAULT_SEQ_LEN)
-    question = Question(
-        lambda: own_setup(cfg, dtype),
-        cfg,
-        shape,
-        device="cuda" if device.type == "cuda" else "cpu",
-        spread=Spread.of_config(cfg, rank_and_world_size()[1]),
-    )
-    row, spread = question.answer()
-    lines = [
-        f"dry run: {schedule.num_steps} steps in {schedule.epochs} epochs of "
-        f"{len(data.train.dataset)} rows, {num_validation} rows for validation; nothing was "
-        "written",
-        f"peak memory of a step of {shape.batch_size} x {shape.seq_len} tokens and its parts, "
-        "GiB (2^30 bytes)",
-        table([row]),
-    ]
-    return "\n".join([*lines, spread] if spread else lines)

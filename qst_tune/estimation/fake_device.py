@@ -7,8 +7,10 @@ tensors elsewhere. Where CUDA allocates something else than the CPU, :func:`devi
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from types import ModuleType
 from typing import Any, Literal, TypeAlias, get_args
 from unittest.mock import patch
@@ -21,11 +23,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torchao.dtypes.nf4tensor import NF4Tensor
 
-from qst_tune.modules import batch_parts, loss, peqa_linear
+from qst_tune.modules import batch_parts, lora, loss, peqa_linear
 from qst_tune.modules.nf4_linear import NF4Linear
+from qst_tune.modules.side import compute
 from qst_tune.quantization import nf4
 from qst_tune.quantization.nf4 import QuantType
 from qst_tune.quantization.table import WEIGHTS_AT_ONCE
+from qst_tune.training import task
 
 DeviceType = Literal["cpu", "cuda"]
 Attention = Literal["fused", "plain"]
@@ -125,7 +129,14 @@ def device_kernels(
         for name, function in instead.items():
             stack.enter_context(patch.object(F, name, function))
         stack.enter_context(patch.dict(WEIGHTS_AT_ONCE, cpu=WEIGHTS_AT_ONCE[device]))
-        stack.enter_context(first_and_last_parts(nf4))  # lookups, which count as no operation
+        # Lookups, which count as no operation, and rows that run forward and backward in turn.
+        stack.enter_context(first_and_last_parts(nf4, task))
+        for module in (lora, compute):
+            checkpoint = partial(module.checkpoint, context_fn=recomputation)
+            stack.enter_context(patch.object(module, "checkpoint", checkpoint))
+        if masks := sys.modules.get("transformers.masking_utils"):
+            # It makes masks for fake tensors that it does without for real ones.
+            stack.enter_context(patch.object(masks, "is_tracing", lambda *_: False, create=True))
         stack.enter_context(UnknownValues(repeat))
         yield
 
@@ -194,6 +205,11 @@ class UnknownValues(TorchFunctionMode):
             self._repeat(1 + count - len(few) if index == 1 else 1)
             yield [index]
         self._repeat(1)
+
+
+def recomputation() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """For ``torch.utils.checkpoint``: in backward torch takes the modes of the caller away."""
+    return nullcontext(), UnknownValues(lambda times: None)
 
 
 def workspace_of(device: DeviceType) -> Workspace:

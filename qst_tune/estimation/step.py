@@ -1,13 +1,13 @@
 """One training step of a config's own model, on the meta device: QST, PEQA, a classifier, DPO."""
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.optim import Optimizer
@@ -23,13 +23,15 @@ from qst_tune.estimation.batch_peaks import Shorten
 from qst_tune.estimation.fake_device import (
     Attention,
     DeviceType,
-    UnknownValues,
     allocate_fake,
     device_kernels,
     fake_tensors,
+    recomputation,
     workspace_of,
 )
+from qst_tune.estimation.skipped_layers import runs, skip, stand_ins, with_skipped
 from qst_tune.estimation.tracker import PeakMemory, StorageTracker, Timeline
+from qst_tune.estimation.watch import watched
 from qst_tune.models.build import build_any_on_meta
 from qst_tune.modules.loss import connect_loss
 from qst_tune.modules.meta_device import build_rotary_caches
@@ -40,7 +42,7 @@ from qst_tune.training.classification import ClassificationTask
 from qst_tune.training.language_modelling import NextTokenTask, build_loss
 from qst_tune.training.methods import parameter_groups
 from qst_tune.training.preference import PreferenceTask, check_loss, reference_of
-from qst_tune.training.task import parts_of
+from qst_tune.training.task import TOKENS_AT_ONCE, parts_of
 
 _CPU = torch.device("cpu")
 ALL_ROWS = 2**20  # more than any batch
@@ -75,6 +77,13 @@ class Setup:
         tokens = torch.empty(ALL_ROWS, seq_len, dtype=torch.int64, device="meta")
         return int(self.model.backbone.row_parts(tokens, None)[0].stop)
 
+    def rows_at_once(self, seq_len: int) -> int | None:
+        """Rows, or pairs, that run forward and backward before the next ones; None: all do."""
+        side = self.model.side if isinstance(self.model, QSTModel) else None
+        if side is None or side.lora is None:
+            return None
+        return max(1, TOKENS_AT_ONCE // (seq_len * int(self.task.rows_an_example)))
+
     def batch(self, shape: Shape) -> Batch:
         """Make a batch as the task's collate function does: no padding, all tokens are labels."""
         vocabulary = self.model.tok_embeddings.weight.shape[0]
@@ -89,12 +98,15 @@ class Setup:
         return {"tokens": tokens, "labels": align_labels(torch.randint_like(tokens, vocabulary))}
 
 
-def own_setup(cfg: StepConfig, dtype: torch.dtype) -> Setup:
+def own_setup(cfg: StepConfig, dtype: torch.dtype, lora_layers: int | None = None) -> Setup:
     """Set up a step of the config's own model, as its training recipe does.
 
-    ``dtype`` is of what is not quantised. UserError if the model is neither QST nor PEQA.
+    ``dtype`` is of what is not quantised; ``lora_layers`` replaces the config's unless it is None.
+    UserError if the model is neither QST nor PEQA.
     """
-    model = build_any_on_meta(cfg.model, dtype)
+    changes = [] if lora_layers is None else [f"lora_layers={lora_layers}"]
+    block = OmegaConf.merge(cfg.model, OmegaConf.from_dotlist(changes))
+    model = build_any_on_meta(DictConfig(block), dtype)
     recompute = cfg.enable_activation_checkpointing
     if isinstance(model, PEQAModel):
         return peqa_setup(cfg, model, dtype, checkpointing=recompute)
@@ -135,17 +147,12 @@ def peqa_setup(
     if checkpointing:
         model.recompute_layers()
         for wrapper in (m for m in model.modules() if isinstance(m, CheckpointWrapper)):
-            # In backward torch takes the modes of the caller away.
-            wrapper.checkpoint_fn = partial(wrapper.checkpoint_fn, context_fn=_fake_recomputation)
+            wrapper.checkpoint_fn = partial(wrapper.checkpoint_fn, context_fn=recomputation)
     loss = build_loss(cfg.loss)
     connect_loss(loss, model)
     title = "PEQA, checkpointed" if checkpointing else "PEQA"
     task = NextTokenTask(loss, _CPU)
     return Setup(title, model, task, lambda: list(model.task().values()), dtype)
-
-
-def _fake_recomputation() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    return nullcontext(), UnknownValues(lambda times: None)
 
 
 def keep_norms_in_fp32(model: nn.Module) -> None:
@@ -199,6 +206,25 @@ def trace_step(
         return run_step(setup, cfg, shape, device=device, attention=setup.attention or attention)
 
 
+def trace_forward(setup: Setup, seq_len: int, *, device: DeviceType) -> float:
+    """Count the operations a token of one pass through a QST setup's backbone and its LM head."""
+    model, tracker = setup.model, StorageTracker()
+    skipped = stand_ins(model)
+    skip(model, list(skipped))
+    build_rotary_caches(model, _CPU)
+    with fake_tensors(setup.dtype), torch.no_grad():
+        allocate_fake(model, device)
+        tokens = setup.batch(Shape(1, seq_len))["tokens"]
+        with (
+            device_kernels(device, repeat=tracker.repeat),
+            tracker,
+            watched(tracker, setup.model, setup.task.loss_function),
+        ):
+            tracker.enter("forward")
+            model.output(model.backbone.run(tokens, taps=(), visit=lambda h: None))
+    return with_skipped(tracker.timeline(), skipped).flops / tokens.numel()
+
+
 def run_step(
     setup: Setup, cfg: StepConfig, shape: Shape, *, device: DeviceType, attention: Attention
 ) -> tuple[StepCost, Timeline]:
@@ -211,11 +237,11 @@ def run_step(
     _register(tracker, setup, optimizer, batch)
     gc.collect()
     kernels = device_kernels(device, attention, tracker.repeat)
-    with kernels, tracker, _watch(tracker, setup):
-        train_step(setup, optimizer, batch, cfg.clip_grad_norm, tracker)
+    with kernels, tracker, watched(tracker, setup.model, setup.task.loss_function):
+        num_tokens = train_step(setup, optimizer, batch, cfg.clip_grad_norm, tracker)
     cost = StepCost(
         memory=tracker.peak(),
-        flops_per_token=tracker.flops / batch["tokens"].numel(),
+        flops_per_token=tracker.flops / num_tokens,
         trainable_parameters=sum(p.numel() for p in _trainable(setup.model)),
     )
     return cost, tracker.timeline()
@@ -243,25 +269,40 @@ def train_step(
     batch: dict[str, torch.Tensor],
     clip_grad_norm: float | None,
     tracker: StorageTracker | None = None,
-) -> None:
+) -> int:
     """Do what the recipes do in one step; ours and torchtune's agree in it.
 
-    ``batch`` is from ``Setup.batch``; the tracker gets the phases.
+    ``batch`` is from ``Setup.batch``; the tracker gets the phases. Returns the number of tokens.
     """
     enter = tracker.enter if tracker else lambda _: None
-    total = 0
+    total, num_tokens = 0, 0
     for part in parts_of(setup.task, setup.model, batch):
         enter("forward")
         loss_sum, num_labels = setup.task.loss(setup.model, part)
         enter("loss backward")
         loss_sum.backward()
-        total = total + num_labels
+        total, num_tokens = total + num_labels, num_tokens + part["tokens"].numel()
+    if tracker is not None:
+        tracker.enter("setup")
+        _add_gradients(setup.model)
     enter("optimizer")
     training.scale_grads(setup.model, 1 / total)
     if clip_grad_norm is not None:
         torch.nn.utils.clip_grad_norm_(_trainable(setup.model), max_norm=float(clip_grad_norm))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    return num_tokens
+
+
+def _add_gradients(model: Any) -> None:
+    """Give the LoRA of layers that did not run the gradients that it would have now."""
+    side = model.side if isinstance(model, QSTModel) else None
+    if side is None or side.lora is None:
+        return
+    for index in range(side.lora.first, len(model.layers)):
+        if not runs(model.layers[index]):
+            for parameter in side.lora[str(index)].parameters():
+                parameter.grad = torch.zeros_like(parameter)
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:
@@ -283,37 +324,3 @@ def _register(
     tracker.register(trainable, "trainable weights")
     tracker.register(list(optimizer.state.values()), "optimizer states")
     tracker.register(batch, "saved activations")
-
-
-@contextmanager
-def _watch(tracker: StorageTracker, setup: Setup) -> Iterator[None]:
-    """Report to the tracker where head and loss begin and end, and which tensors are gradients."""
-    with ExitStack() as stack:
-        for parameter in _trainable(setup.model):
-            hook = parameter.register_post_accumulate_grad_hook(
-                lambda p: tracker.register(p.grad, "gradients")
-            )
-            stack.callback(hook.remove)
-        for module in _head_and_loss(setup):
-            before = module.register_forward_pre_hook(
-                lambda _, inputs: _enter_loss(tracker, inputs[0])
-            )
-            stack.callback(before.remove)
-        yield
-
-
-def _head_and_loss(setup: Setup) -> list[nn.Module]:
-    """The LM head, which may be torchtune's TiedLinear around a module, and the loss."""
-    output, loss = setup.model.output, setup.task.loss_function
-    return [output if isinstance(output, nn.Module) else output.linear, loss]
-
-
-def _enter_loss(tracker: StorageTracker, hidden: object) -> None:
-    """The head's input begins the loss; its gradient ends the loss's backward pass."""
-    if tracker.phase == "loss" or not isinstance(hidden, torch.Tensor):
-        tracker.enter("loss")
-        return
-    tracker.enter("loss")
-    if hidden.requires_grad:
-        source = hidden if hidden._base is None else hidden._base
-        source.register_hook(lambda _: tracker.enter("backward"))

@@ -76,11 +76,42 @@ class PeakMemory:
 
 
 @dataclass(frozen=True)
+class Segment:
+    """Changes of the allocated bytes, and operations, from where a layer begins to the next one.
+
+    ``layer`` is None from where a phase begins to its first layer.
+    """
+
+    phase: Phase
+    layer: int | None
+    changes: list[int]
+    flops: int
+
+
+@dataclass(frozen=True)
 class Timeline:
-    """Bytes allocated before the step, and the changes during it, by phase and in order."""
+    """Bytes allocated before the step, and the changes during it, by phase and in order.
+
+    ``segments`` are the same changes by layer, where the tracker was told of layers.
+    """
 
     start_bytes: int
     phases: list[tuple[Phase, list[int]]]
+    segments: Sequence[Segment] = ()
+
+    @classmethod
+    def of_segments(cls, start_bytes: int, segments: Sequence[Segment]) -> "Timeline":
+        """Put together the changes of each phase."""
+        phases = [
+            (phase, [change for one in same for change in one.changes])
+            for phase, same in groupby(segments, key=lambda one: one.phase)
+        ]
+        return cls(start_bytes, phases, segments)
+
+    @property
+    def flops(self) -> int:
+        """Operations of all segments."""
+        return sum(segment.flops for segment in self.segments)
 
     def peaks(self) -> list[int]:
         """Find the peak of each phase in bytes, which includes what was there when it began."""
@@ -115,12 +146,20 @@ class StorageTracker(TorchDispatchMode):
         self._storages: list[_Storage] = []
         self._num_events = 0
         self._phases: list[tuple[int, Phase]] = [(0, "setup")]
+        # Of each segment the first event, the operations before it, its phase and its layer.
+        self._marks: list[tuple[int, int, Phase, int | None]] = [(0, 0, "setup", None)]
         self._flops, self._times = 0, 1
         self._alive: dict[int, tuple[weakref.ref[Any], _Storage]] = {}
 
     def enter(self, phase: Phase) -> None:
         """Begin a phase of the step."""
         self._phases.append((self._num_events, phase))
+        self.enter_layer(None)
+
+    def enter_layer(self, layer: int | None) -> None:
+        """Begin a layer, or its next rows, in the forward or the backward pass."""
+        if self._marks[-1][2:] != (self.phase, layer):
+            self._marks.append((self._num_events, self._flops, self.phase, layer))
 
     @property
     def phase(self) -> Phase:
@@ -211,17 +250,16 @@ class StorageTracker(TorchDispatchMode):
     def timeline(self) -> Timeline:
         """List the changes after :meth:`enter` first left "setup"."""
         change = self._changes()
-        ends = [*(event for event, _ in self._phases[1:]), len(change)]
-        spans = [
-            (phase, change[start:end])
-            for (start, phase), end in zip(self._phases, ends, strict=True)
+        ends = [*self._marks[1:], (len(change), self._flops, self.phase, None)]
+        segments = [
+            Segment(phase, layer, change[start:end], flops - before)
+            for (start, before, phase, layer), (end, flops, *_) in zip(
+                self._marks, ends, strict=True
+            )
             if phase != "setup"
         ]
-        merged = [
-            (phase, [c for _, changes in same for c in changes])
-            for phase, same in groupby(spans, key=lambda span: span[0])
-        ]
-        return Timeline(sum(change[: self._first(lambda phase: phase != "setup")]), merged)
+        start_bytes = sum(change[: self._first(lambda phase: phase != "setup")])
+        return Timeline.of_segments(start_bytes, segments)
 
     def _first(self, is_meant: Callable[[Phase], bool]) -> int:
         """The event that begins the first such phase; the number of events if there is none."""

@@ -1,5 +1,6 @@
 """The estimate of a step of a config's own model against what real steps allocate."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from qst_tune.errors import UserError
 from qst_tune.estimation.step import Setup, Shape, StepCost, own_setup, trace_step
 from qst_tune.modules.nf4_linear import NF4Linear
+from tests.support.model_types import tiny_config
 from tests.support.real_step import (
     MODELS,
     estimated_step_bytes,
@@ -90,6 +92,36 @@ def test_estimate_agrees_with_a_real_step(task: str, shape: Shape) -> None:
     cfg = config(model, **TASKS[task][1])
     real = measured_step_bytes(setup_of(cfg), cfg, shape)
     assert estimated_step_bytes(setup_of(cfg), cfg, shape) == pytest.approx(real, rel=0.1)
+
+
+@pytest.mark.parametrize("over_transformers", [False, True], ids=["torchtune", "transformers"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize(("lora_layers", "loss"), [(1, {}), (2, DPO), (4, {})], ids=str)
+def test_estimate_agrees_with_a_real_step_with_lora(
+    lora_layers: int, loss: dict[str, Any], recompute: bool, over_transformers: bool, tmp_path: Path
+) -> None:
+    model = {**MODELS["Llama 2, narrow"], "num_layers": 4}
+    if over_transformers:
+        widths = {"hidden_size": 256, "intermediate_size": 704, "head_dim": 64, "vocab_size": 4000}
+        tiny_config("llama", num_hidden_layers=4, **widths).save_pretrained(tmp_path)
+        builder = "qst_tune.models.qst_from_hf"
+        model = {"_component_": builder, "checkpoint_dir": str(tmp_path), "reduction_factor": 4}
+    model = {**model, "num_side_blocks": 2, "lora_layers": lora_layers}
+    cfg = config(model, enable_activation_checkpointing=recompute, **loss)
+    shape = Shape(2, 256)
+    real = measured_step_bytes(setup_of(cfg), cfg, shape)
+    assert estimated_step_bytes(setup_of(cfg), cfg, shape) == pytest.approx(real, rel=0.05)
+
+
+def test_estimate_agrees_with_a_real_step_of_rows_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qst_tune.training.task.TOKENS_AT_ONCE", 256)
+    model = {**MODELS["Llama 2, narrow"], "num_layers": 2, "lora_layers": 1}
+    cfg = config(model, enable_activation_checkpointing=True)
+    real = measured_step_bytes(setup_of(cfg), cfg, Shape(9, 128))  # five parts, the last of one row
+    estimate = estimated_step_bytes(setup_of(cfg), cfg, Shape(9, 128))
+    assert estimate == pytest.approx(real, rel=0.05)
+    one = estimated_step_bytes(setup_of(cfg), cfg, Shape(2, 128))
+    assert estimate < 1.5 * one
 
 
 def test_estimate_agrees_with_a_real_step_over_a_quantised_embedding() -> None:

@@ -1,0 +1,45 @@
+"""What ``dry_run`` of a training recipe prints."""
+
+import torch
+
+from qst_tune.config.schema import TrainingConfig
+from qst_tune.data.batches.schedule import schedule_of
+from qst_tune.data.batches.training_data import TrainingData
+from qst_tune.distributed.processes import rank_and_world_size
+from qst_tune.errors import UserError
+from qst_tune.estimation.depths import depths_of
+from qst_tune.estimation.estimate import DEFAULT_SEQ_LEN, Question, table
+from qst_tune.estimation.spread import Spread
+from qst_tune.estimation.step import Shape, own_setup
+
+
+def describe_run(
+    cfg: TrainingConfig, data: TrainingData, device: torch.device, dtype: torch.dtype
+) -> str:
+    """Describe a run that would begin now, for ``dry_run``: its steps, rows and peak memory.
+
+    UserError if memory on the device cannot be estimated.
+    """
+    schedule = schedule_of(cfg, data.train)
+    num_validation = len(data.validation.dataset) if data.validation else 0
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"dry_run: memory on device={device} cannot be estimated: use cpu or cuda")
+    shape = Shape(cfg.batch_size, cfg.tokenizer.get("max_seq_len") or DEFAULT_SEQ_LEN)
+    question = Question(
+        lambda: own_setup(cfg, dtype),
+        cfg,
+        shape,
+        device="cuda" if device.type == "cuda" else "cpu",
+        spread=Spread.of_config(cfg, rank_and_world_size()[1]),
+    )
+    row, spread = question.answer()
+    depths = depths_of(question, lambda k: own_setup(cfg, dtype, k))
+    lines = [
+        f"dry run: {schedule.num_steps} steps in {schedule.epochs} epochs of "
+        f"{len(data.train.dataset)} rows, {num_validation} rows for validation; nothing was "
+        "written",
+        f"peak memory of a step of {shape.batch_size} x {shape.seq_len} tokens and its parts, "
+        "GiB (2^30 bytes)",
+        table([row]),
+    ]
+    return "\n".join([*lines, *([spread] if spread else []), *([depths.table()] if depths else [])])
