@@ -12,6 +12,8 @@ from functools import cache, cached_property, partial
 from itertools import groupby
 from typing import Any, TypeAlias
 
+from torch import nn
+
 from qst_tune.estimation.fake_device import BATCH_LOOPS, first_and_last_parts
 from qst_tune.estimation.skipped_layers import kinds_of_layers, skip, stand_ins, with_skipped
 from qst_tune.estimation.tracker import Phase, Timeline
@@ -21,9 +23,7 @@ Shorten: TypeAlias = Callable[[Any], None]
 _LONGEST_PERIOD = 12
 
 
-def timeline_of_fewer_layers(
-    model: nn.Module, trace: Callable[[Shorten], Timeline]
-) -> Timeline | None:
+def timeline_of_fewer_layers(model: Any, trace: Callable[[Shorten], Timeline]) -> Timeline | None:
     """Compute the step of a model, on meta, from steps with a part of its layers.
 
     ``trace`` runs the step of the model after a change in place. The result is as of all layers,

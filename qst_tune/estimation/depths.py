@@ -5,12 +5,11 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 
 from qst_tune.estimation.estimate import (
-    MANY_ROWS,
     Price,
     Question,
-    any_batch_fits,
     batch_text,
     largest_batch,
+    largest_batch_in_turn,
     last_that_fits,
     quick_and_quiet,
 )
@@ -80,9 +79,10 @@ class Depths:
                     known[batch_size] = replace(asked, shape=shape).price(1).peak_bytes
             return known[batch_size]
 
-        if at_once and any_batch_fits(peak, limit, at_once, asked.shape.seq_len):
-            return MANY_ROWS
-        return largest_batch(peak, limit, start=asked.shape.batch_size)
+        start, seq_len = asked.shape.batch_size, asked.shape.seq_len
+        if at_once is None:
+            return largest_batch(peak, limit, start=start)
+        return largest_batch_in_turn(peak, limit, start=start, at_once=at_once, seq_len=seq_len)
 
     def report(self) -> str:
         """Report the deepest that fits into ``fit_gib``, and the largest batch with it."""

@@ -126,8 +126,9 @@ class Question:
         def peak(batch_size: int) -> int:
             return of_a_process(peaks(batch_size))
 
-        if at_once and any_batch_fits(peak, limit, at_once, self.shape.seq_len):
-            return MANY_ROWS
+        if at_once:
+            start, seq_len = self.shape.batch_size, self.shape.seq_len
+            return largest_batch_in_turn(peak, limit, start=start, at_once=at_once, seq_len=seq_len)
         return largest_batch(
             peak,
             limit,
@@ -177,9 +178,19 @@ def _crossing(peak: Callable[[int], int], limit: float, first: int, second: int)
     return first + int((limit - peak(first)) / slope)
 
 
-def any_batch_fits(peak: Callable[[int], int], limit: float, at_once: int, seq_len: int) -> bool:
-    """Whether a thousand rows fit that run ``at_once`` at a time, as two such parts and ids do."""
-    return peak(2 * at_once) + MANY_ROWS * seq_len * _TOKEN_BYTES <= limit
+def largest_batch_in_turn(
+    peak: Callable[[int], int], limit: float, *, start: int, at_once: int, seq_len: int
+) -> int:
+    """As :func:`largest_batch`, of rows that run ``at_once`` at a time: ``MANY_ROWS`` is any.
+
+    More than two such parts add their tokens alone.
+    """
+    two = 2 * at_once
+    if peak(two) + MANY_ROWS * seq_len * _TOKEN_BYTES <= limit:
+        return MANY_ROWS
+    if start < two and peak(start) <= limit < peak(two):
+        return last_that_fits(peak, limit, start, two)
+    return largest_batch(peak, limit, start=min(start, two))
 
 
 def largest_batch(
