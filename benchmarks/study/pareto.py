@@ -12,6 +12,7 @@ from benchmarks.study.tasks import BATCH_SIZE, METRICS, TASKS, is_accuracy
 
 PICTURE = "study_dial.png"
 _MIB = 1 << 20
+_LABEL: Any = {"fontsize": 6, "rotation": 35, "xytext": (2, 3), "textcoords": "offset points"}
 _COLOURS = {
     **{s.name: f"C{i}" for i, backbone in enumerate(BACKBONES) for s in settings(backbone)},
     "lora": "black",
@@ -121,7 +122,7 @@ def _scatter(axes: Any, points: list[Point], axis: str, task: str) -> None:
     for point in points:
         at = getattr(point, axis), point.quality
         axes.plot(*at, "o", color=_COLOURS[METHODS[point.method].same_as or point.method])
-        axes.annotate(point.method, at, fontsize=6, xytext=(3, 3), textcoords="offset points")
+        axes.annotate(point.method, at, **_LABEL)
     best = frontier(points, axis, higher_is_better=is_accuracy(task))
     axes.plot([getattr(p, axis) for p in best], [p.quality for p in best], color="0.7", zorder=0)
     if not is_accuracy(task):
