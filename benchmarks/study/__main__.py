@@ -23,7 +23,7 @@ RESULTS = Path(__file__).parent.parent / "results" / "study.jsonl"
 DEFAULT_METHODS = ["full", "lora", "qlora", "lst", "qst", "peqa"]
 DOCS = Path(__file__).parent.parent.parent / "docs"
 # What lines of earlier versions do not have.
-_FORMER = {"rows": None, "device": "cpu"}
+_FORMER = {"rows": None, "device": "cpu", "threads": 2}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -89,7 +89,7 @@ def _measure_costs(options: argparse.Namespace, place: Place) -> None:
         size, task = options.batch_size or BATCH_SIZE[name], _load(name, options)
         plan = Plan(task, options.methods, size, options.costs, place)
         new = [asdict(cost) for cost in measure_in_new_process(plan)]
-        key = ("task", "method", "batch_size", "device")
+        key = ("task", "method", "batch_size", "device", "threads")
         measured = {tuple(cost[k] for k in key): cost for cost in read_results(path) + new}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(cost) + "\n" for cost in measured.values()))

@@ -36,6 +36,7 @@ class StepCost:
         peak_bytes (int): most that torch's allocator had given out at once, weights and optimizer
             included, over the batches.
         device (str): type of the device.
+        threads (int): of torch, on a CPU.
     """
 
     task: str
@@ -45,6 +46,7 @@ class StepCost:
     seconds: float
     peak_bytes: int
     device: str
+    threads: int
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ def measure(plan: Plan) -> Iterator[StepCost]:
             median(times[1:]),
             peak,
             plan.place.device.type,
+            torch.get_num_threads(),
         )
 
 

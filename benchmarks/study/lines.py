@@ -53,23 +53,37 @@ def costs_by_key(costs: list[Line]) -> Costs:
         costs (list[Line]): of the file of costs.
 
     Returns:
-        Costs: by task, method, rows a step and device.
+        Costs: by task, method, rows a step and device; with the most threads.
     """
-    return {(c["task"], c["method"], c["batch_size"], c["device"]): c for c in costs}
+    ascending = sorted(costs, key=lambda cost: cost["threads"])
+    return {(c["task"], c["method"], c["batch_size"], c["device"]): c for c in ascending}
 
 
-def cost_of(line: Line, costs: Costs, method: str | None = None) -> Line | None:
+def cost_of(line: Line, costs: Costs) -> Line | None:
     """Find what a step of a run took.
 
     Args:
         line (Line): of the results.
         costs (Costs): all.
-        method (str | None): another one that learns the same.
 
     Returns:
         Line | None: None where it was not measured.
     """
-    return costs.get((line["task"], method or line["method"], line["batch_size"], line["device"]))
+    return costs.get((line["task"], line["method"], line["batch_size"], line["device"]))
+
+
+def measured_on(cost: Line) -> str:
+    """Name what a step was measured on: times of one thread and of two are no match.
+
+    Args:
+        cost (Line): of the file of costs.
+
+    Returns:
+        str: a device, with the threads of a CPU.
+    """
+    if cost["device"] == "cuda":
+        return "cuda"
+    return "cpu, 1 thread" if cost["threads"] == 1 else f"cpu, {cost['threads']} threads"
 
 
 def figure_of(seeds: list[Line]) -> str:

@@ -6,7 +6,15 @@ from statistics import mean
 from matplotlib.figure import Figure
 
 from benchmarks.study import dial_page
-from benchmarks.study.lines import Costs, Line, best_rates, cost_of, costs_by_key, figure_of
+from benchmarks.study.lines import (
+    Costs,
+    Line,
+    best_rates,
+    cost_of,
+    costs_by_key,
+    figure_of,
+    measured_on,
+)
 from benchmarks.study.methods import METHODS
 from benchmarks.study.tasks import BATCH_SIZE, METRICS, TASKS
 
@@ -88,12 +96,13 @@ def _cost_table(costs: list[Line]) -> str:
     rows = [
         "## What a step takes\n",
         "Median of steps that the methods of a task took in turn on the same batches.\n",
-        "| task | method | rows | tokens | seconds | peak, MiB |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| task | method | on | rows | tokens | seconds | peak, MiB |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for cost in costs:
         rows.append(
-            f"| {cost['task']} | {_TITLES[cost['method']]} | {cost['batch_size']} "
+            f"| {cost['task']} | {_TITLES[cost['method']]} | {measured_on(cost)} "
+            f"| {cost['batch_size']} "
             f"| {cost['tokens']:,.0f} | {cost['seconds']:.2f} "
             f"| {cost['peak_bytes'] / 2**20:,.0f} |"
         )

@@ -60,5 +60,6 @@ def cost(method: str, seconds: float, mib: int, **changes: Any) -> dict[str, Any
         "seconds": seconds,
         "peak_bytes": mib << 20,
         "device": "cpu",
+        "threads": 2,
         **changes,
     }

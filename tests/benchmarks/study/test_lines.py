@@ -48,7 +48,13 @@ def test_a_cost_is_that_of_the_lines_device():
     found = cost_of(run, costs)
     assert found is not None
     assert found["seconds"] == 0.1
-    assert cost_of(run, costs, "dial_3") is None
+    assert cost_of({**run, "method": "dial_3"}, costs) is None
+
+
+def test_of_several_costs_that_with_the_most_threads_counts():
+    two, one = cost("qst", 1.0, 7), cost("qst", 3.0, 7, threads=1)
+    for costs in ([one, two], [two, one]):
+        assert costs_by_key(costs) == {("sst2", "qst", 16, "cpu"): two}
 
 
 def test_a_figure_has_the_digits_of_its_metric_and_a_range_for_several_seeds():

@@ -95,6 +95,6 @@ def test_lines_of_earlier_versions_get_what_they_lack(tmp_path: Path) -> None:
     path = tmp_path / "study.jsonl"
     path.write_text('{"task": "rte"}\n{"task": "rte", "rows": 8, "device": "cuda"}\n')
     assert study.read_results(path) == [
-        {"task": "rte", "rows": None, "device": "cpu"},
-        {"task": "rte", "rows": 8, "device": "cuda"},
+        {"task": "rte", "rows": None, "device": "cpu", "threads": 2},
+        {"task": "rte", "rows": 8, "device": "cuda", "threads": 2},
     ]

@@ -20,7 +20,7 @@ def test_the_page_shows_mean_and_spread_and_what_it_cost(tmp_path):
     assert "| QST | 1,000 | 0.003 | 2 | 87.0 (84.0 to 90.0) | 2 | 0.5000 | 64 | 3.0 | 7 |" in page
     assert "| QLoRA, rank 16, before training |" in page
     assert "| QLoRA, rank 16 | 1,000 | 0.0003 | 2 | 86.0 | 1 | 0.5000 | 64 | - | - |" in page
-    assert "| sst2 | QST | 16 | 32 | 90.00 | 7 |" in page
+    assert "| sst2 | QST | cpu, 2 threads | 16 | 32 | 90.00 | 7 |" in page
     assert (tmp_path / "study.png").stat().st_size > 1000
 
 

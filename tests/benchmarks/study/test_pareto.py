@@ -1,4 +1,3 @@
-from benchmarks.study.lines import costs_by_key
 from benchmarks.study.pareto import Point, frontier, points_of
 from tests.benchmarks.study.support import cost, line
 
@@ -13,8 +12,19 @@ def test_a_run_is_a_point_for_each_way_to_take_its_steps_that_was_measured():
     ]
     costs = [cost(n, 2.0, 300) for n in ("dial_10", "qst", "heads_4")]
     costs += [cost("dial_10_saved", 1.0, 500), cost("dial_10_by_row", 3.0, 200, device="cuda")]
-    points = points_of("sst2", lines, costs_by_key(costs))
+    points = points_of("sst2", lines, costs)
     assert points == [Point("dial_10", 1.0, 300, 86.5), Point("dial_10_saved", 0.5, 500, 86.5)]
+
+
+def test_times_of_other_threads_and_devices_are_not_mixed():
+    lines = [line("dial_10", 3e-3, 0, 87.0, steps=30), line("qlora", 1e-3, 0, 89.0, steps=30)]
+    with_the_dial = [cost("dial_10", 2.0, 300, threads=1), cost("qlora", 6.0, 700, threads=1)]
+    for costs in (with_the_dial, [*with_the_dial, cost("qlora", 2.0, 700), cost("qst", 1.0, 90)]):
+        assert [(p.method, p.minutes) for p in points_of("sst2", lines, costs)] == [
+            ("qlora", 3.0),
+            ("dial_10", 1.0),
+        ]
+    assert points_of("sst2", lines, [cost("qlora", 2.0, 700)]) == []
 
 
 POINTS = [
