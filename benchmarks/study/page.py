@@ -52,11 +52,12 @@ def write_page(lines: list[Line], costs: list[Line], docs: Path) -> None:
         groups = best_rates([line for line in others if line["task"] == task])
         if groups:
             parts.append(_table(task, groups, by_key))
-    parts.append("![Training loss](study.png)\n")
+    if others:
+        _plot(others, by_key, docs / "study.png")
+        parts.append("![Training loss](study.png)\n")
     parts.extend(dial_page.sections(lines, costs, docs))
     parts.append(_cost_table(costs))
     (docs / "study.md").write_text("\n".join(parts))
-    _plot(others, by_key, docs / "study.png")
 
 
 def _table(task: str, groups: list[list[Line]], costs: Costs) -> str:

@@ -35,3 +35,9 @@ def test_runs_of_the_dial_and_of_few_rows_stand_in_tables_of_their_own(tmp_path)
     assert without.startswith(start)
     assert "88.0" in rest
     assert "71.0" in rest
+
+
+def test_runs_of_the_dial_alone_make_a_page(tmp_path):
+    write_page([line("dial_10", 3e-3, 0, 88.0, steps=200)], [], tmp_path)
+    assert "study.png" not in (tmp_path / "study.md").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["study.md"]
