@@ -37,7 +37,7 @@ LAYERS = [
 
 # What may be in qst_tune/ and recipes/ at most.
 MOST = {
-    "lines": 28_300,
+    "lines": 28_400,
     "annotations with Any": 430,
     "lines of a file": 350,
     "parameters of a function": 10,

@@ -1,8 +1,9 @@
 """Repairs the rounding of a frozen backbone in closed form, while its weights are read again.
 
 W ~ Q(W) + L R: what rounding took from each linear layer, weighed by its inputs on a short text,
-comes back as a product of low rank. Nothing is trained; the factors follow from the published
-weights.
+comes back as a product of low rank. Where blocks have a scale each (NF4, FP4), they are first
+rounded again with the scales that the same weighing chooses. Nothing is trained; all follows from
+the published weights.
 """
 
 import time
@@ -23,6 +24,7 @@ from qst_tune.distributed.processes import rank_and_world_size
 from qst_tune.errors import UserError
 from qst_tune.modules.backbone import Backbone
 from qst_tune.modules.backbone_formats import LinearFormat, QuantizedLinear
+from qst_tune.modules.nf4_linear import NF4Linear
 from qst_tune.modules.repair import Repair
 from qst_tune.quantization.low_rank import input_scale, repair_factors
 
@@ -80,15 +82,16 @@ def reserve_repairs(
         own = min(rank, _full_rank(linear))
         left, right = (linear.out_features, own), (own, linear.in_features)
         empty = partial(torch.empty, dtype=dtype, device="meta")
-        linear.repair = Repair(empty(left), empty(right), _name(rank))
+        linear.repair = Repair(empty(left), empty(right), _name(linear, rank))
 
 
 def _full_rank(linear: Any) -> int:
     return min(int(linear.in_features), int(linear.out_features))
 
 
-def _name(rank: int) -> str:
-    return f"rank {rank} (text {text_id()})"
+def _name(linear: Any, rank: int) -> str:
+    searched = ", scales searched" if isinstance(linear, NF4Linear) else ""
+    return f"rank {rank}{searched} (text {text_id()})"
 
 
 def repair_rank_of(root: nn.Module) -> int:
@@ -114,6 +117,7 @@ class Repairs:
         for linear in self._linears.values():
             linear.repair = None
         vocab_size, device = len(backbone.embedding.weight), backbone.embedding.weight.device
+        self._device = device
         tokens = calibration_tokens(directory, vocab_size, backbone.max_seq_len).to(device)
         run = partial(backbone.run, tokens, taps=(), visit=lambda h: None)
         self._mean_squares = mean_squares(run, self._linears)
@@ -131,20 +135,20 @@ class Repairs:
         linear = self._linears.get(path)
         if linear is None or leaf != "weight":
             return
-        rounded = linear.dense_weight(torch.float32)
-        device = rounded.device
-        if device.type != "cuda":  # others, such as mps, lack decompositions
-            rounded = rounded.cpu()
-        error = weight.to(rounded) - rounded
         # Of a linear that the text does not reach, all inputs count alike.
-        mean_square = self._mean_squares.get(path, error.new_ones(error.shape[1])).to(error)
-        left, right = repair_factors(error, mean_square, self._rank)
-        left, right = left.to(self._dtype), right.to(self._dtype)
-        linear.repair = Repair(left.to(device), right.to(device), _name(self._rank))
-        scale = input_scale(mean_square)
-        remains = error.addmm(left.float(), right.float(), alpha=-1).mul_(scale).norm()
-        lost = (error * scale).norm()
-        self._shares.append(float(1 - (remains / lost) ** 2) if lost > 0 else 1.0)
+        mean_square = self._mean_squares.get(path, weight.new_ones(weight.shape[1])).float()
+        lost = _error_of_outputs(_error_of(linear, weight), mean_square)
+        if isinstance(linear, NF4Linear):
+            linear.quantize_weighed_(weight, input_scale(mean_square).square())
+        error = _error_of(linear, weight)
+        factors = repair_factors(error, mean_square.to(error), self._rank)
+        left, right = (factor.to(self._dtype) for factor in factors)
+        linear.repair = Repair(
+            left.to(self._device), right.to(self._device), _name(linear, self._rank)
+        )
+        error.addmm_(left.float(), right.float(), alpha=-1)
+        remains = _error_of_outputs(error, mean_square)
+        self._shares.append(1 - remains / lost if lost > 0 else 1.0)
 
     def finish(self, before: Fingerprint, again: Fingerprint) -> None:
         """Check that both readings found the same weights, all of them; report what was done.
@@ -171,6 +175,19 @@ class Repairs:
             f"squared errors of their outputs taken back, {num_bytes / 1e6:.1f} MB, "
             f"{time.perf_counter() - self._start:.1f} s{left_out}"
         )
+
+
+def _error_of(linear: Any, weight: torch.Tensor) -> torch.Tensor:
+    """What rounding has taken from the weight, fp32."""
+    rounded: torch.Tensor = linear.dense_weight(torch.float32)
+    if rounded.device.type != "cuda":  # others, such as mps, lack decompositions
+        rounded = rounded.cpu()
+    return weight.to(rounded) - rounded
+
+
+def _error_of_outputs(error: torch.Tensor, mean_square: torch.Tensor) -> float:
+    """The squared error of a linear's outputs, up to a factor."""
+    return float((error * input_scale(mean_square).to(error)).norm()) ** 2
 
 
 def _num_experts(root: nn.Module) -> int:

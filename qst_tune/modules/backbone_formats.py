@@ -89,7 +89,7 @@ def linear_format(base_quantization: LinearFormat) -> MakeLinear | None:
 def quantization_of(module: nn.Module) -> str:
     """Name the formats below a module: "nf4", "none" or such as "int4, groups of 64, rtn".
 
-    A repair is named behind: "nf4 + rank 32 (text 0123abcd)".
+    A repair is named behind: "nf4 + rank 32, scales searched (text 0123abcd)".
     """
     formats = {_format_of(m) for m in module.modules() if isinstance(m, QuantizedLinear)}
     return "+".join(sorted(formats)) or "none"

@@ -11,6 +11,7 @@ from qst_tune.modules.repair import Repair
 from qst_tune.quantization.decoded_once import decoded, keeps_decoded
 from qst_tune.quantization.kernels import is_few_tokens
 from qst_tune.quantization.nf4 import QuantType, decoded_rows, dequantize_nf4, quantize_nf4
+from qst_tune.quantization.scale_search import quantize_nf4_weighed
 
 
 class _MatmulNF4(torch.autograd.Function):
@@ -76,6 +77,15 @@ class NF4Linear(nn.Linear):
     def quantize_(self, weight: torch.Tensor) -> None:
         """Replace the weight by a dense one, quantised; its dtype becomes that of the layer."""
         quantized = quantize_nf4(weight, self.quant_type)
+        self.weight = nn.Parameter(quantized, requires_grad=False)
+
+    def quantize_weighed_(self, weight: torch.Tensor, importance: torch.Tensor) -> None:
+        """Replace the weight by a dense one, with the scales that its inputs' mean squares choose.
+
+        Dtype and device stay; ``importance`` is fp32 ``[in_dim]``.
+        """
+        dense = weight.to(device=self.weight.device, dtype=self.weight.dtype)
+        quantized = quantize_nf4_weighed(dense, importance.to(dense.device), self.quant_type)
         self.weight = nn.Parameter(quantized, requires_grad=False)
 
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:

@@ -59,7 +59,7 @@ def quantize_nf4(weight: torch.Tensor, quant_type: QuantType = "nf4") -> NF4Tens
         weight.flatten(), block_size, scaler_block_size
     )
     codes = nearest_levels(weight, block_size, quant_type)
-    levels = _levels(weight.dtype, quant_type).to(weight.device, copy=True)
+    levels = levels_of_codes(weight.dtype, quant_type).to(weight.device, copy=True)
     # torchao's factors are a view that keeps one value a block alive: 6 % of the bytes for nothing.
     return nf4_from_parts(weight.shape, (scalers, factors.clone(), mean, codes, levels))
 
@@ -78,7 +78,7 @@ def dequantize_nf4(weight: NF4Tensor) -> torch.Tensor:
     # Where the codes are: an estimate's fake weight says that it is elsewhere.
     device = weight.quantized_data.device
     decoded = torch.empty(weight.shape, dtype=weight.dtype, device=device)
-    _decode(weight.quantized_data, _absmax(weight), weight, out=decoded)
+    _decode(weight.quantized_data, absmax_of_blocks(weight), weight, out=decoded)
     return decoded
 
 
@@ -89,7 +89,10 @@ def decoded_rows(weight: NF4Tensor) -> Iterator[torch.Tensor]:
     if len(parts) == 1 or in_dim % weight.block_size:
         yield dequantize_nf4(weight)
         return
-    codes, absmax = weight.quantized_data.view(out_dim, -1), _absmax(weight).view(out_dim, -1)
+    codes, absmax = (
+        weight.quantized_data.view(out_dim, -1),
+        absmax_of_blocks(weight).view(out_dim, -1),
+    )
     for part in parts:
         decoded = torch.empty(
             part.stop - part.start, in_dim, dtype=weight.dtype, device=codes.device
@@ -100,10 +103,10 @@ def decoded_rows(weight: NF4Tensor) -> Iterator[torch.Tensor]:
 
 def absmax_unless_double_quantized(weight: NF4Tensor) -> torch.Tensor | None:
     """Return the absmax of each block, or None where torchao's 8 bits encode it."""
-    return None if weight.quantized_scalers.dtype == torch.int8 else _absmax(weight)
+    return None if weight.quantized_scalers.dtype == torch.int8 else absmax_of_blocks(weight)
 
 
-def _absmax(weight: NF4Tensor) -> torch.Tensor:
+def absmax_of_blocks(weight: NF4Tensor) -> torch.Tensor:
     """Largest absolute value of each block: torchao's 8 bits, bitsandbytes', or exact."""
     scalers: torch.Tensor = weight.quantized_scalers
     if scalers.is_floating_point():
@@ -155,7 +158,7 @@ def _byte_to_pair(levels: torch.Tensor) -> torch.Tensor:
 
 
 @lru_cache(maxsize=8)
-def _levels(dtype: torch.dtype, quant_type: QuantType) -> torch.Tensor:
+def levels_of_codes(dtype: torch.dtype, quant_type: QuantType) -> torch.Tensor:
     """The 16 levels, those of NF4 as torchao rounds them to ``dtype``."""
     if quant_type == "fp4":
         return torch.tensor(_FP4_LEVELS, dtype=dtype)
@@ -167,7 +170,7 @@ def _levels(dtype: torch.dtype, quant_type: QuantType) -> torch.Tensor:
 def _bfloat16_to_code(quant_type: QuantType) -> torch.Tensor:
     """``[65536]`` uint8: the code of the nearest level to each bf16 value, indexed by its bits."""
     every_value = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    levels = _levels(torch.bfloat16, quant_type)
+    levels = levels_of_codes(torch.bfloat16, quant_type)
     table: torch.Tensor = NF4Tensor.quantize_tensor_nearest(every_value, levels).to(torch.uint8)
     return table
 
@@ -181,7 +184,7 @@ def nearest_levels(
     """
     flat = weight.flatten()
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
-        levels = _levels(weight.dtype, quant_type).to(weight.device)
+        levels = levels_of_codes(weight.dtype, quant_type).to(weight.device)
         num_blocks = flat.numel() // block_size
         packed: torch.Tensor = NF4Tensor.convert_to_norm_float_weight(
             flat, num_blocks, block_size, levels

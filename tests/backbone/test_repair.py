@@ -86,6 +86,16 @@ def inputs_of(decoder: nn.Module, tokens: torch.Tensor) -> dict[str, torch.Tenso
     return inputs
 
 
+def without_repair(linear: Any) -> torch.Tensor:
+    """The rounded weight alone, decoded."""
+    repair, linear.repair = linear.repair, None
+    try:
+        decoded: torch.Tensor = linear.dense_weight(torch.float64)
+    finally:
+        linear.repair = repair
+    return decoded
+
+
 @pytest.mark.parametrize("form", FORMATS_OF_LINEARS)
 @pytest.mark.parametrize("rank", [4, 24])
 def test_the_products_are_the_best_for_the_errors_of_outputs(
@@ -103,14 +113,17 @@ def test_the_products_are_the_best_for_the_errors_of_outputs(
     assert len(linears) == len(inputs) == 7 * SIZES["num_layers"]
     for path, x in inputs.items():
         weight = dense.layers.get_submodule(path).weight.detach().double()
-        rounding = weight - linears[path].dense_weight(torch.float64)
-        scale = x.double().square().mean(0).sqrt()
-        values = torch.linalg.svdvals(rounding * scale)
-        best = values[rank:].square().sum().sqrt()
         ours = repaired.layers.get_submodule(path)
+        scale = x.double().square().mean(0).sqrt()
+        weighed = (weight - without_repair(ours)) * scale
+        values = torch.linalg.svdvals(weighed)
+        best = values[rank:].square().sum().sqrt()
         left = ((weight - ours.dense_weight(torch.float64)) * scale).norm()
         assert ours.repair.rank == rank
         assert best * (1 - 1e-4) <= left <= 1.001 * best + 1e-6, path
+        plain_error = ((weight - linears[path].dense_weight(torch.float64)) * scale).norm()
+        searched = form in ("nf4", "fp4")
+        assert weighed.norm() < 0.97 * plain_error if searched else weighed.norm() == plain_error
 
 
 @torch.no_grad()
@@ -255,12 +268,15 @@ def test_the_cache_of_the_backbone_has_the_repair(root: Path, tmp_path: Path, ca
     assert "repaired with rank 8" in caplog.text
 
 
-def test_the_identity_names_rank_and_text(root: Path) -> None:
+def test_the_identity_names_rank_search_and_text(root: Path) -> None:
     backbone = torchtune_model(root, repair_rank=8, embedding_quantization="int8").identity
     assert re.fullmatch(
-        r"nf4 \+ rank 8 \(text [0-9a-f]{8}\); embedding int8", backbone.quantization
+        r"nf4 \+ rank 8, scales searched \(text [0-9a-f]{8}\); embedding int8",
+        backbone.quantization,
     )
     assert torchtune_model(root).identity.quantization == "nf4"
+    int8 = torchtune_model(root, repair_rank=24, base_quantization="int8").identity
+    assert re.fullmatch(r"int8.* \+ rank 24 \(text [0-9a-f]{8}\)", int8.quantization)
 
 
 # What is refused.

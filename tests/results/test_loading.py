@@ -44,11 +44,11 @@ def test_a_side_network_over_a_repaired_backbone_is_loaded_over_that_repair_alon
     tokens = random_tokens(vocab_size=300)
     loaded = load_directory(directory, tmp_path / "model", dtype=torch.float32, device=CPU)
     assert torch.equal(loaded.model(tokens), expected(tokens))
-    assert loaded.backbone.quantization.startswith("nf4 + rank 8 (text ")
+    assert loaded.backbone.quantization.startswith("nf4 + rank 8, scales searched (text ")
     config = {**finetune_config(tmp_path), "output_dir": str(tmp_path)}
-    for rank, name in ((0, "'nf4'"), (4, "'nf4 \\+ rank 4 ")):
+    for rank, name in ((0, "'nf4'"), (4, "'nf4 \\+ rank 4, ")):
         other = {**config, "model": {**config["model"], "repair_rank": rank}}
-        with pytest.raises(UserError, match=f"quantization 'nf4 \\+ rank 8 .* there, {name}"):
+        with pytest.raises(UserError, match=f"quantization 'nf4 \\+ rank 8, .* there, {name}"):
             load_tuned_model(typed_config(other, TunedModelConfig))
 
 
