@@ -7,7 +7,6 @@ from qst_tune.data.batches.schedule import schedule_of
 from qst_tune.data.batches.training_data import TrainingData
 from qst_tune.distributed.processes import rank_and_world_size
 from qst_tune.errors import UserError
-from qst_tune.estimation.depths import depths_of
 from qst_tune.estimation.estimate import DEFAULT_SEQ_LEN, Question, table
 from qst_tune.estimation.spread import Spread
 from qst_tune.estimation.step import Shape, own_setup
@@ -33,7 +32,6 @@ def describe_run(
         spread=Spread.of_config(cfg, rank_and_world_size()[1]),
     )
     row, spread = question.answer()
-    depths = depths_of(question, lambda k: own_setup(cfg, dtype, k))
     lines = [
         f"dry run: {schedule.num_steps} steps in {schedule.epochs} epochs of "
         f"{len(data.train.dataset)} rows, {num_validation} rows for validation; nothing was "
@@ -42,4 +40,4 @@ def describe_run(
         "GiB (2^30 bytes)",
         table([row]),
     ]
-    return "\n".join([*lines, *([spread] if spread else []), *([depths.table()] if depths else [])])
+    return "\n".join([*lines, spread] if spread else lines)
