@@ -60,15 +60,22 @@ def test_lora_alone_begins_at_one_layer() -> None:
     assert [price.lora_layers for price in prices] == [1, 2, 3, 4, 8]
 
 
-def test_the_deepest_that_fits_is_that_of_trying_all() -> None:
-    peaks = [whole(k).memory.num_bytes for k in range(9)]
-    for fits in (0, 1, 6, 8):
-        found = depths(config(), fit_gib=peaks[fits] / GIB).deepest()
-        assert found is not None
-        assert found.lora_layers == fits
-    assert depths(config(), fit_gib=(peaks[0] - 1) / GIB).deepest() is None
+@pytest.mark.parametrize("fits", [6, *(pytest.param(k, marks=pytest.mark.slow) for k in (0, 1, 8))])
+def test_the_deepest_that_fits_is_that_of_trying_all(fits: int) -> None:
+    limit = whole(fits).memory.num_bytes
+    found = depths(config(), fit_gib=limit / GIB).deepest()
+    assert found is not None
+    assert found.lora_layers == fits
+    assert fits == 8 or whole(fits + 1).memory.num_bytes > limit
 
 
+@pytest.mark.slow
+def test_nothing_fits_into_less_than_the_side_network_takes() -> None:
+    limit = whole(0).memory.num_bytes - 1
+    assert depths(config(), fit_gib=limit / GIB).deepest() is None
+
+
+@pytest.mark.slow
 def test_the_largest_batch_of_the_deepest_is_that_of_trying_all() -> None:
     limit = whole(8, Shape(5, 64)).memory.num_bytes
     found = depths(config(), fit_gib=limit / GIB).deepest()
@@ -76,6 +83,7 @@ def test_the_largest_batch_of_the_deepest_is_that_of_trying_all() -> None:
     assert whole(8, Shape(6, 64)).memory.num_bytes > limit
 
 
+@pytest.mark.slow
 def test_any_batch_fits_that_runs_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("qst_tune.training.task", "qst_tune.estimation.step"):
         monkeypatch.setattr(f"{module}.TOKENS_AT_ONCE", 128)

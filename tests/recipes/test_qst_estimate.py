@@ -23,17 +23,18 @@ CONFIGS = sorted(
     for pattern in ("*/*_qst.yaml", "*/*_peqa_*.yaml")
     for path in (ROOT / "configs").glob(pattern)
 )
-FAST = ("batch_size=1", "tokenizer.max_seq_len=32")
+SMALL = ("batch_size=1", "tokenizer.max_seq_len=32")
+FAST = (*SMALL, "depths=false")
 
 
-def test_estimate_prints_a_table_and_writes_figures(tmp_path: Path) -> None:
+def test_estimate_prints_tables_and_writes_figures(tmp_path: Path) -> None:
     result = tune_here(
         "run",
         "qst_estimate",
         "--config",
         "smollm2/135M_qst",
         f"output_dir={tmp_path}/out",
-        *FAST,
+        *SMALL,
         "num_processes=4",
         "backbone_sharding=full",
         cwd=tmp_path,
@@ -45,6 +46,9 @@ def test_estimate_prints_a_table_and_writes_figures(tmp_path: Path) -> None:
     assert content["estimate"]["title"] == "QST, recomputed"
     memory = content["estimate"]["cost"]["memory"]
     assert sum(memory["parts"].values()) == memory["num_bytes"]
+    own, *_, every = content["depths"]
+    assert (own["lora_layers"], every["lora_layers"]) == (0, 30)
+    assert " 0*" in result.stdout
 
 
 def settings(*overrides: str) -> DictConfig:
