@@ -1,6 +1,7 @@
 import gc
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -23,6 +24,8 @@ MEMORY, NEEDED_BYTES = "/dev/shm", 4 * 2**30
 
 def pytest_configure() -> None:
     """Put files into memory if there is room: a disk takes 3 ms to flush or delete one."""
+    # Under nohup SIGHUP is ignored, and what is ignored stays so in a run.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if os.path.isdir(MEMORY) and shutil.disk_usage(MEMORY).free > NEEDED_BYTES:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", MEMORY)
 

@@ -82,7 +82,9 @@ class TrainingConfig(RecipeConfig):
     enable_activation_offloading: bool = key(
         "accepted when False: no method here needs it", default=False
     )
-    compile: bool = key("torch.compile the layers", default=False)
+    compile: bool = key(
+        "torch.compile the layers, except those with LoRA (`lora_layers`)", default=False
+    )
     hidden_state_cache: Path | None = key(
         "QST: directory for the backbone's hidden states, which later epochs then read",
         default=None,

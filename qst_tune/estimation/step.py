@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.optim import Optimizer
@@ -104,9 +103,11 @@ def own_setup(cfg: StepConfig, dtype: torch.dtype, lora_layers: int | None = Non
     ``dtype`` is of what is not quantised; ``lora_layers`` replaces the config's unless it is None.
     UserError if the model is neither QST nor PEQA.
     """
-    changes = [] if lora_layers is None else [f"lora_layers={lora_layers}"]
-    block = OmegaConf.merge(cfg.model, OmegaConf.from_dotlist(changes))
-    model = build_any_on_meta(DictConfig(block), dtype)
+    block = cfg.model
+    if lora_layers is not None:
+        block = block.copy()  # which keeps its parent, where interpolations lead
+        block.lora_layers = lora_layers
+    model = build_any_on_meta(block, dtype)
     recompute = cfg.enable_activation_checkpointing
     if isinstance(model, PEQAModel):
         return peqa_setup(cfg, model, dtype, checkpointing=recompute)
