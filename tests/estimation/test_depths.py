@@ -37,11 +37,12 @@ def whole(lora_layers: int, shape: Shape = SHAPE) -> StepCost:
 def test_prices_are_those_of_whole_steps() -> None:
     prices = depths(config()).prices
     assert [price.lora_layers for price in prices] == [0, 1, 2, 3, 4, 8]
-    for price in prices:
+    without = whole(0)
+    for price in (prices[0], prices[3], prices[-1]):
         cost = whole(price.lora_layers)
         assert price.peak_bytes == cost.memory.num_bytes
         assert price.trainable_parameters == cost.trainable_parameters
-        relative = cost.flops_per_token / whole(0).flops_per_token
+        relative = cost.flops_per_token / without.flops_per_token
         assert price.forwards / prices[0].forwards == pytest.approx(relative)
 
 

@@ -225,12 +225,13 @@ METHODS = {
     for method in (
         Method("qst", qst_finetune, finetune_config, text_loss),
         Method("lst", qst_finetune, lst_config, text_loss),
-        Method("dial", qst_finetune, dial_config, text_loss),
+        # What they have alone is tested by "repaired", a dial too, and by the tests of each part.
+        Method("dial", qst_finetune, dial_config, text_loss, slow=True),
         Method("lora", qst_finetune, lora_config, text_loss, slow=True),
         Method("repaired", qst_finetune, repaired_config, text_loss),
         Method("peqa", peqa_finetune, peqa_config, text_loss, result="scales"),
         Method("classifier", qst_finetune, classifier_config, class_loss),
         Method("dpo", qst_dpo, dpo_config, preference_loss),
-        Method("dial dpo", qst_dpo, dial_dpo_config, preference_loss),
+        Method("dial dpo", qst_dpo, dial_dpo_config, preference_loss, slow=True),
     )
 }
