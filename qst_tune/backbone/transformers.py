@@ -187,33 +187,24 @@ class TransformersBackbone(nn.Module):
         taps: Sequence[int],
         visit: Visit,
         lora: LayerLoRA | None = None,
-        mask: Any = None,
-        input_pos: torch.Tensor | None = None,
+        **where: Any,
     ) -> torch.Tensor:
         """Run forward up to f, ``[B, T, D]``; show the states ``taps`` on the way.
 
         ``visit`` is called for each state in the caller's gradient mode. There is no gradient but
         from the layers with ``lora`` on.
         """
-        packing = self._packing_of(mask)
+        self._packing_of(where.get("mask"))  # may run the model, so before hooks are there
         with self._showing(taps, visit, tokens), gradient_from(self.layers, lora), torch.no_grad():
-            return self.text_state(tokens, mask=mask, input_pos=input_pos, packing=packing)
+            return self.last_state(tokens, **where)
 
     def prefix(
-        self,
-        tokens: torch.Tensor,
-        *,
-        until: int,
-        taps: Sequence[int],
-        visit: Visit,
-        mask: Any = None,
-        input_pos: torch.Tensor | None = None,
+        self, tokens: torch.Tensor, *, until: int, taps: Sequence[int], visit: Visit, **where: Any
     ) -> torch.Tensor:
         """Run the first layers alone, without gradient: to state ``until``."""
-        packing = self._packing_of(mask)
-        where = {"mask": mask, "input_pos": input_pos, "packing": packing}
+        self._packing_of(where.get("mask"))
         with self._showing(taps, visit, tokens), torch.no_grad():
-            state = run_until(self.layers[until], lambda: self.text_state(tokens, **where))
+            state = run_until(self.layers[until], lambda: self.last_state(tokens, **where))
         return _plain(state, tokens, self.config) if until == 0 else state
 
     def suffix(
@@ -225,18 +216,17 @@ class TransformersBackbone(nn.Module):
         taps: Sequence[int],
         visit: Visit,
         lora: LayerLoRA | None = None,
-        mask: Any = None,
-        input_pos: torch.Tensor | None = None,
+        **where: Any,
     ) -> torch.Tensor:
         """Run the other layers from state ``since`` on, up to f."""
-        packing = self._packing_of(mask)
+        self._packing_of(where.get("mask"))
         with (
             self._showing(taps, visit, tokens),
             starting_at(self, since, h_BTD, num_others=self._other_values),
             gradient_from(self.layers, lora),
             torch.no_grad(),
         ):
-            return self.text_state(tokens, mask=mask, input_pos=input_pos, packing=packing)
+            return self.last_state(tokens, **where)
 
     @cached_property
     def _other_values(self) -> int | None:

@@ -75,17 +75,20 @@ def stand_ins(model: QSTModel) -> dict[int, int]:
 
 def skip(model: Any, layers: Sequence[int]) -> None:
     """Let layers compute nothing, in place: the model's own loop still runs over all of them."""
-    is_tuple: list[bool] = []
+    num_others: list[int | None] = []  # values behind the state, of those that ran; None: no tuple
+
+    def look(_: nn.Module, __: object, output: object) -> None:
+        num_others.append(len(output) - 1 if isinstance(output, tuple) else None)
+
+    def nothing(*args: object, **kwargs: object) -> Any:
+        state, count = args[0] if args else kwargs["hidden_states"], num_others[-1]
+        return state if count is None else (state, *[None] * count)
+
     for index, layer in enumerate(model.layers):
         if index not in layers:
-            layer.register_forward_hook(lambda *seen: is_tuple.append(isinstance(seen[2], tuple)))
+            layer.register_forward_hook(look)
             continue
         layer = model.layers[index] = getattr(layer, "_checkpoint_wrapped_module", layer)
-
-        def nothing(*args: object, **kwargs: object) -> Any:
-            state = args[0] if args else kwargs["hidden_states"]
-            return (state, None, None) if is_tuple[-1] else state
-
         layer.forward = nothing
         layer.is_skipped = True
 

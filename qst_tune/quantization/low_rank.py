@@ -54,7 +54,8 @@ def low_rank(matrix: torch.Tensor, rank: int) -> Factors:
 
     Subspace iteration from random directions, which depend on the shape alone, orthogonalised at
     each product: algorithm 4.4 of https://arxiv.org/abs/0909.4061. It is exact if ``rank`` and
-    the oversampling reach the smaller side.
+    the oversampling reach the smaller side. Not ``torch.svd_lowrank``, which draws on the matrix's
+    device from the global generator: another device would give another backbone.
     """
     width = min(rank + OVERSAMPLING, *matrix.shape)
     generator = torch.Generator().manual_seed(_SEED)

@@ -126,10 +126,8 @@ class TunedMethod:
             return {}
         figures: dict[str, float] = {}
         if side.lora is not None:
-            b = [p for name, p in side.lora.named_parameters() if name.endswith(".b")]
-            figures["lora_b_rms"] = (
-                torch.cat([p.flatten() for p in b]).square().mean().sqrt().item()
-            )
+            b = [p.flatten() for name, p in side.lora.named_parameters() if name.endswith(".b")]
+            figures["lora_b_rms"] = torch.cat(b).square().mean().sqrt().item()
         if not side.layers:
             return figures
         betas = torch.cat([torch.sigmoid(p).flatten() for p in side.gates.parameters()])
@@ -256,7 +254,7 @@ def parameter_groups(side: nn.Module) -> ParameterGroups:
     classifiers learnt less (docs/results.md). Rates that fall with the width are those of
     https://arxiv.org/abs/2203.03466. LoRA beside a side network learns at a third of the rate, and
     alone at the rate: with both at their best rates the ratio was 1, 0.3 and 0.33 on three tasks
-    (docs/results.md). Call :func:`scale_rates` once the optimizer is built.
+    (docs/record.md, "The depth dial"). Call :func:`scale_rates` once the optimizer is built.
 
     Weight decay pulls towards zero. For a gate, a mix or a norm that is not "small" but another
     function (beta 0.5, a norm that outputs nothing), so they are exempt, and biases with them; the

@@ -64,11 +64,14 @@ def verifies(root: Path) -> bool:
 COUNTS = pytest.mark.parametrize("count", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
 
 
+@pytest.fixture
+def root(place: Path, tmp_path: Path) -> Path:
+    """A model, a run and its result, to be changed."""
+    return copy_of(place, tmp_path / "at")
+
+
 @COUNTS
-def test_each_flipped_byte_of_a_checkpoint_is_found(
-    count: int, place: Path, tmp_path: Path
-) -> None:
-    root = copy_of(place, tmp_path / "at")
+def test_each_flipped_byte_of_a_checkpoint_is_found(count: int, root: Path) -> None:
     store = CheckpointStore(root / "run/checkpoints")
     step = store.steps()[-1]
     files = [path for path in store.path(step).rglob("*") if path.is_file()]
@@ -82,10 +85,7 @@ def test_each_flipped_byte_of_a_checkpoint_is_found(
 
 
 @COUNTS
-def test_each_flipped_byte_of_a_results_weights_is_found(
-    count: int, place: Path, tmp_path: Path
-) -> None:
-    root = copy_of(place, tmp_path / "at")
+def test_each_flipped_byte_of_a_results_weights_is_found(count: int, root: Path) -> None:
     result = root / "run/side_network"
     checked = {path.name for path in result.iterdir()} - CANNOT_MATTER
     assert checked == {"qst_config.json", "side_network.safetensors"}
@@ -97,9 +97,8 @@ def test_each_flipped_byte_of_a_results_weights_is_found(
 @torch.no_grad()
 @COUNTS
 def test_each_flipped_byte_of_a_description_is_found_or_changes_no_logit(
-    count: int, place: Path, tmp_path: Path
+    count: int, root: Path
 ) -> None:
-    root = copy_of(place, tmp_path / "at")
     result = root / "run/side_network"
     tokens = torch.arange(1, 9)[None]
 
@@ -115,8 +114,7 @@ def test_each_flipped_byte_of_a_description_is_found_or_changes_no_logit(
 
 
 @COUNTS
-def test_each_flipped_byte_of_a_backbone_is_found(count: int, place: Path, tmp_path: Path) -> None:
-    root = copy_of(place, tmp_path / "at")
+def test_each_flipped_byte_of_a_backbone_is_found(count: int, root: Path) -> None:
     weights = root / "model/model.safetensors"
     assert verifies(root)
     header = 8 + int.from_bytes(weights.read_bytes()[:8], "little")

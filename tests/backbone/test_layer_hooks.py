@@ -12,13 +12,14 @@ import torch
 from transformers.utils import logging
 
 from qst_tune.backbone.transformers import TransformersBackbone
-from qst_tune.generation.batch import answer_batch
-from qst_tune.generation.sampling import Sampling
-from qst_tune.generation.sequence import CachedSequence
 from qst_tune.models import qst_decoder
-from tests.backbone.test_matrix import CANNOT_GENERATE, CANNOT_PACK
-from tests.backbone.test_transformers_models import loss_of, tokens_of
-from tests.support.model_types import TYPES, tiny_model
+from tests.support.model_types import (
+    TYPES,
+    assert_rows_give_what_they_give_alone,
+    loss_of,
+    tiny_model,
+    tokens_of,
+)
 
 SAMPLE = ("llama", "gemma2", "opt", "gpt_neox", "qwen3_moe", "phi3", "falcon", "qwen3_5_text")
 by_type = pytest.mark.parametrize(
@@ -136,31 +137,8 @@ def test_where_layers_share_keys_the_reference_takes_a_pass_of_its_own() -> None
 @by_type
 @torch.no_grad()
 def test_padding_packing_and_caches_give_what_a_row_gives_alone(model_type: str) -> None:
-    model, tokens = dial_of(model_type, 3, blocks=2), tokens_of(20)
-    tolerance = {"rtol": 0.0, "atol": 2e-5}
-    padding = torch.ones(2, 20, dtype=torch.bool)
-    padding[1, :7] = False
-    together = model(tokens * padding, mask=padding)
-    torch.testing.assert_close(together[1:, 7:], model(tokens[1:, 7:]), **tolerance)
-    first, second = tokens_of(20, 1), tokens_of(9, 1)
-    sample = torch.tensor([0] * 20 + [1] * 9)
-    packed = {
-        "mask": (torch.ones(29, 29).tril().bool() & (sample[:, None] == sample))[None],
-        "input_pos": torch.cat([torch.arange(20), torch.arange(9)])[None],
-    }
-    if model_type not in CANNOT_PACK:
-        expected = torch.cat([model(first), model(second)], dim=1)
-        found = model(torch.cat([first, second], dim=1), **packed)
-        torch.testing.assert_close(found, expected, **tolerance)
-    if model_type in CANNOT_GENERATE:
-        return
-    row = first[0].tolist()
-    torch.testing.assert_close(
-        CachedSequence(model).next_logits(row), model(first)[0, -1], **tolerance
-    )
-    greedy: dict[str, Any] = {"sampling": Sampling(), "stop_tokens": [], "max_new_tokens": 3}
-    answers = answer_batch(model, [row, row[5:12]], **greedy)
-    assert answers == [answer_batch(model, [p], **greedy)[0] for p in (row, row[5:12])]
+    model = dial_of(model_type, 3, blocks=2)
+    assert_rows_give_what_they_give_alone(model, model_type, atol=2e-5)
 
 
 @pytest.mark.parametrize("form", ["nf4", "int8", "int4"])

@@ -1,7 +1,6 @@
 """What a side network can do over each model type of transformers, with tiny random weights.
 
-What a type cannot do is a row below, with its reason. A few types run by default, all with
-``-m slow``.
+A few types run by default, all with ``-m slow``.
 """
 
 from pathlib import Path
@@ -19,35 +18,18 @@ from qst_tune.generation.batch import answer_batch
 from qst_tune.generation.sampling import Sampling
 from qst_tune.generation.sequence import CachedSequence
 from qst_tune.models import qst_decoder, qst_from_hf
-from tests.support.model_types import TYPES, tiny_model
+from tests.support.model_types import (
+    CANNOT_GENERATE,
+    CANNOT_PACK,
+    TYPES,
+    tiny_model,
+    tokens_of,
+)
 from tests.support.numbers import losses_of_steps, randomize_
 
 # Of fp32 on a CPU; the right ones differ by 5e-7 at most, Gemma 4's by 5e-6.
 TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
 CPU = torch.device("cpu")
-
-WITH_STATE = [
-    "qwen3_next",
-    "qwen3_5_text",
-    "qwen3_5_moe_text",
-    "granitemoehybrid",
-    "lfm2",
-    "lfm2_moe",
-    "falcon_h1",
-    "falcon_mamba",
-    "mamba",
-    "mamba2",
-    "minimax",
-    "jamba",
-    "zamba2",
-    "bamba",
-    "nemotron_h",
-]
-CANNOT_PACK = {
-    **dict.fromkeys(WITH_STATE, "carries a state along the row"),
-    "bloom": "separates packed samples in no way that is known here",  # ALiBi of the 2-d mask
-}
-CANNOT_GENERATE = {"minimax": "takes no cache but its own"}
 
 SAMPLE = ("gemma3_text", "gpt_oss", "qwen3_moe", "qwen3_5_text", "llama4_text")
 by_type = pytest.mark.parametrize(
@@ -73,10 +55,6 @@ def model_of(model_type: str, *, tuned: bool = False) -> tuple[Any, Any]:
     if tuned:
         randomize_(model.side)
     return model.eval(), theirs
-
-
-def tokens_of(length: int, batch: int = 2) -> torch.Tensor:
-    return torch.randint(3, 250, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
 @by_type

@@ -17,14 +17,16 @@ from qst_tune.backbone.experts import ExpertLinears
 from qst_tune.backbone.loading import load_backbone
 from qst_tune.backbone.transformers import TransformersBackbone
 from qst_tune.errors import UserError
-from qst_tune.generation.batch import answer_batch
-from qst_tune.generation.sampling import Sampling
-from qst_tune.generation.sequence import CachedSequence
 from qst_tune.models import peqa_decoder, peqa_from_hf
 from qst_tune.modules import LinearCrossEntropyLoss
 from qst_tune.modules.peqa_linear import PEQALinear
-from tests.backbone.test_matrix import CANNOT_GENERATE, CANNOT_PACK
-from tests.support.model_types import TYPES, tiny_model
+from tests.support.model_types import (
+    TYPES,
+    assert_rows_give_what_they_give_alone,
+    loss_of,
+    tiny_model,
+    tokens_of,
+)
 from tests.support.numbers import losses_of_steps
 
 # fp32 on a CPU, logits around 1: measured 1e-6.
@@ -74,14 +76,6 @@ def expected_gradient(linear: PEQALinear, weight_grad: torch.Tensor) -> torch.Te
     centred = codes.float() - zero_point.float().repeat_interleave(width, 1)[:, : codes.shape[1]]
     product = F.pad(weight_grad * centred, (0, -codes.shape[1] % width))
     return product.view(*scale.shape, width).sum(-1)
-
-
-def tokens_of(length: int, batch: int = 2) -> torch.Tensor:
-    return torch.randint(3, 250, (batch, length), generator=torch.Generator().manual_seed(1))
-
-
-def loss_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
 @by_type
@@ -154,34 +148,7 @@ def test_only_scales_change_and_the_loss_falls_with_recomputation_or_without(
 @by_type
 @torch.no_grad()
 def test_padding_packing_and_caches_give_what_a_row_gives_alone(model_type: str) -> None:
-    model = model_of(model_type)
-    tokens = tokens_of(20)
-    padding = torch.ones(2, 20, dtype=torch.bool)
-    padding[1, :7] = False
-    together = model(tokens * padding, mask=padding)
-    torch.testing.assert_close(together[1:, 7:], model(tokens[1:, 7:]), **TOLERANCE)
-    first, second = tokens_of(20, 1), tokens_of(9, 1)
-    sample = torch.tensor([0] * 20 + [1] * 9)
-    packed = {
-        "mask": (torch.ones(29, 29).tril().bool() & (sample[:, None] == sample))[None],
-        "input_pos": torch.cat([torch.arange(20), torch.arange(9)])[None],
-    }
-    both = torch.cat([first, second], dim=1)
-    if model_type in CANNOT_PACK:
-        with pytest.raises(UserError, match=CANNOT_PACK[model_type]):
-            model(both, **packed)
-    else:
-        expected = torch.cat([model(first), model(second)], dim=1)
-        torch.testing.assert_close(model(both, **packed), expected, **TOLERANCE)
-    if model_type in CANNOT_GENERATE:
-        return
-    row = first[0].tolist()
-    torch.testing.assert_close(
-        CachedSequence(model).next_logits(row), model(first)[0, -1], **TOLERANCE
-    )
-    greedy: dict[str, Any] = {"sampling": Sampling(), "stop_tokens": [], "max_new_tokens": 3}
-    answers = answer_batch(model, [row, row[5:12]], **greedy)
-    assert answers == [answer_batch(model, [p], **greedy)[0] for p in (row, row[5:12])]
+    assert_rows_give_what_they_give_alone(model_of(model_type), model_type)
 
 
 @by_type
