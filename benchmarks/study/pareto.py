@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.study.lines import Line, best_rates, measured_on
 from benchmarks.study.methods import BACKBONES, METHODS, settings
-from benchmarks.study.tasks import BATCH_SIZE, METRICS, TASKS, is_accuracy
+from benchmarks.study.tasks import BATCH_SIZE, METRICS, STEPS, TASKS, is_accuracy
 
 PICTURE = "study_dial.png"
 _MIB = 1 << 20
@@ -24,13 +24,15 @@ _COLOURS = {
 class Point(NamedTuple):
     """A method with its steps on one task.
 
-    ``method`` is the name under which a step was measured: recomputed or not, all rows or one.
+    ``method`` is the name under which a step was measured: recomputed or not, all rows or one;
+    ``steps`` are None if they are the task's usual ones.
     """
 
     method: str
     minutes: float
     mib: float
     quality: float
+    steps: int | None = None
 
 
 def draw(lines: list[Line], costs: list[Line], path: Path) -> bool:
@@ -85,11 +87,13 @@ def points_of(task: str, lines: list[Line], costs: list[Line]) -> list[Point]:
     points = []
     for seeds in best_rates(of_task):
         first, quality = seeds[0], mean(line["held_out"] for line in seeds)
+        steps = None if first["steps"] == STEPS[task] else first["steps"]
         for method in _ways(first["method"]):
             cost = together.get(method)
             if cost:
                 minutes = first["steps"] * cost["seconds"] / 60
-                points.append(Point(method, minutes, cost["peak_bytes"] / _MIB, quality))
+                mib = cost["peak_bytes"] / _MIB
+                points.append(Point(method, minutes, mib, quality, steps))
     return points
 
 
@@ -131,8 +135,10 @@ def _scatter(axes: Any, points: list[Point], axis: str, task: str) -> None:
     for point in points:
         at = getattr(point, axis), point.quality
         axes.plot(*at, "o", color=_COLOURS[METHODS[point.method].same_as or point.method])
-        axes.annotate(point.method, at, **_LABEL)
+        longer = "" if point.steps is None else f", {point.steps} steps"
+        axes.annotate(point.method + longer, at, **_LABEL)
     best = frontier(points, axis, higher_is_better=is_accuracy(task))
     axes.plot([getattr(p, axis) for p in best], [p.quality for p in best], color="0.7", zorder=0)
+    axes.margins(0.2)  # for the labels
     if not is_accuracy(task):
         axes.invert_yaxis()

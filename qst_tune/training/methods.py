@@ -253,8 +253,9 @@ def parameter_groups(side: nn.Module) -> ParameterGroups:
     which grows with D: at the rate of the rest one step moved SmolLM2's logits by 1.6, and
     classifiers learnt less (docs/results.md). Rates that fall with the width are those of
     https://arxiv.org/abs/2203.03466. LoRA beside a side network learns at a third of the rate, and
-    alone at the rate: with both at their best rates the ratio was 1, 0.3 and 0.33 on three tasks
-    (docs/record.md, "The depth dial"). Call :func:`scale_rates` once the optimizer is built.
+    alone at the rate: the ratio of their best rates (docs/record.md, "The depth dial").
+
+    Call :func:`scale_rates` once the optimizer is built.
 
     Weight decay pulls towards zero. For a gate, a mix or a norm that is not "small" but another
     function (beta 0.5, a norm that outputs nothing), so they are exempt, and biases with them; the

@@ -13,7 +13,10 @@ def test_a_run_is_a_point_for_each_way_to_take_its_steps_that_was_measured():
     costs = [cost(n, 2.0, 300) for n in ("dial_10", "qst", "heads_4")]
     costs += [cost("dial_10_saved", 1.0, 500), cost("dial_10_by_row", 3.0, 200, device="cuda")]
     points = points_of("sst2", lines, costs)
-    assert points == [Point("dial_10", 1.0, 300, 86.5), Point("dial_10_saved", 0.5, 500, 86.5)]
+    assert points == [
+        Point("dial_10", 1.0, 300, 86.5, steps=30),
+        Point("dial_10_saved", 0.5, 500, 86.5, steps=30),
+    ]
 
 
 def test_times_of_other_threads_and_devices_are_not_mixed():
