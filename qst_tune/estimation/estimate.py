@@ -88,12 +88,12 @@ class Question:
         setup = self.build()
         skipped = stand_ins(setup.model)
         cost, step = self._trace(self.shape.batch_size, partial(skip, layers=list(skipped)))
-        more = with_skipped(step, skipped).flops / step.flops
+        whole = with_skipped(step, skipped)
         return Price(
             setup.model.side.config.lora_layers,
-            self.spread.peak_bytes(setup.model, max(with_skipped(step, skipped).peaks())),
+            self.spread.peak_bytes(setup.model, max(whole.peaks())),
             cost.trainable_parameters,
-            cost.flops_per_token * more / forward_flops,
+            cost.flops_per_token * whole.flops / step.flops / forward_flops,
         )
 
     def _trace(self, batch_size: int, shorten: Shorten | None = None) -> tuple[StepCost, Timeline]:

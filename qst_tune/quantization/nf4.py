@@ -89,10 +89,8 @@ def decoded_rows(weight: NF4Tensor) -> Iterator[torch.Tensor]:
     if len(parts) == 1 or in_dim % weight.block_size:
         yield dequantize_nf4(weight)
         return
-    codes, absmax = (
-        weight.quantized_data.view(out_dim, -1),
-        absmax_of_blocks(weight).view(out_dim, -1),
-    )
+    codes = weight.quantized_data.view(out_dim, -1)
+    absmax = absmax_of_blocks(weight).view(out_dim, -1)
     for part in parts:
         decoded = torch.empty(
             part.stop - part.start, in_dim, dtype=weight.dtype, device=codes.device

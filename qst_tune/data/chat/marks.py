@@ -119,7 +119,7 @@ class Marker:
             marked["tool_calls"] = [self._mark_call(call, mark) for call in marked["tool_calls"]]
         return marked
 
-    def _mark_call(self, call: JsonObject, mark: str) -> Message:
+    def _mark_call(self, call: JsonObject, mark: str) -> JsonObject:
         function = call["function"]
         name = self._wrap(function["name"], mark)
         arguments = self._mark_value(function["arguments"], mark)
@@ -134,7 +134,7 @@ class Marker:
             return [self._mark_value(item, mark) for item in value]
         return value
 
-    def _mark_tool(self, tool: JsonObject, mark: str) -> Message:
+    def _mark_tool(self, tool: JsonObject, mark: str) -> JsonObject:
         # OpenAI's form has the function in a dict of its own; some templates take its keys alone.
         if isinstance(tool.get("function"), Mapping):
             return {**tool, "function": self._mark_tool(tool["function"], mark)}
