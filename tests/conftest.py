@@ -23,9 +23,13 @@ MEMORY, NEEDED_BYTES = "/dev/shm", 4 * 2**30
 
 
 def pytest_configure() -> None:
-    """Put files into memory if there is room: a disk takes 3 ms to flush or delete one."""
-    # Under nohup SIGHUP is ignored, and what is ignored stays so in a run.
+    """Take signals as a terminal's program does, and put files into memory if there is room.
+
+    A disk takes 3 ms to flush or delete one.
+    """
+    # What is ignored stays so in a run: SIGHUP under nohup, SIGINT in a shell's background job.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.path.isdir(MEMORY) and shutil.disk_usage(MEMORY).free > NEEDED_BYTES:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", MEMORY)
 
