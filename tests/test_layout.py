@@ -37,8 +37,8 @@ LAYERS = [
 
 # What may be in qst_tune/ and recipes/ at most.
 MOST = {
-    "lines": 28_400,
-    "annotations with Any": 430,
+    "lines": 30_500,
+    "annotations with Any": 460,
     "lines of a file": 350,
     "parameters of a function": 10,
 }

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torchtune import utils
 
 from qst_tune.backbone.directory import weight_files
@@ -36,7 +35,6 @@ from qst_tune.backbone.stored_weights import (
 )
 from qst_tune.backbone.text_model import longest_text
 from qst_tune.backbone.transformers import TransformersBackbone
-from qst_tune.distributed.sharding import ShardedBackbone, Sharding
 from qst_tune.errors import UserError
 from qst_tune.json_files import read_json
 from qst_tune.modules.backbone_formats import QuantizedLinear
@@ -88,9 +86,9 @@ def load_backbone(
     quantised and dropped before the next: the whole unquantised model is never in memory. For a
     repair all are read twice. The backbone was built by :func:`backbone_on_meta`, and perhaps
     quantised there. ``take`` gets the weights of each module instead of it; the backbone then gets
-    the rest. Returns the fingerprint of the files' weights. UserError if the directory describes
-    another model, a weight is missing, has another shape or is not finite, or the LM head does
-    something that is not known here.
+    the rest, and is not repaired. Returns the fingerprint of the files' weights. UserError if the
+    directory describes another model, a weight is missing, has another shape or is not finite, or
+    the LM head does something that is not known here.
     """
     check_same(backbone, directory)
     repair_rank = repair_rank_of(backbone)
@@ -115,31 +113,22 @@ def load_backbone(
         transplant_rest_(backbone.model, model)
     if backbone.base_quantization != "none":
         _report_share(backbone)
-    if repair_rank:
+    if repair_rank and take is None:
         repairs = Repairs(backbone.model, backbone, directory, repair_rank)
-        again = RepairPlacing(repairs, backbone.base_quantization)
-        repairs.finish(fingerprint, _from_pretrained(directory, again, dtype)[2])
+        repair(repairs, backbone, directory, dtype, fingerprint)
     return fingerprint
 
 
-@torch.no_grad()
-def load_sharded_directory(
-    model: Any,
+def repair(
+    repairs: Repairs,
     backbone: TransformersBackbone,
     directory: Path,
-    sharding: Sharding,
-    *,
     dtype: torch.dtype,
-    device: torch.device,
-) -> Fingerprint:
-    """Shard a model on meta over ``backbone``, and load this process's parts of it."""
-    root = next(path for path, m in model.named_modules() if m is backbone.model)
-    sharded = ShardedBackbone(model, sharding, device)
-
-    def take(path: str, module: nn.Module) -> None:
-        sharded.take(f"{root}.{path}" if path else root, module)
-
-    return load_backbone(backbone, directory, dtype=dtype, device=device, take=take)
+    fingerprint: Fingerprint,
+) -> None:
+    """Read all weights a second time, for what rounding took from them."""
+    again = RepairPlacing(repairs, backbone.base_quantization)
+    repairs.finish(fingerprint, _from_pretrained(directory, again, dtype)[2])
 
 
 def _from_pretrained(

@@ -94,6 +94,12 @@ def _name(linear: Any, rank: int) -> str:
     return f"rank {rank}{searched} (text {text_id()})"
 
 
+def device_of(backbone: Backbone) -> torch.device:
+    """Where a backbone computes."""
+    device: torch.device = backbone.embedding.weight.device
+    return device
+
+
 def repair_rank_of(root: nn.Module) -> int:
     """The rank that :func:`reserve_repairs` was given; 0: none."""
     return max((m.rank for m in root.modules() if isinstance(m, Repair)), default=0)
@@ -114,27 +120,41 @@ class Repairs:
         self._root = root
         self._linears = repairable_linears(root)
         self._dtype = backbone.embedding.weight.dtype
-        for linear in self._linears.values():
-            linear.repair = None
-        vocab_size, device = len(backbone.embedding.weight), backbone.embedding.weight.device
-        self._device = device
-        tokens = calibration_tokens(directory, vocab_size, backbone.max_seq_len).to(device)
-        run = partial(backbone.run, tokens, taps=(), visit=lambda h: None)
+        self._forget()
+        vocab_size, self._device = len(backbone.embedding.weight), device_of(backbone)
+        tokens = calibration_tokens(directory, vocab_size, backbone.max_seq_len).to(self._device)
+        run = partial(self._run, backbone, tokens)
         self._mean_squares = mean_squares(run, self._linears)
         if not all(bool(found.isfinite().all()) for found in self._mean_squares.values()):
             raise UserError(
                 "model.repair_rank: on the calibration text the model computes values that are not "
                 f"finite in {self._dtype}: set dtype=bf16 or fp32"
             )
-        self._shares: list[float] = []  # of each linear's weighted squared error, taken back
+        # Of each linear, by its path: which part of its weighed squared error was taken back.
+        self._shares: dict[str, float] = {}
+
+    def _forget(self) -> None:
+        """Let the linears run without a repair."""
+        for linear in self._linears.values():
+            linear.repair = None
+
+    def _run(self, backbone: Backbone, tokens: torch.Tensor) -> None:
+        backbone.run(tokens, taps=(), visit=lambda h: None)
+
+    def _rounded(self, path: str, weight: torch.Tensor) -> Any:
+        """The linear of this path, with its weight rounded."""
+        return self._linears[path]
+
+    def _keep(self, path: str, linear: nn.Module) -> None:
+        """Store what was made of :meth:`_rounded`."""
 
     @torch.no_grad()
     def take(self, name: str, weight: torch.Tensor) -> None:
         """Repair the linear whose dense weight this is, if it is one's."""
         path, _, leaf = name.rpartition(".")
-        linear = self._linears.get(path)
-        if linear is None or leaf != "weight":
+        if path not in self._linears or leaf != "weight":
             return
+        linear = self._rounded(path, weight)
         # Of a linear that the text does not reach, all inputs count alike.
         mean_square = self._mean_squares.get(path, weight.new_ones(weight.shape[1])).float()
         lost = _error_of_outputs(_error_of(linear, weight), mean_square)
@@ -148,15 +168,15 @@ class Repairs:
         )
         error.addmm_(left.float(), right.float(), alpha=-1)
         remains = _error_of_outputs(error, mean_square)
-        self._shares.append(1 - remains / lost if lost > 0 else 1.0)
+        self._shares[path] = 1 - remains / lost if lost > 0 else 1.0
+        self._keep(path, linear)
 
     def finish(self, before: Fingerprint, again: Fingerprint) -> None:
         """Check that both readings found the same weights, all of them; report what was done.
 
         UserError if they differ.
         """
-        missing = [path for path, linear in self._linears.items() if linear.repair is None]
-        if before != again or missing:
+        if before != again or self._linears.keys() != self._shares.keys():
             raise UserError(
                 "the model's weights changed while they were read: start again once nothing writes "
                 "to its directory"
@@ -167,7 +187,7 @@ class Repairs:
     def _report(self) -> str:
         repairs = [linear.repair for linear in self._linears.values()]
         num_bytes = sum(p.nbytes for repair in repairs for p in repair.parameters())
-        share = sum(self._shares) / len(self._shares)
+        share = sum(self._shares.values()) / len(self._shares)
         experts = _num_experts(self._root)
         left_out = f"; {experts} weights of experts stay as they were rounded" if experts else ""
         return (

@@ -17,7 +17,6 @@ from qst_tune.backbone.loading import load_backbone as load_directory
 from qst_tune.backbone.repair import Repairs, repair_rank_of
 from qst_tune.backbone.transformers import transformers_backbone
 from qst_tune.backbone.transformers_models import TransformersModel
-from qst_tune.distributed.sharding import META, ShardedBackbone, Sharding
 from qst_tune.errors import UserError
 from qst_tune.json_files import read_json
 from qst_tune.modules.backbone_formats import QuantizedLinear, quantization_of_backbone
@@ -53,35 +52,6 @@ def load_backbone(
         repairs = Repairs(model, model.backbone, directory, repair_rank)
         repairs.finish(of_weights, read_weights(model, checkpointer, repairs.take))
     return of_weights
-
-
-@torch.no_grad()
-def load_sharded_backbone(
-    model: TransformerDecoder,
-    twin: TransformerDecoder,
-    checkpointer: Any,
-    sharding: Sharding,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Fingerprint:
-    """Load a checkpoint as ``load_backbone`` does, keeping of each weight only this process's part.
-
-    Every process reads every weight, since the scales of a 4-bit weight are quantised together, and
-    keeps its part. ``twin`` is another model built alike, which quantises and is on meta again
-    afterwards.
-    """
-    sharded = ShardedBackbone(model, sharding, device)
-
-    def place(name: str, weight: torch.Tensor) -> None:
-        path = name.rpartition(".")[0]
-        set_weight(twin, name, weight, dtype=dtype, device=device)
-        sharded.keep(path, twin.get_submodule(path))
-        set_weight(twin, name, weight, dtype=dtype, device=META)
-
-    fingerprint = read_weights(twin, checkpointer, place)
-    build_rotary_caches(model.layers, device)
-    return fingerprint
 
 
 def stored_as(model: Any) -> str:

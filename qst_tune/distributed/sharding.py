@@ -86,11 +86,15 @@ class ShardedBackbone:
     def __init__(self, model: Any, sharding: Sharding, device: torch.device) -> None:
         self.sharding = sharding
         groups: list[Any] = gathered_groups(model)
-        places, self._tied = _expose(model)
+        self._places, self._tied = _expose(model)
         _shard(model, groups, sharding)
-        for place in places.values():
+        for place in self._places.values():
             _allocate(place, device, sharding)
-        self.parts = {name: _local(place.tensor) for name, place in places.items()}
+
+    @property
+    def parts(self) -> dict[str, torch.Tensor]:
+        """This process's tensors, by name: other ones after a first pass, for which FSDP pads."""
+        return {name: _local(place.tensor) for name, place in self._places.items()}
 
     def keep(self, path: str, module: nn.Module) -> None:
         """Keep this process's rows of the tensors of an unsharded module, by its path in the model.
@@ -101,7 +105,8 @@ class ShardedBackbone:
             key = f"{path}.{name}"
             if part.is_meta or f"{path}.{name.partition('/')[0]}" in self._tied:
                 continue
-            kept = self.parts.get(key)
+            place = self._places.get(key)
+            kept = None if place is None else _local(place.tensor)
             rows = part
             if kept is not None and kept.shape != part.shape:
                 rows = part[self.sharding.rows(len(part))]

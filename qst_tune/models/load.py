@@ -9,13 +9,11 @@ from torchtune import utils
 from qst_tune.backbone.hf_checkpointer import backbone_cache
 from qst_tune.backbone.hub import model_name
 from qst_tune.backbone.identity import BackboneId, Fingerprint
-from qst_tune.backbone.loading import load_sharded_directory
-from qst_tune.backbone.repair import repair_rank_of
+from qst_tune.backbone.sharded_loading import load_sharded_backbone, load_sharded_directory
 from qst_tune.backbone.torchtune_loading import (
     check_architecture,
     fingerprint_backbone,
     load_backbone,
-    load_sharded_backbone,
     stored_as,
 )
 from qst_tune.backbone.transformers import transformers_backbone
@@ -96,12 +94,6 @@ def _load_sharded(
         raise UserError(
             f"checkpointer.cache_dir={block.cache_dir} does not work yet with "
             "backbone_sharding: set it to null"
-        )
-    rank = repair_rank_of(model)
-    if rank:
-        raise UserError(
-            f"model.repair_rank={rank} does not work yet with backbone_sharding: leave one of them "
-            "out"
         )
     backbone = transformers_backbone(model)
     if backbone is None:

@@ -332,15 +332,6 @@ def test_no_repair_is_the_same_model_as_without_the_argument(root: Path) -> None
     assert repair_rank_of(on_meta(repair_rank=7)) == 7
 
 
-def test_sharding_is_refused_before_anything_is_read(root: Path) -> None:
-    config = OmegaConf.create(finetune_config(root))
-    config.model.repair_rank = 8
-    model, sharding = build_on_meta(config.model, torch.float32), object()
-    where: Any = {"dtype": torch.float32, "device": CPU, "sharding": sharding}
-    with pytest.raises(UserError, match=r"model\.repair_rank=8 does not work yet with backbone_sh"):
-        load_frozen_backbone(model, config.checkpointer, **where)
-
-
 def test_weights_that_change_between_the_readings_are_noticed(root: Path) -> None:
     model = torchtune_model(root, 2, repair_rank=8)
     repairs = Repairs(model, model.backbone, root / "model", 8)

@@ -12,13 +12,15 @@ from torchtune.models.llama3_2 import llama3_2
 from torchtune.models.qwen2 import qwen2
 from torchtune.training import FullModelHFCheckpointer
 
-from qst_tune.backbone.torchtune_loading import load_backbone, load_sharded_backbone
+from qst_tune.backbone.sharded_loading import load_sharded_backbone
+from qst_tune.backbone.torchtune_loading import load_backbone
 from qst_tune.distributed.processes import rank_and_world_size, sum_gradients
 from qst_tune.distributed.sharding import backbone_bytes, check_fits, choose_sharding, take_part
 from qst_tune.errors import UserError
 from qst_tune.models import peqa_builder, qst_builder
 from qst_tune.modules.memory import parameter_bytes
 from qst_tune.modules.qst_decoder import QSTDecoder
+from tests.support.checkpoints import write_chat_tokenizer
 from tests.support.hf_models import save_hf_model
 from tests.support.ranks import on_ranks
 from tests.support.traffic import Traffic, left_whole
@@ -77,6 +79,13 @@ MODELS: dict[str, tuple[str, str, Any, dict[str, Any]]] = {
         {**SIZES, **QST, "embedding_quantization": "int8"},
     ),
     "nf4, dial": ("qwen2", "QWEN2", qst_builder(qwen2), {**SIZES, **QST, "lora_layers": 1}),
+    "nf4, repaired": ("qwen2", "QWEN2", qst_builder(qwen2), {**SIZES, **QST, "repair_rank": 4}),
+    "int4, repaired": (
+        "llama",
+        "LLAMA2",
+        qst_builder(llama2),
+        {**LLAMA, **QST, "base_quantization": "int4", "repair_rank": 40},
+    ),
     "int8, LoRA everywhere": (
         "llama",
         "LLAMA2",
@@ -98,6 +107,7 @@ MODELS: dict[str, tuple[str, str, Any, dict[str, Any]]] = {
 SLOW = {
     "fp4, tied",
     "int4",
+    "int4, repaired",
     "int8, scaled embedding",
     "int8 embedding, tied",
     "int8, LoRA everywhere",
@@ -213,6 +223,7 @@ def test_sharded_model_and_its_gradients_are_those_of_a_whole_one_to_the_last_bi
     kind: str, directory: Path
 ) -> None:
     save_hf_model(directory, MODELS[kind][0])
+    write_chat_tokenizer(directory)
     on_ranks(2, same_as_whole, directory, kind, "full", False)
 
 
@@ -222,9 +233,13 @@ def test_four_processes_on_two_nodes_compute_the_same_too(mode: str, directory: 
     on_ranks(4, same_as_whole, directory, "nf4", mode, False, nodes=2)
 
 
-def test_offloaded_parts_compute_the_same_too(directory: Path) -> None:
-    save_hf_model(directory, MODELS["nf4"][0])
-    on_ranks(2, same_as_whole, directory, "nf4, dial", "full", True)
+@pytest.mark.parametrize(
+    "kind", ["nf4, dial", pytest.param("nf4, repaired", marks=pytest.mark.slow)]
+)
+def test_offloaded_parts_compute_the_same_too(kind: str, directory: Path) -> None:
+    save_hf_model(directory, MODELS[kind][0])
+    write_chat_tokenizer(directory)
+    on_ranks(2, same_as_whole, directory, kind, "full", True)
 
 
 def takes_its_share(directory: Path, kind: str, shares: int, mode: str) -> None:

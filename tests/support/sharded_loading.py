@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torchtune.training import FullModelHFCheckpointer
 
-from qst_tune.backbone.torchtune_loading import load_backbone, load_sharded_backbone
+from qst_tune.backbone.sharded_loading import load_sharded_backbone
+from qst_tune.backbone.torchtune_loading import load_backbone
 from qst_tune.distributed.processes import rank_and_world_size
 from qst_tune.distributed.sharding import backbone_bytes, choose_sharding, group_bytes
 from qst_tune.models import qst_llama3_2

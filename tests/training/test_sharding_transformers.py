@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from qst_tune.backbone.loading import load_backbone, load_sharded_directory
+from qst_tune.backbone.loading import load_backbone
+from qst_tune.backbone.sharded_loading import load_sharded_directory
 from qst_tune.distributed.processes import rank_and_world_size
 from qst_tune.distributed.sharding import (
     backbone_bytes,
@@ -16,12 +17,14 @@ from qst_tune.distributed.sharding import (
     take_part,
 )
 from qst_tune.models import qst_from_hf
+from tests.support.checkpoints import write_chat_tokenizer
 from tests.support.model_types import tiny_model
 from tests.support.numbers import randomize_
 from tests.support.ranks import on_ranks
 from tests.support.traffic import Traffic, left_whole
 
 CPU = torch.device("cpu")
+VOCABULARY = {"vocab_size": 320}  # of the tokenizer, which the text of a repair needs
 # Type, changes of its configuration, and arguments of the side network.
 MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "nf4": ("qwen3", {"tie_word_embeddings": False}, {}),
@@ -33,9 +36,11 @@ MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"base_quantization": "int8", "embedding_quantization": "int8"},
     ),
     "nf4, dial": ("qwen3", {"tie_word_embeddings": False}, {"lora_layers": 1}),
+    "nf4, repaired": ("qwen3", {"tie_word_embeddings": False, **VOCABULARY}, {"repair_rank": 4}),
+    "mixture, repaired": ("gpt_oss", VOCABULARY, {"repair_rank": 4}),
     "states": ("qwen3_5_text", {}, {"base_quantization": "none"}),
 }
-SLOW = ("int8, tied table", "states")
+SLOW = ("int8, tied table", "mixture, repaired", "states")
 by_kind = pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in SLOW)) for kind in MODELS]
 )
@@ -44,6 +49,7 @@ by_kind = pytest.mark.parametrize(
 def save(directory: Path, kind: str) -> Path:
     model_type, changes, _ = MODELS[kind]
     tiny_model(model_type, **changes).save_pretrained(directory)
+    write_chat_tokenizer(directory)
     return directory
 
 
