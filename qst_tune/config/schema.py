@@ -85,6 +85,9 @@ class TrainingConfig(RecipeConfig):
     compile: bool = key(
         "torch.compile the layers, except those with LoRA (`lora_layers`)", default=False
     )
+    capture_steps: bool = key(
+        "QST, on CUDA: steps of few tokens whose shapes repeat run as CUDA graphs", default=True
+    )
     hidden_state_cache: Path | None = key(
         "QST: directory for the backbone's hidden states, which later epochs then read",
         default=None,

@@ -91,9 +91,11 @@ def sum_or_fail(values: torch.Tensor, error: UserError | None) -> torch.Tensor:
     A failed process passes its ``error``, so that the others do not wait for it. Raises the error
     of a single process; of several, prints it and raises SystemExit with status 2 on all.
     """
-    if error is not None:
-        if not dist.is_initialized():
+    if not dist.is_initialized():
+        if error is not None:
             raise error
+        return values  # untouched: a look at it would wait for the device
+    if error is not None:
         print_errors(str(error).splitlines())
         sys.stderr.flush()
     failed = values.new_tensor([error is not None])

@@ -106,6 +106,11 @@ class LastLayersLoRA(nn.ModuleDict):
                 {path: LowRank(*size, **how) for path, size in sizes.items()}
             )
 
+    @property
+    def restores_dropout(self) -> bool:
+        """Whether backward draws again what dropout drew."""
+        return self.recompute and any(m.dropout for m in self.modules() if isinstance(m, LowRank))
+
     @contextmanager
     def trained(self, layers: nn.ModuleList) -> Iterator[None]:
         """Let the last of these layers compute with LoRA in here, in the caller's gradient mode."""

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from qst_tune.modules.backbone import Backbone, Visit
 from qst_tune.modules.batch_parts import in_parts
+from qst_tune.modules.captured_passes import CapturedPasses
 from qst_tune.modules.hidden_state_cache import HiddenStateCache
 from qst_tune.modules.meta_device import materialize
 from qst_tune.modules.side.compute import mask_for_heads
@@ -49,6 +51,7 @@ class QSTModel(nn.Module):
     skip_output_layer: bool
     num_output_chunks: int
     hidden_state_cache: HiddenStateCache | None
+    captured_passes: CapturedPasses | None
     # Of the decoder, torchtune's names: its LM head, embedding, layers and longest sequence.
     output: Any
     tok_embeddings: Any
@@ -78,6 +81,7 @@ class QSTModel(nn.Module):
         self.skip_output_layer = False
         self.num_output_chunks = 0
         self.hidden_state_cache = None
+        self.captured_passes = None
         self.reference_side: SideNetwork | None = None
 
     def caches_are_enabled(self) -> bool:
@@ -136,7 +140,38 @@ class QSTModel(nn.Module):
             parts = self.backbone.row_parts(tokens, where.get("mask"))
         else:
             side.take_rows(tokens)
-        return in_parts(partial(self._run_networks, sides), parts, tokens, **where)
+        compute = partial(in_parts, partial(self._run_networks, sides), parts)
+        if self.captured_passes is None or len(parts) > 1 or not self._can_be_captured(sides):
+            return compute(tokens, **where)
+        networks = [network for network in sides if network is not None]
+        return self.captured_passes.run(
+            compute,
+            partial(self._run_saving_all, networks, compute),
+            [p for network in networks for p in network.parameters() if p.requires_grad],
+            tuple(map(id, sides)),
+            tokens,
+            **where,
+        )
+
+    def _can_be_captured(self, sides: Sequence[SideNetwork | None]) -> bool:
+        """Whether a pass is the same kernels each time, over weights that stay where they are."""
+        side: Any = self.side
+        is_alone = self.hidden_state_cache is None and not self.caches_are_enabled()
+        trains = side.rows_are_alike and side.training and not side.disabled
+        return is_alone and trains and not (side.lora is not None and side.lora.restores_dropout)
+
+    def _run_saving_all(
+        self,
+        networks: Sequence[SideNetwork],
+        compute: Callable[..., tuple[torch.Tensor, ...]],
+        tokens: torch.Tensor,
+        **where: Mask | None,
+    ) -> tuple[torch.Tensor, ...]:
+        """Run without recomputing the side blocks, which a graph cannot and few tokens need not."""
+        with ExitStack() as stack:
+            for network in networks:
+                stack.enter_context(network.saving_all())
+            return compute(tokens, **where)
 
     def _run_networks(
         self, sides: Sequence[SideNetwork | None], tokens: torch.Tensor, **where: Mask | None

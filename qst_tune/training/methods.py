@@ -19,6 +19,7 @@ from qst_tune.distributed.sharding import choose_sharding
 from qst_tune.errors import UserError
 from qst_tune.models.build import build_any_on_meta
 from qst_tune.models.load import load_frozen_backbone
+from qst_tune.modules.captured_passes import CapturedPasses
 from qst_tune.modules.hidden_state_cache import HiddenStateCache
 from qst_tune.modules.peqa_model import PEQAModel
 from qst_tune.modules.qst_model import QSTModel
@@ -124,24 +125,30 @@ class TunedMethod:
         side = self.tuned
         if not isinstance(side, SideNetwork):
             return {}
-        figures: dict[str, float] = {}
+        figures: dict[str, torch.Tensor] = {}
         if side.lora is not None:
             b = [p.flatten() for name, p in side.lora.named_parameters() if name.endswith(".b")]
-            figures["lora_b_rms"] = torch.cat(b).square().mean().sqrt().item()
-        if not side.layers:
-            return figures
-        betas = torch.cat([torch.sigmoid(p).flatten() for p in side.gates.parameters()])
-        figures |= {
-            "gate_mean": betas.mean().item(),
-            "gate_min": betas.min().item(),
-            "gate_max": betas.max().item(),
-            "upsample_rms": side.upsample.get_parameter("weight").square().mean().sqrt().item(),
-        }
-        if isinstance(side.output_mix, AlphaMix):
-            figures["mix_mean"] = side.output_mix.alpha.mean().item()
-        elif isinstance(side.output_mix, SigmoidMix):
-            figures["mix_mean"] = torch.sigmoid(side.output_mix.logit).mean().item()
-        return figures
+            figures["lora_b_rms"] = torch.cat(b).square().mean().sqrt()
+        if side.layers:
+            figures |= _side_statistics(side)
+        # Together: each figure by itself would wait for the device.
+        values = torch.stack(list(figures.values())).tolist() if figures else []
+        return dict(zip(figures, values, strict=True))
+
+
+def _side_statistics(side: SideNetwork) -> dict[str, torch.Tensor]:
+    betas = torch.cat([torch.sigmoid(p).flatten() for p in side.gates.parameters()])
+    figures = {
+        "gate_mean": betas.mean(),
+        "gate_min": betas.min(),
+        "gate_max": betas.max(),
+        "upsample_rms": side.upsample.get_parameter("weight").square().mean().sqrt(),
+    }
+    if isinstance(side.output_mix, AlphaMix):
+        figures["mix_mean"] = side.output_mix.alpha.mean()
+    elif isinstance(side.output_mix, SigmoidMix):
+        figures["mix_mean"] = torch.sigmoid(side.output_mix.logit).mean()
+    return figures
 
 
 def load_qst(
@@ -166,6 +173,8 @@ def load_qst(
         )
     if cfg.compile:
         _compile(model)
+    if cfg.capture_steps and device.type == "cuda" and cfg.backbone_sharding is None:
+        model.captured_passes = CapturedPasses()
     return TunedMethod(model, provenance_of(cfg, backbone, start.lineage if start else ()))
 
 

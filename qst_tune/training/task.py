@@ -51,6 +51,18 @@ class Task(Protocol):
         """
 
 
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """Return a batch on the device; Python does not wait until it is on a GPU."""
+    if device.type != "cuda":
+        return {name: value.to(device) for name, value in batch.items()}
+    return {
+        name: value.pin_memory().to(device, non_blocking=True)
+        if isinstance(value, torch.Tensor)
+        else value.to(device)
+        for name, value in batch.items()
+    }
+
+
 def parts_of(task: Task, model: nn.Module, batch: Batch) -> Iterator[Batch]:
     """Split a batch into rows whose gradients, one part after the other, add up to the batch's.
 

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchtune import utils
 
 from qst_tune.data.batches.checked_rows import row_numbers
 from qst_tune.data.batches.loader import Batch, BatchLoader
@@ -27,7 +26,7 @@ from qst_tune.training.progress import Progress, seed_step
 from qst_tune.training.run_log import RunLog
 from qst_tune.training.state_file import State
 from qst_tune.training.stop_signals import StopSignals
-from qst_tune.training.task import Task, parts_of
+from qst_tune.training.task import Task, on_device, parts_of
 
 
 @dataclass(kw_only=True)
@@ -103,19 +102,21 @@ class Trainer:
         """One optimizer step over ``accumulation`` batches."""
         start = time.perf_counter()
         seed_step(self.seed, self.progress.step)
-        num_tokens, loss_sum, num_labels = self._accumulate(batches)
+        num_tokens, (loss_sum, num_labels, num_stopped) = self._accumulate(batches)
         sum_gradients(self.trained)
         # Every label weighs the same, however labels are spread over batches and devices.
         gradients = [p.grad for p in self.trained if p.grad is not None]
-        for gradient in gradients:
-            gradient *= 1 / num_labels.clamp(min=1)
+        torch._foreach_mul_(gradients, 1 / num_labels.clamp(min=1))
         norm = nn.utils.get_total_norm(gradients)
-        metrics = {
-            "loss": (loss_sum / num_labels.clamp(min=1)).item(),
-            "lr": float(self.optimizer.param_groups[0]["lr"]),
-            "grad_norm": norm.item(),
-        }
-        if not num_labels:
+        mean_loss = loss_sum / num_labels.clamp(min=1)
+        # The only time in a step that Python waits for the device.
+        figures = torch.stack([mean_loss, norm, num_labels, num_stopped]).tolist()
+        metrics = {"loss": figures[0], "lr": float(self.optimizer.param_groups[0]["lr"])}
+        metrics["grad_norm"] = figures[1]
+        if figures[3]:  # all processes leave after the same step, whichever got the signal
+            self.is_stopping = True
+            self.stop.request()
+        if not figures[2]:
             self._report_empty_step()
             metrics["loss"] = math.nan  # no loss was measured; 0 would read as a perfect one
         elif math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
@@ -130,8 +131,11 @@ class Trainer:
         self.progress.step += 1
         self._log_step(metrics, num_tokens, time.perf_counter() - start)
 
-    def _accumulate(self, batches: Iterator[Batch]) -> tuple[int, torch.Tensor, torch.Tensor]:
-        """Add up the gradients of a step's batches; returns tokens, loss and labels, summed."""
+    def _accumulate(self, batches: Iterator[Batch]) -> tuple[int, torch.Tensor]:
+        """Add up the gradients of a step's batches; returns the number of tokens, and sums.
+
+        Those are of the losses, the labels and the processes that were told to stop.
+        """
         total = torch.zeros(3, device=self.device)
         num_tokens, error = 0, None
         for _ in range(self.schedule.accumulation):
@@ -146,18 +150,14 @@ class Trainer:
                 self.task.take_part(self.method.model)
         total[2] = self.stop.requested
         try:
-            loss_sum, num_labels, num_stopped = sum_or_fail(total, error)
+            return num_tokens, sum_or_fail(total, error)
         except (UserError, SystemExit):
             self._save_before_failing()
             raise
-        if num_stopped:  # all processes leave after the same step, whichever got the signal
-            self.is_stopping = True
-            self.stop.request()
-        return num_tokens, loss_sum, num_labels
 
     def _forward_backward(self, batch: Batch) -> torch.Tensor:
         """Add one batch's gradients; returns the sum of its losses and its number of labels."""
-        utils.batch_to_device(batch, self.device)
+        batch = on_device(batch, self.device)
         model, total = self.method.model, torch.zeros(2, device=self.device)
         for part in parts_of(self.task, model, batch):
             counting = nullcontext() if self.activation_bytes else count_saved_activations(model)
@@ -167,6 +167,7 @@ class Trainer:
                 self.activation_bytes = saved.num_bytes
             loss_sum.backward()
             total += torch.stack([loss_sum.detach(), num_labels.to(loss_sum.dtype)])
+            del loss_sum  # its graph's nodes belong to this stream; a capture must not meet them
         return total
 
     def _log_step(self, metrics: dict[str, float], num_tokens: int, seconds: float) -> None:

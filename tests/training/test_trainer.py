@@ -5,8 +5,11 @@ import math
 import os
 import shutil
 import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -62,6 +65,58 @@ def test_every_label_weighs_the_same_however_rows_are_spread_over_batches(tmp_pa
         weights.append(trainer.method.model.weight.detach().clone())
     torch.testing.assert_close(weights[1], weights[0])
     torch.testing.assert_close(weights[2], weights[0])
+
+
+@contextmanager
+def counted_looks_at_tensors() -> Iterator[list[str]]:
+    """Everything that makes Python wait for a device, by name."""
+    looks: list[str] = []
+    with ExitStack() as stack:
+        for name in ("item", "tolist", "__bool__", "__int__", "__float__", "nonzero", "cpu"):
+            original = getattr(torch.Tensor, name)
+
+            def counted(self: Any, *args: Any, name: str = name, original: Any = original) -> Any:
+                looks.append(name)
+                return original(self, *args)
+
+            stack.enter_context(mock.patch.object(torch.Tensor, name, counted))
+        yield looks
+
+
+def test_a_step_looks_at_its_figures_once_and_waits_for_the_device_no_further_time(
+    tmp_path: Path,
+) -> None:
+    trainer = fake_trainer(
+        tmp_path / "run",
+        schedule=Schedule(epochs=1, steps_per_epoch=3, accumulation=2),
+        clip_grad_norm=1.0,
+    )
+    trainer.lr_scheduler = None
+    trainer.optimizer.step = lambda: None  # type: ignore  # on a CPU AdamW counts in a tensor
+    batches = iter(list(trainer.train_data.batches(0)))
+    with counted_looks_at_tensors() as looks, trainer.run_log.progress(3, 0):
+        trainer._train_step(batches)
+    assert looks == ["tolist"]
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("always")
+def test_on_a_gpu_a_step_waits_once(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    trainer = fake_trainer(tmp_path / "run", clip_grad_norm=1.0)
+    trainer.device = torch.device("cuda")
+    trainer.method.model.cuda()
+    batches = trainer.train_data.batches(0)
+    with trainer.run_log.progress(3, 0):
+        trainer._train_step(batches)
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            trainer._train_step(batches)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [str(w.message) for w in recwarn if "synchronizing CUDA" in str(w.message)]
+    assert len(waits) == 1, waits
 
 
 def no_dropout(model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

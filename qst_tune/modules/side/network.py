@@ -4,6 +4,8 @@ Notation: B batch, T tokens, D width of the backbone, S = D / r width of the sid
 of the backbone, M blocks of the side network.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -151,6 +153,15 @@ class SideNetwork(nn.Module):
         self._recompute = on
         if self.lora is not None:
             self.lora.recompute = on
+
+    @contextmanager
+    def saving_all(self) -> Iterator[None]:
+        """Let steps in here save what backward needs; layers with LoRA do as they did."""
+        before, self._recompute = self._recompute, False
+        try:
+            yield
+        finally:
+            self._recompute = before
 
     def adapter_params(self) -> list[str]:
         """Names of the trainable parameters, relative to this module: all of them."""

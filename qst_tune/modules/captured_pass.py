@@ -1,0 +1,162 @@
+"""A forward and a backward pass of one shape, recorded, and replayed as one node of autograd."""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+Tensors = Sequence[torch.Tensor]
+Inputs = dict[str, torch.Tensor]
+Compute = Callable[..., tuple[torch.Tensor, ...]]
+
+
+class Recorder(Protocol):
+    """What records work; see :class:`~qst_tune.modules.cuda_graph.CudaGraphs`."""
+
+    def rehearse(self, work: Callable[[], object]) -> None:
+        """Do work once; RuntimeError if it cannot be recorded."""
+
+    def record(self, work: Callable[[], object]) -> Callable[[], None]:
+        """Record work; what is returned does it."""
+
+
+class SharedTensors:
+    """Where all captured passes leave their results, one pass after the other.
+
+    ``gradients`` are the parameters'. So memory does not grow with the number of shapes, of which
+    none has more than ``most_tokens``.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], most_tokens: int) -> None:
+        self.most_tokens = most_tokens
+        self.gradients = [torch.zeros_like(parameter) for parameter in parameters]
+        self._flat: dict[tuple[object, ...], torch.Tensor] = {}
+
+    def like(self, what: str, tensors: Tensors, num_tokens: int) -> list[torch.Tensor]:
+        """Return tensors of these shapes and dtypes for what ``what`` names."""
+        shared = []
+        for number, tensor in enumerate(tensors):
+            most = -(-tensor.numel() // num_tokens) * self.most_tokens
+            key = (what, number, most, tensor.dtype)
+            if key not in self._flat:
+                self._flat[key] = tensor.new_zeros(most)
+            shared.append(self._flat[key][: tensor.numel()].view(tensor.shape))
+        return shared
+
+
+class CapturedPass:
+    """``compute(**inputs)`` and its gradients for ``parameters``, recorded for inputs like these.
+
+    ``tokens`` ``[B, T]`` are among the inputs; some output depends on the parameters. A backward
+    pass belongs to the last forward pass of all that share ``shared``.
+    """
+
+    def __init__(
+        self,
+        compute: Compute,
+        inputs: Inputs,
+        parameters: Sequence[nn.Parameter],
+        shared: SharedTensors,
+        recorder: Recorder,
+    ) -> None:
+        self.compute, self.parameters, self.shared = compute, parameters, shared
+        self.inputs = {name: value.clone() for name, value in inputs.items()}
+        self._addresses = _addresses(parameters)
+        self._outputs: tuple[torch.Tensor, ...] = ()
+        recorder.rehearse(self._rehearse)
+        self._replay_forward = recorder.record(self._forward)
+        self._replay_backward = recorder.record(self._backward)
+        self._outputs = ()  # what backward needs belongs to the graphs alone from now on
+
+    def _rehearse(self) -> None:
+        self._outputs = self.compute(**self.inputs)
+        self.is_differentiable = [output.requires_grad for output in self._outputs]
+        num_tokens = self.inputs["tokens"].numel()
+        self.outputs = self.shared.like("outputs", self._outputs, num_tokens)
+        wanted = [output for output in self._outputs if output.requires_grad]
+        self.output_gradients = self.shared.like("gradients", wanted, num_tokens)
+        self._backward()
+
+    def _forward(self) -> None:
+        self._outputs = self.compute(**self.inputs)
+        _copy([output.detach() for output in self._outputs], self.outputs)
+
+    def _backward(self) -> None:
+        wanted = [output for output in self._outputs if output.requires_grad]
+        found = torch.autograd.grad(
+            wanted, self.parameters, self.output_gradients, allow_unused=True
+        )
+        self.is_used = [gradient is not None for gradient in found]
+        _copy([gradient for gradient in found if gradient is not None], self._gradients)
+
+    @property
+    def _gradients(self) -> list[torch.Tensor]:
+        """Those of the parameters that the outputs depend on."""
+        pairs = zip(self.shared.gradients, self.is_used, strict=True)
+        return [gradient for gradient, is_used in pairs if is_used]
+
+    def fits(self) -> bool:
+        """Whether the parameters are still where they were recorded."""
+        return self._addresses == _addresses(self.parameters)
+
+    def forward(self, inputs: Inputs) -> tuple[torch.Tensor, ...]:
+        """Compute the outputs; nothing overwrites them."""
+        _copy([inputs[name] for name in self.inputs], list(self.inputs.values()))
+        self._replay_forward()
+        return tuple(output.clone() for output in self.outputs)
+
+    def backward(self, output_gradients: Tensors) -> list[torch.Tensor | None]:
+        """Compute the parameters' gradients, None where nothing depends on one; new tensors."""
+        pairs = zip(output_gradients, self.is_differentiable, strict=True)
+        _copy([gradient for gradient, is_so in pairs if is_so], self.output_gradients)
+        self._replay_backward()
+        found = zip(self.shared.gradients, self.is_used, strict=True)
+        return [gradient.clone() if is_used else None for gradient, is_used in found]
+
+
+def _copy(new: Tensors, kept: Tensors) -> None:
+    for value, place in zip(new, kept, strict=True):
+        place.copy_(value)
+
+
+def _addresses(parameters: Sequence[nn.Parameter]) -> list[int]:
+    return [parameter.data_ptr() for parameter in parameters]
+
+
+class Unfinished:
+    """Lives as long as a forward pass whose backward pass may still come."""
+
+
+class _Context(FunctionCtx):
+    captured: CapturedPass
+    unfinished: list[Unfinished]
+
+
+class Replay(torch.autograd.Function):
+    """A captured pass, whose backward runs once; ``unfinished`` holds its only token."""
+
+    @staticmethod
+    def forward(
+        ctx: "_Context",
+        captured: CapturedPass,
+        inputs: Inputs,
+        unfinished: list[Unfinished],
+        *parameters: nn.Parameter,
+    ) -> tuple[torch.Tensor, ...]:
+        """Replay the forward pass."""
+        ctx.captured, ctx.unfinished = captured, unfinished
+        outputs = captured.forward(inputs)
+        pairs = zip(outputs, captured.is_differentiable, strict=True)
+        ctx.mark_non_differentiable(*(output for output, is_so in pairs if not is_so))
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: "_Context", *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Replay the backward pass."""
+        if not ctx.unfinished:
+            raise RuntimeError("a captured pass goes backward once")
+        ctx.unfinished.clear()
+        return None, None, None, *ctx.captured.backward(gradients)

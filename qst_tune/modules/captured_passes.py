@@ -1,0 +1,161 @@
+"""Small batches whose shapes repeat run as CUDA graphs: two launches instead of thousands.
+
+A step of few tokens is limited by Python and launches, not by the device. Its forward and backward
+pass are recorded for each shape that has come up a few times, and replayed from then on: the same
+kernels in the same order, so the same bits.
+"""
+
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+from torch import nn
+from torchtune import utils
+
+from qst_tune.errors import first_line
+from qst_tune.modules.captured_pass import (
+    CapturedPass,
+    Compute,
+    Inputs,
+    Recorder,
+    Replay,
+    SharedTensors,
+    Unfinished,
+)
+from qst_tune.modules.cuda_graph import CudaGraphs
+from qst_tune.torchtune_compat import Mask
+
+# With more the device is slower than Python.
+MOST_TOKENS = 4096
+# Padded to multiples of 16, rows of up to 512 tokens have 32 lengths.
+MOST_SHAPES = 32
+# Plain passes of a shape before it is recorded: what is made at first use exists by then.
+PLAIN_PASSES = 2
+
+log = utils.get_logger("INFO")
+
+
+class Device(Recorder, Protocol):
+    """What passes are captured on."""
+
+    def same_random_numbers(self) -> AbstractContextManager[None]:
+        """Let what follows draw the numbers that it would draw without the work in here."""
+
+    def pool_bytes(self) -> int:
+        """Return the memory that all records share."""
+
+
+class CapturedPasses:
+    """Captures the passes of one model that come up again, and replays them.
+
+    What cannot be captured, because it waits for the device for example, runs as without it: after
+    the first failure, which a warning names, nothing is captured. ``make_device`` is called once,
+    with the device of the tokens.
+    """
+
+    def __init__(self, make_device: Callable[[torch.device], Device] = CudaGraphs) -> None:
+        self.make_device = make_device
+        self.fault: str | None = None
+        self.passes: dict[Hashable, CapturedPass] = {}
+        self._device: Device | None = None
+        self._shared: dict[Hashable, SharedTensors] = {}
+        self._seen: Counter[Hashable] = Counter()
+        self._last: Callable[[], Unfinished | None] = lambda: None
+
+    def run(
+        self,
+        compute: Compute,
+        recordable: Compute,
+        parameters: Sequence[nn.Parameter],
+        state: Hashable,
+        tokens: torch.Tensor,
+        **where: Mask | None,
+    ) -> tuple[torch.Tensor, ...]:
+        """Return what ``compute(tokens, **where)`` does, with its gradients for ``parameters``.
+
+        ``recordable`` computes the same as a graph can hold it. ``state`` is equal where equal
+        inputs mean the same computation.
+        """
+        captured = self._captured(recordable, parameters, state, tokens, **where)
+        if captured is None:
+            return compute(tokens, **where)
+        token = Unfinished()
+        self._last = weakref.ref(token)
+        inputs = {name: value for name, value in where.items() if isinstance(value, torch.Tensor)}
+        outputs: tuple[torch.Tensor, ...] = Replay.apply(  # type: ignore[no-untyped-call]
+            captured, {"tokens": tokens, **inputs}, [token], *parameters
+        )
+        return outputs
+
+    def _captured(
+        self,
+        compute: Compute,
+        parameters: Sequence[nn.Parameter],
+        state: Hashable,
+        tokens: torch.Tensor,
+        **where: Mask | None,
+    ) -> CapturedPass | None:
+        """The pass of these inputs if there is one, or it is time to capture it."""
+        inputs = {"tokens": tokens}
+        for name, value in where.items():
+            if type(value) is torch.Tensor:
+                inputs[name] = value
+            elif value is not None:
+                return None
+        trains = torch.is_grad_enabled() and len(parameters) > 0
+        # What one pass keeps for its backward pass, the next one overwrites.
+        is_free = self.fault is None and self._last() is None
+        if not (trains and is_free and tokens.numel() <= MOST_TOKENS):
+            return None
+        kinds = [(name, value.shape, value.dtype, value.device) for name, value in inputs.items()]
+        key = (state, *kinds)
+        if key in self.passes and not self.passes[key].fits():
+            del self.passes[key]
+        if key not in self.passes and self._is_due(key):
+            self._capture(key, compute, parameters, inputs)
+        return self.passes.get(key)
+
+    def _is_due(self, key: Hashable) -> bool:
+        self._seen[key] += 1
+        return self._seen[key] > PLAIN_PASSES and len(self.passes) < MOST_SHAPES
+
+    def _capture(
+        self,
+        key: Hashable,
+        compute: Compute,
+        parameters: Sequence[nn.Parameter],
+        inputs: Inputs,
+    ) -> None:
+        start = time.perf_counter()
+        try:
+            device = self._device or self.make_device(inputs["tokens"].device)
+            self._device = device
+            with device.same_random_numbers():
+                shared = self._shared_by(parameters)
+                captured = CapturedPass(compute, inputs, parameters, shared, device)
+        except Exception as error:  # of the driver, of the model's own code, of any kind
+            self._give_up(error)
+            return
+        self.passes[key] = captured
+        rows, length = inputs["tokens"].shape
+        log.info(
+            f"batches of {rows} x {length} tokens run as a CUDA graph from now on: recorded in "
+            f"{time.perf_counter() - start:.1f} s, {device.pool_bytes() / 2**30:.2f} GiB for all"
+        )
+
+    def _shared_by(self, parameters: Sequence[nn.Parameter]) -> SharedTensors:
+        key = tuple(map(id, parameters))
+        if key not in self._shared:
+            self._shared[key] = SharedTensors(parameters, MOST_TOKENS)
+        return self._shared[key]
+
+    def _give_up(self, error: Exception) -> None:
+        self.fault = f"{type(error).__name__}: {first_line(error)}"
+        self.passes.clear()
+        self._shared.clear()
+        self._device = None
+        log.warning(f"steps are not captured as CUDA graphs, which makes them slower: {self.fault}")

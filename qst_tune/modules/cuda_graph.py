@@ -1,0 +1,60 @@
+"""CUDA graphs: work on a device that is recorded once, and launched as a whole from then on."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+
+
+class CudaGraphs:
+    """Records work on a CUDA device; all graphs share one pool of memory.
+
+    So what a graph leaves in the pool is lost as soon as another runs, unless it is in tensors that
+    were made outside of graphs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+
+    def rehearse(self, work: Callable[[], object]) -> None:
+        """Do work once where it will be recorded; RuntimeError if it waits for the device.
+
+        Recording that fails too, but leaves the device's random generator unusable.
+        """
+        current = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream), _waiting_forbidden():
+            work()
+        current.wait_stream(self._stream)
+
+    def record(self, work: Callable[[], object]) -> Callable[[], None]:
+        """Record work without doing it; what is returned does it."""
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, such as a logger's, are free to use the device meanwhile.
+        mode = "thread_local"
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode=mode):
+            work()
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+    def same_random_numbers(self) -> AbstractContextManager[None]:
+        """Let what follows draw the numbers that it would draw without the work in here."""
+        return torch.random.fork_rng([self.device])
+
+    def pool_bytes(self) -> int:
+        """Return the size of the pool."""
+        segments = torch.cuda.memory_snapshot()
+        own = [part for part in segments if tuple(part["segment_pool_id"]) == tuple(self._pool)]
+        return sum(part["total_size"] for part in own)
+
+
+@contextmanager
+def _waiting_forbidden() -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

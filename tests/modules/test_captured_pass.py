@@ -1,0 +1,96 @@
+"""A captured pass gives what a plain one does, in tensors that no later pass overwrites."""
+
+import pytest
+import torch
+from torch import nn
+
+from qst_tune.modules.captured_pass import CapturedPass, Replay, SharedTensors, Unfinished
+from tests.support.stand_in_graphs import StandInGraphs
+
+WIDTH = 5
+
+
+@pytest.fixture
+def parameters() -> list[nn.Parameter]:
+    return [nn.Parameter(torch.randn(7, WIDTH)), nn.Parameter(torch.randn(3))]
+
+
+def inputs(batch: int = 2, length: int = 3) -> dict[str, torch.Tensor]:
+    return {"tokens": torch.randint(7, (batch, length)), "scale": torch.rand(batch, length, 1)}
+
+
+def compute_with(parameters: list[nn.Parameter]):
+    """Two outputs: with a gradient for the first parameter, and without one."""
+
+    def compute(tokens, scale):
+        embedded = parameters[0][tokens]
+        return (embedded * scale).tanh(), embedded.detach() + scale
+
+    return compute
+
+
+def captured(parameters, shared=None, **size) -> CapturedPass:
+    shared = shared or SharedTensors(parameters, most_tokens=20)
+    return CapturedPass(
+        compute_with(parameters), inputs(**size), parameters, shared, StandInGraphs()
+    )
+
+
+def replay(one: CapturedPass, given) -> tuple[torch.Tensor, ...]:
+    return Replay.apply(one, given, [Unfinished()], *one.parameters)
+
+
+def test_outputs_and_gradients_are_those_of_plain_passes_which_add_up(parameters):
+    one = captured(parameters)
+    batches = [inputs() for _ in range(3)]
+    weights = torch.randn(2, 3, WIDTH)
+    for given in batches:
+        outputs = replay(one, given)
+        (outputs[0] * weights).sum().backward()
+        plain = compute_with(parameters)(**given)
+        assert [o.requires_grad for o in outputs] == [True, False]
+        assert all(torch.equal(*pair) for pair in zip(outputs, plain, strict=True))
+    found, parameters[0].grad = parameters[0].grad, None
+    for given in batches:
+        (compute_with(parameters)(**given)[0] * weights).sum().backward()
+    assert torch.equal(found, parameters[0].grad)
+    assert parameters[1].grad is None  # nothing depends on it
+
+
+def test_what_a_pass_returned_stays_when_another_runs(parameters):
+    shared = SharedTensors(parameters, most_tokens=20)
+    first, second = captured(parameters, shared), captured(parameters, shared, length=5)
+    outputs = replay(first, inputs())
+    outputs[0].sum().backward()
+    kept = [t.clone() for t in (*outputs, parameters[0].grad)]
+    gradient, parameters[0].grad = parameters[0].grad, None
+    replay(second, inputs(length=5))[0].sum().backward()
+    replay(first, inputs())[0].sum().backward()
+    assert all(torch.equal(*pair) for pair in zip(kept, (*outputs, gradient), strict=True))
+
+
+def test_a_pass_no_longer_fits_parameters_that_have_moved(parameters):
+    one = captured(parameters)
+    with torch.no_grad():
+        parameters[0].mul_(2)
+    assert one.fits()
+    parameters[0].data = parameters[0].data.clone()
+    assert not one.fits()
+
+
+def test_a_pass_goes_backward_once(parameters):
+    outputs = replay(captured(parameters), inputs())
+    outputs[0].sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward once"):
+        outputs[0].sum().backward()
+
+
+def test_memory_does_not_grow_with_the_number_of_shapes(parameters):
+    shared = SharedTensors(parameters, most_tokens=20)
+    first = captured(parameters, shared, batch=4, length=5)
+    second = captured(parameters, shared, batch=2, length=3)
+    assert [t.shape for t in second.outputs] == [(2, 3, WIDTH)] * 2
+    for large, small in zip(first.outputs, second.outputs, strict=True):
+        assert large.untyped_storage().nbytes() == 20 * WIDTH * 4
+        assert small.data_ptr() == large.data_ptr()
+    assert len({t.data_ptr() for t in (*first.outputs, *first.output_gradients)}) == 3

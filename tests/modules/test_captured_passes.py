@@ -1,0 +1,249 @@
+"""Captured passes change no number, and take no pass that they could not repeat."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import create_block_mask
+
+from qst_tune.models import qst_decoder
+from qst_tune.modules import LinearCrossEntropyLoss
+from qst_tune.modules.captured_passes import PLAIN_PASSES, CapturedPasses
+from qst_tune.modules.loss import connect_loss, next_token_loss
+from qst_tune.modules.qst_model import QSTModel
+from qst_tune.training.methods import parameter_groups
+from tests.support.numbers import random_tokens, randomize_, tiny_backbone
+from tests.support.stand_in_graphs import StandInGraphs, stand_in_passes
+
+SHAPES = [(2, 11), (2, 16), (2, 11), (2, 11), (2, 16), (2, 11), (2, 16), (1, 16), (2, 11)]
+MODULE = "qst_tune.modules.captured_passes"
+Step = tuple[torch.Tensor, list[torch.Tensor | None]]
+
+
+def tiny_model(device: str = "cpu", **side: Any) -> QSTModel:
+    """A model with a gradient for each parameter."""
+    torch.manual_seed(0)
+    is_gpu = device == "cuda"
+    sizes = {"embed_dim": 256, "intermediate_dim": 512, "num_heads": 4, "num_kv_heads": 2}
+    backbone = tiny_backbone(
+        dtype=torch.bfloat16 if is_gpu else torch.float32, **(sizes if is_gpu else {})
+    )
+    model = qst_decoder(
+        backbone, base_quantization="nf4" if is_gpu else "none", reduction_factor=4, **side
+    ).to(device)
+    randomize_(model.side)
+    model.side.recompute = True
+    return model.train()
+
+
+def batch(shape: tuple[int, int], number: int, **inputs: Any) -> dict[str, Any]:
+    torch.manual_seed(number)
+    tokens = random_tokens(*shape)
+    return {"tokens": tokens, "labels": tokens.roll(-1), **inputs}
+
+
+def steps(model: QSTModel, batches: list[dict[str, Any]], accumulation: int = 1) -> list[Step]:
+    """Train on each batch, and validate after each step."""
+    loss_of = LinearCrossEntropyLoss()
+    connect_loss(loss_of, model)
+    optimizer = torch.optim.AdamW(parameter_groups(model.side), lr=1e-2)
+    device = next(model.parameters()).device
+    found: list[Step] = []
+    for number, given in enumerate(batches):
+        given = {name: value.to(device) for name, value in given.items()}
+        torch.manual_seed(100 + number)
+        loss, _ = next_token_loss(model, loss_of, given)
+        loss.backward()
+        gradients = [None if p.grad is None else p.grad.clone() for p in model.side.parameters()]
+        found.append((loss.detach(), gradients))
+        if (number + 1) % accumulation == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            next_token_loss(model.eval(), loss_of, given)
+        model.train()
+    return found
+
+
+def assert_equal(found: list[Step], expected: list[Step]) -> None:
+    for (loss, gradients), (plain_loss, plain_gradients) in zip(found, expected, strict=True):
+        assert torch.equal(loss, plain_loss)
+        for gradient, plain in zip(gradients, plain_gradients, strict=True):
+            assert (gradient is None) == (plain is None)
+            assert gradient is None or torch.equal(gradient, plain)
+
+
+@contextmanager
+def capturing(model: QSTModel) -> Iterator[StandInGraphs]:
+    model.captured_passes, device = stand_in_passes()
+    yield device
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize(
+    "side",
+    [{}, {"dropout": 0.3}, {"variant": "authors"}, {"lora_layers": 1}, {"hidden_bits": 8}],
+    ids=lambda side: "-".join(side) or "default",
+)
+def test_losses_and_gradients_of_all_steps_are_those_of_plain_passes(side, accumulation):
+    batches = [batch(shape, number) for number, shape in enumerate(SHAPES)]
+    plain = steps(tiny_model(**side), batches, accumulation)
+    model = tiny_model(**side)
+    with capturing(model) as device:
+        assert_equal(steps(model, batches, accumulation), plain)
+    assert device.num_records == 2 * 2  # forward and backward, 2 x 11 and 2 x 16
+    assert device.num_replays == 2 * 4
+    assert model.side.recompute
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "side", [{}, {"dropout": 0.3}, {"lora_layers": 1}], ids=lambda side: "-".join(side) or "default"
+)
+def test_on_a_gpu_graphs_give_the_same_bits(side):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    batches = [batch(shape, number) for number, shape in enumerate(SHAPES)]
+    plain = steps(tiny_model("cuda", **side), batches)
+    model = tiny_model("cuda", **side)
+    model.captured_passes = CapturedPasses()
+    assert_equal(steps(model, batches), plain)
+    assert model.captured_passes.fault is None
+    assert len(model.captured_passes.passes) == 2
+
+
+def test_masks_and_positions_are_inputs_of_a_pass_not_part_of_it():
+    causal = torch.ones(9, 9, dtype=torch.bool).tril().expand(2, 9, 9)
+    windows = [causal & causal.triu(-n).to(torch.bool) for n in (8, 3, 2, 4, 1)]
+    positions = [torch.arange(9).expand(2, 9) + n for n in (0, 2, 4, 6, 8)]
+    batches = [
+        batch((2, 9), number, mask=mask, input_pos=position)
+        for number, (mask, position) in enumerate(zip(windows, positions, strict=True))
+    ]
+    plain = steps(tiny_model(), batches)
+    model = tiny_model()
+    with capturing(model) as device:
+        assert_equal(steps(model, batches), plain)
+    assert device.num_replays == 2 * 3
+
+
+def test_a_reference_model_is_captured_with_the_one_that_trains():
+    def run(model: QSTModel) -> list[torch.Tensor]:
+        model.keep_reference()
+        randomize_(model.reference_side)
+        found = []
+        for number in range(4):
+            tokens = batch((2, 9), number)["tokens"]
+            outputs = model.with_reference(tokens)
+            (outputs[0] - outputs[1]).square().sum().backward()
+            found += [*(o.detach() for o in outputs), model.side.gates[0].gamma.grad.clone()]
+        return found
+
+    plain = run(tiny_model())
+    model = tiny_model()
+    with capturing(model) as device:
+        found = run(model)
+    assert device.num_replays == 4
+    assert all(torch.equal(*pair) for pair in zip(found, plain, strict=True))
+
+
+def test_a_pass_that_comes_before_the_backward_of_another_runs_plainly():
+    def gradient(model: QSTModel, captured: bool) -> torch.Tensor:
+        if captured:
+            model.captured_passes, _ = stand_in_passes()
+        tokens = [batch((2, 9), number)["tokens"] for number in range(5)]
+        for given in tokens[:3]:
+            model(given).sum().backward()
+        model.zero_grad()
+        (model(tokens[3]).sum() * model(tokens[4]).sum()).backward()
+        return model.side.upsample.weight.grad
+
+    assert torch.equal(gradient(tiny_model(), True), gradient(tiny_model(), False))
+
+
+def passes_taken(model: QSTModel, batches: list[dict[str, Any]]) -> int:
+    """How many of the batches were replayed."""
+    with capturing(model) as device:
+        steps(model, batches)
+    return device.num_replays // 2
+
+
+def test_only_small_plain_training_passes_of_repeated_shapes_are_captured():
+    same = [batch((2, 9), number) for number in range(PLAIN_PASSES + 2)]
+    assert passes_taken(tiny_model(), same) == 2
+    assert passes_taken(tiny_model(), same[:PLAIN_PASSES]) == 0
+    with mock.patch(f"{MODULE}.MOST_TOKENS", 17):
+        assert passes_taken(tiny_model(), same) == 0
+    with mock.patch(f"{MODULE}.MOST_SHAPES", 1):
+        other = [batch((2, 10), number) for number in range(PLAIN_PASSES + 2)]
+        assert passes_taken(tiny_model(), same + other) == 2
+    dropped_again = tiny_model(lora_layers=1, lora_dropout=0.1)
+    assert passes_taken(dropped_again, same) == 0  # backward would have to draw again
+    disabled = tiny_model()
+    disabled.side.disabled = True
+    with capturing(disabled) as device:
+        for given in same:
+            disabled(given["tokens"])
+    assert device.num_records == 0
+
+
+def test_packed_rows_with_a_block_mask_are_not_captured():
+    model, (passes, device) = tiny_model(), stand_in_passes()
+    mask = create_block_mask(lambda b, h, q, k: q >= k, 2, None, 9, 9, device="cpu")
+    for number in range(4):
+        tokens = batch((2, 9), number)["tokens"]
+        parameters = list(model.side.parameters())
+        passes.run(lambda tokens, mask: (), lambda: (), parameters, (), tokens, mask=mask)
+    assert device.num_records == 0
+
+
+def test_parameters_that_moved_are_captured_anew():
+    model, batches = tiny_model(), [batch((2, 9), number) for number in range(4)]
+    with capturing(model) as device:
+        steps(model, batches)
+        weight = model.side.upsample.weight
+        weight.data = weight.data * 2
+        found = steps(model, batches)
+        assert device.num_records == 4
+        model.captured_passes = None
+    plain_model = tiny_model()
+    steps(plain_model, batches)
+    plain_model.side.upsample.weight.data *= 2
+    assert_equal(found, steps(plain_model, batches))
+
+
+class Broken(StandInGraphs):
+    """A device that cannot record, and says so in the middle of it."""
+
+    def record(self, work):
+        work()
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+
+def test_a_model_that_cannot_be_captured_goes_on_after_one_warning():
+    batches = [batch((2, 9), number) for number in range(6)]
+    plain = steps(tiny_model(dropout=0.3), batches)
+    model = tiny_model(dropout=0.3)
+    model.captured_passes = CapturedPasses(lambda device: Broken())
+    with mock.patch(f"{MODULE}.log") as log:
+        assert_equal(steps(model, batches), plain)
+    assert model.captured_passes.fault == "RuntimeError: operation not permitted"
+    assert log.warning.call_count == 1
+    assert model.captured_passes.fault in log.warning.call_args.args[0]
+    assert not model.captured_passes.passes
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_model_that_waits_for_the_device_runs_as_before():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    batches = [batch((2, 9), number) for number in range(5)]
+    plain = steps(tiny_model("cuda", dropout=0.3), batches)
+    model = tiny_model("cuda", dropout=0.3)
+    model.captured_passes = CapturedPasses()
+    model.layers[1].register_forward_hook(lambda *_: torch.ones(1, device="cuda").item() and None)
+    assert_equal(steps(model, batches), plain)
+    assert model.captured_passes.fault is not None
