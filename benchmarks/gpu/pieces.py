@@ -1,0 +1,87 @@
+"""Section ``pieces``: decoding of one weight and products with it, by our kernels and others'."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks.backbones import DTYPE
+from benchmarks.gpu.bench import Bench, Row, Run
+from qst_tune.modules.backbone_formats import quantize_linears
+from qst_tune.modules.nf4_linear import NF4Linear
+from qst_tune.quantization import kernels
+from qst_tune.quantization.nf4 import dequantize_nf4
+
+
+@contextmanager
+def tables() -> Iterator[None]:
+    """Decode without Triton's kernels."""
+    with mock.patch.object(kernels, "_runs_triton_on", return_value=False):
+        yield
+
+
+@torch.no_grad()
+def pieces(bench: Bench) -> Iterator[Row]:
+    """Measure decoding in every format, and products of few and many tokens."""
+    out_dim, in_dim = bench.sizes.weight_shape
+    shape = f"{out_dim} x {in_dim}"
+    dense = bench.weights.dense(torch.Size((out_dim, in_dim)))
+    linear = NF4Linear(dense)
+    yield from _decoding(bench, shape, dense, linear)
+    for num_tokens in bench.sizes.product_tokens:
+        x = torch.randn(num_tokens, in_dim, device=bench.device, dtype=DTYPE)
+        makers = {
+            "bf16": partial(partial, F.linear, x, dense),
+            "NF4": partial(partial, linear, x),
+            "bitsandbytes NF4": partial(_bitsandbytes_product, x, dense),
+        }
+        names = {f"product of {num_tokens} tokens, {name}": makers[name] for name in makers}
+        yield from bench.kernels("pieces", shape, names)
+
+
+def _decoding(
+    bench: Bench, shape: str, dense: torch.Tensor, linear: NF4Linear
+) -> Iterator[Row]:
+    """Decode to bf16; NF4 also as the tables and others do it."""
+    weight = linear.weight
+    decoded = dequantize_nf4(weight)
+    run = partial(dequantize_nf4, weight)
+    with tables():
+        is_equal = torch.equal(decoded, run())
+    ours = {"decode NF4": lambda: run}
+    yield from bench.kernels("pieces", shape, ours, bit_equal_to_tables=is_equal)
+    with tables():
+        slow = list(bench.kernels("pieces", shape, {"decode NF4, tables": lambda: run}))
+    yield from slow
+    makers = {
+        "decode NF4, torchao": lambda: weight.get_original_weight,
+        "decode NF4, bitsandbytes": partial(_bitsandbytes_decoding, dense),
+        **{f"decode {name}": partial(_decoding_of, name, dense) for name in ("fp4", "int8", "int4")},
+    }
+    yield from bench.kernels("pieces", shape, makers)
+
+
+def _decoding_of(name: str, dense: torch.Tensor) -> Run:
+    parent = nn.Sequential(nn.Linear(*reversed(dense.shape), bias=False, device="meta"))
+    parent[0].weight = nn.Parameter(dense, requires_grad=False)
+    quantize_linears(parent, name)  # type: ignore[arg-type]
+    return partial(parent[0].dense_weight, DTYPE)
+
+
+def _bitsandbytes_decoding(dense: torch.Tensor) -> Run:
+    from bitsandbytes import functional
+
+    codes, state = functional.quantize_4bit(dense, quant_type="nf4", compress_statistics=True)
+    return partial(functional.dequantize_4bit, codes, state)
+
+
+def _bitsandbytes_product(x: torch.Tensor, dense: torch.Tensor) -> Run:
+    import bitsandbytes
+
+    quantize = bitsandbytes.functional.quantize_4bit
+    codes, state = quantize(dense, quant_type="nf4", compress_statistics=True)
+    return partial(bitsandbytes.matmul_4bit, x, codes.t(), quant_state=state)
