@@ -52,8 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"--sections {unknown[0]}: choose from {','.join(SECTIONS)}", file=sys.stderr)
         return 2
     if options.page:
-        write_pages(read(options.results))
+        write_pages(read(options.results or RESULTS))
         return 0
+    results = options.results or (None if options.tiny else RESULTS)
     ignore_known_warnings()
     logging.disable(logging.WARNING)  # of libraries that come without what they do not need here
     bench = Bench(tiny=options.tiny, rounds=options.rounds)
@@ -63,7 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
         start = time.perf_counter()
         for row in _rows(name, bench):
             print(json.dumps(row), flush=True)
-            add(options.results, {**row, **where})
+            if results is not None:
+                add(results, {**row, **where})
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
     return 0
 
@@ -86,7 +88,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--sections", default=",".join(SECTIONS), help="in this order")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, on any device")
     parser.add_argument("--rounds", type=int, default=4, help="timed steps; 2 of the longest")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, help=f"default {RESULTS.name}; none with --tiny")
     parser.add_argument("--page", action="store_true", help="write the pages, measure nothing")
     parser.add_argument("--revision", help="of the code, where git does not know it")
     return parser.parse_args(arguments)

@@ -71,7 +71,9 @@ class Bench:
         batch = random_batch(self.sizes.backbone, *shape, seed=seed)
         return {name: value.to(self.device) for name, value in batch.items()}
 
-    def steps(self, section: str, runners: Sequence[Runner], shape: Shape, rounds: int) -> list[Row]:
+    def steps(
+        self, section: str, runners: Sequence[Runner], shape: Shape, rounds: int
+    ) -> list[Row]:
         """Let methods take steps by turns on batches of one shape."""
         batches = [self.batch(shape, seed) for seed in range(1 + rounds)]
         taken = take_turns(runners, batches, self.clock, self.deadline)

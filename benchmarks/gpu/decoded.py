@@ -10,17 +10,19 @@ from benchmarks.gpu.bench import Bench, Row
 from benchmarks.gpu.methods import QST
 from benchmarks.gpu.turns import Step, take_turns
 
+WITH_SIDE = "with the side network"
+ALONE = "backbone alone"
+PEFT = "PEFT + bitsandbytes"
+
 
 def generate(bench: Bench) -> Iterator[Row]:
     """Measure the model with its side network, without it, and PEFT's."""
     for num_rows in bench.sizes.decoded_rows:
-        sizes = {"num_rows": num_rows, "num_prompt_tokens": bench.sizes.prompt_tokens}
+        sizes: Any = {"num_rows": num_rows, "num_prompt_tokens": bench.sizes.prompt_tokens}
         runners = [
-            bench.runner("with the side network", partial(_ours, bench, False, **sizes), QST),
-            bench.runner("backbone alone", partial(_ours, bench, True, **sizes), QST),
-            bench.runner(
-                "PEFT + bitsandbytes", partial(peers.peft_decoding, **sizes), peers.PEFT
-            ),
+            bench.runner(WITH_SIDE, partial(_ours, bench, False, **sizes), QST),
+            bench.runner(ALONE, partial(_ours, bench, True, **sizes), QST),
+            bench.runner(PEFT, partial(peers.peft_decoding, **sizes), peers.PEFT),
         ]
         turns = [None] * (2 + 4 * bench.rounds)
         taken = take_turns(runners, turns, bench.clock, bench.deadline)

@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.backbones import DTYPE
 from benchmarks.gpu.bench import Bench, Row, Run
 from qst_tune.modules import LinearCrossEntropyLoss
+
+OURS, LIGER = "LinearCrossEntropyLoss", "liger-kernel"
+FLOOR = "its two products alone"
+LOSSES = (OURS, LIGER, FLOOR)
 
 
 def loss(bench: Bench) -> Iterator[Row]:
@@ -21,13 +24,13 @@ def loss(bench: Bench) -> Iterator[Row]:
         labels = torch.randint(vocabulary, (num_tokens,), device=bench.device)
         shape = f"{num_tokens} tokens, V = {vocabulary}"
         makers = {
-            "LinearCrossEntropyLoss": partial(_ours, weight, hidden, labels),
-            "liger-kernel": partial(_liger, weight, hidden, labels),
+            OURS: partial(_ours, weight, hidden, labels),
+            LIGER: partial(_liger, weight, hidden, labels),
         }
         yield from bench.kernels("loss", shape, makers)
         yield {
             "section": "loss",
-            "method": "its two products alone",
+            "method": FLOOR,
             "shape": shape,
             "ms": round(4 * num_tokens * width * vocabulary / bench.tflops / 1e9, 4),
         }

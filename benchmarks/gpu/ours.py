@@ -22,6 +22,7 @@ from qst_tune.training.language_modelling import NextTokenTask
 from qst_tune.training.methods import TunedMethod, scale_rates
 from qst_tune.training.trainer import Trainer
 
+
 def qst_model(backbone: Backbone, weights: RandomWeights, **arguments: Any) -> QSTModel:
     """Build a model as the recipe loads it; ``arguments`` are of a config's model block."""
     with training.set_default_dtype(DTYPE), torch.device("meta"):

@@ -133,7 +133,7 @@ def _bitsandbytes_llama(backbone: Backbone, weights: RandomWeights) -> Any:
     import bitsandbytes
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
+    config: Any = LlamaConfig(
         vocab_size=backbone.vocab_size,
         hidden_size=backbone.embed_dim,
         num_hidden_layers=backbone.num_layers,
@@ -141,11 +141,10 @@ def _bitsandbytes_llama(backbone: Backbone, weights: RandomWeights) -> Any:
         num_key_value_heads=backbone.num_kv_heads,
         intermediate_size=backbone.intermediate_dim,
         max_position_embeddings=backbone.max_seq_len,
-        attn_implementation="sdpa",
         tie_word_embeddings=False,
     )
     with training.set_default_dtype(DTYPE), torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        model: Any = LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
     linears = [path for path, m in model.named_modules() if isinstance(m, nn.Linear)]
     for path in linears:
         if path != "lm_head":

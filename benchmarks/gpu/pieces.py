@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 from unittest import mock
 
 import torch
@@ -11,10 +12,16 @@ from torch import nn
 
 from benchmarks.backbones import DTYPE
 from benchmarks.gpu.bench import Bench, Row, Run
-from qst_tune.modules.backbone_formats import quantize_linears
+from qst_tune.modules.backbone_formats import BaseQuantization, quantize_linears
 from qst_tune.modules.nf4_linear import NF4Linear
 from qst_tune.quantization import kernels
 from qst_tune.quantization.nf4 import dequantize_nf4
+
+NF4, TABLES = "decode NF4", "decode NF4, tables"
+OTHERS = ("decode NF4, bitsandbytes", "decode NF4, torchao", "decode NF4, torchao compiled")
+FORMATS: tuple[BaseQuantization, ...] = ("fp4", "int8", "int4")
+DECODINGS = (NF4, TABLES, *OTHERS, *(f"decode {name}" for name in FORMATS))
+PRODUCTS = ("bf16", "NF4", "bitsandbytes NF4")
 
 
 @contextmanager
@@ -34,41 +41,42 @@ def pieces(bench: Bench) -> Iterator[Row]:
     yield from _decoding(bench, shape, dense, linear)
     for num_tokens in bench.sizes.product_tokens:
         x = torch.randn(num_tokens, in_dim, device=bench.device, dtype=DTYPE)
-        makers = {
-            "bf16": partial(partial, F.linear, x, dense),
-            "NF4": partial(partial, linear, x),
-            "bitsandbytes NF4": partial(_bitsandbytes_product, x, dense),
-        }
-        names = {f"product of {num_tokens} tokens, {name}": makers[name] for name in makers}
-        yield from bench.kernels("pieces", shape, names)
+        makers = (
+            partial(partial, F.linear, x, dense),
+            partial(partial, linear, x),
+            partial(_bitsandbytes_product, x, dense),
+        )
+        names = (f"product of {num_tokens} tokens, {name}" for name in PRODUCTS)
+        yield from bench.kernels("pieces", shape, dict(zip(names, makers, strict=True)))
 
 
-def _decoding(
-    bench: Bench, shape: str, dense: torch.Tensor, linear: NF4Linear
-) -> Iterator[Row]:
+def _decoding(bench: Bench, shape: str, dense: torch.Tensor, linear: NF4Linear) -> Iterator[Row]:
     """Decode to bf16; NF4 also as the tables and others do it."""
-    weight = linear.weight
+    weight: Any = linear.weight
     decoded = dequantize_nf4(weight)
     run = partial(dequantize_nf4, weight)
     with tables():
         is_equal = torch.equal(decoded, run())
-    ours = {"decode NF4": lambda: run}
+    ours = {NF4: lambda: run}
     yield from bench.kernels("pieces", shape, ours, bit_equal_to_tables=is_equal)
     with tables():
-        slow = list(bench.kernels("pieces", shape, {"decode NF4, tables": lambda: run}))
+        slow = list(bench.kernels("pieces", shape, {TABLES: lambda: run}))
     yield from slow
-    makers = {
-        "decode NF4, torchao": lambda: weight.get_original_weight,
-        "decode NF4, bitsandbytes": partial(_bitsandbytes_decoding, dense),
-        **{f"decode {name}": partial(_decoding_of, name, dense) for name in ("fp4", "int8", "int4")},
-    }
-    yield from bench.kernels("pieces", shape, makers)
+    others = (
+        partial(_bitsandbytes_decoding, dense),
+        lambda: weight.get_original_weight,
+        lambda: torch.compile(lambda: weight.get_original_weight()),
+    )
+    yield from bench.kernels("pieces", shape, dict(zip(OTHERS, others, strict=True)))
+    formats = {f"decode {name}": partial(_decoding_of, name, dense) for name in FORMATS}
+    yield from bench.kernels("pieces", shape, formats)
 
 
-def _decoding_of(name: str, dense: torch.Tensor) -> Run:
-    parent = nn.Sequential(nn.Linear(*reversed(dense.shape), bias=False, device="meta"))
-    parent[0].weight = nn.Parameter(dense, requires_grad=False)
-    quantize_linears(parent, name)  # type: ignore[arg-type]
+def _decoding_of(name: BaseQuantization, dense: torch.Tensor) -> Run:
+    linear = nn.Linear(dense.shape[1], dense.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(dense, requires_grad=False)
+    parent: Any = nn.Sequential(linear)
+    quantize_linears(parent, name)
     return partial(parent[0].dense_weight, DTYPE)
 
 

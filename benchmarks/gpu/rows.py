@@ -12,7 +12,15 @@ import torch
 
 Row = dict[str, Any]
 RESULTS = Path(__file__).parents[1] / "results" / "gpu.jsonl"
-PACKAGES = ("triton", "torchtune", "torchao", "transformers", "peft", "bitsandbytes", "liger-kernel")
+PACKAGES = (
+    "triton",
+    "torchtune",
+    "torchao",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "liger-kernel",
+)
 
 
 def read(path: Path = RESULTS) -> list[Row]:
