@@ -37,6 +37,8 @@ def _ours(bench: Bench, disabled: bool, model: Any, **sizes: int) -> Step:
     model.eval()
     with bench.device:
         decoding = Decoding(model, partial(setattr, model.side, "disabled", disabled), **sizes)
+        for _ in range(3):  # until it is captured
+            decoding.step()
     model.side.disabled = False
 
     def step(_: object) -> None:

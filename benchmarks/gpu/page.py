@@ -38,10 +38,11 @@ def with_tables(text: str, rows: Sequence[Row]) -> str:
 
 
 class Figures:
-    """The newest row of each section, method and shape on the device that was used last."""
+    """The newest row of each section, method and shape on the device where QST trained last."""
 
     def __init__(self, rows: Sequence[Row]) -> None:
-        self.device = rows[-1]["device"]
+        self.all = [row for row in rows if row["method"] == QST and "ms" in row]
+        self.device = (self.all or rows)[-1]["device"]
         self.rows = [row for row in rows if row["device"] == self.device]
         self.newest: dict[tuple[str, str, str], Row] = {}
         for row in self.rows:
@@ -134,8 +135,7 @@ def _first(figures: Figures) -> str:
             for method in (QST, peers.TORCHTUNE, peers.PEFT)
         )
         lines.append([f"{shape} tokens", f"**{ours}**", *others])
-    device = figures.device.removeprefix("NVIDIA ").partition(" ")[0]
-    title = f"LLaMA-2-7B, one training step on an {device}"
+    title = f"LLaMA-2-7B, one training step on an {_card(figures.device)}"
     return table([title, "QST", peers.TORCHTUNE, peers.PEFT], lines)
 
 
@@ -160,15 +160,23 @@ def _ratios(figures: Figures) -> str:
 
 
 def _history(figures: Figures) -> str:
-    """QST's step at each revision that was measured."""
-    rows = [r for r in figures.rows if r["section"] == "train" and r["method"] == QST and "ms" in r]
-    by = {((row["date"], row.get("revision") or ""), row["shape"]): row for row in rows}
-    when = list(dict.fromkeys(key for key, _ in by))
+    """QST's step at each revision that was measured, on any device."""
+    by: dict[tuple[str, str], Row] = {}
+    for row in figures.all:
+        if row["section"] == "train":
+            when = f"{row['date']}, {row.get('revision')}, {_card(row['device'])}"
+            by[when, row["shape"]] = row
+    columns = list(dict.fromkeys(when for when, _ in by))
     lines = [
-        [shape, *(_step(by[key, shape]) if (key, shape) in by else "" for key in when)]
+        [shape, *(_step(by[when, shape]) if (when, shape) in by else "" for when in columns)]
         for shape in figures.shapes("train")
     ]
-    return table(["tokens", *(f"{date}, {revision}" for date, revision in when)], lines)
+    return table(["tokens", *columns], lines)
+
+
+def _card(device: str) -> str:
+    """Shorten ``NVIDIA H100 80GB HBM3`` to ``H100``."""
+    return device.removeprefix("NVIDIA ").partition(" ")[0]
 
 
 def _generate(figures: Figures) -> str:

@@ -27,10 +27,12 @@ class RandomWeights:
         return value.normal_(std=0.02) if value.ndim > 1 else value
 
     def nf4(self, shape: torch.Size) -> nn.Parameter:
-        """Return a weight in NF4."""
-        if shape not in self._quantized:
-            self._quantized[shape] = quantize_nf4(self.dense(shape))
-        return nn.Parameter(self._quantized[shape].clone(), requires_grad=False)
+        """Return a weight in NF4; the first of its shape is the one that the others are copied of."""
+        known = self._quantized.get(shape)
+        if known is None:
+            known = self._quantized[shape] = quantize_nf4(self.dense(shape))
+            return nn.Parameter(known, requires_grad=False)
+        return nn.Parameter(known.clone(), requires_grad=False)
 
     @torch.no_grad()
     def fill_(self, model: nn.Module) -> None:

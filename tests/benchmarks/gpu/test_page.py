@@ -46,7 +46,7 @@ def test_rows_of_another_device_are_not_mixed_in() -> None:
 def test_text_outside_the_marks_stays() -> None:
     text = "# A\n<!-- gpu: history -->\nold\n<!-- end -->\n\nB\n"
     new = with_tables(text, [row(revision="abc1234")])
-    assert new.startswith("# A\n<!-- gpu: history -->\n| tokens | 2026-11-27, abc1234 |\n")
+    assert new.startswith("# A\n<!-- gpu: history -->\n| tokens | 2026-11-27, abc1234, H100 |\n")
     assert new.endswith("| 4 x 384 | 100 ms, 4.00 GiB |\n<!-- end -->\n\nB\n")
     assert with_tables(new, [row(revision="abc1234")]) == new
 
