@@ -56,8 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     results = options.results or (None if options.tiny else RESULTS)
     ignore_known_warnings()
-    for library in ("bitsandbytes", "liger_kernel", "transformers"):  # what they lack, unneeded here
-        logging.getLogger(library).setLevel(logging.ERROR)
+    for library in ("bitsandbytes", "liger_kernel", "transformers"):
+        logging.getLogger(library).setLevel(logging.ERROR)  # of what they lack and we do not need
     bench = Bench(tiny=options.tiny, rounds=options.rounds)
     where = circumstances(options.revision)
     print(json.dumps(where), flush=True)

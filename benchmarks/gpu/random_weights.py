@@ -27,7 +27,7 @@ class RandomWeights:
         return value.normal_(std=0.02) if value.ndim > 1 else value
 
     def nf4(self, shape: torch.Size) -> nn.Parameter:
-        """Return a weight in NF4; the first of its shape is the one that the others are copied of."""
+        """Return a weight in NF4; the others of its shape are copies of the first."""
         known = self._quantized.get(shape)
         if known is None:
             known = self._quantized[shape] = quantize_nf4(self.dense(shape))
