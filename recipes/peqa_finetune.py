@@ -22,6 +22,7 @@ from qst_tune.training.methods import load_peqa
 from qst_tune.training.run import begin_run, build_trainer
 
 REFUSED = {
+    "trials": "share the pass of a frozen backbone, which PEQA trains inside of: use QST",
     "reference": "is for qst_dpo; remove it",
     "side_network": "is what QST starts from; use scales",
     "enable_activation_offloading": "is not supported; set it to False and use "
@@ -37,7 +38,7 @@ def main(raw: DictConfig) -> None:
         cfg = run.cfg
         model = build_peqa_on_meta(cfg.model, run.dtype)
         task, data = build_language_modelling(
-            cfg, run.tokenizer, model, seed=run.seed, device=run.device
+            cfg, run.tokenizer, model, seed=run.data_seed, device=run.device
         )
         run.report(model, data)
         if cfg.dry_run:

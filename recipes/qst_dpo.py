@@ -13,35 +13,41 @@ else, checkpoints, resuming, validation and the keys of a config, is that of ``q
 
 from omegaconf import DictConfig
 
-from qst_tune.config.check import read_config
+from qst_tune.config.check import read_config, read_trials
 from qst_tune.config.cli import run_recipe
 from qst_tune.config.schema import TrainingConfig
 from qst_tune.errors import UserError
 from qst_tune.estimation.dry_run import describe_run
 from qst_tune.models.build import build_on_meta
 from qst_tune.modules import QSTClassifier
+from qst_tune.training.build_trials import build_trials
 from qst_tune.training.methods import QST_REFUSED, load_qst
 from qst_tune.training.preference import build_preference_learning, reference_of
 from qst_tune.training.run import begin_run, build_trainer
+from qst_tune.training.trial_results import fit_trials
 
 
 def main(raw: DictConfig) -> None:
     """Run the recipe."""
     cfg = read_config(raw, TrainingConfig, QST_REFUSED)
+    trials = read_trials(cfg, QST_REFUSED)
     reference = reference_of(cfg)  # fails before anything loads
-    with begin_run(cfg) as run:
+    with begin_run(cfg, trials.configs) as run:
         cfg = run.cfg
         model = build_on_meta(cfg.model, run.dtype)
         if isinstance(model, QSTClassifier):
             raise UserError(f"model: {cfg.model._component_} classifies; name a language model")
         task, data = build_preference_learning(
-            cfg, run.tokenizer, model, seed=run.seed, device=run.device
+            cfg, run.tokenizer, model, seed=run.data_seed, device=run.device
         )
         run.report(model, data)
         if cfg.dry_run:
             if run.is_main:
                 print(describe_run(cfg, data, run.device, run.dtype))
             return
+        if run.trials:
+            each = build_trials(run, trials.settings, model, task, data, is_preference=True)
+            return fit_trials(cfg.output_dir, model, each, trials.halving)
         method = load_qst(model, cfg, dtype=run.dtype, device=run.device)
         if reference == "start":
             model.keep_reference()

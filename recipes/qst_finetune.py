@@ -18,7 +18,7 @@ from functools import partial
 
 from omegaconf import DictConfig
 
-from qst_tune.config.check import read_config
+from qst_tune.config.check import read_config, read_trials
 from qst_tune.config.cli import run_recipe
 from qst_tune.config.schema import TrainingConfig
 from qst_tune.data import collate_classification
@@ -28,18 +28,20 @@ from qst_tune.models.build import build_on_meta
 from qst_tune.modules.model_limits import limits_of
 from qst_tune.modules.qst_classifier import QSTClassifier
 from qst_tune.modules.qst_model import QSTModel
+from qst_tune.training.build_trials import build_trials
 from qst_tune.training.classification import build_classification_task
 from qst_tune.training.language_modelling import build_language_modelling
 from qst_tune.training.methods import QST_REFUSED, load_qst
 from qst_tune.training.run import Run, begin_run, build_trainer
 from qst_tune.training.task import Task
+from qst_tune.training.trial_results import fit_trials
 
 REFUSED = {**QST_REFUSED, "reference": "is for qst_dpo; remove it"}
 
 
 def build_task(run: Run, model: QSTModel) -> tuple[Task, TrainingData]:
     """Build what the model learns, to classify or to continue a text, and its data."""
-    cfg, tokenizer, seed, device = run.cfg, run.tokenizer, run.seed, run.device
+    cfg, tokenizer, seed, device = run.cfg, run.tokenizer, run.data_seed, run.device
     if not isinstance(model, QSTClassifier):
         return build_language_modelling(cfg, tokenizer, model, seed=seed, device=device)
     limits = limits_of(model, tokenizer)
@@ -52,7 +54,9 @@ def build_task(run: Run, model: QSTModel) -> tuple[Task, TrainingData]:
 
 def main(raw: DictConfig) -> None:
     """Run the recipe."""
-    with begin_run(read_config(raw, TrainingConfig, REFUSED)) as run:
+    cfg = read_config(raw, TrainingConfig, REFUSED)
+    trials = read_trials(cfg, REFUSED)
+    with begin_run(cfg, trials.configs) as run:
         cfg = run.cfg
         model = build_on_meta(cfg.model, run.dtype)
         task, data = build_task(run, model)
@@ -61,6 +65,9 @@ def main(raw: DictConfig) -> None:
             if run.is_main:
                 print(describe_run(cfg, data, run.device, run.dtype))
             return
+        if run.trials:
+            each = build_trials(run, trials.settings, model, task, data)
+            return fit_trials(cfg.output_dir, model, each, trials.halving)
         method = load_qst(model, cfg, dtype=run.dtype, device=run.device)
         build_trainer(run, method, task, data).fit()
 

@@ -1,6 +1,7 @@
 """Find the mistakes of a config before anything heavy loads; report all of them at once."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -13,6 +14,13 @@ from qst_tune.config.keys import LARGEST, ConfigT, Keys, keys_of, typed
 from qst_tune.config.other_names import other_name_hint
 from qst_tune.config.schema import TRAINING_KEYS, TrainingConfig
 from qst_tune.config.training_check import training_problems
+from qst_tune.config.trials import (
+    Trials,
+    check_comparable,
+    parse_trials,
+    title,
+    trial_config,
+)
 from qst_tune.errors import ConfigError, Problem, did_you_mean, first_line
 
 
@@ -41,6 +49,30 @@ def read_config(
     if problems:
         raise ConfigError(problems)
     return typed(raw, schema)
+
+
+def read_trials(cfg: TrainingConfig, refused: Mapping[str, str] | None = None) -> Trials:
+    """Return the trials of a training config, with the config that each has alone; perhaps none.
+
+    Trial n is the run in ``output_dir/trials/n``. ConfigError with all mistakes, UserError if they
+    cannot share batches or not be compared.
+    """
+    raw = cfg.raw
+    if raw.get("trials") is None:
+        return Trials(())
+    check_comparable(raw)
+    trials = parse_trials(raw.trials)
+    found, problems = [], []
+    for number, settings in enumerate(trials.settings, start=1):
+        try:
+            one = trial_config(raw, settings, number)
+            found.append(read_config(one, TrainingConfig, refused))
+        except ConfigError as error:
+            named = f"trial {number} ({title(settings)})"
+            problems += [Problem("trials", f"{named}: {p.text}") for p in error.problems]
+    if problems:
+        raise ConfigError(problems)
+    return replace(trials, configs=tuple(found))
 
 
 def config_problems(raw: DictConfig, keys: Keys) -> list[Problem]:

@@ -47,6 +47,16 @@ class TrainingConfig(RecipeConfig):
         # torchtune seeds each process with seed + rank, and NumPy takes 32 bits.
         most=2**32 - 2**16,
     )
+    data_seed: int | None = key(
+        "of the order of the samples and of val_fraction; null: seed",
+        default=None,
+        least=0,
+        most=2**32 - 2**16,
+    )
+    trials: Blocks | None = key(
+        "side networks over one pass of the backbone: list, grid or random (docs/trials.md)",
+        default=None,
+    )
     num_workers: int = key("processes that read samples; their order stays", default=0, least=0)
     collate_fn: str | None = key(
         "dotted name of torchtune's or your own; null: padding", default=None

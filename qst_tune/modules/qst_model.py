@@ -14,6 +14,7 @@ from qst_tune.modules.batch_parts import in_parts
 from qst_tune.modules.captured_passes import CapturedPasses
 from qst_tune.modules.hidden_state_cache import HiddenStateCache
 from qst_tune.modules.meta_device import materialize
+from qst_tune.modules.shared_pass import SharedPass
 from qst_tune.modules.side.compute import mask_for_heads
 from qst_tune.modules.side.network import SideNetwork
 from qst_tune.modules.side.one_pass import SidePass, visiting
@@ -52,6 +53,7 @@ class QSTModel(nn.Module):
     num_output_chunks: int
     hidden_state_cache: HiddenStateCache | None
     captured_passes: CapturedPasses | None
+    shared_pass: SharedPass | None
     # Of the decoder, torchtune's names: its LM head, embedding, layers and longest sequence.
     output: Any
     tok_embeddings: Any
@@ -82,6 +84,7 @@ class QSTModel(nn.Module):
         self.num_output_chunks = 0
         self.hidden_state_cache = None
         self.captured_passes = None
+        self.shared_pass = None
         self.reference_side: SideNetwork | None = None
 
     def caches_are_enabled(self) -> bool:
@@ -156,7 +159,8 @@ class QSTModel(nn.Module):
     def _can_be_captured(self, sides: Sequence[SideNetwork | None]) -> bool:
         """Whether a pass is the same kernels each time, over weights that stay where they are."""
         side: Any = self.side
-        is_alone = self.hidden_state_cache is None and not self.caches_are_enabled()
+        keeps = self.hidden_state_cache is not None or self.shared_pass is not None
+        is_alone = not keeps and not self.caches_are_enabled()
         trains = side.rows_are_alike and side.training and not side.disabled
         return is_alone and trains and not (side.lora is not None and side.lora.restores_dropout)
 
@@ -192,29 +196,47 @@ class QSTModel(nn.Module):
         backbone, lora, visit = self.backbone, self.side.lora, visiting(passes)
         taps = [0, *(index + 1 for index in self.side.layers)] if self.side.layers else []
         if lora is None:
-            run = partial(backbone.run, tokens, **where)
-            return [self._cached(run, tokens, taps, visit, **where)] * len(passes)
-        is_cached = self.hidden_state_cache is not None and not self.caches_are_enabled()
+            return [self._frozen_state(tokens, taps, visit, None, **where)] * len(passes)
+        is_kept = self.hidden_state_cache is not None or self.shared_pass is not None
+        is_cached = is_kept and not self.caches_are_enabled()
         if len(passes) == 1 and not is_cached:
             return [backbone.run(tokens, taps=taps, visit=visit, lora=lora, **where)]
         if not backbone.can_split:
             return [one.run(backbone, tokens, taps=taps, **where) for one in passes]
         before = [tap for tap in taps if tap <= lora.first]
-        run = partial(backbone.prefix, tokens, until=lora.first, **where)
-        h_BTD = self._cached(run, tokens, before, visit, **where)
+        h_BTD = self._frozen_state(tokens, before, visit, lora.first, **where)
         how = {"since": lora.first, "taps": taps[len(before) :], **where}
         return [one.run_suffix(backbone, tokens, h_BTD, **how) for one in passes]
 
-    def _cached(
+    def _frozen_state(
         self,
-        run: Callable[..., torch.Tensor],
         tokens: torch.Tensor,
         taps: Sequence[int],
         visit: Visit,
+        until: int | None,
         **where: Mask | None,
     ) -> torch.Tensor:
-        """What ``run(taps=, visit=)`` computes and shows, or what it did for this batch before."""
+        """Return state ``until`` (None: f), after showing others: computed, or as it was before."""
+        if self.shared_pass is None or self.caches_are_enabled():
+            return self._cached(tokens, taps, visit, until, **where)
+        cached: Any = self._cached
+        compute = partial(cached, tokens, **where)
+        return self.shared_pass.run(compute, tokens, taps=taps, visit=visit, until=until, **where)
+
+    def _cached(
+        self,
+        tokens: torch.Tensor,
+        taps: Sequence[int],
+        visit: Visit,
+        until: int | None,
+        **where: Mask | None,
+    ) -> torch.Tensor:
+        """Return what the backbone computes and shows, or what it did for this batch before."""
+        backbone: Any = self.backbone
+        compute = backbone.run if until is None else partial(backbone.prefix, until=until)
+        run = partial(compute, tokens, **where)
         if self.hidden_state_cache is None or self.caches_are_enabled():
-            return run(taps=taps, visit=visit)
-        embed = partial(self.backbone.embed, tokens, **where)
+            state: torch.Tensor = run(taps=taps, visit=visit)
+            return state
+        embed = partial(backbone.embed, tokens, **where)
         return self.hidden_state_cache.run(run, embed, tokens, taps=taps, visit=visit, **where)

@@ -16,7 +16,7 @@ from qst_tune.distributed.sharding import take_part
 from qst_tune.errors import UserError
 from qst_tune.modules.model_limits import check_length
 from qst_tune.modules.qst_classifier import QSTClassifier
-from qst_tune.training.task import visit
+from qst_tune.training.task import Passes, visit
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,9 @@ class ClassificationTask:
         """Run a sharded model on one token, as the processes do that have a batch."""
         take_part(model, self.device)
 
-    def evaluate(self, model: TransformerDecoder, batches: Iterable[Batch]) -> dict[str, float]:
+    def evaluating(
+        self, model: TransformerDecoder, batches: Iterable[Batch]
+    ) -> Passes[dict[str, float]]:
         """Judge every row once. Collective: all ranks call it and get the same figures."""
         outputs: list[torch.Tensor] = []
         labels: list[torch.Tensor] = []
@@ -68,7 +70,8 @@ class ClassificationTask:
             outputs.append(self._output(model, batch).cpu())
             labels.append(batch["labels"].cpu())
 
-        sum_or_fail(torch.zeros(1), visit(model, batches, self.device, add))
+        error = yield from visit(model, batches, self.device, add)
+        sum_or_fail(torch.zeros(1), error)
         output, label = torch.cat(gather_lists(outputs)), torch.cat(gather_lists(labels))
         predictions = output.argmax(-1) if output.ndim == 2 else output
         figures = {name: METRICS[name](predictions, label) for name in self.metrics}

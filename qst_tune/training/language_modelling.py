@@ -24,7 +24,7 @@ from qst_tune.distributed.sharding import take_part
 from qst_tune.errors import UserError
 from qst_tune.modules.loss import connect_loss, next_token_loss
 from qst_tune.modules.model_limits import check_length, limits_of
-from qst_tune.training.task import visit
+from qst_tune.training.task import Passes, complete, visit
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,12 @@ class NextTokenTask:
         """Run a sharded model on one token, as the processes do that have a batch."""
         take_part(model, self.device)
 
-    def evaluate(self, model: TransformerDecoder, batches: Iterable[Batch]) -> dict[str, float]:
+    def evaluating(
+        self, model: TransformerDecoder, batches: Iterable[Batch]
+    ) -> Passes[dict[str, float]]:
         """Return ``val_loss``, the mean over every label, in nats a token."""
-        return {"val_loss": validation_loss(model, self.loss_function, batches, self.device)}
+        loss = yield from _validation_loss(model, self.loss_function, batches, self.device)
+        return {"val_loss": loss}
 
 
 def build_language_modelling(
@@ -94,6 +97,15 @@ def validation_loss(
 
     UserError if a row is longer than the model can see, or none has a label.
     """
+    return complete(_validation_loss(model, loss, batches, device))
+
+
+def _validation_loss(
+    model: TransformerDecoder,
+    loss: Any,
+    batches: Iterable[dict[str, torch.Tensor]],
+    device: torch.device,
+) -> Passes[float]:
     total = torch.zeros(2, dtype=torch.float64)
 
     def add(batch: dict[str, torch.Tensor]) -> None:
@@ -102,7 +114,7 @@ def validation_loss(
         count = num_labels.double().cpu()
         total.add_(torch.stack([mean.double().cpu() * count, count]))
 
-    error = visit(model, batches, device, add)
+    error = yield from visit(model, batches, device, add)
     on_device = total.to(device if device.type == "cuda" else "cpu")
     summed, count = sum_or_fail(on_device, error).tolist()
     if not count:

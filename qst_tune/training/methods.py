@@ -1,7 +1,7 @@
 """What the training loop asks of a method, and the two methods, QST and PEQA."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +23,7 @@ from qst_tune.modules.captured_passes import CapturedPasses
 from qst_tune.modules.hidden_state_cache import HiddenStateCache
 from qst_tune.modules.peqa_model import PEQAModel
 from qst_tune.modules.qst_model import QSTModel
+from qst_tune.modules.shared_pass import frozen_part
 from qst_tune.modules.side.gate import Gate
 from qst_tune.modules.side.network import SideNetwork
 from qst_tune.modules.side.output_mix import AlphaMix, SigmoidMix
@@ -160,29 +161,50 @@ def load_qst(
     ``enable_activation_checkpointing`` decide as in torchtune. UserError if the checkpoint is
     missing, damaged or not of this architecture, or what the run starts from does not fit.
     """
-    backbone = _load_backbone(model, cfg, dtype, device)
+    backbone = load_backbone(model, cfg, dtype, device)
+    method = fill_side(model, cfg, backbone, device)
+    prepare_frozen(model, cfg, [model.side], backbone, dtype, device)
+    if cfg.capture_steps and device.type == "cuda" and cfg.backbone_sharding is None:
+        model.captured_passes = CapturedPasses()
+    return method
+
+
+def fill_side(
+    model: QSTModel, cfg: TrainingConfig, backbone: BackboneId, device: torch.device
+) -> TunedMethod:
+    """Fill a model's side network on meta, from what ``side_network`` names, or as a new one."""
     model.initialize_side(device)
     start = find_start(cfg)
     if start is not None:
         load_tuned(start.directory, model.side, backbone=backbone)
     broadcast_tensors(model.side)
     model.side.recompute = cfg.enable_activation_checkpointing
-    if cfg.hidden_state_cache:
-        model.hidden_state_cache = _hidden_state_cache(
-            cfg.hidden_state_cache, model, backbone, dtype, device
-        )
-    if cfg.compile:
-        _compile(model)
-    if cfg.capture_steps and device.type == "cuda" and cfg.backbone_sharding is None:
-        model.captured_passes = CapturedPasses()
     return TunedMethod(model, provenance_of(cfg, backbone, start.lineage if start else ()))
 
 
-def _compile(model: QSTModel) -> None:
+def prepare_frozen(
+    model: QSTModel,
+    cfg: TrainingConfig,
+    sides: Sequence[SideNetwork],
+    backbone: BackboneId,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Install the cache of hidden states and compile, as the config says, for side networks."""
+    if cfg.hidden_state_cache:
+        model.hidden_state_cache = _hidden_state_cache(
+            cfg.hidden_state_cache, model, sides, backbone, dtype, device
+        )
+    if cfg.compile:
+        _compile(model, sides)
+
+
+def _compile(model: QSTModel, sides: Sequence[SideNetwork]) -> None:
     """Compile side blocks and layers, except those with LoRA, which get other hooks each pass."""
     layers: Any = model.layers
-    frozen = list(layers if model.side.lora is None else layers[: model.side.lora.first])
-    compile_forward([*frozen, *model.side.blocks])
+    first = min(len(layers) if side.lora is None else side.lora.first for side in sides)
+    frozen = list(layers[:first])
+    compile_forward([*frozen, *(block for side in sides for block in side.blocks)])
     if len(frozen) < len(layers) and rank_and_world_size()[0] == 0:
         log.info(
             f"compile=True: {len(frozen)} of {len(layers)} layers are compiled; the last "
@@ -190,7 +212,7 @@ def _compile(model: QSTModel) -> None:
         )
 
 
-def _load_backbone(
+def load_backbone(
     model: QSTModel | PEQAModel, cfg: TrainingConfig, dtype: torch.dtype, device: torch.device
 ) -> BackboneId:
     """Fill the backbone, or this process's part of it."""
@@ -204,27 +226,29 @@ def _load_backbone(
 def _hidden_state_cache(
     parent: Path,
     model: QSTModel,
+    sides: Sequence[SideNetwork],
     backbone: BackboneId,
     dtype: torch.dtype,
     device: torch.device,
 ) -> HiddenStateCache:
-    """The cache for this backbone, its dtype, this kind of device and these layers."""
-    side: Any = model.side
-    described = [asdict(backbone), str(dtype), device.type, side.layers]
-    num_states = len(side.layers) + 1
-    if side.lora is not None:
-        if not side.lora.first:
+    """The cache for this backbone, its dtype, this kind of device and the layers that are read."""
+    layers = sorted({layer for side in sides for layer in side.layers})
+    described: list[object] = [asdict(backbone), str(dtype), device.type, layers]
+    taps, _ = frozen_part(sides)
+    num_states = 1 + sum(tap > 0 for tap in taps)
+    firsts = sorted({model.backbone.num_layers if s.lora is None else s.lora.first for s in sides})
+    if any(side.lora is not None for side in sides):
+        if not firsts[-1]:
             raise UserError(
                 f"hidden_state_cache={parent} has nothing to keep: lora_layers="
-                f"{side.config.lora_layers} are all layers; set it to null, or train fewer"
+                f"{sides[0].config.lora_layers} are all layers; set it to null, or train fewer"
             )
         if not model.backbone.can_split:
             raise UserError(
                 f"hidden_state_cache={parent} does not go with lora_layers over this model, whose "
                 "layers share more than their states; set one of them to null"
             )
-        described.append(side.lora.first)
-        num_states = 1 + sum(layer < side.lora.first for layer in side.layers)
+        described.extend(firsts)
     key = hashlib.sha256(repr(tuple(described)).encode()).hexdigest()[:16]
     name = backbone.name.replace("/", "--")
     directory = parent / f"{name}-{key}"
@@ -243,7 +267,7 @@ def load_peqa(
     ``enable_activation_checkpointing`` decide as in torchtune. UserError if the checkpoint is
     missing, damaged or not of this architecture, or what the run starts from does not fit.
     """
-    backbone = _load_backbone(model, cfg, dtype, device)
+    backbone = load_backbone(model, cfg, dtype, device)
     start = find_start(cfg)
     if start is not None:
         load_tuned(start.directory, model, backbone=backbone)

@@ -28,7 +28,7 @@ from qst_tune.errors import UserError
 from qst_tune.modules.loss import linear_cross_entropy
 from qst_tune.modules.model_limits import check_length, limits_of
 from qst_tune.modules.qst_model import QSTModel
-from qst_tune.training.task import visit
+from qst_tune.training.task import Passes, visit
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,9 @@ class PreferenceTask:
         """Run a sharded model on one token, as the processes do that have a batch."""
         take_part(model, self.device, model.with_reference)
 
-    def evaluate(self, model: TransformerDecoder, batches: Iterable[Batch]) -> dict[str, float]:
+    def evaluating(
+        self, model: TransformerDecoder, batches: Iterable[Batch]
+    ) -> Passes[dict[str, float]]:
         """Judge every pair once. Collective: all ranks call it and get the same figures.
 
         ``reward_accuracy`` is the share of pairs whose chosen answer has the higher reward,
@@ -84,7 +86,7 @@ class PreferenceTask:
             wins = (margins > 0).float()
             total.add_(torch.stack([torch.ones_like(losses), losses, wins, margins]).sum(1))
 
-        error = visit(model, batches, self.device, add, model.with_reference)
+        error = yield from visit(model, batches, self.device, add, model.with_reference)
         count, loss, wins, margin = sum_or_fail(total, error).tolist()
         return {
             "val_loss": loss / count,

@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
 import numpy as np
@@ -43,6 +44,18 @@ class Progress:
             self.validations_since_best += 1
         return is_best
 
+    def describe_best(
+        self, values: Mapping[int, float], *, higher_is_better: bool, is_worse: bool
+    ) -> str:
+        """Say which step is the result, of those with ``values``; worse than before training?"""
+        sign = 1 if higher_is_better else -1
+        if self.best_step is None:
+            return "the last step"
+        best = values[self.best_step]
+        if any(sign * value > sign * best for value in values.values()):
+            return "the best step whose checkpoint is not damaged"
+        return "the best of the validated steps" if is_worse else "the best on the validation set"
+
     @classmethod
     def from_dict(cls, counters: State) -> "Progress":
         """Read the counters by name; ValueError for a type or value that none can have."""
@@ -59,6 +72,24 @@ class Progress:
         if (progress.best_step or 0) > progress.step or (progress.best_step == 0):
             raise ValueError(f"progress.best_step={progress.best_step} of {progress.step} steps")
         return progress
+
+
+class RandomState:
+    """The state of all generators, to be restored where several runs take turns."""
+
+    def __init__(self) -> None:
+        self.torch = torch.get_rng_state()
+        self.cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        self.numpy = np.random.get_state()
+        self.python = random.getstate()
+
+    def restore(self) -> None:
+        """Continue from there."""
+        torch.set_rng_state(self.torch)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda)
+        np.random.set_state(self.numpy)
+        random.setstate(self.python)
 
 
 def seed_step(seed: int, step: int) -> None:

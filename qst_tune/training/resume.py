@@ -34,6 +34,7 @@ _FIXED = {
     "shuffle": "the order of the examples would be another",
     "hidden_state_cache": "the batches would be others",
     "seed": "the order of the examples would be another",
+    "data_seed": "the order of the examples would be another",
     "optimizer": "its state, which holds its settings, is the saved one",
     "lr_scheduler": "its state is the saved one",
     "side_network": "the run started from it",

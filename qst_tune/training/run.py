@@ -2,11 +2,11 @@
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from omegaconf import OmegaConf
@@ -67,6 +67,13 @@ class Run:
     date: str | None  # of the run's first day, where chat templates write it
     saved: SavedRun | None  # what is resumed
     start: Start | None  # the result that the run starts from
+    trials: tuple["Run", ...] = ()  # which share its backbone and its batches
+    title: str = ""  # of a trial, before each line
+
+    @property
+    def data_seed(self) -> int:
+        """Of the order of the samples."""
+        return self.seed if self.cfg.data_seed is None else self.cfg.data_seed
 
     @property
     def is_main(self) -> bool:
@@ -82,18 +89,41 @@ class Run:
 
 
 @contextmanager
-def begin_run(cfg: TrainingConfig) -> Iterator[Run]:
+def begin_run(cfg: TrainingConfig, trials: Sequence[TrainingConfig] = ()) -> Iterator[Run]:
     """Fetch the model of a config and choose device, seed and what is resumed.
 
-    UserError for a wrong checkpoint or directory.
+    ``trials`` are runs that share it; each is resumed by itself. UserError for a wrong checkpoint
+    or directory.
     """
-    cfg = fetch_models(cfg, "tokenizer" if cfg.dry_run else "weights")
-    with run_environment(cfg) as (device, dtype):
-        saved, start = find_saved_run(cfg), find_start(cfg)
-        seed = set_run_seed(cfg, saved)
+    fetched: Literal["tokenizer", "weights"] = "tokenizer" if cfg.dry_run else "weights"
+    cfg, *trials = (fetch_models(one, fetched) for one in (cfg, *trials))
+    with run_environment(cfg) as (device, dtype), ExitStack() as stack:
+        for one in trials:
+            _enter_directory(stack, one)
+        saved = [find_saved_run(one) for one in trials or [cfg]]
+        of_whole = None if trials else saved[0]
+        seed = set_run_seed(cfg, of_whole)
         tokenizer = instantiate(cfg.tokenizer, "tokenizer")
-        date = set_run_date(tokenizer, saved)
-        yield Run(cfg, device, dtype, seed, tokenizer, date, saved, start)
+        date = set_run_date(tokenizer, next((one for one in saved if one), None))
+        run = Run(cfg, device, dtype, seed, tokenizer, date, of_whole, find_start(cfg))
+        yield replace(run, trials=tuple(_trials(run, trials, saved)))
+
+
+def _trials(
+    run: Run, configs: Sequence[TrainingConfig], saved: Sequence[SavedRun | None]
+) -> Iterator[Run]:
+    """The runs that share a run's device, tokenizer and batches; each has a seed of its own."""
+    for number, (cfg, its_saved) in enumerate(zip(configs, saved, strict=False), start=1):
+        own: Any = {"cfg": cfg, "seed": cfg.seed, "saved": its_saved, "start": find_start(cfg)}
+        yield replace(run, **own, title=f"trial {number}: ")
+
+
+def _enter_directory(stack: ExitStack, cfg: TrainingConfig) -> None:
+    """Make and hold the output directory, unless nothing is to be written."""
+    if not cfg.dry_run:
+        stack.enter_context(output_directory(cfg.output_dir))
+        if os.environ.get("RANK", "0") == "0":
+            stack.enter_context(only_process(cfg.output_dir, name="output_dir"))
 
 
 @contextmanager
@@ -106,10 +136,7 @@ def run_environment(cfg: TrainingConfig) -> Iterator[tuple[torch.device, torch.d
     device = choose_device(cfg.device)
     dtype = choose_dtype(cfg.dtype, device)
     with ExitStack() as stack:
-        if not cfg.dry_run:
-            stack.enter_context(output_directory(cfg.output_dir))
-            if os.environ.get("RANK", "0") == "0":
-                stack.enter_context(only_process(cfg.output_dir, name="output_dir"))
+        _enter_directory(stack, cfg)
         stack.enter_context(process_group(device))
         yield device, dtype
 
@@ -230,4 +257,5 @@ def _run_log(run: Run) -> RunLog:
         every=cfg.log_every_n_steps,
         memory=cfg.log_peak_memory_stats,
         before="start" if run.start else BEFORE,
+        title=run.title,
     )

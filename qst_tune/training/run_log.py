@@ -153,6 +153,7 @@ class RunLog:
     every: int = 1  # steps between two entries of the metric logger
     memory: bool = False  # log peak memory too
     before: str = BEFORE  # what validation at step 0 measures, for people
+    title: str = ""  # of one of several runs in turn, before each line
 
     def __post_init__(self) -> None:
         # Short, for the progress bar.
@@ -162,7 +163,12 @@ class RunLog:
 
     def progress(self, num_steps: int, done: int) -> Any:
         """Return a progress bar, a context manager, silent on all processes except the main one."""
-        self.bar = tqdm(total=num_steps, initial=done, desc="training", disable=not self.is_main)
+        self.bar = tqdm(
+            total=num_steps,
+            initial=done,
+            desc="training",
+            disable=not self.is_main or bool(self.title),
+        )
         return self.bar
 
     def is_due(self, step: int) -> bool:
@@ -207,12 +213,14 @@ class RunLog:
     def report(self, text: str) -> None:
         """Print a line above the progress bar."""
         if self.is_main:
-            tqdm.write(text)
+            tqdm.write(f"{self.title}{text}")
 
     def finish(self) -> None:
         """Write the summary."""
         if self.is_main:
             self.summary.write(self.directory)
+            if self.title:
+                return
             sizes = ", ".join(f"{k} {v:.3f}" for k, v in self.summary.memory_gib.items())
             log.info(f"memory, GiB (peak: {memory_kind(self.device)}): {sizes}")
             log.info(f"{self.summary.tokens_per_second:.0f} tokens/s; {self.directory}/loss.png")

@@ -1,7 +1,8 @@
 """What the training loop asks of a task, and how every task goes through its validation set."""
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+import itertools
+from collections.abc import Callable, Generator, Iterable, Iterator
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import nn
@@ -18,13 +19,24 @@ from qst_tune.modules.qst_model import QSTModel
 # Tokens that layers with LoRA compute at once: what one of them keeps is about a GiB at 7B.
 TOKENS_AT_ONCE = 8192
 
+T = TypeVar("T")
+# Work that goes through the model once behind each yield, where others may use it in between.
+Passes: TypeAlias = Generator[None, None, T]
+# Where a run is before a pass: step, validation (0) or training (1), number of the batch.
+Turn: TypeAlias = tuple[int, int, int]
+Turns: TypeAlias = Generator[Turn, None, T]
+
+
+class GivenUp(Exception):  # noqa: N818  # no error: others are better
+    """Ends a run between two steps; the message is the reason."""
+
 
 class Task(Protocol):
     """What is learnt. Its loss is a sum, so that the loop can weigh every label the same."""
 
     @property
     def monitor(self) -> str:
-        """Name of the figure of :meth:`evaluate` that decides which step is the best."""
+        """Name of the figure of :meth:`evaluating` that decides which step is the best."""
 
     @property
     def higher_is_better(self) -> bool:
@@ -44,7 +56,7 @@ class Task(Protocol):
     def take_part(self, model: nn.Module) -> None:
         """Go through a sharded model as :meth:`loss` does, for the processes that have a batch."""
 
-    def evaluate(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+    def evaluating(self, model: nn.Module, batches: Iterable[Batch]) -> Passes[dict[str, float]]:
         """Measure on the validation set. Collective: all ranks call it and get the same figures.
 
         ``batches`` are this process's share, on the CPU; ``val_loss`` among the figures is plotted.
@@ -57,7 +69,7 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
         return {name: value.to(device) for name, value in batch.items()}
     return {
         name: value.pin_memory().to(device, non_blocking=True)
-        if isinstance(value, torch.Tensor)
+        if isinstance(value, torch.Tensor) and value.device.type == "cpu"
         else value.to(device)
         for name, value in batch.items()
     }
@@ -87,6 +99,28 @@ def parts_of(task: Task, model: nn.Module, batch: Batch) -> Iterator[Batch]:
         yield {name: part[index] if name in of_rows else part for name, part in batch.items()}
 
 
+def complete(passes: Passes[T]) -> T:
+    """Do all of it at once; returns what it returns."""
+    while True:
+        try:
+            next(passes)
+        except StopIteration as end:
+            value: T = end.value
+            return value
+
+
+def in_turns(passes: Passes[T], step: int, phase: int) -> Turns[T]:
+    """Yield where a run is before each pass; returns what the passes return."""
+    for number in itertools.count():
+        try:
+            next(passes)
+        except StopIteration as end:
+            value: T = end.value
+            return value
+        yield step, phase, number
+    raise AssertionError
+
+
 @torch.no_grad()
 def visit(
     model: TransformerDecoder,
@@ -94,8 +128,8 @@ def visit(
     device: torch.device,
     take: Callable[[Batch], None],
     run: Callable[[torch.Tensor], Any] | None = None,
-) -> UserError | None:
-    """Hand each batch to a function, while the model is in evaluation mode.
+) -> Passes[UserError | None]:
+    """Hand each batch to a function, while the model is in evaluation mode; a pass for each.
 
     ``run`` goes through the model's layers as that function does, if not by calling the model once.
 
@@ -115,6 +149,7 @@ def visit(
                 error = caught
             if not anyone_has(batch, model, device):
                 return error
+            yield
             try:
                 if batch is not None:
                     utils.batch_to_device(batch, device)

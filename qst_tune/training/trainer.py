@@ -12,26 +12,32 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from qst_tune.data.batches.checked_rows import row_numbers
 from qst_tune.data.batches.loader import Batch, BatchLoader
+from qst_tune.data.batches.read_once import ReadOnce
 from qst_tune.data.batches.schedule import Schedule
-from qst_tune.data.batches.survey import NO_LABEL
 from qst_tune.distributed.processes import gather_lists, sum_gradients, sum_or_fail
 from qst_tune.errors import UserError
 from qst_tune.modules.memory import count_saved_activations, memory_kind, memory_parts
 from qst_tune.modules.model_limits import overflow_hint
+from qst_tune.training.bad_steps import (
+    bad_step_error,
+    describe_bad_step,
+    empty_step_warning,
+    empty_steps_warning,
+    rows_of_step,
+)
 from qst_tune.training.checkpoints import Checkpointing
 from qst_tune.training.methods import Method
 from qst_tune.training.progress import Progress, seed_step
 from qst_tune.training.run_log import RunLog
 from qst_tune.training.state_file import State
 from qst_tune.training.stop_signals import StopSignals
-from qst_tune.training.task import Task, on_device, parts_of
+from qst_tune.training.task import GivenUp, Passes, Task, Turns, in_turns, on_device, parts_of
 
 
 @dataclass(kw_only=True)
 class Trainer:
-    """One training run: :meth:`fit` does all of it.
+    """One training run: :meth:`fit` does all of it, :meth:`turns` a batch at a time.
 
     ``lr_scheduler`` steps after each optimizer step, ``clip_grad_norm`` is the largest norm of all
     gradients together, ``seed`` is of the random numbers of each step, and ``profiler`` one of
@@ -40,8 +46,8 @@ class Trainer:
 
     method: Method
     task: Task
-    train_data: BatchLoader
-    validation_data: BatchLoader | None
+    train_data: BatchLoader | ReadOnce
+    validation_data: BatchLoader | ReadOnce | None
     schedule: Schedule
     optimizer: Optimizer
     lr_scheduler: LRScheduler | None
@@ -56,6 +62,7 @@ class Trainer:
     stop: StopSignals = field(default_factory=StopSignals, init=False)
     is_stopping: bool = field(default=False, init=False)
     activation_bytes: int = field(default=0, init=False)
+    seconds_waited: float = field(default=0.0, init=False)  # for others, between turns
 
     def fit(self) -> None:
         """Run what is left of the run; validate and save on the way, and export the result.
@@ -65,44 +72,58 @@ class Trainer:
                 complete steps are saved, as far as the disk allows.
             SystemExit: with status 128 + n, after a signal n and after saving.
         """
+        with self.stop:
+            for _ in self.turns():
+                pass
+        self.stop.exit_if_requested()
+
+    def turns(self) -> Turns[None]:
+        """Do what :meth:`fit` does, and yield where the run is before each pass of the model.
+
+        Other runs over the same frozen backbone may take their turns in between; whoever lets them
+        restores the random numbers and adds to ``seconds_waited``; GivenUp ends the run.
+        """
         start = time.perf_counter()
         bar = self.run_log.progress(self.schedule.num_steps, self.progress.step)
         with closing(self.run_log):
-            with self.stop, self.profiler as profiler, bar:
+            with self.profiler as profiler, bar:
                 self.method.model.train()
-                if self._is_validation_due():  # before the first step, or again after it failed
-                    self._validate()
-                while not self._is_finished():
-                    self._run_epoch(profiler)
+                try:
+                    if self._is_validation_due():  # before the first step, or it had failed
+                        yield from self._validate()
+                    while not self._is_finished():
+                        yield from self._run_epoch(profiler)
+                except GivenUp as reason:
+                    self.run_log.report(f"given up after step {self.progress.step}: {reason}")
                 self._save()
                 self._report_end()
                 self._export()
-            self._summarise(time.perf_counter() - start)
-        self.stop.exit_if_requested()
+            self._summarise(time.perf_counter() - start - self.seconds_waited)
 
     def _is_finished(self) -> bool:
-        patience = self.schedule.patience
-        is_stale = patience is not None and self.progress.validations_since_best >= patience
+        is_stale = self.schedule.is_stale(self.progress.validations_since_best)
         return self.progress.step >= self.schedule.num_steps or is_stale or self.is_stopping
 
-    def _run_epoch(self, profiler: Any) -> None:
+    def _run_epoch(self, profiler: Any) -> Turns[None]:
         """Run what is left of the current epoch."""
         epoch, done = divmod(self.progress.step, self.schedule.steps_per_epoch)
         batches = self.train_data.batches(epoch, start=done * self.schedule.accumulation)
         for _ in range(done, self.schedule.steps_per_epoch):
-            self._train_step(batches)
+            yield from self._train_step(batches)
             profiler.step()
-            is_best = self._is_validation_due() and self._validate()
+            is_best = self._is_validation_due() and (yield from self._validate())
             if is_best or self.checkpointing.is_due(self.progress.step):
                 self._save()
             if self._is_finished():
                 break
 
-    def _train_step(self, batches: Iterator[Batch]) -> None:
+    def _train_step(self, batches: Iterator[Batch]) -> Turns[None]:
         """One optimizer step over ``accumulation`` batches."""
-        start = time.perf_counter()
+        start, waited = time.perf_counter(), self.seconds_waited
         seed_step(self.seed, self.progress.step)
-        num_tokens, (loss_sum, num_labels, num_stopped) = self._accumulate(batches)
+        passes = self._accumulate(batches)
+        num_tokens, sums = yield from in_turns(passes, self.progress.step, 1)
+        loss_sum, num_labels, num_stopped = sums
         sum_gradients(self.trained)
         # Every label weighs the same, however labels are spread over batches and devices.
         gradients = [p.grad for p in self.trained if p.grad is not None]
@@ -129,9 +150,10 @@ class Trainer:
         if self.lr_scheduler is not None:
             self.lr_scheduler.step()
         self.progress.step += 1
-        self._log_step(metrics, num_tokens, time.perf_counter() - start)
+        seconds = time.perf_counter() - start - (self.seconds_waited - waited)
+        self._log_step(metrics, num_tokens, seconds)
 
-    def _accumulate(self, batches: Iterator[Batch]) -> tuple[int, torch.Tensor]:
+    def _accumulate(self, batches: Iterator[Batch]) -> Passes[tuple[int, torch.Tensor]]:
         """Add up the gradients of a step's batches; returns the number of tokens, and sums.
 
         Those are of the losses, the labels and the processes that were told to stop.
@@ -139,6 +161,7 @@ class Trainer:
         total = torch.zeros(3, device=self.device)
         num_tokens, error = 0, None
         for _ in range(self.schedule.accumulation):
+            yield
             try:
                 if error is None:
                     batch = next(batches)
@@ -183,52 +206,37 @@ class Trainer:
     def _skip_or_stop(self, metrics: dict[str, float]) -> None:
         """Skip a step whose loss or gradient is not finite, or stop the run there."""
         progress, allowed = self.progress, self.schedule.max_bad_steps
-        what = (
-            f"step {progress.step + 1}: the loss is {metrics['loss']} and the gradient's norm "
-            f"{metrics['grad_norm']} (rows {self._rows_of_step()} of the dataset)"
-        )
+        what = describe_bad_step(progress.step + 1, metrics, self._rows_of_step())
         if progress.skipped_steps < allowed:
             progress.skipped_steps += 1
             self.run_log.report(f"{what}: skipped, {progress.skipped_steps} of at most {allowed}")
             return
         self._save_before_failing()
-        raise UserError(
-            f"{what}: stopped before it; lower optimizer.lr, set clip_grad_norm, mend those rows, "
-            "or set skip_bad_steps=<how many> to skip such steps"
-            f"{overflow_hint(self.method.model)}"
-        )
+        raise bad_step_error(what, overflow_hint(self.method.model))
 
     def _report_empty_step(self) -> None:
         """Count a step without a label, which changes nothing; name the rows of the first one."""
         self.progress.empty_steps += 1
         if self.progress.empty_steps == 1:
-            self.run_log.report(
-                f"warning: step {self.progress.step + 1} learns nothing, since none of its rows "
-                f"({self._rows_of_step()} of the dataset) has a label: {NO_LABEL}"
-            )
+            rows = self._rows_of_step()
+            self.run_log.report(empty_step_warning(self.progress.step + 1, rows))
 
     def _rows_of_step(self) -> str:
-        """Numbers of the rows of the current step, of all processes. Collective."""
-        epoch, index = divmod(self.progress.step, self.schedule.steps_per_epoch)
-        first = index * self.schedule.accumulation
-        batches = self.train_data.rows(epoch)[first : first + self.schedule.accumulation]
-        dataset = self.train_data.dataset
-        rows = gather_lists([row for batch in batches for row in row_numbers(dataset, batch)])
-        return ", ".join(map(str, rows))
+        return rows_of_step(self.train_data, self.schedule, self.progress.step)
 
     # Validation.
 
     def _is_validation_due(self) -> bool:
-        every, step = self.schedule.validate_every, self.progress.step
-        is_step = step % self.schedule.steps_per_epoch == 0 or bool(every and step % every == 0)
-        return is_step and step != self.progress.validated_step
+        step = self.progress.step
+        return self.schedule.validates_after(step) and step != self.progress.validated_step
 
-    def _validate(self) -> bool:
+    def _validate(self) -> Turns[bool]:
         """Measure on the validation set; returns whether this is the best step so far."""
         if self.validation_data is None:
             return False
         try:
-            figures = self.task.evaluate(self.method.model, self.validation_data)
+            passes = self.task.evaluating(self.method.model, self.validation_data)
+            figures = yield from in_turns(passes, self.progress.step, 0)
         except (UserError, SystemExit):  # a row that cannot be used
             self._save_before_failing()
             raise
@@ -242,7 +250,7 @@ class Trainer:
             return False
         return self.progress.record(value, higher_is_better=self.task.higher_is_better)
 
-    def _validated(self) -> dict[int, float]:
+    def validated(self) -> dict[int, float]:
         """The monitored figure of each step that was validated, without that before training."""
         values = self.run_log.summary.figure(self.task.monitor)
         return {step: value for step, value in values.items() if step > 0}
@@ -289,7 +297,7 @@ class Trainer:
         better, notes = self.task.higher_is_better, []
         if self.run_log.is_main:
             notes = self.checkpointing.replace_damaged_best(
-                self.progress, self._validated(), higher_is_better=better
+                self.progress, self.validated(), higher_is_better=better
             )
         for note in notes:
             self.run_log.report(note)
@@ -304,33 +312,23 @@ class Trainer:
             self.run_log.report(
                 f"stopped by {self.stop.name} {done}; resume with resume_from_checkpoint=True"
             )
-        elif self.progress.step < self.schedule.num_steps:
+        elif self._is_finished() and self.progress.step < self.schedule.num_steps:
             count = self.progress.validations_since_best
             self.run_log.report(f"stopped {done}: no better for {count} validations")
-        empty = self.progress.empty_steps
-        if empty and empty == self.progress.step:
-            raise UserError(f"dataset: no step had a label, so nothing was learnt: {NO_LABEL}")
-        if empty:
-            self.run_log.report(
-                f"warning: {empty} of {self.progress.step} steps had no label and changed "
-                f"nothing: {NO_LABEL}"
-            )
+        warning = empty_steps_warning(self.progress.empty_steps, self.progress.step)
+        if warning:
+            self.run_log.report(warning)
 
     def _export(self) -> None:
         """Judge the run, and write the best result, the last one if none was measured."""
         self.replace_damaged_best()
-        best, values = self.progress.best_step, self._validated()
-        sign = 1 if self.task.higher_is_better else -1
-        self.run_log.judge(self.task, best)
-        if best is None:
-            which = "the last step"
-        elif any(sign * value > sign * values[best] for value in values.values()):
-            which = "the best step whose checkpoint is not damaged"
-        elif self.run_log.summary.verdict:
-            which = "the best of the validated steps"
-        else:
-            which = "the best on the validation set"
+        self.run_log.judge(self.task, self.progress.best_step)
         if self.run_log.is_main and self.progress.step:
+            which = self.progress.describe_best(
+                self.validated(),
+                higher_is_better=self.task.higher_is_better,
+                is_worse=self.run_log.summary.verdict is not None,
+            )
             self.checkpointing.export(self.method, self.progress, self.run_log, which=which)
 
     def _summarise(self, seconds: float) -> None:

@@ -14,6 +14,7 @@ from qst_tune.data.batches.loader import Batch, BatchLoader
 from qst_tune.data.batches.schedule import Schedule
 from qst_tune.training.checkpoints import Checkpointing, CheckpointStore
 from qst_tune.training.run_log import RunLog
+from qst_tune.training.task import Passes
 from qst_tune.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -64,7 +65,8 @@ class FakeTask:
         pass  # nothing is sharded
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+    def evaluating(self, model: nn.Module, batches: Iterable[Batch]) -> Passes[dict[str, float]]:
+        yield
         self.num_validations += 1
         if self.validation is not None:
             return {"val_loss": self.validation(self.num_validations - 1)}

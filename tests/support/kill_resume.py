@@ -52,6 +52,11 @@ VARIANTS = {
         "enable_activation_checkpointing=True",
     ],
     "LoRA and dropout, packed rows": [*DIAL, "dataset.packed=True", "~val", "val_fraction=0.25"],
+    "three trials, one with LoRA": [
+        "trials=[{optimizer.lr: 1e-3}, {seed: 3, model.dropout: 0.1}, {model.lora_layers: 1}]",
+        "gradient_accumulation_steps=2",
+        "epochs=2",
+    ],
 }
 
 
@@ -121,11 +126,13 @@ def exit_status(process: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-def outcome(directory: Path) -> tuple[bytes, dict[str, float], dict[str, float]]:
-    """What must be the same, to the last bit."""
-    result = FinetuneResult(directory)
-    summary = result.summary
-    return result.weights_file.read_bytes(), summary["train_loss"], summary["val_loss"]
+def outcome(directory: Path) -> list[tuple[bytes, dict[str, float], dict[str, float]]]:
+    """What must be the same, to the last bit, of a run or of each of its trials."""
+    runs = [FinetuneResult(path) for path in sorted(directory.glob("trials/*")) or [directory]]
+    return [
+        (run.weights_file.read_bytes(), run.summary["train_loss"], run.summary["val_loss"])
+        for run in runs
+    ]
 
 
 def uninterrupted(root: Path, variant: str, directory: Path) -> float:
@@ -153,10 +160,10 @@ def kill_and_resume(
         time.sleep(seconds)
         os.kill(process, signal.SIGKILL)
     status = exit_status(process)
-    left = sorted(path.name for path in directory.glob("checkpoints/*"))
+    left = sorted(path.name for path in directory.rglob("checkpoints/*"))
     # A busy machine may be told to kill before the lock is taken.
     assert not left or (directory / ".lock").exists() == (status != 0), "held until the end"
-    left += sorted(path.name for path in directory.glob(".side_network*"))
+    left += sorted(path.name for path in directory.rglob(".side_network*"))
     resume = config_of(root, variant, directory, "resume_from_checkpoint=True")
     resumed = start(resume, root / "log.txt")
     assert exit_status(resumed) == 0, (root / "log.txt").read_text()[-3000:]

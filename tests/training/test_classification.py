@@ -17,6 +17,7 @@ from qst_tune.errors import UserError
 from qst_tune.models import qst_decoder
 from qst_tune.modules import QSTClassifier
 from qst_tune.training.classification import METRICS, ClassificationTask, build_classification_task
+from qst_tune.training.task import complete
 from tests.support.numbers import TINY, TINY_REDUCTION, randomize_, tiny_backbone
 
 CPU = torch.device("cpu")
@@ -69,7 +70,7 @@ def test_loss_is_the_sum_over_rows_and_has_a_gradient(num_labels):
 def test_figures_count_every_row_once_whatever_the_batches(batch_size):
     model, all_rows = classifier(3), rows(7, 3)
     model.train()
-    figures = task(3).evaluate(model, batches(all_rows, batch_size))
+    figures = complete(task(3).evaluating(model, batches(all_rows, batch_size)))
     assert model.training
     logits = torch.cat([model(torch.tensor([row["tokens"]])) for row in all_rows])
     labels = torch.tensor([row["labels"] for row in all_rows])
@@ -82,7 +83,7 @@ def test_figures_count_every_row_once_whatever_the_batches(batch_size):
 
 def test_figures_of_a_regression_are_of_its_scores():
     model, all_rows = classifier(1), rows(7, 1)
-    figures = task(1, ("pearson", "spearman")).evaluate(model, batches(all_rows, 3))
+    figures = complete(task(1, ("pearson", "spearman")).evaluating(model, batches(all_rows, 3)))
     with torch.no_grad():
         scores = torch.cat([model(torch.tensor([row["tokens"]]))[:, 0] for row in all_rows])
     labels = torch.tensor([row["labels"] for row in all_rows])
@@ -101,7 +102,7 @@ def test_a_row_longer_than_the_model_can_see_is_refused():
     model = classifier(2)
     row = {"tokens": [1] * (TINY["max_seq_len"] + 1), "labels": 0}
     with pytest.raises(UserError, match="longer than the model's max_seq_len"):
-        task(2).evaluate(model, batches([row], 1))
+        complete(task(2).evaluating(model, batches([row], 1)))
 
 
 # Data, model and loss must fit each other.

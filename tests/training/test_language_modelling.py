@@ -16,6 +16,7 @@ from qst_tune.training.language_modelling import (
     validation_loss,
 )
 from qst_tune.training.methods import load_qst
+from qst_tune.training.task import complete
 from tests.support.checkpoints import finetune_config
 from tests.support.configs import typed_config
 from tests.support.numbers import TINY, TINY_REDUCTION, random_tokens, randomize_, tiny_backbone
@@ -67,7 +68,9 @@ def test_evaluation_is_the_mean_over_all_batches(task: NextTokenTask) -> None:
     ]
     sums = [task.loss(model, dict(batch)) for batch in batches]
     expected = sum(total.item() for total, _ in sums) / sum(count.item() for _, count in sums)
-    assert task.evaluate(model, batches) == {"val_loss": pytest.approx(expected, rel=1e-6)}
+    assert complete(task.evaluating(model, batches)) == {
+        "val_loss": pytest.approx(expected, rel=1e-6)
+    }
     assert (task.monitor, task.higher_is_better) == ("val_loss", False)
 
 

@@ -18,6 +18,7 @@ from qst_tune.training.preference import (
     build_preference_learning,
     collate_preferences,
 )
+from qst_tune.training.task import complete
 from tests.support.configs import typed_config
 from tests.support.numbers import TINY, TINY_REDUCTION, random_tokens, randomize_, tiny_backbone
 
@@ -110,7 +111,7 @@ def test_evaluation_counts_every_pair_once(model: QSTDecoder) -> None:
     losses, chosen, rejected = (torch.cat(parts).detach() for parts in zip(*results, strict=True))
     task = PreferenceTask(DPOLoss(beta=0.3), CPU)
     model.train()
-    figures = task.evaluate(model, batches)
+    figures = complete(task.evaluating(model, batches))
     assert model.training
     assert figures["val_loss"] == pytest.approx(losses.mean().item(), rel=1e-4)
     assert figures["reward_margin"] == pytest.approx((chosen - rejected).mean().item(), rel=1e-3)

@@ -24,6 +24,15 @@ class Schedule:
         """Optimizer steps of the whole run."""
         return self.epochs * self.steps_per_epoch
 
+    def validates_after(self, step: int) -> bool:
+        """Whether the run validates after so many steps."""
+        every = self.validate_every
+        return step % self.steps_per_epoch == 0 or bool(every and step % every == 0)
+
+    def is_stale(self, validations_since_best: int) -> bool:
+        """Whether ``patience`` is over."""
+        return self.patience is not None and validations_since_best >= self.patience
+
 
 def schedule_of(cfg: TrainingConfig, train: BatchLoader) -> Schedule:
     """Return when what happens in a run; UserError if there are fewer rows than processes."""

@@ -1,0 +1,157 @@
+"""Several runs over one frozen backbone, which take turns at each batch."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from tqdm import tqdm
+
+from qst_tune.config.trials import Halving, Settings
+from qst_tune.distributed.processes import rank_and_world_size
+from qst_tune.errors import UserError
+from qst_tune.modules.qst_model import QSTModel
+from qst_tune.modules.shared_pass import SharedPass
+from qst_tune.modules.side.network import SideNetwork
+from qst_tune.training.progress import RandomState
+from qst_tune.training.stop_signals import StopSignals
+from qst_tune.training.task import GivenUp, Turn, Turns
+from qst_tune.training.trainer import Trainer
+
+
+@dataclass
+class Trial:
+    """A run with a side network of its own; all of them have one model, which it enters in turn.
+
+    ``reference`` is what preference learning compares it with.
+    """
+
+    number: int
+    settings: Settings  # what differs from the other trials
+    trainer: Trainer
+    side: SideNetwork
+    reference: SideNetwork | None = None
+
+    place: Turn | None = field(default=None, init=False)  # where it waits; None: it has ended
+    error: UserError | None = field(default=None, init=False)
+    given_up: str = field(default="", init=False)
+
+    def __post_init__(self) -> None:
+        self.turns: Turns[None] = self.trainer.turns()
+        self._is_training = True
+        self._random = RandomState()
+        self._since: float | None = None
+
+    def take_turn(self, model: QSTModel) -> None:
+        """Go on until the next pass through the backbone, or to the end."""
+        self._go_on(model, lambda: next(self.turns))
+
+    def give_up(self, model: QSTModel, reason: str) -> None:
+        """End the run where it is, saved and exported."""
+        self.given_up = reason
+        self._go_on(model, lambda: self.turns.throw(GivenUp(reason)))
+
+    def _go_on(self, model: QSTModel, step: Callable[[], Turn]) -> None:
+        with self._in(model):
+            try:
+                self.place = step()
+            except StopIteration:
+                self.place = None
+            except UserError as error:
+                self.place, self.error = None, error
+
+    @contextmanager
+    def _in(self, model: QSTModel) -> Iterator[None]:
+        """Put the side network into the model, and take up its mode and random numbers."""
+        use_side(model, self.side, self.reference)
+        model.training = self._is_training
+        self._random.restore()
+        if self._since is not None:
+            self.trainer.seconds_waited += time.perf_counter() - self._since
+        yield
+        self._is_training, self._random = model.training, RandomState()
+        self._since = time.perf_counter()
+
+
+def use_side(model: QSTModel, side: SideNetwork, reference: SideNetwork | None = None) -> None:
+    """Put a side network, and what it is compared with, into a model."""
+    model.side = side
+    object.__setattr__(model, "reference_side", reference)
+
+
+def take_turns(model: QSTModel, trials: Sequence[Trial], halving: Halving | None) -> StopSignals:
+    """Run all trials to their ends, side by side: the one that is furthest behind goes on.
+
+    A batch goes through the frozen layers once for all trials that have reached it. A trial whose
+    loss is not finite, or that is given up, ends alone. Returns what signals have come. UserError
+    if every trial has failed.
+    """
+    shared = model.shared_pass = SharedPass([trial.side for trial in trials])
+    choices = _choices(trials, halving)
+    stop = StopSignals()
+    total = sum(trial.trainer.schedule.num_steps for trial in trials)
+    how: Any = {"desc": f"{len(trials)} trials", "disable": rank_and_world_size()[0] != 0}
+    for trial in trials:
+        trial.trainer.stop = stop
+    try:
+        with stop, tqdm(total=total, initial=_steps(trials), **how) as bar:
+            for trial in trials:
+                trial.take_turn(model)
+            while waiting := [trial for trial in trials if trial.place is not None]:
+                place = min(trial.place for trial in waiting if trial.place is not None)
+                while choices and place >= (choices[0], 1, 0):
+                    _choose(model, trials, choices.pop(0), halving)
+                bar.update(_steps(trials) - bar.n)
+                here = [trial for trial in waiting if trial.place == place]
+                shared.begin(len(here))
+                for trial in here:
+                    trial.take_turn(model)
+    finally:
+        model.shared_pass = None
+        for trial in trials:
+            trial.turns.close()
+    errors = [trial.error for trial in trials if trial.error is not None]
+    if len(errors) == len(trials):
+        raise errors[0]
+    return stop
+
+
+def _steps(trials: Sequence[Trial]) -> int:
+    return sum(trial.trainer.progress.step for trial in trials)
+
+
+def _choices(trials: Sequence[Trial], halving: Halving | None) -> list[int]:
+    """The steps after which trials are given up; UserError if they do not validate there."""
+    if halving is None:
+        return []
+    schedules = [trial.trainer.schedule for trial in trials]
+    step = halving.first_step
+    if not all(schedule.validates_after(step) for schedule in schedules):
+        raise UserError(
+            f"trials.halving: first_step={step} must be a step after which trials validate: set "
+            f"run_val_every_n_steps={step}, or an epoch's end as first_step"
+        )
+    return halving.steps(max(schedule.num_steps for schedule in schedules))
+
+
+def _choose(model: QSTModel, trials: Sequence[Trial], step: int, halving: Halving | None) -> None:
+    """Let the best of the trials that go on behind a step do so, by the figure of that step."""
+    going = [trial for trial in trials if trial.place is not None and trial.place[0] >= step]
+    if halving is None or not going:
+        return
+    task = going[0].trainer.task
+    sign = -1 if task.higher_is_better else 1
+
+    def rank(trial: Trial) -> tuple[float, int]:
+        value = trial.trainer.validated().get(step, math.nan)  # NaN: it was not finite
+        return (math.inf if math.isnan(value) else sign * value), trial.number
+
+    kept = math.ceil(len(going) / halving.factor)
+    ranked = sorted(going, key=rank)
+    for trial in sorted(ranked[kept:], key=lambda trial: trial.number):
+        value = trial.trainer.validated().get(step, math.nan)
+        trial.give_up(
+            model, f"{task.monitor} {value:.4f} is not among the {kept} best of {len(going)}"
+        )
