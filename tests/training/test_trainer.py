@@ -20,6 +20,7 @@ from qst_tune.data.batches.schedule import Schedule
 from qst_tune.errors import UserError
 from qst_tune.training.state_file import unpack_state
 from qst_tune.training.stop_signals import SIGNALS
+from qst_tune.training.task import complete
 from qst_tune.training.trainer import Trainer
 from tests.support.checkpoints import Config, colour_rows, finetune_config, write_jsonl
 from tests.support.fake_run import FakeTask, fake_trainer, points
@@ -95,7 +96,7 @@ def test_a_step_looks_at_its_figures_once_and_waits_for_the_device_no_further_ti
     trainer.optimizer.step = lambda: None  # type: ignore  # on a CPU AdamW counts in a tensor
     batches = iter(list(trainer.train_data.batches(0)))
     with counted_looks_at_tensors() as looks, trainer.run_log.progress(3, 0):
-        trainer._train_step(batches)
+        complete(trainer._train_step(batches))
     assert looks == ["tolist"]
 
 
@@ -109,10 +110,10 @@ def test_on_a_gpu_a_step_waits_once(tmp_path: Path, recwarn: pytest.WarningsReco
     trainer.method.model.cuda()
     batches = trainer.train_data.batches(0)
     with trainer.run_log.progress(3, 0):
-        trainer._train_step(batches)
+        complete(trainer._train_step(batches))
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            trainer._train_step(batches)
+            complete(trainer._train_step(batches))
         finally:
             torch.cuda.set_sync_debug_mode("default")
     waits = [str(w.message) for w in recwarn if "synchronizing CUDA" in str(w.message)]
