@@ -6,6 +6,7 @@
 ``pieces``    decoding of a weight, and products with it
 ``long``      a step of one long row
 ``dial``      steps with LoRA in the last quarter of the layers
+``unsloth``   steps of Unsloth's QLoRA, in a process of its own
 
 LLaMA-2-7B's shape in bf16, layers in NF4. Every row is printed, and added to
 ``benchmarks/results/gpu.jsonl`` with device and versions. ``--page`` writes those of
@@ -29,6 +30,7 @@ from benchmarks.gpu.pieces import pieces
 from benchmarks.gpu.rows import RESULTS, Row, add, circumstances, read
 from benchmarks.gpu.steps import dial, long, train
 from benchmarks.gpu.turns import one_line
+from benchmarks.gpu.unsloth import LIMIT_S, unsloth
 from benchmarks.methods import ignore_known_warnings
 
 Section = Callable[[Bench], Iterator[Row]]
@@ -40,6 +42,7 @@ SECTIONS: dict[str, tuple[Section, float]] = {
     "pieces": (pieces, 20),
     "long": (long, 35),
     "dial": (dial, 35),
+    "unsloth": (unsloth, LIMIT_S),
 }
 
 

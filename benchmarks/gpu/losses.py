@@ -45,8 +45,8 @@ def _ours(weight: torch.Tensor, hidden: torch.Tensor, labels: torch.Tensor) -> R
     loss.set_model_output(model)
 
     def run() -> None:
-        hidden.grad = None
         loss(hidden[None], labels[None]).backward()
+        hidden.grad = None
 
     return run
 
@@ -57,7 +57,7 @@ def _liger(weight: torch.Tensor, hidden: torch.Tensor, labels: torch.Tensor) -> 
     loss = LigerFusedLinearCrossEntropyLoss()
 
     def run() -> None:
-        hidden.grad = None
         loss(weight, hidden, labels).backward()
+        hidden.grad = None
 
     return run

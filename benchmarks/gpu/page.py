@@ -17,6 +17,7 @@ from benchmarks.gpu.pieces import DECODINGS, PRODUCTS
 from benchmarks.gpu.rows import Row
 from benchmarks.gpu.steps import FLOOR
 from benchmarks.gpu.turns import NO_TIME
+from benchmarks.gpu.unsloth import UNSLOTH
 
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks_gpu.md")
@@ -140,7 +141,7 @@ def _first(figures: Figures) -> str:
 
 
 def _train(figures: Figures) -> str:
-    methods = (QST, *_PEERS, "Unsloth QLoRA")
+    methods = (QST, *_PEERS, UNSLOTH)
     head, *lines = _grid(figures, "train", methods, _step, "tokens")
     for line in lines:
         line.append(figures.cell("train", FLOOR, line[0], _milliseconds))
@@ -149,7 +150,7 @@ def _train(figures: Figures) -> str:
 
 def _ratios(figures: Figures) -> str:
     """How many times as long as QST's the steps of others are."""
-    head, *_ = _grid(figures, "train", _PEERS, _step, "tokens")
+    head, *_ = _grid(figures, "train", (*_PEERS, UNSLOTH), _step, "tokens")
     lines = []
     for shape in figures.shapes("train"):
         ours = figures.newest.get(("train", QST, shape), {}).get("ms")

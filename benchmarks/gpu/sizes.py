@@ -27,6 +27,7 @@ class Sizes:
     decoded_rows: tuple[int, ...]
     prompt_tokens: int
     largest_product: int
+    is_tiny: bool = False
 
 
 FULL = Sizes(
@@ -54,4 +55,5 @@ TINY = Sizes(
     decoded_rows=(1, 2),
     prompt_tokens=32,
     largest_product=128,
+    is_tiny=True,
 )
