@@ -1,6 +1,10 @@
 """Attention masks of padded rows for the side network, and of packed rows for the backbone."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,6 +27,36 @@ def causal_mask(padding_BL: torch.Tensor, num_new: int) -> torch.Tensor:
 def positions(padding_BL: torch.Tensor, num_new: int) -> torch.Tensor:
     """Count the positions ``[B, T]`` of the new tokens without padding, false in ``padding_BL``."""
     return (padding_BL.long().cumsum(-1) - 1).clamp(min=0)[:, -num_new:]
+
+
+_are_unpacked: ContextVar[bool] = ContextVar("are_unpacked", default=False)
+
+
+@contextmanager
+def rows_unpacked() -> Iterator[None]:
+    """Spare transformers the search for packed samples, which waits for the device.
+
+    Where it counts the positions itself, it finds None.
+    """
+    _let_search_be_spared()
+    token = _are_unpacked.set(True)
+    try:
+        yield
+    finally:
+        _are_unpacked.reset(token)
+
+
+@cache
+def _let_search_be_spared() -> None:
+    masking = sys.modules.get("transformers.masking_utils")
+    search = getattr(masking, "find_packed_sequence_indices", None)
+    if masking is None or search is None:  # an earlier version
+        return
+
+    def find_packed_sequence_indices(position_ids: torch.Tensor) -> torch.Tensor | None:
+        return None if _are_unpacked.get() else search(position_ids)
+
+    vars(masking)["find_packed_sequence_indices"] = find_packed_sequence_indices
 
 
 # From the positions of packed rows to what the model takes as its attention mask.

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +22,7 @@ from qst_tune.backbone.layer_hooks import (
     showing,
     starting_at,
 )
-from qst_tune.backbone.masks import Packing, find_packing, positions
+from qst_tune.backbone.masks import Packing, find_packing, positions, rows_unpacked
 from qst_tune.backbone.quantizers import (
     linear_sizes,
     quantization_of_text,
@@ -281,7 +281,11 @@ class TransformersBackbone(nn.Module):
             dtype = self.embedding.weight.dtype
             inputs["attention_mask"] = packing(self.config, input_pos, dtype)
         projected: list[torch.Tensor] = []
-        with self._extended(tokens.shape[1]) as cache, before_projection(self.decoder, projected):
+        with ExitStack() as stack:
+            if input_pos is None and self.cache is None:
+                stack.enter_context(rows_unpacked())
+            cache = stack.enter_context(self._extended(tokens.shape[1]))
+            stack.enter_context(before_projection(self.decoder, projected))
             f_BTD: torch.Tensor = self.decoder(input_ids=tokens, **inputs, **cache)[0]
         return projected[0] if projected else f_BTD
 

@@ -1,6 +1,7 @@
 """A forward and a backward pass of one shape, recorded, and replayed as one node of autograd."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -20,6 +21,9 @@ class Recorder(Protocol):
 
     def record(self, work: Callable[[], object]) -> Callable[[], None]:
         """Record work; what is returned does it."""
+
+    def same_random_numbers(self) -> AbstractContextManager[None]:
+        """Let what follows draw the numbers that it would draw without the work in here."""
 
 
 class SharedTensors:
@@ -50,7 +54,8 @@ class CapturedPass:
     """``compute(**inputs)`` and its gradients for ``parameters``, recorded for inputs like these.
 
     ``tokens`` ``[B, T]`` are among the inputs; some output depends on the parameters. A backward
-    pass belongs to the last forward pass of all that share ``shared``.
+    pass belongs to the last forward pass of all that share ``shared``. ValueError if what was
+    recorded gives other values than the plain pass before it.
     """
 
     def __init__(
@@ -65,10 +70,21 @@ class CapturedPass:
         self.inputs = {name: value.clone() for name, value in inputs.items()}
         self._addresses = _addresses(parameters)
         self._outputs: tuple[torch.Tensor, ...] = ()
-        recorder.rehearse(self._rehearse)
-        self._replay_forward = recorder.record(self._forward)
-        self._replay_backward = recorder.record(self._backward)
+        with recorder.same_random_numbers():
+            recorder.rehearse(self._rehearse)
+        expected = self._results()
+        with recorder.same_random_numbers():
+            self._replay_forward = recorder.record(self._forward)
+            self._replay_backward = recorder.record(self._backward)
         self._outputs = ()  # what backward needs belongs to the graphs alone from now on
+        with recorder.same_random_numbers():
+            self._replay_forward()
+            self._replay_backward()
+        if not all(map(torch.equal, self._results(), expected)):
+            raise ValueError("a recorded pass gives other values than a plain one")
+
+    def _results(self) -> list[torch.Tensor]:
+        return [result.clone() for result in (*self.outputs, *self._gradients)]
 
     def _rehearse(self) -> None:
         self._outputs = self.compute(**self.inputs)
@@ -77,6 +93,8 @@ class CapturedPass:
         self.outputs = self.shared.like("outputs", self._outputs, num_tokens)
         wanted = [output for output in self._outputs if output.requires_grad]
         self.output_gradients = self.shared.like("gradients", wanted, num_tokens)
+        _copy([output.detach() for output in self._outputs], self.outputs)
+        _copy([output.detach() for output in wanted], self.output_gradients)  # any will do
         self._backward()
 
     def _forward(self) -> None:

@@ -6,10 +6,11 @@ kernels in the same order, so the same bits.
 """
 
 import time
+import traceback
 import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -41,9 +42,6 @@ log = utils.get_logger("INFO")
 
 class Device(Recorder, Protocol):
     """What passes are captured on."""
-
-    def same_random_numbers(self) -> AbstractContextManager[None]:
-        """Let what follows draw the numbers that it would draw without the work in here."""
 
     def pool_bytes(self) -> int:
         """Return the memory that all records share."""
@@ -134,9 +132,8 @@ class CapturedPasses:
         try:
             device = self._device or self.make_device(inputs["tokens"].device)
             self._device = device
-            with device.same_random_numbers():
-                shared = self._shared_by(parameters)
-                captured = CapturedPass(compute, inputs, parameters, shared, device)
+            shared = self._shared_by(parameters)
+            captured = CapturedPass(compute, inputs, parameters, shared, device)
         except Exception as error:  # of the driver, of the model's own code, of any kind
             self._give_up(error)
             return
@@ -154,8 +151,14 @@ class CapturedPasses:
         return self._shared[key]
 
     def _give_up(self, error: Exception) -> None:
-        self.fault = f"{type(error).__name__}: {first_line(error)}"
+        self.fault = f"{first_line(error)} ({_place_of(error)})"
         self.passes.clear()
         self._shared.clear()
         self._device = None
         log.warning(f"steps are not captured as CUDA graphs, which makes them slower: {self.fault}")
+
+
+def _place_of(error: Exception) -> str:
+    """The line of code that raised it, which is the model's or a library's."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} in {Path(frame.filename).name}, line {frame.lineno}"

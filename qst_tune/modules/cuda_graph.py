@@ -21,8 +21,9 @@ class CudaGraphs:
     def rehearse(self, work: Callable[[], object]) -> None:
         """Do work once where it will be recorded; RuntimeError if it waits for the device.
 
-        Recording that fails too, but leaves the device's random generator unusable.
+        Recording that fails too, but leaves torch in a worse state.
         """
+        torch.cuda.empty_cache()  # memory of the usual stream is of no use in this one
         current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream), _waiting_forbidden():
@@ -34,10 +35,24 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         # Other threads, such as a logger's, are free to use the device meanwhile.
         mode = "thread_local"
-        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode=mode):
-            work()
+        try:
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode=mode):
+                work()
+        except Exception:
+            self._renew_generator()
+            raise
         replay: Callable[[], None] = graph.replay
         return replay
+
+    def _renew_generator(self) -> None:
+        """Give the device's generator a state that knows nothing of a recording that failed.
+
+        Else the next random number is refused: "Offset increment outside graph capture".
+        """
+        index = self.device.index
+        number = torch.cuda.current_device() if index is None else index
+        generator = torch.cuda.default_generators[number]
+        generator.graphsafe_set_state(generator.clone_state())
 
     def same_random_numbers(self) -> AbstractContextManager[None]:
         """Let what follows draw the numbers that it would draw without the work in here."""

@@ -67,9 +67,10 @@ class QSTClassifier(QSTModel):
             if self.counts_tokens:
                 last = padding_mask.sum(-1) - 1
             # Causal attention alone keeps padding on the right from every real token.
-            if not padding_mask[:, 0].all() and self.takes_padding:
+            is_causal = bool(padding_mask[:, 0].all())
+            if not is_causal and self.takes_padding:
                 where["mask"] = padding_mask.bool()
-            elif not padding_mask[:, 0].all():
+            elif not is_causal:
                 where["mask"] = get_causal_mask_from_padding_mask(padding_mask)
                 where["input_pos"] = get_position_ids_from_padding_mask(padding_mask)
         y_BTD: Any = super().forward(tokens, **where)  # one tensor: the head is skipped

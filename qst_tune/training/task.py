@@ -65,14 +65,14 @@ class Task(Protocol):
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
     """Return a batch on the device; Python does not wait until it is on a GPU."""
-    if device.type != "cuda":
-        return {name: value.to(device) for name, value in batch.items()}
-    return {
-        name: value.pin_memory().to(device, non_blocking=True)
-        if isinstance(value, torch.Tensor) and value.device.type == "cpu"
-        else value.to(device)
-        for name, value in batch.items()
-    }
+    return {name: _on_device(value, device) for name, value in batch.items()}
+
+
+def _on_device(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    # A BlockMask, of packed rows on CUDA, is no tensor.
+    if device.type == "cuda" and isinstance(value, torch.Tensor) and value.device.type == "cpu":
+        return value.pin_memory().to(device, non_blocking=True)
+    return value.to(device)
 
 
 def parts_of(task: Task, model: nn.Module, batch: Batch) -> Iterator[Batch]:

@@ -13,7 +13,7 @@ from qst_tune.modules.loss import connect_loss
 from qst_tune.training import task as module
 from qst_tune.training.language_modelling import NextTokenTask
 from qst_tune.training.preference import PreferenceTask
-from qst_tune.training.task import parts_of
+from qst_tune.training.task import on_device, parts_of
 from tests.support.numbers import random_tokens
 from tests.support.side_networks import FP32, tiny_model
 
@@ -75,3 +75,17 @@ def test_a_batch_is_whole_without_lora_and_where_rows_cannot_be_cut(monkeypatch:
     packed = {**batch, "mask": block}
     assert list(parts_of(task, tiny_model(lora_layers=1), packed)) == [packed]
     assert len(list(parts_of(task, tiny_model(lora_layers=1), batch))) == 4
+
+
+@pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_batch_is_put_on_the_device_from_wherever_it_is(name: str) -> None:
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    device = torch.device(name)
+    mask = create_block_mask(lambda b, h, q, k: q >= k, 2, None, 9, 9, device="cpu")
+    batch = {"tokens": random_tokens(2, 9), "there": torch.ones(3, device=device), "mask": mask}
+    moved = on_device(batch, device)
+    assert {value.device.type for value in (moved["tokens"], moved["there"])} == {name}
+    assert torch.equal(moved["tokens"].cpu(), batch["tokens"])
+    assert torch.equal(moved["mask"].to_dense().cpu(), mask.to_dense())
+    assert batch["tokens"].device == CPU
