@@ -6,6 +6,7 @@
 ``pieces``    decoding of a weight, and products with it
 ``long``      a step of one long row
 ``dial``      steps with LoRA in the last quarter of the layers
+``compiled``  steps of torchtune's QLoRA with torch.compile
 ``unsloth``   steps of Unsloth's QLoRA, in a process of its own
 
 LLaMA-2-7B's shape in bf16, layers in NF4. Every row is printed, and added to
@@ -28,7 +29,7 @@ from benchmarks.gpu.losses import loss
 from benchmarks.gpu.page import write_pages
 from benchmarks.gpu.pieces import pieces
 from benchmarks.gpu.rows import RESULTS, Row, add, circumstances, read
-from benchmarks.gpu.steps import dial, long, train
+from benchmarks.gpu.steps import compiled, dial, long, train
 from benchmarks.gpu.turns import one_line
 from benchmarks.gpu.unsloth import LIMIT_S, unsloth
 from benchmarks.methods import ignore_known_warnings
@@ -36,12 +37,13 @@ from benchmarks.methods import ignore_known_warnings
 Section = Callable[[Bench], Iterator[Row]]
 # With the seconds that each may take, by and large: what has begun is finished.
 SECTIONS: dict[str, tuple[Section, float]] = {
-    "train": (train, 115),
+    "train": (train, 100),
     "generate": (generate, 25),
     "loss": (loss, 10),
     "pieces": (pieces, 20),
     "long": (long, 35),
     "dial": (dial, 35),
+    "compiled": (compiled, 70),
     "unsloth": (unsloth, LIMIT_S),
 }
 

@@ -23,6 +23,12 @@ ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks_gpu.md")
 _PLACE = re.compile(r"(<!-- gpu: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _PEERS = (peers.TORCHTUNE, peers.TORCHTUNE_COMPILED, peers.PEFT, peers.PEFT_LIGER)
+_FIRST = {
+    peers.TORCHTUNE: "torchtune QLoRA",
+    peers.PEFT: "PEFT + bitsandbytes QLoRA",
+    peers.PEFT_LIGER: "the same with Liger",
+    UNSLOTH: UNSLOTH,
+}
 Cell = Callable[[Row], str]
 
 
@@ -128,16 +134,15 @@ def _grid(
 
 
 def _first(figures: Figures) -> str:
-    """README's table: QST in bold beside two methods that many use."""
+    """README's table: QST in bold beside what many use, all with checkpointing."""
+    have = {row["method"] for row in figures.section("train")}
+    shown = {method: title for method, title in _FIRST.items() if method in have}
     lines = []
     for shape in figures.shapes("train"):
-        ours, *others = (
-            figures.cell("train", method, shape, _short_step)
-            for method in (QST, peers.TORCHTUNE, peers.PEFT)
-        )
-        lines.append([f"{shape} tokens", f"**{ours}**", *others])
+        cells = [figures.cell("train", method, shape, _short_step) for method in (QST, *shown)]
+        lines.append([f"{shape} tokens", f"**{cells[0]}**", *cells[1:]])
     title = f"LLaMA-2-7B, one training step on an {_card(figures.device)}"
-    return table([title, "QST", peers.TORCHTUNE, peers.PEFT], lines)
+    return table([title, QST, *shown.values()], lines)
 
 
 def _train(figures: Figures) -> str:

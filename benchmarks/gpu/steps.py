@@ -1,4 +1,4 @@
-"""Sections ``train``, ``long`` and ``dial``: whole training steps, by turns on the same batches."""
+"""Sections ``train``, ``compiled``, ``long`` and ``dial``: whole training steps by turns."""
 
 from collections.abc import Iterator
 
@@ -12,30 +12,39 @@ MANY_TOKENS = 20_000
 
 
 def train(bench: Bench) -> Iterator[Row]:
-    """Measure every method at each shape."""
-    methods = [QST, peers.TORCHTUNE, peers.PEFT_LIGER, peers.PEFT, peers.TORCHTUNE_COMPILED]
+    """Measure every method at each shape, except the one that compiles."""
+    methods = [QST, peers.TORCHTUNE, peers.PEFT_LIGER, peers.PEFT]
     runners = [bench.trainee(method) for method in methods]
     for shape in bench.sizes.shapes:
         yield _floor(bench, shape)
-        rounds = min(2, bench.rounds) if shape[0] * shape[1] > MANY_TOKENS else bench.rounds
-        yield from bench.steps("train", runners, shape, rounds)
+        yield from bench.steps("train", runners, shape, _rounds(bench, shape))
+
+
+def compiled(bench: Bench) -> Iterator[Row]:
+    """Measure the method that compiles for half a minute a shape, beside QST again."""
+    runners = [bench.trainee(method) for method in (QST, peers.TORCHTUNE_COMPILED)]
+    for shape in bench.sizes.shapes:
+        _, row = bench.steps("train", runners, shape, _rounds(bench, shape))
+        yield row
+
+
+def _rounds(bench: Bench, shape: tuple[int, int]) -> int:
+    return min(2, bench.rounds) if shape[0] * shape[1] > MANY_TOKENS else bench.rounds
 
 
 def long(bench: Bench) -> Iterator[Row]:
     """Measure one row of many tokens, which fits in memory with few methods."""
-    bench.forget(peers.TORCHTUNE_COMPILED, peers.PEFT)
     for number, length in enumerate(bench.sizes.long_rows):
         methods = [QST, peers.PEFT_LIGER] if number == 0 else [QST]
         runners = [bench.trainee(method) for method in methods]
-        yield from bench.steps("long", runners, (1, length), min(2, bench.rounds))
+        yield from bench.steps("long", runners, (1, length), _rounds(bench, (1, length)))
 
 
 def dial(bench: Bench) -> Iterator[Row]:
     """Measure LoRA in the last quarter of the layers beside QLoRA."""
-    bench.forget(peers.TORCHTUNE_COMPILED, peers.PEFT, peers.PEFT_LIGER)
     runners = [bench.trainee(method) for method in (DIAL, peers.TORCHTUNE)]
     for shape in bench.sizes.dial_shapes:
-        yield from bench.steps("dial", runners, shape, min(2, bench.rounds))
+        yield from bench.steps("dial", runners, shape, _rounds(bench, shape))
 
 
 def _floor(bench: Bench, shape: tuple[int, int]) -> Row:

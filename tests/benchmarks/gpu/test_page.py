@@ -25,7 +25,7 @@ def test_the_newest_row_counts_and_an_older_one_shows_its_day() -> None:
     old = row("torchtune QLoRA, checkpointed", ms=575.0, date="2026-11-22")
     first = TABLES["first"](Figures([old, row(ms=204.0), row(ms=163.4)]))
     assert first.splitlines()[-1] == (
-        "| 4 x 384 tokens | **163 ms, 4.0 GiB** | 575 ms, 4.0 GiB (11-22) |  |"
+        "| 4 x 384 tokens | **163 ms, 4.0 GiB** | 575 ms, 4.0 GiB (11-22) |"
     )
 
 
