@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from benchmarks.backbones import BACKBONES
 from benchmarks.methods import CPU, SMOLLM2, default_config, ignore_known_warnings, qst_model
-from qst_tune.generation.caches import ModelCaches
+from qst_tune.generation.caches import ModelCaches, last_logits
 from qst_tune.modules.qst_model import QSTModel
 
 
@@ -63,12 +63,9 @@ class Decoding:
             torch.Tensor: the likeliest next token of each row, ``[B, 1]``.
         """
         self.prepare()
-        everywhere = torch.arange(self.length + tokens.shape[1])
-        positions = everywhere[self.length :]
-        mask = positions[:, None] >= everywhere
-        with self.caches.attached():
-            logits: torch.Tensor = self.model(tokens, mask=mask[None], input_pos=positions[None])
-        return logits[:, -1].argmax(-1, keepdim=True)
+        whole = (len(tokens), self.length + tokens.shape[1])
+        is_real = torch.ones(whole, dtype=torch.bool, device=tokens.device)
+        return last_logits(self.model, self.caches, tokens, is_real).argmax(-1, keepdim=True)
 
 
 def transformers_step(num_rows: int, num_prompt_tokens: int) -> Callable[[], object]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, TypeAlias
 
 import torch
@@ -10,6 +10,8 @@ from torchtune import utils
 from torchtune.modules import TransformerDecoder
 
 from qst_tune.backbone.masks import causal_mask, positions
+from qst_tune.generation.captured import CapturedStep, recorder
+from qst_tune.generation.one_token import Substitute, substituted, substitutes
 from qst_tune.modules.backbone_formats import QuantizedLinear
 from qst_tune.modules.model_limits import check_finite
 from qst_tune.modules.peqa_model import PEQAModel
@@ -29,22 +31,37 @@ MOST_DECODED_BYTES = 2**31
 class GrowingCache:
     """Keys and values of one attention: only the filled part, unlike torchtune's ``KVCache``.
 
-    It doubles when it is full, and can forget its end.
+    It doubles when it is full, and can forget its end. With a ``slot``, ``[1]`` int64, it computes
+    on tensors that stay where they are, as a CUDA graph does: one token is written at that place,
+    and all of the room is returned, of which a mask hides the rest.
     """
 
     def __init__(self) -> None:
         self.length = 0
+        self.slot: torch.Tensor | None = None
         self._keys: torch.Tensor | None = None
         self._values: torch.Tensor | None = None
 
     def update(self, k_val: torch.Tensor, v_val: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Append keys and values ``[B, H, T, C]``, and return all so far, ``[B, H, length, C]``."""
+        if self.slot is not None and self._keys is not None and self._values is not None:
+            written = (self._keys, k_val), (self._values, v_val)
+            keys, values = (held.index_copy_(2, self.slot, new) for held, new in written)
+            return keys, values
         start, self.length = self.length, self.length + k_val.shape[2]
         keys = self._keys = _with_room(self._keys, k_val, start)
         values = self._values = _with_room(self._values, v_val, start)
         keys[:, :, start : self.length] = k_val
         values[:, :, start : self.length] = v_val
         return keys[:, :, : self.length], values[:, :, : self.length]
+
+    def reserve(self, room: int) -> None:
+        """Make room for exactly ``room`` tokens; nothing to do for an attention that never ran."""
+        if self._keys is None or self._values is None:
+            return
+        if self._keys.shape[2] != room:
+            self._keys = _copied(self._keys, self.length, self._keys, room)
+            self._values = _copied(self._values, self.length, self._values, room)
 
     def cut(self, length: int) -> None:
         """Forget all tokens after the first ``length``."""
@@ -56,7 +73,14 @@ def _with_room(held: torch.Tensor | None, new: torch.Tensor, start: int) -> torc
     needed = start + new.shape[2]
     if held is not None and held.shape[2] >= needed:
         return held
-    room = new.new_empty(*new.shape[:2], max(needed, 2 * start), new.shape[3])
+    return _copied(held, start, new, max(needed, 2 * start))
+
+
+def _copied(
+    held: torch.Tensor | None, start: int, like: torch.Tensor, num_tokens: int
+) -> torch.Tensor:
+    # Zeros: what is not finite would go through a mask that hides it.
+    room = like.new_zeros(*like.shape[:2], num_tokens, like.shape[3])
     if held is not None:
         room[:, :, :start] = held[:, :, :start]
     return room
@@ -88,6 +112,8 @@ class ModelCaches:
     """
 
     def __init__(self, model: Decoder) -> None:
+        self._model, self._has_run = model, False
+        self._substitutes: list[Substitute] | None = None
         # Found once: to look for them takes a CPU as long as two layers of SmolLM2 do.
         self._attentions = attentions(model)
         self._own = [GrowingCache() for _ in self._attentions]
@@ -95,6 +121,9 @@ class ModelCaches:
         new_cache = getattr(getattr(model, "backbone", None), "new_cache", None)
         self._frozen = None if new_cache is None else new_cache()
         self._decoded: Decoded | None = {} if _may_keep_decoded(model) else None
+        self.step: CapturedStep | None = None
+        if self._frozen is None and (record := recorder(model.tok_embeddings.weight.device)):
+            self.step = CapturedStep(partial(next_logits, model, self), self._own, record)
 
     def cut(self, length: int, num_new: int) -> int:
         """Forget all tokens after the first ``length``; ``num_new`` are added by the next pass.
@@ -107,15 +136,23 @@ class ModelCaches:
         return kept
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Let the model use the caches in this context; it needs ``mask`` and ``input_pos``."""
+    def attached(self, *, one_token: bool = False) -> Iterator[None]:
+        """Let the model use the caches in this context; it needs ``mask`` and ``input_pos``.
+
+        ``one_token`` says that passes are of one token a row.
+        """
         with ExitStack() as contexts:
+            if one_token and self._has_run:
+                if self._substitutes is None:
+                    self._substitutes = substitutes(self._model, self._decoded)
+                contexts.enter_context(substituted(self._substitutes))
             contexts.enter_context(attached(self._attentions, self._own))
             if self._frozen is not None:
                 contexts.enter_context(self._frozen.attached())
             if self._decoded is not None:
                 contexts.enter_context(decoding_once(self._decoded))
             yield
+            self._has_run = True
 
 
 def _may_keep_decoded(model: Decoder) -> bool:
@@ -156,12 +193,34 @@ def last_logits(
 
     ``is_real_BT`` is false for padding. A logit that is not finite is a UserError.
     """
+    is_step = new_BN.shape[1] == 1 < is_real_BT.shape[1]
+    if is_step and caches.step is not None and caches.step.is_possible:
+        logits_BV = caches.step.logits(new_BN, is_real_BT)
+    else:
+        logits_BV = _computed_logits(model, caches, new_BN, is_real_BT)
+    check_finite(logits_BV, model, "logits")
+    return logits_BV
+
+
+def _computed_logits(
+    model: Decoder, caches: ModelCaches, new_BN: torch.Tensor, is_real_BT: torch.Tensor
+) -> torch.Tensor:
     num_new = new_BN.shape[1]
     takes_padding = getattr(model, "takes_padding", False)
     mask = is_real_BT if takes_padding else causal_mask(is_real_BT, num_new)
-    with caches.attached(), without_head(model):
-        head_input_BND = model(new_BN, mask=mask, input_pos=positions(is_real_BT, num_new))
+    return next_logits(model, caches, new_BN, mask, positions(is_real_BT, num_new))
+
+
+def next_logits(
+    model: Decoder,
+    caches: ModelCaches,
+    new_BN: torch.Tensor,
+    mask: torch.Tensor,
+    input_pos_BN: torch.Tensor,
+) -> torch.Tensor:
+    """Run new tokens behind those in the caches; fp32 logits ``[B, V]`` behind the last one."""
+    with caches.attached(one_token=new_BN.shape[1] == 1), without_head(model):
+        head_input_BND = model(new_BN, mask=mask, input_pos=input_pos_BN)
     # Not [:, -1:]: with its strides torch copies the head's whole weight on a CPU.
     logits_BV: torch.Tensor = model.output(head_input_BND[:, -1]).float()
-    check_finite(logits_BV, model, "logits")
     return logits_BV

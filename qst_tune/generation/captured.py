@@ -1,0 +1,133 @@
+"""One token of each row as a CUDA graph: recorded once and replayed, without Python or launches."""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any, Protocol
+
+import torch
+from torchtune import utils
+
+from qst_tune.backbone.masks import positions
+from qst_tune.errors import first_line
+from qst_tune.modules.cuda_graph import CudaGraphs
+
+log = utils.get_logger("INFO")
+
+Compute = Callable[[], torch.Tensor]
+# From a function on tensors that stay where they are to one that does the same again, into the same
+# result.
+Recorder = Callable[[Compute], Compute]
+
+_LEAST_ROOM = 256
+
+
+def recorder(device: torch.device) -> Recorder | None:
+    """Return what records on this device: CUDA graphs, or nothing."""
+    return partial(_recorded, CudaGraphs(device)) if device.type == "cuda" else None
+
+
+def _recorded(graphs: CudaGraphs, compute: Compute) -> Compute:
+    results: list[torch.Tensor] = []
+    replay = graphs.record(lambda: results.append(compute()))
+
+    def again() -> torch.Tensor:
+        replay()
+        return results[0]
+
+    return again
+
+
+class SlotCache(Protocol):
+    """Of :class:`~.caches.GrowingCache`, what a recorded step needs."""
+
+    length: int
+    slot: torch.Tensor | None
+
+    def reserve(self, room: int) -> None:
+        """Make room for this many tokens."""
+
+
+class CapturedStep:
+    """A token of each row behind those in the caches: logits, by a recording where that works.
+
+    Token, place, position and mask are in tensors that stay; the caches have room for a power of
+    two of tokens, and a step is recorded again when they are full. What cannot be recorded is
+    reported once and ``is_possible`` becomes false.
+
+    ``compute`` takes tokens ``[B, 1]``, a mask ``[B, 1, L]`` and positions ``[B, 1]``.
+    """
+
+    def __init__(
+        self,
+        compute: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+        caches: Sequence[SlotCache],
+        record: Recorder,
+    ) -> None:
+        self.is_possible = True
+        self._compute, self._caches, self._record = compute, caches, record
+        self._shape = (0, 0)  # rows and room
+        self._replay: Compute | None = None
+        self._inputs: Any = None
+
+    def logits(self, new_B1: torch.Tensor, is_real_BT: torch.Tensor) -> torch.Tensor:
+        """Compute the logits ``[B, V]`` behind the last of T tokens; the others are cached."""
+        self._take(new_B1, is_real_BT)
+        logits_BV = self._run()
+        for cache in self._caches:
+            cache.length = is_real_BT.shape[1]
+        return logits_BV
+
+    def _take(self, new_B1: torch.Tensor, is_real_BT: torch.Tensor) -> None:
+        """Write the inputs of a step."""
+        num_rows, length = is_real_BT.shape
+        room = max(_LEAST_ROOM, 1 << (length - 1).bit_length())
+        if self._shape != (num_rows, room):
+            self._prepare(new_B1, room)
+        token_B1, slot_1, mask_B1L, position_B1 = self._inputs
+        token_B1.copy_(new_B1)
+        slot_1.fill_(length - 1)
+        mask_B1L.zero_()[:, 0, :length] = is_real_BT
+        position_B1.copy_(positions(is_real_BT, 1))
+
+    def _prepare(self, new_B1: torch.Tensor, room: int) -> None:
+        self._replay = None  # its memory is free before there is more
+        self._shape = (len(new_B1), room)
+        for cache in self._caches:
+            cache.reserve(room)
+        slot_1 = new_B1.new_zeros(1)
+        mask_B1L = new_B1.new_zeros(len(new_B1), 1, room, dtype=torch.bool)
+        self._inputs = torch.empty_like(new_B1), slot_1, mask_B1L, torch.empty_like(new_B1)
+        self._is_warm = False
+
+    def _run(self) -> torch.Tensor:
+        if self._replay is None and self._is_warm:
+            self._replay = self._recorded()
+        if self._replay is not None:
+            # The next step writes into the same result.
+            return self._replay().clone()
+        # Kernels are compiled and chosen at the first call, which cannot be recorded.
+        self._is_warm = True
+        return self._at_slot()
+
+    def _recorded(self) -> Compute | None:
+        try:
+            return self._record(self._at_slot)
+        except Exception as error:  # of the driver, of any operation that waits for the GPU
+            self.is_possible = False
+            _report(f"{type(error).__name__}: {first_line(error)}")
+            return None
+
+    def _at_slot(self) -> torch.Tensor:
+        token_B1, slot_1, mask_B1L, position_B1 = self._inputs
+        for cache in self._caches:
+            cache.slot = slot_1
+        try:
+            return self._compute(token_B1, mask_B1L, position_B1)
+        finally:
+            for cache in self._caches:
+                cache.slot = None
+
+
+@lru_cache(maxsize=8)  # once a reason
+def _report(reason: str) -> None:
+    log.warning(f"tokens are generated without a CUDA graph, several times more slowly: {reason}")

@@ -1,0 +1,144 @@
+"""A recorded step gives what the step it stands for gives, on tensors that stay where they are."""
+
+import logging
+
+import pytest
+import torch
+
+from qst_tune.generation import caches as caches_module
+from qst_tune.generation.batch import answer_batch
+from qst_tune.generation.caches import ModelCaches, last_logits
+from qst_tune.generation.captured import recorder
+from qst_tune.generation.sampling import Sampling
+from qst_tune.generation.sequence import CachedSequence
+from qst_tune.models import qst_decoder
+from tests.support.numbers import TINY_REDUCTION, random_tokens, randomize_, tiny_backbone
+
+
+def tiny_model(**side_arguments):
+    model = qst_decoder(tiny_backbone(), reduction_factor=TINY_REDUCTION, **side_arguments)
+    randomize_(model.side)
+    return model.eval()
+
+
+class Recorded:
+    """Stands for a CUDA graph: computes again, into the tensor of the first result."""
+
+    count = 0
+
+    @classmethod
+    def record(cls, compute):
+        cls.count += 1
+        result = compute().clone()
+        return lambda: result.copy_(compute())
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """Record on a CPU, in rooms of 8, 16, ... tokens."""
+    Recorded.count = 0
+    monkeypatch.setattr(caches_module, "recorder", lambda device: Recorded.record)
+    monkeypatch.setattr("qst_tune.generation.captured._LEAST_ROOM", 8)
+
+
+@torch.no_grad()
+def logits_token_by_token(model, tokens, is_real, prompt):
+    caches, found = ModelCaches(model), []
+    for start, stop in [(0, prompt), *((n, n + 1) for n in range(prompt, tokens.shape[1]))]:
+        found.append(last_logits(model, caches, tokens[:, start:stop], is_real[:, :stop]))
+    return torch.stack(found)
+
+
+def without_recording(monkeypatch):
+    monkeypatch.setattr(caches_module, "recorder", lambda device: None)
+
+
+def padded(num_padding):
+    tokens = random_tokens(batch=2, length=21)
+    is_real = torch.ones_like(tokens, dtype=torch.bool)
+    is_real[0, :num_padding] = False  # on the left
+    return tokens, is_real
+
+
+@pytest.mark.parametrize("prompt", [1, 2, 5, 8, 9])
+def test_recorded_steps_give_the_logits_of_growing_caches(prompt, monkeypatch, on_gpu):
+    model, (tokens, is_real) = tiny_model(), padded(prompt - 1)
+    found = logits_token_by_token(model, tokens, is_real, prompt)
+    assert Recorded.count >= 2  # in rooms of 16 and of 32 tokens
+    without_recording(monkeypatch)
+    expected = logits_token_by_token(model, tokens, is_real, prompt)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_answers_are_those_without_recording(monkeypatch, on_gpu):
+    model, prompts = tiny_model(), [[5, 9, 2], [7], [1, 2, 3, 4, 5, 6, 7, 8]]
+    greedy = {"sampling": Sampling(), "stop_tokens": [], "max_new_tokens": 20}
+    found = answer_batch(model, prompts, **greedy)
+    assert Recorded.count == 2
+    without_recording(monkeypatch)
+    assert found == answer_batch(model, prompts, **greedy)
+
+
+def test_a_sequence_goes_on_from_wherever_it_is_cut(monkeypatch, on_gpu):
+    model, tokens = tiny_model(), random_tokens(batch=1, length=20)[0].tolist()
+    sequence = CachedSequence(model)
+    for length in (3, 4, 5, 6, 14, 15, 16, 17):
+        sequence.next_logits(tokens[:length])
+    other = [*tokens[:5], 60, 59]
+    found = [sequence.next_logits(other[:length]) for length in (5, 6, 7)]
+    without_recording(monkeypatch)
+    expected = [CachedSequence(model).next_logits(other[:length]) for length in (5, 6, 7)]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_two_sequences_do_not_write_into_each_other(on_gpu):
+    model, tokens = tiny_model(), random_tokens(batch=1, length=12)[0].tolist()
+    first, second = CachedSequence(model), CachedSequence(model)
+    for length in range(3, 13):
+        a = first.next_logits(tokens[:length])
+        b = second.next_logits([*tokens[:2], *[60] * (length - 2)])
+    alone = CachedSequence(model).next_logits(tokens)
+    torch.testing.assert_close(a, alone, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(a, b)
+
+
+def test_what_cannot_be_recorded_runs_as_before_and_is_reported_once(monkeypatch, on_gpu, caplog):
+    model, (tokens, is_real) = tiny_model(), padded(2)
+
+    def refuse(compute):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(caches_module, "recorder", lambda device: refuse)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            found = logits_token_by_token(model, tokens, is_real, 5)
+    (warning,) = [r.message for r in caplog.records if "CUDA graph" in r.message]
+    assert warning.endswith("RuntimeError: operation not permitted when stream is capturing")
+    without_recording(monkeypatch)
+    expected = logits_token_by_token(model, tokens, is_real, 5)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_only_a_gpu_records():
+    assert recorder(torch.device("cpu")) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("base_quantization", ["nf4", "int8", "int4", "none"])
+@pytest.mark.parametrize("lora_layers", [0, 2])
+def test_a_cuda_graph_gives_the_logits_of_growing_caches(
+    base_quantization, lora_layers, monkeypatch
+):
+    backbone = tiny_backbone(dtype=torch.bfloat16)
+    choices = {"base_quantization": base_quantization, "lora_layers": lora_layers}
+    model = qst_decoder(backbone, reduction_factor=TINY_REDUCTION, **choices)
+    randomize_(model.side)
+    model.eval().cuda()
+    tokens, is_real = (part.cuda() for part in padded(3))
+    found = logits_token_by_token(model, tokens, is_real, 5)
+    caches = ModelCaches(model)
+    assert caches.step is not None
+    without_recording(monkeypatch)
+    expected = logits_token_by_token(model, tokens, is_real, 5)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.05)  # of a deviation of 1
