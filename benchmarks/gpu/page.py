@@ -14,7 +14,7 @@ from benchmarks.gpu.decoded import ALONE, PEFT, WITH_SIDE
 from benchmarks.gpu.losses import LOSSES
 from benchmarks.gpu.methods import DIAL, QST
 from benchmarks.gpu.pieces import DECODINGS, PRODUCTS
-from benchmarks.gpu.rows import EVERY, Row
+from benchmarks.gpu.rows import Row
 from benchmarks.gpu.steps import FLOOR
 from benchmarks.gpu.turns import NO_TIME
 from benchmarks.gpu.unsloth import UNSLOTH
@@ -56,7 +56,7 @@ class Figures:
             key = (row["section"], row["method"], row["shape"])
             if NO_TIME not in row.get("error", "") or key not in self.newest:
                 self.newest[key] = row
-        self.last = next((r for r in reversed(self.all) if r["section"] == "train"), rows[-1])
+        self.date = max(row["date"] for row in self.rows)
 
     def section(self, name: str) -> list[Row]:
         """Return the newest rows of a section."""
@@ -64,21 +64,17 @@ class Figures:
 
     def shapes(self, section: str) -> list[str]:
         """Return the shapes of a section, the smallest first."""
-        shapes = {row["shape"] for row in self.section(section) if row["method"] != EVERY}
-        return sorted(shapes, key=_size)
+        return sorted({row["shape"] for row in self.section(section)}, key=_size)
 
     def cell(self, section: str, method: str, shape: str, show: Cell) -> str:
-        """Return one figure, with its day or revision if QST was measured on another since."""
+        """Return one figure, with its day if others are newer."""
         row = self.newest.get((section, method, shape))
         if row is None:
             return ""
         if "error" in row:
             return f"failed: {row['error'].partition(':')[0]}"
         text = show(row)
-        if row["date"] != self.last["date"]:
-            return f"{text} ({row['date'][5:]})"
-        is_last = row.get("revision") == self.last.get("revision")
-        return text if is_last else f"{text} ({row.get('revision')})"
+        return text if row["date"] == self.date else f"{text} ({row['date'][5:]})"
 
 
 def _size(shape: str) -> int:
@@ -232,7 +228,7 @@ def _products(figures: Figures) -> str:
 
 def _where(figures: Figures) -> str:
     """What the newest rows were measured with."""
-    last = figures.last
+    last = figures.rows[-1]
     versions = ", ".join(f"{name} {text}" for name, text in last.get("versions", {}).items())
     return f"One {last['device']}, {last['date']}: torch {last['torch']}, {versions}."
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from qst_tune.errors import UserError
+from qst_tune.modules.scaled_head import ScaledHead
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -64,32 +65,6 @@ def carries_state(model: Any, config: Any) -> bool:
 # Granite divides. ``check_head`` compares the result with the model's own logits.
 _FACTORS = {"logit_scale": 1, "lm_head_multiplier": 1, "logits_scaling": -1}
 _OTHER_SIGN = {"hyperclovax": {"logits_scaling": 1}}
-
-
-class ScaledHead(nn.Module):
-    r"""Logits with a scale s and a soft cap c behind the matrix product.
-
-    .. math:: z = c\,\tanh(s\,W y / c)
-
-    The model owns W, its own head; c may be None.
-    """
-
-    def __init__(self, linear: nn.Module, scale: float, cap: float | None) -> None:
-        super().__init__()
-        self._linear = (linear,)  # in a tuple, so that its weight has one name
-        self.scale, self.cap = scale, cap
-
-    @property
-    def linear(self) -> nn.Module:
-        """W as a module."""
-        return self._linear[0]
-
-    def forward(self, y: torch.Tensor) -> torch.Tensor:
-        """Compute logits ``[..., V]`` of ``y``, ``[..., D]``."""
-        logits: torch.Tensor = self.linear(y)
-        if self.scale != 1:
-            logits = logits * self.scale
-        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
 
 class ProjectedHead(nn.Module):

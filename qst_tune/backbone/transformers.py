@@ -13,6 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from qst_tune.backbone.cache import TransformersCache
 from qst_tune.backbone.experts import ExpertLinears, QuantizedExperts
+from qst_tune.backbone.fused_modules import fuse_transformers
 from qst_tune.backbone.layer_hooks import (
     before_projection,
     gradient_from,
@@ -81,6 +82,7 @@ class TransformersBackbone(nn.Module):
         self._decoder = (decoder_of(model),)
         self._layers = (layers_of(self.decoder, self.config),)
         self._head = (head_of(model, self.config),)
+        fuse_transformers(self.decoder)
         self._arguments = frozenset(inspect.signature(self.decoder.forward).parameters)
 
     @property

@@ -98,6 +98,11 @@ class TrainingConfig(RecipeConfig):
     capture_steps: bool = key(
         "QST, on CUDA: steps of few tokens whose shapes repeat run as CUDA graphs", default=True
     )
+    triton_kernels: bool = key(
+        "on CUDA, decode weights and run frozen layers and the loss in Triton's kernels; False: "
+        "in torch's operations",
+        default=True,
+    )
     hidden_state_cache: Path | None = key(
         "QST: directory for the backbone's hidden states, which later epochs then read",
         default=None,
@@ -178,6 +183,7 @@ class TunedModelConfig(RecipeConfig):
     checkpointer: Block = training_key("checkpointer")
     device: str = training_key("device")
     dtype: str = training_key("dtype")
+    triton_kernels: bool = training_key("triton_kernels")
     side_network: Path | None = key(
         "directory of a QST run's result; null: the base model", default=RUN / "side_network"
     )

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, Literal, TypeAlias, get_args
 from unittest.mock import patch
 
@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torchao.dtypes.nf4tensor import NF4Tensor
 
-from qst_tune.modules import batch_parts, lora, loss, peqa_linear
+from qst_tune.modules import batch_parts, fused_layers, lora, loss, peqa_linear
 from qst_tune.modules.nf4_linear import NF4Linear
 from qst_tune.modules.side import compute
 from qst_tune.quantization import nf4
@@ -34,11 +34,19 @@ from qst_tune.training import task
 DeviceType = Literal["cpu", "cuda"]
 Attention = Literal["fused", "plain"]
 # Loops over the rows or tokens of a batch.
-BATCH_LOOPS = (loss, batch_parts)
+BATCH_LOOPS = (loss, batch_parts, fused_layers)
 Workspace: TypeAlias = dict[Any, Callable[..., int]]
 
 _aten = torch.ops.aten
 _rms_norm, _layer_norm = F.rms_norm, F.layer_norm
+# What Triton's kernels return: new tensors, but the gated MLP's first argument.
+_KERNELS = SimpleNamespace(
+    rms_norm=lambda x, *_, **__: torch.empty_like(x),
+    rotate_pairs=lambda x, *_: torch.empty_like(x),
+    rotate_halves=lambda x, *_: torch.empty_like(x),
+    gated=lambda gate, *_: gate,
+    cross_entropy_=lambda logits, *_, **__: torch.empty(len(logits), dtype=torch.float32),
+)
 
 
 @contextmanager
@@ -126,11 +134,14 @@ def device_kernels(
     with ExitStack() as stack:
         if device == "cuda":  # one kernel for two dtypes
             stack.enter_context(patch.object(peqa_linear, "scale_columns_", torch.Tensor.mul_))
+            stack.enter_context(patch.object(fused_layers, "runs_fused", lambda x: True))
+            stack.enter_context(patch.object(fused_layers, "fused_kernels", lambda: _KERNELS))
         for name, function in instead.items():
             stack.enter_context(patch.object(F, name, function))
         stack.enter_context(patch.dict(WEIGHTS_AT_ONCE, cpu=WEIGHTS_AT_ONCE[device]))
         # Lookups, which count as no operation, and rows that run forward and backward in turn.
         stack.enter_context(first_and_last_parts(nf4, task))
+        stack.enter_context(patch.object(loss, "rows_with_label", lambda kept, num_kept: None))
         for module in (lora, compute):
             checkpoint = partial(module.checkpoint, context_fn=recomputation)
             stack.enter_context(patch.object(module, "checkpoint", checkpoint))

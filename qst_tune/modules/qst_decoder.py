@@ -8,6 +8,7 @@ from torchtune.modules import TransformerDecoder
 
 from qst_tune.modules.backbone import head_output
 from qst_tune.modules.batch_parts import CHUNK_TOKENS
+from qst_tune.modules.fused_layers import fuse_torchtune
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.modules.side.network import SideNetwork
 from qst_tune.modules.torchtune_backbone import TorchtuneBackbone, decoder_parts
@@ -26,6 +27,9 @@ class QSTDecoder(QSTModel, TransformerDecoder):
         TransformerDecoder.__init__(self, **decoder_parts(backbone))
         self.frozen_chunk_tokens = CHUNK_TOKENS
         self.adopt(side)
+        parts: list[Any] = [self.layers, self.norm]
+        for part in parts:
+            fuse_torchtune(part)
 
     @property
     def backbone(self) -> TorchtuneBackbone:

@@ -20,6 +20,7 @@ from qst_tune.modules.backbone_formats import (
     quantize_linears,
 )
 from qst_tune.modules.batch_parts import CHUNK_TOKENS, module_in_parts
+from qst_tune.modules.fused_layers import is_plain_layer, may_fuse, run_layer
 from qst_tune.modules.lora import LayerLoRA
 from qst_tune.modules.lora_targets import LinearSizes, linears_below
 from qst_tune.modules.side.block import (
@@ -161,6 +162,8 @@ class TorchtuneBackbone:
         # the first; flex_attention takes fewer rows without an error and masks them wrongly.
         indivisible = self.decoder.caches_are_enabled() or isinstance(where.get("mask"), BlockMask)
         whole = rows >= len(x) or indivisible
+        if is_plain_layer(module) and may_fuse(x):
+            return run_layer(module, x, len(x) if whole else rows, **where)
         output = module(x, **where) if whole else module_in_parts(module, x, rows, **where)
         if isinstance(module, FSDPModule):
             module.reshard()

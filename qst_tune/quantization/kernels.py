@@ -13,9 +13,10 @@ kernels are used if they pass a comparison with the tables, at the first use of 
 (``find_fault``); if not, a warning names the difference, and the tables are used.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torchtune import utils
@@ -28,7 +29,20 @@ _MOST_TOKENS = 64
 # The first GPUs with bf16, which the kernels' tiles are made for.
 _OLDEST_GPU = (8, 0)
 
+FindFault: TypeAlias = Callable[[str], str | None]
+
 log = utils.get_logger("INFO")
+
+
+class _Allowed:
+    """Whether Triton's kernels may run in this process, on whichever thread."""
+
+    triton = True
+
+
+def allow_triton(allowed: bool) -> None:
+    """Let this process use Triton's kernels where it can, or nowhere."""
+    _Allowed.triton = allowed
 
 
 @lru_cache(maxsize=4)
@@ -40,20 +54,26 @@ def _runs_triton_on(device_type: str) -> bool:
     return passes_trial(device_type)
 
 
-def passes_trial(device_type: str) -> bool:
-    """Compare Triton's kernels with the tables on this device; a fault is logged."""
-    from qst_tune.quantization.triton_decoding import find_fault
+def passes_trial(device_type: str, find_fault: FindFault | None = None) -> bool:
+    """Compare Triton's kernels with torch on this device; a fault is logged.
 
+    ``find_fault`` None: those that decode, with the tables.
+    """
+    if find_fault is None:
+        from qst_tune.quantization import triton_decoding
+
+        find_fault = triton_decoding.find_fault
     fault = find_fault(device_type)
     if fault is not None:
-        log.warning(f"Triton's kernels are not used here, the slower tables are: {fault}")
+        slower = "torch's operations" if "fused" in find_fault.__module__ else "tables"
+        log.warning(f"Triton's kernels are not used here, the slower {slower} are: {fault}")
     return fault is None
 
 
 def runs_triton(codes: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether Triton's kernels decode these codes; an estimate's fake tensors are not decoded."""
     is_known = type(codes) is torch.Tensor and dtype in KERNEL_DTYPES
-    return is_known and _runs_triton_on(codes.device.type)
+    return _Allowed.triton and is_known and _runs_triton_on(codes.device.type)
 
 
 def triton_decodes_affine(

@@ -32,6 +32,7 @@ from qst_tune.modules.peqa_model import PEQAModel
 from qst_tune.modules.qst_classifier import QSTClassifier
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.modules.side.per_row import SideNetworks, share_backbone
+from qst_tune.quantization.kernels import allow_triton
 from qst_tune.results.description import (
     FORMATS,
     SIDE_NETWORK,
@@ -115,6 +116,7 @@ def load_tuned_model(cfg: TunedModelConfig, use: Use = "text") -> TunedModel:
     cfg = fetch_models(cfg)
     device = choose_device(cfg.device)
     dtype = choose_dtype(cfg.dtype, device)
+    allow_triton(cfg.triton_kernels)
     model = build_any_on_meta(cfg.model, dtype)
     _check_kind(model, f"model: {cfg.model._component_}", use)
     key = "side_network" if isinstance(model, QSTModel) else "scales"

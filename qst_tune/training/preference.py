@@ -114,10 +114,11 @@ def answer_log_probabilities(hidden: torch.Tensor, labels: torch.Tensor, head: A
     From the LM head's input ``[B, T, D]``, in which it is differentiable, and aligned labels ``[B,
     T]`` to nats ``[B]``, fp32.
     """
-    kept = labels != CROSS_ENTROPY_IGNORE_IDX
-    losses = linear_cross_entropy(hidden[kept], labels[kept], head)
-    rows = kept.nonzero()[:, 0]
-    return -losses.new_zeros(len(labels)).index_add(0, rows, losses)
+    batch_size, length = labels.shape
+    rows, columns = (labels != CROSS_ENTROPY_IGNORE_IDX).nonzero().unbind(-1)
+    tokens = rows * length + columns
+    losses = linear_cross_entropy(hidden.flatten(0, 1), labels.flatten(), head, rows=tokens)
+    return -losses.new_zeros(batch_size).index_add(0, rows, losses)
 
 
 def collate_preferences(rows: list[Any], *, pad_id: int) -> Batch:

@@ -26,6 +26,7 @@ from qst_tune.data.batches.training_data import TrainingData
 from qst_tune.distributed.processes import process_group, rank_and_world_size
 from qst_tune.errors import UserError
 from qst_tune.file_lock import only_process
+from qst_tune.quantization.kernels import allow_triton
 from qst_tune.results.output_directory import output_directory
 from qst_tune.results.start import Start, find_start
 from qst_tune.training.checkpoints import (
@@ -135,6 +136,7 @@ def run_environment(cfg: TrainingConfig) -> Iterator[tuple[torch.device, torch.d
     """
     device = choose_device(cfg.device)
     dtype = choose_dtype(cfg.dtype, device)
+    allow_triton(cfg.triton_kernels)
     with ExitStack() as stack:
         _enter_directory(stack, cfg)
         stack.enter_context(process_group(device))

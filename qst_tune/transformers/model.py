@@ -12,12 +12,12 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
 )
 
-from qst_tune.backbone.text_model import ScaledHead
 from qst_tune.errors import UserError
 from qst_tune.modules.backbone_formats import BaseQuantization
 from qst_tune.modules.loss import linear_cross_entropy
 from qst_tune.modules.qst_classifier import QSTClassifier
 from qst_tune.modules.qst_model import QSTModel
+from qst_tune.modules.scaled_head import ScaledHead
 from qst_tune.modules.side.config import SideConfig
 from qst_tune.results.tuned_directory import Provenance
 from qst_tune.transformers.config import QSTConfig
@@ -116,8 +116,9 @@ class QSTForCausalLM(QSTPreTrainedModel, GenerationMixin):
     ) -> torch.Tensor:
         """Cross entropy of the next tokens, without all logits at once."""
         shifted = labels[:, 1:].to(y_BTD.device)
-        kept = shifted != CROSS_ENTROPY_IGNORE_IDX
-        losses = linear_cross_entropy(y_BTD[:, :-1][kept], shifted[kept], self.model.output)
+        kept = shifted.flatten() != CROSS_ENTROPY_IGNORE_IDX
+        hidden, rows = y_BTD[:, :-1].flatten(0, 1), kept.nonzero()[:, 0]
+        losses = linear_cross_entropy(hidden, shifted.flatten(), self.model.output, rows=rows)
         count = kept.sum().clamp(min=1) if num_items is None else num_items
         return losses.sum() / torch.as_tensor(count, device=losses.device)
 

@@ -1,0 +1,178 @@
+"""Which modules of a transformers model run in Triton's kernels: those that compute what they do.
+
+There are some two hundred types, and names say little: whether a class fits is found out by
+running it on a few numbers, here on the CPU, to the bit.
+"""
+
+import inspect
+from collections.abc import Callable
+from functools import lru_cache, partial
+from types import FunctionType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from qst_tune.modules import fused_layers
+from qst_tune.modules.fused_layers import (
+    activation_name,
+    fuse_modules,
+    gated_mlp,
+    may_fuse,
+)
+
+_ROTARY = "apply_rotary_pos_emb"
+_EPSILONS = ("variance_epsilon", "eps")
+
+
+def fuse_transformers(root: nn.Module) -> None:
+    """Fuse the norms, gated MLPs and rotary embeddings below that the kernels equal."""
+    fuse_modules(root, _fused_of)
+    modules: Any = root.modules()
+    for module in modules:
+        kind: Any = type(module)
+        rebound = _with_fused_rotary(kind)
+        if rebound is not None:
+            vars(module)["forward"] = partial(rebound, module)
+
+
+def _fused_of(module: Any) -> Any:
+    kind: Any = type(module)
+    norm = _norm_kind(kind) if _is_norm(module) else None
+    if norm is not None:
+        return partial(_rms_norm, *norm)
+    if _is_gated(kind):
+        activation = activation_name(module.act_fn)
+        return activation and partial(_gated, activation)
+    return None
+
+
+def _waves(*shape: int) -> torch.Tensor:
+    """Values in bf16; none are random, so that the random numbers of a run stay the same."""
+    index = torch.arange(torch.Size(shape).numel(), dtype=torch.float32, device="cpu")
+    return index.mul_(0.37).sin_().view(shape).to(torch.bfloat16)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    names = [name for name, _ in module.named_parameters(recurse=False)]
+    return names == ["weight"] and any(hasattr(module, name) for name in _EPSILONS)
+
+
+@lru_cache(maxsize=256)
+@torch.no_grad()
+def _norm_kind(kind: Any) -> tuple[float, bool] | None:
+    """What is added to a norm's weight, and whether it rounds before the product; None: another."""
+    x, weight, eps = _waves(16, 64), _waves(64) + 0.5, 0.25
+    try:
+        with torch.device("cpu"):
+            module = kind(64)
+        for name in {*_EPSILONS} & {*vars(module)}:
+            setattr(module, name, eps)
+        module.weight = nn.Parameter(weight, requires_grad=False)
+        found = kind.forward(module, x)
+    except Exception:  # another signature, or other arguments
+        return None
+    h = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
+    for shift in (0.0, 1.0):
+        for rounds_first in (True, False):
+            rounded = h.to(x.dtype).float() if rounds_first else h
+            if torch.equal(found, (rounded * (weight.float() + shift)).to(x.dtype)):
+                return shift, rounds_first
+    return None
+
+
+def _rms_norm(shift: float, rounds_first: bool, module: Any, x: torch.Tensor) -> torch.Tensor:
+    if rounds_first and module.weight.dtype != x.dtype:  # torch's product has the wider dtype
+        plain: torch.Tensor = type(module).forward(module, x)
+        return plain
+    eps = next(getattr(module, name) for name in _EPSILONS if hasattr(module, name))
+    settings: Any = {"shift": shift, "rounds_first": rounds_first}
+    y: torch.Tensor = fused_layers.fused_kernels().rms_norm(x, module.weight, eps, **settings)
+    return y
+
+
+@lru_cache(maxsize=256)
+def _is_gated(kind: Any) -> bool:
+    """Whether a class computes down_proj(act_fn(gate_proj(x)) * up_proj(x))."""
+    x = _waves(3, 8).float()
+    parts: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "gate_proj": lambda h: h * 3,
+        "up_proj": lambda h: h + 2,
+        "down_proj": lambda h: h.flip(-1),
+        "act_fn": torch.sigmoid,
+    }
+    if "forward" not in vars(kind):
+        return False
+    try:
+        found = kind.forward(SimpleNamespace(**parts), x)
+    except Exception:  # it has other parts
+        return False
+    expected = (torch.sigmoid(x * 3) * (x + 2)).flip(-1)
+    return isinstance(found, torch.Tensor) and torch.equal(found, expected)
+
+
+def _gated(activation: str, module: Any, x: torch.Tensor) -> torch.Tensor:
+    return gated_mlp(module.gate_proj, module.up_proj, module.down_proj, activation, x)
+
+
+@lru_cache(maxsize=256)
+def _with_fused_rotary(kind: Any) -> Callable[..., Any] | None:
+    """Return the forward of a class with the kernel for its rotary embedding; None: it has none.
+
+    It is the class's own code with another function under the name of one global.
+    """
+    forward = vars(kind).get("forward")
+    if not isinstance(forward, FunctionType) or _ROTARY not in forward.__code__.co_names:
+        return None
+    rotary = forward.__globals__.get(_ROTARY)
+    if rotary is None or not _rotates_halves(rotary):
+        return None
+    names = {**forward.__globals__, _ROTARY: partial(_rotated, rotary)}
+    rebound = FunctionType(
+        forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__
+    )
+    rebound.__kwdefaults__ = forward.__kwdefaults__
+    return rebound
+
+
+@lru_cache(maxsize=256)
+def _rotates_halves(rotary: Callable[..., Any]) -> bool:
+    """Whether a function is Llama's rotary embedding of queries and keys."""
+    if list(inspect.signature(rotary).parameters)[:4] != ["q", "k", "cos", "sin"]:
+        return False
+    q, k = _waves(2, 4, 3, 8), _waves(2, 2, 3, 8) * 0.7
+    cos, sin = _waves(2, 3, 8), _waves(2, 3, 8) * 0.3
+    try:
+        found = rotary(q, k, cos, sin)
+    except Exception:  # other shapes
+        return False
+    expected = [_plainly_rotated(x, cos[:, None], sin[:, None]) for x in (q, k)]
+    return all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def _plainly_rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def _rotated(
+    rotary: Callable[..., tuple[torch.Tensor, ...]],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    **more: Any,
+) -> tuple[torch.Tensor, ...]:
+    """Rotate queries and keys ``[B, heads, T, H]`` in the kernel if it fits, else by ``rotary``."""
+    fits = (
+        not more
+        and q.ndim == 4
+        and cos.ndim == 3
+        and cos.dtype == sin.dtype == q.dtype == k.dtype
+        and cos.shape[1:] == (q.shape[2], q.shape[3]) == (k.shape[2], k.shape[3])
+        and len(cos) in (1, len(q))
+    )
+    if not (fits and may_fuse(q)):
+        return rotary(q, k, cos, sin, **more)
+    rotate_halves = fused_layers.fused_kernels().rotate_halves
+    return rotate_halves(q, cos, sin), rotate_halves(k, cos, sin)

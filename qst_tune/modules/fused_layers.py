@@ -1,0 +1,171 @@
+"""Frozen layers whose norms, rotary embeddings and gated MLPs run in Triton's kernels.
+
+On a device without them, where a gradient may be wanted, or while torch compiles, a module computes
+what its class does.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchtune.models.gemma.rms_norm import GemmaRMSNorm
+from torchtune.models.llama3_1 import Llama3ScaledRoPE
+from torchtune.modules import (
+    FeedForward,
+    RMSNorm,
+    RotaryPositionalEmbeddings,
+    TransformerSelfAttentionLayer,
+)
+
+from qst_tune.modules.batch_parts import where_of_rows
+from qst_tune.quantization.decoded_once import decoding_once, keeps_decoded
+from qst_tune.quantization.kernels import passes_trial, runs_triton
+from qst_tune.torchtune_compat import Mask
+
+# Tokens that go through a gated MLP at once, whose states are several times as wide as the model:
+# 23 tiles of 256. With 4096 tokens the products for 11008 channels end in a wave of few tiles on an
+# H100 or H200 (132 multiprocessors), with 8192 a step has 0.1 GiB more.
+MLP_TOKENS = 5888
+
+
+@lru_cache(maxsize=4)
+def _kernels_pass(device_type: str) -> bool:
+    from qst_tune.modules.fused_trial import find_fault
+
+    return passes_trial(device_type, find_fault)
+
+
+def fused_kernels() -> Any:
+    """Return the module of the kernels; not every installation has Triton."""
+    from qst_tune.modules import triton_kernels
+
+    return triton_kernels
+
+
+def runs_fused(x: torch.Tensor) -> bool:
+    """Whether the fused kernels compute with such a tensor here."""
+    return runs_triton(x, x.dtype) and _kernels_pass(x.device.type)
+
+
+def fuse_modules(root: nn.Module, fused_of: Callable[[nn.Module], Any]) -> None:
+    """Let the modules below compute ``fused_of(module)``, where it is not None, without gradients.
+
+    It gets the module and its arguments.
+    """
+    modules: Any = root.modules()
+    for module in modules:
+        fused = fused_of(module)
+        if fused is not None:
+            module.forward = partial(_fused_or_plain, module, fused)
+
+
+def may_fuse(x: torch.Tensor) -> bool:
+    """Whether the kernels may compute with ``x`` now: they have no gradient."""
+    is_plain = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return not is_plain and runs_fused(x)
+
+
+def _fused_or_plain(
+    module: nn.Module, fused: Callable[..., Any], *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    compute = fused if args and may_fuse(args[0]) else type(module).forward
+    output: torch.Tensor = compute(module, *args, **kwargs)
+    return output
+
+
+def fuse_torchtune(root: nn.Module) -> None:
+    """Fuse the modules of torchtune below."""
+    fuse_modules(root, _fused_of)
+
+
+def _fused_of(module: nn.Module) -> Any:
+    if isinstance(module, FeedForward):
+        activation = activation_name(module.activation)
+        return partial(_feed_forward, activation) if activation and module.w3 else None
+    kinds: dict[type, Any] = {
+        RMSNorm: _rms_norm,
+        GemmaRMSNorm: partial(_rms_norm, shift=1.0),
+        RotaryPositionalEmbeddings: _rotary,
+        Llama3ScaledRoPE: _rotary,
+    }
+    return kinds.get(type(module))
+
+
+def activation_name(activation: Any) -> str | None:
+    """Name an activation that the kernels have, or None; found out on a few numbers."""
+    x = torch.linspace(-4, 4, 33, device="cpu")
+    known: dict[str, Any] = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+    with torch.no_grad():
+        found = activation(x)
+        return next((name for name, f in known.items() if torch.equal(found, f(x))), None)
+
+
+def _rms_norm(module: Any, x: torch.Tensor, shift: float = 0.0) -> torch.Tensor:
+    y: torch.Tensor = fused_kernels().rms_norm(x, module.scale, module.eps, shift=shift)
+    return y
+
+
+def _rotary(module: Any, x: torch.Tensor, *, input_pos: torch.Tensor | None = None) -> torch.Tensor:
+    y: torch.Tensor = fused_kernels().rotate_pairs(x, module.cache, input_pos)
+    return y
+
+
+def _feed_forward(activation: str, module: Any, x: torch.Tensor) -> torch.Tensor:
+    return gated_mlp(module.w1, module.w3, module.w2, activation, x)
+
+
+def gated_mlp(
+    gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module, activation: str, x: torch.Tensor
+) -> torch.Tensor:
+    """Compute down(act(gate(x)) * up(x)) for ``x``, ``[..., D]``, some tokens at a time."""
+    gated = fused_kernels().gated
+
+    def compute(tokens: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = down_proj(gated(gate_proj(tokens), up_proj(tokens), activation))
+        return output
+
+    tokens = x.reshape(-1, x.shape[-1])
+    if len(tokens) <= MLP_TOKENS:
+        return compute(x)
+    output = torch.empty_like(tokens)
+    with decoding_once_for(len(tokens), MLP_TOKENS):
+        for start in range(0, len(tokens), MLP_TOKENS):
+            part = slice(start, start + MLP_TOKENS)
+            output[part] = compute(tokens[part])
+    return output.view(x.shape)
+
+
+def decoding_once_for(size: int, at_once: int) -> AbstractContextManager[None]:
+    """Keep decoded weights where so many rows or tokens run in more than one part."""
+    return nullcontext() if size <= at_once or keeps_decoded() else decoding_once()
+
+
+def is_plain_layer(layer: Any) -> bool:
+    """Whether :func:`run_layer` computes what a call does: no hook or other forward is on it."""
+    if type(layer) is not TransformerSelfAttentionLayer or "forward" in vars(layer):
+        return False
+    return not (layer._forward_hooks or layer._forward_pre_hooks)
+
+
+def run_layer(layer: Any, x: torch.Tensor, rows_at_once: int, **where: Mask | None) -> torch.Tensor:
+    """Run a layer of torchtune, its attention some rows and its MLP some tokens at a time.
+
+    So the weights of one of them are decoded at a time, and sums go where they stay.
+    """
+    h = torch.empty_like(x)
+    with decoding_once_for(len(x), rows_at_once):
+        for start in range(0, len(x), rows_at_once):
+            rows = slice(start, start + rows_at_once)
+            normed = layer.sa_norm(x[rows])
+            attended = layer.attn(normed, normed, **where_of_rows(where, rows, len(x)))
+            torch.add(layer.sa_scale(attended), x[rows], out=h[rows])
+    tokens = h.view(-1, h.shape[-1])
+    with decoding_once_for(len(tokens), MLP_TOKENS):
+        for start in range(0, len(tokens), MLP_TOKENS):
+            part = tokens[start : start + MLP_TOKENS]
+            part += layer.mlp_scale(layer.mlp(layer.mlp_norm(part)))
+    return h
