@@ -28,7 +28,7 @@ from benchmarks.gpu.decoded import generate
 from benchmarks.gpu.losses import loss
 from benchmarks.gpu.page import write_pages
 from benchmarks.gpu.pieces import pieces
-from benchmarks.gpu.rows import RESULTS, Row, add, circumstances, read
+from benchmarks.gpu.rows import EVERY, RESULTS, Row, add, circumstances, read
 from benchmarks.gpu.steps import compiled, dial, long, train
 from benchmarks.gpu.turns import one_line
 from benchmarks.gpu.unsloth import LIMIT_S, unsloth
@@ -83,7 +83,7 @@ def _rows(name: str, bench: Bench) -> Iterator[Row]:
         bench.begin(seconds)
         yield from section(bench)
     except Exception as error:  # whatever it is: the other sections go on
-        yield {"section": name, "method": "all", "shape": "all", "error": one_line(error)}
+        yield {"section": name, "method": EVERY, "shape": "", "error": one_line(error)}
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -14,7 +14,7 @@ from benchmarks.gpu.decoded import ALONE, PEFT, WITH_SIDE
 from benchmarks.gpu.losses import LOSSES
 from benchmarks.gpu.methods import DIAL, QST
 from benchmarks.gpu.pieces import DECODINGS, PRODUCTS
-from benchmarks.gpu.rows import Row
+from benchmarks.gpu.rows import EVERY, Row
 from benchmarks.gpu.steps import FLOOR
 from benchmarks.gpu.turns import NO_TIME
 from benchmarks.gpu.unsloth import UNSLOTH
@@ -56,7 +56,7 @@ class Figures:
             key = (row["section"], row["method"], row["shape"])
             if NO_TIME not in row.get("error", "") or key not in self.newest:
                 self.newest[key] = row
-        self.date = max(row["date"] for row in self.rows)
+        self.last = next((r for r in reversed(self.all) if r["section"] == "train"), rows[-1])
 
     def section(self, name: str) -> list[Row]:
         """Return the newest rows of a section."""
@@ -64,17 +64,21 @@ class Figures:
 
     def shapes(self, section: str) -> list[str]:
         """Return the shapes of a section, the smallest first."""
-        return sorted({row["shape"] for row in self.section(section)}, key=_size)
+        shapes = {row["shape"] for row in self.section(section) if row["method"] != EVERY}
+        return sorted(shapes, key=_size)
 
     def cell(self, section: str, method: str, shape: str, show: Cell) -> str:
-        """Return one figure, with its day if others are newer."""
+        """Return one figure, with its day or revision if QST was measured on another since."""
         row = self.newest.get((section, method, shape))
         if row is None:
             return ""
         if "error" in row:
             return f"failed: {row['error'].partition(':')[0]}"
         text = show(row)
-        return text if row["date"] == self.date else f"{text} ({row['date'][5:]})"
+        if row["date"] != self.last["date"]:
+            return f"{text} ({row['date'][5:]})"
+        is_last = row.get("revision") == self.last.get("revision")
+        return text if is_last else f"{text} ({row.get('revision')})"
 
 
 def _size(shape: str) -> int:
@@ -228,7 +232,7 @@ def _products(figures: Figures) -> str:
 
 def _where(figures: Figures) -> str:
     """What the newest rows were measured with."""
-    last = figures.rows[-1]
+    last = figures.last
     versions = ", ".join(f"{name} {text}" for name, text in last.get("versions", {}).items())
     return f"One {last['device']}, {last['date']}: torch {last['torch']}, {versions}."
 

@@ -12,6 +12,7 @@ import torch
 
 Row = dict[str, Any]
 RESULTS = Path(__file__).parents[1] / "results" / "gpu.jsonl"
+EVERY = "every method"  # of a section that failed as a whole
 PACKAGES = (
     "triton",
     "torchtune",

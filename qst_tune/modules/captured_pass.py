@@ -54,8 +54,8 @@ class CapturedPass:
     """``compute(**inputs)`` and its gradients for ``parameters``, recorded for inputs like these.
 
     ``tokens`` ``[B, T]`` are among the inputs; some output depends on the parameters. A backward
-    pass belongs to the last forward pass of all that share ``shared``. ValueError if what was
-    recorded gives other values than the plain pass before it.
+    pass belongs to the last forward pass of all that share ``shared``. In no-grad mode there is
+    none. ValueError if what was recorded gives other values than the plain pass before it.
     """
 
     def __init__(
@@ -69,17 +69,21 @@ class CapturedPass:
         self.compute, self.parameters, self.shared = compute, parameters, shared
         self.inputs = {name: value.clone() for name, value in inputs.items()}
         self._addresses = _addresses(parameters)
+        self._goes_back = torch.is_grad_enabled()
         self._outputs: tuple[torch.Tensor, ...] = ()
+        self.is_used = [False] * len(parameters)
         with recorder.same_random_numbers():
             recorder.rehearse(self._rehearse)
         expected = self._results()
         with recorder.same_random_numbers():
             self._replay_forward = recorder.record(self._forward)
-            self._replay_backward = recorder.record(self._backward)
+            if self._goes_back:
+                self._replay_backward = recorder.record(self._backward)
         self._outputs = ()  # what backward needs belongs to the graphs alone from now on
         with recorder.same_random_numbers():
             self._replay_forward()
-            self._replay_backward()
+            if self._goes_back:
+                self._replay_backward()
         if not all(map(torch.equal, self._results(), expected)):
             raise ValueError("a recorded pass gives other values than a plain one")
 
@@ -95,7 +99,8 @@ class CapturedPass:
         self.output_gradients = self.shared.like("gradients", wanted, num_tokens)
         _copy([output.detach() for output in self._outputs], self.outputs)
         _copy([output.detach() for output in wanted], self.output_gradients)  # any will do
-        self._backward()
+        if self._goes_back:
+            self._backward()
 
     def _forward(self) -> None:
         self._outputs = self.compute(**self.inputs)

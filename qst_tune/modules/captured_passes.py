@@ -1,8 +1,8 @@
 """Small batches whose shapes repeat run as CUDA graphs: two launches instead of thousands.
 
 A step of few tokens is limited by Python and launches, not by the device. Its forward and backward
-pass are recorded for each shape that has come up a few times, and replayed from then on: the same
-kernels in the same order, so the same bits.
+pass are recorded for each shape that has come up a few times, and replayed from then on, and so is
+the forward pass of validation: the same kernels in the same order, so the same bits.
 """
 
 import time
@@ -32,8 +32,8 @@ from qst_tune.torchtune_compat import Mask
 
 # With more the device is slower than Python.
 MOST_TOKENS = 4096
-# Padded to multiples of 16, rows of up to 512 tokens have 32 lengths.
-MOST_SHAPES = 32
+# Padded to multiples of 16, rows of up to 512 tokens have 32 lengths; to train and to validate.
+MOST_SHAPES = 64
 # Plain passes of a shape before it is recorded: what is made at first use exists by then.
 PLAIN_PASSES = 2
 
@@ -75,17 +75,20 @@ class CapturedPasses:
     ) -> tuple[torch.Tensor, ...]:
         """Return what ``compute(tokens, **where)`` does, with its gradients for ``parameters``.
 
-        ``recordable`` computes the same as a graph can hold it. ``state`` is equal where equal
-        inputs mean the same computation.
+        In no-grad mode there are none. ``recordable`` computes the same as a graph can hold it.
+        ``state`` is equal where equal inputs mean the same computation.
         """
         captured = self._captured(recordable, parameters, state, tokens, **where)
         if captured is None:
             return compute(tokens, **where)
+        inputs = {name: value for name, value in where.items() if isinstance(value, torch.Tensor)}
+        inputs["tokens"] = tokens
+        if not torch.is_grad_enabled():
+            return captured.forward(inputs)
         token = Unfinished()
         self._last = weakref.ref(token)
-        inputs = {name: value for name, value in where.items() if isinstance(value, torch.Tensor)}
         outputs: tuple[torch.Tensor, ...] = Replay.apply(  # type: ignore[no-untyped-call]
-            captured, {"tokens": tokens, **inputs}, [token], *parameters
+            captured, inputs, [token], *parameters
         )
         return outputs
 
@@ -104,13 +107,14 @@ class CapturedPasses:
                 inputs[name] = value
             elif value is not None:
                 return None
-        trains = torch.is_grad_enabled() and len(parameters) > 0
+        trains = torch.is_grad_enabled()
+        is_usual = (len(parameters) > 0 or not trains) and not torch.is_inference_mode_enabled()
         # What one pass keeps for its backward pass, the next one overwrites.
         is_free = self.fault is None and self._last() is None
-        if not (trains and is_free and tokens.numel() <= MOST_TOKENS):
+        if not (is_usual and is_free and tokens.numel() <= MOST_TOKENS):
             return None
         kinds = [(name, value.shape, value.dtype, value.device) for name, value in inputs.items()]
-        key = (state, *kinds)
+        key = (state, trains, *kinds)
         if key in self.passes and not self.passes[key].fits():
             del self.passes[key]
         if key not in self.passes and self._is_due(key):
@@ -139,9 +143,11 @@ class CapturedPasses:
             return
         self.passes[key] = captured
         rows, length = inputs["tokens"].shape
-        log.info(
-            f"batches of {rows} x {length} tokens run as a CUDA graph from now on: recorded in "
-            f"{time.perf_counter() - start:.1f} s, {device.pool_bytes() / 2**30:.2f} GiB for all"
+        what = "batches" if torch.is_grad_enabled() else "validation batches"
+        utils.log_rank_zero(
+            log,
+            f"{what} of {rows} x {length} tokens run as a CUDA graph from now on: recorded in "
+            f"{time.perf_counter() - start:.1f} s, {device.pool_bytes() / 2**30:.2f} GiB for all",
         )
 
     def _shared_by(self, parameters: Sequence[nn.Parameter]) -> SharedTensors:

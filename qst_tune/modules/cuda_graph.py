@@ -1,5 +1,6 @@
 """CUDA graphs: work on a device that is recorded once, and launched as a whole from then on."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 
@@ -26,7 +27,7 @@ class CudaGraphs:
         torch.cuda.empty_cache()  # memory of the usual stream is of no use in this one
         current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream), _waiting_forbidden():
+        with torch.cuda.stream(self._stream), _warnings_known(), _waiting_forbidden():
             work()
         current.wait_stream(self._stream)
 
@@ -36,7 +37,10 @@ class CudaGraphs:
         # Other threads, such as a logger's, are free to use the device meanwhile.
         mode = "thread_local"
         try:
-            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode=mode):
+            with (
+                _warnings_known(),
+                torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode=mode),
+            ):
                 work()
         except Exception:
             self._renew_generator()
@@ -63,6 +67,14 @@ class CudaGraphs:
         segments = torch.cuda.memory_snapshot()
         own = [part for part in segments if tuple(part["segment_pool_id"]) == tuple(self._pool)]
         return sum(part["total_size"] for part in own)
+
+
+@contextmanager
+def _warnings_known() -> Iterator[None]:
+    """Show no warning: work has warned when it was done plainly; torch calls this a prototype."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextmanager

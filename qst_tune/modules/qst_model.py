@@ -151,7 +151,7 @@ class QSTModel(nn.Module):
             compute,
             partial(self._run_saving_all, networks, compute),
             [p for network in networks for p in network.parameters() if p.requires_grad],
-            tuple(map(id, sides)),
+            (side.training, *map(id, sides)),
             tokens,
             **where,
         )
@@ -161,8 +161,9 @@ class QSTModel(nn.Module):
         side: Any = self.side
         keeps = self.hidden_state_cache is not None or self.shared_pass is not None
         is_alone = not keeps and not self.caches_are_enabled()
-        trains = side.rows_are_alike and side.training and not side.disabled
-        return is_alone and trains and not (side.lora is not None and side.lora.restores_dropout)
+        if not is_alone or not side.rows_are_alike or side.disabled:
+            return False
+        return side.lora is None or not side.lora.restores_dropout or not side.training
 
     def _run_saving_all(
         self,

@@ -96,8 +96,8 @@ def test_losses_and_gradients_of_all_steps_are_those_of_plain_passes(side, accum
     model = tiny_model(**side)
     with capturing(model) as device:
         assert_equal(steps(model, batches, accumulation), plain)
-    assert device.num_records == 2 * 2  # forward and backward, 2 x 11 and 2 x 16
-    assert device.num_replays == 2 * (4 + 2)  # each is compared once
+    assert device.num_records == (2 + 1) * 2  # to train and to validate, 2 x 11 and 2 x 16
+    assert device.num_replays == (2 + 1) * (4 + 2)  # each is compared once
     assert model.side.recompute
 
 
@@ -114,7 +114,7 @@ def test_on_a_gpu_graphs_give_the_same_bits(side):
     model.captured_passes = CapturedPasses()
     assert_equal(steps(model, batches), plain)
     assert model.captured_passes.fault is None
-    assert len(model.captured_passes.passes) == 2
+    assert len(model.captured_passes.passes) == 4
 
 
 def test_masks_and_positions_are_inputs_of_a_pass_not_part_of_it():
@@ -129,7 +129,7 @@ def test_masks_and_positions_are_inputs_of_a_pass_not_part_of_it():
     model = tiny_model()
     with capturing(model) as device:
         assert_equal(steps(model, batches), plain)
-    assert device.num_replays == 2 * (3 + 1)
+    assert device.num_replays == 3 * (3 + 1)
 
 
 def test_a_reference_model_is_captured_with_the_one_that_trains():
@@ -170,7 +170,7 @@ def passes_taken(model: QSTModel, batches: list[dict[str, Any]]) -> int:
     """How many of the batches were replayed."""
     with capturing(model) as device:
         steps(model, batches)
-    return (device.num_replays - device.num_records) // 2
+    return (device.num_replays - device.num_records) // 3  # forward, backward, validation
 
 
 def test_only_small_plain_training_passes_of_repeated_shapes_are_captured():
@@ -179,11 +179,12 @@ def test_only_small_plain_training_passes_of_repeated_shapes_are_captured():
     assert passes_taken(tiny_model(), same[:PLAIN_PASSES]) == 0
     with mock.patch(f"{MODULE}.MOST_TOKENS", 17):
         assert passes_taken(tiny_model(), same) == 0
-    with mock.patch(f"{MODULE}.MOST_SHAPES", 1):
+    with mock.patch(f"{MODULE}.MOST_SHAPES", 2):
         other = [batch((2, 10), number) for number in range(PLAIN_PASSES + 2)]
         assert passes_taken(tiny_model(), same + other) == 2
-    dropped_again = tiny_model(lora_layers=1, lora_dropout=0.1)
-    assert passes_taken(dropped_again, same) == 0  # backward would have to draw again
+    with capturing(drops_again := tiny_model(lora_layers=1, lora_dropout=0.1)) as device:
+        steps(drops_again, same)
+    assert device.num_records == 1  # of validation: backward would have to draw again
     disabled = tiny_model()
     disabled.side.disabled = True
     with capturing(disabled) as device:
@@ -209,7 +210,7 @@ def test_parameters_that_moved_are_captured_anew():
         weight = model.side.upsample.weight
         weight.data = weight.data * 2
         found = steps(model, batches)
-        assert device.num_records == 4
+        assert device.num_records == 2 * 3
         model.captured_passes = None
     plain_model = tiny_model()
     steps(plain_model, batches)

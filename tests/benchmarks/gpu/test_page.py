@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.gpu.page import PAGES, TABLES, Figures, with_tables
-from benchmarks.gpu.rows import Row, read
+from benchmarks.gpu.rows import EVERY, Row, read
 from benchmarks.gpu.turns import NO_TIME
 
 
@@ -29,6 +29,13 @@ def test_the_newest_row_counts_and_an_older_one_shows_its_day() -> None:
     )
 
 
+def test_a_figure_of_the_same_day_and_another_revision_shows_its_revision() -> None:
+    rows = [row("other", revision="old1234"), row(revision="new1234")]
+    figures = Figures(rows)
+    assert figures.cell("train", "other", "4 x 384", lambda r: "1 ms") == "1 ms (old1234)"
+    assert figures.cell("train", "QST", "4 x 384", lambda r: "1 ms") == "1 ms"
+
+
 def test_a_method_that_failed_shows_why_and_one_without_time_its_older_figure() -> None:
     rows = [row(ms=204.0), row(error=f"TimeoutError: {NO_TIME}"), row("PEFT", error="x")]
     figures = Figures(rows)
@@ -49,6 +56,12 @@ def test_text_outside_the_marks_stays() -> None:
     assert new.startswith("# A\n<!-- gpu: history -->\n| tokens | 2026-11-27, abc1234, H100 |\n")
     assert new.endswith("| 4 x 384 | 100 ms, 4.00 GiB |\n<!-- end -->\n\nB\n")
     assert with_tables(new, [row(revision="abc1234")]) == new
+
+
+def test_a_section_that_failed_as_a_whole_leaves_its_table_as_it_was() -> None:
+    rows = [row(), row(EVERY, shape="", error="RuntimeError: x")]
+    del rows[1]["ms"]
+    assert TABLES["train"](Figures(rows)) == TABLES["train"](Figures(rows[:1]))
 
 
 def test_every_table_can_be_written_without_rows_of_its_section() -> None:

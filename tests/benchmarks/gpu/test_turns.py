@@ -60,3 +60,53 @@ def test_no_step_begins_once_the_time_is_over(seconds: float) -> None:
     taken = take_turns([runner("late", calls.append)], [0, 1], CLOCK, Deadline(seconds))
     assert taken["late"].error == NO_TIME
     assert not calls
+
+
+class CountingClock(Clock):
+    """A device whose memory is a number that models and steps change."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.now = self.most = 0
+
+    def take(self, count: int) -> None:
+        self.now += count
+        self.most = max(self.most, self.now)
+
+    def allocated(self) -> int:
+        return self.now
+
+    def forget_peak(self) -> None:
+        self.most = self.now
+
+    def peak(self) -> int:
+        return self.most
+
+
+def test_a_peak_has_the_methods_own_weights_and_optimizer_and_nothing_of_the_others() -> None:
+    clock = CountingClock()
+
+    def method(name: str, weights: int, optimizer: int, activations: int) -> Runner:
+        def hold() -> Held:
+            clock.take(weights)
+            return Held(None, weights)
+
+        def make_step(model: Any) -> Callable[[Any], object]:
+            steps: list[int] = []
+
+            def step(value: int) -> None:
+                clock.take(activations * value)
+                clock.take(-activations * value)
+                if not steps:  # as AdamW does at its first step
+                    clock.take(optimizer)
+                steps.append(value)
+
+            return step
+
+        return Runner(name, hold, make_step)
+
+    runners = [method("a", 1000, 100, 10), method("b", 5000, 300, 50)]
+    taken = take_turns(runners, [1, 1, 2], clock, Deadline(60))
+    assert taken["a"].peak_bytes == 1000 + 100 + 2 * 10
+    assert taken["b"].peak_bytes == 5000 + 300 + 2 * 50
+    assert [runner.own_bytes for runner in runners] == [1100, 5300]
