@@ -69,6 +69,27 @@ def test_what_a_pass_returned_stays_when_another_runs(parameters):
     assert all(torch.equal(*pair) for pair in zip(kept, (*outputs, gradient), strict=True))
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_pass_that_overflows_is_recorded_all_the_same(parameters, value):
+    with torch.no_grad():
+        parameters[0].fill_(value)
+    one = captured(parameters)
+    given = inputs() | {"tokens": torch.zeros(2, 3, dtype=torch.long)}
+    found, plain = replay(one, given), compute_with(parameters)(**given)
+    torch.testing.assert_close(found, plain, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+def test_in_no_grad_mode_only_the_forward_pass_is_recorded(parameters):
+    device = StandInGraphs()
+    shared = SharedTensors(parameters, most_tokens=20)
+    with torch.no_grad():
+        one = CapturedPass(compute_with(parameters), inputs(), parameters, shared, device)
+    assert device.num_records == 1
+    given = inputs()
+    plain = compute_with(parameters)(**given)
+    assert all(torch.equal(*pair) for pair in zip(one.forward(given), plain, strict=True))
+
+
 def test_a_pass_no_longer_fits_parameters_that_have_moved(parameters):
     one = captured(parameters)
     with torch.no_grad():

@@ -15,9 +15,11 @@ from qst_tune.modules import LinearCrossEntropyLoss
 from qst_tune.modules.captured_passes import PLAIN_PASSES, CapturedPasses
 from qst_tune.modules.loss import connect_loss, next_token_loss
 from qst_tune.modules.qst_model import QSTModel
-from qst_tune.training.methods import parameter_groups
+from qst_tune.training.methods import load_qst, parameter_groups
+from tests.support.checkpoints import finetune_config
 from tests.support.model_types import tiny_model as tiny_model_of
 from tests.support.numbers import random_tokens, randomize_, tiny_backbone
+from tests.support.recipe_runs import finetune
 from tests.support.stand_in_graphs import StandInGraphs, stand_in_passes
 
 SHAPES = [(2, 11), (2, 16), (2, 11), (2, 11), (2, 16), (2, 11), (2, 16), (1, 16), (2, 11)]
@@ -130,6 +132,28 @@ def test_masks_and_positions_are_inputs_of_a_pass_not_part_of_it():
     with capturing(model) as device:
         assert_equal(steps(model, batches), plain)
     assert device.num_replays == 3 * (3 + 1)
+
+
+def test_a_captured_run_that_was_resumed_has_the_bytes_of_a_plain_one(tmp_path, monkeypatch):
+    config = finetune_config(tmp_path)
+    settings = ("model.dropout=0.1", "epochs=7", "shuffle=False")
+    plain = finetune(config, tmp_path / "plain", *settings)
+
+    devices = []
+
+    def load_and_capture(*args: Any, **kwargs: Any) -> Any:
+        method = load_qst(*args, **kwargs)
+        method.model.captured_passes, device = stand_in_passes()
+        devices.append(device)
+        return method
+
+    monkeypatch.setattr("qst_tune.recipes.qst_finetune.load_qst", load_and_capture)
+    finetune(config, tmp_path / "run", *settings, "epochs=4")
+    resumed = finetune(config, tmp_path / "run", *settings, "resume_from_checkpoint=True")
+    assert [device.num_replays > 0 for device in devices] == [True, True]
+    assert torch.equal(resumed.train_loss, plain.train_loss)
+    assert resumed.val_loss == plain.val_loss
+    assert resumed.weights_file.read_bytes() == plain.weights_file.read_bytes()
 
 
 def test_a_reference_model_is_captured_with_the_one_that_trains():
