@@ -1,6 +1,7 @@
 """Our methods: a QST model over random NF4 weights, and the step that the recipe takes."""
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from qst_tune.modules import LinearCrossEntropyLoss
 from qst_tune.modules.captured_passes import MOST_TOKENS, PLAIN_PASSES, CapturedPasses
 from qst_tune.modules.loss import connect_loss
 from qst_tune.modules.qst_model import QSTModel
+from qst_tune.quantization.kernels import allow_triton
 from qst_tune.training.language_modelling import NextTokenTask
 from qst_tune.training.methods import TunedMethod, scale_rates
 from qst_tune.training.trainer import Trainer
@@ -77,6 +79,31 @@ def recipe_step(model: QSTModel) -> Step:
                 pass  # another run over the same backbone would take its turn here
 
     return step
+
+
+def plain_step(model: QSTModel) -> Step:
+    """Take the same step without Triton's kernels and captured passes, as on other devices."""
+    take = recipe_step(model)
+
+    def step(batch: Batch) -> None:
+        captured, model.captured_passes = model.captured_passes, None
+        try:
+            with without_triton():
+                take(batch)
+        finally:
+            model.captured_passes = captured
+
+    return step
+
+
+@contextmanager
+def without_triton() -> Iterator[None]:
+    """Compute with torch's operations alone."""
+    allow_triton(False)
+    try:
+        yield
+    finally:
+        allow_triton(True)
 
 
 def _not_used() -> Any:

@@ -15,7 +15,7 @@ from benchmarks.gpu.losses import LOSSES
 from benchmarks.gpu.methods import DIAL, QST
 from benchmarks.gpu.pieces import DECODINGS, PRODUCTS
 from benchmarks.gpu.rows import EVERY, Row
-from benchmarks.gpu.steps import FLOOR
+from benchmarks.gpu.steps import FLOOR, PLAIN
 from benchmarks.gpu.turns import NO_TIME
 from benchmarks.gpu.unsloth import UNSLOTH
 
@@ -150,7 +150,7 @@ def _first(figures: Figures) -> str:
 
 
 def _train(figures: Figures) -> str:
-    methods = (QST, *_PEERS, UNSLOTH)
+    methods = (QST, PLAIN, *_PEERS, UNSLOTH)
     head, *lines = _grid(figures, "train", methods, _step, "tokens")
     for line in lines:
         line.append(figures.cell("train", FLOOR, line[0], _milliseconds))

@@ -1,10 +1,8 @@
 """Section ``pieces``: decoding of one weight and products with it, by our kernels and others'."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +10,9 @@ from torch import nn
 
 from benchmarks.backbones import DTYPE
 from benchmarks.gpu.bench import Bench, Row, Run
+from benchmarks.gpu.ours import without_triton
 from qst_tune.modules.backbone_formats import BaseQuantization, quantize_linears
 from qst_tune.modules.nf4_linear import NF4Linear
-from qst_tune.quantization import kernels
 from qst_tune.quantization.nf4 import dequantize_nf4
 
 NF4, TABLES = "decode NF4", "decode NF4, tables"
@@ -22,13 +20,6 @@ OTHERS = ("decode NF4, bitsandbytes", "decode NF4, torchao", "decode NF4, torcha
 FORMATS: tuple[BaseQuantization, ...] = ("fp4", "int8", "int4")
 DECODINGS = (NF4, TABLES, *OTHERS, *(f"decode {name}" for name in FORMATS))
 PRODUCTS = ("bf16", "NF4", "bitsandbytes NF4")
-
-
-@contextmanager
-def tables() -> Iterator[None]:
-    """Decode without Triton's kernels."""
-    with mock.patch.object(kernels, "_runs_triton_on", return_value=False):
-        yield
 
 
 @torch.no_grad()
@@ -55,11 +46,11 @@ def _decoding(bench: Bench, shape: str, dense: torch.Tensor, linear: NF4Linear) 
     weight: Any = linear.weight
     decoded = dequantize_nf4(weight)
     run = partial(dequantize_nf4, weight)
-    with tables():
+    with without_triton():
         is_equal = torch.equal(decoded, run())
     ours = {NF4: lambda: run}
     yield from bench.kernels("pieces", shape, ours, bit_equal_to_tables=is_equal)
-    with tables():
+    with without_triton():
         slow = list(bench.kernels("pieces", shape, {TABLES: lambda: run}))
     yield from slow
     others = (

@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from benchmarks.gpu import peers
 from benchmarks.gpu.bench import Bench, Row
 from benchmarks.gpu.methods import DIAL, QST
+from benchmarks.gpu.ours import plain_step
 
+PLAIN = "QST, neither Triton nor CUDA graphs"
 FLOOR = "products of one forward pass alone"
 # Steps of so many tokens take seconds in some methods, and differ by 0.1 %.
 MANY_TOKENS = 20_000
@@ -15,6 +17,7 @@ def train(bench: Bench) -> Iterator[Row]:
     """Measure every method at each shape, except the one that compiles."""
     methods = [QST, peers.TORCHTUNE, peers.PEFT_LIGER, peers.PEFT]
     runners = [bench.trainee(method) for method in methods]
+    runners.insert(1, bench.runner(PLAIN, plain_step, QST))
     for shape in bench.sizes.shapes:
         yield _floor(bench, shape)
         yield from bench.steps("train", runners, shape, _rounds(bench, shape))
