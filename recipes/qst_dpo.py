@@ -43,7 +43,7 @@ def main(raw: DictConfig) -> None:
         run.report(model, data)
         if cfg.dry_run:
             if run.is_main:
-                print(describe_run(cfg, data, run.device, run.dtype))
+                print(describe_run(cfg, data, run.device, run.dtype, trials.configs))
             return
         if run.trials:
             each = build_trials(run, trials.settings, model, task, data, is_preference=True)

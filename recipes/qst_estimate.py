@@ -15,7 +15,7 @@ import torch
 from omegaconf import DictConfig
 from torchtune import utils
 
-from qst_tune.config.check import read_config
+from qst_tune.config.check import read_config, read_trials
 from qst_tune.config.cli import run_recipe
 from qst_tune.config.device import AUTO, DTYPE_NAMES
 from qst_tune.config.model_directory import fetch_models
@@ -34,6 +34,7 @@ from qst_tune.estimation.estimate import (
 from qst_tune.estimation.fake_device import DeviceType
 from qst_tune.estimation.spread import Spread
 from qst_tune.estimation.step import Shape, own_setup
+from qst_tune.estimation.trials import TrialsCost, trials_cost
 from qst_tune.results.output_directory import output_directory
 
 log = utils.get_logger("INFO")
@@ -91,8 +92,22 @@ def depths_asked(cfg: EstimateConfig, asked: Question) -> Depths | None:
     return depths_of(asked, lambda k: own_setup(cfg, dtype, k)) if cfg.depths else None
 
 
+def trials_asked(cfg: EstimateConfig, asked: Question) -> TrialsCost | None:
+    """Return what the config's trials cost, if it has any."""
+    trials = read_trials(cfg)
+    if not trials.configs:
+        return None
+    dtype = dtype_of(cfg.dtype)
+    return trials_cost(trials.configs, dtype, asked.shape, asked.device, asked.attention)
+
+
 def report(
-    cfg: EstimateConfig, asked: Question, row: Row, spread: str | None, depths: Depths | None
+    cfg: EstimateConfig,
+    asked: Question,
+    row: Row,
+    spread: str | None,
+    depths: Depths | None,
+    trials: TrialsCost | None = None,
 ) -> str:
     """Write the answer as text: the table, and a line for each further question."""
     batch_size, seq_len = asked.shape.batch_size, asked.shape.seq_len
@@ -105,6 +120,8 @@ def report(
         lines.append(spread)
     if depths:
         lines.append(f"{depths.table()}\n")
+    if trials:
+        lines.append(trials.line(asked.fit_gib))
     if asked.fit_gib:
         lines.append(
             f"largest batch of {seq_len} tokens a row that fits in {asked.fit_gib:g} GiB: "
@@ -136,8 +153,10 @@ def main(raw: DictConfig) -> None:
     asked = question_of(cfg)
     with output_directory(cfg.output_dir) as directory:
         (row, spread), depths = asked.answer(), depths_asked(cfg, asked)
-        print(report(cfg, asked, row, spread, depths))
-        write(directory, row, settings_of(cfg, asked), depths.figures() if depths else {})
+        trials = trials_asked(cfg, asked)
+        print(report(cfg, asked, row, spread, depths, trials))
+        more = {**(depths.figures() if depths else {}), **(trials.figures() if trials else {})}
+        write(directory, row, settings_of(cfg, asked), more)
     print(f"{directory / JSON_FILE} written")
 
 

@@ -1,7 +1,6 @@
 """Find the mistakes of a config before anything heavy loads; report all of them at once."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -51,7 +50,7 @@ def read_config(
     return typed(raw, schema)
 
 
-def read_trials(cfg: TrainingConfig, refused: Mapping[str, str] | None = None) -> Trials:
+def read_trials(cfg: ConfigT, refused: Mapping[str, str] | None = None) -> Trials[ConfigT]:
     """Return the trials of a training config, with the config that each has alone; perhaps none.
 
     Trial n is the run in ``output_dir/trials/n``. ConfigError with all mistakes, UserError if they
@@ -59,20 +58,21 @@ def read_trials(cfg: TrainingConfig, refused: Mapping[str, str] | None = None) -
     """
     raw = cfg.raw
     if raw.get("trials") is None:
-        return Trials(())
-    check_comparable(raw)
-    trials = parse_trials(raw.trials)
+        return Trials()
+    if isinstance(cfg, TrainingConfig):
+        check_comparable(raw)
+    each, halving = parse_trials(raw.trials)
     found, problems = [], []
-    for number, settings in enumerate(trials.settings, start=1):
+    for number, settings in enumerate(each, start=1):
         try:
             one = trial_config(raw, settings, number)
-            found.append(read_config(one, TrainingConfig, refused))
+            found.append(read_config(one, type(cfg), refused))
         except ConfigError as error:
             named = f"trial {number} ({title(settings)})"
             problems += [Problem("trials", f"{named}: {p.text}") for p in error.problems]
     if problems:
         raise ConfigError(problems)
-    return replace(trials, configs=tuple(found))
+    return Trials(each, halving, tuple(found))
 
 
 def config_problems(raw: DictConfig, keys: Keys) -> list[Problem]:

@@ -236,6 +236,7 @@ class EstimateConfig(RecipeConfig):
     gradient_accumulation_steps: int = training_key("gradient_accumulation_steps")
     side_network: Path | None = training_key("side_network")
     reference: Literal["start", "backbone"] | None = training_key("reference")
+    trials: Blocks | None = training_key("trials")
 
 
 # What one training step is made from.

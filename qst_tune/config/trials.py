@@ -13,12 +13,13 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Generic, TypeAlias
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from qst_tune.config.file import PlainConfig
-from qst_tune.config.schema import TRAINING_KEYS, TrainingConfig
+from qst_tune.config.keys import ConfigT
+from qst_tune.config.schema import TRAINING_KEYS
 from qst_tune.errors import UserError, did_you_mean, nearest, question
 from qst_tune.modules.side.config import SIDE_PARAMETERS
 
@@ -52,16 +53,21 @@ class Halving:
 
 
 @dataclass(frozen=True)
-class Trials:
+class Trials(Generic[ConfigT]):
     """What differs from trial to trial, in the order of their numbers from 1."""
 
-    settings: tuple[Settings, ...]
+    settings: tuple[Settings, ...] = ()
     halving: Halving | None = None
-    configs: tuple[TrainingConfig, ...] = ()  # of each trial by itself
+    configs: tuple[ConfigT, ...] = ()  # of each trial by itself
 
 
-def parse_trials(block: DictConfig | ListConfig) -> Trials:
-    """Read the key ``trials``; UserError for what is no choice of trials, or may not vary."""
+def parse_trials(
+    block: DictConfig | ListConfig,
+) -> tuple[tuple[Settings, ...], Halving | None]:
+    """Read the key ``trials``: what differs in each, and when they are given up.
+
+    UserError for what is no choice of trials, or may not vary.
+    """
     plain: Any = OmegaConf.to_container(block, resolve=True)
     if isinstance(plain, list):
         plain = {"list": plain}
@@ -79,7 +85,7 @@ def parse_trials(block: DictConfig | ListConfig) -> Trials:
         )
     settings = list(itertools.islice(_EXPAND[ways[0]](plain[ways[0]]), MOST_TRIALS + 1))
     _check(settings)
-    return Trials(tuple(settings), _halving(plain.get("halving")))
+    return tuple(settings), _halving(plain.get("halving"))
 
 
 def trial_config(raw: DictConfig, settings: Settings, number: int) -> DictConfig:
@@ -92,7 +98,7 @@ def trial_config(raw: DictConfig, settings: Settings, number: int) -> DictConfig
     for name, value in settings.items():
         OmegaConf.update(one, name, value, force_add=True)
     if "seed" in settings and one.get("data_seed") is None:
-        one.data_seed = raw.seed
+        one.data_seed = raw.get("seed")
     one.output_dir = f"{raw.output_dir}/{TRIALS_DIRECTORY}/{number}"
     return one
 

@@ -1,5 +1,7 @@
 """What ``dry_run`` of a training recipe prints."""
 
+from collections.abc import Sequence
+
 import torch
 
 from qst_tune.config.schema import TrainingConfig
@@ -10,14 +12,19 @@ from qst_tune.errors import UserError
 from qst_tune.estimation.estimate import DEFAULT_SEQ_LEN, Question, table
 from qst_tune.estimation.spread import Spread
 from qst_tune.estimation.step import Shape, own_setup
+from qst_tune.estimation.trials import trials_cost
 
 
 def describe_run(
-    cfg: TrainingConfig, data: TrainingData, device: torch.device, dtype: torch.dtype
+    cfg: TrainingConfig,
+    data: TrainingData,
+    device: torch.device,
+    dtype: torch.dtype,
+    trials: Sequence[TrainingConfig] = (),
 ) -> str:
     """Describe a run that would begin now, for ``dry_run``: its steps, rows and peak memory.
 
-    UserError if memory on the device cannot be estimated.
+    UserError if memory on the device cannot be estimated, or so many ``trials`` do not fit on it.
     """
     schedule = schedule_of(cfg, data.train)
     num_validation = len(data.validation.dataset) if data.validation else 0
@@ -40,4 +47,10 @@ def describe_run(
         "GiB (2^30 bytes)",
         table([row]),
     ]
-    return "\n".join([*lines, spread] if spread else lines)
+    if spread:
+        lines.append(spread)
+    if trials:
+        cost = trials_cost(trials, dtype, shape, question.device)
+        cost.check(device)
+        lines.append(cost.line())
+    return "\n".join(lines)

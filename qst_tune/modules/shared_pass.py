@@ -1,11 +1,12 @@
 """One frozen pass of a batch for several side networks that take turns over one backbone."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from qst_tune.modules.backbone import Visit
+from qst_tune.modules.side.compute import normalized
 from qst_tune.modules.side.network import SideNetwork
 from qst_tune.torchtune_compat import Mask
 
@@ -29,12 +30,17 @@ def frozen_part(sides: Iterable[SideNetwork]) -> tuple[list[int], int | None]:
 
 @dataclass
 class _Pass:
-    """The states of one pass by number, the last one of the whole model under None."""
+    """What is kept of one pass: the states that side networks read, and those that passes end with.
+
+    They are found by number; f of the whole model by None.
+    """
 
     tokens: torch.Tensor
     where: dict[str, Mask | None]
-    states: dict[int | None, tuple[torch.Tensor, int]]  # with its version
     readers: int  # that have not read them yet
+    shown: dict[int, torch.Tensor] = field(default_factory=dict)
+    ends: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    versions: dict[int, int] = field(default_factory=dict)
 
     def is_of(self, tokens: torch.Tensor, where: dict[str, Mask | None]) -> bool:
         """Whether it was of this batch; positions tell packed batches with a BlockMask apart."""
@@ -42,10 +48,15 @@ class _Pass:
             _is_same(self.where.get(name), where.get(name)) for name in {*self.where, *where}
         )
 
-    def read(self, number: int | None) -> torch.Tensor:
-        """Return a state; the last reader frees it."""
-        state, version = self.states[number] if self.readers else self.states.pop(number)
-        assert state._version == version, "a frozen layer has changed a state in place"
+    def keep(self, number: int, state: torch.Tensor) -> None:
+        """Keep a state that networks read."""
+        self.shown[number], self.versions[number] = state, state._version
+
+    def read(self, number: int) -> torch.Tensor:
+        """Return a state that networks read; the last reader frees it."""
+        state = self.shown[number] if self.readers else self.shown.pop(number)
+        changed = state._version != self.versions[number]
+        assert not changed, "a frozen layer has changed a state in place"
         return state
 
 
@@ -55,12 +66,15 @@ class SharedPass:
     Nothing in the frozen layers of QST trains, so the first network's pass over a batch serves all:
     what the others read is the same memory. ``begin`` forgets a batch, and its last reader frees
     each state as it reads it. So ``states B T D`` numbers are kept, of one batch, however many
-    networks there are. ``sides`` may read different layers and have LoRA in different ones. Not in
-    the paper.
+    networks there are; and none that the running network does not save itself, if all of them
+    normalise (``normalize_hidden``) and save what they read: that is one tensor for all. ``sides``
+    may read different layers and have LoRA in different ones. Not in the paper.
     """
 
     def __init__(self, sides: Sequence[SideNetwork]) -> None:
         self.taps, self.until = frozen_part(sides)
+        self.firsts = {side.lora.first for side in sides if side.lora is not None}
+        self.normalizes = all(side.config.normalize_hidden for side in sides if side.layers)
         self.readers = 1
         self.num_passes = 0  # that were computed
         self._passes: list[_Pass] = []
@@ -86,9 +100,9 @@ class SharedPass:
             self.num_passes += 1
             if self.readers == 1:
                 return compute(taps=taps, visit=visit, until=until)
-            return self._keep(compute, _Pass(tokens, where, {}, self.readers), taps, visit, until)
+            return self._keep(compute, _Pass(tokens, where, self.readers), taps, visit, until)
         found.readers -= 1
-        last_BTD = found.states[until][0]
+        last_BTD = found.ends[until]
         for tap in taps:
             visit(found.read(tap))
         if not found.readers:
@@ -107,15 +121,18 @@ class SharedPass:
 
         def show(h_BTD: torch.Tensor) -> None:
             number = next(numbers)
-            kept.states[number] = h_BTD, h_BTD._version
+            if number in self.firsts:
+                kept.ends[number] = h_BTD
+            if self.normalizes:
+                h_BTD = normalized(h_BTD)
+            kept.keep(number, h_BTD)
             if number in taps:
                 visit(h_BTD)
 
-        last_BTD = compute(taps=self.taps, visit=show, until=self.until)
-        kept.states[self.until] = last_BTD, last_BTD._version
+        kept.ends[self.until] = compute(taps=self.taps, visit=show, until=self.until)
         kept.readers -= 1
         self._passes.append(kept)
-        return kept.states[until][0]
+        return kept.ends[until]
 
 
 def _is_same(one: object, other: object) -> bool:

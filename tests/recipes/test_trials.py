@@ -16,6 +16,7 @@ from qst_tune.modules.torchtune_backbone import TorchtuneBackbone
 from tests.support.checkpoints import Config
 from tests.support.methods import METHODS
 from tests.support.nine_steps import RESUME, SETTINGS, nine_steps_config
+from tests.support.ranks import finetune_on
 from tests.support.recipe_runs import FinetuneResult, finetune, merged
 
 DIVERGING: dict[str, Any] = {"optimizer.lr": 1e30}
@@ -249,3 +250,18 @@ def test_kept_states_on_disk_are_read_once_a_batch(
         alone(nine_steps, tmp_path / str(number), own, *SETTINGS, cache)
     for number in ("1", "2", "3"):
         assert_same(tmp_path / "sweep/trials" / number, tmp_path / number)
+
+
+@pytest.mark.parametrize("sharding", ["full", pytest.param("null", marks=pytest.mark.slow)])
+def test_two_processes_have_the_trials_of_two_processes(
+    sharding: str, nine_steps: Config, tmp_path: Path
+) -> None:
+    trials: list[dict[str, Any]] = [{"optimizer.lr": 1e-3}, DIVERGING, {"model.lora_layers": 1}]
+    how = [*SETTINGS, f"backbone_sharding={sharding}", "gradient_accumulation_steps=1", "epochs=2"]
+    finetune_on(2, {**nine_steps, "trials": trials}, tmp_path / "sweep", *how)
+    for number in (1, 3):
+        settings = [f"{name}={value}" for name, value in trials[number - 1].items()]
+        finetune_on(2, nine_steps, tmp_path / str(number), *how, *settings)
+        assert_same(tmp_path / "sweep/trials" / str(number), tmp_path / str(number))
+    rows = json.loads((tmp_path / "sweep/trials.json").read_text())["trials"]
+    assert rows[1]["end"].startswith("failed: step")

@@ -2,15 +2,32 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 from torch.utils.checkpoint import checkpoint
 
 from qst_tune.torchtune_compat import Mask
 
+# torch's default for bf16, 0.008, is as large as the mean square of some embeddings.
+_NORM_EPS = 1e-6
 # Channels a head: torch's flex_attention refuses fewer (torch 2.11, CUDA).
 _NARROWEST_FLEX_HEAD = 16
+
+
+def normalized(h: torch.Tensor) -> torch.Tensor:
+    """Divide each token's state by its root mean square; what this has returned stays as it is.
+
+    So side networks that read one batch in turn share what they save of it.
+    """
+    if getattr(h, "is_normalized", False):
+        return h
+    divided: Any = F.rms_norm(h, h.shape[-1:], eps=_NORM_EPS)
+    divided.is_normalized = True
+    result: torch.Tensor = divided
+    return result
 
 
 def compute_like(

@@ -9,21 +9,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from qst_tune.modules.backbone import Backbone
 from qst_tune.modules.lora import LastLayersLoRA
 from qst_tune.modules.lora_targets import chosen_linears
-from qst_tune.modules.side.compute import compute_like
+from qst_tune.modules.side.compute import compute_like, normalized
 from qst_tune.modules.side.config import SideConfig
 from qst_tune.modules.side.downsample import Saved, build_downsample
 from qst_tune.modules.side.gate import Gate
 from qst_tune.modules.side.output_mix import build_output_mix
 from qst_tune.torchtune_compat import Mask
-
-# torch's default for bf16, 0.008, is as large as the mean square of some embeddings.
-_NORM_EPS = 1e-6
 
 
 class ZeroLinear(nn.Linear):
@@ -215,7 +211,7 @@ class SideNetwork(nn.Module):
     def _read(self, downsample: Any, h_BTD: torch.Tensor) -> Saved:
         """What backward needs of a hidden state."""
         if self.config.normalize_hidden:
-            h_BTD = F.rms_norm(h_BTD, h_BTD.shape[-1:], eps=_NORM_EPS)
+            h_BTD = normalized(h_BTD)
         read: Saved = downsample.read(h_BTD)
         return read
 
