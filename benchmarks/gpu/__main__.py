@@ -37,7 +37,7 @@ from benchmarks.methods import ignore_known_warnings
 Section = Callable[[Bench], Iterator[Row]]
 # With the seconds that each may take, by and large: what has begun is finished.
 SECTIONS: dict[str, tuple[Section, float]] = {
-    "train": (train, 100),
+    "train": (train, 110),
     "generate": (generate, 25),
     "loss": (loss, 10),
     "pieces": (pieces, 20),

@@ -233,8 +233,9 @@ def _products(figures: Figures) -> str:
 def _where(figures: Figures) -> str:
     """What the newest rows were measured with."""
     last = figures.last
-    versions = ", ".join(f"{name} {text}" for name, text in last.get("versions", {}).items())
-    return f"One {last['device']}, {last['date']}: torch {last['torch']}, {versions}."
+    others = (f"{name} {text}" for name, text in last.get("versions", {}).items())
+    packages = ", ".join([f"torch {last['torch']}", *others])
+    return f"One {last['device']}, {last['date']}, revision {last.get('revision')}: {packages}."
 
 
 def _split(grid: list[list[str]]) -> tuple[list[str], list[list[str]]]:
