@@ -24,6 +24,7 @@ from torchtune.modules import FeedForward, MultiHeadAttention, RMSNorm, RotaryPo
 from qst_tune.modules.nf4_linear import NF4Linear
 from qst_tune.modules.peqa_linear import PEQALinear
 from qst_tune.quantization.decoded_once import Decoded
+from qst_tune.quantization.few_tokens import nf4_product
 from qst_tune.quantization.kernels import has_int8_kernel
 
 Forward: TypeAlias = Callable[..., torch.Tensor]
@@ -103,6 +104,8 @@ def _of_layer(module: Any, about: _Model) -> Forward | None:
 
 
 def _of_part(module: Any, about: _Model) -> Forward | None:
+    if type(module) is NF4Linear and not about.is_cpu:
+        return partial(_few_tokens, module)
     if isinstance(module, nn.Linear):
         return _dense(module, about)
     if not about.is_cpu:  # a GPU has kernels for these
@@ -188,6 +191,15 @@ def _attention(
 def _turned(module: Any, state: torch.Tensor, input_pos: torch.Tensor) -> torch.Tensor:
     turn = module.pos_embeddings
     return state if turn is None else turn(state, input_pos=input_pos)
+
+
+def _few_tokens(module: NF4Linear, x: torch.Tensor) -> torch.Tensor:
+    y = nf4_product(x, module.weight)
+    if y is None:
+        return NF4Linear.forward(module, x)
+    if module.repair is not None:
+        y = module.repair(x, y)
+    return y if module.bias is None else y + module.bias
 
 
 def _feed_forward(module: Any, together: _Linear, x: torch.Tensor) -> torch.Tensor:
