@@ -93,17 +93,18 @@ class _Linear:
         return F.linear(x, self.weight, self.bias)
 
 
-def _of_layer(module: Any, about: _Model) -> Forward | None:
+def _of_layer(module: nn.Module, about: _Model) -> Forward | None:
     if type(module) is MultiHeadAttention and module.q_norm is None and module.k_norm is None:
-        together = _together((module.q_proj, module.k_proj, module.v_proj), about)
-        return partial(_attention, module, together)
+        projections: list[nn.Module] = [module.q_proj, module.k_proj, module.v_proj]
+        return partial(_attention, module, _together(projections, about))
     if type(module) is FeedForward and module.w3 is not None:
-        together = _together((module.w1, module.w3), about)
+        inner = [module.get_submodule(name) for name in ("w1", "w3")]
+        together = _together(inner, about)
         return None if together is None else partial(_feed_forward, module, together)
     return None
 
 
-def _of_part(module: Any, about: _Model) -> Forward | None:
+def _of_part(module: nn.Module, about: _Model) -> Forward | None:
     if type(module) is NF4Linear and not about.is_cpu:
         return partial(_few_tokens, module)
     if isinstance(module, nn.Linear):
@@ -113,13 +114,19 @@ def _of_part(module: Any, about: _Model) -> Forward | None:
     if type(module) is PEQALinear:
         return Int8Product(module) if _multiplies_int8(module, about.dtype) else None
     if type(module) is RMSNorm:
-        scale = module.scale.detach().to(about.dtype)
-        # torch computes both alike if this cast loses nothing, as of weights that were in bf16.
-        is_same = torch.equal(scale.to(module.scale.dtype), module.scale)
-        return partial(_rms_norm, scale, module.eps) if is_same else None
-    if type(module) in _ROTARY and module.cache.dtype == torch.float32:
-        return _Rotary(module.cache)
-    return None
+        return _norm(module, about.dtype)
+    return _rotary(module) if type(module) in _ROTARY else None
+
+
+def _norm(module: RMSNorm, dtype: torch.dtype) -> Forward | None:
+    scale = module.scale.detach().to(dtype)
+    # torch computes both alike if this cast loses nothing, as of weights that were in bf16.
+    is_same = torch.equal(scale.to(module.scale.dtype), module.scale)
+    return partial(_rms_norm, scale, module.eps) if is_same else None
+
+
+def _rotary(module: RotaryPositionalEmbeddings) -> Forward | None:
+    return _Rotary(module.cache) if module.cache.dtype == torch.float32 else None
 
 
 def _multiplies_int8(module: PEQALinear, dtype: torch.dtype) -> bool:
@@ -130,20 +137,22 @@ def _multiplies_int8(module: PEQALinear, dtype: torch.dtype) -> bool:
     return is_plain and types == (torch.bfloat16, torch.uint8) and has_int8_kernel(module.layout)
 
 
-def _dense(module: Any, about: _Model) -> _Linear | None:
+def _dense(module: nn.Module, about: _Model) -> _Linear | None:
     """A linear that is decoded, or that autocast would cast at each token."""
     if type(module) is NF4Linear:
         kept = about.decoded.get((id(module.weight), about.dtype))
         is_plain = module.repair is None and module.bias is None
         return _Linear(kept[1], None) if kept is not None and is_plain else None
-    is_plain = type(module).forward is nn.Linear.forward and module in about.in_side
-    if not is_plain or module.weight.dtype == about.dtype or about.dtype == torch.float32:
+    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+        return None
+    is_narrow = about.dtype != torch.float32 and module.weight.dtype != about.dtype
+    if not (is_narrow and module in about.in_side):
         return None
     bias = None if module.bias is None else module.bias.detach().to(about.dtype)
     return _Linear(module.weight.detach().to(about.dtype), bias)
 
 
-def _together(modules: Sequence[Any], about: _Model) -> _Linear | None:
+def _together(modules: Sequence[nn.Module], about: _Model) -> _Linear | None:
     """Put linears of one input below each other; kept weights become parts of the result."""
     linears = [_dense(module, about) for module in modules]
     if about.has_hooks or any(linear is None for linear in linears):
@@ -162,7 +171,7 @@ def _together(modules: Sequence[Any], about: _Model) -> _Linear | None:
 
 
 def _attention(
-    module: Any,
+    module: MultiHeadAttention,
     together: _Linear | None,
     x: torch.Tensor,
     _: torch.Tensor,
@@ -188,7 +197,9 @@ def _attention(
     return output
 
 
-def _turned(module: Any, state: torch.Tensor, input_pos: torch.Tensor) -> torch.Tensor:
+def _turned(
+    module: MultiHeadAttention, state: torch.Tensor, input_pos: torch.Tensor
+) -> torch.Tensor:
     turn = module.pos_embeddings
     return state if turn is None else turn(state, input_pos=input_pos)
 
@@ -202,7 +213,7 @@ def _few_tokens(module: NF4Linear, x: torch.Tensor) -> torch.Tensor:
     return y if module.bias is None else y + module.bias
 
 
-def _feed_forward(module: Any, together: _Linear, x: torch.Tensor) -> torch.Tensor:
+def _feed_forward(module: FeedForward, together: _Linear, x: torch.Tensor) -> torch.Tensor:
     gate, up = together(x).chunk(2, dim=-1)
     output: torch.Tensor = module.w2(module.activation(gate) * up)
     return output

@@ -1,12 +1,13 @@
 """Which kernel computes with a quantised weight: chosen here, by device, dtype and token count.
 
-============  ===========================  ============================================
+============  ===========================  ================================================
 device        decoding                     product of few tokens
-============  ===========================  ============================================
-CUDA, sm_80+  Triton: NF4, FP4, int4, 8    decoded first
+============  ===========================  ================================================
+CUDA, sm_80+  Triton: NF4, FP4, int4, 8    Triton in generation, up to 16 tokens: NF4, FP4
+                                           (``few_tokens.py``)
 CPU           tables and torch's kernels   torch's int8 kernel, up to 64 tokens in bf16:
                                            8 bits, a scale per channel
-============  ===========================  ============================================
+============  ===========================  ================================================
 
 Everything else decodes by tables and multiplies. A product of few tokens has no gradient. Triton's
 kernels are used if they pass a comparison with the tables, at the first use of a GPU
