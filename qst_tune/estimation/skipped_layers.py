@@ -75,7 +75,8 @@ def stand_ins(model: QSTModel) -> dict[int, int]:
 
 def skip(model: Any, layers: Sequence[int]) -> None:
     """Let layers compute nothing, in place: the model's own loop still runs over all of them."""
-    num_others: list[int | None] = []  # values behind the state, of those that ran; None: no tuple
+    # Of those that ran; None: no tuple, as of a layer that runs without a call.
+    num_others: list[int | None] = [None]  # values behind the state
 
     def look(_: nn.Module, __: object, output: object) -> None:
         num_others.append(len(output) - 1 if isinstance(output, tuple) else None)

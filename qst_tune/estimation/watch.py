@@ -3,12 +3,15 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
 
 from qst_tune.estimation.skipped_layers import runs
 from qst_tune.estimation.tracker import StorageTracker
+from qst_tune.modules import fused_layers, torchtune_backbone
+from qst_tune.modules.fused_layers import add_attention
 from qst_tune.modules.qst_model import QSTModel
 
 
@@ -25,6 +28,7 @@ def watched(tracker: StorageTracker, model: Any, loss: nn.Module) -> Iterator[No
             for index, layer in enumerate(model.layers):
                 if runs(layer):
                     _watch_layer(stack, tracker, index, layer)
+            _watch_halves(stack, tracker, list(model.layers))
         for module in (_head_of(model), loss):
             before = module.register_forward_pre_hook(
                 lambda _, inputs: _enter_loss(tracker, inputs[0])
@@ -46,6 +50,17 @@ def _watch_layer(stack: ExitStack, tracker: StorageTracker, index: int, layer: n
 
     stack.callback(layer.register_forward_pre_hook(begin).remove)
     stack.callback(layer.register_forward_hook(end).remove)
+
+
+def _watch_halves(stack: ExitStack, tracker: StorageTracker, layers: list[nn.Module]) -> None:
+    """Report where a layer begins that is not called: its hooks would let it be called."""
+
+    def begin(layer: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        tracker.enter_layer(next(i for i, other in enumerate(layers) if other is layer))
+        return add_attention(layer, *args, **kwargs)
+
+    stack.enter_context(patch.object(torchtune_backbone, "add_attention", begin))
+    stack.enter_context(patch.object(fused_layers, "has_hooks", lambda layer: False))
 
 
 def _head_of(model: Any) -> nn.Module:

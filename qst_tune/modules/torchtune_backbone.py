@@ -1,7 +1,8 @@
 """A torchtune decoder as the frozen backbone of a side network."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -20,7 +21,7 @@ from qst_tune.modules.backbone_formats import (
     quantize_linears,
 )
 from qst_tune.modules.batch_parts import CHUNK_TOKENS, module_in_parts
-from qst_tune.modules.fused_layers import is_plain_layer, may_fuse, run_layer
+from qst_tune.modules.fused_layers import add_attention, add_mlp_, has_two_halves
 from qst_tune.modules.lora import LayerLoRA
 from qst_tune.modules.lora_targets import LinearSizes, linears_below
 from qst_tune.modules.side.block import (
@@ -117,7 +118,8 @@ class TorchtuneBackbone:
         if 0 in taps:
             visit(h_BTD)
         for index, layer in enumerate(islice(self.decoder.layers, until), start=1):
-            h_BTD = self._frozen(layer, h_BTD, **where)
+            for compute in self._frozen_parts(layer, h_BTD, where):
+                h_BTD = compute(h_BTD, **where)
             if index in taps:
                 visit(h_BTD)
         return h_BTD
@@ -135,13 +137,15 @@ class TorchtuneBackbone:
     ) -> torch.Tensor:
         """Run the other layers and the norm, with a gradient for LoRA if there is any."""
         layers = self.decoder.layers
-        compute = self._trained if lora and torch.is_grad_enabled() else self._frozen
+        trains = lora is not None and torch.is_grad_enabled()
         with lora.trained(layers) if lora else nullcontext():
             for index, layer in enumerate(islice(layers, since, None), start=since + 1):
-                h_BTD = compute(layer, h_BTD, **where)
+                parts = self._frozen_parts(layer, h_BTD, where)
+                for compute in [partial(self._trained, layer)] if trains else parts:
+                    h_BTD = compute(h_BTD, **where)
                 if index in taps:
                     visit(h_BTD.detach())
-        return compute(self.decoder.norm, h_BTD)
+        return (self._trained if trains else self._frozen)(self.decoder.norm, h_BTD)
 
     def _trained(self, module: nn.Module, x: torch.Tensor, **where: Mask | None) -> torch.Tensor:
         """Run a module of the backbone through which a gradient flows."""
@@ -150,6 +154,25 @@ class TorchtuneBackbone:
             module.reshard()
         return output
 
+    def _frozen_parts(
+        self, layer: nn.Module, x: torch.Tensor, where: dict[str, Mask | None]
+    ) -> list[Callable[..., torch.Tensor]]:
+        """What computes a layer, one after the other: the state before each can be released."""
+        with torch.no_grad():
+            if not has_two_halves(layer, x):
+                return [partial(self._frozen, layer)]
+        halves = (
+            partial(add_attention, layer, self._rows_at_once(x, where)),
+            partial(add_mlp_, layer),
+        )
+        return [torch.no_grad()(half) for half in halves]
+
+    def _rows_at_once(self, x: torch.Tensor, where: dict[str, Mask | None]) -> int:
+        # A cache is written for all rows. A BlockMask (packed batches on CUDA) counts its rows from
+        # the first; flex_attention takes fewer rows without an error and masks them wrongly.
+        indivisible = self.decoder.caches_are_enabled() or isinstance(where.get("mask"), BlockMask)
+        return len(x) if indivisible else max(1, self.chunk_tokens // x.shape[1])
+
     @torch.no_grad()
     def _frozen(self, module: nn.Module, x: torch.Tensor, **where: Mask | None) -> torch.Tensor:
         """Run a module of the backbone, some rows of the batch at a time, saving nothing.
@@ -157,14 +180,9 @@ class TorchtuneBackbone:
         A module that FSDP has sharded is gathered once for all of them: processes whose batches
         have different sizes stay in step.
         """
-        rows = max(1, self.chunk_tokens // x.shape[1])
-        # A cache is written for all rows. A BlockMask (packed batches on CUDA) counts its rows from
-        # the first; flex_attention takes fewer rows without an error and masks them wrongly.
-        indivisible = self.decoder.caches_are_enabled() or isinstance(where.get("mask"), BlockMask)
-        whole = rows >= len(x) or indivisible
-        if is_plain_layer(module) and may_fuse(x):
-            return run_layer(module, x, len(x) if whole else rows, **where)
-        output = module(x, **where) if whole else module_in_parts(module, x, rows, **where)
+        rows = self._rows_at_once(x, where)
+        is_whole = rows >= len(x)
+        output = module(x, **where) if is_whole else module_in_parts(module, x, rows, **where)
         if isinstance(module, FSDPModule):
             module.reshard()
         return output

@@ -85,7 +85,7 @@ def record_hidden_states(model):
 
     def keep(module, name, pick=lambda args, out: out):
         module.register_forward_hook(
-            lambda _, args, out: seen.__setitem__(name, pick(args, out).detach().clone())
+            lambda _, args, out: seen.__setitem__(name, pick(args, out).detach())
         )
 
     keep(model.tok_embeddings, "backbone_hidden.0")

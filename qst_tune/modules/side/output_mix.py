@@ -21,8 +21,8 @@ class ResidualMix(nn.Module):
     """
 
     def forward(self, f: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        """Mix; in training in the place of u, one ``[B, T, D]`` less at a step's peak."""
-        return f + u if u.is_leaf else u.add_(f)
+        """Mix."""
+        return f + u
 
 
 class AlphaMix(nn.Module):
