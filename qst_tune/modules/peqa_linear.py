@@ -11,7 +11,7 @@ from qst_tune.quantization.affine import (
     AffineInit,
     AffineLayout,
     AffineWeight,
-    centred_codes,
+    centred_groups,
     centred_rows,
     check_affine,
     dequantize_affine,
@@ -270,7 +270,7 @@ def _group_sums(
         grad_OGg = to_groups(grad_NO[:, rows].T @ x_NI, layout.group_size)
         if grad_OGg.dtype == torch.float16:  # times a code it could exceed 65504
             grad_OGg = grad_OGg.float()
-        centred_OGg = centred_codes(codes[rows], zero_point[rows], layout)
+        centred_OGg = centred_groups(codes[rows], zero_point[rows], layout, grad_OGg.dtype)
         weighted[rows] = (grad_OGg * centred_OGg).sum(-1, dtype=dtype)
         plain[rows] = grad_OGg.sum(-1, dtype=dtype)
     return weighted, plain

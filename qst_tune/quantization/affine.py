@@ -168,6 +168,20 @@ def centred_rows(
     return centred_codes(packed, zero_point, layout).squeeze(1).to(dtype)
 
 
+def centred_groups(
+    packed: torch.Tensor, zero_point: torch.Tensor, layout: AffineLayout, dtype: torch.dtype
+) -> torch.Tensor:
+    """Return :func:`centred_codes`, where Triton's kernels run as values of ``dtype``.
+
+    A floating-point ``zero_point`` keeps its own. What fills the last group there is 0.
+    """
+    ones = torch.ones_like(zero_point, dtype=torch.float32)
+    dtype = zero_point.dtype if zero_point.is_floating_point() else dtype
+    if not triton_decodes_affine(packed, ones, layout.bits, dtype):
+        return centred_codes(packed, zero_point, layout)
+    return to_groups(dequantize_affine(packed, ones, zero_point, layout, dtype), layout.group_size)
+
+
 def row_parts(num_rows: int, in_dim: int, weights_at_once: int | None = None) -> Iterator[slice]:
     """Yield slices of rows of at most ``weights_at_once`` (2^22) weights, but at least one row."""
     step = max(1, (weights_at_once or _WEIGHTS_AT_ONCE) // in_dim)

@@ -1,5 +1,9 @@
 """The fused kernels equal the modules they stand for: in the interpreter, and on a GPU if any."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -152,3 +156,48 @@ def test_a_label_that_is_no_word_gives_nan(label, triton_device):
     losses = cross_entropy_(logits, torch.tensor([1, label], device=triton_device)).cpu()
     assert losses[1].isnan()
     torch.testing.assert_close(losses[0], torch.tensor(3.0).log())
+
+
+COMPILE = """
+import sys
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from qst_tune.modules import triton_kernels as kernels
+
+def ptx(kernel, sizes, floats="", **constants):
+    types = dict.fromkeys(kernel.arg_names, "*" + sys.argv[1])
+    types |= dict.fromkeys(sizes.split(), "i32") | dict.fromkeys(floats.split(), "fp32")
+    types |= {"losses": "*fp32", "table": "*fp32", "labels": "*i64", "positions": "*i64"}
+    types |= dict.fromkeys(constants, "constexpr")
+    types = {name: types[name] for name in kernel.arg_names}
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    target = GPUTarget("cuda", 90, 32)
+    source = ASTSource(kernel, types, values)
+    return compile(source, target=target, options=kernels._AS_TORCH).asm["ptx"]
+
+texts = [
+    ptx(kernels._rms_norm, "num_rows dim", "eps shift", ROUNDS_FIRST=first, ROWS=1, COLUMNS=4096)
+    for first in (True, False)
+]
+sizes = "seq_len batch_stride max_len dim half"
+texts += [
+    ptx(kernels._rotate_pairs, sizes, PAIRS=2048, **more) for more in ({}, {"positions": None})
+]
+sizes = "seq_len num_heads half table_batch"
+texts += [ptx(kernels._rotate_halves, sizes, HEADS=32, HALF=64)]
+texts += [ptx(kernels._gated, "num_values", GELU=gelu, VALUES=2048) for gelu in (True, False)]
+assert not any("fma" in text for text in texts)
+for cap in (True, False):
+    constants = {"HAS_CAP": cap, "HAS_GRADIENT": True, "WORDS": 4096}
+    ptx(kernels._cross_entropy, "num_words", "scale cap", **constants)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_kernels_compile_for_an_h100_and_round_where_torch_does(dtype, tmp_path):
+    """Triton needs no GPU for that. An fma would leave the rounding of a product out."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", COMPILE, dtype]
+    subprocess.run(command, env=environment, check=True, timeout=300)

@@ -9,7 +9,13 @@ import pytest
 import torch
 from torchao.dtypes.nf4tensor import NF4Tensor
 
-from qst_tune.quantization.affine import AffineLayout, dequantize_affine, quantize_affine
+from qst_tune.quantization.affine import (
+    AffineLayout,
+    centred_codes,
+    centred_groups,
+    dequantize_affine,
+    quantize_affine,
+)
 from qst_tune.quantization.kernels import passes_trial
 from qst_tune.quantization.nf4 import (
     absmax_unless_double_quantized,
@@ -118,6 +124,30 @@ assert "div.rn.f32" in text and "div.full" not in text and "fma" not in text
 text = ptx(decoding._decode_affine, "row_bytes in_dim num_groups", BYTES=1024, **affine)
 assert "fma" not in text
 """
+
+
+@pytest.mark.parametrize("zero_dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("bits", "in_dim"), [(4, 160), (8, 160), (4, 100), (3, 96)])
+def test_codes_minus_zero_points_are_those_of_the_tables(
+    bits, in_dim, dtype, zero_dtype, monkeypatch, triton_device
+):
+    """For the gradient of PEQA's scales; 100 columns do not fill their last group of 64."""
+    layout = AffineLayout(bits, 64, in_dim)
+    codes, _, zero = quantize_affine(torch.randn(5, in_dim), bits=bits, group_size=64)
+    packed, zero = pack(codes, bits).to(triton_device), zero.to(triton_device, zero_dtype)
+    if zero_dtype.is_floating_point:
+        zero += 0.37
+    expected = centred_codes(packed, zero, layout)
+    monkeypatch.setattr("qst_tune.quantization.kernels._runs_triton_on", lambda _: True)
+    found = centred_groups(packed, zero, layout, dtype)
+    if bits in (4, 8):
+        assert found.dtype == (zero_dtype if zero_dtype.is_floating_point else dtype)
+    assert found.shape == expected.shape
+    columns = slice(None, in_dim)
+    assert torch.equal(
+        found.flatten(1)[:, columns], expected.flatten(1)[:, columns].to(found.dtype)
+    )
 
 
 @pytest.mark.slow
