@@ -47,7 +47,7 @@ def main(raw: DictConfig) -> None:
             return
         if run.trials:
             each = build_trials(run, trials.settings, model, task, data, is_preference=True)
-            return fit_trials(cfg.output_dir, model, each, trials.halving)
+            return fit_trials(cfg.output_dir, model, each, trials.halving, soup=trials.soup)
         method = load_qst(model, cfg, dtype=run.dtype, device=run.device)
         if reference == "start":
             model.keep_reference()

@@ -10,36 +10,40 @@ The config is that of the training run, of qst_finetune or of peqa_finetune. Wha
 measured: ``dataset_val`` (loss of the answers, in the format of training), ``text`` (perplexity of
 a file) and ``questions`` (accuracy on rows with question, choices and answer, behind
 ``num_examples`` answered ones of the same subject from ``examples``). The table is also written to
-``evaluation.json`` in ``output_dir``.
+``evaluation.json`` in ``output_dir``. With ``trials`` it has a column for each trial of that
+run, all of them over one pass of the model.
 """
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from omegaconf import DictConfig
 from torchtune import utils
 
-from qst_tune.config.check import read_config
+from qst_tune.config.check import read_config, read_trials
 from qst_tune.config.cli import run_recipe
 from qst_tune.config.components import instantiate
 from qst_tune.config.keys import key
 from qst_tune.config.schema import Blocks, TunedModelConfig, training_key
+from qst_tune.config.trials import TRIALS_DIRECTORY, title
 from qst_tune.data.batches.datasets import build_dataset
 from qst_tune.data.batches.loader import BatchLoader
+from qst_tune.data.batches.read_once import ReadOnce
 from qst_tune.data.batches.training_data import collate_of, text_collate
 from qst_tune.errors import UserError
-from qst_tune.evaluation.multiple_choice import Question, read_questions, score_questions
-from qst_tune.evaluation.perplexity import read_text, score_text
-from qst_tune.generation.caches import without_head
+from qst_tune.evaluation.multiple_choice import Question, question_passes, read_questions
+from qst_tune.evaluation.perplexity import read_text, text_passes
 from qst_tune.modules import LinearCrossEntropyLoss
 from qst_tune.modules.model_limits import limits_of
-from qst_tune.results.loading import TunedModel, load_tuned_model
+from qst_tune.results.loading import TunedModel, load_side_network, load_tuned_model
 from qst_tune.results.output_directory import output_directory
-from qst_tune.training.language_modelling import validation_loss
+from qst_tune.training.language_modelling import validation_passes
+from qst_tune.training.task import Passes, complete, on_device
+from qst_tune.training.trials import read_in_turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +61,7 @@ class EvaluationConfig(TunedModelConfig):
     limit: int | None = key(
         "questions, spread evenly over the file; null: all", default=None, least=1
     )
+    trials: Blocks | None = training_key("trials")
     dataset_val: Blocks | None = training_key("dataset_val")
     on_bad_row: Literal["error", "skip"] = training_key("on_bad_row")
     batch_size_val: int | None = training_key("batch_size_val")
@@ -67,8 +72,8 @@ class EvaluationConfig(TunedModelConfig):
 
 RESULT_FILE = "evaluation.json"
 
-# Measures a model as it is now.
-Measure = Callable[[], dict[str, float]]
+# Measures a model with the side network that is in it at each pass.
+Measure = Callable[[], Passes[dict[str, float]]]
 
 log = utils.get_logger("INFO")
 
@@ -94,12 +99,13 @@ def _validation(
     skip = cfg.on_bad_row == "skip"
     rows = build_dataset(block, "dataset_val", tokenizer, limits=limits, skip_bad_rows=skip)
     collate = collate_of(rows, text_collate(cfg.collate_fn, limits))
-    batches = BatchLoader(rows, collate, batch_size=batch_size, seed=None, drop_last=False)
+    loader = BatchLoader(rows, collate, batch_size=batch_size, seed=None, drop_last=False)
+    batches = ReadOnce(loader, partial(on_device, device=device))
+    loss.set_model_output(model)  # what else is measured here asks for no logits of all tokens
 
-    def measure() -> dict[str, float]:
-        with without_head(model):
-            loss.set_model_output(model)
-            return {"validation loss": validation_loss(model, loss, batches, device)}
+    def measure() -> Passes[dict[str, float]]:
+        found = yield from validation_passes(model, loss, batches, device)
+        return {"validation loss": found}
 
     return measure
 
@@ -108,8 +114,9 @@ def _text(cfg: EvaluationConfig, file: Path, tuned: TunedModel, batch_size: int)
     tokens, num_bytes = read_text(file, tuned.tokenizer, cfg.max_text_tokens)
     window = min(cfg.window, tuned.model.max_seq_len)
 
-    def measure() -> dict[str, float]:
-        score = score_text(tuned.model, tokens, num_bytes, window=window, batch_size=batch_size)
+    def measure() -> Passes[dict[str, float]]:
+        how = {"window": window, "batch_size": batch_size}
+        score = yield from text_passes(tuned.model, tokens, num_bytes, **how)
         return {"perplexity": score.perplexity, "bits a byte": score.bits_per_byte}
 
     return measure
@@ -127,8 +134,8 @@ def _questions(
     # Evenly over the file, where the questions of a subject often stand together.
     chosen = [questions[i * len(questions) // limit] for i in range(min(limit, len(questions)))]
 
-    def measure() -> dict[str, float]:
-        score = score_questions(
+    def measure() -> Passes[dict[str, float]]:
+        score = yield from question_passes(
             tuned.model,
             tuned.tokenizer,
             chosen,
@@ -139,6 +146,36 @@ def _questions(
         return {"accuracy": score.accuracy, "its standard error": score.standard_error}
 
     return measure
+
+
+def trials_of(cfg: EvaluationConfig) -> dict[str, Path]:
+    """Return the results of the trials of the config's run by name; UserError if there are none."""
+    settings = read_trials(cfg).settings
+    found = {}
+    for number, own in enumerate(settings, start=1):
+        path = cfg.output_dir / TRIALS_DIRECTORY / str(number) / "side_network"
+        if path.is_dir():
+            found[f"trial {number} ({title(own)})"] = path
+    if settings and not found:
+        raise UserError(f"trials: {cfg.output_dir / TRIALS_DIRECTORY} has no results")
+    return found
+
+
+def measured_in_turn(
+    tuned: TunedModel, directories: Mapping[str, Path], to_measure: Sequence[Measure]
+) -> dict[str, dict[str, float]]:
+    """Measure several side networks over one pass of the backbone a batch."""
+    model = tuned.model
+    sides = [(load_side_network(model, d, tuned.backbone), None) for d in directories.values()]
+    if not sides:
+        return {}
+    parts = [read_in_turn(model, sides, measure) for measure in to_measure]
+    each = [_joined(list(figures)) for figures in zip(*parts, strict=True)]
+    return dict(zip(directories, each, strict=True))
+
+
+def _joined(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
@@ -160,14 +197,19 @@ def main(raw: DictConfig) -> None:
     cfg = read_config(raw, EvaluationConfig)
     if not any((cfg.dataset_val, cfg.text, cfg.questions)):
         raise UserError("nothing to measure: name a text, questions or a dataset_val")
+    directories = trials_of(cfg)
     with output_directory(cfg.output_dir) as directory:
+        if directories:  # each of them instead of one
+            without: DictConfig = raw.copy()
+            without.side_network = None
+            cfg = read_config(without, EvaluationConfig)
         tuned = load_tuned_model(cfg)
         to_measure = list(measures(cfg, tuned))
-        results: dict[str, dict[str, float]] = {}
-        for title in ["quantised base model", *([tuned.title] if tuned.is_tuned else [])]:
-            with nullcontext() if title == tuned.title else tuned.untuned():
-                figures: list[dict[str, Any]] = [measure() for measure in to_measure]
-            results[title] = {name: value for part in figures for name, value in part.items()}
+        with tuned.untuned():
+            results = {"quantised base model": _joined([complete(m()) for m in to_measure])}
+        if tuned.is_tuned:
+            results[tuned.title] = _joined([complete(measure()) for measure in to_measure])
+        results |= measured_in_turn(tuned, directories, to_measure)
         (directory / RESULT_FILE).write_text(json.dumps(results, indent=2) + "\n")
     print(table(results))
     log.info(f"written to {directory / RESULT_FILE}")

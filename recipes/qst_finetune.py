@@ -67,7 +67,7 @@ def main(raw: DictConfig) -> None:
             return
         if run.trials:
             each = build_trials(run, trials.settings, model, task, data)
-            return fit_trials(cfg.output_dir, model, each, trials.halving)
+            return fit_trials(cfg.output_dir, model, each, trials.halving, soup=trials.soup)
         method = load_qst(model, cfg, dtype=run.dtype, device=run.device)
         build_trainer(run, method, task, data).fit()
 

@@ -1,6 +1,7 @@
 """Find the mistakes of a config before anything heavy loads; report all of them at once."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -61,9 +62,9 @@ def read_trials(cfg: ConfigT, refused: Mapping[str, str] | None = None) -> Trial
         return Trials()
     if isinstance(cfg, TrainingConfig):
         check_comparable(raw)
-    each, halving = parse_trials(raw.trials)
+    trials = parse_trials(raw.trials)
     found, problems = [], []
-    for number, settings in enumerate(each, start=1):
+    for number, settings in enumerate(trials.settings, start=1):
         try:
             one = trial_config(raw, settings, number)
             found.append(read_config(one, type(cfg), refused))
@@ -72,7 +73,7 @@ def read_trials(cfg: ConfigT, refused: Mapping[str, str] | None = None) -> Trial
             problems += [Problem("trials", f"{named}: {p.text}") for p in error.problems]
     if problems:
         raise ConfigError(problems)
-    return Trials(each, halving, tuple(found))
+    return replace(trials, configs=tuple(found))
 
 
 def config_problems(raw: DictConfig, keys: Keys) -> list[Problem]:

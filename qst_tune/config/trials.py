@@ -1,7 +1,7 @@
 """The key ``trials``: which runs share the frozen pass of one backbone, and what differs in them.
 
-A block with one of ``list``, ``grid`` and ``random``, and perhaps ``halving``; a list alone is
-short for ``list``. Keys are dotted, as on the command line, or nested::
+A block with one of ``list``, ``grid`` and ``random``, perhaps ``halving`` and ``soup``; a list
+alone is short for ``list``. Keys are dotted, as on the command line, or nested::
 
     trials:
       grid: {optimizer.lr: [1e-3, 3e-3], model.reduction_factor: [8, 16]}
@@ -58,25 +58,24 @@ class Trials(Generic[ConfigT]):
 
     settings: tuple[Settings, ...] = ()
     halving: Halving | None = None
+    soup: bool = False  # whether averages of them are scored at the end
     configs: tuple[ConfigT, ...] = ()  # of each trial by itself
 
 
-def parse_trials(
-    block: DictConfig | ListConfig,
-) -> tuple[tuple[Settings, ...], Halving | None]:
-    """Read the key ``trials``: what differs in each, and when they are given up.
+def parse_trials(block: DictConfig | ListConfig) -> "Trials[Any]":
+    """Read the key ``trials``, without the configs.
 
     UserError for what is no choice of trials, or may not vary.
     """
     plain: Any = OmegaConf.to_container(block, resolve=True)
     if isinstance(plain, list):
         plain = {"list": plain}
-    unknown = sorted(map(str, plain.keys() - {*_WAYS, "halving"}))
+    known = [*_WAYS, "halving", "soup"]
+    unknown = sorted(map(str, plain.keys() - {*known}))
     if unknown:
-        known = [*_WAYS, "halving"]
         raise UserError(
             f"trials: unknown key {unknown[0]!r}{did_you_mean(unknown[0], known)}; it takes "
-            "list, grid or random, and halving"
+            "list, grid or random, halving and soup"
         )
     ways = [way for way in _WAYS if plain.get(way) is not None]
     if len(ways) != 1:
@@ -85,7 +84,10 @@ def parse_trials(
         )
     settings = list(itertools.islice(_EXPAND[ways[0]](plain[ways[0]]), MOST_TRIALS + 1))
     _check(settings)
-    return tuple(settings), _halving(plain.get("halving"))
+    soup = plain.get("soup") or False
+    if type(soup) is not bool:
+        raise UserError(f"trials.soup={soup} must be True or False")
+    return Trials(tuple(settings), _halving(plain.get("halving")), soup)
 
 
 def trial_config(raw: DictConfig, settings: Settings, number: int) -> DictConfig:

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from qst_tune.errors import UserError
 from qst_tune.generation.caches import Decoder, without_head
 from qst_tune.modules.model_limits import check_finite, check_ids
+from qst_tune.training.task import Passes, complete
 
 # Rows of logits at once: 512 x 128,256 in fp32 are a quarter of a GiB.
 _LOGITS_AT_ONCE = 512
@@ -28,7 +29,6 @@ class Continuation:
         return self.context + self.target[:-1]
 
 
-@torch.no_grad()
 def log_likelihoods(
     model: Decoder, continuations: Sequence[Continuation], *, batch_size: int, name: str = "scoring"
 ) -> list[float]:
@@ -39,6 +39,14 @@ def log_likelihoods(
     UserError if one is longer than the model's context, a token is outside its vocabulary, or a
     logit is not finite.
     """
+    return complete(log_likelihood_passes(model, continuations, batch_size=batch_size, name=name))
+
+
+@torch.no_grad()
+def log_likelihood_passes(
+    model: Decoder, continuations: Sequence[Continuation], *, batch_size: int, name: str
+) -> Passes[list[float]]:
+    """Do what :func:`log_likelihoods` does, a batch a pass."""
     by_row: dict[tuple[int, ...], list[int]] = {}
     for number, continuation in enumerate(continuations):
         by_row.setdefault(continuation.row, []).append(number)
@@ -47,6 +55,7 @@ def log_likelihoods(
     check_ids(model, (c.context + c.target for c in continuations))
     found = [0.0] * len(continuations)
     for start in tqdm(range(0, len(rows), batch_size), desc=name):
+        yield
         batch = rows[start : start + batch_size]
         hidden_BTD = _head_inputs(model, batch)
         for row, hidden_TD in zip(batch, hidden_BTD, strict=True):

@@ -11,8 +11,9 @@ from torchtune.modules.transforms.tokenizers import ModelTokenizer
 from qst_tune.data.rows.json_rows import FileText, JsonLines
 from qst_tune.data.values import JsonObject, kind_of
 from qst_tune.errors import UserError
-from qst_tune.evaluation.log_likelihood import Continuation, log_likelihoods
+from qst_tune.evaluation.log_likelihood import Continuation, log_likelihood_passes
 from qst_tune.generation.caches import Decoder
+from qst_tune.training.task import Passes, complete
 
 LETTERS = "ABCDEFGHIJ"
 
@@ -118,6 +119,20 @@ def score_questions(
 
     The first ``num_examples`` of a question's subject come before it; MMLU's figure is 5.
     """
+    how = {"num_examples": num_examples, "batch_size": batch_size}
+    return complete(question_passes(model, tokenizer, questions, examples, **how))
+
+
+def question_passes(
+    model: Decoder,
+    tokenizer: ModelTokenizer,
+    questions: Sequence[Question],
+    examples: Sequence[Question],
+    *,
+    num_examples: int,
+    batch_size: int,
+) -> Passes[ChoiceScore]:
+    """Do what :func:`score_questions` does, a batch a pass."""
     of_subject: dict[str, list[Question]] = defaultdict(list)
     for example in examples:
         of_subject[example.subject].append(example)
@@ -127,7 +142,8 @@ def score_questions(
         asked += [
             _encode(tokenizer, prompt, f" {LETTERS[i]}") for i in range(len(question.choices))
         ]
-    scores = iter(log_likelihoods(model, asked, batch_size=batch_size, name="questions"))
+    passes = log_likelihood_passes(model, asked, batch_size=batch_size, name="questions")
+    scores = iter((yield from passes))
     num_right = 0
     for question in questions:
         own = [next(scores) for _ in question.choices]

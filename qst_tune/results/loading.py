@@ -31,6 +31,7 @@ from qst_tune.modules.meta_device import materialize
 from qst_tune.modules.peqa_model import PEQAModel
 from qst_tune.modules.qst_classifier import QSTClassifier
 from qst_tune.modules.qst_model import QSTModel
+from qst_tune.modules.side.network import SideNetwork
 from qst_tune.modules.side.per_row import SideNetworks, share_backbone
 from qst_tune.quantization.kernels import allow_triton
 from qst_tune.results.description import (
@@ -163,18 +164,29 @@ def load_side_networks(
     training. UserError if a directory is no side network of this backbone, or they read different
     layers.
     """
-    weight: torch.Tensor = model.tok_embeddings.weight
-    networks = {}
-    for name, directory in directories.items():
-        side = build_described(directory, weight.dtype, backbone_directory).side
-        check_fits(directory, side)
-        materialize(side, weight.device)
-        load_tuned(directory, side, backbone=backbone)
-        networks[name] = side.requires_grad_(False).eval()
+    networks = {
+        name: load_side_network(model, directory, backbone, backbone_directory)
+        for name, directory in directories.items()
+    }
     try:
         return share_backbone(model, networks)
     except ValueError as error:
         raise UserError(f"{', '.join(map(str, directories.values()))}: {error}") from error
+
+
+def load_side_network(
+    model: QSTModel,
+    directory: Path,
+    backbone: BackboneId,
+    backbone_directory: Path | None = None,
+) -> SideNetwork:
+    """Load a side network for a model's backbone, to be put in the place of the model's own."""
+    weight: torch.Tensor = model.tok_embeddings.weight
+    side = build_described(directory, weight.dtype, backbone_directory).side
+    check_fits(directory, side)
+    materialize(side, weight.device)
+    load_tuned(directory, side, backbone=backbone)
+    return side.requires_grad_(False).eval()
 
 
 def build_described(

@@ -55,7 +55,7 @@ class NextTokenTask:
         self, model: TransformerDecoder, batches: Iterable[Batch]
     ) -> Passes[dict[str, float]]:
         """Return ``val_loss``, the mean over every label, in nats a token."""
-        loss = yield from _validation_loss(model, self.loss_function, batches, self.device)
+        loss = yield from validation_passes(model, self.loss_function, batches, self.device)
         return {"val_loss": loss}
 
 
@@ -97,15 +97,16 @@ def validation_loss(
 
     UserError if a row is longer than the model can see, or none has a label.
     """
-    return complete(_validation_loss(model, loss, batches, device))
+    return complete(validation_passes(model, loss, batches, device))
 
 
-def _validation_loss(
+def validation_passes(
     model: TransformerDecoder,
     loss: Any,
     batches: Iterable[dict[str, torch.Tensor]],
     device: torch.device,
 ) -> Passes[float]:
+    """Do what :func:`validation_loss` does, a batch a pass."""
     total = torch.zeros(2, dtype=torch.float64)
 
     def add(batch: dict[str, torch.Tensor]) -> None:

@@ -17,7 +17,8 @@ from qst_tune.distributed.processes import rank_and_world_size
 from qst_tune.errors import os_errors
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.results.tuned_directory import RECIPE_CONFIG
-from qst_tune.training.trials import Trial, take_turns
+from qst_tune.training.soups import ScoredSoup, best_soup
+from qst_tune.training.trials import Trial, take_turns, use_side
 
 RESULTS_FILE, TABLE_FILE, PICTURE_FILE = "trials.json", "trials.md", "trials.png"
 _MOST_PANELS = 4  # of keys that differ
@@ -26,16 +27,25 @@ log = utils.get_logger("INFO")
 
 
 def fit_trials(
-    directory: Path, model: QSTModel, trials: Sequence[Trial], halving: Halving | None
+    directory: Path,
+    model: QSTModel,
+    trials: Sequence[Trial],
+    halving: Halving | None = None,
+    *,
+    soup: bool = False,
 ) -> None:
     """Run all trials, and export the best one into their directory, with a table and a picture.
 
+    With ``soup`` averages of them are scored too, and the best one is the result if it is better.
     UserError if all have failed; SystemExit after a signal, as of one run.
     """
     start = time.perf_counter()
     stop = take_turns(model, trials, halving)
+    soups = best_soup(model, trials) if soup and not stop.requested else None
     if rank_and_world_size()[0] == 0:
-        write_results(directory, trials, time.perf_counter() - start)
+        write_results(directory, trials, time.perf_counter() - start, soups)
+        if soups is not None and _is_better(soups, trials):
+            _export_soup(directory, model, trials, soups)
     stop.exit_if_requested()
 
 
@@ -46,8 +56,10 @@ def best_of(trials: Sequence[Trial]) -> Trial | None:
     return min(valid, key=lambda t: sign * (t.trainer.progress.best_value or 0.0), default=None)
 
 
-def write_results(directory: Path, trials: Sequence[Trial], seconds: float) -> None:
-    """Write what :func:`fit_trials` leaves. UserError if the disk refuses it."""
+def write_results(
+    directory: Path, trials: Sequence[Trial], seconds: float, soup: ScoredSoup | None = None
+) -> None:
+    """Write what :func:`fit_trials` leaves of trials. UserError if the disk refuses it."""
     best = best_of(trials)
     monitor = trials[0].trainer.task.monitor
     rows = [_row(trial) for trial in trials]
@@ -56,6 +68,7 @@ def write_results(directory: Path, trials: Sequence[Trial], seconds: float) -> N
         "best": best and best.number,
         "seconds": round(seconds, 3),
         "trials": rows,
+        "soup": soup and {"of": soup.soup.title, **soup.figures},
     }
     table = _table(rows, monitor)
     files = {RESULTS_FILE: json.dumps(found, indent=2) + "\n", TABLE_FILE: table}
@@ -92,6 +105,30 @@ def _export(directory: Path, best: Trial) -> None:
             if path.is_file()
         }
     write_directory(directory / name, files, private=[RECIPE_CONFIG])
+
+
+def _is_better(soup: ScoredSoup, trials: Sequence[Trial]) -> bool:
+    best, task = best_of(trials), trials[0].trainer.task
+    sign = -1 if task.higher_is_better else 1
+    value = soup.figures[task.monitor]
+    lead = None if best is None else best.trainer.progress.best_value
+    is_better = lead is None or sign * value < sign * lead
+    log.info(
+        f"{soup.soup.title}: {task.monitor} {value:.4f}" + ("" if is_better else ", no better")
+    )
+    return is_better
+
+
+def _export_soup(
+    directory: Path, model: QSTModel, trials: Sequence[Trial], soup: ScoredSoup
+) -> None:
+    """Write an average in the place of the best trial's result, with the config of one of them."""
+    method = trials[soup.soup.number - 1].trainer.method
+    use_side(model, soup.side)
+    results = {f"{name}, {soup.soup.title}": value for name, value in soup.figures.items()}
+    files = method.with_other_formats(method.files(results))
+    write_directory(directory / method.result_name, files, private=[RECIPE_CONFIG])
+    log.info(f"{directory / method.result_name}: {soup.soup.title}, better than each trial")
 
 
 def _row(trial: Trial) -> Settings:

@@ -17,7 +17,7 @@ from qst_tune.modules.shared_pass import SharedPass
 from qst_tune.modules.side.network import SideNetwork
 from qst_tune.training.progress import RandomState
 from qst_tune.training.stop_signals import StopSignals
-from qst_tune.training.task import GivenUp, Turn, Turns
+from qst_tune.training.task import GivenUp, Passes, T, Turn, Turns
 from qst_tune.training.trainer import Trainer
 
 
@@ -79,6 +79,35 @@ def use_side(model: QSTModel, side: SideNetwork, reference: SideNetwork | None =
     """Put a side network, and what it is compared with, into a model."""
     model.side = side
     object.__setattr__(model, "reference_side", reference)
+
+
+def read_in_turn(
+    model: QSTModel,
+    sides: Sequence[tuple[SideNetwork, SideNetwork | None]],
+    start: Callable[[], Passes[T]],
+) -> list[T]:
+    """Return what passes return with each of these side networks, and references, in the model.
+
+    A batch goes through the frozen layers once for all of them.
+    """
+    before = model.side, model.reference_side
+    shared = model.shared_pass = SharedPass([side for side, _ in sides])
+    waiting = {number: start() for number in range(len(sides))}
+    found: dict[int, T] = {}
+    try:
+        while waiting:
+            shared.begin(len(waiting))
+            for number, passes in list(waiting.items()):
+                use_side(model, *sides[number])
+                try:
+                    next(passes)
+                except StopIteration as end:
+                    found[number] = end.value
+                    del waiting[number]
+    finally:
+        model.shared_pass = None
+        use_side(model, *before)
+    return [found[number] for number in range(len(sides))]
 
 
 def take_turns(model: QSTModel, trials: Sequence[Trial], halving: Halving | None) -> StopSignals:

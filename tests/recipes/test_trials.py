@@ -8,16 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import OmegaConf
+from qst_tune.recipes import qst_evaluate
+from safetensors.torch import load_file
 
+from qst_tune.config.schema import TunedModelConfig
 from qst_tune.errors import UserError
 from qst_tune.modules.hidden_state_cache import HiddenStateCache
 from qst_tune.modules.torchtune_backbone import TorchtuneBackbone
+from qst_tune.results.loading import load_tuned_model
 from tests.support.checkpoints import Config
+from tests.support.configs import typed_config
 from tests.support.methods import METHODS
 from tests.support.nine_steps import RESUME, SETTINGS, nine_steps_config
 from tests.support.ranks import finetune_on
-from tests.support.recipe_runs import FinetuneResult, finetune, merged
+from tests.support.recipe_runs import FinetuneResult, finetune, merged, one_thread, val_loss
 
 DIVERGING: dict[str, Any] = {"optimizer.lr": 1e30}
 EIGHT: list[dict[str, Any]] = [
@@ -265,3 +271,74 @@ def test_two_processes_have_the_trials_of_two_processes(
         assert_same(tmp_path / "sweep/trials" / str(number), tmp_path / str(number))
     rows = json.loads((tmp_path / "sweep/trials.json").read_text())["trials"]
     assert rows[1]["end"].startswith("failed: step")
+
+
+def test_evaluation_measures_all_trials_over_one_pass(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text.txt").write_text("the colour of box is what it is " * 20)
+    run, passes = TorchtuneBackbone.run, []
+    monkeypatch.setattr(TorchtuneBackbone, "run", lambda *a, **k: passes.append(1) or run(*a, **k))
+    config = {
+        **nine_steps_config(whole.parent),
+        "output_dir": str(whole),
+        "text": str(tmp_path / "text.txt"),
+    }
+
+    def measured(**changes: Any) -> dict[str, dict[str, float]]:
+        passes.clear()
+        with one_thread():
+            qst_evaluate.main(merged({**config, **changes}))
+        return json.loads((whole / "evaluation.json").read_text())
+
+    together = measured(trials=THREE)
+    assert list(together)[2] == "trial 2 (optimizer.lr=0.01)"
+    num_passes = len(passes)
+    best = [row["best"] for row in json.loads((whole / "trials.json").read_text())["trials"]]
+    for number, own in enumerate(list(together)[1:], start=1):
+        name = str(whole / "trials" / str(number) / "side_network")
+        (base, alone) = measured(side_network=name).values()
+        assert together[own] == alone
+        assert together["quantised base model"] == base
+        assert alone["validation loss"] == best[number - 1]
+        assert len(passes) == num_passes, "of the base and of one network"
+
+
+@pytest.mark.parametrize(
+    ("rates", "expected"),
+    [
+        ([5e-2, 4e-2, 3e-2], "the mean of trials 3, 2"),
+        ([1e-1, 1.2e-1], "the mean of trial 2 at steps 9, 8, 7"),
+    ],
+)
+def test_a_soup_that_is_better_is_the_mean_and_the_result(
+    rates: list[float], expected: str, nine_steps: Config, tmp_path: Path
+) -> None:
+    block = {"grid": {"optimizer.lr": rates}, "soup": True}
+    sweep(nine_steps, tmp_path / "run", block, *SETTINGS, "lr_scheduler=null")
+    found = json.loads((tmp_path / "run/trials.json").read_text())
+    assert found["soup"]["of"] == expected
+    assert found["soup"]["val_loss"] < min(row["best"] for row in found["trials"])
+    run = tmp_path / "run/trials"
+    paths = {
+        3: [run / "3", run / "2"],
+        2: [run / f"2/checkpoints/step_0000000{step}" for step in (9, 8, 7)],
+    }[len(rates)]
+    each = [load_file(path / "side_network/side_network.safetensors") for path in paths]
+    for name, value in FinetuneResult(tmp_path / "run").weights.items():
+        mean = sum(tensors[name].double() for tensors in each) / len(each)
+        torch.testing.assert_close(value, mean.float(), rtol=1e-7, atol=0)
+    loaded = load_tuned_model(
+        typed_config(
+            merged(
+                {
+                    **nine_steps,
+                    "output_dir": str(tmp_path / "run"),
+                    "side_network": str(tmp_path / "run/side_network"),
+                },
+            ),
+            TunedModelConfig,
+        )
+    )
+    root = Path(nine_steps["checkpointer"]["checkpoint_dir"]).parent
+    assert val_loss(loaded.model, root) == pytest.approx(found["soup"]["val_loss"], rel=1e-5)
