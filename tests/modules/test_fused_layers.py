@@ -125,9 +125,10 @@ def test_layers_in_parts_give_the_same_and_decode_a_weight_once(
 
     monkeypatch.setattr(nf4_linear, "dequantize_nf4", decode)
     torch.testing.assert_close(model(tokens, **where), expected, **FP32)
-    # What runs in one part keeps nothing; there the few tokens of this test decode row by row.
+    # What runs in one part keeps nothing; on a CPU so few tokens then decode a weight row by row.
     in_parts = 4 * (chunk_tokens < 21) + 3 * (mlp_tokens < 21)
-    assert len(decodings) == len(set(decodings)) == len(model.layers) * in_parts
+    whole = in_parts if triton_device == "cpu" else 7
+    assert len(decodings) == len(set(decodings)) == len(model.layers) * whole
 
 
 @torch.no_grad()
