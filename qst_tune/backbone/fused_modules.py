@@ -41,9 +41,13 @@ def _fused_of(module: Any) -> Any:
     norm = _norm_kind(kind) if _is_norm(module) else None
     if norm is not None:
         return partial(_rms_norm, *norm)
-    if _is_gated(kind):
-        activation = activation_name(module.act_fn)
-        return activation and partial(_gated, activation)
+    for computes, name, fused in (
+        (_is_gated, "act_fn", _gated),
+        (_is_gated_jointly, "activation_fn", _gated_jointly),
+    ):
+        if computes(kind):
+            activation = activation_name(getattr(module, name))
+            return activation and partial(fused, activation)
     return None
 
 
@@ -94,17 +98,29 @@ def _rms_norm(shift: float, rounds_first: bool, module: Any, x: torch.Tensor) ->
 @lru_cache(maxsize=256)
 def _is_gated(kind: Any) -> bool:
     """Whether a class computes down_proj(act_fn(gate_proj(x)) * up_proj(x))."""
-    x = _waves(3, 8).float()
-    parts: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-        "gate_proj": lambda h: h * 3,
-        "up_proj": lambda h: h + 2,
-        "down_proj": lambda h: h.flip(-1),
-        "act_fn": torch.sigmoid,
+    parts = {"gate_proj": lambda h: h * 3, "up_proj": lambda h: h + 2, "act_fn": torch.sigmoid}
+    return _computes_gated_mlp(kind, parts)
+
+
+@lru_cache(maxsize=256)
+def _is_gated_jointly(kind: Any) -> bool:
+    """Whether gate and up are the halves of one product, as in Phi-3 and GLM."""
+    parts = {
+        "gate_up_proj": lambda h: torch.cat([h * 3, h + 2], dim=-1),
+        "activation_fn": torch.sigmoid,
     }
+    return _computes_gated_mlp(kind, parts)
+
+
+def _computes_gated_mlp(
+    kind: Any, parts: dict[str, Callable[[torch.Tensor], torch.Tensor]]
+) -> bool:
+    """Run a class with these parts on a few numbers."""
+    x = _waves(3, 8).float()
     if "forward" not in vars(kind):
         return False
     try:
-        found = kind.forward(SimpleNamespace(**parts), x)
+        found = kind.forward(SimpleNamespace(**parts, down_proj=lambda h: h.flip(-1)), x)
     except Exception:  # it has other parts
         return False
     expected = (torch.sigmoid(x * 3) * (x + 2)).flip(-1)
@@ -112,7 +128,13 @@ def _is_gated(kind: Any) -> bool:
 
 
 def _gated(activation: str, module: Any, x: torch.Tensor) -> torch.Tensor:
-    return gated_mlp(module.gate_proj, module.up_proj, module.down_proj, activation, x)
+    gate, up = module.gate_proj, module.up_proj
+    return gated_mlp(lambda x: (gate(x), up(x)), module.down_proj, activation, x)
+
+
+def _gated_jointly(activation: str, module: Any, x: torch.Tensor) -> torch.Tensor:
+    gate_up = module.gate_up_proj
+    return gated_mlp(lambda x: gate_up(x).chunk(2, dim=-1), module.down_proj, activation, x)
 
 
 @lru_cache(maxsize=256)

@@ -39,12 +39,12 @@ Workspace: TypeAlias = dict[Any, Callable[..., int]]
 
 _aten = torch.ops.aten
 _rms_norm, _layer_norm = F.rms_norm, F.layer_norm
-# What Triton's kernels return: new tensors, but the gated MLP's first argument.
+# What Triton's kernels return: new tensors, but the gated MLP's first argument if it can be.
 _KERNELS = SimpleNamespace(
     rms_norm=lambda x, *_, **__: torch.empty_like(x),
     rotate_pairs=lambda x, *_: torch.empty_like(x),
     rotate_halves=lambda x, *_: torch.empty_like(x),
-    gated=lambda gate, *_: gate,
+    gated=lambda gate, *_: gate if gate.is_contiguous() else gate.new_empty(gate.shape),
     cross_entropy_=lambda logits, *_, **__: torch.empty(len(logits), dtype=torch.float32),
 )
 

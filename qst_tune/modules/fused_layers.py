@@ -4,7 +4,7 @@ On a device without them, where a gradient may be wanted, or while torch compile
 what its class does.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, partial
 from typing import Any
@@ -114,17 +114,20 @@ def _rotary(module: Any, x: torch.Tensor, *, input_pos: torch.Tensor | None = No
 
 
 def _feed_forward(activation: str, module: Any, x: torch.Tensor) -> torch.Tensor:
-    return gated_mlp(module.w1, module.w3, module.w2, activation, x)
+    return gated_mlp(lambda x: (module.w1(x), module.w3(x)), module.w2, activation, x)
 
 
 def gated_mlp(
-    gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module, activation: str, x: torch.Tensor
+    gate_and_up: Callable[[torch.Tensor], Sequence[torch.Tensor]],
+    down_proj: nn.Module,
+    activation: str,
+    x: torch.Tensor,
 ) -> torch.Tensor:
     """Compute down(act(gate(x)) * up(x)) for ``x``, ``[..., D]``, some tokens at a time."""
     gated = fused_kernels().gated
 
     def compute(tokens: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = down_proj(gated(gate_proj(tokens), up_proj(tokens), activation))
+        output: torch.Tensor = down_proj(gated(*gate_and_up(tokens), activation))
         return output
 
     tokens = x.reshape(-1, x.shape[-1])

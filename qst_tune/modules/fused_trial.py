@@ -45,6 +45,9 @@ def _computed(x: torch.Tensor, device: str) -> Iterator[tuple[str, torch.Tensor,
     expected = F.rms_norm(h, (16,), weight.float(), 1e-5)
     yield "RMSNorm", rms_norm(there, weight.to(device), 1e-5), expected
     yield "a gated MLP", gated(there.clone(), there), F.silu(h) * h
+    gate, up = h.chunk(2, dim=-1)
+    a, b = there.chunk(2, dim=-1)
+    yield "a gated MLP of one product", gated(a, b), F.silu(gate) * up
     cos, sin = _waves(1, 5, 16), _waves(1, 5, 16) * 0.5
     first, second = h.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)

@@ -94,17 +94,23 @@ def _rotate_halves(
 
 
 @triton.jit
-def _gated(gate, up, num_values, GELU: tl.constexpr, VALUES: tl.constexpr):
+def _gated(
+    gate, up, y, num_values, width, gap,
+    HAS_GAP: tl.constexpr, GELU: tl.constexpr, VALUES: tl.constexpr,
+):  # fmt: skip
     dtype = gate.dtype.element_ty
     value = tl.program_id(0).to(tl.int64) * VALUES + tl.arange(0, VALUES)
     inside = value < num_values
-    a = tl.load(gate + value, mask=inside, other=0).to(tl.float32)
-    b = tl.load(up + value, mask=inside, other=0).to(tl.float32)
+    place = value
+    if HAS_GAP:
+        place += value // width * gap
+    a = tl.load(gate + place, mask=inside, other=0).to(tl.float32)
+    b = tl.load(up + place, mask=inside, other=0).to(tl.float32)
     slope = 1.0
     if GELU:  # 1/2 (1 + tanh(u)) = sigmoid(2 u)
         slope = 1.5957691216057308 * (1.0 + 0.044715 * a * a)
     active = (a / (1.0 + tl.exp(-a * slope))).to(dtype).to(tl.float32)
-    tl.store(gate + value, (active * b).to(dtype), mask=inside)
+    tl.store(y + value, (active * b).to(dtype), mask=inside)
 
 
 @triton.jit
@@ -214,16 +220,20 @@ def rotate_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torc
 
 
 def gated(gate: torch.Tensor, up: torch.Tensor, activation: Activation = "silu") -> torch.Tensor:
-    """Compute act(gate) * up in the place of ``gate``; both contiguous, of one shape and dtype."""
-    assert gate.is_contiguous()
-    assert up.is_contiguous()
-    num_values = gate.numel()
+    """Compute act(gate) * up of one shape and dtype, in the place of a contiguous ``gate``.
+
+    Else both are the same columns of longer rows, and the result is a new tensor.
+    """
+    assert gate.stride() == up.stride()
+    y = gate if gate.is_contiguous() else gate.new_empty(gate.shape)
+    num_values, width = gate.numel(), gate.shape[-1]
+    gap = 0 if y is gate else gate.stride(-2) - width
     with torch.cuda.device_of(gate):
         _gated[(triton.cdiv(num_values, _VALUES_AT_ONCE),)](
-            gate, up, num_values, GELU=activation == "gelu_tanh", VALUES=_VALUES_AT_ONCE,
-            **_AS_TORCH,
+            gate, up, y, num_values, width, gap,
+            HAS_GAP=gap > 0, GELU=activation == "gelu_tanh", VALUES=_VALUES_AT_ONCE, **_AS_TORCH,
         )  # fmt: skip
-    return gate
+    return y
 
 
 def cross_entropy_(

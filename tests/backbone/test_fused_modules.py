@@ -39,6 +39,7 @@ KINDS = {
     "olmo2": ("Olmo2RMSNorm", (0.0, False), "Olmo2MLP", True, "Olmo2Attention", True),
     # Cohere turns neighbouring channels and centres its norm; GPT-OSS clamps its gate.
     "cohere": ("CohereLayerNorm", None, "CohereMLP", True, "CohereAttention", False),
+    "phi3": ("Phi3RMSNorm", (0.0, True), "Phi3MLP", True, "Phi3Attention", True),
     "gpt_oss": ("GptOssRMSNorm", (0.0, False), "GptOssMLP", False, "GptOssAttention", False),
 }
 
@@ -48,7 +49,8 @@ def test_a_class_is_known_by_what_it_computes(name):
     module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     norm, kind, mlp, is_gated, attention, is_rotary = KINDS[name]
     assert fused_modules._norm_kind(getattr(module, norm)) == kind
-    assert fused_modules._is_gated(getattr(module, mlp)) == is_gated
+    of_two, of_one = fused_modules._is_gated, fused_modules._is_gated_jointly
+    assert (of_two(getattr(module, mlp)) or of_one(getattr(module, mlp))) == is_gated
     rebound = fused_modules._with_fused_rotary(getattr(module, attention))
     assert (rebound is not None) == is_rotary
 

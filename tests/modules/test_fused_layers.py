@@ -79,7 +79,7 @@ def test_an_mlp_in_parts_of_tokens_gives_the_same(mlp_tokens, fused, monkeypatch
     linears = [nn.Linear(*size, device=triton_device) for size in ((8, 20), (8, 20), (20, 8))]
     gate, up, down = linears
     x = torch.randn(2, 9, 8, device=triton_device)
-    found = gated_mlp(gate, up, down, "silu", x)
+    found = gated_mlp(lambda x: (gate(x), up(x)), down, "silu", x)
     torch.testing.assert_close(found, down(F.silu(gate(x)) * up(x)), **FP32)
     assert fused["gated"] == -(-18 // mlp_tokens)
 

@@ -120,6 +120,20 @@ def test_a_gate_is_applied_in_its_own_place(shape, activation, dtype, triton_dev
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_halves_of_one_product_are_gated_too(dtype, triton_device):
+    from qst_tune.modules.triton_kernels import gated
+
+    both = torch.randn(2, 3, 2 * 900).mul(2).to(dtype)
+    gate, up = both.chunk(2, dim=-1)
+    moved = both.to(triton_device, copy=True)
+    found = gated(*moved.chunk(2, dim=-1))
+    assert found.is_contiguous()
+    assert torch.equal(moved.cpu(), both)
+    tolerance = {name: 2 * value for name, value in TOLERANCE[dtype].items()}
+    torch.testing.assert_close(found.cpu(), F.silu(gate) * up, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("scale", "cap"), [(1.0, None), (0.3, None), (1.0, 5.0), (2.0, 30.0)])
 @pytest.mark.parametrize("num_words", [7, 5000])  # a part of a tile, two tiles
 def test_losses_and_gradient_are_those_of_autograd(num_words, scale, cap, dtype, triton_device):
@@ -186,7 +200,10 @@ texts += [
 ]
 sizes = "seq_len num_heads half table_batch"
 texts += [ptx(kernels._rotate_halves, sizes, HEADS=32, HALF=64)]
-texts += [ptx(kernels._gated, "num_values", GELU=gelu, VALUES=2048) for gelu in (True, False)]
+sizes = "num_values width gap"
+texts += [
+    ptx(kernels._gated, sizes, GELU=gelu, HAS_GAP=gelu, VALUES=2048) for gelu in (True, False)
+]
 assert not any("fma" in text for text in texts)
 for cap in (True, False):
     constants = {"HAS_CAP": cap, "HAS_GRADIENT": True, "WORDS": 4096}
