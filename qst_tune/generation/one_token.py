@@ -19,7 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchtune.models.llama3_1 import Llama3ScaledRoPE
-from torchtune.modules import FeedForward, MultiHeadAttention, RMSNorm, RotaryPositionalEmbeddings
+from torchtune.modules import (
+    FeedForward,
+    MultiHeadAttention,
+    RMSNorm,
+    RotaryPositionalEmbeddings,
+    TransformerSelfAttentionLayer,
+)
 
 from qst_tune.modules.nf4_linear import NF4Linear
 from qst_tune.modules.peqa_linear import PEQALinear
@@ -28,6 +34,7 @@ from qst_tune.quantization.few_tokens import nf4_product
 from qst_tune.quantization.kernels import has_int8_kernel
 
 Forward: TypeAlias = Callable[..., torch.Tensor]
+Called: TypeAlias = Callable[[nn.Module], Forward]
 _ROTARY = (RotaryPositionalEmbeddings, Llama3ScaledRoPE)
 
 
@@ -59,9 +66,24 @@ def substitutes(model: Any, decoded: Decoded | None) -> list[Substitute]:
         frozenset() if side is None else frozenset(side.modules()),
         getattr(side, "lora", None) is not None,
     )
-    # Layers before linears, whose kept weights then are parts of those of the layer.
-    found = [(m, of_kind(m, about)) for of_kind in (_of_layer, _of_part) for m in model.modules()]
-    return [Substitute(module, forward) for module, forward in found if forward is not None]
+    modules: list[nn.Module] = list(model.modules())
+    # First, so that the kept weights of linears are parts of those.
+    together = {module: _inputs_together(module, about) for module in modules}
+    found = {m: forward for m in modules if (forward := _of_part(m, about)) is not None}
+
+    def called(module: nn.Module) -> Forward:
+        return module if about.has_hooks else found.get(module, module)
+
+    for module in modules:
+        if type(module) is MultiHeadAttention and module.q_norm is None and module.k_norm is None:
+            found[module] = _Attention(module, together[module], called)
+        elif (weight := together[module]) is not None:
+            found[module] = _GatedMLP(module, weight, called)
+    # Their parts are called without being modules, which takes 2 us each.
+    layers = [m for m in modules if about.is_cpu and not about.has_hooks and _is_plain_layer(m)]
+    inside = {part for layer in layers for part in layer.modules()}
+    outside = [Substitute(*pair) for pair in found.items() if pair[0] not in inside]
+    return [*outside, *(Substitute(layer, _Layer(layer, called)) for layer in layers)]
 
 
 @contextmanager
@@ -93,15 +115,19 @@ class _Linear:
         return F.linear(x, self.weight, self.bias)
 
 
-def _of_layer(module: nn.Module, about: _Model) -> Forward | None:
-    if type(module) is MultiHeadAttention and module.q_norm is None and module.k_norm is None:
-        projections: list[nn.Module] = [module.q_proj, module.k_proj, module.v_proj]
-        return partial(_attention, module, _together(projections, about))
-    if type(module) is FeedForward and module.w3 is not None:
-        inner = [module.get_submodule(name) for name in ("w1", "w3")]
-        together = _together(inner, about)
-        return None if together is None else partial(_feed_forward, module, together)
-    return None
+def _inputs_together(module: nn.Module, about: _Model) -> _Linear | None:
+    """Put the projections that read an attention's or a gated MLP's input below each other."""
+    names = {MultiHeadAttention: ("q_proj", "k_proj", "v_proj"), FeedForward: ("w1", "w3")}
+    parts = [getattr(module, name) for name in names.get(type(module), ())]
+    return _together(parts, about) if parts and parts[-1] is not None else None
+
+
+def _is_plain_layer(module: nn.Module) -> bool:
+    if type(module) is not TransformerSelfAttentionLayer:
+        return False
+    scales = module.sa_scale, module.mlp_scale
+    hooks = [part._forward_hooks or part._forward_pre_hooks for part in module.modules()]
+    return all(type(scale) is nn.Identity for scale in scales) and not any(hooks)
 
 
 def _of_part(module: nn.Module, about: _Model) -> Forward | None:
@@ -170,38 +196,70 @@ def _together(modules: Sequence[nn.Module], about: _Model) -> _Linear | None:
     return _Linear(weight, torch.cat(biases) if biases else None)
 
 
-def _attention(
-    module: MultiHeadAttention,
-    together: _Linear | None,
-    x: torch.Tensor,
-    _: torch.Tensor,
-    *,
-    mask: torch.Tensor,
-    input_pos: torch.Tensor,
-) -> torch.Tensor:
-    """Attention of ``x``, ``[B, 1, D]``, to what is cached and itself; ``mask`` ``[B, 1, L]``."""
-    heads, kv_heads, width = module.num_heads, module.num_kv_heads, module.head_dim
-    of_heads = x.shape[0], 1, -1, width
-    if together is None:
-        states = module.q_proj(x), module.k_proj(x), module.v_proj(x)
-        q, k, v = (state.view(of_heads) for state in states)
-        q, k = (_turned(module, state, input_pos) for state in (q, k))
-    else:
-        qk, v = together(x).view(of_heads).split([heads + kv_heads, kv_heads], dim=2)
-        q, k = _turned(module, qk, input_pos).split([heads, kv_heads], dim=2)
-    k, v = module.kv_cache.update(k.transpose(1, 2), v.transpose(1, 2))
-    # Heads that share keys are like so many tokens: torchtune copies keys and values for each.
-    q = q.reshape(x.shape[0], kv_heads, -1, width)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
-    output: torch.Tensor = module.output_proj(y.reshape(x.shape[0], 1, -1))
-    return output
+class _Layer:
+    """A layer whose parts are called directly."""
+
+    def __init__(self, layer: TransformerSelfAttentionLayer, called: Called) -> None:
+        self._norms = called(layer.sa_norm), called(layer.mlp_norm)
+        self._attn, self._mlp = called(layer.attn), called(layer.mlp)
+
+    def __call__(
+        self, x: torch.Tensor, *, mask: torch.Tensor, input_pos: torch.Tensor, **_: None
+    ) -> torch.Tensor:
+        """Map ``[B, 1, D]`` to ``[B, 1, D]``; torchtune gives what it has of an encoder too."""
+        normed = self._norms[0](x)
+        h = self._attn(normed, normed, mask=mask, input_pos=input_pos) + x
+        return h + self._mlp(self._norms[1](h))
 
 
-def _turned(
-    module: MultiHeadAttention, state: torch.Tensor, input_pos: torch.Tensor
-) -> torch.Tensor:
-    turn = module.pos_embeddings
-    return state if turn is None else turn(state, input_pos=input_pos)
+class _Attention:
+    """Attention of one token to what is cached and itself."""
+
+    def __init__(
+        self, module: MultiHeadAttention, together: _Linear | None, called: Called
+    ) -> None:
+        self._module, self._together = module, together
+        self._heads = module.num_heads, module.num_kv_heads
+        self._inputs = [called(m) for m in (module.q_proj, module.k_proj, module.v_proj)]
+        self._output = called(module.output_proj)
+        rotary = module.pos_embeddings
+        self._turn = (lambda x, input_pos: x) if rotary is None else called(rotary)
+
+    def __call__(
+        self, x: torch.Tensor, _: torch.Tensor, *, mask: torch.Tensor, input_pos: torch.Tensor
+    ) -> torch.Tensor:
+        """Map ``[B, 1, D]`` to ``[B, 1, D]``; ``mask`` is ``[B, 1, L]``."""
+        q, k, v = self._projected(x, input_pos)
+        k, v = self._module.kv_cache.update(k.transpose(1, 2), v.transpose(1, 2))
+        # Heads that share keys are like so many tokens: torchtune copies keys and values for each.
+        q = q.reshape(x.shape[0], self._heads[1], -1, q.shape[-1])
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
+        return self._output(y.reshape(x.shape[0], 1, -1))
+
+    def _projected(self, x: torch.Tensor, input_pos: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return q, k and v, each ``[B, 1, heads, C]``."""
+        heads, kv_heads = self._heads
+        of_heads = x.shape[0], 1, -1, self._module.head_dim
+        if self._together is not None:
+            states = self._together(x).view(of_heads)
+            qk, v = states.split_with_sizes([heads + kv_heads, kv_heads], dim=2)
+            q, k = self._turn(qk, input_pos=input_pos).split_with_sizes(self._heads, dim=2)
+            return q, k, v
+        q, k, v = (linear(x).view(of_heads) for linear in self._inputs)
+        return self._turn(q, input_pos=input_pos), self._turn(k, input_pos=input_pos), v
+
+
+class _GatedMLP:
+    """An MLP whose first two products are one."""
+
+    def __init__(self, module: FeedForward, together: _Linear, called: Called) -> None:
+        self._together, self._activation = together, module.activation
+        self._down = called(module.w2)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Map ``[..., D]`` to ``[..., D]``."""
+        gate, up = self._together(x).chunk(2, dim=-1)
+        return self._down(self._activation(gate) * up)
 
 
 def _few_tokens(module: NF4Linear, x: torch.Tensor) -> torch.Tensor:
@@ -211,12 +269,6 @@ def _few_tokens(module: NF4Linear, x: torch.Tensor) -> torch.Tensor:
     if module.repair is not None:
         y = module.repair(x, y)
     return y if module.bias is None else y + module.bias
-
-
-def _feed_forward(module: FeedForward, together: _Linear, x: torch.Tensor) -> torch.Tensor:
-    gate, up = together(x).chunk(2, dim=-1)
-    output: torch.Tensor = module.w2(module.activation(gate) * up)
-    return output
 
 
 def _rms_norm(scale: torch.Tensor, eps: float, x: torch.Tensor) -> torch.Tensor:
