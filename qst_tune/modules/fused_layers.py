@@ -133,7 +133,7 @@ def gated_mlp(
     tokens = x.reshape(-1, x.shape[-1])
     if len(tokens) <= MLP_TOKENS:
         return compute(x)
-    output = torch.empty_like(tokens)
+    output = tokens.new_empty(tokens.shape)
     with decoding_once_for(len(tokens), MLP_TOKENS):
         for start in range(0, len(tokens), MLP_TOKENS):
             part = slice(start, start + MLP_TOKENS)
@@ -173,7 +173,7 @@ def add_attention(
 
     if rows_at_once >= len(x):
         return attention(x, where).add_(x)
-    h = torch.empty_like(x)
+    h = x.new_empty(x.shape)  # contiguous, whatever x is
     with decoding_once_for(len(x), rows_at_once):
         for start in range(0, len(x), rows_at_once):
             rows = slice(start, start + rows_at_once)

@@ -131,6 +131,23 @@ def test_layers_in_parts_give_the_same_and_decode_a_weight_once(
     assert len(decodings) == len(set(decodings)) == len(model.layers) * whole
 
 
+@pytest.mark.parametrize("chunk_tokens", [5, 100])
+@torch.no_grad()
+def test_a_state_that_is_not_contiguous_is_read_and_left_as_it_was(
+    chunk_tokens, fused, triton_device
+):
+    model = tiny_model().to(triton_device)
+    model.frozen_chunk_tokens = chunk_tokens
+    width = model.backbone.width
+    state = torch.randn(width, 2, 5, device=triton_device).permute(1, 2, 0)
+    before, tokens = state.clone(), torch.zeros(2, 5, dtype=torch.int64, device=triton_device)
+    shown = {"since": 1, "taps": (), "visit": lambda h: None}
+    found = model.backbone.suffix(tokens, state, **shown)
+    expected = model.backbone.suffix(tokens, state.contiguous(), **shown)
+    torch.testing.assert_close(found, expected, **FP32)
+    assert torch.equal(state, before)
+
+
 @torch.no_grad()
 def test_a_layer_with_a_hook_is_called(fused, triton_device):
     model = tiny_model().to(triton_device)
