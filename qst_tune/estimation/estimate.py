@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
+from unittest.mock import patch
 
+from qst_tune.backbone.transformers import CHUNK_TOKENS
 from qst_tune.config.schema import StepConfig
 from qst_tune.estimation.batch_peaks import BatchPeaks, Shorten
 from qst_tune.estimation.fake_device import Attention, DeviceType
@@ -114,7 +116,8 @@ class Question:
         if fixed > limit:
             return 0
         at_once = setup.rows_at_once(self.shape.seq_len)
-        part_rows = ALL_ROWS if at_once else setup.part_rows(self.shape.seq_len)
+        with patch.dict(CHUNK_TOKENS, cpu=CHUNK_TOKENS[self.device]):
+            part_rows = ALL_ROWS if at_once else setup.part_rows(self.shape.seq_len)
         peaks = BatchPeaks(
             setup.model,
             lambda batch_size, shorten: self._trace(batch_size, shorten)[1],

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torchao.dtypes.nf4tensor import NF4Tensor
 
+from qst_tune.backbone.transformers import CHUNK_TOKENS
 from qst_tune.modules import batch_parts, fused_layers, lora, loss, peqa_linear
 from qst_tune.modules.nf4_linear import NF4Linear
 from qst_tune.modules.side import compute
@@ -139,6 +140,7 @@ def device_kernels(
         for name, function in instead.items():
             stack.enter_context(patch.object(F, name, function))
         stack.enter_context(patch.dict(WEIGHTS_AT_ONCE, cpu=WEIGHTS_AT_ONCE[device]))
+        stack.enter_context(patch.dict(CHUNK_TOKENS, cpu=CHUNK_TOKENS[device]))
         # Lookups, which count as no operation, and rows that run forward and backward in turn.
         stack.enter_context(first_and_last_parts(nf4, task))
         stack.enter_context(patch.object(loss, "rows_with_label", lambda kept, num_kept: None))

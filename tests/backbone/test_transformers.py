@@ -2,11 +2,12 @@
 
 import gc
 import weakref
+from unittest.mock import patch
 
 import pytest
 import torch
 
-from qst_tune.backbone.transformers import TransformersBackbone
+from qst_tune.backbone.transformers import CHUNK_TOKENS, TransformersBackbone
 from qst_tune.errors import UserError
 from qst_tune.models import qst_decoder
 from qst_tune.modules.side.per_row import share_backbone
@@ -119,3 +120,11 @@ def test_a_model_whose_layers_have_different_heads_starts_as_it_is() -> None:
     model = qst_decoder(TransformersBackbone(theirs), reduction_factor=4, base_quantization="none")
     assert model.side.blocks[0].attn.num_kv_heads == 1  # of two, at a quarter of the width
     torch.testing.assert_close(model(TOKENS), theirs(TOKENS).logits)
+
+
+def test_a_gpu_takes_more_tokens_at_once_and_an_estimate_for_it_too() -> None:
+    backbone = TransformersBackbone(tiny_model("smollm3"))
+    tokens = torch.zeros(20, 1024, dtype=torch.int64, device="meta")
+    assert [part.stop for part in backbone.row_parts(tokens, None)] == [4, 8, 12, 16, 20]
+    with patch.dict(CHUNK_TOKENS, cpu=CHUNK_TOKENS["cuda"]):
+        assert [part.stop for part in backbone.row_parts(tokens, None)] == [8, 16, 24]
