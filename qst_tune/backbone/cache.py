@@ -2,10 +2,16 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
-from qst_tune.backbone.text_model import carries_state
+import torch
+
+from qst_tune.backbone.text_model import carries_state, has_windows
 from qst_tune.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import Cache
 
 # Types whose code takes no cache but one of its own class.
 _OWN_CACHE = ("minimax",)
@@ -19,6 +25,9 @@ class TransformersCache:
     a state along the row (Mamba, linear attention) cannot go back at all, and begins again.
 
     ``length`` is the number of tokens in it. UserError if the model takes no cache of transformers.
+
+    With a ``slot``, ``[1]`` int64, a pass of one token writes at that place in tensors that
+    :meth:`reserve` made, and reads all of them; then ``length`` is the caller's to set.
     """
 
     def __init__(self, backbone: Any, cache: Any = None) -> None:
@@ -31,9 +40,47 @@ class TransformersCache:
         self._is_stateful = carries_state(backbone.model, backbone.config)
         self._is_whole = True  # no pass was left in the middle
         self.length = 0
+        self.slot: torch.Tensor | None = None
+        self._slots: list[SlotLayer] = []
+        self._is_in_slots = False  # which of the two has all tokens
         self.cache = cache
         if cache is None:
             self._renew()
+
+    @property
+    def has_slots(self) -> bool:
+        """Whether a slot can be used: all layers keep all keys, and attention takes any mask."""
+        from transformers import DynamicCache
+        from transformers.cache_utils import DynamicLayer
+
+        config = self._backbone.config
+        kinds = {type(layer) for layer in self.cache.layers} - {DynamicLayer}
+        is_plain = type(self.cache) is DynamicCache and not kinds and not self._is_stateful
+        is_sdpa = getattr(config, "_attn_implementation", None) == "sdpa"
+        return is_plain and is_sdpa and not has_windows(config)
+
+    def reserve(self, room: int) -> None:
+        """Make room for ``room`` tokens in tensors that stay, with those that are there."""
+        if self._is_in_slots and self._slots[0].room == room:
+            return
+        self._leave_slots()
+        layers = [layer for layer in self.cache.layers if layer.is_initialized]
+        if len(self._slots) != len(layers) or not self._slots[0].fits(layers[0].keys, room):
+            slot_layer = _slot_layer()
+            self._slots = [slot_layer(self, one.keys, one.values, room) for one in layers]
+        for slots, layer in zip(self._slots, layers, strict=True):
+            slots.take(layer.keys, layer.values)
+        self._is_in_slots = True
+
+    def _leave_slots(self) -> None:
+        """Give transformers' cache the tokens again."""
+        if not self._is_in_slots:
+            return
+        layers = [layer for layer in self.cache.layers if layer.is_initialized]
+        for slots, layer in zip(self._slots, layers, strict=True):
+            layer.keys = slots.keys[:, :, : self.length]
+            layer.values = slots.values[:, :, : self.length]
+        self._is_in_slots = False
 
     def _renew(self) -> None:
         from transformers import DynamicCache
@@ -53,6 +100,7 @@ class TransformersCache:
         is_continued = self._is_whole and length == self.length
         if is_continued and not (self._is_stateful and num_new > 1):
             return length
+        self._leave_slots()
         if self._is_stateful or not length:
             self._renew()
             return 0
@@ -63,10 +111,26 @@ class TransformersCache:
 
     @contextmanager
     def extended(self, num_new: int) -> Iterator[Any]:
-        """Let a pass of ``num_new`` tokens read and extend transformers' cache."""
+        """Let a pass of ``num_new`` tokens read and extend transformers' cache, or the slots."""
+        if self.slot is not None:
+            yield self._with_slots()
+            return
+        self._leave_slots()
         self._is_whole = False
         yield self.cache
         self.length, self._is_whole = self.length + num_new, True
+
+    def _with_slots(self) -> "Cache":
+        """Return a cache of the slots; layers that never ran, as those that share keys, stay."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        slots = iter(self._slots)
+        layers: list[Any] = [
+            next(slots) if layer.is_initialized else layer for layer in self.cache.layers
+        ]
+        cache.layers = layers
+        return cache
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -76,6 +140,56 @@ class TransformersCache:
             yield
         finally:
             self._backbone.cache = None
+
+
+class SlotLayer:
+    """One layer of a cache, whose tensors stay where they are."""
+
+    is_sliding, is_initialized, is_compileable = False, True, True
+
+    def __init__(
+        self, owner: TransformersCache, keys: torch.Tensor, values: torch.Tensor, room: int
+    ) -> None:
+        self._owner, self.room = owner, room
+        self.keys, self.values = (
+            held.new_zeros(*held.shape[:2], room, held.shape[3]) for held in (keys, values)
+        )
+
+    def fits(self, keys: torch.Tensor, room: int) -> bool:
+        """Whether keys of a layer, ``[B, H, T, C]``, go into this room."""
+        return self.room == room and len(self.keys) == len(keys)
+
+    def take(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Copy keys and values of a layer, the first of the room."""
+        self.keys[:, :, : keys.shape[2]] = keys
+        self.values[:, :, : keys.shape[2]] = values
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: object, **__: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write one token's keys and values ``[B, H, 1, C]``; return those of the whole room."""
+        slot = self._owner.slot
+        assert slot is not None
+        self.keys.index_copy_(2, slot, key_states)
+        self.values.index_copy_(2, slot, value_states)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Return the number of tokens before this one, which models count positions from."""
+        return self._owner.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return how many keys there are, and the first one's place."""
+        return self.room, 0
+
+
+@lru_cache(maxsize=1)
+def _slot_layer() -> type[SlotLayer]:
+    """Return :class:`SlotLayer` as one of transformers' own kinds, which is imported late."""
+    from transformers.cache_utils import DynamicLayer
+
+    kind: type[SlotLayer] = type("SlotLayer", (SlotLayer, DynamicLayer), {})
+    return kind
 
 
 def _without_window(layer: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from qst_tune.backbone.text_model import carries_state
+from qst_tune.backbone.text_model import carries_state, has_windows
 from qst_tune.errors import UserError
 
 
@@ -85,7 +85,7 @@ def by_mask(config: Any, input_pos: torch.Tensor, dtype: torch.dtype) -> Any:
     """Give one mask ``[B, 1, T, T]`` for all layers, where none of them has a window."""
     from transformers.masking_utils import create_causal_mask
 
-    if _has_windows(config):
+    if has_windows(config):
         raise ValueError("one mask would take the windows away")
     return create_causal_mask(**_mask_arguments(config, input_pos, dtype))
 
@@ -103,12 +103,6 @@ def _mask_arguments(config: Any, input_pos: torch.Tensor, dtype: torch.dtype) ->
         "past_key_values": None,
         "position_ids": input_pos,
     }
-
-
-def _has_windows(config: Any) -> bool:
-    kinds = getattr(config, "layer_types", None) or ()
-    by_kind = any(kind != "full_attention" for kind in kinds)
-    return by_kind or (not kinds and bool(getattr(config, "sliding_window", None)))
 
 
 @torch.no_grad()

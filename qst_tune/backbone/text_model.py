@@ -108,3 +108,10 @@ def _scale(config: Any) -> float:
     for name, sign in signs.items():
         scale *= float(getattr(config, name, None) or 1.0) ** sign
     return scale
+
+
+def has_windows(config: Any) -> bool:
+    """Whether some layers see only the last tokens."""
+    kinds = getattr(config, "layer_types", None) or ()
+    by_kind = any(kind != "full_attention" for kind in kinds)
+    return by_kind or (not kinds and bool(getattr(config, "sliding_window", None)))

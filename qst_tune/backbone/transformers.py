@@ -285,6 +285,8 @@ class TransformersBackbone(nn.Module):
         if packing is not None and input_pos is not None:
             dtype = self.embedding.weight.dtype
             inputs["attention_mask"] = packing(self.config, input_pos, dtype)
+        if self.cache is not None and self.cache.slot is not None:
+            inputs["attention_mask"] = mask[:, None]
         projected: list[torch.Tensor] = []
         with ExitStack() as stack:
             if input_pos is None and self.cache is None:

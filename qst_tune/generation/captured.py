@@ -44,7 +44,7 @@ class SlotCache(Protocol):
     slot: torch.Tensor | None
 
     def reserve(self, room: int) -> None:
-        """Make room for this many tokens."""
+        """Make room for this many tokens, in tensors that stay while the room is the same."""
 
 
 class CapturedStep:
@@ -77,12 +77,19 @@ class CapturedStep:
             cache.length = is_real_BT.shape[1]
         return logits_BV
 
+    def refuse(self, reason: str) -> None:
+        """Record no more, and report why."""
+        self.is_possible = False
+        _report(reason)
+
     def _take(self, new_B1: torch.Tensor, is_real_BT: torch.Tensor) -> None:
         """Write the inputs of a step."""
         num_rows, length = is_real_BT.shape
         room = max(_LEAST_ROOM, 1 << (length - 1).bit_length())
         if self._shape != (num_rows, room):
             self._prepare(new_B1, room)
+        for cache in self._caches:
+            cache.reserve(room)
         token_B1, slot_1, mask_B1L, position_B1 = self._inputs
         token_B1.copy_(new_B1)
         slot_1.fill_(length - 1)
@@ -92,8 +99,6 @@ class CapturedStep:
     def _prepare(self, new_B1: torch.Tensor, room: int) -> None:
         self._replay = None  # its memory is free before there is more
         self._shape = (len(new_B1), room)
-        for cache in self._caches:
-            cache.reserve(room)
         slot_1 = new_B1.new_zeros(1)
         mask_B1L = new_B1.new_zeros(len(new_B1), 1, room, dtype=torch.bool)
         self._inputs = torch.empty_like(new_B1), slot_1, mask_B1L, torch.empty_like(new_B1)
@@ -113,8 +118,7 @@ class CapturedStep:
         try:
             return self._record(self._at_slot)
         except Exception as error:  # of the driver, of any operation that waits for the GPU
-            self.is_possible = False
-            _report(f"{type(error).__name__}: {first_line(error)}")
+            self.refuse(f"{type(error).__name__}: {first_line(error)}")
             return None
 
     def _at_slot(self) -> torch.Tensor:

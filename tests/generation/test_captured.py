@@ -5,13 +5,15 @@ import logging
 import pytest
 import torch
 
+from qst_tune.backbone.cache import SlotLayer
 from qst_tune.generation import caches as caches_module
 from qst_tune.generation.batch import answer_batch
 from qst_tune.generation.caches import ModelCaches, last_logits
 from qst_tune.generation.captured import recorder
 from qst_tune.generation.sampling import Sampling
 from qst_tune.generation.sequence import CachedSequence
-from qst_tune.models import qst_decoder
+from qst_tune.models import qst_decoder, qst_from_hf
+from tests.support import hf_models
 from tests.support.numbers import TINY_REDUCTION, random_tokens, randomize_, tiny_backbone
 
 
@@ -117,6 +119,62 @@ def test_what_cannot_be_recorded_runs_as_before_and_is_reported_once(monkeypatch
     without_recording(monkeypatch)
     expected = logits_token_by_token(model, tokens, is_real, 5)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+# Those whose test models have windows are not recorded.
+RECORDED = ["qwen3", "phi3", "gemma", "opt"]
+
+
+def transformers_model(family, directory):
+    hf_models.save_hf_model(directory, hf_models.FAMILIES[family])
+    model = hf_models.loaded(qst_from_hf, directory, reduction_factor=TINY_REDUCTION, rank=8)
+    randomize_(model.side)
+    return model
+
+
+@torch.no_grad()
+def logits_of_turns(model):
+    """Logits of a prompt, of tokens, of a second turn, and of tokens again."""
+    tokens, is_real = padded(3)
+    pieces = [(0, 5), *((n, n + 1) for n in range(5, 14)), (14, 17), (17, 18), (18, 19), (19, 20)]
+    caches = ModelCaches(model)
+    return torch.stack(
+        [last_logits(model, caches, tokens[:, a:b], is_real[:, :b]) for a, b in pieces]
+    )
+
+
+@pytest.mark.parametrize("family", [*RECORDED, "mistral"])
+def test_steps_of_transformers_models_are_recorded_too(family, tmp_path, monkeypatch, on_gpu):
+    model = transformers_model(family, tmp_path)
+    torch.manual_seed(1)
+    found = logits_of_turns(model)
+    assert Recorded.count == (3 if family in RECORDED else 0)
+    without_recording(monkeypatch)
+    torch.manual_seed(1)
+    expected = logits_of_turns(model)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("fault", ["other logits", "an error"])
+def test_a_model_that_computes_something_else_is_not_recorded(
+    fault, tmp_path, monkeypatch, on_gpu, caplog
+):
+    model = transformers_model("phi3", tmp_path)
+
+    def update(self, key_states, value_states, *_):
+        assert fault != "an error", "no keys"
+        return self.keys, self.values
+
+    monkeypatch.setattr(SlotLayer, "update", update)
+    torch.manual_seed(1)
+    with caplog.at_level(logging.WARNING):
+        found = [logits_of_turns(model) for _ in range(2)]
+    assert Recorded.count == 0
+    assert sum("CUDA graph" in record.message for record in caplog.records) == 1
+    without_recording(monkeypatch)
+    torch.manual_seed(1)
+    expected = [logits_of_turns(model) for _ in range(2)]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_only_a_gpu_records():
