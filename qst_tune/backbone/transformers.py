@@ -283,8 +283,7 @@ class TransformersBackbone(nn.Module):
         """Run the model up to its LM head; a mask that is not padding ``[B, L]`` is not read."""
         inputs = self._inputs(tokens, mask if _is_padding(mask) else None, input_pos)
         if packing is not None and input_pos is not None:
-            dtype = self.embedding.weight.dtype
-            inputs["attention_mask"] = packing(self.config, input_pos, dtype)
+            inputs["attention_mask"] = packing(self.config, input_pos, self.embedding.weight.dtype)
         if self.cache is not None and self.cache.slot is not None:
             inputs["attention_mask"] = mask[:, None]
         projected: list[torch.Tensor] = []
