@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 # configs/<family>/<size>_<method>.yaml and configs/auto/<method>.yaml. A recipe without methods
 # takes the configs of others: torchtune looks a config up among those of all recipes.
 _RECIPES: dict[str, tuple[str, ...]] = {
-    "qst_finetune": ("qst", "qst_dial", "qst_sst2", "lst"),
+    "qst_finetune": ("qst", "qst_dial", "qst_trials", "qst_sst2", "lst"),
     "qst_dpo": ("qst_dpo",),
     "peqa_finetune": ("peqa_4bit", "peqa_3bit"),
     "peqa_export": (),

@@ -120,9 +120,10 @@ def trials_cost(
     turns = [configs[0], *(configs[index] for index in first_of.values())]
     setups = [own_setup(cfg, dtype) for cfg in turns]
     with quick_and_quiet():
-        bytes_of, flops, peak = _trace(setups, turns, shape, device, attention)
-    each = dict(zip(first_of, map(_Kind, bytes_of[1:], flops[1:]), strict=True))
-    return TrialsCost([each[name] for name in names], peak, sum(bytes_of), flops[0])
+        found = _trace(setups, turns, shape, device, attention)
+    each = dict(zip(first_of, map(_Kind, found.own_bytes[1:], found.flops[1:]), strict=True))
+    traced = sum(found.own_bytes)
+    return TrialsCost([each[name] for name in names], found.peak_bytes, traced, found.flops[0])
 
 
 def _name_of_kind(cfg: StepConfig) -> str:
@@ -131,49 +132,68 @@ def _name_of_kind(cfg: StepConfig) -> str:
     return f"{OmegaConf.to_yaml(cfg.model)}{cfg.optimizer._component_}{start}"
 
 
+@dataclass(frozen=True)
+class TurnsCost:
+    """What trials took in one step: bytes of each one's own, operations of each turn, the peak."""
+
+    own_bytes: list[int]
+    flops: list[int]
+    peak_bytes: int
+
+
 def _trace(
     setups: Sequence[Setup],
     configs: Sequence[StepConfig],
     shape: Shape,
     device: DeviceType,
     attention: Attention,
-) -> tuple[list[int], list[int], int]:
-    """Bytes of each trial's own, operations of each turn, and the peak of all."""
+) -> TurnsCost:
+    """Run a step of each in turn, on fake tensors, over the model of the first."""
+    model, others = setups[0].model, [one.model.side for one in setups[1:]]
+    references = [one.model.reference_side for one in setups]
+    modules = [model, *others, *(one for one in references if one is not None)]
+    for module in modules[: len(setups)]:
+        build_rotary_caches(module, torch.device("cpu"))
+    with fake_tensors(setups[0].dtype):
+        for module in modules:
+            allocate_fake(module, device)
+        return run_turns(setups, configs, shape, device=device, attention=attention)
+
+
+def run_turns(
+    setups: Sequence[Setup],
+    configs: Sequence[StepConfig],
+    shape: Shape,
+    *,
+    device: DeviceType,
+    attention: Attention = "fused",
+) -> TurnsCost:
+    """Run a tracked step of each in turn, on tensors that exist, fake or real."""
     setup, model = setups[0], setups[0].model
     granularity = CUDA_GRANULARITY if device == "cuda" else 1
     tracker = StorageTracker(granularity=granularity, workspace=workspace_of(device))
-    owns = [(one.model.side, one.model.reference_side) for one in setups]
-    build_rotary_caches(model, torch.device("cpu"))
-    for side, _ in owns[1:]:
-        build_rotary_caches(side, torch.device("cpu"))
-    with fake_tensors(setup.dtype):
-        for module in [model, *(m for own in owns for m in own if m is not None)]:
-            if any(parameter.is_meta for parameter in module.parameters()):
-                allocate_fake(module, device)
-        optimizers = []
-        for own, cfg in zip(owns, configs, strict=True):
+    sides = [(one.model.side, one.model.reference_side) for one in setups]
+    optimizers, own_bytes, flops = [], [], []
+    for own, cfg in zip(sides, configs, strict=True):
+        use_side(model, *own)
+        optimizers.append(make_optimizer(setup, cfg, device))
+    batch = setup.batch(shape)
+    tracker.register([*model.parameters(), *model.buffers(), batch], "frozen weights")
+    for own, optimizer in zip(sides, optimizers, strict=True):
+        held = _tensors(*own, optimizer.state)
+        tracker.register(held, "optimizer states")
+        own_bytes.append(sum(-(-one.nbytes // granularity) * granularity for one in held))
+    model.shared_pass = SharedPass([side for side, _ in sides])
+    model.shared_pass.begin(len(sides))
+    gc.collect()
+    with device_kernels(device, attention, tracker.repeat), tracker:
+        for own, optimizer, cfg in zip(sides, optimizers, configs, strict=True):
             use_side(model, *own)
-            optimizers.append(make_optimizer(setup, cfg, device))
-        batch = setup.batch(shape)
-        tracker.register([*model.parameters(), *model.buffers(), batch], "frozen weights")
-        mine = [
-            _tensors(*own, optimizer.state) for own, optimizer in zip(owns, optimizers, strict=True)
-        ]
-        for tensors in mine:
-            tracker.register(tensors, "optimizer states")
-        model.shared_pass = SharedPass([side for side, _ in owns])
-        model.shared_pass.begin(len(owns))
-        gc.collect()
-        flops = []
-        with device_kernels(device, attention, tracker.repeat), tracker:
-            for own, optimizer, cfg in zip(owns, optimizers, configs, strict=True):
-                use_side(model, *own)
-                before = tracker.flops
-                with watched(tracker, model, setup.task.loss_function):
-                    train_step(setup, optimizer, batch, cfg.clip_grad_norm, tracker)
-                flops.append(tracker.flops - before)
-        sizes = [sum(-(-t.nbytes // granularity) * granularity for t in own) for own in mine]
-        return sizes, flops, tracker.peak().num_bytes
+            before = tracker.flops
+            with watched(tracker, model, setup.task.loss_function):
+                train_step(setup, optimizer, batch, cfg.clip_grad_norm, tracker)
+            flops.append(tracker.flops - before)
+    return TurnsCost(own_bytes, flops, tracker.peak().num_bytes)
 
 
 def _tensors(

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from functools import partial
 
-from qst_tune.config.trials import Settings
+from qst_tune.config.trials import Settings, title
 from qst_tune.data.batches.read_once import ReadOnce
 from qst_tune.data.batches.training_data import TrainingData
+from qst_tune.errors import UserError
 from qst_tune.models.build import build_on_meta
 from qst_tune.modules.qst_model import QSTModel
+from qst_tune.modules.side.network import SideNetwork
 from qst_tune.training.methods import fill_side, load_backbone, prepare_frozen
 from qst_tune.training.preference import reference_of
 from qst_tune.training.resume import set_run_seed
@@ -31,12 +33,17 @@ def build_trials(
     with. UserError as for one run.
     """
     dtype, device = run.dtype, run.device
+    sides = [  # what fits no backbone fails before one is loaded
+        _side_on_meta(number, own, one)
+        for number, (own, one) in enumerate(zip(settings, run.trials, strict=True), start=1)
+    ]
     backbone = load_backbone(model, run.cfg, dtype, device)
     move = partial(on_device, device=device)
     read_once = ReadOnce(data.train, move), data.validation and ReadOnce(data.validation, move)
     trials = []
-    for number, (own, one) in enumerate(zip(settings, run.trials, strict=True), start=1):
-        side = build_on_meta(one.cfg.model, dtype).side
+    for number, (own, one, side) in enumerate(
+        zip(settings, run.trials, sides, strict=True), start=1
+    ):
         use_side(model, side)
         set_run_seed(one.cfg, one.saved)
         method = fill_side(model, one.cfg, backbone, device)
@@ -47,3 +54,10 @@ def build_trials(
         trials.append(Trial(number, own, trainer, side, model.reference_side))
     prepare_frozen(model, run.cfg, [trial.side for trial in trials], backbone, dtype, device)
     return trials
+
+
+def _side_on_meta(number: int, settings: Settings, run: Run) -> SideNetwork:
+    try:
+        return build_on_meta(run.cfg.model, run.dtype).side
+    except UserError as error:
+        raise UserError(f"trial {number} ({title(settings)}): {error}") from error

@@ -5,8 +5,9 @@ import torch
 from omegaconf import OmegaConf
 
 from qst_tune.config.schema import EstimateConfig
-from qst_tune.estimation.step import Shape, own_setup, trace_step
-from qst_tune.estimation.trials import _trace, trials_cost
+from qst_tune.estimation.step import Setup, Shape, own_setup, trace_step
+from qst_tune.estimation.trials import _trace, run_turns, trials_cost
+from qst_tune.modules.meta_device import build_rotary_caches
 from tests.support.checkpoints import SIZES
 from tests.support.configs import typed_config
 
@@ -45,9 +46,41 @@ def test_one_trial_takes_what_a_run_takes() -> None:
 def test_many_trials_take_what_all_of_them_take_in_one_step(kinds: list[dict[str, object]]) -> None:
     configs = [config(rate, **kind) for kind in kinds for rate in (1e-3, 1e-2, 1e-1)]
     cost = trials_cost(configs, BF16, SHAPE, "cpu")
-    _, flops, peak = _trace([own_setup(c, BF16) for c in configs], configs, SHAPE, "cpu", "fused")
-    assert cost.peak_bytes(6) == peak
-    assert cost.runs(6) == pytest.approx(sum(flops) / flops[0], rel=1e-12)
+    found = _trace([own_setup(c, BF16) for c in configs], configs, SHAPE, "cpu", "fused")
+    assert cost.peak_bytes(6) == found.peak_bytes
+    assert cost.runs(6) == pytest.approx(sum(found.flops) / found.flops[0], rel=1e-12)
+
+
+def real_setup(cfg: EstimateConfig) -> Setup:
+    setup = own_setup(cfg, BF16)
+    setup.model.to_empty(device="cpu")
+    for tensor in (*setup.model.parameters(), *setup.model.buffers()):
+        tensor.detach().zero_()
+    build_rotary_caches(setup.model, torch.device("cpu"))
+    return setup
+
+
+def test_memory_grows_by_side_networks_and_their_optimizers_alone_on_real_tensors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokens = torch.zeros(SHAPE.batch_size, SHAPE.seq_len, dtype=torch.int64)
+    # The estimate's own has the label of no token, which it counts as one.
+    monkeypatch.setattr(Setup, "batch", lambda *_: {"tokens": tokens, "labels": tokens.clone()})
+    configs = [config(rate, base_quantization="none") for rate in (1e-4, 1e-3, 1e-2, 1e-1)]
+    found = {
+        count: run_turns(
+            [real_setup(cfg) for cfg in configs[:count]], configs[:count], SHAPE, device="cpu"
+        )
+        for count in (2, 4)
+    }
+    own = found[4].own_bytes
+    assert found[4].peak_bytes - found[2].peak_bytes == sum(own[2:]) > 0
+    # AdamW keeps two numbers and a counter for each trained one.
+    trained = sum(p.numel() for p in real_setup(configs[0]).model.side.parameters())
+    assert own[0] == pytest.approx(3 * 4 * trained, rel=0.1)
+    # The batch itself, 4096 bytes, is no fake tensor here.
+    expected = trials_cost(configs, BF16, SHAPE, "cpu").peak_bytes(4)
+    assert found[4].peak_bytes == pytest.approx(expected, abs=4096)
 
 
 def test_as_many_fit_as_their_peak_says() -> None:

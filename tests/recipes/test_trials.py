@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -183,6 +184,10 @@ REFUSED = {
     "the same trial twice": ([{"seed": 1}, {"seed": 1}], "1 and 2 are the same (seed=1)"),
     "an unknown choice": ({"gird": {}}, "unknown key 'gird'; did you mean 'grid'?"),
     "a value of no use": ([{"model.rank": "x"}], 'trial 1 (model.rank="x"): model.rank=x must be'),
+    "a shape of no use": (
+        [{}, {"model.num_side_blocks": 9}],
+        "trial 2 (model.num_side_blocks=9): model: num_side_blocks=9 must be from 0 to",
+    ),
     "a step without validation": (
         {"grid": {"seed": [1, 2]}, "halving": {"first_step": 5}},
         "first_step=5 must be a step after which trials validate: set run_val_every_n_steps=5",
@@ -342,3 +347,43 @@ def test_a_soup_that_is_better_is_the_mean_and_the_result(
     )
     root = Path(nine_steps["checkpointer"]["checkpoint_dir"]).parent
     assert val_loss(loaded.model, root) == pytest.approx(found["soup"]["val_loss"], rel=1e-5)
+
+
+def test_a_signal_stops_all_trials_and_they_resume_bit_for_bit(
+    nine_steps: Config, tmp_path: Path
+) -> None:
+    """The eighth pass is the second trial's, in the middle of the second step."""
+    marker = tmp_path / "marker"
+    call = 3 * 2 * 2 + 3 * 2 + 3  # validation, the first step, then half a round
+    loss = ["loss._component_=tests.support.faults.SignalledLoss", f"loss.marker={marker}"]
+    how = [*SETTINGS, *loss, f"loss.call={call}", "loss.signal_name=SIGTERM", "batch_size_val=4"]
+    with pytest.raises(SystemExit) as stopped:
+        sweep(nine_steps, tmp_path / "run", THREE, *how)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    rows = json.loads((tmp_path / "run/trials.json").read_text())["trials"]
+    assert [row["end"] for row in rows] == ["interrupted"] * 3
+    assert {row["steps"] for row in rows} <= {1, 2, 3}
+    sweep(nine_steps, tmp_path / "run", THREE, *how, RESUME)
+    sweep(nine_steps, tmp_path / "whole", THREE, *how)  # the marker is there
+    for number in ("1", "2", "3"):
+        assert_same(tmp_path / "run/trials" / number, tmp_path / "whole/trials" / number)
+
+
+def test_a_trial_that_stops_early_leaves_the_others_alone(
+    nine_steps: Config, tmp_path: Path
+) -> None:
+    trials = [{"optimizer.lr": 3e-1}, {"optimizer.lr": 1e-2}]
+    how = [*SETTINGS, "early_stopping_patience=1", "lr_scheduler=null"]
+    sweep(nine_steps, tmp_path / "run", trials, *how)
+    rows = json.loads((tmp_path / "run/trials.json").read_text())["trials"]
+    assert [row["end"] for row in rows] == ["stopped early", "finished"]
+    for number, own in enumerate(trials, start=1):
+        alone(nine_steps, tmp_path / str(number), own, *how)
+        assert_same(tmp_path / "run/trials" / str(number), tmp_path / str(number))
+
+
+def test_if_all_trials_fail_the_reason_is_told(nine_steps: Config, tmp_path: Path) -> None:
+    trials = [DIVERGING, {"optimizer.lr": 1e31}]
+    with pytest.raises(UserError, match="step 3: the loss is nan"):
+        sweep(nine_steps, tmp_path / "run", trials, *SETTINGS)
+    assert not (tmp_path / "run/side_network").exists()
