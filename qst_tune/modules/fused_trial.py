@@ -59,10 +59,8 @@ def _computed(x: torch.Tensor, device: str) -> Iterator[tuple[str, torch.Tensor,
     expected = torch.view_as_real(pair * torch.view_as_complex(table)[:, None]).flatten(-2)
     yield "rotary embedding of pairs", rotate_pairs(there, table.to(device)), expected
     logits, labels = x.view(10, 64), torch.arange(10)
-    leaf = logits.float().requires_grad_()
-    with torch.enable_grad():
-        losses = F.cross_entropy(leaf, labels, reduction="none")
-        (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+    losses = F.cross_entropy(logits.float(), labels, reduction="none")
+    gradient = logits.float().softmax(-1) - F.one_hot(labels, logits.shape[1])
     found = logits.to(device, copy=True)
-    yield "cross entropy", cross_entropy_(found, labels.to(device)), losses.detach()
+    yield "cross entropy", cross_entropy_(found, labels.to(device)), losses
     yield "the gradient of cross entropy", found, gradient

@@ -215,8 +215,12 @@ def test_an_mlp_without_a_gate_or_with_another_activation_is_left_alone():
         assert "forward" not in vars(module)
 
 
-def test_the_kernels_pass_their_trial(triton_device):
-    assert fused_trial.find_fault(triton_device) is None
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_the_kernels_pass_their_trial_in_any_mode_and_draw_no_numbers(mode, triton_device):
+    state = torch.get_rng_state()
+    with mode():
+        assert fused_trial.find_fault(triton_device) is None
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,11 @@ from torchtune.modules.loss import CEWithChunkedOutputLoss
 from qst_tune.data.batches.collate import align_labels
 from qst_tune.errors import UserError
 from qst_tune.models import qst_decoder
+from qst_tune.modules import fused_layers
+from qst_tune.modules import loss as loss_module
 from qst_tune.modules.loss import LinearCrossEntropyLoss, connect_loss, next_token_loss
 from qst_tune.modules.nf4_linear import NF4Linear
+from qst_tune.modules.scaled_head import ScaledHead
 from qst_tune.quantization.table import quantize_table
 from qst_tune.training.language_modelling import build_loss
 from tests.support.numbers import TINY, TINY_REDUCTION, random_tokens, randomize_, tiny_backbone
@@ -371,3 +374,54 @@ def test_use_before_set_model_output_is_refused():
 def test_an_empty_chunk_is_refused(chunk_tokens):
     with pytest.raises(ValueError, match="must be at least 1"):
         LinearCrossEntropyLoss(chunk_tokens=chunk_tokens)
+
+
+@pytest.mark.parametrize("scale_and_cap", [None, (0.5, None), (1.0, 2.0)])
+@pytest.mark.parametrize("kind", ["linear", "biased", "tied", "int8 table"])
+@pytest.mark.parametrize("ignored", [0.0, 0.4])
+def test_in_triton_kernels_the_loss_and_its_gradient_are_those_of_whole_logits(
+    ignored, kind, scale_and_cap, monkeypatch, triton_device
+):
+    monkeypatch.setattr(fused_layers, "runs_fused", lambda x: True)
+    head = build_head(kind)
+    getattr(head, "tied_module", head).to(triton_device)
+    if scale_and_cap:
+        head = ScaledHead(head, *scale_and_cap)
+    hidden, labels = hidden_and_labels(ignored=ignored)
+    hidden, labels = hidden.detach().to(triton_device), labels.to(triton_device)
+    chunked = loss_over(head, chunk_tokens=4)
+    number = int((labels != IGNORED).sum())
+    expected, gradient = loss_and_gradient(lambda h: whole_cross_entropy(h, labels, head), hidden)
+    for num_labels in (None, number):
+        loss, found = loss_and_gradient(lambda h, n=num_labels: chunked(h, labels, n), hidden)
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_head_that_is_no_product_is_left_to_autograd_with_the_kernels_too(
+    monkeypatch, triton_device
+):
+    head = build_head("soft_capped").to(triton_device)
+    hidden, labels = (t.to(triton_device) for t in hidden_and_labels())
+    expected = loss_and_gradient(lambda h: whole_cross_entropy(h, labels, head), hidden)
+    monkeypatch.setattr(fused_layers, "runs_fused", lambda x: True)
+    found = loss_and_gradient(lambda h: loss_over(head)(h, labels), hidden)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("words", "tokens"), [(100, 671_088 // 256 * 256), (10**7, 256)])
+def test_the_kernel_takes_as_many_tokens_as_have_128_mib_of_logits(words, tokens, monkeypatch):
+    monkeypatch.setattr(fused_layers, "runs_fused", lambda x: True)
+    head = nn.Linear(8, words, bias=False, device="meta", dtype=torch.bfloat16)
+    hidden = torch.zeros(1, 8, dtype=torch.bfloat16)
+    assert loss_module._chunk_tokens(hidden, head) == tokens
+    monkeypatch.setattr(fused_layers, "runs_fused", lambda x: False)
+    assert loss_module._chunk_tokens(hidden, head) == 256
+
+
+def test_backward_runs_once():
+    hidden, labels = hidden_and_labels()
+    loss = loss_over(build_head("linear"))(hidden, labels)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward runs once"):
+        loss.backward()
