@@ -30,7 +30,7 @@ from torchtune.modules import (
 from qst_tune.modules.nf4_linear import NF4Linear
 from qst_tune.modules.peqa_linear import PEQALinear
 from qst_tune.quantization.decoded_once import Decoded
-from qst_tune.quantization.few_tokens import nf4_product
+from qst_tune.quantization.few_tokens import integer_product, nf4_product
 from qst_tune.quantization.kernels import has_int8_kernel
 
 Forward: TypeAlias = Callable[..., torch.Tensor]
@@ -132,13 +132,15 @@ def _is_plain_layer(module: nn.Module) -> bool:
 
 def _of_part(module: nn.Module, about: _Model) -> Forward | None:
     if type(module) is NF4Linear and not about.is_cpu:
-        return partial(_few_tokens, module)
+        return partial(_times_levels, module)
     if isinstance(module, nn.Linear):
         return _dense(module, about)
+    if type(module) is PEQALinear:
+        if not about.is_cpu:
+            return partial(_times_integers, module)
+        return Int8Product(module) if _multiplies_int8(module, about.dtype) else None
     if not about.is_cpu:  # a GPU has kernels for these
         return None
-    if type(module) is PEQALinear:
-        return Int8Product(module) if _multiplies_int8(module, about.dtype) else None
     if type(module) is RMSNorm:
         return _norm(module, about.dtype)
     return _rotary(module) if type(module) in _ROTARY else None
@@ -262,10 +264,19 @@ class _GatedMLP:
         return self._down(self._activation(gate) * up)
 
 
-def _few_tokens(module: NF4Linear, x: torch.Tensor) -> torch.Tensor:
+def _times_levels(module: NF4Linear, x: torch.Tensor) -> torch.Tensor:
     y = nf4_product(x, module.weight)
-    if y is None:
-        return NF4Linear.forward(module, x)
+    return NF4Linear.forward(module, x) if y is None else _finished(module, x, y)
+
+
+def _times_integers(module: PEQALinear, x: torch.Tensor) -> torch.Tensor:
+    stored = module.codes, module.weight_scale, module.zero_point, module.layout
+    y = integer_product(x, *stored) if module.input_order is None else None
+    return PEQALinear.forward(module, x) if y is None else _finished(module, x, y)
+
+
+def _finished(module: NF4Linear | PEQALinear, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Add to a product what the layer adds."""
     if module.repair is not None:
         y = module.repair(x, y)
     return y if module.bias is None else y + module.bias

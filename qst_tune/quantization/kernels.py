@@ -3,8 +3,8 @@
 ============  ===========================  ================================================
 device        decoding                     product of few tokens
 ============  ===========================  ================================================
-CUDA, sm_80+  Triton: NF4, FP4, int4, 8    Triton in generation, up to 16 tokens: NF4, FP4
-                                           (``few_tokens.py``)
+CUDA, sm_80+  Triton: NF4, FP4, int4, 8    Triton in generation, up to 16 tokens, the same
+                                           formats (``few_tokens.py``)
 CPU           tables and torch's kernels   torch's int8 kernel, up to 64 tokens in bf16:
                                            8 bits, a scale per channel
 ============  ===========================  ================================================

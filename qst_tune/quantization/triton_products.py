@@ -3,7 +3,7 @@ r"""Triton kernels that multiply a few tokens with a 4-bit weight, without decod
 ``one token``    each thread reads words of eight codes and adds in fp32; a block's sum is scaled by
                  its absmax
 ``1 to 16``      eight planes, one for each place in a word, are decoded and multiplied by tensor
-                 cores
+                 cores; so are integers of 4 and 8 bits
 
 .. math:: y_o = \sum_b a_{ob} \sum_{i \in b} L[q_{oi}]\, x_i
 
@@ -24,9 +24,10 @@ import triton
 import triton.language as tl
 from torchao.dtypes.nf4tensor import NF4Tensor
 
+from qst_tune.quantization.affine import AffineLayout
+from qst_tune.quantization.few_tokens import MOST_TOKENS
 from qst_tune.quantization.nf4 import absmax_unless_double_quantized
 
-MOST_TOKENS = 16
 _BLOCK = 64  # columns that share an absmax
 _CODES = 8  # in a word of 32 bits
 
@@ -135,6 +136,58 @@ def _multiply_some(
     tl.store(y + place, total, mask=is_row & (token[None, :] < num_tokens))
 
 
+@triton.jit(do_not_specialize=["num_tokens"])
+def _multiply_integers(
+    planes, codes, weight_scale, zero_point, y, out_dim, row_words, num_groups, num_tokens,
+    BITS: tl.constexpr, GROUP_WORDS: tl.constexpr,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """As :func:`_multiply_some`; a word has four columns, and four more half a row behind.
+
+    ``GROUP_WORDS`` are words that share a scale; 0: a row has one.
+    """
+    dtype: tl.constexpr = planes.dtype.element_ty
+    HALVES: tl.constexpr = 8 // BITS
+    GROUPS: tl.constexpr = WORDS // (GROUP_WORDS if GROUP_WORDS > 0 else WORDS)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token = tl.arange(0, TOKENS)
+    is_row = row[:, None] < out_dim
+    start = row[:, None].to(tl.int64)
+    total = tl.zeros([ROWS, TOKENS], tl.float32)
+    part_words = tl.cdiv(row_words, tl.num_programs(1) * WORDS) * WORDS
+    begin = tl.program_id(1) * part_words
+    if GROUP_WORDS == 0:
+        scale = tl.load(weight_scale + start, mask=is_row, other=0)
+        zero = tl.load(zero_point + start, mask=is_row, other=0).to(tl.float32)
+    for first in range(begin, tl.minimum(begin + part_words, row_words), WORDS):
+        word = first + tl.arange(0, WORDS)
+        inside = is_row & (word[None, :] < row_words)
+        bits = tl.load(codes + start * row_words + word[None, :], mask=inside, other=0)
+        for half in tl.static_range(HALVES):
+            if GROUP_WORDS > 0:
+                group = first // GROUP_WORDS + tl.arange(0, GROUPS)
+                is_group = is_row & (group[None, :] < num_groups // HALVES)
+                place = start * num_groups + half * (num_groups // HALVES) + group[None, :]
+                scale = tl.load(weight_scale + place, mask=is_group, other=0)
+                zero = tl.load(zero_point + place, mask=is_group, other=0).to(tl.float32)
+                scale = tl.broadcast_to(scale[:, :, None], [ROWS, GROUPS, GROUP_WORDS])
+                zero = tl.broadcast_to(zero[:, :, None], [ROWS, GROUPS, GROUP_WORDS])
+                scale, zero = tl.reshape(scale, [ROWS, WORDS]), tl.reshape(zero, [ROWS, WORDS])
+            for byte in tl.static_range(4):
+                code = (bits >> (8 * byte + BITS * half)) & (2**BITS - 1)
+                if BITS == 8:
+                    code = code ^ 128
+                weight = (scale * (code.to(tl.float32) - zero)).to(dtype)
+                plane = planes + (4 * half + byte) * row_words * TOKENS
+                value = tl.load(
+                    plane + word[:, None] * TOKENS + token[None, :],
+                    mask=word[:, None] < row_words, other=0,
+                )  # fmt: skip
+                total = tl.dot(weight, value, total)
+    place = (tl.program_id(1) * num_tokens + token[None, :]).to(tl.int64) * out_dim + row[:, None]
+    tl.store(y + place, total, mask=is_row & (token[None, :] < num_tokens))
+
+
 def takes_nf4(weight: NF4Tensor) -> bool:
     """Whether the kernels multiply with a weight: rows of whole blocks, in words from the start."""
     has_blocks = weight.block_size == _BLOCK and weight.shape[1] % _BLOCK == 0
@@ -183,5 +236,48 @@ def _by_some(
     _multiply_some[grid](
         planes, *stored, y, out_dim, row_words, num_tokens, TOKENS=MOST_TOKENS, **constants
     )
+    total: torch.Tensor = y[0] if tile.parts == 1 else y.sum(0)
+    return total.to(x.dtype)
+
+
+def takes_integers(codes: torch.Tensor, zero_point: torch.Tensor, layout: AffineLayout) -> bool:
+    """Whether :func:`multiply_integers` takes a weight: whole words, groups of whole tiles."""
+    halves = 8 // layout.bits if layout.bits in (4, 8) else 0
+    is_plain = halves > 0 and zero_point.dtype == torch.uint8
+    if not is_plain or layout.num_codes != layout.in_dim or layout.in_dim % (16 * halves):
+        return False
+    is_grouped = layout.num_groups > 1
+    if is_grouped and (layout.group_size not in (32, 64, 128) or layout.num_groups % halves):
+        return False
+    return codes.data_ptr() % 16 == 0
+
+
+def multiply_integers(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    weight_scale: torch.Tensor,
+    zero_point: torch.Tensor,
+    layout: AffineLayout,
+    tile: Tile,
+) -> torch.Tensor:
+    """Multiply 1 to :data:`MOST_TOKENS` tokens, ``[B, I]`` to ``[B, O]``, with 4 or 8 bits.
+
+    The others are those of :func:`~.affine.dequantize_affine`; ``tile`` is of
+    :data:`MATRIX_TILES`.
+    """
+    num_tokens, out_dim, halves = len(x), len(codes), 8 // layout.bits
+    row_words = codes.shape[1] // 4
+    planes = x.new_empty(halves, 4, row_words, MOST_TOKENS)
+    columns = x.reshape(num_tokens, halves, row_words, 4)
+    planes[..., :num_tokens] = columns.permute(1, 3, 2, 0)
+    y = x.new_empty(tile.parts, num_tokens, out_dim, dtype=torch.float32)
+    grid = (triton.cdiv(out_dim, tile.rows), tile.parts)
+    with torch.cuda.device_of(x):
+        _multiply_integers[grid](
+            planes, codes.view(torch.int32), weight_scale, zero_point, y,
+            out_dim, row_words, layout.num_groups, num_tokens,
+            BITS=layout.bits, GROUP_WORDS=layout.group_size // 4 if layout.num_groups > 1 else 0,
+            TOKENS=MOST_TOKENS, ROWS=tile.rows, WORDS=tile.words, num_warps=tile.warps,
+        )  # fmt: skip
     total: torch.Tensor = y[0] if tile.parts == 1 else y.sum(0)
     return total.to(x.dtype)

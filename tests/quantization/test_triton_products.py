@@ -6,8 +6,10 @@ import sys
 
 import pytest
 import torch
+from torchao.dtypes.nf4tensor import NF4Tensor
 
 from qst_tune.quantization import few_tokens
+from qst_tune.quantization.affine import AffineLayout, dequantize_affine, quantize_affine
 from qst_tune.quantization.few_tokens import nf4_product
 from qst_tune.quantization.nf4 import (
     absmax_unless_double_quantized,
@@ -15,12 +17,15 @@ from qst_tune.quantization.nf4 import (
     nf4_from_parts,
     quantize_nf4,
 )
+from qst_tune.quantization.packing import pack
 
 pytest.importorskip("triton")
 from qst_tune.quantization.triton_products import (
     MATRIX_TILES,
     VECTOR_TILES,
+    multiply_integers,
     multiply_nf4,
+    takes_integers,
     takes_nf4,
 )
 
@@ -41,7 +46,8 @@ def moved(weight, device):
 
 def check(found, x, weight, *, rounding):
     """Compare with the exact product: each result is rounded once, and the weight perhaps."""
-    dense = dequantize_nf4(weight).double()
+    is_stored = isinstance(weight, NF4Tensor)
+    dense = (dequantize_nf4(weight) if is_stored else weight).double()
     exact = x.double() @ dense.T
     found = found.cpu()
     assert (found.dtype, found.shape) == (x.dtype, exact.shape)
@@ -70,6 +76,38 @@ def test_up_to_16_tokens_are_multiplied_with_the_weight(tile, shape, num_tokens,
         x = torch.randn(num_tokens, shape[1]).to(dtype)
         found = multiply_nf4(x.to(device), moved(weight, device), tile)
         check(found, x, weight, rounding=2**-10 if dtype == FP16 else 2**-8)
+
+
+INTEGERS = [(8, None), (8, 32), (8, 128), (4, None), (4, 32), (4, 64)]
+
+
+@pytest.mark.parametrize(("bits", "group_size"), INTEGERS)
+@pytest.mark.parametrize(("shape", "num_tokens"), [((37, 1024), 1), ((70, 256), 16), ((3, 768), 5)])
+@pytest.mark.parametrize("tile", MATRIX_TILES)
+def test_integers_are_multiplied_with_their_scales(
+    tile, shape, num_tokens, bits, group_size, device
+):
+    dtypes = (FP16, BF16) if device == "cuda" else (FP16,)
+    layout = AffineLayout(bits, group_size or shape[1], shape[1])
+    dense = torch.randn(shape) * 0.02 + 0.01
+    codes, scale, zero = quantize_affine(dense, bits=bits, group_size=layout.group_size)
+    stored = [pack(codes, bits), scale, zero]
+    assert takes_integers(stored[0], zero, layout)
+    for dtype in dtypes:
+        x = torch.randn(num_tokens, shape[1]).to(dtype)
+        on_device = [part.to(device) for part in stored]
+        found = multiply_integers(x.to(device), *on_device, layout, tile)
+        weight = dequantize_affine(*stored, layout, dtype)
+        check(found, x, weight, rounding=2**-10 if dtype == FP16 else 2**-8)
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "in_dim"), [(3, 64, 128), (4, 48, 96), (4, 64, 192), (8, None, 50)]
+)
+def test_integers_in_other_layouts_are_left_to_decoding(bits, group_size, in_dim):
+    layout = AffineLayout(bits, group_size or in_dim, in_dim)
+    codes, _, zero = quantize_affine(torch.randn(5, in_dim), bits=bits, group_size=group_size)
+    assert not takes_integers(pack(codes, bits), zero, layout)
 
 
 @pytest.mark.parametrize("has_map", [True, False])
@@ -118,10 +156,11 @@ from qst_tune.quantization import triton_products as products
 def compiled(kernel, dtype, tile, **constants):
     types = dict.fromkeys(kernel.arg_names, "*" + dtype)
     types |= {"x": "*i32", "codes": "*i32", "scalers": "*i8"}
+    types |= {"weight_scale": "*fp32", "zero_point": "*u8"}
     types |= {n: "*fp32" for n in kernel.arg_names if n == "y" and "planes" in kernel.arg_names}
-    sizes = "out_dim row_words num_tokens part_words".split()
+    sizes = "out_dim row_words num_groups num_tokens".split()
     types |= dict.fromkeys(sizes, "i32")
-    constants |= {"SCALERS": 256, "ROWS": tile.rows, "WORDS": tile.words}
+    constants |= {"ROWS": tile.rows, "WORDS": tile.words}
     types |= dict.fromkeys(constants, "constexpr")
     types = {name: types[name] for name in kernel.arg_names}
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
@@ -134,12 +173,15 @@ def conversions(code):  # of a tile's layout, which pass values from thread to t
     return code.asm["ttgir"].count("convert_layout")
 
 for tile in products.VECTOR_TILES:
-    code = compiled(products._multiply_one, "bf16", tile)
+    code = compiled(products._multiply_one, "bf16", tile, SCALERS=256)
     assert conversions(code) < 16, conversions(code)
 for tile in products.MATRIX_TILES:
     for dtype in ("bf16", "fp16"):
-        code = compiled(products._multiply_some, dtype, tile, TOKENS=16)
+        code = compiled(products._multiply_some, dtype, tile, TOKENS=16, SCALERS=256)
         assert conversions(code) < 16 and code.metadata.shared < 99_000
+    for integers in ({"BITS": 4, "GROUP_WORDS": 16}, {"BITS": 8, "GROUP_WORDS": 0}):
+        code = compiled(products._multiply_integers, "bf16", tile, TOKENS=16, **integers)
+        assert conversions(code) < 24 and code.metadata.shared < 99_000, conversions(code)
 """
 
 
@@ -157,6 +199,7 @@ def test_a_gpu_multiplies_with_a_weight_of_7b(num_tokens):
     x = torch.randn(1, num_tokens, 4096, dtype=BF16, device="cuda")
     with torch.no_grad():
         found = nf4_product(x, weight)
-    assert (x.device, BF16, weight.shape, num_tokens == 1) in few_tokens._tiles
+    kind = torch.int8, *weight.shape
+    assert (x.device, BF16, kind, num_tokens == 1) in few_tokens._tiles
     if found is not None:  # else decoding is faster there
         check(found[0], x[0].cpu(), moved(weight, "cpu"), rounding=2**-8)
