@@ -31,9 +31,8 @@ def fuse_transformers(root: nn.Module) -> None:
     modules: Any = root.modules()
     for module in modules:
         kind: Any = type(module)
-        rebound = _with_fused_rotary(kind)
-        if rebound is not None:
-            vars(module)["forward"] = partial(rebound, module)
+        if _with_fused_rotary(kind) is not None:
+            module.forward = partial(_attention, kind, module)
 
 
 def _fused_of(module: Any) -> Any:
@@ -90,8 +89,9 @@ def _rms_norm(shift: float, rounds_first: bool, module: Any, x: torch.Tensor) ->
         plain: torch.Tensor = type(module).forward(module, x)
         return plain
     eps = next(getattr(module, name) for name in _EPSILONS if hasattr(module, name))
-    settings: Any = {"shift": shift, "rounds_first": rounds_first}
-    y: torch.Tensor = fused_layers.fused_kernels().rms_norm(x, module.weight, eps, **settings)
+    y: torch.Tensor = fused_layers.fused_kernels().rms_norm(
+        x, module.weight, eps, shift=shift, rounds_first=rounds_first
+    )
     return y
 
 
@@ -135,6 +135,13 @@ def _gated(activation: str, module: Any, x: torch.Tensor) -> torch.Tensor:
 def _gated_jointly(activation: str, module: Any, x: torch.Tensor) -> torch.Tensor:
     gate_up = module.gate_up_proj
     return gated_mlp(lambda x: gate_up(x).chunk(2, dim=-1), module.down_proj, activation, x)
+
+
+def _attention(kind: Any, module: nn.Module, *args: object, **kwargs: object) -> object:
+    # Unlike what it calls, this has a name, by which a model can be pickled.
+    forward = _with_fused_rotary(kind)
+    assert forward is not None
+    return forward(module, *args, **kwargs)
 
 
 @lru_cache(maxsize=256)

@@ -97,7 +97,10 @@ def _fused_of(module: nn.Module) -> Any:
 def activation_name(activation: Any) -> str | None:
     """Name an activation that the kernels have, or None; found out on a few numbers."""
     x = torch.linspace(-4, 4, 33, device="cpu")
-    known: dict[str, Any] = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
+    known: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "silu": F.silu,
+        "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    }
     with torch.no_grad():
         found = activation(x)
         return next((name for name, f in known.items() if torch.equal(found, f(x))), None)

@@ -230,8 +230,9 @@ def _fused_loss(
     """By a kernel that puts the gradient of the logits in their place."""
     weight, bias, scale, cap = product
     logits = F.linear(hidden, weight, bias)
-    settings: Any = {"scale": scale, "cap": cap, "needs_grad": needs_grad}
-    loss = fused_layers.fused_kernels().cross_entropy_(logits, labels, **settings)
+    loss = fused_layers.fused_kernels().cross_entropy_(
+        logits, labels, scale=scale, cap=cap, needs_grad=needs_grad
+    )
     return loss, logits @ weight if needs_grad else None
 
 

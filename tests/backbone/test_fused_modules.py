@@ -1,6 +1,8 @@
 """A transformers model in Triton's kernels computes what it computes in torch's operations."""
 
+import copy
 import importlib
+import pickle
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from qst_tune.backbone.fused_modules import fuse_transformers
 from qst_tune.backbone.transformers import TransformersBackbone
 from qst_tune.modules import fused_layers
 from tests.support.hf_models import CASES, hf_model, padded_batch
+from tests.support.side_networks import FP32
 
 pytest.importorskip("triton")
 
@@ -53,6 +56,17 @@ def test_a_class_is_known_by_what_it_computes(name):
     assert (of_two(getattr(module, mlp)) or of_one(getattr(module, mlp))) == is_gated
     rebound = fused_modules._with_fused_rotary(getattr(module, attention))
     assert (rebound is not None) == is_rotary
+
+
+def test_a_fused_model_is_copied_and_pickled(fused, triton_device):
+    model = hf_model("llama").to(triton_device)
+    TransformersBackbone(model)
+    tokens = torch.arange(6, device=triton_device)[None]
+    with torch.no_grad():
+        expected = model(tokens).logits
+        for one in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            model.model.layers[0].self_attn.q_proj.weight.zero_()
+            torch.testing.assert_close(one(tokens).logits, expected, **FP32)
 
 
 def test_the_classes_of_transformers_are_not_changed():
