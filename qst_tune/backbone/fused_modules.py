@@ -5,7 +5,7 @@ running it on a few numbers, here on the CPU, to the bit.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import lru_cache, partial
 from types import FunctionType, SimpleNamespace
 from typing import Any
@@ -137,7 +137,7 @@ def _gated_jointly(activation: str, module: Any, x: torch.Tensor) -> torch.Tenso
     return gated_mlp(lambda x: gate_up(x).chunk(2, dim=-1), module.down_proj, activation, x)
 
 
-def _attention(kind: Any, module: nn.Module, *args: object, **kwargs: object) -> object:
+def _attention(kind: Hashable, module: nn.Module, *args: object, **kwargs: object) -> object:
     # Unlike what it calls, this has a name, by which a model can be pickled.
     forward = _with_fused_rotary(kind)
     assert forward is not None
@@ -145,7 +145,7 @@ def _attention(kind: Any, module: nn.Module, *args: object, **kwargs: object) ->
 
 
 @lru_cache(maxsize=256)
-def _with_fused_rotary(kind: Any) -> Callable[..., Any] | None:
+def _with_fused_rotary(kind: Hashable) -> Callable[..., Any] | None:
     """Return the forward of a class with the kernel for its rotary embedding; None: it has none.
 
     It is the class's own code with another function under the name of one global.
