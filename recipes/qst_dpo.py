@@ -46,7 +46,7 @@ def main(raw: DictConfig) -> None:
                 print(describe_run(cfg, data, run.device, run.dtype, trials.configs))
             return
         if run.trials:
-            each = build_trials(run, trials.settings, model, task, data, is_preference=True)
+            each = build_trials(run, trials, model, task, data, is_preference=True)
             return fit_trials(cfg.output_dir, model, each, trials.halving, soup=trials.soup)
         method = load_qst(model, cfg, dtype=run.dtype, device=run.device)
         if reference == "start":

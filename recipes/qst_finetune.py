@@ -66,7 +66,7 @@ def main(raw: DictConfig) -> None:
                 print(describe_run(cfg, data, run.device, run.dtype, trials.configs))
             return
         if run.trials:
-            each = build_trials(run, trials.settings, model, task, data)
+            each = build_trials(run, trials, model, task, data)
             return fit_trials(cfg.output_dir, model, each, trials.halving, soup=trials.soup)
         method = load_qst(model, cfg, dtype=run.dtype, device=run.device)
         build_trainer(run, method, task, data).fit()

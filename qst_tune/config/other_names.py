@@ -62,6 +62,9 @@ _THEIR_NAMES = {
     "metric_logger=torchtune.training.metric_logging.WandBLogger and metric_logger.project=...": (
         "wandb_project"
     ),
+    "trials.grid.KEY=[...], trials.random or trials.list (docs/trials.md)": (
+        "hparam_search hyperparameter_search n_trials sweep sweep_config"
+    ),
     "lr_scheduler.num_warmup_steps=... with an lr_scheduler block": "warmup_ratio warmup_steps",
     "optimizer.weight_decay=...": "weight_decay",
 }

@@ -79,7 +79,8 @@ class RandomState:
 
     def __init__(self) -> None:
         self.torch = torch.get_rng_state()
-        self.cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+        self.cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+        self.mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
         self.numpy = np.random.get_state()
         self.python = random.getstate()
 
@@ -88,6 +89,8 @@ class RandomState:
         torch.set_rng_state(self.torch)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda)
+        if self.mps is not None:
+            torch.mps.set_rng_state(self.mps)
         np.random.set_state(self.numpy)
         random.setstate(self.python)
 

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,13 +102,22 @@ def begin_run(cfg: TrainingConfig, trials: Sequence[TrainingConfig] = ()) -> Ite
     with run_environment(cfg) as (device, dtype), ExitStack() as stack:
         for one in trials:
             _enter_directory(stack, one)
-        saved = [find_saved_run(one) for one in trials or [cfg]]
+        saved = [*map(_saved_trial, count(1), trials)] or [find_saved_run(cfg)]
         of_whole = None if trials else saved[0]
         seed = set_run_seed(cfg, of_whole)
         tokenizer = instantiate(cfg.tokenizer, "tokenizer")
         date = set_run_date(tokenizer, next((one for one in saved if one), None))
         run = Run(cfg, device, dtype, seed, tokenizer, date, of_whole, find_start(cfg))
         yield replace(run, trials=tuple(_trials(run, trials, saved)))
+
+
+def _saved_trial(number: int, cfg: TrainingConfig) -> SavedRun | None:
+    try:
+        return find_saved_run(cfg)
+    except UserError as error:
+        raise UserError(
+            "\n".join(f"trial {number}: {e}" for e in str(error).splitlines())
+        ) from error
 
 
 def _trials(

@@ -152,17 +152,9 @@ def _steps(trials: Sequence[Trial]) -> int:
 
 
 def _choices(trials: Sequence[Trial], halving: Halving | None) -> list[int]:
-    """The steps after which trials are given up; UserError if they do not validate there."""
-    if halving is None:
-        return []
-    schedules = [trial.trainer.schedule for trial in trials]
-    step = halving.first_step
-    if not all(schedule.validates_after(step) for schedule in schedules):
-        raise UserError(
-            f"trials.halving: first_step={step} must be a step after which trials validate: set "
-            f"run_val_every_n_steps={step}, or an epoch's end as first_step"
-        )
-    return halving.steps(max(schedule.num_steps for schedule in schedules))
+    """The steps after which trials are given up."""
+    longest = max(trial.trainer.schedule.num_steps for trial in trials)
+    return [] if halving is None else halving.steps(longest)
 
 
 def _choose(model: QSTModel, trials: Sequence[Trial], step: int, halving: Halving | None) -> None:

@@ -204,6 +204,16 @@ def test_trials_that_cannot_be_are_refused_in_one_line(
         sweep(nine_steps, tmp_path / "run", block, *SETTINGS)
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_trial_that_has_become_another_is_named(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    changed = [THREE[0], {"optimizer.lr": 2e-2}, THREE[2]]
+    with pytest.raises(
+        UserError, match=r"trial 2: cannot resume with optimizer\.lr: 0\.01 when saved"
+    ):
+        sweep(nine_steps_config(whole.parent), tmp_path / "run", changed, *SETTINGS, RESUME)
 
 
 def test_trials_need_a_seed_and_a_validation_set(nine_steps: Config, tmp_path: Path) -> None:
