@@ -48,6 +48,16 @@ def test_a_wrong_way_is_reported_and_not_taken(result, reason, caplog):
     assert reason in caplog.text
 
 
+def test_what_cannot_be_timed_leaves_the_known_way(monkeypatch, caplog):
+    def refuse(compute, device):
+        raise RuntimeError("no graphs here")
+
+    monkeypatch.setattr(module, "_milliseconds", refuse)
+    with caplog.at_level(logging.WARNING):
+        assert fastest(Way(5), [Way(1)]) is None
+    assert "cannot be timed here: no graphs here" in caplog.text
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_is_timed_without_the_time_of_python(monkeypatch):
@@ -58,6 +68,6 @@ def test_a_gpu_is_timed_without_the_time_of_python(monkeypatch):
     def product(matrix):
         return lambda: matrix @ matrix
 
-    device = torch.device("cuda")
+    device, _ = torch.device("cuda"), (small @ small, large @ large)
     assert module._milliseconds(product(small), device) < 0.05
     assert module._milliseconds(product(large), device) > 0.5
