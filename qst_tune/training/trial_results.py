@@ -186,25 +186,42 @@ def _plot(trials: Sequence[Trial], path: Path) -> None:
         values = trial.trainer.run_log.summary.figure(monitor)
         tokens = [step * each for step in values]
         first.plot(tokens, list(values.values()), "o-", ms=3, lw=1, label=str(trial.number))
-    first.set(xlabel="tokens, padding included", ylabel=monitor)
+    first.set(xlabel="tokens, padding included", ylabel=monitor, ylim=_limits(trials))
     first.legend(title="trial", fontsize=7, ncols=2)
     for axes, name in zip(others, names, strict=True):
         _plot_key(axes, name, trials)
     figure.savefig(path, dpi=120)
 
 
+def _limits(trials: Sequence[Trial]) -> tuple[float | None, float | None]:
+    """What the picture shows of the figure: what is far worse than before training lies outside."""
+    best, task = best_of(trials), trials[0].trainer.task
+    values = [v for t in trials for v in t.trainer.run_log.summary.figure(task.monitor).values()]
+    starts = [t.trainer.run_log.summary.figure(task.monitor).get(0) for t in trials]
+    start, lead = starts[0], None if best is None else best.trainer.progress.best_value
+    if start is None or lead is None or start == lead:
+        return None, None
+    outside, beyond = start + (start - lead) / 4, lead - (start - lead) / 10
+    if task.higher_is_better:
+        return (outside if min(values) < outside else None), None
+    return beyond, (outside if max(values) > outside else None)
+
+
 def _plot_key(axes: Any, name: str, trials: Sequence[Trial]) -> None:
-    """Draw the best figure of each trial against one key: numbers on an axis, all else as names."""
-    pairs = [
-        (trial.settings[name], trial.trainer.progress.best_value)
-        for trial in trials
-        if name in trial.settings and trial.trainer.progress.best_value is not None
-    ]
-    is_number = all(type(value) in (int, float) for value, _ in pairs)
-    if not is_number:
-        pairs = [(str(value), best) for value, best in pairs]
-    axes.plot([value for value, _ in pairs], [best for _, best in pairs], "o")
-    numbers = [float(value) for value, _ in pairs] if is_number else []
+    """Draw the best figure of each trial against one key: numbers on an axis, all else as names.
+
+    A trial that has not finished is hollow.
+    """
+    shown = [t for t in trials if name in t.settings and t.trainer.progress.best_value is not None]
+    values = [trial.settings[name] for trial in shown]
+    is_number = all(type(value) in (int, float) for value in values)
+    for trial in shown:
+        value, best = trial.settings[name], trial.trainer.progress.best_value
+        place = (value if is_number else str(value), best)
+        fill = "full" if _end(trial) == "finished" else "none"
+        axes.plot(*place, "o", color="C0", fillstyle=fill)
+        axes.annotate(str(trial.number), place, (4, 3), textcoords="offset points", fontsize=7)
+    numbers = [float(value) for value in values] if is_number else []
     if numbers and min(numbers) > 0 and math.log10(max(numbers) / min(numbers)) >= 1:
         axes.set_xscale("log")
     axes.set_xlabel(name)
