@@ -1,6 +1,7 @@
 """Trials over one backbone are, bit for bit, the runs that they would have been alone."""
 
 import json
+import re
 import shutil
 import signal
 from contextlib import nullcontext
@@ -397,3 +398,13 @@ def test_if_all_trials_fail_the_reason_is_told(nine_steps: Config, tmp_path: Pat
     with pytest.raises(UserError, match="step 3: the loss is nan"):
         sweep(nine_steps, tmp_path / "run", trials, *SETTINGS)
     assert not (tmp_path / "run/side_network").exists()
+
+
+def test_a_dry_run_says_what_all_of_them_take_and_writes_nothing(
+    nine_steps: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep(nine_steps, tmp_path / "run", THREE, *SETTINGS, "dry_run=True")
+    printed = capsys.readouterr().out
+    assert "dry run: 9 steps in 3 epochs" in printed
+    assert re.search(r"3 trials: peak 0\.\d\d GiB, [12]\.\d\d times the operations of", printed)
+    assert not (tmp_path / "run").exists()
