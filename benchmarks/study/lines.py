@@ -29,18 +29,25 @@ def best_rates(lines: list[Line]) -> list[list[Line]]:
         lines (list[Line]): runs of one task.
 
     Returns:
-        list[list[Line]]: the seeds of each group, best first. The best rate is that of seed 0, with
+        list[list[Line]]: the seeds of each group, best first; of a run that was made twice, on a
+        CPU and on a GPU, the newest. The best rate is that of seed 0, with
         which all rates are tried: the mean of more seeds is no match for the best of one.
     """
-    groups: dict[Any, dict[float, list[Line]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[Any, dict[float, dict[int, Line]]] = defaultdict(lambda: defaultdict(dict))
     for line in lines:
         key = tuple(line[name] for name in ("method", "steps", "batch_size", "rows"))
-        groups[key][line["rate"]].append(line)
+        groups[key][line["rate"]][line["seed"]] = line
 
     def order(seeds: list[Line]) -> float:
         return order_of([line for line in seeds if line["seed"] == 0] or seeds)
 
-    return sorted((min(rates.values(), key=order) for rates in groups.values()), key=order_of)
+    return sorted(
+        (
+            min((list(seeds.values()) for seeds in rates.values()), key=order)
+            for rates in groups.values()
+        ),
+        key=order_of,
+    )
 
 
 Costs = dict[Any, Line]

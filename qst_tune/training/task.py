@@ -16,8 +16,8 @@ from qst_tune.distributed.sharding import anyone_has, free_weights, take_part
 from qst_tune.errors import UserError
 from qst_tune.modules.qst_model import QSTModel
 
-# Tokens that layers with LoRA compute at once: what one of them keeps is about a GiB at 7B.
-TOKENS_AT_ONCE = 8192
+# Tokens that layers with LoRA compute at once: what one of them keeps is half a GiB at 7B.
+TOKENS_AT_ONCE = 4096
 
 T = TypeVar("T")
 # Work that goes through the model once behind each yield, where others may use it in between.

@@ -32,6 +32,12 @@ def test_a_rate_that_lost_with_seed_0_stays_behind_when_other_seeds_lower_the_me
     assert first["rate"] == second["rate"] == 3e-3
 
 
+def test_of_a_run_that_was_made_twice_the_newest_counts():
+    lines = [line("qst", 3e-3, 0, 90.0), line("qst", 3e-3, 1, 84.0), line("qst", 3e-3, 0, 88.0)]
+    (seeds,) = best_rates(lines)
+    assert [seed["held_out"] for seed in seeds] == [88.0, 84.0]
+
+
 def test_another_number_of_rows_is_another_line():
     lines = [
         line("qst", 3e-3, 0, 80.0),
