@@ -22,7 +22,7 @@ from tests.support.directories import CPU
 # where transformers looks for the backbone: neither changes what the tensors compute. Of
 # qst_config.json, figures, lineage, verdict and version are for people.
 CANNOT_MATTER = {"README.md", "recipe_config.yaml", "config.json"}
-FEW, MANY = 12, 400
+FEW, MANY = 6, 400
 
 
 def positions(size: int, count: int) -> Iterator[int]:

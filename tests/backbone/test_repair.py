@@ -34,7 +34,10 @@ from tests.support.model_types import tiny_model
 from tests.support.stored_models import save_stored
 
 CPU = torch.device("cpu")
-FORMATS_OF_LINEARS = ["nf4", "fp4", "int4", "int8"]
+FORMATS_OF_LINEARS = [
+    *("nf4", "int8"),
+    *(pytest.param(form, marks=pytest.mark.slow) for form in ("fp4", "int4")),
+]
 TOKENS = torch.arange(3, 27).view(2, 12)
 
 

@@ -80,7 +80,9 @@ def test_every_weight_is_the_files_or_its_nf4(dtype: torch.dtype, tmp_path: Path
         torch.testing.assert_close(actual, wanted, rtol=0, atol=0, msg=name)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16]
+)
 @pytest.mark.parametrize("num_shards", [1, 3])
 def test_integer_linears_are_rounded_from_the_files_own_precision(
     dtype: torch.dtype, num_shards: int, tmp_path: Path
@@ -148,7 +150,9 @@ def test_weights_can_be_stored_as_fp4(tmp_path: Path) -> None:
     torch.testing.assert_close(weight.get_original_weight(), expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16]
+)
 def test_embedding_and_head_are_rounded_as_their_shards_come(
     dtype: torch.dtype, tmp_path: Path
 ) -> None:
@@ -321,6 +325,7 @@ MEASURE = """if True:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc/self/status")
 def test_peak_memory_is_the_quantised_model_and_one_shard(tmp_path: Path) -> None:
     sizes = {**SIZES, "num_layers": 16, "embed_dim": 1024, "intermediate_dim": 2048}

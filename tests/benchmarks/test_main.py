@@ -54,6 +54,7 @@ def test_misspelt_arguments_are_one_line(
     assert message in error
 
 
+@pytest.mark.slow
 def test_rounds_of_fewer_methods_give_way(tmp_path: Path) -> None:
     assert run(tmp_path, "--shapes", "2x16") == 0
     assert run(tmp_path, "--shapes", "2x16", "--only", "lora,full") == 0
@@ -63,6 +64,7 @@ def test_rounds_of_fewer_methods_give_way(tmp_path: Path) -> None:
     assert all("full" in step["seconds"] for step in rounds)
 
 
+@pytest.mark.slow
 def test_losses_of_all_settings_are_close_on_a_tiny_model(tmp_path: Path) -> None:
     path = tmp_path / "losses.json"
     losses.run(path, num_steps=3, backbone_name="tiny")

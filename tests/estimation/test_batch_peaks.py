@@ -175,6 +175,7 @@ def test_so_are_those_of_transformers_models(model_type: str, tmp_path: Path) ->
     assert steps.num_whole == 2, "only those that this test runs"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", types("llama"))
 def test_so_are_those_of_many_parts(model_type: str, tmp_path: Path) -> None:
     steps = over_transformers(model_type, tmp_path, 2)

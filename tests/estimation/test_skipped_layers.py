@@ -52,7 +52,10 @@ def test_so_are_those_of_preferences() -> None:
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
-@pytest.mark.parametrize("loss", [{}, DPO], ids=["labels", "preferences"])
+@pytest.mark.parametrize(
+    "loss",
+    [pytest.param({}, id="labels"), pytest.param(DPO, id="preferences", marks=pytest.mark.slow)],
+)
 def test_so_are_those_over_transformers(
     model_type: str, loss: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -34,7 +34,7 @@ def test_estimate_prints_tables_and_writes_figures(tmp_path: Path) -> None:
         "--config",
         "smollm2/135M_qst",
         f"output_dir={tmp_path}/out",
-        *SMALL,
+        *FAST,
         "num_processes=4",
         "backbone_sharding=full",
         cwd=tmp_path,
@@ -46,7 +46,14 @@ def test_estimate_prints_tables_and_writes_figures(tmp_path: Path) -> None:
     assert content["estimate"]["title"] == "QST, recomputed"
     memory = content["estimate"]["cost"]["memory"]
     assert sum(memory["parts"].values()) == memory["num_bytes"]
-    own, *_, every = content["depths"]
+
+
+@pytest.mark.slow
+def test_estimate_has_a_line_for_each_depth(tmp_path: Path) -> None:
+    run = ("run", "qst_estimate", "--config", "smollm2/135M_qst", f"output_dir={tmp_path}/out")
+    result = tune_here(*run, *SMALL, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    own, *_, every = json.loads((tmp_path / "out" / "estimate.json").read_text())["depths"]
     assert (own["lora_layers"], every["lora_layers"]) == (0, 30)
     assert " 0*" in result.stdout
 

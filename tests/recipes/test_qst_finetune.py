@@ -99,6 +99,7 @@ def test_accumulating_two_batches_of_two_equals_a_batch_of_four(
     assert_same_run(run, batch_of_four)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_twice_the_batch(
     batch_of_four: FinetuneResult, sgd_config: Config, root: Path, tmp_path: Path
 ) -> None:

@@ -99,7 +99,10 @@ def result_of(directory: Path) -> bytes:
     "settings",
     [
         ["dtype=fp32"],
-        ["dtype=bf16", "dataset.packed=True", "enable_activation_checkpointing=True"],
+        pytest.param(
+            ["dtype=bf16", "dataset.packed=True", "enable_activation_checkpointing=True"],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=" ".join,
 )

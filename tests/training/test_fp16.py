@@ -67,8 +67,8 @@ EIGHT_BITS = {"base_quantization": "int8", "embedding_quantization": "int8"}
     "block",
     [
         EIGHT_BITS,
-        {"_component_": PEQA, "bits": 4, **SIZES},
-        {**EIGHT_BITS, "lora_layers": 2},
+        pytest.param({"_component_": PEQA, "bits": 4, **SIZES}, marks=pytest.mark.slow),
+        pytest.param({**EIGHT_BITS, "lora_layers": 2}, marks=pytest.mark.slow),
     ],
     ids=["qst", "peqa", "dial"],
 )
@@ -88,7 +88,7 @@ def test_gradients_of_8192_labels_are_nearer_to_the_exact_ones_than_in_bf16(
     "loss",
     [
         "qst_tune.modules.LinearCrossEntropyLoss",
-        "torch.nn.CrossEntropyLoss",
+        pytest.param("torch.nn.CrossEntropyLoss", marks=pytest.mark.slow),
     ],
 )
 def test_a_mean_before_backward_would_lose_the_gradients_that_a_sum_keeps(
