@@ -70,6 +70,7 @@ def test_flops_of_the_dense_backbone_are_those_of_its_weights() -> None:
     assert cost.frozen_bytes < 0.05 * cost.peak_bytes  # rotary caches
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_measures_what_this_one_does() -> None:
     job = Job(REFERENCE, TINY, (SHAPE,), threads=1)
     ((shape, cost),) = measure_in_new_process(job)

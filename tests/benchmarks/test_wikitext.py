@@ -26,6 +26,7 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return [*directories, "--results", str(tmp_path / "results.json"), "--steps", "3"]
 
 
+@pytest.mark.slow
 def test_every_run_is_measured_once(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

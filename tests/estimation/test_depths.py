@@ -34,6 +34,7 @@ def whole(lora_layers: int, shape: Shape = SHAPE) -> StepCost:
     return trace_step(own_setup(cfg, torch.bfloat16), cfg, shape, device="cuda")[0]
 
 
+@pytest.mark.slow
 def test_prices_are_those_of_whole_steps() -> None:
     prices = depths(config()).prices
     assert [price.lora_layers for price in prices] == [0, 1, 2, 3, 4, 8]

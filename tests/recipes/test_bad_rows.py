@@ -75,6 +75,7 @@ def test_row_that_goes_bad_under_the_run_costs_no_complete_step(
     assert steps_of(tmp_path / "run") == [1]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unkept_rows")
 def test_bad_held_out_row_costs_no_step_either(
     nine_steps: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
