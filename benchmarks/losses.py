@@ -45,7 +45,8 @@ from qst_tune.models import qst_decoder, smollm2_135m
 from qst_tune.modules import nf4_linear
 from qst_tune.modules.loss import connect_loss, next_token_loss
 from qst_tune.modules.qst_model import QSTModel
-from qst_tune.training.language_modelling import validation_loss
+from qst_tune.training.language_modelling import validation_passes
+from qst_tune.training.task import complete
 
 BATCH_SIZE = 4
 HELD_OUT_BATCHES = 4
@@ -256,7 +257,7 @@ def train(
         trainee = _trainee(source, variant, seed)
         batches = _batches(to_train, seed)
         losses = [trainee.step(next(batches)) for _ in range(num_steps)]
-        after = validation_loss(trainee.model, trainee.loss, held_out, CPU)
+        after = complete(validation_passes(trainee.model, trainee.loss, held_out, CPU))
         side: Any = trainee.model.get_submodule("side")
         learnt = {name: tensor.clone() for name, tensor in side.state_dict().items()}
         side.load_state_dict(compared or learnt)

@@ -21,8 +21,9 @@ from torchtune.modules.peft import get_adapter_params, set_trainable_params
 
 from benchmarks.backbones import DTYPE, Backbone
 from benchmarks.gpu.random_weights import RandomWeights
+from benchmarks.gpu.trainer_step import trainer_step
 from benchmarks.gpu.turns import Step
-from benchmarks.methods import LORA_RANK, Batch, Trainee
+from benchmarks.methods import LORA_RANK, Trainee
 from benchmarks.peers import add_lora
 
 TORCHTUNE = "torchtune QLoRA, checkpointed"
@@ -85,22 +86,7 @@ def peft_qlora(backbone: Backbone, weights: RandomWeights, *, liger: bool = Fals
 
 def peft_step(peft: Peft) -> Step:
     """Take the step of transformers' Trainer."""
-    trained = [p for p in peft.model.parameters() if p.requires_grad]
-    optimizer = AdamW(trained, lr=1e-4, fused=True)
-
-    def step(batch: Batch) -> float:
-        tokens = batch["tokens"]
-        with peft.active() as model:
-            model.train()
-            with torch.autocast(tokens.device.type, dtype=DTYPE):
-                loss = model(input_ids=tokens, labels=tokens).loss
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach())
-
-    return step
+    return trainer_step(peft.model, peft.active)
 
 
 def peft_decoding(peft: Peft, num_rows: int, num_prompt_tokens: int) -> Step:

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     import torch
 
     from benchmarks.gpu.bench import Bench, Row
-    from benchmarks.gpu.turns import Step
-    from benchmarks.methods import Batch
 
 UNSLOTH = "Unsloth QLoRA"
 LIMIT_S = 90
@@ -66,6 +64,7 @@ def _main(directory: Path, rounds: int, *, tiny: bool) -> None:
     import unsloth  # before all that it changes
 
     from benchmarks.gpu.bench import Bench
+    from benchmarks.gpu.trainer_step import trainer_step
     from benchmarks.gpu.turns import Held, Runner
 
     print(f"unsloth {unsloth.__version__}", file=sys.stderr)
@@ -74,7 +73,7 @@ def _main(directory: Path, rounds: int, *, tiny: bool) -> None:
     _write_directory(directory, bench)
     model = _load(directory)
     held = Held(model, bench.clock.allocated())
-    runner = Runner(UNSLOTH, lambda: held, _training_step)
+    runner = Runner(UNSLOTH, lambda: held, trainer_step)
     for shape in bench.sizes.shapes:
         for row in bench.steps("train", [runner], shape, min(2, rounds)):
             print(json.dumps(row), flush=True)
@@ -97,27 +96,6 @@ def _load(directory: Path) -> Any:
         target_modules=list(LINEARS),
         use_gradient_checkpointing="unsloth",
     )
-
-
-def _training_step(model: Any) -> "Step":
-    """Take the step of transformers' Trainer."""
-    import torch
-
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    model.train()
-
-    def step(batch: "Batch") -> float:
-        tokens = batch["tokens"]
-        with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
-            loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach())
-
-    return step
 
 
 def _write_directory(directory: Path, bench: "Bench") -> None:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 from qst_tune.errors import UserError
 from qst_tune.generation.caches import Decoder, without_head
 from qst_tune.modules.model_limits import check_finite, check_ids
-from qst_tune.training.task import Passes, complete
+from qst_tune.training.task import Passes
 
 # Rows of logits at once: 512 x 128,256 in fp32 are a quarter of a GiB.
 _LOGITS_AT_ONCE = 512
@@ -29,24 +29,17 @@ class Continuation:
         return self.context + self.target[:-1]
 
 
-def log_likelihoods(
-    model: Decoder, continuations: Sequence[Continuation], *, batch_size: int, name: str = "scoring"
-) -> list[float]:
-    r"""Compute :math:`\log p(\mathrm{target} \mid \mathrm{context})` of each, in nats.
-
-    Sequences are padded on the right, where causal attention ignores padding, and one that several
-    continuations share is run once. The LM head runs only on the positions of the targets.
-    UserError if one is longer than the model's context, a token is outside its vocabulary, or a
-    logit is not finite.
-    """
-    return complete(log_likelihood_passes(model, continuations, batch_size=batch_size, name=name))
-
-
 @torch.no_grad()
 def log_likelihood_passes(
-    model: Decoder, continuations: Sequence[Continuation], *, batch_size: int, name: str
+    model: Decoder, continuations: Sequence[Continuation], *, batch_size: int, name: str = "scoring"
 ) -> Passes[list[float]]:
-    """Do what :func:`log_likelihoods` does, a batch a pass."""
+    r"""Compute :math:`\log p(\mathrm{target} \mid \mathrm{context})` of each, in nats.
+
+    A pass is a batch. Sequences are padded on the right, where causal attention ignores padding,
+    and one that several continuations share is run once. The LM head runs only on the positions of
+    the targets. UserError if one is longer than the model's context, a token is outside its
+    vocabulary, or a logit is not finite.
+    """
     by_row: dict[tuple[int, ...], list[int]] = {}
     for number, continuation in enumerate(continuations):
         by_row.setdefault(continuation.row, []).append(number)

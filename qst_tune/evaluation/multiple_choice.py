@@ -13,7 +13,7 @@ from qst_tune.data.values import JsonObject, kind_of
 from qst_tune.errors import UserError
 from qst_tune.evaluation.log_likelihood import Continuation, log_likelihood_passes
 from qst_tune.generation.caches import Decoder
-from qst_tune.training.task import Passes, complete
+from qst_tune.training.task import Passes
 
 LETTERS = "ABCDEFGHIJ"
 
@@ -106,23 +106,6 @@ def _asked(question: Question) -> str:
     return f"{question.text.strip()}\n{listed}Answer:"
 
 
-def score_questions(
-    model: Decoder,
-    tokenizer: ModelTokenizer,
-    questions: Sequence[Question],
-    examples: Sequence[Question],
-    *,
-    num_examples: int,
-    batch_size: int,
-) -> ChoiceScore:
-    """Take the most likely letter as the answer and count the right ones.
-
-    The first ``num_examples`` of a question's subject come before it; MMLU's figure is 5.
-    """
-    how = {"num_examples": num_examples, "batch_size": batch_size}
-    return complete(question_passes(model, tokenizer, questions, examples, **how))
-
-
 def question_passes(
     model: Decoder,
     tokenizer: ModelTokenizer,
@@ -132,7 +115,10 @@ def question_passes(
     num_examples: int,
     batch_size: int,
 ) -> Passes[ChoiceScore]:
-    """Do what :func:`score_questions` does, a batch a pass."""
+    """Take the most likely letter as the answer and count the right ones, a batch a pass.
+
+    The first ``num_examples`` of a question's subject come before it; MMLU's figure is 5.
+    """
     of_subject: dict[str, list[Question]] = defaultdict(list)
     for example in examples:
         of_subject[example.subject].append(example)

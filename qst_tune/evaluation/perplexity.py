@@ -10,7 +10,7 @@ from torchtune.modules.transforms.tokenizers import ModelTokenizer
 from qst_tune.errors import UserError, first_line
 from qst_tune.evaluation.log_likelihood import Continuation, log_likelihood_passes
 from qst_tune.generation.caches import Decoder
-from qst_tune.training.task import Passes, complete
+from qst_tune.training.task import Passes
 
 _LARGEST_EXPONENT = math.log(sys.float_info.max)
 
@@ -67,18 +67,10 @@ def read_text(
     return tokens, len(text.encode())
 
 
-def score_text(
-    model: Decoder, tokens: list[int], num_bytes: int, *, window: int, batch_size: int
-) -> TextScore:
-    """Score the tokens of :func:`read_text`, ``batch_size`` windows at once."""
-    how = {"window": window, "batch_size": batch_size}
-    return complete(text_passes(model, tokens, num_bytes, **how))
-
-
 def text_passes(
     model: Decoder, tokens: list[int], num_bytes: int, *, window: int, batch_size: int
 ) -> Passes[TextScore]:
-    """Do what :func:`score_text` does, a batch a pass."""
+    """Score the tokens of :func:`read_text`, ``batch_size`` windows a pass."""
     windows = text_windows(tokens, window)
     passes = log_likelihood_passes(model, windows, batch_size=batch_size, name="text")
     found = yield from passes

@@ -217,27 +217,22 @@ class QSTModel(nn.Module):
         until: int | None,
         **where: Mask | None,
     ) -> torch.Tensor:
-        """Return state ``until`` (None: f), after showing others: computed, or as it was before."""
-        if self.shared_pass is None or self.caches_are_enabled():
-            return self._cached(tokens, taps, visit, until, **where)
-        cached: Any = self._cached
-        compute = partial(cached, tokens, **where)
-        return self.shared_pass.run(compute, tokens, taps=taps, visit=visit, until=until, **where)
+        """Return state ``until`` (None: f), after showing others: computed, or as it was before.
 
-    def _cached(
-        self,
-        tokens: torch.Tensor,
-        taps: Sequence[int],
-        visit: Visit,
-        until: int | None,
-        **where: Mask | None,
-    ) -> torch.Tensor:
-        """Return what the backbone computes and shows, or what it did for this batch before."""
+        What another network has read of this batch is in memory, what another epoch has on disk.
+        """
         backbone: Any = self.backbone
-        compute = backbone.run if until is None else partial(backbone.prefix, until=until)
-        run = partial(compute, tokens, **where)
-        if self.hidden_state_cache is None or self.caches_are_enabled():
+
+        def computed(*, taps: Sequence[int], visit: Visit, until: int | None) -> torch.Tensor:
+            run = backbone.run if until is None else partial(backbone.prefix, until=until)
+            run = partial(run, tokens, **where)
+            cache: Any = self.hidden_state_cache
+            if cache is not None and not self.caches_are_enabled():
+                run = partial(cache.run, run, partial(backbone.embed, tokens, **where), tokens)
+                run = partial(run, **where)
             state: torch.Tensor = run(taps=taps, visit=visit)
             return state
-        embed = partial(backbone.embed, tokens, **where)
-        return self.hidden_state_cache.run(run, embed, tokens, taps=taps, visit=visit, **where)
+
+        if self.shared_pass is None or self.caches_are_enabled():
+            return computed(taps=taps, visit=visit, until=until)
+        return self.shared_pass.run(computed, tokens, taps=taps, visit=visit, until=until, **where)

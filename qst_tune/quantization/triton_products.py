@@ -60,6 +60,24 @@ def _absmax(scalers, factors, mean, block, inside, dtype: tl.constexpr, SCALERS:
 
 
 @triton.jit
+def _codes_and_absmax(
+    codes, scalers, factors, mean, first, row, out_dim, row_words,
+    dtype: tl.constexpr, SCALERS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """Load words of rows from word ``first``: their numbers, their codes, and absmax by block."""
+    word = first + tl.arange(0, WORDS)
+    column = first // 8 + tl.arange(0, WORDS // 8)
+    is_row, start = row[:, None] < out_dim, row[:, None].to(tl.int64)
+    inside = is_row & (word[None, :] < row_words)
+    bits = tl.load(codes + start * row_words + word[None, :], mask=inside, other=0)
+    block = start * (row_words // 8) + column[None, :]
+    is_block = is_row & (column[None, :] < row_words // 8)
+    absmax = _absmax(scalers, factors, mean, block, is_block, dtype, SCALERS)
+    # Of one dimension: then a look-up stays in its thread's layout.
+    return word, tl.reshape(bits, [ROWS * WORDS]), absmax
+
+
+@triton.jit
 def _multiply_one(
     x, codes, scalers, factors, mean, levels, y, out_dim, row_words,
     SCALERS: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr,
@@ -67,19 +85,12 @@ def _multiply_one(
     BLOCKS: tl.constexpr = WORDS // 8
     table = tl.load(levels + tl.arange(0, 16)).to(tl.float32)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    is_row = row[:, None] < out_dim
-    start = row[:, None].to(tl.int64)
     total = tl.zeros([ROWS, BLOCKS], tl.float32)
     for first in range(0, row_words, WORDS):
-        word = first + tl.arange(0, WORDS)
-        column = first // 8 + tl.arange(0, BLOCKS)
-        inside = is_row & (word[None, :] < row_words)
-        bits = tl.load(codes + start * row_words + word[None, :], mask=inside, other=0)
-        # Of one dimension: then a look-up stays in its thread's layout.
-        flat = tl.reshape(bits, [ROWS * WORDS])
-        block = start * (row_words // 8) + column[None, :]
-        is_block = is_row & (column[None, :] < row_words // 8)
-        absmax = _absmax(scalers, factors, mean, block, is_block, tl.bfloat16, SCALERS)
+        word, flat, absmax = _codes_and_absmax(
+            codes, scalers, factors, mean, first, row, out_dim, row_words,
+            tl.bfloat16, SCALERS, ROWS, WORDS,
+        )  # fmt: skip
         sums = tl.zeros([ROWS, WORDS], tl.float32)
         for byte in tl.static_range(4):
             pairs = tl.load(x + word * 4 + byte, mask=word < row_words, other=0)
@@ -109,19 +120,14 @@ def _multiply_some(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.arange(0, TOKENS)
     is_row = row[:, None] < out_dim
-    start = row[:, None].to(tl.int64)
     total = tl.zeros([ROWS, TOKENS], tl.float32)
     part_words = tl.cdiv(row_words, tl.num_programs(1) * WORDS) * WORDS
     begin = tl.program_id(1) * part_words
     for first in range(begin, tl.minimum(begin + part_words, row_words), WORDS):
-        word = first + tl.arange(0, WORDS)
-        column = first // 8 + tl.arange(0, BLOCKS)
-        inside = is_row & (word[None, :] < row_words)
-        bits = tl.load(codes + start * row_words + word[None, :], mask=inside, other=0)
-        flat = tl.reshape(bits, [ROWS * WORDS])
-        block = start * (row_words // 8) + column[None, :]
-        is_block = is_row & (column[None, :] < row_words // 8)
-        absmax = _absmax(scalers, factors, mean, block, is_block, dtype, SCALERS)
+        word, flat, absmax = _codes_and_absmax(
+            codes, scalers, factors, mean, first, row, out_dim, row_words,
+            dtype, SCALERS, ROWS, WORDS,
+        )  # fmt: skip
         scale = tl.broadcast_to(absmax[:, :, None], [ROWS, BLOCKS, 8])
         scale = tl.reshape(scale, [ROWS, WORDS])
         for place in tl.static_range(8):

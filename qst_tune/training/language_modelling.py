@@ -24,7 +24,7 @@ from qst_tune.distributed.sharding import take_part
 from qst_tune.errors import UserError
 from qst_tune.modules.loss import connect_loss, next_token_loss
 from qst_tune.modules.model_limits import check_length, limits_of
-from qst_tune.training.task import Passes, complete, visit
+from qst_tune.training.task import Passes, visit
 
 
 @dataclass(frozen=True)
@@ -87,26 +87,16 @@ def build_loss(block: Block) -> Any:
     return loss
 
 
-def validation_loss(
-    model: TransformerDecoder,
-    loss: Any,
-    batches: Iterable[dict[str, torch.Tensor]],
-    device: torch.device,
-) -> float:
-    """Mean loss in nats over every label of a dataset, on any number of devices.
-
-    UserError if a row is longer than the model can see, or none has a label.
-    """
-    return complete(validation_passes(model, loss, batches, device))
-
-
 def validation_passes(
     model: TransformerDecoder,
     loss: Any,
     batches: Iterable[dict[str, torch.Tensor]],
     device: torch.device,
 ) -> Passes[float]:
-    """Do what :func:`validation_loss` does, a batch a pass."""
+    """Mean loss in nats over every label of a dataset, on any number of devices, a batch a pass.
+
+    UserError if a row is longer than the model can see, or none has a label.
+    """
     total = torch.zeros(2, dtype=torch.float64)
 
     def add(batch: dict[str, torch.Tensor]) -> None:

@@ -24,6 +24,7 @@ from tests.support.model_types import (
     TYPES,
     tiny_model,
     tokens_of,
+    two_samples,
 )
 from tests.support.numbers import losses_of_steps, randomize_
 
@@ -97,14 +98,8 @@ def test_a_row_padded_on_the_left_gives_what_it_gives_alone(model_type: str) -> 
 @by_type
 @torch.no_grad()
 def test_packed_samples_give_what_they_give_alone_or_are_refused(model_type: str) -> None:
-    """Samples of 20 and 9 tokens, one longer than the sliding windows."""
     model, _ = model_of(model_type, tuned=True)
-    first, second = tokens_of(20, 1), tokens_of(9, 1)
-    sample = torch.tensor([0] * 20 + [1] * 9)
-    packed = {
-        "mask": (torch.ones(29, 29).tril().bool() & (sample[:, None] == sample))[None],
-        "input_pos": torch.cat([torch.arange(20), torch.arange(9)])[None],
-    }
+    first, second, packed = two_samples()
     tokens = torch.cat([first, second], dim=1)
     if model_type in CANNOT_PACK:
         with pytest.raises(UserError, match=CANNOT_PACK[model_type]):

@@ -11,10 +11,11 @@ from qst_tune.evaluation.multiple_choice import (
     ChoiceScore,
     Question,
     prompt_of,
+    question_passes,
     read_questions,
-    score_questions,
 )
 from qst_tune.models import qst_decoder
+from qst_tune.training.task import complete
 from tests.support.checkpoints import write_chat_tokenizer
 from tests.support.numbers import TINY_REDUCTION, randomize_, tiny_backbone
 
@@ -113,10 +114,10 @@ def test_the_answer_is_the_likeliest_letter_in_any_batch(tmp_path) -> None:
         questions.append(Question(text, ("red", "blue", "green"), answer, "of_boxes"))
     other = Question("of another subject", ("a", "b"), 0, "other")
     for batch_size in (1, 7):
-        score = score_questions(
+        score = complete(question_passes(
             model, tokenizer, questions, [other, EXAMPLE, EXAMPLE],
             num_examples=1, batch_size=batch_size,
-        )  # fmt: skip
+        ))  # fmt: skip
         assert score == ChoiceScore(2, 4)
     assert score.accuracy == 0.5
     assert score.standard_error == 0.25

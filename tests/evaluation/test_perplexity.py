@@ -7,7 +7,8 @@ import torch
 
 from qst_tune.data import hf_chat_tokenizer
 from qst_tune.errors import UserError
-from qst_tune.evaluation.perplexity import TextScore, read_text, score_text, text_windows
+from qst_tune.evaluation.perplexity import TextScore, read_text, text_passes, text_windows
+from qst_tune.training.task import complete
 from tests.evaluation.test_log_likelihood import qst_model
 from tests.support.checkpoints import write_chat_tokenizer
 from tests.support.numbers import random_tokens
@@ -29,7 +30,8 @@ def test_a_text_of_one_window_has_the_perplexity_of_its_mean_loss() -> None:
     logits = model(tokens[:, :-1])[0]
     loss = torch.nn.functional.cross_entropy(logits, tokens[0, 1:]).item()
     for batch_size in (1, 5):
-        score = score_text(model, tokens[0].tolist(), 100, window=50, batch_size=batch_size)
+        how = {"window": 50, "batch_size": batch_size}
+        score = complete(text_passes(model, tokens[0].tolist(), 100, **how))
         assert score.perplexity == pytest.approx(math.exp(loss), rel=1e-5)
         assert score.num_tokens == 39
     assert score.bits_per_byte == pytest.approx(39 * loss / math.log(2) / 100, rel=1e-5)

@@ -1,9 +1,5 @@
 """The fused kernels equal the modules they stand for: in the interpreter, and on a GPU if any."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +8,8 @@ from torchtune.models.llama3_1 import Llama3ScaledRoPE
 from torchtune.modules import RMSNorm, RotaryPositionalEmbeddings
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm as TransformersGemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
+from tests.support.triton_compiler import compile_with_triton
 
 pytest.importorskip("triton")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -215,6 +213,4 @@ for cap in (True, False):
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_kernels_compile_for_an_h100_and_round_where_torch_does(dtype, tmp_path):
     """Triton needs no GPU for that. An fma would leave the rounding of a product out."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", COMPILE, dtype]
-    subprocess.run(command, env=environment, check=True, timeout=300)
+    compile_with_triton(COMPILE, tmp_path, dtype)

@@ -1,9 +1,6 @@
 """Triton's kernels decode to the bits of the tables: in the interpreter, and on a GPU if any."""
 
 import logging
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -24,6 +21,7 @@ from qst_tune.quantization.nf4 import (
     quantize_nf4,
 )
 from qst_tune.quantization.packing import pack
+from tests.support.triton_compiler import compile_with_triton
 
 pytest.importorskip("triton")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -154,9 +152,7 @@ def test_codes_minus_zero_points_are_those_of_the_tables(
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 def test_kernels_compile_for_an_h100_and_no_two_roundings_become_one(dtype, tmp_path):
     """Triton needs no GPU for that. A division that is not IEEE, or an fma, would change bits."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", COMPILE, dtype]
-    subprocess.run(command, env=environment, check=True, timeout=300)
+    compile_with_triton(COMPILE, tmp_path, dtype)
 
 
 @pytest.mark.gpu

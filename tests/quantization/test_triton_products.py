@@ -1,9 +1,5 @@
 """Few tokens times a 4-bit weight, in the interpreter and on a GPU if any: the exact product."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torchao.dtypes.nf4tensor import NF4Tensor
@@ -18,6 +14,7 @@ from qst_tune.quantization.nf4 import (
     quantize_nf4,
 )
 from qst_tune.quantization.packing import pack
+from tests.support.triton_compiler import compile_with_triton
 
 pytest.importorskip("triton")
 from qst_tune.quantization.triton_products import (
@@ -187,8 +184,7 @@ for tile in products.MATRIX_TILES:
 
 @pytest.mark.slow
 def test_kernels_compile_for_an_h100_and_keep_values_in_their_threads(tmp_path):
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", COMPILE], env=environment, check=True, timeout=300)
+    compile_with_triton(COMPILE, tmp_path)
 
 
 @pytest.mark.gpu

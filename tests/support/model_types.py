@@ -239,6 +239,16 @@ def loss_of(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
+def two_samples() -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Tokens of 20 and of 9, one longer than the sliding windows, and where both are in one row."""
+    sample = torch.tensor([0] * 20 + [1] * 9)
+    packed = {
+        "mask": (torch.ones(29, 29).tril().bool() & (sample[:, None] == sample))[None],
+        "input_pos": torch.cat([torch.arange(20), torch.arange(9)])[None],
+    }
+    return tokens_of(20, 1), tokens_of(9, 1), packed
+
+
 @torch.no_grad()
 def assert_rows_give_what_they_give_alone(
     model: Any, model_type: str, *, atol: float = 1e-5
@@ -249,12 +259,7 @@ def assert_rows_give_what_they_give_alone(
     padding[1, :7] = False
     together = model(tokens * padding, mask=padding)
     torch.testing.assert_close(together[1:, 7:], model(tokens[1:, 7:]), rtol=0, atol=atol)
-    first, second = tokens_of(20, 1), tokens_of(9, 1)
-    sample = torch.tensor([0] * 20 + [1] * 9)
-    packed = {
-        "mask": (torch.ones(29, 29).tril().bool() & (sample[:, None] == sample))[None],
-        "input_pos": torch.cat([torch.arange(20), torch.arange(9)])[None],
-    }
+    first, second, packed = two_samples()
     both = torch.cat([first, second], dim=1)
     if model_type in CANNOT_PACK:
         with pytest.raises(UserError, match=CANNOT_PACK[model_type]):

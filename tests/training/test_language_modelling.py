@@ -13,7 +13,7 @@ from qst_tune.models.build import build_on_meta
 from qst_tune.training.language_modelling import (
     NextTokenTask,
     build_language_modelling,
-    validation_loss,
+    validation_passes,
 )
 from qst_tune.training.methods import load_qst
 from qst_tune.training.task import complete
@@ -103,7 +103,7 @@ def test_every_label_weighs_the_same(model) -> None:
             for b in batches
         ]
     expected = -torch.cat([p.flatten() for p in log_probabilities]).double().mean()
-    actual = validation_loss(model, nn.CrossEntropyLoss(), batches, CPU)
+    actual = complete(validation_passes(model, nn.CrossEntropyLoss(), batches, CPU))
     assert actual == pytest.approx(expected.item(), rel=1e-6)
 
 
@@ -111,10 +111,10 @@ def test_rows_without_a_label_are_passed_over_and_refused_alone(model) -> None:
     empty = batch(1, 5)
     empty["labels"].fill_(-100)
     with pytest.raises(UserError, match=r"^validation: none of its rows has a label"):
-        validation_loss(model, nn.CrossEntropyLoss(), [empty], CPU)
+        complete(validation_passes(model, nn.CrossEntropyLoss(), [empty], CPU))
     full = batch(1, 5)
-    alone = validation_loss(model, nn.CrossEntropyLoss(), [full], CPU)
-    assert validation_loss(model, nn.CrossEntropyLoss(), [empty, full], CPU) == alone
+    alone = complete(validation_passes(model, nn.CrossEntropyLoss(), [full], CPU))
+    assert complete(validation_passes(model, nn.CrossEntropyLoss(), [empty, full], CPU)) == alone
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -122,7 +122,7 @@ def test_mode_is_put_back_and_no_gradient_is_left(training: bool, model) -> None
     model.train(training)
     seen = []
     model.side.norm.register_forward_hook(lambda *args: seen.append(model.side.training))
-    validation_loss(model, nn.CrossEntropyLoss(), [batch(1, 5)], CPU)
+    complete(validation_passes(model, nn.CrossEntropyLoss(), [batch(1, 5)], CPU))
     assert seen == [False]
     assert model.training is model.side.training is training
     assert all(p.grad is None for p in model.parameters())

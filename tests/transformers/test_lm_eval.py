@@ -7,7 +7,8 @@ import torch
 from transformers import AutoTokenizer
 
 from qst_tune.data import hf_chat_tokenizer
-from qst_tune.evaluation.log_likelihood import Continuation, log_likelihoods
+from qst_tune.evaluation.log_likelihood import Continuation, log_likelihood_passes
+from qst_tune.training.task import complete
 from qst_tune.transformers import QSTForCausalLM
 from qst_tune.transformers.__main__ import main
 from tests.support.checkpoints import write_jsonl
@@ -52,10 +53,12 @@ def test_the_command_scores_a_directory_by_its_path(tmp_path, monkeypatch, capsy
             tokenizer.encode(f"{row['question']} {choice}", add_bos=False, add_eos=False)
             for choice in row["choices"]
         ]
-        scores = log_likelihoods(
-            torchtune_model,
-            [Continuation(tuple(asked), tuple(ids[len(asked) :])) for ids in both],
-            batch_size=1,
+        scores = complete(
+            log_likelihood_passes(
+                torchtune_model,
+                [Continuation(tuple(asked), tuple(ids[len(asked) :])) for ids in both],
+                batch_size=1,
+            )
         )
         right += scores[0] > scores[1]
     line = next(line for line in capsys.readouterr().out.splitlines() if "|acc" in line)
@@ -84,5 +87,5 @@ def test_log_likelihoods_are_ours(tmp_path: Path) -> None:
         start = len(tokenizer.encode(context, add_bos=False, add_eos=False))
         whole = tokenizer.encode(context + target, add_bos=False, add_eos=False)
         ours.append(Continuation(tuple(whole[:start]), tuple(whole[start:])))
-    expected = log_likelihoods(torchtune_model, ours, batch_size=3)
+    expected = complete(log_likelihood_passes(torchtune_model, ours, batch_size=3))
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-4, atol=1e-4)
