@@ -167,9 +167,10 @@ def _of_random(block: object) -> Iterator[Settings]:
 
 
 def _draw(name: str, axis: object, generator: random.Random) -> object:
-    """Draw from ``{values: [...]}``, or evenly from ``[low, high]`` or in ``log``arithms."""
-    if isinstance(axis, dict) and isinstance(axis["values"], list) and axis["values"]:
-        return generator.choice(axis["values"])
+    """Draw from ``{values: [...]}``, or from a range evenly, with ``log`` in its logarithm."""
+    values = axis.get("values") if isinstance(axis, dict) else None
+    if isinstance(values, list) and values:
+        return generator.choice(values)
     low, high, scale = [*axis, None][:3] if isinstance(axis, list) and len(axis) > 1 else [0, 0, 0]
     numbers = [n for n in (low, high) if isinstance(n, int | float) and not isinstance(n, bool)]
     is_log = scale == "log"
@@ -209,6 +210,8 @@ def _check(settings: list[Settings]) -> None:
         reason = _why_not(name)
         if reason:
             raise UserError(f"trials: {name} {reason}")
+    if any(one.get("seed", 0) is None for one in settings):
+        raise UserError("trials: seed=None must be a number: no run could be made again")
     for number, one in enumerate(settings, start=1):
         if one in settings[: number - 1]:
             twin = settings.index(one) + 1

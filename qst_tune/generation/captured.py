@@ -66,6 +66,7 @@ class CapturedStep:
         self.is_possible = True
         self._compute, self._caches, self._record = compute, caches, record
         self._shape = (0, 0)  # rows and room
+        self._is_warm = False
         self._replay: Compute | None = None
         self._inputs: Any = None
 

@@ -17,7 +17,7 @@ kernels are used if they pass a comparison with the tables, at the first use of 
 from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torchtune import utils
@@ -116,24 +116,38 @@ def affine_product(
     """
     runs_kernel = x.is_cpu and x.dtype == torch.bfloat16 and zero_point.dtype == torch.uint8
     if is_few_tokens(x) and runs_kernel and has_int8_kernel(layout):
-        return int8_product(x, codes, weight_scale, zero_point)
+        return int8_product(int8_weight(codes, weight_scale, zero_point), x)
     return None
 
 
-def int8_product(
-    x: torch.Tensor, codes: torch.Tensor, weight_scale: torch.Tensor, zero_point: torch.Tensor
-) -> torch.Tensor:
-    r"""Multiply with an 8-bit weight of one scale and zero point a channel, by torch's CPU kernel.
+class Int8Weight(NamedTuple):
+    """An 8-bit weight of one scale and zero point a channel, as torch's CPU kernel needs it."""
+
+    codes: torch.Tensor  # q - 128, int8 [O, I]
+    ones: torch.Tensor  # bf16 [O]: the kernel takes scales in bf16 only, which would round ours
+    weight_scale: torch.Tensor  # s, fp32 [O]
+    centre: torch.Tensor  # z - 128, fp32 [O]
+
+
+def int8_weight(
+    codes: torch.Tensor, weight_scale: torch.Tensor, zero_point: torch.Tensor
+) -> Int8Weight:
+    """Prepare a weight: ``codes`` as ``packing.py`` stores 8 bits, the others ``[O, 1]``."""
+    ones = torch.ones(len(codes), dtype=torch.bfloat16)
+    centre = (zero_point.view(-1) ^ 128).view(torch.int8).float()
+    return Int8Weight(codes.view(torch.int8), ones, weight_scale.view(-1), centre)
+
+
+def int8_product(weight: Int8Weight, x: torch.Tensor) -> torch.Tensor:
+    r"""Multiply ``x``, bf16 ``[..., I]``, with a prepared weight, by torch's CPU kernel.
 
     .. math:: y_o = s_o \Big(\sum_i x_i (q_{oi} - 128) - (z_o - 128) \sum_i x_i\Big)
 
-    The first sum is the kernel's: of signed bytes, added in fp32 and rounded to bf16. ``x`` is
-    ``[..., I]`` in bf16 (in fp32 the kernel is 20 times slower), ``codes`` ``[O, I]`` as
-    ``packing.py`` stores 8 bits, ``weight_scale`` fp32 and ``zero_point`` uint8, both ``[O, 1]``.
+    The first sum is the kernel's: of signed bytes, added in fp32 and rounded to bf16. In fp32 the
+    kernel is 20 times slower.
     """
     x_MI = x.reshape(-1, x.shape[-1])
-    # The kernel takes scales in bf16 only, which would round ours.
-    y_MO = torch._weight_int8pack_mm(x_MI, codes.view(torch.int8), x.new_ones(len(codes)))
-    centre = (zero_point.view(-1) ^ 128).view(torch.int8)  # z - 128, without wider temporaries
-    y_MO = y_MO.sub(x_MI.sum(-1, keepdim=True, dtype=torch.float32) * centre)
-    return y_MO.mul_(weight_scale.view(-1)).to(x.dtype).view(*x.shape[:-1], len(codes))
+    y_MO = torch._weight_int8pack_mm(x_MI, weight.codes, weight.ones).float()
+    sum_M1 = x_MI.sum(-1, keepdim=True, dtype=torch.float32)
+    y_MO.addcmul_(sum_M1, weight.centre, value=-1).mul_(weight.weight_scale)
+    return y_MO.to(x.dtype).view(*x.shape[:-1], -1)

@@ -12,8 +12,6 @@ before the end; the second rounds the weight as decoding does. Tiles of codes ar
 and everything else is in their layout: kernels that pass decoded values from thread to thread, as
 those with a dimension for the place in a byte do, take ten times as long.
 
-One token through all layers of LLaMA-2-7B takes 3.7 ms on an H200, decoded first 9.7 ms.
-
 Notation: O rows, I columns, B tokens.
 """
 

@@ -84,6 +84,8 @@ REFUSED = {
     "too many": ({"grid": {"seed": list(range(300))}}, "more than 256"),
     "draws without n": ({"random": {"seed": 1}}, "trials.random must have n"),
     "a range upside down": ({"random": {"n": 1, "model.rank": [8, 4]}}, "must be .low, high."),
+    "no range": ({"random": {"n": 1, "optimizer.lr": {}}}, "must be .low, high."),
+    "no seed": ([{"seed": None}, {}], "seed=None must be a number"),
     "a logarithm of 0": ({"random": {"n": 1, "optimizer.lr": [0, 1, "log"]}}, "low above 0"),
     "too few values": ({"random": {"n": 3, "seed": 0, "model.rank": {"values": [1, 2]}}}, "hold 2"),
     "a model's own key": ({"grid": {"model.repair_rank": [0, 8]}}, "is of the backbone"),

@@ -8,7 +8,7 @@ from torchtune.modules import RMSNorm
 
 from qst_tune.generation import caches as caches_module
 from qst_tune.generation.caches import ModelCaches, last_logits
-from qst_tune.generation.one_token import Int8Product, Substitute, substituted, substitutes
+from qst_tune.generation.one_token import Substitute, substituted, substitutes
 from qst_tune.models import qst_decoder
 from qst_tune.modules.nf4_linear import NF4Linear
 from qst_tune.modules.peqa_linear import PEQALinear
@@ -108,14 +108,6 @@ def test_projections_side_by_side_take_no_more_memory_than_each_alone():
     storages = {weight.untyped_storage().data_ptr(): weight.untyped_storage() for weight in kept}
     assert len(storages) == 4 * TINY["num_layers"]  # q, k, v and gate, up are one each
     assert sum(s.nbytes() for s in storages.values()) == sum(w.nbytes for w in kept)
-
-
-@pytest.mark.parametrize("num_rows", [1, 3])
-@torch.no_grad()
-def test_a_prepared_int8_product_is_the_layers_own(num_rows):
-    linear = PEQALinear(torch.randn(48, 64), bits=8)
-    x = torch.randn(num_rows, 1, 64).to(BF16)
-    torch.testing.assert_close(Int8Product(linear)(x), linear(x), rtol=2**-8, atol=1e-6)
 
 
 @torch.no_grad()

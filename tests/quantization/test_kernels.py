@@ -7,7 +7,7 @@ from torch import nn
 
 from qst_tune.modules.nf4_linear import NF4Linear
 from qst_tune.modules.peqa_linear import PEQALinear
-from qst_tune.quantization.kernels import affine_product, int8_product
+from qst_tune.quantization.kernels import affine_product, int8_product, int8_weight
 
 BF16 = torch.bfloat16
 
@@ -39,7 +39,7 @@ def test_every_zero_point_is_taken_out_of_the_product_again(zero_point):
     codes = torch.arange(256, dtype=torch.uint8).view(8, 32)
     zero = torch.full((8, 1), zero_point, dtype=torch.uint8)
     x = torch.eye(32, dtype=BF16)[:4]  # whole numbers below 256 are exact in bf16
-    y = int8_product(x, codes ^ 128, torch.ones(8, 1), zero)
+    y = int8_product(int8_weight(codes ^ 128, torch.ones(8, 1), zero), x)
     assert torch.equal(y, (codes.float() - zero_point).T[:4].to(BF16))
 
 

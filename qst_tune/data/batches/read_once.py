@@ -42,10 +42,8 @@ class ReadOnce:
 
     def _read(self, epoch: int, number: int) -> Batch:
         if self._place != (epoch, number):
-            follows = self._rest is not None and self._place == (epoch, number - 1)
-            rest = (
-                self._rest if follows and self._rest else self.loader.batches(epoch, start=number)
-            )
+            rest = self._rest if self._place == (epoch, number - 1) else None
+            rest = self.loader.batches(epoch, start=number) if rest is None else rest
             self._place = self._rest = None  # if it fails, whoever is next fails alike
             self._batch = self.prepare(next(rest))
             self._place, self._rest = (epoch, number), rest
