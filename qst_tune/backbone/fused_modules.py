@@ -20,6 +20,7 @@ from qst_tune.modules.fused_layers import (
     gated_mlp,
     may_fuse,
 )
+from qst_tune.quantization.waves import waves
 
 _ROTARY = "apply_rotary_pos_emb"
 _EPSILONS = ("variance_epsilon", "eps")
@@ -50,12 +51,6 @@ def _fused_of(module: Any) -> Any:
     return None
 
 
-def _waves(*shape: int) -> torch.Tensor:
-    """Values in bf16; none are random, so that the random numbers of a run stay the same."""
-    index = torch.arange(torch.Size(shape).numel(), dtype=torch.float32, device="cpu")
-    return index.mul_(0.37).sin_().view(shape).to(torch.bfloat16)
-
-
 def _is_norm(module: nn.Module) -> bool:
     names = [name for name, _ in module.named_parameters(recurse=False)]
     return names == ["weight"] and any(hasattr(module, name) for name in _EPSILONS)
@@ -65,7 +60,7 @@ def _is_norm(module: nn.Module) -> bool:
 @torch.no_grad()
 def _norm_kind(kind: Any) -> tuple[float, bool] | None:
     """What is added to a norm's weight, and whether it rounds before the product; None: another."""
-    x, weight, eps = _waves(16, 64), _waves(64) + 0.5, 0.25
+    x, weight, eps = waves(16, 64), waves(64) + 0.5, 0.25
     try:
         with torch.device("cpu"):
             module = kind(64)
@@ -116,7 +111,7 @@ def _computes_gated_mlp(
     kind: Any, parts: dict[str, Callable[[torch.Tensor], torch.Tensor]]
 ) -> bool:
     """Run a class with these parts on a few numbers."""
-    x = _waves(3, 8).float()
+    x = waves(3, 8).float()
     if "forward" not in vars(kind):
         return False
     try:
@@ -169,8 +164,8 @@ def _rotates_halves(rotary: Callable[..., Any]) -> bool:
     """Whether a function is Llama's rotary embedding of queries and keys."""
     if list(inspect.signature(rotary).parameters)[:4] != ["q", "k", "cos", "sin"]:
         return False
-    q, k = _waves(2, 4, 3, 8), _waves(2, 2, 3, 8) * 0.7
-    cos, sin = _waves(2, 3, 8), _waves(2, 3, 8) * 0.3
+    q, k = waves(2, 4, 3, 8), waves(2, 2, 3, 8) * 0.7
+    cos, sin = waves(2, 3, 8), waves(2, 3, 8) * 0.3
     try:
         found = rotary(q, k, cos, sin)
     except Exception:  # other shapes

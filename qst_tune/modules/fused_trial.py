@@ -13,6 +13,7 @@ from qst_tune.modules.triton_kernels import (
     rotate_halves,
     rotate_pairs,
 )
+from qst_tune.quantization.waves import waves
 
 # Two units in the last place of bf16.
 _TOLERANCE = 2.0**-6
@@ -23,7 +24,7 @@ def find_fault(device: str) -> str | None:
     """Return what is wrong with the kernels on this device, or None."""
     try:
         with torch.device("cpu"):
-            x = _waves(2, 5, 4, 16)
+            x = waves(2, 5, 4, 16)
             for name, found, expected in _computed(x, device):
                 if not torch.allclose(found.cpu().float(), expected, rtol=_TOLERANCE, atol=1e-3):
                     return f"{name} has other values"
@@ -32,23 +33,17 @@ def find_fault(device: str) -> str | None:
     return None
 
 
-def _waves(*shape: int) -> torch.Tensor:
-    """Values in bf16 that are not random: the random numbers of a run stay the same."""
-    index = torch.arange(torch.Size(shape).numel(), dtype=torch.float32)
-    return index.mul_(0.37).sin_().view(shape).to(torch.bfloat16)
-
-
 def _computed(x: torch.Tensor, device: str) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """Yield the kernels' names, what they compute there, and what torch does here in fp32."""
     there, h = x.to(device), x.float()
-    weight = _waves(16)
+    weight = waves(16)
     expected = F.rms_norm(h, (16,), weight.float(), 1e-5)
     yield "RMSNorm", rms_norm(there, weight.to(device), 1e-5), expected
     yield "a gated MLP", gated(there.clone(), there), F.silu(h) * h
     gate, up = h.chunk(2, dim=-1)
     a, b = there.chunk(2, dim=-1)
     yield "a gated MLP of one product", gated(a, b), F.silu(gate) * up
-    cos, sin = _waves(1, 5, 16), _waves(1, 5, 16) * 0.5
+    cos, sin = waves(1, 5, 16), waves(1, 5, 16) * 0.5
     first, second = h.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
     expected = h * cos.float()[:, :, None] + turned * sin.float()[:, :, None]

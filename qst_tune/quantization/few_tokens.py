@@ -12,6 +12,7 @@ from qst_tune.quantization.affine import AffineLayout, dequantize_affine
 from qst_tune.quantization.fastest import fastest
 from qst_tune.quantization.kernels import runs_triton
 from qst_tune.quantization.nf4 import dequantize_nf4
+from qst_tune.quantization.waves import waves
 
 if TYPE_CHECKING:
     from qst_tune.quantization.triton_products import Tile
@@ -106,10 +107,8 @@ def _product(
 
 
 def _fastest_tile(x_BI: torch.Tensor, tiles: Sequence["Tile"], multiply: Multiply) -> "Tile | None":
-    # No random numbers: those of a run stay the same.
     shape = (1 if len(x_BI) == 1 else MOST_TOKENS, x_BI.shape[1])
-    values = torch.arange(shape[0] * shape[1], device=x_BI.device, dtype=torch.float32)
-    trial = values.mul_(0.37).sin_().view(shape).to(x_BI.dtype)
+    trial = waves(*shape, dtype=x_BI.dtype, device=x_BI.device)
     ways = [partial(multiply, trial, tile) for tile in tiles]
     index = fastest(partial(multiply, trial, None), ways)
     return None if index is None else tiles[index]

@@ -27,6 +27,7 @@ from qst_tune.errors import first_line
 from qst_tune.quantization.affine import AffineLayout, dequantize_affine, quantize_affine
 from qst_tune.quantization.nf4 import dequantize_nf4, quantize_nf4
 from qst_tune.quantization.packing import pack
+from qst_tune.quantization.waves import waves
 
 _BYTES_AT_ONCE = 1024
 
@@ -141,9 +142,7 @@ def find_fault(device: str) -> str | None:
 
 
 def _faults(device: str) -> Iterator[str]:
-    # No random numbers: those of a run stay the same.
-    values = torch.arange(_ROWS * _COLUMNS, dtype=torch.float32).mul_(0.37).sin_().mul_(0.05)
-    dense = values.view(_ROWS, _COLUMNS).to(torch.bfloat16)
+    dense = waves(_ROWS, _COLUMNS).mul_(0.05)
     weight = quantize_nf4(dense)
     found = decode_nf4(weight.to(device)).cpu()
     if not torch.equal(found, dequantize_nf4(weight)):

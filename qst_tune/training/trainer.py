@@ -132,8 +132,8 @@ class Trainer:
         mean_loss = loss_sum / num_labels.clamp(min=1)
         # The only time in a step that Python waits for the device.
         figures = torch.stack([mean_loss, norm, num_labels, num_stopped]).tolist()
-        metrics = {"loss": figures[0], "lr": float(self.optimizer.param_groups[0]["lr"])}
-        metrics["grad_norm"] = figures[1]
+        rate = float(self.optimizer.param_groups[0]["lr"])
+        metrics = {"loss": figures[0], "lr": rate, "grad_norm": figures[1]}
         if figures[3]:  # all processes leave after the same step, whichever got the signal
             self.is_stopping = True
             self.stop.request()
