@@ -334,6 +334,8 @@ def test_damaged_best_checkpoint_is_set_aside_and_not_called_the_best(at: Path) 
 
 def test_second_run_in_one_directory_is_refused_and_the_first_ends_well(at: Path) -> None:
     command = "tune run qst_finetune --config config.yaml output_dir=two epochs=30"
+    # Its own place for the answer's text, copied before the first run makes and removes files.
+    other = copy_of(at, at.parent / "other")
     first = os.fork()
     if first == 0:
         status = 1
@@ -346,7 +348,6 @@ def test_second_run_in_one_directory_is_refused_and_the_first_ends_well(at: Path
         while not (at / "two").exists() and time.monotonic() < end:
             time.sleep(0.02)
         time.sleep(0.3)
-        other = copy_of(at, at.parent / "other")  # its own place for the answer's text
         second = answer_of(f"{command.replace('=two', f'={at}/two')} optimizer.lr=0.001", other)
         assert second.status == 2, second.text
         assert len(second.errors) == 1
