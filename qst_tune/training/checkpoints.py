@@ -21,6 +21,7 @@ from qst_tune.distributed.processes import rank_and_world_size, sum_or_fail
 from qst_tune.errors import UserError, os_errors
 from qst_tune.results.tuned_directory import RECIPE_CONFIG, add_verdict
 from qst_tune.training.methods import Method
+from qst_tune.training.monitor import Monitor
 from qst_tune.training.progress import Progress
 from qst_tune.training.run_log import RunLog
 from qst_tune.training.state_file import State, pack_state
@@ -163,7 +164,7 @@ class Checkpointing:
         sum_or_fail(torch.zeros(1), error)
 
     def replace_damaged_best(
-        self, progress: Progress, figures: Mapping[int, float], *, higher_is_better: bool
+        self, progress: Progress, figures: Mapping[int, float], monitor: Monitor
     ) -> list[str]:
         """Set a damaged best checkpoint aside and let the next best step take its place.
 
@@ -171,7 +172,6 @@ class Checkpointing:
         checkpoint without damage. Changes ``progress``; returns what a user must know of it.
         """
         notes = []
-        sign = 1 if higher_is_better else -1
         while (lost := progress.best_step) is not None:
             damage = self.store.damage(lost)
             if damage is None:
@@ -182,7 +182,7 @@ class Checkpointing:
                 else ""
             )
             stored = [s for s in self.store.steps() if s in figures and s <= progress.step]
-            best = max(stored, key=lambda s: (sign * figures[s], -s), default=None)
+            best = min(stored, key=lambda s: (monitor.rank(figures[s]), s), default=None)
             progress.best_step, progress.best_value = best, None if best is None else figures[best]
             progress.validations_since_best = sum(s > best for s in figures) if best else 0
             instead = (

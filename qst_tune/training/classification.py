@@ -16,6 +16,7 @@ from qst_tune.distributed.sharding import take_part
 from qst_tune.errors import UserError
 from qst_tune.modules.model_limits import check_length
 from qst_tune.modules.qst_classifier import QSTClassifier
+from qst_tune.training.monitor import Monitor
 from qst_tune.training.task import Passes, visit
 
 
@@ -31,7 +32,6 @@ class ClassificationTask:
     metrics: Sequence[str]  # names in METRICS, the most telling first
     device: torch.device
 
-    higher_is_better: ClassVar[bool] = True
     rows_an_example: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
@@ -42,9 +42,9 @@ class ClassificationTask:
             )
 
     @property
-    def monitor(self) -> str:
+    def monitor(self) -> Monitor:
         """The first metric."""
-        return self.metrics[0]
+        return Monitor(self.metrics[0], higher_is_better=True)
 
     def loss(self, model: TransformerDecoder, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the sum of the losses, nats or squares of scores, and the number of rows B.

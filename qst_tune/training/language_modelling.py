@@ -24,6 +24,7 @@ from qst_tune.distributed.sharding import take_part
 from qst_tune.errors import UserError
 from qst_tune.modules.loss import connect_loss, next_token_loss
 from qst_tune.modules.model_limits import check_length, limits_of
+from qst_tune.training.monitor import Monitor
 from qst_tune.training.task import Passes, visit
 
 
@@ -37,8 +38,7 @@ class NextTokenTask:
     loss_function: Any
     device: torch.device
 
-    monitor: ClassVar[str] = "val_loss"
-    higher_is_better: ClassVar[bool] = False
+    monitor: ClassVar[Monitor] = Monitor("val_loss")
     rows_an_example: ClassVar[int] = 1
 
     def loss(self, model: TransformerDecoder, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,6 +28,7 @@ from qst_tune.errors import UserError
 from qst_tune.modules.loss import linear_cross_entropy
 from qst_tune.modules.model_limits import check_length, limits_of
 from qst_tune.modules.qst_model import QSTModel
+from qst_tune.training.monitor import Monitor
 from qst_tune.training.task import Passes, visit
 
 
@@ -54,8 +55,7 @@ class PreferenceTask:
     loss_function: Any
     device: torch.device
 
-    monitor: ClassVar[str] = "val_loss"
-    higher_is_better: ClassVar[bool] = False
+    monitor: ClassVar[Monitor] = Monitor("val_loss")
     rows_an_example: ClassVar[int] = 2
 
     def loss(self, model: TransformerDecoder, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

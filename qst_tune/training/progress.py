@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from qst_tune.distributed.processes import rank_and_world_size
+from qst_tune.training.monitor import Monitor
 from qst_tune.training.state_file import State
 
 
@@ -30,14 +31,9 @@ class Progress:
     validations_since_best: int = 0  # how often a validation has not been the best since
     validated_step: int | None = None  # of the last validation
 
-    def record(self, value: float, *, higher_is_better: bool) -> bool:
+    def record(self, value: float, monitor: Monitor) -> bool:
         """Record the figure of a validation; returns whether it is the best so far."""
-        sign = 1 if higher_is_better else -1
-        # A NaN is never the best: every comparison with it is false.
-        if self.best_value is None:
-            is_best = value == value
-        else:
-            is_best = sign * value > sign * self.best_value
+        is_best = monitor.is_better(value, self.best_value)
         if is_best:
             self.best_step, self.best_value, self.validations_since_best = self.step, value, 0
         else:
@@ -45,14 +41,13 @@ class Progress:
         return is_best
 
     def describe_best(
-        self, values: Mapping[int, float], *, higher_is_better: bool, is_worse: bool
+        self, values: Mapping[int, float], monitor: Monitor, *, is_worse: bool
     ) -> str:
         """Say which step is the result, of those with ``values``; worse than before training?"""
-        sign = 1 if higher_is_better else -1
         if self.best_step is None:
             return "the last step"
         best = values[self.best_step]
-        if any(sign * value > sign * best for value in values.values()):
+        if any(monitor.is_better(value, best) for value in values.values()):
             return "the best step whose checkpoint is not damaged"
         return "the best of the validated steps" if is_worse else "the best on the validation set"
 

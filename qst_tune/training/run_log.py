@@ -14,8 +14,8 @@ from tqdm import tqdm
 from qst_tune.distributed.processes import rank_and_world_size
 from qst_tune.errors import os_errors
 from qst_tune.modules.memory import GIB, memory_kind, peak_memory_bytes
+from qst_tune.training.monitor import Monitor
 from qst_tune.training.state_file import State
-from qst_tune.training.task import Task
 
 BEFORE = "quantised base model"
 _TITLES = {"val_loss": "validation loss"}
@@ -70,23 +70,22 @@ class RunSummary:
         """Return one figure of validation by step, named as a task names it; perhaps empty."""
         return self.val_loss if name == "val_loss" else self.metrics.get(name, {})
 
-    def judge(self, name: str, best_step: int | None, *, higher_is_better: bool) -> str | None:
+    def judge(self, monitor: Monitor, best_step: int | None) -> str | None:
         """Set ``verdict`` by comparing one figure of the validated steps with step 0.
 
         It stays None if the step of the result, ``best_step``, is better, or was not measured.
         """
-        values = self.figure(name)
+        values = self.figure(monitor.name)
         if best_step is None or best_step not in values or 0 not in values:
             return None
-        sign = 1 if higher_is_better else -1
         start, best, last = values[0], values[best_step], values[max(values)]
-        title = _TITLES.get(name, name)
-        if sign * best <= sign * start:
+        title = _TITLES.get(monitor.name, monitor.name)
+        if not monitor.is_better(best, start):
             self.verdict = (
                 f"no validated step is better than the {self.before}: {title} {best:.4f} at step "
                 f"{best_step}, {start:.4f} before training"
             )
-        elif sign * last < sign * start:
+        elif monitor.is_better(start, last):
             self.verdict = (
                 f"the run ended worse than the {self.before}: {title} {last:.4f} at step "
                 f"{max(values)}, {start:.4f} before training; the result is of step {best_step}: "
@@ -203,10 +202,9 @@ class RunLog:
             self.report(f"{_TITLES.get(name, name)}, {where}: {value:.4f}")
         self._log(figures, step)
 
-    def judge(self, task: Task, best_step: int | None) -> None:
+    def judge(self, monitor: Monitor, best_step: int | None) -> None:
         """Warn of a run that made the model no better, here and in the summary."""
-        better = task.higher_is_better
-        verdict = self.summary.judge(task.monitor, best_step, higher_is_better=better)
+        verdict = self.summary.judge(monitor, best_step)
         if verdict:
             self.report(f"warning: {verdict}")
 

@@ -4,6 +4,7 @@ Source: model soups (https://arxiv.org/abs/2203.05482).
 """
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from qst_tune.distributed.processes import broadcast_tensors, gather_lists, rank
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.modules.side.network import SideNetwork
 from qst_tune.results.description import SIDE_NETWORK
-from qst_tune.training.trials import Trial, read_in_turn
+from qst_tune.training.trials import Trial, ranked, read_in_turn
 
 _TENSORS = f"side_network/{SIDE_NETWORK.weights_file}"
 
@@ -59,9 +60,9 @@ def best_soup(model: QSTModel, trials: Sequence[Trial]) -> ScoredSoup | None:
     model.eval()
     figures = read_in_turn(model, owns, lambda: task.evaluating(model, batches))
     scored = list(map(ScoredSoup, soups, sides, figures))
-    sign = -1 if task.higher_is_better else 1
-    finite = [one for one in scored if one.figures[task.monitor] == one.figures[task.monitor]]
-    return min(finite, key=lambda one: sign * one.figures[task.monitor], default=None)
+    name = task.monitor.name
+    finite = [one for one in scored if math.isfinite(one.figures[name])]
+    return min(finite, key=lambda one: task.monitor.rank(one.figures[name]), default=None)
 
 
 def soups_of(trials: Sequence[Trial]) -> list[Soup]:
@@ -70,18 +71,16 @@ def soups_of(trials: Sequence[Trial]) -> list[Soup]:
     The mean of networks that began at other values means nothing, so those of a kind have one seed
     and one start.
     """
-    valid = [t for t in trials if t.error is None and t.trainer.progress.best_value is not None]
-    if not valid:
+    best_first = ranked(trials)
+    if not best_first:
         return []
-    sign = -1 if trials[0].trainer.task.higher_is_better else 1
-    ranked = sorted(valid, key=lambda t: sign * (t.trainer.progress.best_value or 0.0))
     groups: dict[object, list[Trial]] = {}
-    for trial in ranked:
+    for trial in best_first:
         groups.setdefault(_kind(trial), []).append(trial)
     soups = [
         _of_trials(group[:count]) for group in groups.values() for count in range(2, len(group) + 1)
     ]
-    return soups + _of_checkpoints(ranked[0])
+    return soups + _of_checkpoints(best_first[0])
 
 
 def _kind(trial: Trial) -> object:

@@ -15,6 +15,7 @@ from qst_tune.data.batches.loader import Batch
 from qst_tune.distributed.sharding import anyone_has, free_weights, take_part
 from qst_tune.errors import UserError
 from qst_tune.modules.qst_model import QSTModel
+from qst_tune.training.monitor import Monitor
 
 # Tokens that layers with LoRA compute at once: what one of them keeps is half a GiB at 7B.
 TOKENS_AT_ONCE = 4096
@@ -35,12 +36,8 @@ class Task(Protocol):
     """What is learnt. Its loss is a sum, so that the loop can weigh every label the same."""
 
     @property
-    def monitor(self) -> str:
-        """Name of the figure of :meth:`evaluating` that decides which step is the best."""
-
-    @property
-    def higher_is_better(self) -> bool:
-        """Direction of that figure."""
+    def monitor(self) -> Monitor:
+        """Which figure of :meth:`evaluating` decides which step is the best."""
 
     @property
     def rows_an_example(self) -> int:

@@ -242,17 +242,18 @@ class Trainer:
             raise
         self.run_log.evaluation(self.progress.step, figures)
         self.progress.validated_step = self.progress.step
-        value = figures[self.task.monitor]
+        monitor = self.task.monitor
+        value = figures[monitor.name]
         if not math.isfinite(value):
             hint = overflow_hint(self.method.model)
-            self.run_log.report(f"warning: {self.task.monitor} is {value}, never the best{hint}")
+            self.run_log.report(f"warning: {monitor.name} is {value}, never the best{hint}")
         if self.progress.step == 0:
             return False
-        return self.progress.record(value, higher_is_better=self.task.higher_is_better)
+        return self.progress.record(value, monitor)
 
     def validated(self) -> dict[int, float]:
         """The monitored figure of each step that was validated, without that before training."""
-        values = self.run_log.summary.figure(self.task.monitor)
+        values = self.run_log.summary.figure(self.task.monitor.name)
         return {step: value for step, value in values.items() if step > 0}
 
     # What is saved, and taken back.
@@ -294,13 +295,11 @@ class Trainer:
 
     def replace_damaged_best(self) -> None:
         """Choose another best step if the checkpoint of the best one is damaged. Collective."""
-        better, notes = self.task.higher_is_better, []
         if self.run_log.is_main:
-            notes = self.checkpointing.replace_damaged_best(
-                self.progress, self.validated(), higher_is_better=better
-            )
-        for note in notes:
-            self.run_log.report(note)
+            for note in self.checkpointing.replace_damaged_best(
+                self.progress, self.validated(), self.task.monitor
+            ):
+                self.run_log.report(note)
         (self.progress,) = gather_lists([self.progress] if self.run_log.is_main else [])
 
     # The end.
@@ -322,11 +321,11 @@ class Trainer:
     def _export(self) -> None:
         """Judge the run, and write the best result, the last one if none was measured."""
         self.replace_damaged_best()
-        self.run_log.judge(self.task, self.progress.best_step)
+        self.run_log.judge(self.task.monitor, self.progress.best_step)
         if self.run_log.is_main and self.progress.step:
             which = self.progress.describe_best(
                 self.validated(),
-                higher_is_better=self.task.higher_is_better,
+                self.task.monitor,
                 is_worse=self.run_log.summary.verdict is not None,
             )
             self.checkpointing.export(self.method, self.progress, self.run_log, which=which)

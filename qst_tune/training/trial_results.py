@@ -18,7 +18,7 @@ from qst_tune.errors import os_errors
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.results.tuned_directory import RECIPE_CONFIG
 from qst_tune.training.soups import ScoredSoup, best_soup
-from qst_tune.training.trials import Trial, take_turns, use_side
+from qst_tune.training.trials import Trial, ranked, take_turns, use_side
 
 RESULTS_FILE, TABLE_FILE, PICTURE_FILE = "trials.json", "trials.md", "trials.png"
 _MOST_PANELS = 4  # of keys that differ
@@ -51,9 +51,12 @@ def fit_trials(
 
 def best_of(trials: Sequence[Trial]) -> Trial | None:
     """Return the trial with the best validated step, the first of equals; None if none has one."""
-    sign = -1 if trials[0].trainer.task.higher_is_better else 1
-    valid = [t for t in trials if t.error is None and t.trainer.progress.best_value is not None]
-    return min(valid, key=lambda t: sign * (t.trainer.progress.best_value or 0.0), default=None)
+    return next(iter(ranked(trials)), None)
+
+
+def _best_value(trials: Sequence[Trial]) -> float | None:
+    best = best_of(trials)
+    return None if best is None else best.trainer.progress.best_value
 
 
 def write_results(
@@ -61,7 +64,7 @@ def write_results(
 ) -> None:
     """Write what :func:`fit_trials` leaves of trials. UserError if the disk refuses it."""
     best = best_of(trials)
-    monitor = trials[0].trainer.task.monitor
+    monitor = trials[0].trainer.task.monitor.name
     rows = [_row(trial) for trial in trials]
     found = {
         "monitor": monitor,
@@ -108,13 +111,11 @@ def _export(directory: Path, best: Trial) -> None:
 
 
 def _is_better(soup: ScoredSoup, trials: Sequence[Trial]) -> bool:
-    best, task = best_of(trials), trials[0].trainer.task
-    sign = -1 if task.higher_is_better else 1
-    value = soup.figures[task.monitor]
-    lead = None if best is None else best.trainer.progress.best_value
-    is_better = lead is None or sign * value < sign * lead
+    monitor = trials[0].trainer.task.monitor
+    value = soup.figures[monitor.name]
+    is_better = monitor.is_better(value, _best_value(trials))
     log.info(
-        f"{soup.soup.title}: {task.monitor} {value:.4f}" + ("" if is_better else ", no better")
+        f"{soup.soup.title}: {monitor.name} {value:.4f}" + ("" if is_better else ", no better")
     )
     return is_better
 
@@ -179,7 +180,7 @@ def _plot(trials: Sequence[Trial], path: Path) -> None:
     names = list(dict.fromkeys(name for trial in trials for name in trial.settings))[:_MOST_PANELS]
     figure = Figure(figsize=(6 + 3.2 * len(names), 4), layout="constrained")
     first, *others = figure.subplots(1, 1 + len(names), squeeze=False, sharey=True)[0]
-    monitor = trials[0].trainer.task.monitor
+    monitor = trials[0].trainer.task.monitor.name
     for trial in trials:
         progress = trial.trainer.progress
         each = progress.num_tokens / max(1, progress.step) * rank_and_world_size()[1]
@@ -195,14 +196,14 @@ def _plot(trials: Sequence[Trial], path: Path) -> None:
 
 def _limits(trials: Sequence[Trial]) -> tuple[float | None, float | None]:
     """What the picture shows of the figure: what is far worse than before training lies outside."""
-    best, task = best_of(trials), trials[0].trainer.task
-    values = [v for t in trials for v in t.trainer.run_log.summary.figure(task.monitor).values()]
-    starts = [t.trainer.run_log.summary.figure(task.monitor).get(0) for t in trials]
-    start, lead = starts[0], None if best is None else best.trainer.progress.best_value
+    monitor = trials[0].trainer.task.monitor
+    figures = [trial.trainer.run_log.summary.figure(monitor.name) for trial in trials]
+    values = [value for figure in figures for value in figure.values()]
+    start, lead = figures[0].get(0), _best_value(trials)
     if start is None or lead is None or start == lead:
         return None, None
     outside, beyond = start + (start - lead) / 4, lead - (start - lead) / 10
-    if task.higher_is_better:
+    if monitor.higher_is_better:
         return (outside if min(values) < outside else None), None
     return beyond, (outside if max(values) > outside else None)
 

@@ -147,6 +147,13 @@ def take_turns(model: QSTModel, trials: Sequence[Trial], halving: Halving | None
     return stop
 
 
+def ranked(trials: Sequence[Trial]) -> list[Trial]:
+    """Return the trials that have validated and not failed, the best first, of equals the first."""
+    monitor = trials[0].trainer.task.monitor
+    valid = [t for t in trials if t.error is None and t.trainer.progress.best_value is not None]
+    return sorted(valid, key=lambda trial: monitor.rank(trial.trainer.progress.best_value))
+
+
 def _steps(trials: Sequence[Trial]) -> int:
     return sum(trial.trainer.progress.step for trial in trials)
 
@@ -162,17 +169,12 @@ def _choose(model: QSTModel, trials: Sequence[Trial], step: int, halving: Halvin
     going = [trial for trial in trials if trial.place is not None and trial.place[0] >= step]
     if halving is None or not going:
         return
-    task = going[0].trainer.task
-    sign = -1 if task.higher_is_better else 1
-
-    def rank(trial: Trial) -> tuple[float, int]:
-        value = trial.trainer.validated().get(step, math.nan)  # NaN: it was not finite
-        return (math.inf if math.isnan(value) else sign * value), trial.number
-
-    kept = math.ceil(len(going) / halving.factor)
-    ranked = sorted(going, key=rank)
-    for trial in sorted(ranked[kept:], key=lambda trial: trial.number):
-        value = trial.trainer.validated().get(step, math.nan)
-        trial.give_up(
-            model, f"{task.monitor} {value:.4f} is not among the {kept} best of {len(going)}"
-        )
+    monitor = going[0].trainer.task.monitor
+    # A figure that was not finite is not there.
+    values = {trial.number: trial.trainer.validated().get(step, math.nan) for trial in going}
+    num_kept = math.ceil(len(going) / halving.factor)
+    kept = sorted(values, key=lambda number: (monitor.rank(values[number]), number))[:num_kept]
+    for trial in going:
+        if trial.number not in kept:
+            value = f"{monitor.name} {values[trial.number]:.4f}"
+            trial.give_up(model, f"{value} is not among the {num_kept} best of {len(going)}")

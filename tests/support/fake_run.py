@@ -13,6 +13,7 @@ from torchtune.training import DummyProfiler
 from qst_tune.data.batches.loader import Batch, BatchLoader
 from qst_tune.data.batches.schedule import Schedule
 from qst_tune.training.checkpoints import Checkpointing, CheckpointStore
+from qst_tune.training.monitor import Monitor
 from qst_tune.training.run_log import RunLog
 from qst_tune.training.task import Passes
 from qst_tune.training.trainer import Trainer
@@ -52,8 +53,11 @@ class FakeTask:
 
     validation: Callable[[int], float] | None = None
     higher_is_better: bool = False
-    monitor: ClassVar[str] = "val_loss"
     num_validations: int = 0
+
+    @property
+    def monitor(self) -> Monitor:
+        return Monitor("val_loss", self.higher_is_better)
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         given = nn.functional.dropout(batch["tokens"], 0.1)

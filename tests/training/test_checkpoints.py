@@ -12,9 +12,11 @@ import torch
 
 from qst_tune.errors import UserError
 from qst_tune.training.checkpoints import Checkpointing, CheckpointStore
+from qst_tune.training.monitor import Monitor
 from qst_tune.training.progress import Progress
 from tests.support.fake_run import FakeMethod
 
+LOSS = Monitor("val_loss")
 FILES = {"state.json": b"{}", "side/weights": b"\x00\x01", "side/config": b"text"}
 # What a save does to the disk, in order; each can be the one that fails.
 CALLS = [
@@ -268,7 +270,7 @@ def test_a_damaged_best_is_set_aside_for_the_best_of_the_others(
         truncate(store.path(step) / "state.json")
     progress = Progress(step=40, best_step=20, best_value=figures[20], validations_since_best=3)
     notes = checkpointing(store).replace_damaged_best(
-        progress, figures, higher_is_better=higher_is_better
+        progress, figures, Monitor("figure", higher_is_better)
     )
     assert (progress.best_step, progress.best_value) == (40, figures[40])
     assert progress.validations_since_best == 0
@@ -282,20 +284,18 @@ def test_a_damaged_best_is_set_aside_for_the_best_of_the_others(
 def test_without_another_validated_checkpoint_there_is_no_best(store: CheckpointStore) -> None:
     (store.path(10) / "manifest.json").unlink()
     progress = Progress(step=10, best_step=10, best_value=1.0)
-    (note,) = checkpointing(store).replace_damaged_best(progress, {10: 1.0}, higher_is_better=False)
+    (note,) = checkpointing(store).replace_damaged_best(progress, {10: 1.0}, LOSS)
     assert note.endswith("; no other validated step was kept")
     assert (progress.best_step, progress.best_value) == (None, None)
 
 
 def test_a_checkpoint_that_is_gone_is_damaged_too(store: CheckpointStore) -> None:
     progress = Progress(step=10, best_step=5, best_value=1.0)
-    (note,) = checkpointing(store).replace_damaged_best(
-        progress, {5: 1.0, 10: 2.0}, higher_is_better=False
-    )
+    (note,) = checkpointing(store).replace_damaged_best(progress, {5: 1.0, 10: 2.0}, LOSS)
     assert note.endswith("is damaged (manifest.json is missing); step 10 is the next best")
 
 
 def test_a_whole_best_stays(store: CheckpointStore) -> None:
     progress = Progress(step=10, best_step=10, best_value=1.0)
-    assert checkpointing(store).replace_damaged_best(progress, {}, higher_is_better=True) == []
+    assert checkpointing(store).replace_damaged_best(progress, {}, LOSS) == []
     assert progress.best_step == 10

@@ -17,6 +17,7 @@ from qst_tune.errors import UserError
 from qst_tune.models import qst_decoder
 from qst_tune.modules import QSTClassifier
 from qst_tune.training.classification import METRICS, ClassificationTask, build_classification_task
+from qst_tune.training.monitor import Monitor
 from qst_tune.training.task import complete
 from tests.support.numbers import TINY, TINY_REDUCTION, randomize_, tiny_backbone
 
@@ -95,7 +96,7 @@ def test_figures_of_a_regression_are_of_its_scores():
 
 def test_the_first_metric_says_which_step_is_the_best():
     chosen = task(2, ("f1", "accuracy"))
-    assert (chosen.monitor, chosen.higher_is_better) == ("f1", True)
+    assert chosen.monitor == Monitor("f1", higher_is_better=True)
 
 
 def test_a_row_longer_than_the_model_can_see_is_refused():
@@ -116,7 +117,7 @@ def build(num_labels, *, loss="CrossEntropyLoss", labels=("no", "yes"), metrics=
 
 
 def test_metrics_are_those_of_the_dataset():
-    assert build(2, metrics=("f1", "accuracy")).monitor == "f1"
+    assert build(2, metrics=("f1", "accuracy")).monitor.name == "f1"
 
 
 @pytest.mark.parametrize(
@@ -139,7 +140,7 @@ def test_labels_of_a_part_of_a_dataset_are_those_of_the_whole():
     cfg = OmegaConf.create({"loss": {"_component_": "torch.nn.CrossEntropyLoss"}})
     part = torch.utils.data.Subset(whole, [])
     model = SimpleNamespace(num_labels=2)
-    assert build_classification_task(cfg.loss, model, [part], CPU).monitor == "f1"
+    assert build_classification_task(cfg.loss, model, [part], CPU).monitor.name == "f1"
 
 
 def test_a_dataset_of_conversations_is_refused():

@@ -16,6 +16,7 @@ from qst_tune.training.language_modelling import (
     validation_passes,
 )
 from qst_tune.training.methods import load_qst
+from qst_tune.training.monitor import Monitor
 from qst_tune.training.task import complete
 from tests.support.checkpoints import finetune_config
 from tests.support.configs import typed_config
@@ -71,7 +72,7 @@ def test_evaluation_is_the_mean_over_all_batches(task: NextTokenTask) -> None:
     assert complete(task.evaluating(model, batches)) == {
         "val_loss": pytest.approx(expected, rel=1e-6)
     }
-    assert (task.monitor, task.higher_is_better) == ("val_loss", False)
+    assert task.monitor == Monitor("val_loss")
 
 
 def test_row_longer_than_the_model_is_reported(task: NextTokenTask) -> None:

@@ -12,6 +12,7 @@ from qst_tune.data.batches.loader import BatchLoader
 from qst_tune.errors import UserError
 from qst_tune.models import qst_decoder
 from qst_tune.modules.qst_decoder import QSTDecoder
+from qst_tune.training.monitor import Monitor
 from qst_tune.training.preference import (
     PreferenceTask,
     answer_log_probabilities,
@@ -116,7 +117,7 @@ def test_evaluation_counts_every_pair_once(model: QSTDecoder) -> None:
     assert figures["val_loss"] == pytest.approx(losses.mean().item(), rel=1e-4)
     assert figures["reward_margin"] == pytest.approx((chosen - rejected).mean().item(), rel=1e-3)
     assert figures["reward_accuracy"] == pytest.approx((chosen > rejected).float().mean().item())
-    assert (task.monitor, task.higher_is_better) == ("val_loss", False)
+    assert task.monitor == Monitor("val_loss")
 
 
 def test_row_without_a_label_has_log_probability_zero() -> None:

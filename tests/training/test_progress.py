@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qst_tune.training import progress
+from qst_tune.training.monitor import Monitor
 from qst_tune.training.progress import Progress, seed_step
 
 
@@ -35,6 +36,7 @@ def test_processes_draw_different_numbers(monkeypatch: pytest.MonkeyPatch) -> No
         ([3.0, 2.0, 2.5, 4.0], True, 4, 0),
         ([1.0, float("nan"), float("inf")], False, 1, 2),
         ([float("nan"), 5.0], False, 2, 0),
+        ([float("inf"), 5.0], False, 2, 0),
     ],
 )
 def test_best_step_is_the_first_with_the_best_figure(
@@ -43,7 +45,7 @@ def test_best_step_is_the_first_with_the_best_figure(
     progress = Progress()
     for step, value in enumerate(values, start=1):
         progress.step = step
-        is_best = progress.record(value, higher_is_better=higher_is_better)
+        is_best = progress.record(value, Monitor("figure", higher_is_better))
         assert is_best == (progress.best_step == step)
     assert (progress.best_step, progress.validations_since_best) == (best_step, since)
     assert Progress.from_dict({**asdict(progress), "of a later version": 1}) == progress

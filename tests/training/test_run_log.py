@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from qst_tune.training.monitor import Monitor
 from qst_tune.training.run_log import RunSummary
 
 
@@ -103,7 +104,7 @@ def judge(values: dict[int, float], best_step: int | None, name: str) -> str | N
         summary = RunSummary(val_loss=values)
     else:
         summary = RunSummary(metrics={name: values}, before="start")
-    found = summary.judge(name, best_step, higher_is_better=name == ACCURACY)
+    found = summary.judge(Monitor(name, name == ACCURACY), best_step)
     assert summary.verdict == found
     return found
 
