@@ -19,7 +19,7 @@ from qst_tune.backbone.hub import model_name
 from qst_tune.backbone.identity import Fingerprint, tensors_digest
 from qst_tune.backbone.loading import directory_format
 from qst_tune.backbone.torchtune_loading import stored_as
-from qst_tune.distributed.processes import rank_and_world_size
+from qst_tune.distributed.processes import is_main_process
 from qst_tune.errors import UserError
 from qst_tune.file_lock import locked
 from qst_tune.modules.plain_parts import Place, join_parts, named_parts
@@ -116,7 +116,7 @@ class BackboneCache:
 
     def save(self, model: Any, fingerprint: Fingerprint) -> None:
         """Write the file, whole or not at all, on the first process; failing is only a warning."""
-        if rank_and_world_size()[0] != 0:
+        if not is_main_process():
             return
         parts = {n: part.detach().cpu().contiguous() for n, part in _all_parts(model).items()}
         full, sampled = fingerprint

@@ -31,7 +31,7 @@ from qst_tune.backbone.stored_weights import (
     as_dense,
     check_dtypes,
     check_unused,
-    read_tensors,
+    open_tensors,
 )
 from qst_tune.backbone.text_model import longest_text
 from qst_tune.backbone.transformers import TransformersBackbone
@@ -72,7 +72,7 @@ def backbone_on_meta(directory: Path, max_seq_len: int | None = None) -> Transfo
     return backbone
 
 
-def load_backbone(
+def load_transformers_backbone(
     backbone: TransformersBackbone,
     directory: Path,
     *,
@@ -141,7 +141,7 @@ def _from_pretrained(
     # An auto class would want the name of a directory, and read what its index names.
     model_type = _get_model_class(config, _model_type(config, directory)._model_mapping)
     digests = WeightDigests()
-    tensors = read_tensors(weight_files(directory), digests)
+    tensors = open_tensors(weight_files(directory), digests)
     weights: dict[str, Any] = dict(tensors)
     if place.stored is None:
         check_dtypes(tensors)

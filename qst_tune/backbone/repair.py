@@ -20,7 +20,7 @@ from qst_tune.backbone.calibration import calibration_tokens, text_id
 from qst_tune.backbone.experts import ExpertLinears, QuantizedExperts
 from qst_tune.backbone.identity import Fingerprint
 from qst_tune.backbone.stored_weights import DirectoryFormat
-from qst_tune.distributed.processes import rank_and_world_size
+from qst_tune.distributed.processes import is_main_process
 from qst_tune.errors import UserError
 from qst_tune.modules.backbone import Backbone
 from qst_tune.modules.backbone_formats import LinearFormat, QuantizedLinear
@@ -181,7 +181,7 @@ class Repairs:
                 "the model's weights changed while they were read: start again once nothing writes "
                 "to its directory"
             )
-        if rank_and_world_size()[0] == 0:
+        if is_main_process():
             log.info(self._report())
 
     def _report(self) -> str:

@@ -9,7 +9,7 @@ from torch import nn
 from torchtune.modules import TransformerDecoder
 
 from qst_tune.backbone.identity import Fingerprint
-from qst_tune.backbone.loading import load_backbone, repair
+from qst_tune.backbone.loading import load_transformers_backbone, repair
 from qst_tune.backbone.repair import repair_rank_of
 from qst_tune.backbone.sharded_repair import ShardedRepairs
 from qst_tune.backbone.torchtune_loading import read_weights, set_weight
@@ -30,7 +30,7 @@ def load_sharded_backbone(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Fingerprint:
-    """Load a checkpoint as ``load_backbone`` does, keeping of each weight only this process's part.
+    """Load a checkpoint as one process does, keeping of each weight only this process's part.
 
     Every process reads every weight, since the scales of a 4-bit weight are quantised together, and
     keeps its part. ``twin`` is another model built alike, which quantises and is on meta again
@@ -91,7 +91,9 @@ def load_sharded_directory(
         assert make is not None  # what is repaired is quantised
         return make(weight.to(device), None)
 
-    fingerprint = load_backbone(backbone, directory, dtype=dtype, device=device, take=take)
+    fingerprint = load_transformers_backbone(
+        backbone, directory, dtype=dtype, device=device, take=take
+    )
     rank = repair_rank_of(backbone)
     if rank:
         repairs = ShardedRepairs(model, sharded, root, directory, rank, rounded)

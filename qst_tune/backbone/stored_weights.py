@@ -210,7 +210,7 @@ class DirectoryFormat:
 log = utils.get_logger("INFO")
 
 
-def read_tensors(paths: Iterable[Path], digests: WeightDigests) -> dict[str, FileTensor]:
+def open_tensors(paths: Iterable[Path], digests: WeightDigests) -> dict[str, FileTensor]:
     """Open files; their tensors are read, and hashed, on demand. UserError if one is damaged."""
     named = (item for path in paths for item in read_weights_file(path).items())
     return {name: FileTensor(name, tensor, digests) for name, tensor in named}

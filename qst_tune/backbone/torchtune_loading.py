@@ -12,8 +12,7 @@ from torchtune.modules import RMSNorm, TiedLinear, TransformerDecoder
 
 from qst_tune.backbone.directory import weight_files
 from qst_tune.backbone.identity import Fingerprint, WeightDigests, fingerprint_files
-from qst_tune.backbone.loading import check_same
-from qst_tune.backbone.loading import load_backbone as load_directory
+from qst_tune.backbone.loading import check_same, load_transformers_backbone
 from qst_tune.backbone.repair import Repairs, repair_rank_of
 from qst_tune.backbone.transformers import transformers_backbone
 from qst_tune.backbone.transformers_models import TransformersModel
@@ -42,7 +41,7 @@ def load_backbone(
     backbone = transformers_backbone(model)
     if backbone is not None:
         directory = checkpoint_directory(checkpointer)
-        return load_directory(backbone, directory, dtype=dtype, device=device)
+        return load_transformers_backbone(backbone, directory, dtype=dtype, device=device)
     place = partial(set_weight, model, dtype=dtype, device=device)
     of_weights = read_weights(model, checkpointer, place)
     build_rotary_caches(model.layers, device)

@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 from torch import nn
+from torch.optim import Optimizer
 from torchtune import utils
 
 from qst_tune.config.components import instantiate
 from qst_tune.config.schema import TrainingConfig
-from qst_tune.distributed.processes import rank_and_world_size
+from qst_tune.distributed.processes import is_main_process
 from qst_tune.errors import UserError
 
 # Longer runs are not checked, which takes 0.1 s here: nobody writes a warm-up of thousands of steps
@@ -27,7 +28,7 @@ log = utils.get_logger("INFO")
 def report_schedule(cfg: TrainingConfig, num_steps: int) -> None:
     """Warn, on the main process, of steps that a schedule wastes and of a very short run."""
     warnings = [*check_schedule(cfg, num_steps), *_few_steps(cfg, num_steps)]
-    if rank_and_world_size()[0] == 0:
+    if is_main_process():
         for warning in warnings:
             log.warning(warning)
 
@@ -53,18 +54,27 @@ def learning_rates(cfg: TrainingConfig, num_steps: int) -> tuple[float, list[flo
     parameter = nn.Parameter(torch.zeros(1))
     optimizer: Any = instantiate(cfg.optimizer, "optimizer", [parameter])
     full = float(optimizer.param_groups[0]["lr"])
-    if not num_steps or cfg.lr_scheduler is None:
+    if not num_steps:
         return full, []
-    settings = {"num_training_steps": num_steps, "last_epoch": -1}
     # The config's optimizer is never stepped, and torch would warn of that.
     plain = torch.optim.SGD([parameter], lr=full)
-    scheduler: Any = instantiate(cfg.lr_scheduler, "lr_scheduler", plain, **settings)
+    scheduler = build_lr_scheduler(cfg, plain, num_steps)
+    if scheduler is None:
+        return full, []
     rates = []
     for _ in range(num_steps):
         rates.append(float(plain.param_groups[0]["lr"]))
         plain.step()
         scheduler.step()
     return full, rates
+
+
+def build_lr_scheduler(cfg: TrainingConfig, optimizer: Optimizer, num_steps: int) -> Any:
+    """Build the schedule of a run of ``num_steps`` steps; None if the rate is constant."""
+    if not cfg.lr_scheduler:
+        return None
+    settings = {"num_training_steps": num_steps, "last_epoch": -1}
+    return instantiate(cfg.lr_scheduler, "lr_scheduler", optimizer, **settings)
 
 
 def _few_steps(cfg: TrainingConfig, num_steps: int) -> list[str]:

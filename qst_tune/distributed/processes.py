@@ -71,6 +71,11 @@ def rank_and_world_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def is_main_process() -> bool:
+    """Whether this is the process that prints and writes: the first one, or the only one."""
+    return rank_and_world_size()[0] == 0
+
+
 def broadcast_tensors(module: nn.Module) -> None:
     """Give every process the tensors of the first, in place. Collective: call it on all ranks."""
     if dist.is_initialized():

@@ -202,7 +202,7 @@ def _frozen_bytes(modules: Iterable[nn.Module]) -> int:
     return sum(part.nbytes for part in {id(part): part for part in parts}.values())
 
 
-def check_fits(model: nn.Module, device: torch.device) -> None:
+def check_memory(model: nn.Module, device: torch.device) -> None:
     """Refuse, with a UserError, a whole backbone that takes more than 80 % of a CUDA device."""
     if device.type != "cuda":
         return

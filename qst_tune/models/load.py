@@ -21,8 +21,8 @@ from qst_tune.backbone.transformers_models import PEQATransformer
 from qst_tune.config.components import instantiate
 from qst_tune.config.model_directory import check_checkpoint_dir
 from qst_tune.config.schema import Block
-from qst_tune.distributed.processes import rank_and_world_size
-from qst_tune.distributed.sharding import Sharding, check_fits
+from qst_tune.distributed.processes import is_main_process
+from qst_tune.distributed.sharding import Sharding, check_memory
 from qst_tune.errors import UserError
 from qst_tune.modules.peqa_model import PEQAModel
 from qst_tune.modules.qst_model import QSTModel
@@ -55,7 +55,7 @@ def load_frozen_backbone(
         fingerprint = _load_sharded(model, twin, block, checkpointer, sharding, **where)
     if isinstance(model, PEQATransformer):
         model.train_scales()  # of the layers that were loaded
-    if rank_and_world_size()[0] == 0:
+    if is_main_process():
         log.info(f"backbone loaded in {time.perf_counter() - start:.1f} s")
     return _identity(model, block, fingerprint, quantization)
 
@@ -76,7 +76,7 @@ def _load_whole(
     model: Any, checkpointer: Any, dtype: torch.dtype, device: torch.device
 ) -> Fingerprint:
     """From the cache, if there is one, or from the checkpoint."""
-    check_fits(model, device)
+    check_memory(model, device)
     cache = backbone_cache(checkpointer, model, dtype)
     found = cache.load(model, device) if cache else None
     if found is not None:

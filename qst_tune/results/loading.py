@@ -42,7 +42,7 @@ from qst_tune.results.description import (
     read_description,
 )
 from qst_tune.results.recipe_config import checkpointer_of
-from qst_tune.results.start import tuned_directory
+from qst_tune.results.start import result_to_load
 from qst_tune.results.tuned_directory import Tensors, Tuned, check_fits, load_tuned
 
 TunableModel = QSTModel | PEQAModel
@@ -128,7 +128,7 @@ def load_tuned_model(cfg: TunedModelConfig, use: Use = "text") -> TunedModel:
     tokenizer = None
     if use == "text":  # without a limit: what training cuts off is where the answer begins
         tokenizer = instantiate(_without_limit(cfg.tokenizer), "tokenizer")
-    directory = tuned_directory(getattr(cfg, key), cfg.output_dir, key)
+    directory = result_to_load(getattr(cfg, key), cfg.output_dir, key)
     block = cfg.checkpointer
     return _fill(model, block, directory, dtype=dtype, device=device, tokenizer=tokenizer)
 

@@ -86,7 +86,7 @@ def described_tokenizer(side_network: str, checkpoint_dir: str) -> HFChatTokeniz
     return hf_chat_tokenizer(checkpoint_dir, chat_template=found.source if found else None)
 
 
-def read_config(directory: Path) -> PlainConfig:
+def read_recipe_config(directory: Path) -> PlainConfig:
     """Read the run's config as plain YAML, without ``${...}``; what cannot be read is empty."""
     path = directory / RECIPE_CONFIG
     try:
@@ -100,7 +100,7 @@ def read_config(directory: Path) -> PlainConfig:
 
 
 def _block(directory: Path, name: str) -> PlainConfig:
-    block = read_config(directory).get(name)
+    block = read_recipe_config(directory).get(name)
     return block if isinstance(block, dict) else {}
 
 

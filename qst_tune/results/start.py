@@ -15,7 +15,7 @@ from torchtune import utils
 from qst_tune.config.schema import RUN, TrainingConfig
 from qst_tune.errors import UserError
 from qst_tune.results.description import FORMATS, Ancestor, TunedFormat, read_description
-from qst_tune.results.recipe_config import read_config
+from qst_tune.results.recipe_config import read_recipe_config
 from qst_tune.results.tuned_directory import read_tensors
 
 log = utils.get_logger("INFO")
@@ -64,7 +64,7 @@ def digest_of(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def tuned_directory(named: Path | None, output_dir: Path | None, key: str) -> Path | None:
+def result_to_load(named: Path | None, output_dir: Path | None, key: str) -> Path | None:
     """Choose the result that a recipe loads; None for the untuned model.
 
     In the config of a training run, ``key`` ("side_network" or "scales") may be ``named`` for what
@@ -105,7 +105,7 @@ def _name(directory: Path) -> str:
 
 def _data(directory: Path) -> Iterator[str]:
     """Names of the files that a result was trained on; the card can do without."""
-    blocks = read_config(directory).get("dataset")
+    blocks = read_recipe_config(directory).get("dataset")
     for block in blocks if isinstance(blocks, list) else [blocks]:
         if isinstance(block, dict):
             files = block.get("data_files") or block.get("source") or block.get("_component_")

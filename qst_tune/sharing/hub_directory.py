@@ -19,7 +19,7 @@ from qst_tune.errors import UserError
 from qst_tune.results.card import describe_lineage, paragraph, shown, table
 from qst_tune.results.description import SIDE_NETWORK, Description, read_description
 from qst_tune.results.peft_adapter import public_files
-from qst_tune.results.recipe_config import read_config
+from qst_tune.results.recipe_config import read_recipe_config
 from qst_tune.results.tuned_directory import (
     CARD_FILE,
     RECIPE_CONFIG,
@@ -66,7 +66,7 @@ def make_hub_directory(directory: Path, target: Path, publication: Publication) 
         raise UserError(f"{directory} is a classifier; only models that write text are shared")
     weights = directory / SIDE_NETWORK.weights_file
     check_finite(weights, read_tensors(directory, SIDE_NETWORK))
-    config = read_config(directory)
+    config = read_recipe_config(directory)
     if not isinstance(config.get("checkpointer"), dict):
         raise UserError(f"{directory / RECIPE_CONFIG} cannot be read: it has no checkpointer block")
     config, secrets = without_secrets(config)

@@ -11,7 +11,7 @@ from qst_tune.errors import UserError
 from qst_tune.models.build import build_on_meta
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.modules.side.network import SideNetwork
-from qst_tune.training.methods import fill_side, load_backbone, prepare_frozen
+from qst_tune.training.methods import fill_backbone, fill_side, prepare_frozen
 from qst_tune.training.preference import reference_of
 from qst_tune.training.resume import set_run_seed
 from qst_tune.training.run import Run, build_trainer
@@ -39,7 +39,7 @@ def build_trials(
         _side_on_meta(number, own, one)
         for number, (own, one) in enumerate(zip(settings, run.trials, strict=True), start=1)
     ]
-    backbone = load_backbone(model, run.cfg, dtype, device)
+    backbone = fill_backbone(model, run.cfg, dtype, device)
     move = partial(on_device, device=device)
     read_once = ReadOnce(data.train, move), data.validation and ReadOnce(data.validation, move)
     built = []

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from qst_tune.atomic_files import write_directory
-from qst_tune.distributed.processes import rank_and_world_size, sum_or_fail
+from qst_tune.distributed.processes import is_main_process, sum_or_fail
 from qst_tune.errors import UserError, os_errors
 from qst_tune.results.tuned_directory import RECIPE_CONFIG, add_verdict
 from qst_tune.training.methods import Method
@@ -150,7 +150,7 @@ class Checkpointing:
         processes.
         """
         error = None
-        if rank_and_world_size()[0] == 0 and progress.step not in (0, *self.store.steps()):
+        if is_main_process() and progress.step not in (0, *self.store.steps()):
             try:
                 files = pack_state({**self.header, **state})
                 for name, content in method.files({"steps": progress.step, **results}).items():

@@ -14,7 +14,7 @@ from torchtune import utils
 from qst_tune.backbone.experts import compile_forward
 from qst_tune.backbone.identity import BackboneId
 from qst_tune.config.schema import TrainingConfig
-from qst_tune.distributed.processes import broadcast_tensors, rank_and_world_size
+from qst_tune.distributed.processes import broadcast_tensors, is_main_process
 from qst_tune.distributed.sharding import choose_sharding
 from qst_tune.errors import UserError
 from qst_tune.models.build import build_any_on_meta
@@ -161,7 +161,7 @@ def load_qst(
     ``enable_activation_checkpointing`` decide as in torchtune. UserError if the checkpoint is
     missing, damaged or not of this architecture, or what the run starts from does not fit.
     """
-    backbone = load_backbone(model, cfg, dtype, device)
+    backbone = fill_backbone(model, cfg, dtype, device)
     method = fill_side(model, cfg, backbone, device)
     prepare_frozen(model, cfg, [model.side], backbone, dtype, device)
     if cfg.capture_steps and device.type == "cuda" and cfg.backbone_sharding is None:
@@ -205,14 +205,14 @@ def _compile(model: QSTModel, sides: Sequence[SideNetwork]) -> None:
     first = min(len(layers) if side.lora is None else side.lora.first for side in sides)
     frozen = list(layers[:first])
     compile_forward([*frozen, *(block for side in sides for block in side.blocks)])
-    if len(frozen) < len(layers) and rank_and_world_size()[0] == 0:
+    if len(frozen) < len(layers) and is_main_process():
         log.info(
             f"compile=True: {len(frozen)} of {len(layers)} layers are compiled; the last "
             f"{len(layers) - len(frozen)}, with LoRA, are not"
         )
 
 
-def load_backbone(
+def fill_backbone(
     model: QSTModel | PEQAModel, cfg: TrainingConfig, dtype: torch.dtype, device: torch.device
 ) -> BackboneId:
     """Fill the backbone, or this process's part of it."""
@@ -252,7 +252,7 @@ def _hidden_state_cache(
     key = hashlib.sha256(repr(tuple(described)).encode()).hexdigest()[:16]
     name = backbone.name.replace("/", "--")
     directory = parent / f"{name}-{key}"
-    if rank_and_world_size()[0] == 0:
+    if is_main_process():
         size = num_states * model.backbone.width * dtype.itemsize
         log.info(f"hidden states are cached in {directory}: {size / 1000:.1f} kB a token")
     return HiddenStateCache(directory)
@@ -267,7 +267,7 @@ def load_peqa(
     ``enable_activation_checkpointing`` decide as in torchtune. UserError if the checkpoint is
     missing, damaged or not of this architecture, or what the run starts from does not fit.
     """
-    backbone = load_backbone(model, cfg, dtype, device)
+    backbone = fill_backbone(model, cfg, dtype, device)
     start = find_start(cfg)
     if start is not None:
         load_tuned(start.directory, model, backbone=backbone)

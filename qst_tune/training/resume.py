@@ -15,7 +15,7 @@ from torchtune import training, utils
 from qst_tune.config.record import recorded
 from qst_tune.config.schema import TrainingConfig
 from qst_tune.data.batches.loader import BatchLoader
-from qst_tune.distributed.processes import rank_and_world_size
+from qst_tune.distributed.processes import is_main_process, rank_and_world_size
 from qst_tune.errors import UserError
 from qst_tune.results.start import Start
 from qst_tune.training.checkpoints import CHECKPOINTS_DIRECTORY, FORMAT_VERSION, CheckpointStore
@@ -273,6 +273,6 @@ def _flat(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _log(*lines: str) -> None:
-    if rank_and_world_size()[0] == 0:
+    if is_main_process():
         for line in lines:
             log.info(line)

@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, replace
-from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,12 +18,12 @@ from qst_tune.config.components import instantiate
 from qst_tune.config.device import choose_device, choose_dtype
 from qst_tune.config.model_directory import changed_texts, fetch_models
 from qst_tune.config.record import recorded, secret_keys
-from qst_tune.config.schedule_check import report_schedule
+from qst_tune.config.schedule_check import build_lr_scheduler, report_schedule
 from qst_tune.config.schema import TrainingConfig
 from qst_tune.data.batches.schedule import Schedule, schedule_of
 from qst_tune.data.batches.survey_report import report_data
 from qst_tune.data.batches.training_data import TrainingData
-from qst_tune.distributed.processes import process_group, rank_and_world_size
+from qst_tune.distributed.processes import is_main_process, process_group
 from qst_tune.errors import UserError
 from qst_tune.file_lock import only_process
 from qst_tune.quantization.kernels import allow_triton
@@ -80,7 +79,7 @@ class Run:
     @property
     def is_main(self) -> bool:
         """Whether this is the process that prints."""
-        return rank_and_world_size()[0] == 0
+        return is_main_process()
 
     def report(self, model: Any, data: TrainingData) -> None:
         """Print data and schedule; for a dry run, compare the model with its stored config too."""
@@ -100,15 +99,16 @@ def begin_run(cfg: TrainingConfig, trials: Sequence[TrainingConfig] = ()) -> Ite
     fetched: Literal["tokenizer", "weights"] = "tokenizer" if cfg.dry_run else "weights"
     cfg, *trials = (fetch_models(one, fetched) for one in (cfg, *trials))
     with run_environment(cfg) as (device, dtype), ExitStack() as stack:
-        for one in trials:
-            _enter_directory(stack, one)
-        saved = [*map(_saved_trial, count(1), trials)] or [find_saved_run(cfg)]
-        of_whole = None if trials else saved[0]
-        seed = set_run_seed(cfg, of_whole)
+        for trial in trials:
+            _enter_directory(stack, trial)
+        saved = None if trials else find_saved_run(cfg)
+        saved_trials = [_saved_trial(*numbered) for numbered in enumerate(trials, start=1)]
+        seed = set_run_seed(cfg, saved)
         tokenizer = instantiate(cfg.tokenizer, "tokenizer")
-        date = set_run_date(tokenizer, next((one for one in saved if one), None))
-        run = Run(cfg, device, dtype, seed, tokenizer, date, of_whole, find_start(cfg))
-        yield replace(run, trials=tuple(_trials(run, trials, saved)))
+        date = set_run_date(tokenizer, next(filter(None, [saved, *saved_trials]), None))
+        run = Run(cfg, device, dtype, seed, tokenizer, date, saved, find_start(cfg))
+        pairs = enumerate(zip(trials, saved_trials, strict=True), start=1)
+        yield replace(run, trials=tuple(_trial(run, number, *pair) for number, pair in pairs))
 
 
 def _saved_trial(number: int, cfg: TrainingConfig) -> SavedRun | None:
@@ -120,13 +120,11 @@ def _saved_trial(number: int, cfg: TrainingConfig) -> SavedRun | None:
         ) from error
 
 
-def _trials(
-    run: Run, configs: Sequence[TrainingConfig], saved: Sequence[SavedRun | None]
-) -> Iterator[Run]:
-    """The runs that share a run's device, tokenizer and batches; each has a seed of its own."""
-    for number, (cfg, its_saved) in enumerate(zip(configs, saved, strict=False), start=1):
-        own: Any = {"cfg": cfg, "seed": cfg.seed, "saved": its_saved, "start": find_start(cfg)}
-        yield replace(run, **own, title=f"trial {number}: ")
+def _trial(run: Run, number: int, cfg: TrainingConfig, saved: SavedRun | None) -> Run:
+    """A run that shares another's device, tokenizer and batches, with a seed of its own."""
+    assert cfg.seed is not None, "read_trials refuses it"
+    title = f"trial {number}: "
+    return replace(run, cfg=cfg, seed=cfg.seed, saved=saved, start=find_start(cfg), title=title)
 
 
 def _enter_directory(stack: ExitStack, cfg: TrainingConfig) -> None:
@@ -167,10 +165,7 @@ def build_trainer(run: Run, method: Method, task: Task, data: TrainingData) -> T
     schedule = schedule_of(cfg, data.train)
     optimizer = instantiate(cfg.optimizer, "optimizer", method.parameter_groups())
     scale_rates(optimizer)
-    lr_scheduler = None
-    if cfg.lr_scheduler:
-        settings = {"num_training_steps": schedule.num_steps, "last_epoch": -1}
-        lr_scheduler = instantiate(cfg.lr_scheduler, "lr_scheduler", optimizer, **settings)
+    lr_scheduler = build_lr_scheduler(cfg, optimizer, schedule.num_steps)
     profiler = _profiler(cfg)
     trainer = Trainer(
         method=method,

@@ -11,7 +11,7 @@ from torchtune import utils
 from torchtune.training.metric_logging import MetricLoggerInterface
 from tqdm import tqdm
 
-from qst_tune.distributed.processes import rank_and_world_size
+from qst_tune.distributed.processes import is_main_process
 from qst_tune.errors import os_errors
 from qst_tune.modules.memory import GIB, memory_kind, peak_memory_bytes
 from qst_tune.training.monitor import Monitor
@@ -158,7 +158,7 @@ class RunLog:
         # Short, for the progress bar.
         self.memory_name = "peak_cuda" if self.device.type == "cuda" else "peak_rss"
         self.summary = RunSummary(before=self.before)
-        self.is_main = rank_and_world_size()[0] == 0
+        self.is_main = is_main_process()
 
     def progress(self, num_steps: int, done: int) -> Any:
         """Return a progress bar, a context manager, silent on all processes except the main one."""

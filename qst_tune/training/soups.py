@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from qst_tune.distributed.processes import broadcast_tensors, gather_lists, rank_and_world_size
+from qst_tune.distributed.processes import broadcast_tensors, gather_lists, is_main_process
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.modules.side.network import SideNetwork
 from qst_tune.results.description import SIDE_NETWORK
@@ -45,7 +45,7 @@ def best_soup(model: QSTModel, trials: Sequence[Trial]) -> ScoredSoup | None:
 
     Collective: all ranks call it.
     """
-    found = list(soups_of(trials)) if rank_and_world_size()[0] == 0 else []
+    found = list(soups_of(trials)) if is_main_process() else []
     soups = gather_lists(found)
     if not soups:
         return None
@@ -112,7 +112,7 @@ def _of_checkpoints(trial: Trial) -> list[Soup]:
 def _averaged(like: SideNetwork, files: Sequence[Path]) -> SideNetwork:
     """A side network with the mean of tensors, which the first process reads."""
     side = copy.deepcopy(like).requires_grad_(False)
-    if rank_and_world_size()[0] == 0:
+    if is_main_process():
         _load_mean(side, [load_file(file) for file in files])
     broadcast_tensors(side)
     return side

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from qst_tune.atomic_files import replace_files, write_directory
 from qst_tune.config.trials import TRIALS_DIRECTORY, Halving, Settings, title
-from qst_tune.distributed.processes import rank_and_world_size
+from qst_tune.distributed.processes import is_main_process, rank_and_world_size
 from qst_tune.errors import os_errors
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.results.tuned_directory import RECIPE_CONFIG
@@ -42,7 +42,7 @@ def fit_trials(
     start = time.perf_counter()
     stop = take_turns(model, trials, halving)
     soups = best_soup(model, trials) if soup and not stop.requested else None
-    if rank_and_world_size()[0] == 0:
+    if is_main_process():
         write_results(directory, trials, time.perf_counter() - start, soups)
         if soups is not None and _is_better(soups, trials):
             _export_soup(directory, model, trials, soups)

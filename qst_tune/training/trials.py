@@ -5,12 +5,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 from tqdm import tqdm
 
 from qst_tune.config.trials import Halving, Settings
-from qst_tune.distributed.processes import rank_and_world_size
+from qst_tune.distributed.processes import is_main_process
 from qst_tune.errors import UserError
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.modules.shared_pass import SharedPass
@@ -120,12 +119,16 @@ def take_turns(model: QSTModel, trials: Sequence[Trial], halving: Halving | None
     shared = model.shared_pass = SharedPass([trial.side for trial in trials])
     choices = _choices(trials, halving)
     stop = StopSignals()
-    total = sum(trial.trainer.schedule.num_steps for trial in trials)
-    how: Any = {"desc": f"{len(trials)} trials", "disable": rank_and_world_size()[0] != 0}
+    bar = tqdm(
+        total=sum(trial.trainer.schedule.num_steps for trial in trials),
+        initial=_steps(trials),
+        desc=f"{len(trials)} trials",
+        disable=not is_main_process(),
+    )
     for trial in trials:
         trial.trainer.stop = stop
     try:
-        with stop, tqdm(total=total, initial=_steps(trials), **how) as bar:
+        with stop, bar:
             for trial in trials:
                 trial.take_turn(model)
             while waiting := [trial for trial in trials if trial.place is not None]:

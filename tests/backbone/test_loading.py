@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from qst_tune.backbone.identity import Fingerprint, fingerprint_files
-from qst_tune.backbone.loading import backbone_on_meta, load_backbone
+from qst_tune.backbone.loading import backbone_on_meta, load_transformers_backbone
 from qst_tune.backbone.transformers import TransformersBackbone
 from qst_tune.errors import UserError
 from qst_tune.models import backbone_from_hf, qst_from_hf
@@ -28,7 +28,7 @@ MEMORY = Path(__file__).parents[1] / "support" / "loading_memory.py"
 def load(directory: Path, **settings: Any) -> Any:
     with torch.device("meta"):
         model = qst_from_hf(str(directory), reduction_factor=4, **settings)
-    load_backbone(model.backbone, directory, dtype=torch.float32, device=CPU)
+    load_transformers_backbone(model.backbone, directory, dtype=torch.float32, device=CPU)
     model.initialize_side(CPU)
     return model
 
@@ -50,7 +50,7 @@ def test_the_modules_stay_those_that_were_built(directory: Path) -> None:
     with torch.device("meta"):
         model = qst_from_hf(str(directory), reduction_factor=4)
     head = model.output
-    load_backbone(model.backbone, directory, dtype=torch.bfloat16, device=CPU)
+    load_transformers_backbone(model.backbone, directory, dtype=torch.bfloat16, device=CPU)
     assert model.output is head
     assert head.weight.device == CPU
 
@@ -102,7 +102,7 @@ def test_another_directory_than_the_one_described_is_refused(
     tiny_model("smollm3", num_hidden_layers=3, layer_types=None).save_pretrained(other)
     backbone = backbone_on_meta(directory)
     with pytest.raises(UserError, match="describes another model"):
-        load_backbone(backbone, other, dtype=torch.float32, device=CPU)
+        load_transformers_backbone(backbone, other, dtype=torch.float32, device=CPU)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_a_head_that_scales_in_an_unknown_way_is_refused(directory: Path) -> Non
     backbone.config.logit_scale = 2.0  # which SmolLM3's code does not read
     wrong = TransformersBackbone(backbone.model, str(directory))
     with pytest.raises(UserError, match="its logits are more than its LM head"):
-        load_backbone(wrong, directory, dtype=torch.float32, device=CPU)
+        load_transformers_backbone(wrong, directory, dtype=torch.float32, device=CPU)
 
 
 VISION = {
@@ -222,7 +222,7 @@ def test_the_fingerprint_is_that_of_the_files_also_of_what_the_model_does_not_re
     def fingerprint() -> Fingerprint:
         backbone = backbone_on_meta(directory)
         backbone.quantize("nf4", "none")
-        return load_backbone(backbone, directory, dtype=torch.float32, device=CPU)
+        return load_transformers_backbone(backbone, directory, dtype=torch.float32, device=CPU)
 
     before = fingerprint()
     assert before == fingerprint_files([path])

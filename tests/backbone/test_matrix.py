@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers.utils import logging
 
-from qst_tune.backbone.loading import load_backbone
+from qst_tune.backbone.loading import load_transformers_backbone
 from qst_tune.backbone.transformers import TransformersBackbone
 from qst_tune.errors import UserError
 from qst_tune.generation.batch import answer_batch
@@ -157,7 +157,7 @@ def test_a_saved_model_is_loaded_as_it_was(model_type: str, form: str, tmp_path:
     settings: dict[str, Any] = {"reduction_factor": 4, "base_quantization": form}
     with torch.device("meta"):
         model = qst_from_hf(str(tmp_path), **settings)
-    load_backbone(model.backbone, tmp_path, dtype=torch.float32, device=CPU)
+    load_transformers_backbone(model.backbone, tmp_path, dtype=torch.float32, device=CPU)
     model.initialize_side(CPU)
     expected = qst_decoder(TransformersBackbone(theirs), **settings)
     tokens = tokens_of(24)

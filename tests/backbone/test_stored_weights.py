@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qst_tune.backbone.experts import ExpertLinears
-from qst_tune.backbone.loading import backbone_on_meta, load_backbone
+from qst_tune.backbone.loading import backbone_on_meta, load_transformers_backbone
 from qst_tune.backbone.quantizers import quantized_share
 from qst_tune.backbone.stored_weights import LazyWeight, StoredWeight
 from qst_tune.backbone.transformers import TransformersBackbone
@@ -29,7 +29,7 @@ TAKEN = [form for form in FORMATS if form not in DECODED]
 def load(directory: Path, base_quantization: Any = "auto", dtype=torch.float32):
     backbone = backbone_on_meta(directory)
     backbone.quantize(base_quantization, "none")
-    load_backbone(backbone, directory, dtype=dtype, device=CPU)
+    load_transformers_backbone(backbone, directory, dtype=dtype, device=CPU)
     return backbone
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from transformers.utils import logging
 
 from qst_tune.backbone.experts import ExpertLinears
-from qst_tune.backbone.loading import load_backbone
+from qst_tune.backbone.loading import load_transformers_backbone
 from qst_tune.backbone.transformers import TransformersBackbone
 from qst_tune.errors import UserError
 from qst_tune.models import peqa_decoder, peqa_from_hf
@@ -159,12 +159,12 @@ def test_a_saved_model_is_loaded_as_it_was(model_type: str, tmp_path: Path) -> N
     if model_type == "zamba2":  # two of its layers are one, and transformers looks for its weights
         model = peqa_from_hf(str(tmp_path))
         with pytest.raises(UserError, match="transformers cannot load this model"):
-            load_backbone(model.backbone, tmp_path, dtype=torch.float32, device=CPU)
+            load_transformers_backbone(model.backbone, tmp_path, dtype=torch.float32, device=CPU)
         return
     with torch.device("meta"):
         model = peqa_from_hf(str(tmp_path), bits=3, group_size=32)
     names, described = list(model.task()), model.backbone.quantization
-    load_backbone(model.backbone, tmp_path, dtype=torch.float32, device=CPU)
+    load_transformers_backbone(model.backbone, tmp_path, dtype=torch.float32, device=CPU)
     expected = model_of(model_type, bits=3, group_size=32)
     assert list(model.task()) == names == list(expected.task())
     assert model.backbone.quantization == described == expected.backbone.quantization

@@ -13,6 +13,7 @@ from torch import nn
 from qst_tune.distributed.processes import (
     broadcast_tensors,
     gather_lists,
+    is_main_process,
     process_group,
     rank_and_world_size,
     sum_gradients,
@@ -26,7 +27,7 @@ def test_single_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
     with process_group(torch.device("cpu")):
         assert not dist.is_initialized()
-        assert rank_and_world_size() == (0, 1)
+        assert (rank_and_world_size(), is_main_process()) == ((0, 1), True)
         values = torch.tensor([1.0, 2.0])
         assert sum_over_ranks(values) is values
         assert torch.cat(gather_lists([values, values])).tolist() == [1, 2, 1, 2]
@@ -55,7 +56,7 @@ def two_ranks(rank: int, port_file: str, out: str) -> None:
         gathered = torch.cat(gather_lists([torch.arange(3) + 10 * rank] * (2 - rank)))
         torch.save(
             {
-                "ranks": rank_and_world_size(),
+                "ranks": (*rank_and_world_size(), is_main_process()),
                 "weight": module.weight.detach(),
                 "grads": [module.weight.grad, module.bias.grad],
                 "total": total,
@@ -71,7 +72,7 @@ def test_two_processes_agree(tmp_path: Path) -> None:
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     torch.manual_seed(0)
     expected = nn.Linear(2, 3).weight.detach()
-    assert (first["ranks"], second["ranks"]) == ((0, 2), (1, 2))
+    assert (first["ranks"], second["ranks"]) == ((0, 2, True), (1, 2, False))
     for result in (first, second):
         assert torch.equal(result["weight"], expected)
         assert torch.equal(result["grads"][0], torch.full((3, 2), 3.0))

@@ -14,8 +14,8 @@ from torchtune.training import FullModelHFCheckpointer
 
 from qst_tune.backbone.sharded_loading import load_sharded_backbone
 from qst_tune.backbone.torchtune_loading import load_backbone
-from qst_tune.distributed.processes import rank_and_world_size, sum_gradients
-from qst_tune.distributed.sharding import backbone_bytes, check_fits, choose_sharding, take_part
+from qst_tune.distributed.processes import is_main_process, rank_and_world_size, sum_gradients
+from qst_tune.distributed.sharding import backbone_bytes, check_memory, choose_sharding, take_part
 from qst_tune.errors import UserError
 from qst_tune.models import peqa_builder, qst_builder
 from qst_tune.modules.memory import parameter_bytes
@@ -312,13 +312,13 @@ def test_only_frozen_codes_and_gradients_of_what_trains_cross_processes(
 
 def one_rank_has_no_batch(directory: Path, kind: str) -> None:
     whole, sharded = load_whole(directory, kind), load_sharded(directory, kind)
-    if rank_and_world_size()[0] == 0:
+    if is_main_process():
         take_part(sharded, CPU)
         assert all(not g.any() for g in gradients(sharded).values())
     else:
         assert_same_step(whole, sharded, own_tokens())
     if isinstance(sharded, QSTDecoder):
-        if rank_and_world_size()[0] == 0:
+        if is_main_process():
             take_part(sharded, CPU, sharded.with_reference)
         else:
             assert_same_preference_step(whole, sharded)
@@ -346,5 +346,5 @@ def test_whole_backbone_that_does_not_fit_is_refused_with_what_to_set(
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Small)
     with pytest.raises(UserError, match="backbone_sharding=full and start at least 4 processes"):
-        check_fits(model, torch.device("cuda"))
-    check_fits(model, CPU)
+        check_memory(model, torch.device("cuda"))
+    check_memory(model, CPU)

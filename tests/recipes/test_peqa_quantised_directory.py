@@ -8,7 +8,7 @@ from qst_tune.recipes import peqa_export, peqa_finetune
 from safetensors.torch import load_file
 
 from qst_tune.backbone.hf_checkpointer import HFCheckpointer
-from qst_tune.backbone.loading import load_backbone
+from qst_tune.backbone.loading import load_transformers_backbone
 from qst_tune.errors import UserError
 from qst_tune.models import peqa_from_hf
 from tests.recipes.test_from_hf import arguments, losses, run
@@ -21,7 +21,7 @@ TOKENS = torch.arange(3, 27).view(2, 12)
 
 def build(directory: Path, **settings):
     model = peqa_from_hf(str(directory), **settings)
-    load_backbone(model.backbone, directory, dtype=torch.float32, device=CPU)
+    load_transformers_backbone(model.backbone, directory, dtype=torch.float32, device=CPU)
     return model.eval()
 
 

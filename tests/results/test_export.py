@@ -12,8 +12,7 @@ from torchtune.modules import TransformerSelfAttentionLayer
 from torchtune.training import FullModelHFCheckpointer
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from qst_tune.backbone.loading import backbone_on_meta
-from qst_tune.backbone.loading import load_backbone as load_stored_backbone
+from qst_tune.backbone.loading import backbone_on_meta, load_transformers_backbone
 from qst_tune.backbone.torchtune_loading import load_backbone
 from qst_tune.errors import UserError
 from qst_tune.models import peqa_from_hf, peqa_llama3_2
@@ -120,7 +119,7 @@ def test_a_side_network_can_be_tuned_over_an_exported_model(
     export_model(model, checkpoint, tmp_path / "gptq", form="gptq", dtype=torch.float32)
     backbone = backbone_on_meta(tmp_path / "gptq")
     backbone.quantize("auto", "none")
-    load_stored_backbone(backbone, tmp_path / "gptq", dtype=torch.float32, device=CPU)
+    load_transformers_backbone(backbone, tmp_path / "gptq", dtype=torch.float32, device=CPU)
     assert backbone.quantization == "int4, groups of 32, gptq"
     # Scales are rounded to fp16, relative 5e-4, and so are embedding and norms.
     logits = backbone.head(backbone.run(rows, taps=(), visit=lambda h: None))
@@ -206,7 +205,7 @@ def of_transformers(directory: Path, model_type: str, changes=None, **settings):
     tiny_model(model_type, **(changes or {})).save_pretrained(directory)
     with torch.device("meta"):
         model = peqa_from_hf(str(directory), **settings)
-    load_stored_backbone(model.backbone, directory, dtype=torch.float32, device=CPU)
+    load_transformers_backbone(model.backbone, directory, dtype=torch.float32, device=CPU)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for value in model.task().values():
@@ -262,7 +261,7 @@ def test_our_reader_gets_the_logits_of_a_gptq_model_of_any_type(
     assert all(f"{stem}.weight" in before for stem in stems)
     backbone = backbone_on_meta(directory)
     backbone.quantize("auto", "none")
-    load_stored_backbone(backbone, directory, dtype=torch.float32, device=CPU)
+    load_transformers_backbone(backbone, directory, dtype=torch.float32, device=CPU)
     assert backbone.quantization.startswith("int4")
     logits = backbone.head(backbone.run(rows, taps=(), visit=lambda h: None))
     assert (logits - model(rows)).abs().max() < 0.02 * model(rows).abs().max()
@@ -308,7 +307,7 @@ def test_of_a_vision_language_model_the_rest_comes_along(model_type: str, tmp_pa
     theirs.save_pretrained(tmp_path / "model")
     with torch.device("meta"):
         model = peqa_from_hf(str(tmp_path / "model"))
-    load_stored_backbone(model.backbone, tmp_path / "model", dtype=torch.float32, device=CPU)
+    load_transformers_backbone(model.backbone, tmp_path / "model", dtype=torch.float32, device=CPU)
     for form in ("dense", "gptq_v2"):
         directory = tmp_path / form
         export_model(model, tmp_path / "model", directory, form=form, dtype=torch.float32)

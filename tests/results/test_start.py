@@ -11,7 +11,7 @@ from qst_tune.recipes import qst_dpo
 from qst_tune.config.schema import TunedModelConfig
 from qst_tune.errors import UserError
 from qst_tune.results.loading import load_tuned_model
-from qst_tune.results.start import digest_of, find_start, tuned_directory
+from qst_tune.results.start import digest_of, find_start, result_to_load
 from tests.support.checkpoints import Config, finetune_config
 from tests.support.configs import typed_config
 from tests.support.methods import write_pairs
@@ -84,7 +84,7 @@ def test_result_is_loaded_where_the_training_config_names_the_start(
 
     def chosen(**changes: Any) -> Path | None:
         asked = typed_config({**cfg, **changes}, TunedModelConfig)
-        return tuned_directory(asked.side_network, asked.output_dir, "side_network")
+        return result_to_load(asked.side_network, asked.output_dir, "side_network")
 
     assert chosen() == result
     assert chosen(output_dir=str(tmp_path)) == start, "no result is there yet"
@@ -95,7 +95,7 @@ def test_result_is_loaded_where_the_training_config_names_the_start(
     gone = second.directory / "gone" / "first" / "side_network"
     assert chosen(side_network=str(gone)) == result, "known by its name"
     untold = typed_config({"output_dir": "a"}, TunedModelConfig)
-    assert tuned_directory(untold.scales, untold.output_dir, "scales") == Path("a/scales")
+    assert result_to_load(untold.scales, untold.output_dir, "scales") == Path("a/scales")
 
 
 def test_dpo_is_compared_with_the_start_in_one_backbone_pass(

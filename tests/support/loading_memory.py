@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import transformers.models.llama.modeling_llama  # noqa: F401  # before the measurement
 
-from qst_tune.backbone.loading import load_backbone
+from qst_tune.backbone.loading import load_transformers_backbone
 from qst_tune.backbone.placing import quantization_config_type
 from qst_tune.models import qst_from_hf
 from qst_tune.modules.memory import parameter_bytes
@@ -39,7 +39,9 @@ def main() -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    load_backbone(model.backbone, directory, dtype=torch.bfloat16, device=torch.device("cpu"))
+    load_transformers_backbone(
+        model.backbone, directory, dtype=torch.bfloat16, device=torch.device("cpu")
+    )
     done.set()
     watcher.join()
     sys.stdout.write(f"{peak - before} {parameter_bytes(model.frozen)}\n")

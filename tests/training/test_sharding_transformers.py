@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from qst_tune.backbone.loading import load_backbone
+from qst_tune.backbone.loading import load_transformers_backbone
 from qst_tune.backbone.sharded_loading import load_sharded_directory
-from qst_tune.distributed.processes import rank_and_world_size
+from qst_tune.distributed.processes import is_main_process, rank_and_world_size
 from qst_tune.distributed.sharding import (
     backbone_bytes,
     choose_sharding,
@@ -67,7 +67,7 @@ def begun(model: Any) -> Any:
 
 def load_whole(directory: Path, kind: str) -> Any:
     model = build(directory, kind)
-    load_backbone(model.backbone, directory, dtype=torch.float32, device=CPU)
+    load_transformers_backbone(model.backbone, directory, dtype=torch.float32, device=CPU)
     return begun(model)
 
 
@@ -105,7 +105,7 @@ def assert_same_step(whole: Any, sharded: Any) -> None:
 
 def same_as_whole(directory: Path, kind: str) -> None:
     whole, sharded = load_whole(directory, kind), load_sharded(directory, kind)
-    if rank_and_world_size()[0] == 0:  # a process without a batch keeps in step
+    if is_main_process():  # a process without a batch keeps in step
         take_part(sharded, CPU)
     else:
         assert_same_step(whole, sharded)

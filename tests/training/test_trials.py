@@ -1,5 +1,6 @@
 """Side networks take turns in one model, and leave it as it was."""
 
+import pytest
 import torch
 
 from qst_tune.models import qst_decoder
@@ -47,9 +48,6 @@ def test_an_error_in_a_turn_leaves_the_model_as_it_was() -> None:
         yield
         raise ValueError("in a turn")
 
-    try:
+    with pytest.raises(ValueError, match="in a turn"):
         read_in_turn(model, [(model_of(1).side, None)], failing)
-    except ValueError:
-        assert (model.side, model.shared_pass) == (before, None)
-    else:
-        raise AssertionError
+    assert (model.side, model.shared_pass) == (before, None)

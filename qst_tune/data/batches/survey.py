@@ -15,7 +15,7 @@ from torchtune.modules.transforms.tokenizers import ModelTokenizer
 from tqdm import tqdm
 
 from qst_tune.data.batches.checked_rows import CheckedRows
-from qst_tune.distributed.processes import rank_and_world_size
+from qst_tune.distributed.processes import is_main_process
 from qst_tune.errors import UserError
 from qst_tune.modules.model_limits import SEQUENCES, lengths_of
 
@@ -124,7 +124,7 @@ def survey_rows(
     """
     survey = Survey(rows.name, rows.describe(), getattr(tokenizer, "max_seq_len", None))
     store, numbers, digest = RowStore(), array("q"), hashlib.sha256()
-    is_silent = rank_and_world_size()[0] != 0
+    is_silent = not is_main_process()
     name, count = f"reading {rows.name}", len(rows)
     for index in tqdm(range(count), desc=name, delay=2.0, leave=False, disable=is_silent):
         try:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from qst_tune.data.batches.survey import Survey
 from qst_tune.data.batches.training_data import TrainingData
-from qst_tune.distributed.processes import rank_and_world_size
+from qst_tune.distributed.processes import is_main_process
 from qst_tune.modules.model_limits import SEQUENCES
 
 LEARNT = (">>>", "<<<")
@@ -19,7 +19,7 @@ _MAX_CHARACTERS = 600  # of each part of the first row
 
 def report_data(data: TrainingData, tokenizer: ModelTokenizer) -> None:
     """Print what a run learns from, on the main process."""
-    if rank_and_world_size()[0] != 0:
+    if not is_main_process():
         return
     for survey in data.surveys:
         tqdm.write(report(survey, tokenizer))
