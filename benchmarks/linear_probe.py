@@ -82,7 +82,7 @@ def main(raw: DictConfig) -> None:
     model = build_on_meta(cfg.model, dtype)
     if not isinstance(model, QSTClassifier) or model.num_labels == 1:
         raise UserError("model: name a classifier with classes, such as qst_classifier")
-    datasets = [build_dataset(raw[name], name, tokenizer) for name in ("dataset", "dataset_val")]
+    datasets = [build_dataset(raw[name], name, tokenizer)[0] for name in ("dataset", "dataset_val")]
     load_frozen_backbone(model, cfg.checkpointer, dtype=dtype, device=device)
     model.initialize_side(device)
     model.eval()

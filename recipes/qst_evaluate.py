@@ -97,7 +97,7 @@ def _validation(
     tokenizer = instantiate(cfg.tokenizer, "tokenizer")  # with its limit, as in training
     limits = limits_of(model, tokenizer, loss.ignore_index)
     skip = cfg.on_bad_row == "skip"
-    rows = build_dataset(block, "dataset_val", tokenizer, limits=limits, skip_bad_rows=skip)
+    rows, _ = build_dataset(block, "dataset_val", tokenizer, limits=limits, skip_bad_rows=skip)
     collate = collate_of(rows, text_collate(cfg.collate_fn, limits))
     loader = BatchLoader(rows, collate, batch_size=batch_size, seed=None, drop_last=False)
     batches = ReadOnce(loader, partial(on_device, device=device))

@@ -27,7 +27,7 @@ def training_problems(cfg: TrainingConfig) -> Iterator[Problem]:
     yield from _file_problems(cfg)
     yield from _sharding_problems(cfg)
     yield from _fsdp_block_problems(cfg)
-    yield from _trial_problems(cfg)
+    yield from _building_problems(cfg)
 
 
 def _validation_problems(cfg: TrainingConfig) -> Iterator[Problem]:
@@ -136,18 +136,18 @@ def _dataset_problems(name: str, block: DictConfig) -> Iterator[Problem]:
             yield Problem(f"{name}.data_files", text)
 
 
-def _trial_problems(cfg: TrainingConfig) -> Iterator[Problem]:
+def _building_problems(cfg: TrainingConfig) -> Iterator[Problem]:
     """Build, for a single number, what otherwise fails only after the model has loaded."""
-    trials: dict[str, Callable[[], Any]] = {
+    builders: dict[str, Callable[[], Any]] = {
         "device": lambda: choose_dtype(cfg.dtype, choose_device(cfg.device)),
         "loss": lambda: instantiate(cfg.loss, "loss"),
         "optimizer": lambda: _try_optimizer(cfg.optimizer),
         "lr_scheduler": lambda: _try_schedule(cfg),
     }
     failed = set()
-    for key, trial in trials.items():
+    for key, build in builders.items():
         try:
-            trial()
+            build()
         except UserError as error:
             if str(error) not in failed:  # the schedule's optimizer fails as the optimizer did
                 yield Problem(key, str(error))

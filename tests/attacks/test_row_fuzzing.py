@@ -114,7 +114,9 @@ def edited(content: bytes, edits: list[tuple[int, int, bytes]]) -> bytes:
 def read(block: dict[str, Any], tokenizer: HFChatTokenizer, skips: bool) -> str | None:
     """Read all rows; the message if they are refused."""
     try:
-        dataset = build_dataset(OmegaConf.create(block), "dataset", tokenizer, skip_bad_rows=skips)
+        dataset, _ = build_dataset(
+            OmegaConf.create(block), "dataset", tokenizer, skip_bad_rows=skips
+        )
         for tokens in (tokens for row in dataset for tokens in row.values()):
             assert all(isinstance(token, int) for token in tokens)
             assert len(tokens) <= 64

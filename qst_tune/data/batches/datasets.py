@@ -24,22 +24,32 @@ def build_dataset(
     *,
     limits: ModelLimits | None = None,
     skip_bad_rows: bool = False,
-    surveys: list[Survey] | None = None,
-) -> Any:
+) -> tuple[Any, list[Survey]]:
     """Build one dataset, or the concatenation of a list of them, and read every row once.
 
-    Returns a map-style dataset of rows that can be used. ``name`` is the key of ``block`` in the
-    config; a row outside ``limits`` is a bad one, which ``skip_bad_rows`` leaves out; ``surveys``
-    gets the figures of each dataset. UserError if a dataset cannot be built, has no rows, or for a
-    row that cannot be used.
+    Returns a map-style dataset of rows that can be used, and the figures of each dataset; packs of
+    the user's own code have none. ``name`` is the key of ``block`` in the config; a row outside
+    ``limits`` is a bad one, which ``skip_bad_rows`` leaves out. UserError if a dataset cannot be
+    built, has no rows, or for a row that cannot be used.
     """
-    if isinstance(block, ListConfig):
-        settings: dict[str, Any] = {"skip_bad_rows": skip_bad_rows, "surveys": surveys}
-        parts = [
-            build_dataset(part, f"{name}[{i}]", tokenizer, limits=limits, **settings)
-            for i, part in enumerate(block)
-        ]
-        return _concatenate(parts, name)
+    if not isinstance(block, ListConfig):
+        return _build_one(block, name, tokenizer, limits, skip_bad_rows=skip_bad_rows)
+    settings: dict[str, Any] = {"limits": limits, "skip_bad_rows": skip_bad_rows}
+    parts = [
+        build_dataset(part, f"{name}[{i}]", tokenizer, **settings) for i, part in enumerate(block)
+    ]
+    surveys = [survey for _, of_part in parts for survey in of_part]
+    return _concatenate([rows for rows, _ in parts], name), surveys
+
+
+def _build_one(
+    block: DictConfig,
+    name: str,
+    tokenizer: ModelTokenizer,
+    limits: ModelLimits | None,
+    *,
+    skip_bad_rows: bool,
+) -> tuple[Any, list[Survey]]:
     source = block.get("data_files") or block.get("source") or block.get("_component_")
     _refuse_null_rows(block, name)
     pack = split_off_packing(block)
@@ -53,12 +63,10 @@ def build_dataset(
     if isinstance(dataset, Sized) and len(dataset) == 0:
         raise UserError(f"{name}: {source} has no rows")
     if is_packed(dataset):  # by the user's own code
-        return align_packs(dataset, name, limits)
+        return align_packs(dataset, name, limits), []
     rows = CheckedRows(dataset, name=name, source=str(source), limits=limits)
     good_rows, survey = survey_rows(rows, tokenizer, skip_bad_rows=skip_bad_rows)
-    if surveys is not None:
-        surveys.append(survey)
-    return good_rows if pack is None else pack.apply(good_rows, tokenizer, name)
+    return good_rows if pack is None else pack.apply(good_rows, tokenizer, name), [survey]
 
 
 def _refuse_null_rows(block: DictConfig, name: str) -> None:

@@ -73,13 +73,12 @@ def build_data(
     """
     tokenizer = limits.tokenizer
     settings: dict[str, Any] = {"limits": limits, "skip_bad_rows": cfg.on_bad_row == "skip"}
-    surveys: list[Survey] = []
+    rows, surveys = build_dataset(cfg.dataset, "dataset", tokenizer, **settings)
+    validation_rows: Any = None
     validation_surveys: list[Survey] = []
-    rows = build_dataset(cfg.dataset, "dataset", tokenizer, surveys=surveys, **settings)
-    validation_rows = None
     if cfg.dataset_val:
-        validation_rows = build_dataset(
-            cfg.dataset_val, "dataset_val", tokenizer, surveys=validation_surveys, **settings
+        validation_rows, validation_surveys = build_dataset(
+            cfg.dataset_val, "dataset_val", tokenizer, **settings
         )
     elif cfg.val_fraction:
         rows, validation_rows = hold_out(rows, cfg.val_fraction, seed)
@@ -89,13 +88,12 @@ def build_data(
         *_label_warnings("validation rows", validation_surveys or surveys, validation_rows),
         *([step] if step else []),
     ]
-    num_workers = cfg.num_workers
     train = BatchLoader(
         rows,
         collate_of(rows, collate),
         batch_size=fit_step(cfg, len(rows))[0],
         seed=seed if cfg.shuffle else None,
-        num_workers=num_workers,
+        num_workers=cfg.num_workers,
         same_batches=cfg.hidden_state_cache is not None,
     )
     schedule_of(cfg, train)  # fails early, before the model loads
@@ -105,7 +103,7 @@ def build_data(
         batch_size=cfg.batch_size_val or cfg.batch_size,
         seed=None,
         drop_last=False,
-        num_workers=num_workers,
+        num_workers=cfg.num_workers,
     )
     return TrainingData(train, validation, surveys, validation_surveys, notes)
 

@@ -192,6 +192,7 @@ def test_name_with_brackets_is_read_by_torchtunes_components(tmp_path: Path) -> 
         "data_files": [path],
         "cache_dir": str(tmp_path / "cache"),
     }
-    assert len(build_dataset(OmegaConf.create(block), "dataset", chat_tokenizer(tmp_path))) == 1
+    rows, _ = build_dataset(OmegaConf.create(block), "dataset", chat_tokenizer(tmp_path))
+    assert len(rows) == 1
     pattern = OmegaConf.create({"data_files": str(tmp_path / "*.jsonl")})
     assert with_literal_paths(pattern) == pattern

@@ -33,9 +33,10 @@ def dataset_block(**settings):
 
 
 def test_dataset_or_list_of_datasets_is_built() -> None:
-    assert len(build_dataset(dataset_block(), "dataset", None)) == 10
+    assert len(build_dataset(dataset_block(), "dataset", None)[0]) == 10
     both = OmegaConf.create([dataset_block(count=3), dataset_block(count=4)])
-    built = build_dataset(both, "dataset", None)
+    built, surveys = build_dataset(both, "dataset", None)
+    assert [survey.name for survey in surveys] == ["dataset[0]", "dataset[1]"]
     assert isinstance(built, ConcatDataset)
     assert len(built) == 7
 

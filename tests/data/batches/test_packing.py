@@ -64,7 +64,7 @@ class OwnPacks(PackedDataset):
 
 def build(name: str, **settings: Any) -> Any:
     block = {"_component_": f"tests.data.batches.test_packing.{name}", **settings}
-    return build_dataset(OmegaConf.create(block), "dataset", Tokenizer())
+    return build_dataset(OmegaConf.create(block), "dataset", Tokenizer())[0]
 
 
 def pack_rows(*, split: bool) -> Any:
@@ -147,7 +147,7 @@ def test_concatenation_of_packs_is_packed() -> None:
     assert not is_packed(Rows())
     name = "tests.data.batches.test_packing."
     own = {"_component_": f"{name}own_packs", "split": False}
-    both = build_dataset(OmegaConf.create([own, own]), "dataset", Tokenizer())
+    both, _ = build_dataset(OmegaConf.create([own, own]), "dataset", Tokenizer())
     assert isinstance(both, ConcatDataset)
     assert is_packed(both)
     with pytest.raises(UserError, match=r"^dataset: packed must be the same for all datasets"):
