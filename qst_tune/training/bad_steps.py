@@ -1,4 +1,4 @@
-"""What is said of steps that cannot be used: without a label, or with numbers that are no more."""
+"""Messages about steps without a label, and steps whose loss or gradient is not finite."""
 
 from collections.abc import Mapping
 
@@ -12,7 +12,7 @@ from qst_tune.errors import UserError
 
 
 def rows_of_step(train: BatchLoader | ReadOnce, schedule: Schedule, step: int) -> str:
-    """Return the numbers of the rows of the step behind ``step`` others. Collective."""
+    """Return the numbers of the rows of step ``step``, counted from 0, as text. Collective."""
     epoch, index = divmod(step, schedule.steps_per_epoch)
     first = index * schedule.accumulation
     batches = train.rows(epoch)[first : first + schedule.accumulation]
@@ -29,7 +29,7 @@ def describe_bad_step(step: int, metrics: Mapping[str, float], rows: str) -> str
 
 
 def bad_step_error(what: str, hint: str) -> UserError:
-    """Return the error of a run that ends before such a step."""
+    """Return the error of a run that ends before a step that is not finite."""
     return UserError(
         f"{what}: stopped before it; lower optimizer.lr, set clip_grad_norm, mend those rows, "
         f"or set skip_bad_steps=<how many> to skip such steps{hint}"

@@ -1,4 +1,4 @@
-"""What the training loop asks of a method, and the two methods, QST and PEQA."""
+"""What the training loop needs of a method; QST and PEQA as such methods."""
 
 import hashlib
 from collections.abc import Mapping, Sequence

@@ -43,7 +43,10 @@ class Progress:
     def describe_best(
         self, values: Mapping[int, float], monitor: Monitor, *, is_worse: bool
     ) -> str:
-        """Say which step is the result, of those with ``values``; worse than before training?"""
+        """Describe, for people, the step that is exported.
+
+        ``values`` are the monitored figures by step; ``is_worse``: training has improved nothing.
+        """
         if self.best_step is None:
             return "the last step"
         best = values[self.best_step]
@@ -70,7 +73,7 @@ class Progress:
 
 
 class RandomState:
-    """The state of all generators, to be restored where several runs take turns."""
+    """The state of all random number generators, taken when it is built."""
 
     def __init__(self) -> None:
         self.torch = torch.get_rng_state()
@@ -80,7 +83,7 @@ class RandomState:
         self.python = random.getstate()
 
     def restore(self) -> None:
-        """Continue from there."""
+        """Set all generators back to this state."""
         torch.set_rng_state(self.torch)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda)

@@ -1,4 +1,4 @@
-"""Find the checkpoint that a run resumes from, and check that it still is the same run."""
+"""Find the checkpoint that a run resumes from, and check that its config and data still fit."""
 
 import hashlib
 import math

@@ -1,4 +1,4 @@
-"""What every training recipe does before its own steps; what can fail cheaply fails first."""
+"""Set up a training run: model files, device, seed, checkpoint, trainer; cheap failures first."""
 
 import io
 import os
@@ -60,20 +60,20 @@ log = utils.get_logger("INFO")
 class Run:
     """A run that has begun."""
 
-    cfg: TrainingConfig  # its model is on this machine
+    cfg: TrainingConfig  # hub names are replaced by directories of this machine
     device: torch.device  # of this process
     dtype: torch.dtype  # of what is neither quantized nor trainable
     seed: int  # of all random numbers
     tokenizer: Any  # torchtune model tokenizer
-    date: str | None  # of the run's first day, where chat templates write it
-    saved: SavedRun | None  # what is resumed
+    date: str | None  # the run's first day, ISO, for chat templates that print one
+    saved: SavedRun | None  # the checkpoint that is resumed
     start: Start | None  # the result that the run starts from
-    trials: tuple["Run", ...] = ()  # which share its backbone and its batches
-    title: str = ""  # of a trial, before each line
+    trials: tuple["Run", ...] = ()  # runs that share its backbone and batches
+    title: str = ""  # begins each line that a trial prints
 
     @property
     def data_seed(self) -> int:
-        """Of the order of the samples."""
+        """Seed of the order of the samples: the config's ``data_seed``, else ``seed``."""
         return self.seed if self.cfg.data_seed is None else self.cfg.data_seed
 
     @property

@@ -1,6 +1,5 @@
-"""What the training loop asks of a task, and how every task goes through its validation set."""
+"""What the training loop needs of a task, and how a task goes through its batches."""
 
-import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Protocol, TypeAlias, TypeVar
 
@@ -21,15 +20,15 @@ from qst_tune.training.monitor import Monitor
 TOKENS_AT_ONCE = 4096
 
 T = TypeVar("T")
-# Work that goes through the model once behind each yield, where others may use it in between.
+# A generator that runs the model once after each yield; others may use the model in between.
 Passes: TypeAlias = Generator[None, None, T]
-# Where a run is before a pass: step, validation (0) or training (1), number of the batch.
+# The position of a run before a pass: step, validation (0) or training (1), number of the batch.
 Turn: TypeAlias = tuple[int, int, int]
 Turns: TypeAlias = Generator[Turn, None, T]
 
 
 class GivenUp(Exception):  # noqa: N818  # no error: others are better
-    """Ends a run between two steps; the message is the reason."""
+    """Thrown into a run between two steps to end it; the message is the reason."""
 
 
 class Task(Protocol):
@@ -41,7 +40,7 @@ class Task(Protocol):
 
     @property
     def rows_an_example(self) -> int:
-        """Rows of a batch that belong together, as many rows apart as there are examples."""
+        """Rows that an example has in a batch: n of E examples has rows n, n + E, n + 2 E ..."""
 
     def loss(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the model on one batch, on the model's device; ``tokens`` are ``[B, T]``.
@@ -75,9 +74,9 @@ def _on_device(value: torch.Tensor, device: torch.device) -> torch.Tensor:
 def parts_of(task: Task, model: nn.Module, batch: Batch) -> Iterator[Batch]:
     """Split a batch into rows whose gradients, one part after the other, add up to the batch's.
 
-    Layers with LoRA keep activations, in memory that grows with their tokens; without them a batch
-    is one part. So it is where FSDP gathers layers, in step with other processes, and with the
-    BlockMask of packed rows, which counts them.
+    Layers with LoRA save activations, in memory that grows with their tokens; without LoRA a batch
+    is one part. It is also one part under FSDP, whose processes gather layers in step, and with the
+    BlockMask of packed rows, which counts rows from the first of the batch.
     """
     side = model.side if isinstance(model, QSTModel) else None
     is_whole = side is None or side.lora is None or isinstance(model, FSDPModule)
@@ -97,7 +96,7 @@ def parts_of(task: Task, model: nn.Module, batch: Batch) -> Iterator[Batch]:
 
 
 def complete(passes: Passes[T]) -> T:
-    """Do all of it at once; returns what it returns."""
+    """Run passes to their end; return their result."""
     while True:
         try:
             next(passes)
@@ -107,15 +106,16 @@ def complete(passes: Passes[T]) -> T:
 
 
 def in_turns(passes: Passes[T], step: int, phase: int) -> Turns[T]:
-    """Yield where a run is before each pass; returns what the passes return."""
-    for number in itertools.count():
+    """Yield the position before each pass; return the result of the passes."""
+    number = 0
+    while True:
         try:
             next(passes)
         except StopIteration as end:
             value: T = end.value
             return value
         yield step, phase, number
-    raise AssertionError
+        number += 1
 
 
 @torch.no_grad()
@@ -126,9 +126,9 @@ def visit(
     take: Callable[[Batch], None],
     run: Callable[[torch.Tensor], Any] | None = None,
 ) -> Passes[UserError | None]:
-    """Hand each batch to a function, while the model is in evaluation mode; a pass for each.
+    """Call ``take`` on each batch while the model is in evaluation mode, a pass for each batch.
 
-    ``run`` goes through the model's layers as that function does, if not by calling the model once.
+    ``run`` goes through the model's layers as ``take`` does; None: ``take`` calls the model once.
 
     Collective if the model is sharded: a process that has no more batches, or a row that cannot be
     used, continues to gather weights with the others. Returns the error of such a row for

@@ -62,7 +62,7 @@ class Trainer:
     stop: StopSignals = field(default_factory=StopSignals, init=False)
     is_stopping: bool = field(default=False, init=False)
     activation_bytes: int = field(default=0, init=False)
-    seconds_waited: float = field(default=0.0, init=False)  # for others, between turns
+    seconds_waited: float = field(default=0.0, init=False)  # for the turns of other runs
 
     def fit(self) -> None:
         """Run what is left of the run; validate and save on the way, and export the result.

@@ -1,4 +1,4 @@
-"""What is left of trials: the best one's result, a table and a picture of all of them."""
+"""The results of trials: that of the best one, a table and a picture of all."""
 
 import json
 import math
@@ -62,7 +62,7 @@ def _best_value(trials: Sequence[Trial]) -> float | None:
 def write_results(
     directory: Path, trials: Sequence[Trial], seconds: float, soup: ScoredSoup | None = None
 ) -> None:
-    """Write what :func:`fit_trials` leaves of trials. UserError if the disk refuses it."""
+    """Write the table, the picture and the best trial's result. UserError if the disk refuses."""
     best = best_of(trials)
     monitor = trials[0].trainer.task.monitor.name
     rows = [_row(trial) for trial in trials]

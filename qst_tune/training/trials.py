@@ -22,9 +22,9 @@ from qst_tune.training.trainer import Trainer
 
 @dataclass
 class Trial:
-    """A run with a side network of its own; all of them have one model, which it enters in turn.
+    """A run that trains a side network of its own; trials take turns in one shared model.
 
-    ``reference`` is what preference learning compares it with.
+    ``reference`` is the side network that preference learning compares it with.
     """
 
     number: int
@@ -33,7 +33,7 @@ class Trial:
     side: SideNetwork
     reference: SideNetwork | None = None
 
-    place: Turn | None = field(default=None, init=False)  # where it waits; None: it has ended
+    place: Turn | None = field(default=None, init=False)  # its next pass; None: it has ended
     error: UserError | None = field(default=None, init=False)
     given_up: str = field(default="", init=False)
 
@@ -44,15 +44,15 @@ class Trial:
         self._since: float | None = None
 
     def take_turn(self, model: QSTModel) -> None:
-        """Go on until the next pass through the backbone, or to the end."""
-        self._go_on(model, lambda: next(self.turns))
+        """Run until the next pass through the backbone, or to the end."""
+        self._advance(model, lambda: next(self.turns))
 
     def give_up(self, model: QSTModel, reason: str) -> None:
-        """End the run where it is, saved and exported."""
+        """End the run here; it saves and exports its result."""
         self.given_up = reason
-        self._go_on(model, lambda: self.turns.throw(GivenUp(reason)))
+        self._advance(model, lambda: self.turns.throw(GivenUp(reason)))
 
-    def _go_on(self, model: QSTModel, step: Callable[[], Turn]) -> None:
+    def _advance(self, model: QSTModel, step: Callable[[], Turn]) -> None:
         with self._in(model):
             try:
                 self.place = step()
@@ -63,7 +63,7 @@ class Trial:
 
     @contextmanager
     def _in(self, model: QSTModel) -> Iterator[None]:
-        """Put the side network into the model, and take up its mode and random numbers."""
+        """Put the side network into the model, with mode and random numbers of its last turn."""
         use_side(model, self.side, self.reference)
         model.training = self._is_training
         self._random.restore()
@@ -75,7 +75,7 @@ class Trial:
 
 
 def use_side(model: QSTModel, side: SideNetwork, reference: SideNetwork | None = None) -> None:
-    """Put a side network, and what it is compared with, into a model."""
+    """Put a side network and its reference into a model."""
     model.side = side
     object.__setattr__(model, "reference_side", reference)
 
@@ -85,7 +85,7 @@ def read_in_turn(
     sides: Sequence[tuple[SideNetwork, SideNetwork | None]],
     start: Callable[[], Passes[T]],
 ) -> list[T]:
-    """Return what passes return with each of these side networks, and references, in the model.
+    """Run the same passes with each side network and its reference; return each one's result.
 
     A batch goes through the frozen layers once for all of them.
     """
@@ -110,14 +110,14 @@ def read_in_turn(
 
 
 def take_turns(model: QSTModel, trials: Sequence[Trial], halving: Halving | None) -> StopSignals:
-    """Run all trials to their ends, side by side: the one that is furthest behind goes on.
+    """Run all trials to their ends, side by side: those that are furthest behind go first.
 
     A batch goes through the frozen layers once for all trials that have reached it. A trial whose
-    loss is not finite, or that is given up, ends alone. Returns what signals have come. UserError
-    if every trial has failed.
+    loss is not finite, or that is given up, ends alone. Returns the signals, which all trials
+    share. UserError if every trial has failed.
     """
     shared = model.shared_pass = SharedPass([trial.side for trial in trials])
-    choices = _choices(trials, halving)
+    halving_steps = _halving_steps(trials, halving)
     stop = StopSignals()
     bar = tqdm(
         total=sum(trial.trainer.schedule.num_steps for trial in trials),
@@ -133,8 +133,8 @@ def take_turns(model: QSTModel, trials: Sequence[Trial], halving: Halving | None
                 trial.take_turn(model)
             while waiting := [trial for trial in trials if trial.place is not None]:
                 place = min(trial.place for trial in waiting if trial.place is not None)
-                while choices and place >= (choices[0], 1, 0):
-                    _choose(model, trials, choices.pop(0), halving)
+                while halving_steps and place >= (halving_steps[0], 1, 0):
+                    _give_up_worst(model, trials, halving_steps.pop(0), halving)
                 bar.update(_steps(trials) - bar.n)
                 here = [trial for trial in waiting if trial.place == place]
                 shared.begin(len(here))
@@ -161,14 +161,16 @@ def _steps(trials: Sequence[Trial]) -> int:
     return sum(trial.trainer.progress.step for trial in trials)
 
 
-def _choices(trials: Sequence[Trial], halving: Halving | None) -> list[int]:
+def _halving_steps(trials: Sequence[Trial], halving: Halving | None) -> list[int]:
     """The steps after which trials are given up."""
     longest = max(trial.trainer.schedule.num_steps for trial in trials)
     return [] if halving is None else halving.steps(longest)
 
 
-def _choose(model: QSTModel, trials: Sequence[Trial], step: int, halving: Halving | None) -> None:
-    """Let the best of the trials that go on behind a step do so, by the figure of that step."""
+def _give_up_worst(
+    model: QSTModel, trials: Sequence[Trial], step: int, halving: Halving | None
+) -> None:
+    """Give up the trials that are not among the best of those still running at a step."""
     going = [trial for trial in trials if trial.place is not None and trial.place[0] >= step]
     if halving is None or not going:
         return
