@@ -262,7 +262,7 @@ def _read_config(directory: Path) -> Any:
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f"{directory / 'config.json'}: transformers cannot read it: {reason}"
-        ) from (error)
+        ) from error
     for part in (config, config.get_text_config(decoder=True)):
         if hasattr(part, "quantization_config"):
             del part.quantization_config  # else transformers would load it by another package

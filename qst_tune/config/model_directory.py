@@ -34,13 +34,11 @@ def check_checkpoint_dir(checkpointer: DictConfig, *, may_lack_weights: bool = F
             f"checkpointer.checkpoint_dir={directory} does not exist; download the model there "
             "(tune download) or name its directory"
         )
-    if str(checkpointer.get("_component_")).endswith(
-        ".HFCheckpointer"
-    ):  # which finds the files itself
+    finds_its_files = str(checkpointer.get("_component_")).endswith(".HFCheckpointer")
+    if finds_its_files:
         read_settings(directory)
-        if not may_lack_weights or any(
-            [*directory.glob("*.safetensors"), *directory.glob("*.bin")]
-        ):
+        has_weights = any([*directory.glob("*.safetensors"), *directory.glob("*.bin")])
+        if has_weights or not may_lack_weights:
             weight_files(directory)
     key = "checkpointer.checkpoint_files"
     for name in _listed_files(checkpointer):

@@ -95,11 +95,8 @@ class SideStructure:
         count, total = self.config.lora_layers, self.num_layers
         if not count:
             return ""
-        return (
-            f"LoRA in all {total} layers"
-            if count == total
-            else (f"LoRA in the last {count} of {total} layers")
-        )
+        which = f"all {total}" if count == total else f"the last {count} of {total}"
+        return f"LoRA in {which} layers"
 
     def differences(
         self, other: "SideStructure", words: tuple[str, str] = ("there", "here")

@@ -11,7 +11,12 @@ from qst_tune.config.record import looks_secret
 from qst_tune.errors import UserError
 from qst_tune.results import peft_adapter
 from qst_tune.results.description import read_description
-from qst_tune.results.tuned_directory import check_finite, read_tensors
+from qst_tune.results.tuned_directory import (
+    CARD_FILE,
+    RECIPE_CONFIG,
+    check_finite,
+    read_tensors,
+)
 
 _LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 _NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -50,7 +55,7 @@ def _check(directory: Path) -> list[str]:
     description = read_description(directory)
     form = description.form
     check_finite(directory / form.weights_file, read_tensors(directory, form))
-    own = (form.weights_file, form.config_file, "recipe_config.yaml", "config.json", "README.md")
+    own = (form.weights_file, form.config_file, RECIPE_CONFIG, "config.json", CARD_FILE)
     known = {*own, *peft_adapter.FILES}
     inside = directory.rglob("*")
     files = sorted(p.relative_to(directory).as_posix() for p in inside if not p.is_dir())

@@ -238,16 +238,7 @@ def _hidden_state_cache(
     num_states = 1 + sum(tap > 0 for tap in taps)
     firsts = sorted({model.backbone.num_layers if s.lora is None else s.lora.first for s in sides})
     if any(side.lora is not None for side in sides):
-        if not firsts[-1]:
-            raise UserError(
-                f"hidden_state_cache={parent} has nothing to keep: lora_layers="
-                f"{sides[0].config.lora_layers} are all layers; set it to null, or train fewer"
-            )
-        if not model.backbone.can_split:
-            raise UserError(
-                f"hidden_state_cache={parent} does not go with lora_layers over this model, whose "
-                "layers share more than their states; set one of them to null"
-            )
+        _check_cache_below_lora(parent, model, sides, last_state=firsts[-1])
         described.extend(firsts)
     key = hashlib.sha256(repr(tuple(described)).encode()).hexdigest()[:16]
     name = backbone.name.replace("/", "--")
@@ -256,6 +247,22 @@ def _hidden_state_cache(
         size = num_states * model.backbone.width * dtype.itemsize
         log.info(f"hidden states are cached in {directory}: {size / 1000:.1f} kB a token")
     return HiddenStateCache(directory)
+
+
+def _check_cache_below_lora(
+    parent: Path, model: QSTModel, sides: Sequence[SideNetwork], *, last_state: int
+) -> None:
+    """Refuse a cache where no layer stays as it is, or where the model cannot run in two parts."""
+    if not last_state:
+        raise UserError(
+            f"hidden_state_cache={parent} has nothing to keep: lora_layers="
+            f"{sides[0].config.lora_layers} are all layers; set it to null, or train fewer"
+        )
+    if not model.backbone.can_split:
+        raise UserError(
+            f"hidden_state_cache={parent} does not go with lora_layers over this model, whose "
+            "layers share more than their states; set one of them to null"
+        )
 
 
 def load_peqa(

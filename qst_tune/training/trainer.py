@@ -132,15 +132,16 @@ class Trainer:
         mean_loss = loss_sum / num_labels.clamp(min=1)
         # The only time in a step that Python waits for the device.
         figures = torch.stack([mean_loss, norm, num_labels, num_stopped]).tolist()
+        loss, grad_norm, has_labels, has_stopped = figures
         rate = float(self.optimizer.param_groups[0]["lr"])
-        metrics = {"loss": figures[0], "lr": rate, "grad_norm": figures[1]}
-        if figures[3]:  # all processes leave after the same step, whichever got the signal
+        metrics = {"loss": loss, "lr": rate, "grad_norm": grad_norm}
+        if has_stopped:  # all processes leave after the same step, whichever got the signal
             self.is_stopping = True
             self.stop.request()
-        if not figures[2]:
+        if not has_labels:
             self._report_empty_step()
             metrics["loss"] = math.nan  # no loss was measured; 0 would read as a perfect one
-        elif math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
+        elif math.isfinite(loss) and math.isfinite(grad_norm):
             if self.clip_grad_norm is not None:
                 nn.utils.clip_grads_with_norm_(self.trained, self.clip_grad_norm, norm)
             self.optimizer.step()

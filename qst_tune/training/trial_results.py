@@ -41,11 +41,11 @@ def fit_trials(
     """
     start = time.perf_counter()
     stop = take_turns(model, trials, halving)
-    soups = best_soup(model, trials) if soup and not stop.requested else None
+    scored = best_soup(model, trials) if soup and not stop.requested else None
     if is_main_process():
-        write_results(directory, trials, time.perf_counter() - start, soups)
-        if soups is not None and _is_better(soups, trials):
-            _export_soup(directory, model, trials, soups)
+        write_results(directory, trials, time.perf_counter() - start, scored)
+        if scored is not None and _is_better(scored, trials):
+            _export_soup(directory, model, trials, scored)
     stop.exit_if_requested()
 
 
@@ -60,7 +60,7 @@ def _best_value(trials: Sequence[Trial]) -> float | None:
 
 
 def write_results(
-    directory: Path, trials: Sequence[Trial], seconds: float, soup: ScoredSoup | None = None
+    directory: Path, trials: Sequence[Trial], seconds: float, scored: ScoredSoup | None = None
 ) -> None:
     """Write the table, the picture and the best trial's result. UserError if the disk refuses."""
     best = best_of(trials)
@@ -71,7 +71,7 @@ def write_results(
         "best": best and best.number,
         "seconds": round(seconds, 3),
         "trials": rows,
-        "soup": soup and {"of": soup.soup.title, **soup.figures},
+        "soup": scored and {"of": scored.soup.title, **scored.figures},
     }
     table = _table(rows, monitor)
     files = {RESULTS_FILE: json.dumps(found, indent=2) + "\n", TABLE_FILE: table}
@@ -110,26 +110,28 @@ def _export(directory: Path, best: Trial) -> None:
     write_directory(directory / name, files, private=[RECIPE_CONFIG])
 
 
-def _is_better(soup: ScoredSoup, trials: Sequence[Trial]) -> bool:
+def _is_better(scored: ScoredSoup, trials: Sequence[Trial]) -> bool:
+    """Whether a soup is better than each trial; logs its figure."""
     monitor = trials[0].trainer.task.monitor
-    value = soup.figures[monitor.name]
+    value = scored.figures[monitor.name]
     is_better = monitor.is_better(value, _best_value(trials))
     log.info(
-        f"{soup.soup.title}: {monitor.name} {value:.4f}" + ("" if is_better else ", no better")
+        f"{scored.soup.title}: {monitor.name} {value:.4f}" + ("" if is_better else ", no better")
     )
     return is_better
 
 
 def _export_soup(
-    directory: Path, model: QSTModel, trials: Sequence[Trial], soup: ScoredSoup
+    directory: Path, model: QSTModel, trials: Sequence[Trial], scored: ScoredSoup
 ) -> None:
     """Write an average in the place of the best trial's result, with the config of one of them."""
-    method = trials[soup.soup.number - 1].trainer.method
-    use_side(model, soup.side)
-    results = {f"{name}, {soup.soup.title}": value for name, value in soup.figures.items()}
+    soup = scored.soup
+    method = trials[soup.number - 1].trainer.method
+    use_side(model, scored.side)
+    results = {f"{name}, {soup.title}": value for name, value in scored.figures.items()}
     files = method.with_other_formats(method.files(results))
     write_directory(directory / method.result_name, files, private=[RECIPE_CONFIG])
-    log.info(f"{directory / method.result_name}: {soup.soup.title}, better than each trial")
+    log.info(f"{directory / method.result_name}: {soup.title}, better than each trial")
 
 
 def _row(trial: Trial) -> Settings:
