@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+from weakref import proxy
 
 import torch
 
@@ -59,18 +60,23 @@ class TransformersCache:
         is_sdpa = getattr(config, "_attn_implementation", None) == "sdpa"
         return is_plain and is_sdpa and not has_windows(config)
 
-    def reserve(self, room: int) -> None:
-        """Make room for ``room`` tokens in tensors that stay, with those that are there."""
+    def reserve(self, room: int) -> bool:
+        """Make room for ``room`` tokens in tensors that stay, with those that are there.
+
+        Returns whether these are other tensors than before.
+        """
         if self._is_in_slots and self._slots[0].room == room:
-            return
+            return False
         self._leave_slots()
         layers = [layer for layer in self.cache.layers if layer.is_initialized]
-        if len(self._slots) != len(layers) or not self._slots[0].fits(layers[0].keys, room):
+        moves = len(self._slots) != len(layers) or not self._slots[0].fits(layers[0].keys, room)
+        if moves:
             slot_layer = _slot_layer()
             self._slots = [slot_layer(self, one.keys, one.values, room) for one in layers]
         for slots, layer in zip(self._slots, layers, strict=True):
             slots.take(layer.keys, layer.values)
         self._is_in_slots = True
+        return moves
 
     def _leave_slots(self) -> None:
         """Give transformers' cache the tokens again."""
@@ -150,7 +156,8 @@ class SlotLayer:
     def __init__(
         self, owner: TransformersCache, keys: torch.Tensor, values: torch.Tensor, room: int
     ) -> None:
-        self._owner, self.room = owner, room
+        # No cycle: keys and values are free as soon as nobody has the cache.
+        self._owner, self.room = proxy(owner), room
         self.keys, self.values = (
             held.new_zeros(*held.shape[:2], room, held.shape[3]) for held in (keys, values)
         )

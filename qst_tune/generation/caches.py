@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
 from typing import Any, TypeAlias
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet, proxy
 
 import torch
 from torchtune import utils
@@ -26,9 +26,13 @@ log = utils.get_logger("INFO")
 # A model of ours or torchtune's, in evaluation mode.
 Decoder: TypeAlias = QSTModel | PEQAModel | TransformerDecoder
 
-# Models over transformers' decoders, by whether a recorded step gave what a plain one gives.
-_RECORDED: WeakSet[Any] = WeakSet()
+# Models over transformers' decoders, by the rows and rooms whose recorded steps gave what plain
+# ones give; and any model that is not recorded.
+_RECORDED: WeakKeyDictionary[Any, set[tuple[int, int]]] = WeakKeyDictionary()
 _NOT_RECORDED: WeakSet[Any] = WeakSet()
+# The third is the first that is replayed behind more tokens than it was recorded behind: what the
+# model's Python read of them, as a length, stays in a recording.
+_STEPS_TRIED = 3
 # Of the largest logit, between sums in another order.
 _TOLERANCE = {torch.float32: 1e-3}
 _NARROW_TOLERANCE = 0.05
@@ -64,13 +68,16 @@ class GrowingCache:
         values[:, :, start : self.length] = v_val
         return keys[:, :, : self.length], values[:, :, : self.length]
 
-    def reserve(self, room: int) -> None:
-        """Make room for exactly ``room`` tokens; nothing to do for an attention that never ran."""
-        if self._keys is None or self._values is None:
-            return
-        if self._keys.shape[2] != room:
-            self._keys = _copied(self._keys, self.length, self._keys, room)
-            self._values = _copied(self._values, self.length, self._values, room)
+    def reserve(self, room: int) -> bool:
+        """Make room for exactly ``room`` tokens; returns whether they are in other tensors now.
+
+        There is nothing to do for an attention that never ran.
+        """
+        if self._keys is None or self._values is None or self._keys.shape[2] == room:
+            return False
+        self._keys = _copied(self._keys, self.length, self._keys, room)
+        self._values = _copied(self._values, self.length, self._values, room)
+        return True
 
     def cut(self, length: int) -> None:
         """Forget all tokens after the first ``length``."""
@@ -134,9 +141,10 @@ class ModelCaches:
         record = recorder(model.tok_embeddings.weight.device)
         frozen = [] if self._frozen is None else [self._frozen]
         if record and all(cache.has_slots for cache in frozen) and model not in _NOT_RECORDED:
-            compute = partial(next_logits, model, self)
+            # No cycle: what is on the GPU is free as soon as nobody has the caches.
+            compute = partial(next_logits, model, proxy(self))
             self.step = CapturedStep(compute, [*self._own, *frozen], record)
-        self.needs_trial = bool(frozen) and model not in _RECORDED
+        self.is_foreign = bool(frozen)
 
     def cut(self, length: int, num_new: int) -> int:
         """Forget all tokens after the first ``length``; ``num_new`` are added by the next pass.
@@ -208,44 +216,48 @@ def last_logits(
     """
     is_step = new_BN.shape[1] == 1 < is_real_BT.shape[1]
     step = caches.step if is_step else None
-    if step is not None and step.is_possible and caches.needs_trial:
-        _try_step(model, caches, step, new_BN, is_real_BT)
-    if step is not None and step.is_possible:
-        logits_BV = step.logits(new_BN, is_real_BT)
-        if not step.is_possible:
-            _NOT_RECORDED.add(model)
-    else:
+    if step is None or not step.is_possible:
         logits_BV = _computed_logits(model, caches, new_BN, is_real_BT)
+    elif caches.is_foreign:
+        logits_BV = _step_or_trial(model, caches, step, new_BN, is_real_BT)
+    else:
+        logits_BV = step.logits(new_BN, is_real_BT)
+    if step is not None and not step.is_possible:
+        _NOT_RECORDED.add(model)
     check_finite(logits_BV, model, "logits")
     return logits_BV
 
 
-def _try_step(
+def _step_or_trial(
     model: Decoder,
     caches: ModelCaches,
     step: CapturedStep,
     new_B1: torch.Tensor,
     is_real_BT: torch.Tensor,
-) -> None:
-    """Compare what a step at a slot gives with what a plain one gives, once a model.
+) -> torch.Tensor:
+    """Take a step; compare the first ones of each shape with plain ones, once a model.
 
-    Of some hundred types in transformers not all take keys that are not there yet under a mask.
+    Of some hundred types in transformers not all take keys that are not there yet under a mask, and
+    some compute with the number of tokens in Python, which a recording does not follow.
     """
-    length = is_real_BT.shape[1]
-    expected = _computed_logits(model, caches, new_B1, is_real_BT)
-    caches.cut(length - 1, 1)
+    reason, found = "", None
     try:
         found = step.logits(new_B1, is_real_BT)
-        limit = _TOLERANCE.get(model.tok_embeddings.weight.dtype, _NARROW_TOLERANCE)
-        differs = not (found - expected).abs().max() <= limit * expected.abs().max()
-        reason = "a step of this model at a fixed place gives other logits" if differs else ""
     except Exception as error:  # a model's own code, of any kind
         reason = f"{type(error).__name__}: {first_line(error)}"
-    caches.cut(length - 1, 1)
-    caches.needs_trial = False
+    tried = _RECORDED.setdefault(model, set())
+    if found is not None and (step.shape in tried or not step.is_possible):
+        return found
+    caches.cut(is_real_BT.shape[1] - 1, 1)
+    expected = _computed_logits(model, caches, new_B1, is_real_BT)
+    limit = _TOLERANCE.get(model.tok_embeddings.weight.dtype, _NARROW_TOLERANCE)
+    if found is not None and not (found - expected).abs().max() <= limit * expected.abs().max():
+        reason = "a step of this model at a fixed place gives other logits"
     if reason:
         step.refuse(reason)
-    (_NOT_RECORDED if reason else _RECORDED).add(model)
+    elif step.num_steps >= _STEPS_TRIED:
+        tried.add(step.shape)
+    return expected
 
 
 def _computed_logits(

@@ -27,6 +27,7 @@ def recorder(device: torch.device) -> Recorder | None:
 
 
 def _recorded(graphs: CudaGraphs, compute: Compute) -> Compute:
+    graphs.rehearse(compute)  # refuses what waits for the device, as a model's own code may
     results: list[torch.Tensor] = []
     replay = graphs.record(lambda: results.append(compute()))
 
@@ -43,16 +44,18 @@ class SlotCache(Protocol):
     length: int
     slot: torch.Tensor | None
 
-    def reserve(self, room: int) -> None:
-        """Make room for this many tokens, in tensors that stay while the room is the same."""
+    def reserve(self, room: int) -> bool:
+        """Make room for this many tokens; returns whether they are in other tensors now."""
 
 
 class CapturedStep:
     """A token of each row behind those in the caches: logits, by a recording where that works.
 
     Token, place, position and mask are in tensors that stay; the caches have room for a power of
-    two of tokens, and a step is recorded again when they are full. What cannot be recorded is
-    reported once and ``is_possible`` becomes false.
+    two of tokens, and a step is recorded again when they are full, or had to move. What cannot be
+    recorded is reported once and ``is_possible`` becomes false. ``num_steps`` are those of one
+    ``shape``, rows and room: the first is not recorded, the second is replayed where it was
+    recorded, and the third where the caches are longer.
 
     ``compute`` takes tokens ``[B, 1]``, a mask ``[B, 1, L]`` and positions ``[B, 1]``.
     """
@@ -63,9 +66,9 @@ class CapturedStep:
         caches: Sequence[SlotCache],
         record: Recorder,
     ) -> None:
-        self.is_possible = True
+        self.is_possible, self.num_steps = True, 0
+        self.shape = (0, 0)
         self._compute, self._caches, self._record = compute, caches, record
-        self._shape = (0, 0)  # rows and room
         self._is_warm = False
         self._replay: Compute | None = None
         self._inputs: Any = None
@@ -73,6 +76,7 @@ class CapturedStep:
     def logits(self, new_B1: torch.Tensor, is_real_BT: torch.Tensor) -> torch.Tensor:
         """Compute the logits ``[B, V]`` behind the last of T tokens; the others are cached."""
         self._take(new_B1, is_real_BT)
+        self.num_steps += 1
         logits_BV = self._run()
         for cache in self._caches:
             cache.length = is_real_BT.shape[1]
@@ -87,10 +91,11 @@ class CapturedStep:
         """Write the inputs of a step."""
         num_rows, length = is_real_BT.shape
         room = max(_LEAST_ROOM, 1 << (length - 1).bit_length())
-        if self._shape != (num_rows, room):
+        if self.shape != (num_rows, room):
             self._prepare(new_B1, room)
-        for cache in self._caches:
-            cache.reserve(room)
+        # A plain pass may have outgrown the room and have been cut since. Each of them: in a list.
+        if any([cache.reserve(room) for cache in self._caches]):
+            self._replay = None
         token_B1, slot_1, mask_B1L, position_B1 = self._inputs
         token_B1.copy_(new_B1)
         slot_1.fill_(length - 1)
@@ -99,7 +104,7 @@ class CapturedStep:
 
     def _prepare(self, new_B1: torch.Tensor, room: int) -> None:
         self._replay = None  # its memory is free before there is more
-        self._shape = (len(new_B1), room)
+        self.shape, self.num_steps = (len(new_B1), room), 0
         slot_1 = new_B1.new_zeros(1)
         mask_B1L = new_B1.new_zeros(len(new_B1), 1, room, dtype=torch.bool)
         self._inputs = torch.empty_like(new_B1), slot_1, mask_B1L, torch.empty_like(new_B1)

@@ -11,6 +11,9 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 Tensors = Sequence[torch.Tensor]
 Inputs = dict[str, torch.Tensor]
 Compute = Callable[..., tuple[torch.Tensor, ...]]
+# The distance between two passes is a sample of one. Another mask of dropout, or a stale input, is
+# thousands of times as far.
+_MOST_TIMES = 4
 
 
 class Recorder(Protocol):
@@ -55,7 +58,8 @@ class CapturedPass:
 
     ``tokens`` ``[B, T]`` are among the inputs; some output depends on the parameters. A backward
     pass belongs to the last forward pass of all that share ``shared``. In no-grad mode there is
-    none. ValueError if what was recorded gives other values than the plain pass before it.
+    none. ValueError if what was recorded gives other values than the plain pass before it; where
+    kernels add in any order, so that plain passes differ, if it differs by more than these do.
     """
 
     def __init__(
@@ -84,8 +88,13 @@ class CapturedPass:
             self._replay_forward()
             if self._goes_back:
                 self._replay_backward()
-        if not all(map(_are_equal, self._results(), expected)):
-            raise ValueError("a recorded pass gives other values than a plain one")
+        found = self._results()
+        if not all(map(_are_equal, found, expected)):
+            with recorder.same_random_numbers():
+                recorder.rehearse(self._rehearse)
+            self._outputs = ()
+            if not all(map(_differ_no_more, found, self._results(), expected)):
+                raise ValueError("a recorded pass gives other values than a plain one")
 
     def _results(self) -> list[torch.Tensor]:
         return [result.clone() for result in (*self.outputs, *self._gradients)]
@@ -120,9 +129,9 @@ class CapturedPass:
         pairs = zip(self.shared.gradients, self.is_used, strict=True)
         return [gradient for gradient, is_used in pairs if is_used]
 
-    def fits(self) -> bool:
-        """Whether the parameters are still where they were recorded."""
-        return self._addresses == _addresses(self.parameters)
+    def fits(self, parameters: Sequence[nn.Parameter]) -> bool:
+        """Whether these parameters are where those were that were recorded."""
+        return self._addresses == _addresses(parameters)
 
     def forward(self, inputs: Inputs) -> tuple[torch.Tensor, ...]:
         """Compute the outputs; nothing overwrites them."""
@@ -141,6 +150,14 @@ class CapturedPass:
 
 def _are_equal(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return torch.allclose(found, expected, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+def _differ_no_more(found: torch.Tensor, again: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether a result is as near to a plain pass's as another plain pass's, or nearly so."""
+    if _are_equal(found, expected):
+        return True
+    errors = [(one.double() - expected.double()).norm() for one in (found, again)]
+    return bool(errors[0] <= _MOST_TIMES * errors[1])
 
 
 def _copy(new: Tensors, kept: Tensors) -> None:

@@ -80,7 +80,7 @@ class CapturedPasses:
         """
         captured = self._captured(recordable, parameters, state, tokens, **where)
         if captured is None:
-            return compute(tokens, **where)
+            return self._plain(compute, tokens, **where)
         inputs = {name: value for name, value in where.items() if isinstance(value, torch.Tensor)}
         inputs["tokens"] = tokens
         if not torch.is_grad_enabled():
@@ -91,6 +91,20 @@ class CapturedPasses:
             captured, inputs, [token], *parameters
         )
         return outputs
+
+    def _plain(
+        self, compute: Compute, tokens: torch.Tensor, **where: Mask | None
+    ) -> tuple[torch.Tensor, ...]:
+        """Compute as if nothing was captured: a plain pass cannot use the memory of graphs."""
+        try:
+            return compute(tokens, **where)
+        except torch.OutOfMemoryError as error:
+            if not self.passes:
+                raise
+            self._give_up(error)
+        # Not above: the error keeps what the pass has computed.
+        torch.cuda.empty_cache()
+        return compute(tokens, **where)
 
     def _captured(
         self,
@@ -115,7 +129,7 @@ class CapturedPasses:
             return None
         kinds = [(name, value.shape, value.dtype, value.device) for name, value in inputs.items()]
         key = (state, trains, *kinds)
-        if key in self.passes and not self.passes[key].fits():
+        if key in self.passes and not self.passes[key].fits(parameters):
             del self.passes[key]
         if key not in self.passes and self._is_due(key):
             self._capture(key, compute, parameters, inputs)
@@ -138,6 +152,7 @@ class CapturedPasses:
             self._device = device
             shared = self._shared_by(parameters)
             captured = CapturedPass(compute, inputs, parameters, shared, device)
+            gib = device.pool_bytes() / 2**30
         except Exception as error:  # of the driver, of the model's own code, of any kind
             self._give_up(error)
             return
@@ -147,7 +162,7 @@ class CapturedPasses:
         utils.log_rank_zero(
             log,
             f"{what} of {rows} x {length} tokens run as a CUDA graph from now on: recorded in "
-            f"{time.perf_counter() - start:.1f} s, {device.pool_bytes() / 2**30:.2f} GiB for all",
+            f"{time.perf_counter() - start:.1f} s, {gib:.2f} GiB for all",
         )
 
     def _shared_by(self, parameters: Sequence[nn.Parameter]) -> SharedTensors:

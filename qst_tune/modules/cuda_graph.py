@@ -3,6 +3,9 @@
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import lru_cache
+from threading import RLock
+from typing import Any
 
 import torch
 
@@ -17,7 +20,7 @@ class CudaGraphs:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
+        self._stream, self._lock = _stream_and_lock(device)
 
     def rehearse(self, work: Callable[[], object]) -> None:
         """Do work once where it will be recorded; RuntimeError if it waits for the device.
@@ -26,10 +29,13 @@ class CudaGraphs:
         """
         torch.cuda.empty_cache()  # memory of the usual stream is of no use in this one
         current = torch.cuda.current_stream(self.device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream), _warnings_known(), _waiting_forbidden():
-            work()
-        current.wait_stream(self._stream)
+        with self._lock:
+            self._stream.wait_stream(current)
+            try:
+                with torch.cuda.stream(self._stream), _warnings_known(), _waiting_forbidden():
+                    work()
+            finally:  # what work reads may be freed, or written, as soon as this returns
+                current.wait_stream(self._stream)
 
     def record(self, work: Callable[[], object]) -> Callable[[], None]:
         """Record work without doing it; what is returned does it."""
@@ -38,7 +44,10 @@ class CudaGraphs:
         mode = "thread_local"
         try:
             with (
+                self._lock,
                 _warnings_known(),
+                # torch.cuda.graph leaves its own stream in use where a recording fails.
+                torch.cuda.stream(torch.cuda.current_stream(self.device)),
                 torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode=mode),
             ):
                 work()
@@ -67,6 +76,15 @@ class CudaGraphs:
         segments = torch.cuda.memory_snapshot()
         own = [part for part in segments if tuple(part["segment_pool_id"]) == tuple(self._pool)]
         return sum(part["total_size"] for part in own)
+
+
+@lru_cache(maxsize=32)
+def _stream_and_lock(device: torch.device) -> tuple[torch.cuda.Stream, Any]:
+    """The stream that all graphs of a device are recorded in, by one thread at a time.
+
+    cuBLAS keeps up to 32 MiB for each stream that it has met: a new one for each text adds up.
+    """
+    return torch.cuda.Stream(device), RLock()
 
 
 @contextmanager

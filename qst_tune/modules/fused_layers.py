@@ -31,11 +31,11 @@ from qst_tune.torchtune_compat import Mask
 MLP_TOKENS = 8192
 
 
-@lru_cache(maxsize=4)
-def _kernels_pass(device_type: str) -> bool:
+@lru_cache(maxsize=32)
+def _kernels_pass(device: torch.device) -> bool:
     from qst_tune.modules.fused_trial import find_fault
 
-    return passes_trial(device_type, find_fault)
+    return passes_trial(str(device), find_fault)
 
 
 def fused_kernels() -> Any:
@@ -47,7 +47,7 @@ def fused_kernels() -> Any:
 
 def runs_fused(x: torch.Tensor) -> bool:
     """Whether the fused kernels compute with such a tensor here."""
-    return runs_triton(x, x.dtype) and _kernels_pass(x.device.type)
+    return runs_triton(x, x.dtype) and _kernels_pass(x.device)
 
 
 def fuse_modules(root: nn.Module, fused_of: Callable[[nn.Module], Any]) -> None:

@@ -1,6 +1,7 @@
 """The fastest of several ways to compute the same on a GPU, found out once by running them."""
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from statistics import median
 
 import torch
@@ -39,10 +40,15 @@ def fastest(known: Compute, others: Sequence[Compute]) -> int | None:
         except Exception as error:  # of Triton's compiler, of the driver, of any kind
             fault = f"{type(error).__name__}: {first_line(error)}"
         if fault is not None:
-            log.warning(f"a kernel for products of few tokens is not used here: {fault}")
+            _report(fault)
         elif taken < least:
             best, least = index, taken
     return best
+
+
+@lru_cache(maxsize=8)  # once a fault, not once a weight's shape and tile
+def _report(fault: str) -> None:
+    log.warning(f"a kernel for products of few tokens is not used here: {fault}")
 
 
 def _difference(found: torch.Tensor, expected: torch.Tensor) -> str | None:
@@ -52,8 +58,20 @@ def _difference(found: torch.Tensor, expected: torch.Tensor) -> str | None:
 
 def _milliseconds(compute: Compute, device: torch.device) -> float:
     """Time a function that has run before, without what it left in the GPU's cache."""
+    # Whichever is the current device; where it fails, torch.cuda.graph leaves its stream in use.
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
+        return _milliseconds_here(compute, device)
+
+
+@lru_cache(maxsize=32)
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """The one to record in: torch's own belongs to the device that recorded first."""
+    return torch.cuda.Stream(device)
+
+
+def _milliseconds_here(compute: Compute, device: torch.device) -> float:
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, stream=_stream(device), capture_error_mode="thread_local"):
         compute()
     free, _ = torch.cuda.mem_get_info(device)
     other = torch.empty(min(_MOST_CACHE, free // 4), dtype=torch.uint8, device=device)

@@ -46,16 +46,16 @@ def allow_triton(allowed: bool) -> None:
     _Allowed.triton = allowed
 
 
-@lru_cache(maxsize=4)
-def _runs_triton_on(device_type: str) -> bool:
-    if device_type != "cuda" or find_spec("triton") is None:
+@lru_cache(maxsize=32)  # each card of a machine: they may be of several kinds
+def _runs_triton_on(device: torch.device) -> bool:
+    if device.type != "cuda" or find_spec("triton") is None:
         return False
-    if torch.cuda.get_device_capability() < _OLDEST_GPU:
+    if torch.cuda.get_device_capability(device) < _OLDEST_GPU:
         return False
-    return passes_trial(device_type)
+    return passes_trial(str(device))
 
 
-def passes_trial(device_type: str, find_fault: FindFault | None = None) -> bool:
+def passes_trial(device: str, find_fault: FindFault | None = None) -> bool:
     """Compare Triton's kernels with torch on this device; a fault is logged.
 
     ``find_fault`` None: those that decode, with the tables.
@@ -64,7 +64,7 @@ def passes_trial(device_type: str, find_fault: FindFault | None = None) -> bool:
         from qst_tune.quantization import triton_decoding
 
         find_fault = triton_decoding.find_fault
-    fault = find_fault(device_type)
+    fault = find_fault(device)
     if fault is not None:
         slower = "torch's operations" if "fused" in find_fault.__module__ else "tables"
         log.warning(f"Triton's kernels are not used here, the slower {slower} are: {fault}")
@@ -74,7 +74,7 @@ def passes_trial(device_type: str, find_fault: FindFault | None = None) -> bool:
 def runs_triton(codes: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether Triton's kernels decode these codes; an estimate's fake tensors are not decoded."""
     is_known = type(codes) is torch.Tensor and dtype in KERNEL_DTYPES
-    return _Allowed.triton and is_known and _runs_triton_on(codes.device.type)
+    return _Allowed.triton and is_known and _runs_triton_on(codes.device)
 
 
 def triton_decodes_affine(

@@ -82,6 +82,13 @@ class QSTPreTrainedModel(PreTrainedModel):
             *(name for name, _ in self.named_buffers()),
         ]
 
+    def _replicate_for_data_parallel(self) -> Any:
+        """Refuse nn.DataParallel: fused layers would compute with the first GPU's weights."""
+        raise UserError(
+            "a QST model does not run on several GPUs in one process (nn.DataParallel): start one "
+            "process a GPU with torchrun, or show it one, CUDA_VISIBLE_DEVICES=0"
+        )
+
     @classmethod
     def from_pretrained(  # type: ignore[override]  # of the many arguments few have a meaning here
         cls,

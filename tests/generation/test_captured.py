@@ -1,6 +1,9 @@
 """A recorded step gives what the step it stands for gives, on tensors that stay where they are."""
 
+import gc
 import logging
+import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -9,12 +12,13 @@ from qst_tune.backbone.cache import SlotLayer
 from qst_tune.generation import caches as caches_module
 from qst_tune.generation.batch import answer_batch
 from qst_tune.generation.caches import ModelCaches, last_logits
-from qst_tune.generation.captured import recorder
+from qst_tune.generation.captured import _recorded, _report, recorder
 from qst_tune.generation.sampling import Sampling
 from qst_tune.generation.sequence import CachedSequence
 from qst_tune.models import qst_decoder, qst_from_hf
 from tests.support import hf_models
 from tests.support.numbers import TINY_REDUCTION, random_tokens, randomize_, tiny_backbone
+from tests.support.stand_in_graphs import StandInGraphs
 
 
 def tiny_model(**side_arguments):
@@ -23,24 +27,16 @@ def tiny_model(**side_arguments):
     return model.eval()
 
 
-class Recorded:
-    """Stands for a CUDA graph: computes again, into the tensor of the first result."""
-
-    count = 0
-
-    @classmethod
-    def record(cls, compute):
-        cls.count += 1
-        result = compute().clone()
-        return lambda: result.copy_(compute())
-
-
 @pytest.fixture
 def on_gpu(monkeypatch):
     """Record on a CPU, in rooms of 8, 16, ... tokens."""
-    Recorded.count = 0
-    monkeypatch.setattr(caches_module, "recorder", lambda device: Recorded.record)
+    graphs = StandInGraphs()
+    _report.cache_clear()
+    monkeypatch.setattr(caches_module, "recorder", lambda device: partial(_recorded, graphs))
     monkeypatch.setattr("qst_tune.generation.captured._LEAST_ROOM", 8)
+    # Of a CPU alone: it looks a position up once for all layers, and while it records not at all.
+    monkeypatch.setattr("qst_tune.generation.one_token._rotary", lambda module: None)
+    return graphs
 
 
 @torch.no_grad()
@@ -66,7 +62,7 @@ def padded(num_padding):
 def test_recorded_steps_give_the_logits_of_growing_caches(prompt, monkeypatch, on_gpu):
     model, (tokens, is_real) = tiny_model(), padded(prompt - 1)
     found = logits_token_by_token(model, tokens, is_real, prompt)
-    assert Recorded.count >= 2  # in rooms of 16 and of 32 tokens
+    assert on_gpu.num_records >= 2  # in rooms of 16 and of 32 tokens
     without_recording(monkeypatch)
     expected = logits_token_by_token(model, tokens, is_real, prompt)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -76,7 +72,7 @@ def test_answers_are_those_without_recording(monkeypatch, on_gpu):
     model, prompts = tiny_model(), [[5, 9, 2], [7], [1, 2, 3, 4, 5, 6, 7, 8]]
     greedy = {"sampling": Sampling(), "stop_tokens": [], "max_new_tokens": 20}
     found = answer_batch(model, prompts, **greedy)
-    assert Recorded.count == 2
+    assert on_gpu.num_records == 2
     without_recording(monkeypatch)
     assert found == answer_batch(model, prompts, **greedy)
 
@@ -88,6 +84,19 @@ def test_a_sequence_goes_on_from_wherever_it_is_cut(monkeypatch, on_gpu):
         sequence.next_logits(tokens[:length])
     other, lengths = [*tokens[:9], 60, 59], (9, 10, 11)  # in the same room of 16
     found = [sequence.next_logits(other[:length]) for length in lengths]
+    without_recording(monkeypatch)
+    expected = [CachedSequence(model).next_logits(other[:length]) for length in lengths]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_room_that_was_outgrown_and_fits_again_is_recorded_anew(monkeypatch, on_gpu):
+    model, tokens = tiny_model(), random_tokens(batch=1, length=20)[0].tolist()
+    sequence = CachedSequence(model)
+    for length in (3, 4, 5, 6, 20):  # tokens in a room of 8, then many at once
+        sequence.next_logits(tokens[:length])
+    other, lengths = [*tokens[:3], 60, 59, 58, 57], (5, 6, 7)
+    found = [sequence.next_logits(other[:length]) for length in lengths]
+    assert on_gpu.num_records == 2
     without_recording(monkeypatch)
     expected = [CachedSequence(model).next_logits(other[:length]) for length in lengths]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -148,7 +157,7 @@ def test_steps_of_transformers_models_are_recorded_too(family, tmp_path, monkeyp
     model = transformers_model(family, tmp_path)
     torch.manual_seed(1)
     found = logits_of_turns(model)
-    assert Recorded.count == (3 if family in RECORDED else 0)
+    assert on_gpu.num_records == (3 if family in RECORDED else 0)
     without_recording(monkeypatch)
     torch.manual_seed(1)
     expected = logits_of_turns(model)
@@ -169,12 +178,68 @@ def test_a_model_that_computes_something_else_is_not_recorded(
     torch.manual_seed(1)
     with caplog.at_level(logging.WARNING):
         found = [logits_of_turns(model) for _ in range(2)]
-    assert Recorded.count == 0
+    assert on_gpu.num_records == 0
     assert sum("CUDA graph" in record.message for record in caplog.records) == 1
     without_recording(monkeypatch)
     torch.manual_seed(1)
     expected = [logits_of_turns(model) for _ in range(2)]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_whose_python_counts_the_tokens_is_not_recorded(
+    tmp_path, monkeypatch, on_gpu, caplog
+):
+    """At the place where it was recorded it is right."""
+    model = transformers_model("phi3", tmp_path)
+
+    def update(self, key_states, value_states, *_):
+        self.keys[:, :, self._owner.length] = key_states[:, :, 0]
+        self.values[:, :, self._owner.length] = value_states[:, :, 0]
+        return self.keys, self.values
+
+    monkeypatch.setattr(SlotLayer, "update", update)
+    torch.manual_seed(1)
+    with caplog.at_level(logging.WARNING):
+        found = logits_of_turns(model)
+    assert on_gpu.num_records == 1
+    assert "a step of this model at a fixed place gives other logits" in caplog.text
+    without_recording(monkeypatch)
+    torch.manual_seed(1)
+    torch.testing.assert_close(found, logits_of_turns(model), rtol=1e-4, atol=1e-4)
+
+
+def test_what_waits_for_the_gpu_is_refused_before_a_recording_begins():
+    class Graphs:
+        def rehearse(self, work):
+            raise RuntimeError("it waits")
+
+        def record(self, work):
+            raise AssertionError("a recording has begun")
+
+    with pytest.raises(RuntimeError, match="it waits"):
+        _recorded(Graphs(), lambda: torch.zeros(1))
+
+
+@pytest.mark.parametrize("family", [None, "qwen3"])
+@torch.no_grad()
+def test_the_memory_of_a_text_is_free_as_soon_as_it_is_over(family, tmp_path, on_gpu):
+    """Python collects cycles when it likes, and knows nothing of a GPU that is full."""
+    model = transformers_model(family, tmp_path) if family else tiny_model()
+    tokens, is_real = padded(0)
+    caches = ModelCaches(model)
+    gc.disable()
+    try:
+        for start, stop in [(0, 5), (5, 6), (6, 7), (7, 8)]:
+            last_logits(model, caches, tokens[:, start:stop], is_real[:, :stop])
+        held = [
+            caches._own[0]._keys,
+            *(slots.keys for slots in getattr(caches._frozen, "_slots", [])),
+        ]
+        alive = [weakref.ref(part) for part in (caches, *held)]
+        del caches, held
+        assert [part() for part in alive] == [None] * len(alive)
+    finally:
+        gc.enable()
 
 
 def test_only_a_gpu_records():

@@ -263,6 +263,23 @@ def test_a_model_that_cannot_be_captured_goes_on_after_one_warning():
     assert not model.captured_passes.passes
 
 
+def test_a_plain_pass_without_memory_gets_that_of_the_graphs():
+    same = [batch((2, 9), number) for number in range(PLAIN_PASSES + 1)]
+    batches = [*same, batch((2, 12), 9), same[0]]
+    plain = steps(tiny_model(), batches)
+    model, (passes, _) = tiny_model(), stand_in_passes()
+    model.captured_passes = passes
+
+    def need_memory(module: Any, args: Any) -> None:
+        if args[0].shape[1] == 12 and passes.passes:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand more")
+
+    model.layers[1].register_forward_pre_hook(need_memory)
+    assert_equal(steps(model, batches), plain)
+    assert passes.fault.startswith("CUDA out of memory. Tried to allocate 2 GiB (OutOfMemoryError")
+    assert not passes.passes
+
+
 class Wrong(StandInGraphs):
     """A device whose records do not do what was recorded."""
 

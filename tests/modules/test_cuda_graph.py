@@ -27,6 +27,17 @@ def test_recorded_work_is_done_at_each_replay_and_not_before(graphs):
     assert graphs.pool_bytes() > 0
 
 
+def test_a_recording_that_fails_leaves_the_stream_that_was_in_use(graphs):
+    before = torch.cuda.current_stream()
+    with pytest.raises(RuntimeError):
+        graphs.record(lambda: torch.ones(1, device=DEVICE).item())
+    assert torch.cuda.current_stream() == before
+
+
+def test_all_graphs_of_a_device_are_recorded_in_one_stream(graphs):
+    assert CudaGraphs(DEVICE)._stream == graphs._stream
+
+
 def test_work_that_waits_for_the_device_is_refused_and_nothing_else_is(graphs):
     x = torch.ones(4, device=DEVICE)
     graphs.rehearse(lambda: x.add_(1))

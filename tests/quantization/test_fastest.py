@@ -48,6 +48,13 @@ def test_a_wrong_way_is_reported_and_not_taken(result, reason, caplog):
     assert reason in caplog.text
 
 
+def test_a_fault_that_many_kernels_have_is_reported_once(caplog):
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            assert fastest(Way(5), [Way(1, AttributeError("no gather"))] * 2) is None
+    assert len(caplog.records) == 1
+
+
 def test_what_cannot_be_timed_leaves_the_known_way(monkeypatch, caplog):
     def refuse(compute, device):
         raise RuntimeError("no graphs here")

@@ -7,9 +7,19 @@ from torch import nn
 
 from qst_tune.modules.nf4_linear import NF4Linear
 from qst_tune.modules.peqa_linear import PEQALinear
+from qst_tune.quantization import kernels
 from qst_tune.quantization.kernels import affine_product, int8_product, int8_weight
 
 BF16 = torch.bfloat16
+
+
+def test_each_card_of_a_machine_is_tried_by_itself(monkeypatch):
+    pytest.importorskip("triton")
+    ages, tried = [(8, 6), (7, 5), (9, 0)], []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: ages[device.index])
+    monkeypatch.setattr(kernels, "passes_trial", lambda device: tried.append(device) or True)
+    runs = [kernels._runs_triton_on.__wrapped__(torch.device("cuda", n)) for n in range(3)]
+    assert (runs, tried) == ([True, False, True], ["cuda:0", "cuda:2"])
 
 
 def own(linear: PEQALinear) -> tuple:

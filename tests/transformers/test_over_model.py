@@ -247,6 +247,13 @@ def test_what_is_no_model_of_transformers_is_refused(directories):
         tuned.save_pretrained("unused", variant="x")
 
 
+def test_one_process_for_several_gpus_is_refused():
+    """Where nn.DataParallel copies a model to each of them."""
+    tuned = get_qst_model(tiny_model("llama"), SMALL)
+    with pytest.raises(UserError, match="start one process a GPU with torchrun"):
+        tuned._replicate_for_data_parallel()
+
+
 def test_trainable_parameters_are_printed_as_peft_prints_them(directories, capsys):
     tuned = get_qst_model(load(directories["llama"]), SMALL, quantize="int8")
     dense = sum(p.numel() for p in load(directories["llama"]).parameters())
