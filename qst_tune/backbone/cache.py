@@ -78,6 +78,13 @@ class TransformersCache:
         self._is_in_slots = True
         return moves
 
+    def drop_slots(self) -> None:
+        """Take transformers' cache, with the tokens before the slots took them over."""
+        if self._is_in_slots:
+            self._is_in_slots = False
+            held = [layer for layer in self.cache.layers if layer.is_initialized]
+            self.length = int(held[0].get_seq_length())
+
     def _leave_slots(self) -> None:
         """Give transformers' cache the tokens again."""
         if not self._is_in_slots:
@@ -157,7 +164,8 @@ class SlotLayer:
         self, owner: TransformersCache, keys: torch.Tensor, values: torch.Tensor, room: int
     ) -> None:
         # No cycle: keys and values are free as soon as nobody has the cache.
-        self._owner, self.room = proxy(owner), room
+        self._owner: TransformersCache = proxy(owner)
+        self.room = room
         self.keys, self.values = (
             held.new_zeros(*held.shape[:2], room, held.shape[3]) for held in (keys, values)
         )

@@ -156,6 +156,12 @@ class ModelCaches:
             cache.cut(kept)
         return kept
 
+    def drop_slots(self, length: int) -> None:
+        """Take what was in the caches before the last step moved the backbone's into slots."""
+        if self._frozen is not None:
+            self._frozen.drop_slots()
+        self.cut(length, 1)
+
     @contextmanager
     def attached(self, *, one_token: bool = False) -> Iterator[None]:
         """Let the model use the caches in this context; it needs ``mask`` and ``input_pos``.
@@ -240,22 +246,24 @@ def _step_or_trial(
     Of some hundred types in transformers not all take keys that are not there yet under a mask, and
     some compute with the number of tokens in Python, which a recording does not follow.
     """
-    reason, found = "", None
+    tried = _RECORDED.setdefault(model, set())
+    if step.shape_of(is_real_BT) in tried:
+        return step.logits(new_B1, is_real_BT)
+    before, reason = is_real_BT.shape[1] - 1, ""
+    expected = _computed_logits(model, caches, new_B1, is_real_BT)
+    caches.cut(before, 1)
     try:
         found = step.logits(new_B1, is_real_BT)
+        limit = _TOLERANCE.get(model.tok_embeddings.weight.dtype, _NARROW_TOLERANCE)
+        if not (found - expected).abs().max() <= limit * expected.abs().max():
+            reason = "a step of this model at a fixed place gives other logits"
     except Exception as error:  # a model's own code, of any kind
         reason = f"{type(error).__name__}: {first_line(error)}"
-    tried = _RECORDED.setdefault(model, set())
-    if found is not None and (step.shape in tried or not step.is_possible):
-        return found
-    caches.cut(is_real_BT.shape[1] - 1, 1)
-    expected = _computed_logits(model, caches, new_B1, is_real_BT)
-    limit = _TOLERANCE.get(model.tok_embeddings.weight.dtype, _NARROW_TOLERANCE)
-    if found is not None and not (found - expected).abs().max() <= limit * expected.abs().max():
-        reason = "a step of this model at a fixed place gives other logits"
     if reason:
         step.refuse(reason)
-    elif step.num_steps >= _STEPS_TRIED:
+        caches.drop_slots(before)  # it may have written over any token
+        return _computed_logits(model, caches, new_B1, is_real_BT)
+    if step.num_steps >= _STEPS_TRIED:
         tried.add(step.shape)
     return expected
 

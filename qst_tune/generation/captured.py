@@ -82,6 +82,12 @@ class CapturedStep:
             cache.length = is_real_BT.shape[1]
         return logits_BV
 
+    @staticmethod
+    def shape_of(is_real_BT: torch.Tensor) -> tuple[int, int]:
+        """Return the rows and the room of a step behind these tokens."""
+        num_rows, length = is_real_BT.shape
+        return num_rows, max(_LEAST_ROOM, 1 << (length - 1).bit_length())
+
     def refuse(self, reason: str) -> None:
         """Record no more, and report why."""
         self.is_possible = False
@@ -89,9 +95,8 @@ class CapturedStep:
 
     def _take(self, new_B1: torch.Tensor, is_real_BT: torch.Tensor) -> None:
         """Write the inputs of a step."""
-        num_rows, length = is_real_BT.shape
-        room = max(_LEAST_ROOM, 1 << (length - 1).bit_length())
-        if self.shape != (num_rows, room):
+        length, (_, room) = is_real_BT.shape[1], self.shape_of(is_real_BT)
+        if self.shape != self.shape_of(is_real_BT):
             self._prepare(new_B1, room)
         # A plain pass may have outgrown the room and have been cut since. Each of them: in a list.
         if any([cache.reserve(room) for cache in self._caches]):
