@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from threading import RLock
-from typing import Any
 
 import torch
 
@@ -79,7 +78,9 @@ class CudaGraphs:
 
 
 @lru_cache(maxsize=32)
-def _stream_and_lock(device: torch.device) -> tuple[torch.cuda.Stream, Any]:
+def _stream_and_lock(
+    device: torch.device,
+) -> tuple[torch.cuda.Stream, AbstractContextManager[bool]]:
     """The stream that all graphs of a device are recorded in, by one thread at a time.
 
     cuBLAS keeps up to 32 MiB for each stream that it has met: a new one for each text adds up.

@@ -4,7 +4,7 @@ import copy
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -82,7 +82,7 @@ class QSTPreTrainedModel(PreTrainedModel):
             *(name for name, _ in self.named_buffers()),
         ]
 
-    def _replicate_for_data_parallel(self) -> Any:
+    def _replicate_for_data_parallel(self) -> NoReturn:
         """Refuse nn.DataParallel: fused layers would compute with the first GPU's weights."""
         raise UserError(
             "a QST model does not run on several GPUs in one process (nn.DataParallel): start one "
