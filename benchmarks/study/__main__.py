@@ -136,7 +136,8 @@ methods: {", ".join(name for name in METHODS if not name.startswith(("dial_", "l
 the depth dial: dial_K (a side network, and LoRA in the last K layers) and last_K (LoRA alone), for
 K of {", ".join(map(str, DEPTHS[1:]))}, over int8, and with {" or ".join(filter(None, BACKBONES))}
 behind the name. With _saved behind that a method saves its activations instead of recomputing them,
-with _by_row it runs one row at a time: the same steps in another time and memory.
+with _by_row one row runs at a time, with _by_2_rows (4, 8) so many: the same steps in another time
+and memory.
 
 several methods at once: {", ".join(GROUPS)}; qst is their K = 0
 """

@@ -143,8 +143,15 @@ def _of_dial(setting: Setting) -> Method:
     return Method(title, recomputed, 1e-3, LORA_RATES, forwards)
 
 
+# What ends a method's name, the rows that run at a time, and how a title has them.
+_PARTS = (
+    ("by_row", 1, "one row"),
+    *((f"by_{rows}_rows", rows, f"{rows} rows") for rows in (2, 4, 8)),
+)
+
+
 def _dial_methods() -> Iterator[tuple[str, Method]]:
-    """Each setting recomputed, as shipped; with its activations saved; and one row at a time."""
+    """Each setting recomputed, as shipped; with its activations saved; and some rows at a time."""
     for setting in (s for backbone in BACKBONES for s in settings(backbone) if s.depth):
         name, method = setting.name, _of_dial(setting)
         build: Any = method.build
@@ -159,15 +166,10 @@ def _dial_methods() -> Iterator[tuple[str, Method]]:
                 same_as=name,
             ),
         )
-        yield (
-            f"{name}_by_row",
-            replace(
-                method,
-                title=f"{method.title}, one row at a time",
-                build=partial(build, rows=1),
-                same_as=name,
-            ),
-        )
+        for suffix, rows, words in _PARTS:
+            title = f"{method.title}, {words} at a time"
+            by_rows = partial(build, rows=rows)
+            yield f"{name}_{suffix}", replace(method, title=title, build=by_rows, same_as=name)
 
 
 _lora = partial(partial, learners.lora)

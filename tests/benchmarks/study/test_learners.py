@@ -27,7 +27,7 @@ CHECKPOINT = Path(default_config().checkpointer.checkpoint_dir)
         "qst_nf4_rank_32",
         "dial_10_nf4_rank_32",
         "dial_3_saved",
-        "last_30_nf4_by_row",
+        "last_30_nf4_by_2_rows",
         "bf16",
         "lst",
         "peqa",

@@ -1,5 +1,7 @@
 """The dial's methods: names, costs and defaults."""
 
+from typing import Any, cast
+
 import pytest
 
 from benchmarks.study.methods import BACKBONES, DEPTHS, GROUPS, METHODS, NUM_LAYERS, settings
@@ -20,7 +22,8 @@ def test_a_step_costs_two_forwards_of_each_layer_that_trains_or_one_with_activat
     for k in DEPTHS[1:]:
         for name in (f"dial_{k}", f"last_{k}_nf4"):
             assert METHODS[name].forwards == pytest.approx(1 + 2 * k / NUM_LAYERS)
-            assert METHODS[f"{name}_by_row"].forwards == METHODS[name].forwards
+            for rows in ("by_row", "by_2_rows", "by_8_rows"):
+                assert METHODS[f"{name}_{rows}"].forwards == METHODS[name].forwards
             assert METHODS[f"{name}_saved"].forwards == pytest.approx(1 + k / NUM_LAYERS)
     assert METHODS["last_30"].forwards == METHODS["qlora_checkpointed"].forwards
 
@@ -44,3 +47,10 @@ def test_what_takes_the_same_steps_in_another_way_is_named_after_a_method() -> N
     assert others["dial_3_nf4_saved"] == "dial_3_nf4"
     assert others["qlora_by_row"] == "qlora"
     assert all(METHODS[same].same_as is None for same in others.values() if same)
+
+
+def test_a_name_says_how_many_rows_run_at_a_time() -> None:
+    for suffix, rows in (("by_row", 1), ("by_2_rows", 2), ("by_4_rows", 4), ("by_8_rows", 8)):
+        build = cast(Any, METHODS[f"dial_20_{suffix}"].build)
+        assert build.keywords["rows"] == rows
+        assert build.keywords["lora_layers"] == 20
