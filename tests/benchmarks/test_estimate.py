@@ -148,6 +148,7 @@ def test_quantised_weights_are_frozen_and_adapters_train() -> None:
 SIZES = ["batch_size=1", "tokenizer.max_seq_len=16"]
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_row_a_method(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

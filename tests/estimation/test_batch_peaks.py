@@ -127,6 +127,7 @@ def test_a_shallow_model_is_run_whole() -> None:
     assert peaks(4) == max(steps.whole(4).peaks())
 
 
+@pytest.mark.slow
 def test_a_step_that_few_layers_do_not_give_is_run_whole() -> None:
     steps = Steps("qlora", "cuda")
     known = steps.whole(1)

@@ -57,6 +57,7 @@ def test_a_layer_costs_two_forwards_of_it_if_it_is_recomputed() -> None:
     assert all_layers.forwards - none.forwards == pytest.approx(2, abs=0.1)
 
 
+@pytest.mark.slow
 def test_lora_alone_begins_at_one_layer() -> None:
     prices = depths(config(num_side_blocks=0)).prices
     assert [price.lora_layers for price in prices] == [1, 2, 3, 4, 8]
@@ -96,6 +97,7 @@ def test_any_batch_fits_that_runs_some_rows_at_a_time(monkeypatch: pytest.Monkey
     assert answer.report().endswith("8 of 8, with a batch of any size (2 rows at a time)")
 
 
+@pytest.mark.slow
 def test_the_table_marks_the_configs_own() -> None:
     answer = depths(config())
     lines = answer.table().splitlines()[-6:]

@@ -36,17 +36,27 @@ def check(model: dict[str, Any], least_skipped: int, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize(("lora_layers", "least_skipped"), [(0, 4), (1, 4), (6, 2), (9, 3)])
+@pytest.mark.parametrize(
+    ("lora_layers", "least_skipped"),
+    [
+        (0, 4),
+        pytest.param(1, 4, marks=pytest.mark.slow),
+        pytest.param(6, 2, marks=pytest.mark.slow),
+        (9, 3),
+    ],
+)
 def test_filled_steps_are_whole_ones(lora_layers: int, least_skipped: int, recompute: bool) -> None:
     model = {**DEEP, "lora_layers": lora_layers}
     check(model, least_skipped, enable_activation_checkpointing=recompute)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [{"num_side_blocks": 0}, {"lora_attn_modules": ["q_proj"]}])
 def test_so_are_those_of_lora_alone_and_in_few_linears(side: dict[str, Any]) -> None:
     check({**DEEP, "lora_layers": 7, **side}, 2, enable_activation_checkpointing=True)
 
 
+@pytest.mark.slow
 def test_so_are_those_of_preferences() -> None:
     check({**DEEP, "lora_layers": 6}, 2, enable_activation_checkpointing=True, **DPO)
 
@@ -70,6 +80,7 @@ def test_so_are_those_over_transformers(
     check(model, 2, enable_activation_checkpointing=True, **loss)
 
 
+@pytest.mark.slow
 def test_rows_that_run_in_turn_are_filled_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qst_tune.training.task.TOKENS_AT_ONCE", 32)
     check({**DEEP, "lora_layers": 6}, 2, enable_activation_checkpointing=True)

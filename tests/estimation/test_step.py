@@ -113,6 +113,7 @@ def test_estimate_agrees_with_a_real_step_with_lora(
     assert estimated_step_bytes(setup_of(cfg), cfg, shape) == pytest.approx(real, rel=0.05)
 
 
+@pytest.mark.slow
 def test_estimate_agrees_with_a_real_step_of_rows_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qst_tune.training.task.TOKENS_AT_ONCE", 256)
     model = {**MODELS["Llama 2, narrow"], "num_layers": 2, "lora_layers": 1}

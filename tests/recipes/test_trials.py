@@ -229,7 +229,9 @@ def test_trials_need_a_seed_and_a_validation_set(nine_steps: Config, tmp_path: P
             sweep(nine_steps, tmp_path / "run", THREE, override)
 
 
-@pytest.mark.parametrize("name", ["classifier", "dpo", "repaired"])
+@pytest.mark.parametrize(
+    "name", ["classifier", "dpo", pytest.param("repaired", marks=pytest.mark.slow)]
+)
 def test_every_task_has_trials(name: str, tmp_path: Path) -> None:
     method = METHODS[name]
     trials = {"grid": {"optimizer.lr": [1e-2, 1e-3]}}
