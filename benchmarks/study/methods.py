@@ -143,8 +143,8 @@ def _of_dial(setting: Setting) -> Method:
     return Method(title, recomputed, 1e-3, LORA_RATES, forwards)
 
 
-# What ends a method's name, the rows that run at a time, and how a title has them.
-_PARTS = (
+# Suffix of a method's name, the rows that run at a time, and how a title says it.
+_ROWS_AT_A_TIME = (
     ("by_row", 1, "one row"),
     *((f"by_{rows}_rows", rows, f"{rows} rows") for rows in (2, 4, 8)),
 )
@@ -166,7 +166,7 @@ def _dial_methods() -> Iterator[tuple[str, Method]]:
                 same_as=name,
             ),
         )
-        for suffix, rows, words in _PARTS:
+        for suffix, rows, words in _ROWS_AT_A_TIME:
             title = f"{method.title}, {words} at a time"
             by_rows = partial(build, rows=rows)
             yield f"{name}_{suffix}", replace(method, title=title, build=by_rows, same_as=name)

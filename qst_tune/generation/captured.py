@@ -98,7 +98,7 @@ class CapturedStep:
         length, (_, room) = is_real_BT.shape[1], self.shape_of(is_real_BT)
         if self.shape != self.shape_of(is_real_BT):
             self._prepare(new_B1, room)
-        # A plain pass may have outgrown the room and have been cut since. Each of them: in a list.
+        # A plain pass may have outgrown the room. A list, not a generator: each cache must reserve.
         if any([cache.reserve(room) for cache in self._caches]):
             self._replay = None
         token_B1, slot_1, mask_B1L, position_B1 = self._inputs

@@ -11,9 +11,9 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 Tensors = Sequence[torch.Tensor]
 Inputs = dict[str, torch.Tensor]
 Compute = Callable[..., tuple[torch.Tensor, ...]]
-# The distance between two passes is a sample of one. Another mask of dropout, or a stale input, is
-# thousands of times as far.
-_MOST_TIMES = 4
+# A recorded pass may be this many times as far from a plain one as another plain one is, measured
+# once. Another dropout mask, or a stale input, is thousands of times as far.
+_TOLERATED_RATIO = 4
 
 
 class Recorder(Protocol):
@@ -157,7 +157,7 @@ def _differ_no_more(found: torch.Tensor, again: torch.Tensor, expected: torch.Te
     if _are_equal(found, expected):
         return True
     errors = [(one.double() - expected.double()).norm() for one in (found, again)]
-    return bool(errors[0] <= _MOST_TIMES * errors[1])
+    return bool(errors[0] <= _TOLERATED_RATIO * errors[1])
 
 
 def _copy(new: Tensors, kept: Tensors) -> None:

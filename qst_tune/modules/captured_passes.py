@@ -102,7 +102,7 @@ class CapturedPasses:
             if not self.passes:
                 raise
             self._give_up(error)
-        # Not above: the error keeps what the pass has computed.
+        # After the except block: until it ends, the error keeps the failed pass's tensors alive.
         torch.cuda.empty_cache()
         return compute(tokens, **where)
 
