@@ -134,7 +134,7 @@ class RunSummary:
             axes.plot(steps, losses, "o-", label=f"validation (step 0: {self.before})")
         axes.set_xlabel("step")
         axes.set_ylabel("loss, nats a token")
-        axes.legend(loc="upper right")  # "best" searches for a place, and warns where that is slow
+        figure.legend(loc="outside upper center", ncols=2)  # hides no step
         figure.savefig(path, dpi=120)
 
 

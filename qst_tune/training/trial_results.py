@@ -190,7 +190,7 @@ def _plot(trials: Sequence[Trial], path: Path) -> None:
         tokens = [step * each for step in values]
         first.plot(tokens, list(values.values()), "o-", ms=3, lw=1, label=str(trial.number))
     first.set(xlabel="tokens, padding included", ylabel=monitor, ylim=_limits(trials))
-    first.legend(title="trial", fontsize=7, ncols=2, loc="upper right")
+    figure.legend(title="trial", fontsize=7, loc="outside right upper")
     for axes, name in zip(others, names, strict=True):
         _plot_key(axes, name, trials)
     figure.savefig(path, dpi=120)
