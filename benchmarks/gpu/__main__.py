@@ -5,7 +5,7 @@
 ``loss``      the cross entropy of the LM head
 ``pieces``    decoding of a weight, and products with it
 ``long``      a step of one long row
-``dial``      steps with LoRA in the last quarter of the layers
+``dial``      steps with LoRA in the last quarter, two thirds or all of the layers
 ``compiled``  steps of torchtune's QLoRA with torch.compile
 ``unsloth``   steps of Unsloth's QLoRA, in a process of its own
 
@@ -42,7 +42,7 @@ SECTIONS: dict[str, tuple[Section, float]] = {
     "loss": (loss, 10),
     "pieces": (pieces, 20),
     "long": (long, 35),
-    "dial": (dial, 35),
+    "dial": (dial, 70),
     "compiled": (compiled, 70),
     "unsloth": (unsloth, LIMIT_S),
 }

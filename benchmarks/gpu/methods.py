@@ -11,7 +11,12 @@ from benchmarks.gpu.random_weights import RandomWeights
 from benchmarks.gpu.turns import Step
 
 QST = "QST"
-DIAL = "QST, lora_layers = N/4"
+# LoRA in the last k of N layers too, by what part of them k is.
+DIAL = {
+    "QST, lora_layers = N/4": 1 / 4,
+    "QST, lora_layers = 2N/3": 2 / 3,
+    "QST, lora_layers = N": 1.0,
+}
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,10 @@ class Method:
 
 METHODS = {
     QST: Method(ours.qst_model, ours.recipe_step),
-    DIAL: Method(ours.dial_model, ours.recipe_step),
+    **{
+        name: Method(partial(ours.dial_model, part=part), ours.recipe_step)
+        for name, part in DIAL.items()
+    },
     peers.TORCHTUNE: Method(peers.torchtune_qlora, peers.torchtune_step),
     peers.TORCHTUNE_COMPILED: Method(
         partial(peers.torchtune_qlora, compiled=True), partial(peers.torchtune_step, compiled=True)

@@ -37,9 +37,9 @@ def qst_model(backbone: Backbone, weights: RandomWeights, **arguments: Any) -> Q
     return model
 
 
-def dial_model(backbone: Backbone, weights: RandomWeights) -> QSTModel:
-    """Build a model with LoRA in the last quarter of its layers."""
-    return qst_model(backbone, weights, lora_layers=max(1, backbone.num_layers // 4))
+def dial_model(backbone: Backbone, weights: RandomWeights, *, part: float) -> QSTModel:
+    """Build a model with LoRA in the last layers, this part of them."""
+    return qst_model(backbone, weights, lora_layers=max(1, round(backbone.num_layers * part)))
 
 
 def recipe_step(model: QSTModel) -> Step:

@@ -200,7 +200,7 @@ def _long(figures: Figures) -> str:
 
 
 def _dial(figures: Figures) -> str:
-    return table(*_split(_grid(figures, "dial", (DIAL, peers.TORCHTUNE), _step, "tokens")))
+    return table(*_split(_grid(figures, "dial", (*DIAL, peers.TORCHTUNE), _step, "tokens")))
 
 
 def _losses(figures: Figures) -> str:

@@ -33,7 +33,7 @@ class Sizes:
 FULL = Sizes(
     backbone=LLAMA2_7B,
     shapes=((16, 2048), (4, 384), (4, 2048), (16, 384)),
-    dial_shapes=((4, 2048), (16, 2048)),
+    dial_shapes=((4, 384), (4, 2048), (16, 2048)),
     long_rows=(32_768, 8192, 65_536),
     weight_shape=(11_008, 4096),
     product_tokens=(1, 8, 16, 1536),

@@ -44,8 +44,8 @@ def long(bench: Bench) -> Iterator[Row]:
 
 
 def dial(bench: Bench) -> Iterator[Row]:
-    """Measure LoRA in the last quarter of the layers beside QLoRA."""
-    runners = [bench.trainee(method) for method in (DIAL, peers.TORCHTUNE)]
+    """Measure LoRA in the last layers beside QLoRA."""
+    runners = [bench.trainee(method) for method in (*DIAL, peers.TORCHTUNE)]
     for shape in bench.sizes.dial_shapes:
         yield from bench.steps("dial", runners, shape, _rounds(bench, shape))
 

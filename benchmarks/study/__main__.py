@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.methods import default_config, ignore_known_warnings
 from benchmarks.study.costs import Plan, measure_in_new_process
-from benchmarks.study.experiment import Place, execute
+from benchmarks.study.experiment import Place, Run, execute
 from benchmarks.study.methods import BACKBONES, DEPTHS, GROUPS, METHODS
 from benchmarks.study.page import write_page
 from benchmarks.study.plan import QUICK, planned_runs
@@ -73,14 +73,20 @@ def _execute_runs(options: argparse.Namespace, place: Place) -> None:
     done = read_results(options.results)
     tasks: dict[str, Task] = {}
     for run in planned_runs(options, done):
-        if any(asdict(run).items() <= line.items() for line in done):
+        if any(_asked(run, options).items() <= line.items() for line in done):
             continue
         if run.task not in tasks:
             tasks = {run.task: _load(run.task, options)}
-        line = execute(run, tasks[run.task], place)
+        line = execute(run, tasks[run.task], place, options.unseen_after)
         done.append(line)
         _append(options.results, line)
         print({k: v for k, v in line.items() if k != "curve"}, flush=True)
+
+
+def _asked(run: Run, options: argparse.Namespace) -> dict[str, Any]:
+    """What a line has if it was measured as asked for."""
+    after = options.unseen_after
+    return asdict(run) | ({} if after is None else {"unseen_after": after})
 
 
 def _measure_costs(options: argparse.Namespace, place: Place) -> None:
@@ -185,6 +191,13 @@ def _add_what_runs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=int, default=4, help="with --rows; default: 4")
     parser.add_argument("--seeds", type=int, help="default: 3; with --quick 1")
     parser.add_argument("--batch-size", type=int, help="rows a step; default: by task, 4 to 16")
+    parser.add_argument(
+        "--unseen-after",
+        type=int,
+        metavar="ROWS",
+        help="also measure the training rows that come after so many in a run's first epoch: the "
+        "same rows for all methods whose runs do not come to them",
+    )
     parser.add_argument(
         "--quick",
         action="store_true",

@@ -24,6 +24,7 @@ from qst_tune.training.methods import scale_rates
 
 WARMUP = 10
 MAX_GRAD_NORM = 1.0
+PAD_TO = 16  # tokens, on a GPU
 
 
 @dataclass(frozen=True)
@@ -76,19 +77,22 @@ class Place:
     states: Path | None = None
 
 
-def execute(run: Run, task: Task, place: Place) -> dict[str, Any]:
+def execute(run: Run, task: Task, place: Place, unseen_after: int | None = None) -> dict[str, Any]:
     """Train and measure.
 
     Args:
         run (Run): what to do; 0 steps measure the method's model before training.
         task (Task): its rows.
         place (Place): where.
+        unseen_after (int | None): also measure the training rows that come after so many in the
+            run's first epoch; at least as many as it trains on.
 
     Returns:
         dict[str, Any]: the run, ``held_out`` (the task's metric), ``held_out_loss`` and
         ``train_loss`` (mean of the last quarter) in nats a label, ``tokens``, ``trained``
         parameters, the ``device``, whether ``states`` were kept, ``seconds`` of training, an entry
-        an epoch, and the loss ``curve``.
+        an epoch, and the loss ``curve``; ``unseen``, the metric of the rows after
+        ``unseen_after``, where it is given.
     """
     torch.manual_seed(run.seed)
     learner = METHODS[run.method].build(place.checkpoint, place.device)
@@ -106,6 +110,9 @@ def execute(run: Run, task: Task, place: Place) -> dict[str, Any]:
     last = curve[-max(1, len(curve) // 4) :]
     with fast_decoding():
         measured = evaluate(learner, task)
+        if unseen_after is not None:
+            unseen = evaluate(learner, task.unseen(run.seed, unseen_after))["held_out"]
+            measured |= {"unseen": unseen, "unseen_after": unseen_after}
     ends = [*times[: -1 : run.steps_an_epoch], times[-1]]
     return {
         **asdict(run),
@@ -229,12 +236,24 @@ def label_losses(learner: Learner, batch: dict[str, torch.Tensor]) -> torch.Tens
 def _label_logits(
     learner: Learner, batch: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    if learner.device.type == "cuda":
+        batch = _padded(batch)
     batch = {key: value.to(learner.device) for key, value in batch.items()}
     labels = batch["labels"][:, 1:]
     chosen = labels != IGNORE
     hidden = learner.hidden(batch["tokens"])[:, :-1][chosen]
     head = learner.model.tok_embeddings.weight  # SmolLM2's head is tied to it
     return F.linear(hidden.to(torch.bfloat16), head.to(torch.bfloat16)).float(), labels[chosen]
+
+
+def _padded(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Pad as the recipes do, so that shapes come up again and their passes can be captured."""
+    more = -batch["tokens"].shape[1] % PAD_TO
+    tokens, labels = (
+        F.pad(batch["tokens"], (0, more)),
+        F.pad(batch["labels"], (0, more), value=IGNORE),
+    )
+    return {"tokens": tokens, "labels": labels}
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ from benchmarks.peers import add_lora
 from qst_tune.backbone.torchtune_loading import load_backbone
 from qst_tune.config.components import instantiate
 from qst_tune.models import peqa_decoder, qst_decoder, smollm2_135m
+from qst_tune.modules.captured_passes import CapturedPasses
 from qst_tune.modules.peqa_model import PEQAModel
 from qst_tune.modules.qst_model import QSTModel
 from qst_tune.quantization.nf4 import dequantize_nf4, quantize_nf4
@@ -196,6 +197,8 @@ def qst(
     _load(model, directory, device)
     model.initialize_side(device)
     model.side.recompute = recomputes_by_default() if recompute is None else recompute
+    if device.type == "cuda":  # as the recipe does
+        model.captured_passes = CapturedPasses()
     model.train()
     return Learner(model, parameter_groups(model.side), rows)
 

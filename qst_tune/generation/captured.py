@@ -9,7 +9,7 @@ from torchtune import utils
 
 from qst_tune.backbone.masks import positions
 from qst_tune.errors import first_line
-from qst_tune.modules.cuda_graph import CudaGraphs
+from qst_tune.modules.cuda_graph import CudaGraphs, casting_anew
 
 log = utils.get_logger("INFO")
 
@@ -27,9 +27,10 @@ def recorder(device: torch.device) -> Recorder | None:
 
 
 def _recorded(graphs: CudaGraphs, compute: Compute) -> Compute:
-    graphs.rehearse(compute)  # refuses what waits for the device, as a model's own code may
     results: list[torch.Tensor] = []
-    replay = graphs.record(lambda: results.append(compute()))
+    with casting_anew(graphs.device.type):
+        graphs.rehearse(compute)  # refuses what waits for the device, as a model's own code may
+        replay = graphs.record(lambda: results.append(compute()))
 
     def again() -> torch.Tensor:
         replay()

@@ -117,9 +117,11 @@ class CapturedPass:
 
     def _backward(self) -> None:
         wanted = [output for output in self._outputs if output.requires_grad]
-        found = torch.autograd.grad(
-            wanted, self.parameters, self.output_gradients, allow_unused=True
-        )
+        # A caller's autocast is for forward passes.
+        with torch.autocast(self.inputs["tokens"].device.type, enabled=False):
+            found = torch.autograd.grad(
+                wanted, self.parameters, self.output_gradients, allow_unused=True
+            )
         self.is_used = [gradient is not None for gradient in found]
         _copy([gradient for gradient in found if gradient is not None], self._gradients)
 

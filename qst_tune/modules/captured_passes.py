@@ -27,7 +27,7 @@ from qst_tune.modules.captured_pass import (
     SharedTensors,
     Unfinished,
 )
-from qst_tune.modules.cuda_graph import CudaGraphs
+from qst_tune.modules.cuda_graph import CudaGraphs, casting_anew, casts_of_caller
 from qst_tune.torchtune_compat import Mask
 
 # With more the device is slower than Python.
@@ -128,11 +128,12 @@ class CapturedPasses:
         if not (is_usual and is_free and tokens.numel() <= MOST_TOKENS):
             return None
         kinds = [(name, value.shape, value.dtype, value.device) for name, value in inputs.items()]
-        key = (state, trains, *kinds)
+        key = (state, trains, casts_of_caller(tokens.device.type), *kinds)
         if key in self.passes and not self.passes[key].fits(parameters):
             del self.passes[key]
         if key not in self.passes and self._is_due(key):
-            self._capture(key, compute, parameters, inputs)
+            with casting_anew(tokens.device.type):
+                self._capture(key, compute, parameters, inputs)
         return self.passes.get(key)
 
     def _is_due(self, key: Hashable) -> bool:

@@ -210,6 +210,8 @@ def test_a_model_whose_python_counts_the_tokens_is_not_recorded(
 
 def test_what_waits_for_the_gpu_is_refused_before_a_recording_begins():
     class Graphs:
+        device = torch.device("cpu")
+
         def rehearse(self, work):
             raise RuntimeError("it waits")
 

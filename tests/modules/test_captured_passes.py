@@ -1,6 +1,6 @@
 """Captured passes change no number, and take no pass that they could not repeat."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -49,7 +49,12 @@ def batch(shape: tuple[int, int], number: int, **inputs: Any) -> dict[str, Any]:
     return {"tokens": tokens, "labels": tokens.roll(-1), **inputs}
 
 
-def steps(model: QSTModel, batches: list[dict[str, Any]], accumulation: int = 1) -> list[Step]:
+def steps(
+    model: QSTModel,
+    batches: list[dict[str, Any]],
+    accumulation: int = 1,
+    autocast: Callable[[int], bool] = lambda number: False,
+) -> list[Step]:
     """Train on each batch, and validate after each step."""
     loss_of = LinearCrossEntropyLoss()
     connect_loss(loss_of, model)
@@ -59,7 +64,8 @@ def steps(model: QSTModel, batches: list[dict[str, Any]], accumulation: int = 1)
     for number, given in enumerate(batches):
         given = {name: value.to(device) for name, value in given.items()}
         torch.manual_seed(100 + number)
-        loss, _ = next_token_loss(model, loss_of, given)
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast(number)):
+            loss, _ = next_token_loss(model, loss_of, given)
         loss.backward()
         gradients = [None if p.grad is None else p.grad.clone() for p in model.side.parameters()]
         found.append((loss.detach(), gradients))
@@ -104,19 +110,36 @@ def test_losses_and_gradients_of_all_steps_are_those_of_plain_passes(side, accum
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 @pytest.mark.parametrize(
     "side", [{}, {"dropout": 0.3}, {"lora_layers": 1}], ids=lambda side: "-".join(side) or "default"
 )
-def test_on_a_gpu_graphs_give_the_same_bits(side):
+def test_on_a_gpu_graphs_give_the_same_bits(side, autocast):
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     batches = [batch(shape, number) for number, shape in enumerate(SHAPES)]
-    plain = steps(tiny_model("cuda", **side), batches)
+    plain = steps(tiny_model("cuda", **side), batches, autocast=lambda _: autocast)
     model = tiny_model("cuda", **side)
     model.captured_passes = CapturedPasses()
-    assert_equal(steps(model, batches), plain)
+    assert_equal(steps(model, batches, autocast=lambda _: autocast), plain)
     assert model.captured_passes.fault is None
     assert len(model.captured_passes.passes) == 4
+
+
+@pytest.mark.parametrize("lora_layers", [0, 2])
+@pytest.mark.parametrize(
+    "autocast", [lambda _: True, lambda number: number % 2 == 0], ids=["always", "by turns"]
+)
+def test_a_callers_autocast_keeps_no_weight_of_an_earlier_step(autocast, lora_layers):
+    batches = [batch((2, 11), number) for number in range(10)]
+    plain = steps(tiny_model(lora_layers=lora_layers), batches, autocast=autocast)
+    model = tiny_model(lora_layers=lora_layers)
+    with capturing(model) as device:
+        assert_equal(steps(model, batches, autocast=autocast), plain)
+    # A forward and a backward pass, and one of validation, after two plain ones of each kind.
+    kinds = {autocast(number) for number in range(10)}
+    assert device.num_replays >= 10 + 2 * (10 - 2 * len(kinds)) - 2
+    assert model.captured_passes.fault is None
 
 
 def test_masks_and_positions_are_inputs_of_a_pass_not_part_of_it():

@@ -40,6 +40,7 @@ class _Operations(TorchDispatchMode):
         return result
 
     @torch.no_grad()
+    @torch.autocast("cpu", enabled=False)  # the casts are among the operations
     def again(self) -> None:
         """Do all of them, each into the memory of its first result."""
         for func, args, kwargs, first in self.done:
@@ -59,6 +60,7 @@ def _waits(func: Any, args: Any) -> bool:
 class StandInGraphs:
     """Takes the place of ``CudaGraphs``; counts records and replays."""
 
+    device = torch.device("cpu")
     num_records = 0
     num_replays = 0
 

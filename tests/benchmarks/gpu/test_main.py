@@ -34,7 +34,12 @@ def test_every_section_prints_and_stores_its_rows(
     assert {*gpu.SECTIONS} - {*sections} == {"compiled", "unsloth"}  # their rows are of "train"
     assert all(("error" in row) or row["ms"] > 0 for row in rows)
     times = {(row["section"], row["method"]): row.get("ms") for row in rows}
-    for key in (("train", QST), ("train", peers.TORCHTUNE_COMPILED), ("dial", DIAL), ("long", QST)):
+    for key in (
+        ("train", QST),
+        ("train", peers.TORCHTUNE_COMPILED),
+        *(("dial", name) for name in DIAL),
+        ("long", QST),
+    ):
         assert times[key], key
     errors = {row["method"]: row["error"] for row in rows if "error" in row}
     for method, packages in PACKAGES.items():

@@ -28,7 +28,7 @@ def test_a_step_changes_the_side_network() -> None:
 
 
 def test_the_dial_trains_lora_in_the_last_quarter_of_the_layers_too() -> None:
-    model = ours.dial_model(TINY, RandomWeights(torch.device("cpu")))
+    model = ours.dial_model(TINY, RandomWeights(torch.device("cpu")), part=1 / 4)
     names = {name for name in changed(model, 2) if name.startswith("lora.")}
     assert names
     assert {name.split(".")[1] for name in names} == {str(TINY.num_layers - 1)}
