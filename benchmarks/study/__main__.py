@@ -16,7 +16,7 @@ from benchmarks.study.costs import Plan, measure_in_new_process
 from benchmarks.study.experiment import Place, Run, execute
 from benchmarks.study.methods import BACKBONES, DEPTHS, GROUPS, METHODS
 from benchmarks.study.page import write_page
-from benchmarks.study.plan import QUICK, planned_runs
+from benchmarks.study.plan import QUICK, most_rows, planned_runs
 from benchmarks.study.tasks import BATCH_SIZE, TASKS, Task, directory_of, load_task
 
 RESULTS = Path(__file__).parent.parent / "results" / "study.jsonl"
@@ -66,6 +66,13 @@ def _problem(options: argparse.Namespace) -> str | None:
     largest = max(options.batch_size or BATCH_SIZE[name] for name in options.tasks)
     if options.rows is not None and options.rows < largest:
         return f"--rows {options.rows} must be at least the {largest} rows of a step"
+    after = options.unseen_after
+    if after is not None and (options.rows or most_rows(options) > after):
+        seen = options.rows or most_rows(options)
+        return (
+            f"--unseen-after {after}: a run trains on {seen} rows; give at least so many, "
+            "without --rows"
+        )
     return None
 
 

@@ -237,7 +237,7 @@ def _label_logits(
     learner: Learner, batch: dict[str, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if learner.device.type == "cuda":
-        batch = _padded(batch)
+        batch = padded_for_graphs(batch)
     batch = {key: value.to(learner.device) for key, value in batch.items()}
     labels = batch["labels"][:, 1:]
     chosen = labels != IGNORE
@@ -246,8 +246,15 @@ def _label_logits(
     return F.linear(hidden.to(torch.bfloat16), head.to(torch.bfloat16)).float(), labels[chosen]
 
 
-def _padded(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Pad as the recipes do, so that shapes come up again and their passes can be captured."""
+def padded_for_graphs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Pad as the recipes do, so that shapes come up again and their passes can be captured.
+
+    Args:
+        batch (dict[str, torch.Tensor]): ``tokens`` and ``labels``, ``[B, T]``.
+
+    Returns:
+        dict[str, torch.Tensor]: T is a multiple of 16.
+    """
     more = -batch["tokens"].shape[1] % PAD_TO
     tokens, labels = (
         F.pad(batch["tokens"], (0, more)),

@@ -34,6 +34,20 @@ def planned_runs(options: argparse.Namespace, done: list[Line]) -> Iterator[Run]
                     yield replace(run, rate=rate)
 
 
+def most_rows(options: argparse.Namespace) -> int:
+    """Return how many rows the longest run trains on, counted anew in each epoch.
+
+    Args:
+        options (argparse.Namespace): of the command line.
+
+    Returns:
+        int: steps times rows a step.
+    """
+    pairs = [(task, name) for task in options.tasks for name in options.methods]
+    runs = [_run(options, task, name, 0) for task, name in pairs]
+    return max(run.steps * run.batch_size for run in runs)
+
+
 def _run(options: argparse.Namespace, task: str, name: str, seed: int) -> Run:
     """The run at the method's own rate."""
     method, size = METHODS[name], options.batch_size or BATCH_SIZE[task]

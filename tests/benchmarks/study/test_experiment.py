@@ -7,7 +7,16 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.study import experiment
-from benchmarks.study.experiment import Place, Run, evaluate, execute, optimizer_of, train_step
+from benchmarks.study.experiment import (
+    Place,
+    Run,
+    evaluate,
+    execute,
+    label_losses,
+    optimizer_of,
+    padded_for_graphs,
+    train_step,
+)
 from benchmarks.study.methods import Method
 from benchmarks.study.tasks import Task
 from tests.benchmarks.study.support import one_of_two_words, tiny_learner
@@ -65,6 +74,28 @@ def test_a_run_learns_its_task_and_says_with_what(task):
     assert len(after["curve"]) == 60
     assert after["held_out_loss"] < before["held_out_loss"] - 1
     assert after["trained"] == sum(p.numel() for p in tiny_learner().model.side.parameters())
+
+
+def test_unseen_rows_are_measured_with_what_was_trained(task):
+    run = Run("rte", "qst", 1e-2, 3, 0, 8)
+    line = execute(run, task, HERE, unseen_after=30)
+    held_out = Task("rte", task.train, task.unseen(0, 30).held_out, task.answers)
+    assert line["unseen"] == execute(run, held_out, HERE)["held_out"]
+    assert line["unseen_after"] == 30
+    assert same_numbers(
+        {k: v for k, v in line.items() if not k.startswith("unseen")}, execute(run, task, HERE)
+    )
+
+
+def test_padding_for_a_gpu_changes_no_loss(task):
+    learner, batch = tiny_learner(), next(task.batches(0, 8))
+    padded = padded_for_graphs(batch)
+    assert padded["tokens"].shape == padded["labels"].shape == (8, 16)
+    with torch.no_grad():
+        losses = label_losses(learner, padded)
+        # Products of other shapes round differently, in bf16.
+        torch.testing.assert_close(losses, label_losses(learner, batch), rtol=0.01, atol=0.03)
+    assert padded_for_graphs(padded)["tokens"].equal(padded["tokens"])
 
 
 def test_kept_states_change_no_number(task, tmp_path):

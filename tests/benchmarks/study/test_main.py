@@ -66,6 +66,10 @@ def test_what_was_run_is_not_run_again_and_the_page_follows(
     ("arguments", "told"),
     [
         (["--rows", "7"], "--rows 7 must be at least the 8 rows of a step"),
+        (
+            ["--unseen-after", "1599"],
+            "--unseen-after 1599: a run trains on 1600 rows; give at least so many, without --rows",
+        ),
         (["--device", "cuda"], "--device cuda finds no GPU: use --device cpu"),
     ],
 )

@@ -1,10 +1,11 @@
 import json
 import math
+from itertools import islice
 
 import pytest
 import torch
 
-from benchmarks.study.tasks import BATCH_SIZE, IGNORE, MAX_TOKENS, TASKS, load_task
+from benchmarks.study.tasks import BATCH_SIZE, IGNORE, MAX_TOKENS, TASKS, Task, load_task
 
 
 def encode(text):
@@ -142,3 +143,14 @@ def test_few_rows_make_the_same_batches_in_every_epoch_in_another_order(data, na
     first, *others = [epoch() for _ in range(4)]
     assert all(sorted(other) == sorted(first) for other in others)
     assert any(other != first for other in others)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_unseen_rows_are_those_that_no_batch_came_to(seed):
+    rows = [{"tokens": [i], "labels": [i]} for i in range(20)]
+    task = Task("rte", rows, rows[:2], [])
+    batches = list(islice(task.batches(seed, 4), 3))
+    seen = {int(token) for batch in batches for token in batch["tokens"].flatten()}
+    unseen = task.unseen(seed, 12)
+    assert {row["tokens"][0] for row in unseen.held_out} == set(range(20)) - seen
+    assert (unseen.train, unseen.answers) == (rows, [])
