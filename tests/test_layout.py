@@ -37,7 +37,7 @@ LAYERS = [
 
 # What may be in qst_tune/ and recipes/ at most.
 MOST = {
-    "lines": 33_000,
+    "lines": 33_100,
     "annotations with Any": 460,
     "lines of a file": 350,
     "parameters of a function": 10,

@@ -49,9 +49,11 @@ class Bench:
             self._models[method] = Held(model, self.clock.allocated() - before)
         return self._models[method]
 
-    def runner(self, method: str, make_step: Callable[[Any], Step], model: str) -> Runner:
+    def runner(
+        self, method: str, make_step: Callable[[Any], Step], model: str, *, replays: bool = True
+    ) -> Runner:
         """Return a method that takes such steps with the model of another, or its own."""
-        return Runner(method, partial(self.model, model), make_step)
+        return Runner(method, partial(self.model, model), make_step, replays)
 
     def trainee(self, method: str) -> Runner:
         """Return the one runner that trains the model of a method."""

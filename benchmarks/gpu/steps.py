@@ -17,7 +17,7 @@ def train(bench: Bench) -> Iterator[Row]:
     """Measure every method at each shape, except the one that compiles."""
     methods = [QST, peers.TORCHTUNE, peers.PEFT_LIGER, peers.PEFT]
     runners = [bench.trainee(method) for method in methods]
-    runners.insert(1, bench.runner(PLAIN, plain_step, QST))
+    runners.insert(1, bench.runner(PLAIN, plain_step, QST, replays=False))
     for shape in bench.sizes.shapes:
         yield _floor(bench, shape)
         yield from bench.steps("train", runners, shape, _rounds(bench, shape))

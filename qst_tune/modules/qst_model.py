@@ -11,7 +11,7 @@ from torch import nn
 
 from qst_tune.modules.backbone import Backbone, Visit
 from qst_tune.modules.batch_parts import in_parts
-from qst_tune.modules.captured_passes import CapturedPasses
+from qst_tune.modules.captured_passes import MOST_TOKENS_WITH_LORA, CapturedPasses
 from qst_tune.modules.hidden_state_cache import HiddenStateCache
 from qst_tune.modules.meta_device import materialize
 from qst_tune.modules.shared_pass import SharedPass
@@ -144,26 +144,30 @@ class QSTModel(nn.Module):
         else:
             side.take_rows(tokens)
         compute = partial(in_parts, partial(self._run_networks, sides), parts)
-        if self.captured_passes is None or len(parts) > 1 or not self._can_be_captured(sides):
+        captured = self.captured_passes
+        if captured is None or len(parts) > 1 or not self._can_be_captured(sides, tokens):
             return compute(tokens, **where)
         networks = [network for network in sides if network is not None]
-        return self.captured_passes.run(
+        return captured.run(
             compute,
             partial(self._run_saving_all, networks, compute),
-            [p for network in networks for p in network.parameters() if p.requires_grad],
+            networks,
             (side.training, *map(id, sides)),
             tokens,
             **where,
         )
 
-    def _can_be_captured(self, sides: Sequence[SideNetwork | None]) -> bool:
+    def _can_be_captured(self, sides: Sequence[SideNetwork | None], tokens: torch.Tensor) -> bool:
         """Whether a pass is the same kernels each time, over weights that stay where they are."""
         side: Any = self.side
         keeps = self.hidden_state_cache is not None or self.shared_pass is not None
         is_alone = not keeps and not self.caches_are_enabled()
         if not is_alone or not side.rows_are_alike or side.disabled:
             return False
-        return side.lora is None or not side.lora.restores_dropout or not side.training
+        if side.lora is None:
+            return True
+        draws_again = side.lora.restores_dropout and side.training
+        return not draws_again and tokens.numel() <= MOST_TOKENS_WITH_LORA
 
     def _run_saving_all(
         self,

@@ -13,15 +13,15 @@ WIDTH = 5
 
 
 @pytest.fixture
-def parameters() -> list[nn.Parameter]:
-    return [nn.Parameter(torch.randn(7, WIDTH)), nn.Parameter(torch.randn(3))]
+def parameters() -> nn.ParameterList:
+    return nn.ParameterList([torch.randn(7, WIDTH), torch.randn(3)])
 
 
 def inputs(batch: int = 2, length: int = 3) -> dict[str, torch.Tensor]:
     return {"tokens": torch.randint(7, (batch, length)), "scale": torch.rand(batch, length, 1)}
 
 
-def compute_with(parameters: list[nn.Parameter]):
+def compute_with(parameters: nn.ParameterList):
     """Two outputs: with a gradient for the first parameter, and without one."""
 
     def compute(tokens, scale):
@@ -34,7 +34,7 @@ def compute_with(parameters: list[nn.Parameter]):
 def captured(parameters, shared=None, **size) -> CapturedPass:
     shared = shared or SharedTensors(parameters, most_tokens=20)
     return CapturedPass(
-        compute_with(parameters), inputs(**size), parameters, shared, StandInGraphs()
+        compute_with(parameters), inputs(**size), [parameters], shared, StandInGraphs()
     )
 
 
@@ -85,7 +85,7 @@ def test_in_no_grad_mode_only_the_forward_pass_is_recorded(parameters):
     device = StandInGraphs()
     shared = SharedTensors(parameters, most_tokens=20)
     with torch.no_grad():
-        one = CapturedPass(compute_with(parameters), inputs(), parameters, shared, device)
+        one = CapturedPass(compute_with(parameters), inputs(), [parameters], shared, device)
     assert device.num_records == 1
     given = inputs()
     plain = compute_with(parameters)(**given)
@@ -125,7 +125,41 @@ def test_where_plain_passes_differ_a_recorded_one_may_as_much(parameters, shift,
     shared = SharedTensors(parameters, most_tokens=20)
     given = inputs(batch=4, length=5)
     with torch.no_grad(), nullcontext() if is_right else pytest.raises(ValueError, match="other"):
-        CapturedPass(compute, given, parameters, shared, Graphs())
+        CapturedPass(compute, given, [parameters], shared, Graphs())
+
+
+def test_results_that_differ_now_and_then_count_together(parameters):
+    """Of many sums of atomic additions each is the same in most passes, never all of them."""
+    others = torch.Generator().manual_seed(5)
+
+    def compute(tokens, scale):
+        results = [parameters[0][tokens] * scale + n for n in range(40)]
+        for n in torch.randint(40, (3,), generator=others).tolist():
+            results[n] = results[n] * (1 + 1e-6)
+        return tuple(results)
+
+    with torch.no_grad():
+        shared = SharedTensors(list(parameters), most_tokens=20)
+        CapturedPass(compute, inputs(), [parameters], shared, StandInGraphs())
+
+
+def test_a_record_meets_no_node_of_autograd_of_an_earlier_loss(parameters):
+    """On a GPU such a node belongs to another stream, and its recording fails."""
+    compute, seen = compute_with(parameters), []
+
+    def seeing(tokens, scale):
+        seen.append(parameters[0])
+        return compute(tokens, scale)
+
+    loss = compute(**inputs())[0].sum()
+    loss.backward()
+    own, device = parameters[0], StandInGraphs()
+    shared = SharedTensors(list(parameters), most_tokens=20)
+    one = CapturedPass(seeing, inputs(), [parameters], shared, device)
+    assert len({id(leaf) for leaf in (own, *seen)}) == 1 + len(seen) > 2
+    assert {leaf.data_ptr() for leaf in seen} == {own.data_ptr()}
+    assert parameters[0] is own
+    assert one.parameters[0] is own
 
 
 def test_a_pass_goes_backward_once(parameters):

@@ -226,6 +226,9 @@ def test_only_small_plain_training_passes_of_repeated_shapes_are_captured():
     assert passes_taken(tiny_model(), same[:PLAIN_PASSES]) == 0
     with mock.patch(f"{MODULE}.MOST_TOKENS", 17):
         assert passes_taken(tiny_model(), same) == 0
+    with mock.patch("qst_tune.modules.qst_model.MOST_TOKENS_WITH_LORA", 17):
+        assert passes_taken(tiny_model(), same) == 2
+        assert passes_taken(tiny_model(lora_layers=1), same) == 0
     with mock.patch(f"{MODULE}.MOST_SHAPES", 2):
         other = [batch((2, 10), number) for number in range(PLAIN_PASSES + 2)]
         assert passes_taken(tiny_model(), same + other) == 2
@@ -245,8 +248,7 @@ def test_packed_rows_with_a_block_mask_are_not_captured():
     mask = create_block_mask(lambda b, h, q, k: q >= k, 2, None, 9, 9, device="cpu")
     for number in range(4):
         tokens = batch((2, 9), number)["tokens"]
-        parameters = list(model.side.parameters())
-        passes.run(lambda tokens, mask: (), lambda: (), parameters, (), tokens, mask=mask)
+        passes.run(lambda tokens, mask: (), lambda: (), [model.side], (), tokens, mask=mask)
     assert device.num_records == 0
 
 

@@ -116,7 +116,7 @@ def test_on_a_gpu_a_step_waits_once(tmp_path: Path, recwarn: pytest.WarningsReco
             complete(trainer._train_step(batches))
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits = [str(w.message) for w in recwarn if "synchronizing CUDA" in str(w.message)]
+    waits = [f"{w.filename}:{w.lineno}" for w in recwarn if "synchronizing CUDA" in str(w.message)]
     assert len(waits) == 1, waits
 
 

@@ -1,6 +1,7 @@
 """Methods take turns; a failure or the end of the time concerns one method alone."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -52,6 +53,16 @@ def test_a_method_without_memory_for_one_shape_is_asked_for_the_next() -> None:
     big = runner("big", needs)
     assert take_turns([big], [5, 5], CLOCK, Deadline(60))["big"].error
     assert len(take_turns([big], [1, 1], CLOCK, Deadline(60))["big"].milliseconds) == 1
+
+
+def test_the_memory_of_graphs_is_counted_where_steps_replay_them() -> None:
+    model = SimpleNamespace(captured_passes=SimpleNamespace(pool_bytes=lambda: 5000))
+
+    def peak(**how: bool) -> int:
+        graphs = Runner("graphs", lambda: Held(model, 100), lambda model: lambda value: None, **how)
+        return take_turns([graphs], [0, 1], CLOCK, Deadline(60))["graphs"].peak_bytes
+
+    assert (peak(), peak(replays=False)) == (5100, 100)
 
 
 @pytest.mark.parametrize("seconds", [-1.0])
