@@ -29,7 +29,7 @@ from qst_tune.config.file import parse_config
 from qst_tune.config.keys import typed
 from qst_tune.config.schema import EstimateConfig, StepConfig
 from qst_tune.errors import UserError
-from qst_tune.estimation.estimate import Question, Row, batch_text, table
+from qst_tune.estimation.estimate import EstimateRequest, Row, batch_text, table
 from qst_tune.estimation.fake_device import DeviceType
 from qst_tune.estimation.step import Setup, Shape, peqa_setup, qst_setup
 from qst_tune.models import peqa_decoder, qst_decoder
@@ -151,8 +151,8 @@ def row(
     name: str, cfg: StepConfig, shape: Shape, device: DeviceType, fit_gib: float | None = None
 ) -> Row:
     """Estimate one method."""
-    question = Question(partial(METHODS[name], cfg), cfg, shape, device, fit_gib=fit_gib)
-    found, _ = question.answer()
+    request = EstimateRequest(partial(METHODS[name], cfg), cfg, shape, device, fit_gib=fit_gib)
+    found, _ = request.answer()
     return replace(found, title=name)
 
 

@@ -189,7 +189,7 @@ class BatchPeaks:
         timeline = of_more_parts(*found, parts - _FEW) if found else None
         return None if timeline is None else self._with_missing(timeline)
 
-    @cache  # noqa: B019  # lives as long as one question
+    @cache  # noqa: B019  # lives as long as one request
     def _few_parts(self, rest: int) -> tuple[Timeline, Timeline]:
         sizes = [n * self._part_rows + rest for n in (_FEW, _FEW + 1)]
         was_shallow = self.is_shallow

@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
 
 from qst_tune.estimation.estimate import (
+    EstimateRequest,
     Price,
-    Question,
     batch_text,
     largest_batch,
     largest_batch_in_turn,
@@ -34,12 +34,12 @@ class Deepest:
 
 
 class Depths:
-    """Answers a question about a QST model for every ``lora_layers``.
+    """Answers a request for a QST model for every ``lora_layers``.
 
-    ``asked`` is the question about the config's own; ``build`` makes the step of another.
+    ``asked`` is the request for the config's own; ``build`` makes the step of another.
     """
 
-    def __init__(self, asked: Question, build: Callable[[int], Setup]) -> None:
+    def __init__(self, asked: EstimateRequest, build: Callable[[int], Setup]) -> None:
         self._asked, self._build = asked, build
         model = asked.build().model
         self.own: int = model.side.config.lora_layers
@@ -122,13 +122,13 @@ class Depths:
         found = self.deepest()
         return {**lines, "deepest": None if found is None else asdict(found)}
 
-    def _at(self, lora_layers: int) -> Question:
+    def _at(self, lora_layers: int) -> EstimateRequest:
         return replace(self._asked, build=lambda: self._build(lora_layers))
 
     def _peak(self, lora_layers: int) -> int:
         return self._price(lora_layers).peak_bytes
 
-    @cache  # noqa: B019  # lives as long as one question
+    @cache  # noqa: B019  # lives as long as one request
     def _price(self, lora_layers: int) -> Price:
         with quick_and_quiet():
             return self._at(lora_layers).price(self._forward_flops)
@@ -139,6 +139,6 @@ class Depths:
         return trace_forward(asked.build(), asked.shape.seq_len, device=asked.device)
 
 
-def depths_of(asked: Question, build: Callable[[int], Setup]) -> Depths | None:
-    """Return the depths of a question about a QST model; None for PEQA."""
+def depths_of(asked: EstimateRequest, build: Callable[[int], Setup]) -> Depths | None:
+    """Return the depths of a request for a QST model; None for PEQA."""
     return Depths(asked, build) if isinstance(asked.build().model, QSTModel) else None

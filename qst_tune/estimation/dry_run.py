@@ -9,7 +9,7 @@ from qst_tune.data.batches.schedule import schedule_of
 from qst_tune.data.batches.training_data import TrainingData
 from qst_tune.distributed.processes import rank_and_world_size
 from qst_tune.errors import UserError
-from qst_tune.estimation.estimate import DEFAULT_SEQ_LEN, Question, table
+from qst_tune.estimation.estimate import DEFAULT_SEQ_LEN, EstimateRequest, table
 from qst_tune.estimation.spread import Spread
 from qst_tune.estimation.step import Shape, own_setup
 from qst_tune.estimation.trials import trials_cost
@@ -31,14 +31,14 @@ def describe_run(
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"dry_run: memory on device={device} cannot be estimated: use cpu or cuda")
     shape = Shape(cfg.batch_size, cfg.tokenizer.get("max_seq_len") or DEFAULT_SEQ_LEN)
-    question = Question(
+    request = EstimateRequest(
         lambda: own_setup(cfg, dtype),
         cfg,
         shape,
         device="cuda" if device.type == "cuda" else "cpu",
         spread=Spread.of_config(cfg, rank_and_world_size()[1]),
     )
-    row, spread = question.answer()
+    row, spread = request.answer()
     lines = [
         f"dry run: {schedule.num_steps} steps in {schedule.epochs} epochs of "
         f"{len(data.train.dataset)} rows, {num_validation} rows for validation; nothing was "
@@ -50,7 +50,7 @@ def describe_run(
     if spread:
         lines.append(spread)
     if trials:
-        cost = trials_cost(trials, dtype, shape, question.device)
+        cost = trials_cost(trials, dtype, shape, request.device)
         cost.check(device)
         lines.append(cost.line())
     return "\n".join(lines)

@@ -58,7 +58,7 @@ class Price:
 
 
 @dataclass(frozen=True)
-class Question:
+class EstimateRequest:
     """What is asked about a step that ``build`` makes anew at each call.
 
     ``cfg`` has ``optimizer``. With ``fit_gib`` the largest batch within that memory is asked too.

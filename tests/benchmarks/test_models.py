@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from benchmarks import models
 from benchmarks.models import MODELS, Model, counted, main, peak_gib
 from qst_tune.config.file import parse_config
-from qst_tune.estimation.estimate import Question
+from qst_tune.estimation.estimate import EstimateRequest
 from qst_tune.estimation.step import Shape, own_setup
 from qst_tune.modules.memory import GIB
 from tests.support.configs import typed_config
@@ -38,8 +38,8 @@ def test_the_short_way_to_the_peak_gives_that_of_the_estimate(
     raw = parse_config(["--config", str(models.CONFIG), f"checkpoint_dir={tmp_path}"])
     raw.model.embedding_quantization = "int8"
     cfg = typed_config(raw)
-    question = Question(lambda: own_setup(cfg, torch.bfloat16), cfg, shape, "cuda")
-    whole = question.answer()[0].cost.memory.num_bytes
+    request = EstimateRequest(lambda: own_setup(cfg, torch.bfloat16), cfg, shape, "cuda")
+    whole = request.answer()[0].cost.memory.num_bytes
     assert peak_gib(tmp_path, shape, "int8") * GIB == pytest.approx(whole, abs=16 * 1024)
 
 

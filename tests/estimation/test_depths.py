@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qst_tune.estimation.depths import Deepest, Depths, depths_of
-from qst_tune.estimation.estimate import MANY_ROWS, Question
+from qst_tune.estimation.estimate import MANY_ROWS, EstimateRequest
 from qst_tune.estimation.step import Shape, StepCost, own_setup, trace_step
 from qst_tune.modules.memory import GIB
 from tests.estimation.test_step import PEQA, QST
@@ -23,7 +23,7 @@ def config(**changes: Any) -> Any:
 
 def depths(cfg: Any, fit_gib: float | None = None) -> Depths:
     build = partial(own_setup, cfg, torch.bfloat16)
-    asked = Question(build, cfg, SHAPE, device="cuda", fit_gib=fit_gib)
+    asked = EstimateRequest(build, cfg, SHAPE, device="cuda", fit_gib=fit_gib)
     found = depths_of(asked, build)
     assert found is not None
     return found
@@ -107,4 +107,6 @@ def test_the_table_marks_the_configs_own() -> None:
 
 def test_peqa_has_no_depths() -> None:
     build = partial(own_setup, training_config(PEQA), torch.bfloat16)
-    assert depths_of(Question(build, training_config(PEQA), SHAPE, device="cpu"), build) is None
+    assert (
+        depths_of(EstimateRequest(build, training_config(PEQA), SHAPE, device="cpu"), build) is None
+    )
