@@ -25,7 +25,7 @@ from qst_tune.estimation.depths import Depths, depths_of
 from qst_tune.estimation.estimate import (
     DEFAULT_SEQ_LEN,
     JSON_FILE,
-    Question,
+    EstimateRequest,
     Row,
     batch_text,
     table,
@@ -40,10 +40,10 @@ from qst_tune.results.output_directory import output_directory
 log = utils.get_logger("INFO")
 
 
-def question_of(cfg: EstimateConfig) -> Question:
+def request_of(cfg: EstimateConfig) -> EstimateRequest:
     """Return what the config asks: about a step of its model, and the batch that fits."""
     dtype = dtype_of(cfg.dtype)
-    return Question(
+    return EstimateRequest(
         lambda: own_setup(cfg, dtype),
         cfg,
         Shape(cfg.batch_size, row_length(cfg)),
@@ -86,13 +86,13 @@ def dtype_of(dtype: str) -> torch.dtype:
     return dtypes[dtype]
 
 
-def depths_asked(cfg: EstimateConfig, asked: Question) -> Depths | None:
+def depths_asked(cfg: EstimateConfig, asked: EstimateRequest) -> Depths | None:
     """Return the prices of every ``lora_layers``, unless the config does without."""
     dtype = dtype_of(cfg.dtype)
     return depths_of(asked, lambda k: own_setup(cfg, dtype, k)) if cfg.depths else None
 
 
-def trials_asked(cfg: EstimateConfig, asked: Question) -> TrialsCost | None:
+def trials_asked(cfg: EstimateConfig, asked: EstimateRequest) -> TrialsCost | None:
     """Return what the config's trials cost, if it has any."""
     trials = read_trials(cfg)
     if not trials.configs:
@@ -103,7 +103,7 @@ def trials_asked(cfg: EstimateConfig, asked: Question) -> TrialsCost | None:
 
 def report(
     cfg: EstimateConfig,
-    asked: Question,
+    asked: EstimateRequest,
     row: Row,
     spread: str | None,
     depths: Depths | None,
@@ -132,7 +132,7 @@ def report(
     return "\n".join(lines)
 
 
-def settings_of(cfg: EstimateConfig, asked: Question) -> dict[str, object]:
+def settings_of(cfg: EstimateConfig, asked: EstimateRequest) -> dict[str, object]:
     """Return what the figures are for, as estimate.json has it."""
     return {
         "model": str(cfg.model._component_),
@@ -150,7 +150,7 @@ def settings_of(cfg: EstimateConfig, asked: Question) -> dict[str, object]:
 def main(raw: DictConfig) -> None:
     """Run the recipe."""
     cfg = fetch_models(read_config(raw, EstimateConfig), "config")
-    asked = question_of(cfg)
+    asked = request_of(cfg)
     with output_directory(cfg.output_dir) as directory:
         (row, spread), depths = asked.answer(), depths_asked(cfg, asked)
         trials = trials_asked(cfg, asked)

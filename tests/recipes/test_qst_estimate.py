@@ -68,7 +68,7 @@ def test_unknown_length_of_rows_is_said(
 ) -> None:
     monkeypatch.setattr(qst_estimate.log, "propagate", True)
     cfg = typed_config(settings("tokenizer.max_seq_len=null"), EstimateConfig)
-    assert qst_estimate.question_of(cfg).shape.seq_len == qst_estimate.DEFAULT_SEQ_LEN
+    assert qst_estimate.request_of(cfg).shape.seq_len == qst_estimate.DEFAULT_SEQ_LEN
     assert "tokenizer.max_seq_len is null" in caplog.text
 
 
@@ -125,5 +125,5 @@ def test_every_training_config_can_be_estimated(name: str, tmp_path: Path) -> No
     if "checkpoint_dir" in cfg:  # their model is the directory's
         cfg.checkpoint_dir = write_published(tmp_path, name)
     assert config_problems(cfg, keys_of(EstimateConfig)) == []
-    qst_estimate.question_of(typed_config(cfg, EstimateConfig))
+    qst_estimate.request_of(typed_config(cfg, EstimateConfig))
     build_any_on_meta(cfg.model, qst_estimate.dtype_of(cfg.dtype))
