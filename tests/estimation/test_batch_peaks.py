@@ -80,12 +80,12 @@ class Steps:
         return BatchPeaks(setup.model, self, known_batch, known, part_rows)
 
 
-SLOW = sorted({*SHOWN.split(","), "peqa", "peqa_checkpointed"} - {"qst", "qlora_checkpointed"})
+SLOW = sorted({*SHOWN.split(","), "peqa", "peqa_checkpointed"} - {"qst"})
 
 
 @pytest.mark.parametrize(
     "name",
-    ["qst", "qlora_checkpointed", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)],
+    ["qst", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)],
 )
 def test_peaks_of_few_layers_and_parts_are_those_of_whole_steps(name: str) -> None:
     steps = Steps(name, "cuda")

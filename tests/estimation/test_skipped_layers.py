@@ -35,7 +35,7 @@ def check(model: dict[str, Any], least_skipped: int, **changes: Any) -> None:
     assert step.start_bytes == whole.start_bytes
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(
     ("lora_layers", "least_skipped"),
     [
@@ -61,7 +61,7 @@ def test_so_are_those_of_preferences() -> None:
     check({**DEEP, "lora_layers": 6}, 2, enable_activation_checkpointing=True, **DPO)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("model_type", [pytest.param("llama", marks=pytest.mark.slow), "qwen3_moe"])
 @pytest.mark.parametrize(
     "loss",
     [pytest.param({}, id="labels"), pytest.param(DPO, id="preferences", marks=pytest.mark.slow)],

@@ -26,7 +26,10 @@ from tests.support.recipe_runs import FinetuneResult, finetune, run_tune
     "settings",
     [
         ["dataset.packed=True", "seed=null"],
-        ["optimizer._component_=torch.optim.SGD", "optimizer.momentum=0.9", "num_workers=2"],
+        pytest.param(
+            ["optimizer._component_=torch.optim.SGD", "optimizer.momentum=0.9", "num_workers=2"],
+            marks=pytest.mark.slow,
+        ),
         ["enable_activation_checkpointing=True", "dtype=bf16", "model.downsample=lora"],
     ],
     ids=lambda settings: settings[0],
