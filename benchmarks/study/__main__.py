@@ -66,9 +66,8 @@ def _problem(options: argparse.Namespace) -> str | None:
     largest = max(options.batch_size or BATCH_SIZE[name] for name in options.tasks)
     if options.rows is not None and options.rows < largest:
         return f"--rows {options.rows} must be at least the {largest} rows of a step"
-    after = options.unseen_after
-    if after is not None and (options.rows or most_rows(options) > after):
-        seen = options.rows or most_rows(options)
+    after, seen = options.unseen_after, options.rows or most_rows(options)
+    if after is not None and (options.rows or seen > after):
         return (
             f"--unseen-after {after}: a run trains on {seen} rows; give at least so many, "
             "without --rows"

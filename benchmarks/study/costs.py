@@ -149,8 +149,9 @@ def _start(name: str, place: Place) -> tuple[Learner, torch.optim.Optimizer]:
 
 def _peak_on_cuda(learner: Learner, optimizer: torch.optim.Optimizer, batch: Batch) -> int:
     """Most that a step adds, recorded or replayed: a replay's memory is that of its graphs."""
+    passes = CapturedPasses()
     if isinstance(learner.model, QSTModel):
-        learner.model.captured_passes = CapturedPasses()
+        learner.model.captured_passes = passes  # others record nothing
     torch.cuda.reset_peak_memory_stats(learner.device)
     before = torch.cuda.memory_allocated(learner.device)
     for _ in range(_STEPS_TO_CAPTURE):
@@ -158,9 +159,8 @@ def _peak_on_cuda(learner: Learner, optimizer: torch.optim.Optimizer, batch: Bat
     recorded = torch.cuda.max_memory_allocated(learner.device)
     torch.cuda.reset_peak_memory_stats(learner.device)
     train_step(learner, optimizer, batch)
-    passes = getattr(learner.model, "captured_passes", None)
-    graphs = 0 if passes is None else passes.pool_bytes()
-    return max(recorded, torch.cuda.max_memory_allocated(learner.device) + graphs) - before
+    replayed = torch.cuda.max_memory_allocated(learner.device) + passes.pool_bytes()
+    return max(recorded, replayed) - before
 
 
 def _peak_bytes(learner: Learner, optimizer: torch.optim.Optimizer, batch: Batch) -> int:

@@ -17,6 +17,7 @@ from benchmarks.methods import CPU
 from benchmarks.study.learners import Learner, fast_decoding
 from benchmarks.study.methods import METHODS
 from benchmarks.study.tasks import IGNORE, Task
+from qst_tune.data.batches.collate import LENGTH_MULTIPLE
 from qst_tune.modules.backbone_formats import quantization_of
 from qst_tune.modules.hidden_state_cache import HiddenStateCache
 from qst_tune.modules.qst_model import QSTModel
@@ -24,7 +25,6 @@ from qst_tune.training.methods import scale_rates
 
 WARMUP = 10
 MAX_GRAD_NORM = 1.0
-PAD_TO = 16  # tokens, on a GPU
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ def padded_for_graphs(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     Returns:
         dict[str, torch.Tensor]: T is a multiple of 16.
     """
-    more = -batch["tokens"].shape[1] % PAD_TO
+    more = -batch["tokens"].shape[1] % LENGTH_MULTIPLE
     tokens, labels = (
         F.pad(batch["tokens"], (0, more)),
         F.pad(batch["labels"], (0, more), value=IGNORE),

@@ -9,7 +9,7 @@ from torchtune import utils
 
 from qst_tune.backbone.masks import positions
 from qst_tune.errors import first_line
-from qst_tune.modules.cuda_graph import CudaGraphs, casting_anew
+from qst_tune.modules.cuda_graph import CudaGraphs, autocast_without_cache
 
 log = utils.get_logger("INFO")
 
@@ -28,7 +28,7 @@ def recorder(device: torch.device) -> Recorder | None:
 
 def _recorded(graphs: CudaGraphs, compute: Compute) -> Compute:
     results: list[torch.Tensor] = []
-    with casting_anew(graphs.device.type):
+    with autocast_without_cache(graphs.device.type):
         graphs.rehearse(compute)  # refuses what waits for the device, as a model's own code may
         replay = graphs.record(lambda: results.append(compute()))
 

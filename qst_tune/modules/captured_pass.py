@@ -16,7 +16,7 @@ Compute = Callable[..., tuple[torch.Tensor, ...]]
 # A recorded pass may be this many times as far from a plain one as another plain one is: the
 # farthest of so many. Another dropout mask, or a stale input, is thousands of times as far.
 _TOLERATED_RATIO = 4
-_PLAIN_PASSES_AGAIN = 3
+_COMPARED_PASSES = 3
 
 
 class Recorder(Protocol):
@@ -87,8 +87,9 @@ class CapturedPass:
         shared: SharedTensors,
         recorder: Recorder,
     ) -> None:
-        self.networks_pass, self.shared = NetworksPass(networks, compute), shared
-        self.parameters = trained_parameters(networks)
+        self._pass, self.shared = NetworksPass(networks, compute), shared
+        named = {name: p for name, p in self._pass.named_parameters() if p.requires_grad}
+        self._names, self.parameters = list(named), list(named.values())
         self._leaves: list[nn.Parameter] = []
         self.inputs = {name: value.clone() for name, value in inputs.items()}
         self._addresses = _addresses(self.parameters)
@@ -108,21 +109,18 @@ class CapturedPass:
             if self._goes_back:
                 self._replay_backward()
         error = _distance(self._results(), expected)
-        plain_error = self._distance_of_plain_passes(error, expected, recorder)
-        if math.isinf(error) or error > _TOLERATED_RATIO * plain_error:
+        if error == 0:
+            return
+        distances = [self._plain_distance(expected, recorder) for _ in range(_COMPARED_PASSES)]
+        if math.isinf(error) or error > _TOLERATED_RATIO * max(distances):
             raise ValueError("a recorded pass gives other values than a plain one")
 
-    def _distance_of_plain_passes(
-        self, error: float, expected: Tensors, recorder: Recorder
-    ) -> float:
-        """How far apart plain passes of the same inputs are, if that is asked for: 0 at most."""
-        distances = [0.0]
-        for _ in range(_PLAIN_PASSES_AGAIN if error else 0):
-            with recorder.same_random_numbers():
-                recorder.rehearse(self._rehearse)
-            self._outputs = ()
-            distances.append(_distance(self._results(), expected))
-        return max(distances)
+    def _plain_distance(self, expected: Tensors, recorder: Recorder) -> float:
+        """How far another plain pass of the same inputs is from the first."""
+        with recorder.same_random_numbers():
+            recorder.rehearse(self._rehearse)
+        self._outputs = ()
+        return _distance(self._results(), expected)
 
     def _results(self) -> list[torch.Tensor]:
         return [result.clone() for result in (*self.outputs, *self._gradients)]
@@ -134,11 +132,8 @@ class CapturedPass:
         loss, and a recording whose backward pass goes there is void.
         """
         self._leaves = [nn.Parameter(parameter.detach()) for parameter in self.parameters]
-        names = [name for name, p in self.networks_pass.named_parameters() if p.requires_grad]
-        leaves: dict[str, torch.Tensor] = dict(zip(names, self._leaves, strict=True))
-        outputs: tuple[torch.Tensor, ...] = functional_call(
-            self.networks_pass, leaves, (), self.inputs
-        )
+        leaves: dict[str, torch.Tensor] = dict(zip(self._names, self._leaves, strict=True))
+        outputs: tuple[torch.Tensor, ...] = functional_call(self._pass, leaves, (), self.inputs)
         return outputs
 
     def _rehearse(self) -> None:

@@ -28,7 +28,7 @@ from qst_tune.modules.captured_pass import (
     Unfinished,
     trained_parameters,
 )
-from qst_tune.modules.cuda_graph import CudaGraphs, casting_anew, casts_of_caller
+from qst_tune.modules.cuda_graph import CudaGraphs, autocast_state, autocast_without_cache
 from qst_tune.torchtune_compat import Mask
 
 # With more the device is slower than Python.
@@ -137,12 +137,12 @@ class CapturedPasses:
         if not (is_usual and is_free and tokens.numel() <= MOST_TOKENS):
             return None
         kinds = [(name, value.shape, value.dtype, value.device) for name, value in inputs.items()]
-        key = (state, trains, casts_of_caller(tokens.device.type), *kinds)
+        key = (state, trains, autocast_state(tokens.device.type), *kinds)
         if key in self.passes and not self.passes[key].fits(parameters):
             del self.passes[key]
         if key not in self.passes and self._is_due(key):
-            with casting_anew(tokens.device.type):
-                self._capture(key, compute, networks, inputs)
+            with autocast_without_cache(tokens.device.type):
+                self._capture(key, compute, networks, parameters, inputs)
         return self.passes.get(key)
 
     def _is_due(self, key: Hashable) -> bool:
@@ -154,13 +154,14 @@ class CapturedPasses:
         key: Hashable,
         compute: Compute,
         networks: Sequence[nn.Module],
+        parameters: Sequence[nn.Parameter],
         inputs: Inputs,
     ) -> None:
         start = time.perf_counter()
         try:
             device = self._device or self.make_device(inputs["tokens"].device)
             self._device = device
-            shared = self._shared_by(trained_parameters(networks))
+            shared = self._shared_by(parameters)
             captured = CapturedPass(compute, inputs, networks, shared, device)
             gib = self.pool_bytes() / 2**30
         except Exception as error:  # of the driver, of the model's own code, of any kind

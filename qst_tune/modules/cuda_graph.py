@@ -9,17 +9,17 @@ from threading import RLock
 import torch
 
 
-def casts_of_caller(device_type: str) -> tuple[torch.dtype, bool]:
+def autocast_state(device_type: str) -> tuple[torch.dtype, bool]:
     """The dtype of a caller's autocast, and whether there is one."""
     return torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type)
 
 
-def casting_anew(device_type: str) -> AbstractContextManager[None]:
+def autocast_without_cache(device_type: str) -> AbstractContextManager[None]:
     """Let a caller's autocast keep no cast of a weight.
 
     A graph has to make them itself: weights change, and casts are freed as the autocast ends.
     """
-    return torch.autocast(device_type, *casts_of_caller(device_type), cache_enabled=False)
+    return torch.autocast(device_type, *autocast_state(device_type), cache_enabled=False)
 
 
 class CudaGraphs:

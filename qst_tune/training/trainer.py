@@ -191,7 +191,9 @@ class Trainer:
                 self.activation_bytes = saved.num_bytes
             loss_sum.backward()
             total += torch.stack([loss_sum.detach(), num_labels.to(loss_sum.dtype)])
-            del loss_sum  # its graph's nodes belong to this stream; a capture must not meet them
+            # Its nodes of autograd belong to this stream. A recording has leaves of its own since
+            # they spoilt some, but that has not run on a GPU yet.
+            del loss_sum
         return total
 
     def _log_step(self, metrics: dict[str, float], num_tokens: int, seconds: float) -> None:
